@@ -1,0 +1,1 @@
+"""Owns one device: base weights, KV pages, recurrent states, scheduler, sampler, adapter slots."""

@@ -1,0 +1,1 @@
+"""The HTTP edge: OpenAI API, chat template, tokenizer, streaming, rollouts, training routes."""

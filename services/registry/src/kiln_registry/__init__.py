@@ -1,0 +1,1 @@
+"""Adapter names, immutable versions, aliases and content-addressed bytes."""

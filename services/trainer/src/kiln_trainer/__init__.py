@@ -1,0 +1,1 @@
+"""Trains LoRA adapters on weights mapped read-only from the engine."""
