@@ -1,0 +1,103 @@
+"""Errors of the torch side: each has a stable `code` and a `hint` that says what to try.
+
+kiln_nn does not import kiln_common; the services translate these at their edge by `code`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class KilnNnError(Exception):
+    """Base of everything kiln_nn raises on purpose."""
+
+    code = "nn_error"
+    hint = ""
+
+    @property
+    def message(self) -> str:
+        """What happened, with numbers."""
+        return str(self)
+
+
+class InvalidModelConfig(KilnNnError):
+    """config.json lacks a field, or a field has a value that cannot be."""
+
+    code = "invalid_model_config"
+    hint = "Compare the folder's config.json with that of the published Qwen3.5 checkpoint."
+
+
+class UnsupportedModel(KilnNnError):
+    """The checkpoint is well formed but of a kind this code does not compute."""
+
+    code = "unsupported_model"
+    hint = "Serve a dense Qwen3.5 text model (0.8B, 2B, 4B, 9B, 27B or a tiny one of the same family)."
+
+
+class ModelNotFound(KilnNnError):
+    """Neither a folder nor a hub id that could be fetched."""
+
+    code = "model_not_found"
+    hint = "Give a folder with config.json and *.safetensors, or a hub id while online."
+
+
+class UnsafeCheckpoint(KilnNnError):
+    """Only pickled weights are there; unpickling runs code, so it is never done."""
+
+    code = "unsafe_checkpoint"
+    hint = "Convert the weights to safetensors (save_pretrained does by default)."
+
+
+class CheckpointUnreadable(KilnNnError):
+    """A weights file or its index is damaged or not what its name says."""
+
+    code = "checkpoint_unreadable"
+    hint = "Download the checkpoint again; a file is damaged or incomplete."
+
+
+class CheckpointMismatch(KilnNnError):
+    """Tensors are missing, unexpected or misshapen; the message names them."""
+
+    code = "checkpoint_mismatch"
+    hint = "config.json and the weight files must come from the same dense Qwen3.5 checkpoint."
+
+
+class ShareRefused(KilnNnError):
+    """The weights were not handed over: wrong peer, wrong engine boot or no server."""
+
+    code = "weights_share_refused"
+    hint = "Engine and trainer must run as one user and share the engine's socket directory."
+
+
+class ShareUnsupported(KilnNnError):
+    """This machine cannot share weights in the wanted way."""
+
+    code = "weights_share_unsupported"
+    hint = "Sharing needs Linux memfd on the CPU, or CUDA with legacy IPC on the GPU."
+
+
+class InvalidAdapter(KilnNnError):
+    """An adapter's files are malformed or do not fit; the message names the key."""
+
+    code = "invalid_adapter"
+    hint = "Export the adapter with peft's save_pretrained for this base model."
+
+
+class UnsupportedAdapter(KilnNnError):
+    """The adapter uses a PEFT feature that is not computed here; the message names it."""
+
+    code = "unsupported_adapter"
+    hint = "Use plain LoRA on the linear layers: no DoRA, patterns, bias or saved modules."
+
+
+class InvalidLoraSpec(KilnNnError):
+    """Rank, alpha or targets of a wanted adapter make no sense; the message says which."""
+
+    code = "invalid_lora_spec"
+    hint = "targets is all, attention, mlp or a list of linear layer names; rank is at least 1."
+
+
+def name_list(names: Sequence[str], limit: int = 8) -> str:
+    """Names joined for a message, the tail counted instead of listed."""
+    shown = ", ".join(names[:limit])
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
