@@ -1,0 +1,200 @@
+"""The error tree: every failure a user can meet has a class here or below one of these.
+
+An error has a stable `code`, a `kind` that decides its HTTP and gRPC status, a message with the
+numbers, and a `hint` that says what to do. It crosses process boundaries as `ErrorDetail`
+(kiln_common.rpc.errors) and comes out on the other side with the same code, kind, message and hint.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+@dataclass(frozen=True)
+class _Status:
+    http: int
+    grpc: str  # name of a grpc.StatusCode, so that this module does not import grpc
+    type: str  # the `type` of API error bodies
+
+
+class ErrorKind(Enum):
+    """What sort of failure it is: the one table of HTTP status, gRPC status and API type."""
+
+    INVALID_REQUEST = _Status(400, "INVALID_ARGUMENT", "invalid_request_error")
+    NOT_FOUND = _Status(404, "NOT_FOUND", "invalid_request_error")
+    CONFLICT = _Status(409, "ABORTED", "invalid_request_error")
+    TOO_LARGE = _Status(413, "OUT_OF_RANGE", "invalid_request_error")
+    UNAUTHENTICATED = _Status(401, "UNAUTHENTICATED", "authentication_error")
+    FORBIDDEN = _Status(403, "PERMISSION_DENIED", "permission_error")
+    RATE_LIMITED = _Status(429, "RESOURCE_EXHAUSTED", "rate_limit_error")
+    INTERNAL = _Status(500, "INTERNAL", "server_error")
+    NOT_IMPLEMENTED = _Status(501, "UNIMPLEMENTED", "not_implemented_error")
+    UNAVAILABLE = _Status(503, "UNAVAILABLE", "unavailable_error")
+    TIMEOUT = _Status(504, "DEADLINE_EXCEEDED", "timeout_error")
+
+    @property
+    def http_status(self) -> int:
+        return self.value.http
+
+    @property
+    def grpc_status(self) -> str:
+        return self.value.grpc
+
+    @property
+    def api_type(self) -> str:
+        return self.value.type
+
+    @classmethod
+    def from_grpc_status(cls, name: str) -> ErrorKind:
+        """The kind of a gRPC status name; statuses we never send count as internal."""
+        return next((kind for kind in cls if kind.grpc_status == name), cls.INTERNAL)
+
+
+class KilnError(Exception):
+    """Base of all errors that carry a code.
+
+    Subclasses set `code`, `kind` and `hint`; instances may override hint, param (the request field
+    at fault) and retry_after_s (seconds after which trying again makes sense, 0 for never).
+    """
+
+    code: str = "internal_error"
+    kind: ErrorKind = ErrorKind.INTERNAL
+    hint: str = ""
+    param: str = ""
+    retry_after_s: float = 0.0
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        hint: str | None = None,
+        param: str | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        if hint is not None:
+            self.hint = hint
+        if param is not None:
+            self.param = param
+        if retry_after_s is not None:
+            self.retry_after_s = retry_after_s
+
+
+class RemoteError(KilnError):
+    """An error another service answered with; code, kind, message and hint are that service's."""
+
+    def __init__(
+        self, code: str, kind: ErrorKind, message: str, *, hint: str, param: str, retry_after_s: float
+    ) -> None:
+        super().__init__(message, hint=hint, param=param, retry_after_s=retry_after_s)
+        self.code = code
+        self.kind = kind
+
+
+class InvalidRequest(KilnError):
+    """The request itself is wrong; trying it again unchanged cannot work."""
+
+    code = "invalid_request"
+    kind = ErrorKind.INVALID_REQUEST
+
+
+class InvalidValue(InvalidRequest):
+    """One field has a value outside what it allows."""
+
+    code = "invalid_value"
+
+
+class PromptTooLong(InvalidRequest):
+    code = "prompt_too_long"
+    hint = "Shorten the messages or lower max_tokens."
+
+    def __init__(self, num_tokens: int, limit: int) -> None:
+        super().__init__(f"the prompt has {num_tokens} tokens, the limit is {limit}")
+
+
+class InvalidTokenIds(InvalidRequest):
+    code = "invalid_token_ids"
+    hint = "Token ids must come from this model's tokenizer; POST /v1/tokenize gives them."
+
+
+class AdapterNotFound(KilnError):
+    code = "adapter_not_found"
+    kind = ErrorKind.NOT_FOUND
+    hint = "GET /v1/adapters lists the names and versions there are."
+
+
+class AdapterMismatch(InvalidRequest):
+    """An adapter's tensors do not fit the base model."""
+
+    code = "adapter_mismatch"
+    hint = "Train or export the adapter for the model that is being served."
+
+
+class JobNotFound(KilnError):
+    code = "job_not_found"
+    kind = ErrorKind.NOT_FOUND
+    hint = "GET /v1/train/jobs lists the jobs there are."
+
+
+class IdempotencyConflict(KilnError):
+    code = "idempotency_conflict"
+    kind = ErrorKind.CONFLICT
+    hint = "Use a new Idempotency-Key for a different body."
+
+
+class Unavailable(KilnError):
+    """A service this one needs does not answer now."""
+
+    code = "unavailable"
+    kind = ErrorKind.UNAVAILABLE
+    hint = "Try again in a moment; GET /readyz says which part is missing."
+    retry_after_s = 1.0
+
+
+class EngineUnavailable(Unavailable):
+    code = "engine_unavailable"
+
+
+class TrainerUnavailable(Unavailable):
+    code = "trainer_unavailable"
+
+
+class RegistryUnavailable(Unavailable):
+    code = "registry_unavailable"
+
+
+class QueueUnavailable(Unavailable):
+    """Redis does not answer: rollouts and training wait, chat goes on."""
+
+    code = "queue_unavailable"
+
+
+class QueueNotDurable(KilnError):
+    """The configured Redis could lose an accepted job, so none is accepted."""
+
+    code = "queue_not_durable"
+    kind = ErrorKind.UNAVAILABLE
+    hint = "Run Redis with appendonly yes, appendfsync always and maxmemory-policy volatile-ttl."
+
+
+class Overloaded(KilnError):
+    code = "overloaded"
+    kind = ErrorKind.RATE_LIMITED
+    hint = "Send fewer requests at once, or try again after Retry-After seconds."
+    retry_after_s = 1.0
+
+
+class DeadlineExceeded(KilnError):
+    code = "deadline_exceeded"
+    kind = ErrorKind.TIMEOUT
+    hint = "Ask for fewer tokens, or allow more time."
+
+
+class NotBuiltYet(KilnError):
+    """Named in the HTTP contract, not there yet."""
+
+    code = "not_implemented"
+    kind = ErrorKind.NOT_IMPLEMENTED
+    hint = "docs/status.md lists what works today."

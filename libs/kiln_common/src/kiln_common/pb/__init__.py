@@ -1,0 +1,1 @@
+"""Generated from protos/kiln/v1 by scripts/generate_protos.sh; do not edit."""

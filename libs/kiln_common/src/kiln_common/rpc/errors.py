@@ -1,0 +1,119 @@
+"""KilnError across gRPC: the servicer raises it, the client gets it back.
+
+The status code carries the kind; the trailing metadata entry `kiln-error-bin` carries ErrorDetail.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import grpc
+import structlog
+
+from kiln_common.errors import ErrorKind, KilnError, RemoteError
+from kiln_common.pb import common_pb2
+
+_METADATA_KEY = "kiln-error-bin"
+log = structlog.get_logger()
+
+
+def to_error_detail(error: KilnError) -> common_pb2.ErrorDetail:
+    """The wire form of an error."""
+    return common_pb2.ErrorDetail(
+        code=error.code,
+        message=str(error),
+        hint=error.hint,
+        param=error.param,
+        retry_after_s=error.retry_after_s,
+    )
+
+
+def from_rpc_error(error: grpc.RpcError, service: str, unavailable: type[KilnError]) -> KilnError:
+    """The KilnError behind a failed call.
+
+    A call that failed without our detail (connection refused, deadline) becomes `unavailable`,
+    naming `service`.
+    """
+    status = error.code()  # type: ignore[attr-defined]
+    for key, value in error.trailing_metadata() or ():  # type: ignore[attr-defined]
+        if key == _METADATA_KEY:
+            detail = common_pb2.ErrorDetail.FromString(value)
+            return RemoteError(
+                detail.code,
+                ErrorKind.from_grpc_status(status.name),
+                detail.message,
+                hint=detail.hint,
+                param=detail.param,
+                retry_after_s=detail.retry_after_s,
+            )
+    return unavailable(f"the {service} did not answer ({status.name.lower()}: {error.details()})")  # type: ignore[attr-defined]
+
+
+class ErrorInterceptor(grpc.aio.ServerInterceptor):
+    """Turns errors raised by servicer methods into a status and an ErrorDetail.
+
+    Errors without a code are bugs: they are logged with their traceback and answered as
+    "internal_error" without their text.
+    """
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler:
+        handler = await continuation(handler_call_details)
+        if handler is None:
+            return handler
+        method = handler_call_details.method
+        if handler.response_streaming:
+            inner_stream = handler.stream_stream if handler.request_streaming else handler.unary_stream
+            wrap = (
+                grpc.stream_stream_rpc_method_handler
+                if handler.request_streaming
+                else grpc.unary_stream_rpc_method_handler
+            )
+            behaviour: Any = _guard_stream(inner_stream, method)
+        else:
+            inner_unary = handler.stream_unary if handler.request_streaming else handler.unary_unary
+            wrap = (
+                grpc.stream_unary_rpc_method_handler
+                if handler.request_streaming
+                else grpc.unary_unary_rpc_method_handler
+            )
+            behaviour = _guard_unary(inner_unary, method)
+        return wrap(behaviour, handler.request_deserializer, handler.response_serializer)
+
+
+def _guard_unary(inner: Any, method: str) -> Any:
+    async def call(request: Any, context: grpc.aio.ServicerContext) -> Any:
+        try:
+            return await inner(request, context)
+        except grpc.aio.AbortError:
+            raise
+        except Exception as error:  # noqa: BLE001 the outermost frame: everything becomes a status
+            await _abort(context, error, method)
+
+    return call
+
+
+def _guard_stream(inner: Any, method: str) -> Any:
+    async def call(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
+        try:
+            async for response in inner(request, context):
+                yield response
+        except grpc.aio.AbortError:
+            raise
+        except Exception as error:  # noqa: BLE001 the outermost frame: everything becomes a status
+            await _abort(context, error, method)
+
+    return call
+
+
+async def _abort(context: grpc.aio.ServicerContext, error: Exception, method: str) -> None:
+    if not isinstance(error, KilnError):
+        log.error("unexpected_error", method=method, exc_info=error)
+        error = KilnError("the service failed unexpectedly; its log has the traceback")
+    status = grpc.StatusCode[error.kind.grpc_status]
+    metadata = ((_METADATA_KEY, to_error_detail(error).SerializeToString()),)
+    await context.abort(status, str(error), trailing_metadata=metadata)

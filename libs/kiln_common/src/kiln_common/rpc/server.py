@@ -1,0 +1,65 @@
+"""A gRPC server as every Kiln service runs it: errors translated, health reported, clean stop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from kiln_common.rpc.channel import MAX_MESSAGE_BYTES
+from kiln_common.rpc.errors import ErrorInterceptor
+
+
+class RpcServer:
+    """Binds, serves and stops; servicers are added to `.grpc` before `start()`.
+
+    The standard health service answers NOT_SERVING until `set_serving(True)`.
+    """
+
+    def __init__(self, address: str) -> None:
+        self.grpc = grpc.aio.server(
+            interceptors=[ErrorInterceptor()],
+            options=[
+                ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+                ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+                ("grpc.so_reuseport", 0),
+                ("grpc.keepalive_permit_without_calls", 1),
+                ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+            ],
+        )
+        self._health = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc)
+        self.address = address
+        self.port = 0
+
+    async def start(self) -> None:
+        """Bind and serve. Raises RuntimeError when the address is taken."""
+        await self.set_serving(False)
+        self.port = self.grpc.add_insecure_port(self.address)
+        await self.grpc.start()
+
+    async def set_serving(self, is_serving: bool) -> None:
+        status = (
+            health_pb2.HealthCheckResponse.SERVING
+            if is_serving
+            else health_pb2.HealthCheckResponse.NOT_SERVING
+        )
+        await self._health.set("", status)
+
+    async def stop(self, grace_s: float) -> None:
+        """Refuse new calls, give running ones `grace_s` seconds, then cancel them."""
+        await self._health.enter_graceful_shutdown()
+        await self.grpc.stop(grace_s)
+
+
+async def wait_for_stop_signal() -> None:
+    """Return when the process is asked to stop (SIGTERM or SIGINT)."""
+    stopped = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        with contextlib.suppress(NotImplementedError):
+            loop.add_signal_handler(number, stopped.set)
+    await stopped.wait()
