@@ -1,0 +1,20 @@
+"""The engine's words: requests, plans and results. Standard library only."""
+
+from kiln_engine.domain.plan import BatchPlan, DecodeRow, PrefillChunk, RowSampling, StateCheckpoint
+from kiln_engine.domain.request import AdapterUse, GenerationRequest, SamplingParams
+from kiln_engine.domain.result import FinishReason, RowResult, SequenceEvent, StepResult
+
+__all__ = [
+    "AdapterUse",
+    "BatchPlan",
+    "DecodeRow",
+    "FinishReason",
+    "GenerationRequest",
+    "PrefillChunk",
+    "RowResult",
+    "RowSampling",
+    "SamplingParams",
+    "SequenceEvent",
+    "StateCheckpoint",
+    "StepResult",
+]

@@ -1,0 +1,98 @@
+"""One step of the engine, frozen: what the scheduler decided and the runner carries out.
+
+State slots. A slot of the StateStore holds the DeltaNet state committed at a page boundary, the
+three pre-convolution rows before that boundary, and the ring of tokens since. A row names three
+slots: it reads the committed state from `state_read_slot` (its own slot, or a shared checkpoint it
+has not yet moved away from), keeps its ring in `state_slot` (the one live slot it owns), and, when
+its token completes a page, commits the new state to `state_commit_slot`. After a commit the ring is
+empty. The checkpoint a row reads from is never written.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kiln_engine.domain.request import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class RowSampling:
+    """Sampling of one row in one step."""
+
+    params: SamplingParams
+    # Index of the token to draw within the completion: with the seed it fixes the row's draw.
+    output_index: int
+    # Prompt and output tokens so far; empty unless params.needs_history.
+    prompt_token_ids: tuple[int, ...] = ()
+    output_token_ids: tuple[int, ...] = ()
+    # Ids that must not be drawn now (stop tokens before min_tokens).
+    banned_token_ids: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeRow:
+    """One sequence's next token: feed `token_id` at `position`, sample the one after it."""
+
+    sequence_id: int
+    token_id: int
+    # Tokens before this one; the ring holds position % page_tokens of them.
+    position: int
+    # Pages in order, covering positions 0..position.
+    page_ids: tuple[int, ...]
+    state_read_slot: int
+    state_slot: int
+    # Set exactly when this token completes a page.
+    state_commit_slot: int | None
+    # (adapter slot, scale) pairs; empty is the base model.
+    adapter_slots: tuple[tuple[int, float], ...]
+    sampling: RowSampling
+
+
+@dataclass(frozen=True, slots=True)
+class StateCheckpoint:
+    """Write the state after `num_tokens` tokens of the sequence (a page boundary) to `slot`."""
+
+    num_tokens: int
+    slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillChunk:
+    """A run of known tokens, from a page boundary on.
+
+    The chunk ends at a page boundary, or, when it is the sequence's last, anywhere: then the tokens
+    past the last boundary go into the ring of `state_slot`. The state at the last boundary within
+    (or at the start of) the chunk is committed to `state_slot`.
+    """
+
+    sequence_id: int
+    token_ids: tuple[int, ...]
+    # Tokens before the chunk, a multiple of page_tokens.
+    start: int
+    # Pages in order, covering positions 0..start + len(token_ids) - 1.
+    page_ids: tuple[int, ...]
+    # Slot whose committed state is the one at `start`; None at the start of the sequence (zeros).
+    state_read_slot: int | None
+    state_slot: int
+    # Extra copies of the state at boundaries inside the chunk, ascending.
+    checkpoints: tuple[StateCheckpoint, ...]
+    adapter_slots: tuple[tuple[int, float], ...]
+    # Set when the chunk is the last of the prompt: sample the token after it.
+    sampling: RowSampling | None
+
+
+@dataclass(frozen=True, slots=True)
+class BatchPlan:
+    """Everything one step does. Names only pages and slots that its sequences own or share."""
+
+    step_id: int
+    decode_rows: tuple[DecodeRow, ...] = ()
+    prefill_chunks: tuple[PrefillChunk, ...] = ()
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.decode_rows and not self.prefill_chunks
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.decode_rows) + sum(len(chunk.token_ids) for chunk in self.prefill_chunks)

@@ -1,0 +1,58 @@
+"""What a client asks for, as the engine keeps it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+_NO_BIAS: Mapping[int, float] = MappingProxyType({})
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How tokens are drawn. Field meanings and neutral values as in engine.proto."""
+
+    max_tokens: int = 16
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=lambda: _NO_BIAS)
+    seed: int = 0
+    stop_token_ids: frozenset[int] = frozenset()
+    ignore_eos: bool = False
+    num_top_logprobs: int = 0
+
+    @property
+    def needs_history(self) -> bool:
+        """Whether earlier tokens change the distribution."""
+        return bool(self.presence_penalty or self.frequency_penalty) or self.repetition_penalty != 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterUse:
+    """One adapter as a request applies it: identity of the bytes, and strength."""
+
+    sha256: str
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """An accepted request. The seed is always set: the servicer draws one when the client did not."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams
+    adapters: tuple[AdapterUse, ...] = ()
+    num_stable_prefix_tokens: int = 0
+    cache_salt: str = ""
+    priority: int = 0
+    # Absolute times on the loop's clock, in seconds; deadline_s is None without a limit.
+    arrival_s: float = 0.0
+    deadline_s: float | None = None

@@ -1,0 +1,55 @@
+"""What a step produced, and what it means for each request."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class FinishReason(Enum):
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class RowResult:
+    """The token drawn for one row.
+
+    `logprob` is at temperature 1 with nothing filtered; `sampled_logprob` under the distribution it
+    was drawn from (temperature, penalties, bias and truncation applied; 0.0 when greedy).
+    """
+
+    sequence_id: int
+    token_id: int
+    logprob: float
+    sampled_logprob: float
+    # (token id, logprob at temperature 1), best first.
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """One entry for each decode row and each chunk with sampling."""
+
+    step_id: int
+    rows: tuple[RowResult, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceEvent:
+    """What one step means for one request; the last event of a request has a finish_reason."""
+
+    request_id: str
+    row: RowResult | None = None
+    finish_reason: FinishReason | None = None
+    # Set with FinishReason.ERROR.
+    error_code: str = ""
+    error_message: str = ""
+    error_hint: str = ""
+    # Set with the first token.
+    is_first: bool = False
+    num_cached_tokens: int = 0
+    queue_s: float = 0.0
+    seed: int = 0
