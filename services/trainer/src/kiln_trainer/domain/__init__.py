@@ -1,0 +1,1 @@
+"""The trainer's words and ports. Standard library only."""

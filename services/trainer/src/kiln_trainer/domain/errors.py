@@ -1,0 +1,31 @@
+"""Why a job stops early."""
+
+from kiln_common.errors import ErrorKind, InvalidRequest, KilnError
+
+
+class JobCancelled(KilnError):
+    """Somebody cancelled the job; it ends at this step boundary."""
+
+    code = "job_cancelled"
+    kind = ErrorKind.CONFLICT
+
+
+class ClaimLost(KilnError):
+    """Another trainer holds the job now; this one must not write anything more about it."""
+
+    code = "claim_lost"
+    kind = ErrorKind.CONFLICT
+
+
+class WeightsLost(KilnError):
+    """The engine whose weights were mapped is gone; map again and resume from the checkpoint."""
+
+    code = "weights_lost"
+    kind = ErrorKind.UNAVAILABLE
+
+
+class NoLearningSignal(InvalidRequest):
+    """Every group's rewards are equal: every advantage would be zero."""
+
+    code = "no_learning_signal"
+    hint = "Give completions of one prompt different rewards, or sample with a higher temperature."

@@ -1,0 +1,84 @@
+"""The seam between a durable job and the arithmetic that carries it out.
+
+`jobs/` owns the queue, claims, cancellation, publishing; `recipes/` and `torch_backend/` own the
+steps. They meet here: a backend runs one job from its last checkpoint to its end and calls the
+hooks at each step boundary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from kiln_common.pb import trainer_pb2
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """One finished optimiser step."""
+
+    step: int  # from 1
+    num_steps: int
+    num_tokens: int  # trained on since the job began, this step included
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class StartingPoint:
+    """Adapter version to start from, as a PEFT folder's two files."""
+
+    reference: str  # "name@version"
+    config_json: str
+    safetensors_path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingTask:
+    """One claimed job, ready to run."""
+
+    job_id: str
+    request: trainer_pb2.SubmitRequest
+    # None starts from a fresh adapter of request.config.lora's shape.
+    starting_point: StartingPoint | None
+    # Folder of this job's checkpoints; survives the process.
+    checkpoint_dir: Path
+    claim_epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class TrainedAdapter:
+    """The result: a PEFT folder (adapter_config.json, adapter_model.safetensors) and last metrics."""
+
+    folder: Path
+    metrics: Mapping[str, float]
+
+
+class StepHooks(Protocol):
+    """Called by the backend on its own thread at every optimiser step boundary.
+
+    Either method may raise JobCancelled, ClaimLost or WeightsLost; the backend lets them travel and
+    leaves nothing half-written.
+    """
+
+    def after_step(self, report: StepReport) -> None:
+        """Report progress; the step has been applied."""
+        ...
+
+    def before_checkpoint(self, step: int) -> None:
+        """About to write the checkpoint of `step`; raises ClaimLost if another trainer took over."""
+        ...
+
+    def after_checkpoint(self, step: int) -> None: ...
+
+
+class TrainingBackend(Protocol):
+    """Runs training jobs on the mapped weights."""
+
+    def run(self, task: TrainingTask, hooks: StepHooks) -> TrainedAdapter:
+        """Train from the last checkpoint in task.checkpoint_dir (or from the start) to the end.
+
+        Deterministic on the CPU: the same task gives the same bytes, interrupted or not.
+        """
+        ...
