@@ -1,0 +1,58 @@
+# Everything a person or CI runs. Each target installs what it misses into .venv.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+MODEL ?=
+PORT ?=
+STATE_DIR ?=
+ARGS ?=
+up_options = $(if $(MODEL),--model '$(MODEL)') $(if $(PORT),--port $(PORT)) $(if $(STATE_DIR),--state-dir '$(STATE_DIR)') $(ARGS)
+
+.PHONY: help
+help: ## Show this list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+.PHONY: setup
+setup: ## Install what Kiln runs on into .venv (part of up and demo)
+	@scripts/install.sh
+
+.PHONY: setup-dev
+setup-dev:
+	@scripts/install.sh dev
+
+.PHONY: up
+up: setup ## Run everything; MODEL=<folder or hub id> PORT=8420 STATE_DIR=… choose
+	@exec .venv/bin/kiln up $(up_options)
+
+.PHONY: demo
+demo: setup ## Run the whole loop once by itself: serve, score, train, hot-swap
+	@exec .venv/bin/kiln demo $(ARGS)
+
+.PHONY: test
+test: setup-dev check ## Check the code and run all tests that need no GPU
+	.venv/bin/python -m pytest $(ARGS)
+
+.PHONY: test-gpu
+test-gpu: setup-dev ## Run the tests that need a CUDA device
+	.venv/bin/python -m pytest -m gpu $(ARGS)
+
+.PHONY: check
+check: setup-dev ## Lint, types, import contracts, generated code, compose file and Dockerfiles
+	@scripts/check.sh
+
+.PHONY: format
+format: setup-dev ## Format the code
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+.PHONY: protos
+protos: setup-dev ## Regenerate the protobuf code
+	scripts/generate_protos.sh
+
+.PHONY: lock
+lock: setup-dev ## Pin the newest versions that fit together
+	scripts/lock_requirements.sh
+
+.PHONY: clean
+clean: ## Remove what the targets above made
+	rm -rf .venv .venv-protos .venv-torch-free .pytest_cache .mypy_cache .ruff_cache .hypothesis

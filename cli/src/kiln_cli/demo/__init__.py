@@ -1,0 +1,1 @@
+"""The demonstration loop: its task, its reward and the run itself."""
