@@ -1,0 +1,94 @@
+"""Softmax attention over KV pages, in plain torch.
+
+A cache is `[P, S, h, D]`: pages, tokens in a page, kv heads, head width. Token `i` of a
+sequence lies in page `page_table[i // S]` at place `i % S`.
+
+Legend: `R` rows, `T` tokens, `M` most pages of any row, `H` query heads, `h` kv heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+from kiln_nn.kernels.checks import ShapeMismatch, check_cu_seqlens, check_shape
+
+
+def write_kv(cache_PShD: torch.Tensor, token_slots_T: torch.Tensor, x_ThD: torch.Tensor) -> None:
+    """Store one row per token in place; a token's slot is `page_id * S + place in the page`."""
+    flat = cache_PShD.view(-1, *cache_PShD.shape[2:])
+    check_shape("x", x_ThD, (token_slots_T.shape[0], *flat.shape[1:]))
+    flat.index_copy_(0, token_slots_T, x_ThD.to(cache_PShD.dtype))
+
+
+def paged_decode_attention(
+    q_RHD: torch.Tensor,
+    k_cache_PShD: torch.Tensor,
+    v_cache_PShD: torch.Tensor,
+    page_table_RM: torch.Tensor,
+    context_lengths_R: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """Attend from one new token per row to its sequence, the token itself included.
+
+    Its key and value are in the cache already and counted in `context_lengths_R` (at
+    least 1). Page ids behind a row's context may be any valid page.
+
+    Returns: `[R, H, D]` in the format of `q_RHD`.
+    """
+    num_rows, num_heads, head_dim = q_RHD.shape
+    num_kv_heads, page_tokens = k_cache_PShD.shape[2], k_cache_PShD.shape[1]
+    check_shape("k_cache", k_cache_PShD, (None, None, num_kv_heads, head_dim))
+    check_shape("v_cache", v_cache_PShD, tuple(k_cache_PShD.shape))
+    check_shape("page_table", page_table_RM, (num_rows, None))
+    num_places = page_table_RM.shape[1] * page_tokens
+    k, v = (
+        cache[page_table_RM].view(num_rows, num_places, num_kv_heads, head_dim).transpose(1, 2)
+        for cache in (k_cache_PShD, v_cache_PShD)
+    )
+    places = torch.arange(num_places, device=q_RHD.device)
+    in_context = (places < context_lengths_R[:, None])[:, None, None]
+    # The query heads of one kv head stand where attention usually has query tokens.
+    q = q_RHD.view(num_rows, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    out = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), attn_mask=in_context, scale=scale)
+    return out.reshape(num_rows, num_heads, head_dim)
+
+
+def paged_prefill_attention(
+    q_THD: torch.Tensor,
+    k_cache_PShD: torch.Tensor,
+    v_cache_PShD: torch.Tensor,
+    page_tables: Sequence[torch.Tensor],
+    cu_seqlens: Sequence[int],
+    context_lengths: Sequence[int],
+    scale: float,
+) -> torch.Tensor:
+    """Attend from chunks of several sequences to their pasts and causally to themselves.
+
+    Sequence n brings tokens `cu_seqlens[n]:cu_seqlens[n + 1]`, the last of its
+    `context_lengths[n]` tokens, whose keys and values are all in the cache already.
+
+    Returns: `[T, H, D]` in the format of `q_THD`.
+    """
+    bounds = check_cu_seqlens(cu_seqlens, q_THD.shape[0])
+    if not len(page_tables) == len(context_lengths) == len(bounds) - 1:
+        raise ShapeMismatch("page_tables", (len(page_tables), len(context_lengths)), (len(bounds) - 1,) * 2)
+    outputs = []
+    for n, context_length in enumerate(context_lengths):
+        q = q_THD[bounds[n] : bounds[n + 1]].transpose(0, 1)[None]
+        num_new = q.shape[2]
+        if num_new == 0:
+            continue
+        if not num_new <= context_length <= page_tables[n].shape[0] * k_cache_PShD.shape[1]:
+            raise ShapeMismatch("context", (context_length,), (f"{num_new} or more, within its pages",))
+        k, v = (
+            cache[page_tables[n]].flatten(0, 1)[:context_length].transpose(0, 1)[None].to(q.dtype)
+            for cache in (k_cache_PShD, v_cache_PShD)
+        )
+        places = torch.arange(context_length, device=q.device)
+        visible = places <= places[context_length - num_new :, None]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale, enable_gqa=True)
+        outputs.append(out[0].transpose(0, 1))
+    return torch.cat(outputs) if outputs else torch.zeros_like(q_THD)
