@@ -76,6 +76,13 @@ class ShareUnsupported(KilnNnError):
     hint = "Sharing needs Linux memfd on the CPU, or CUDA with legacy IPC on the GPU."
 
 
+class OutOfDeviceMemory(KilnNnError):
+    """The weights do not fit beside what already lives on the GPU."""
+
+    code = "out_of_device_memory"
+    hint = "Free the GPU (nvidia-smi lists its users) or serve a smaller model."
+
+
 class InvalidAdapter(KilnNnError):
     """An adapter's files are malformed or do not fit; the message names the key."""
 
