@@ -55,7 +55,12 @@ def token_logprobs(
 
 
 def _log_softmax(hidden: torch.Tensor, head: torch.Tensor, inverse_temperature: torch.Tensor) -> torch.Tensor:
-    logits = F.linear(hidden.to(head.dtype), head).to(inverse_temperature.dtype)
+    hidden = hidden.to(head.dtype)
+    if head.is_cuda and head.dtype in (torch.bfloat16, torch.float16):
+        # The product is accumulated in float32 anyway: take it before it is rounded.
+        logits = torch.mm(hidden, head.t(), out_dtype=torch.float32)
+    else:
+        logits = F.linear(hidden, head).to(inverse_temperature.dtype)
     return torch.log_softmax(logits.mul_(inverse_temperature[:, None]), dim=-1)
 
 
