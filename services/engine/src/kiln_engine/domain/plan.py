@@ -50,7 +50,10 @@ class DecodeRow:
 
 @dataclass(frozen=True, slots=True)
 class StateCheckpoint:
-    """Write the state after `num_tokens` tokens of the sequence (a page boundary) to `slot`."""
+    """Write the state after `num_tokens` tokens of the sequence (a page boundary) to `slot`.
+
+    The slot is never the row's own `state_slot`.
+    """
 
     num_tokens: int
     slot: int
@@ -74,7 +77,7 @@ class PrefillChunk:
     # Slot whose committed state is the one at `start`; None at the start of the sequence (zeros).
     state_read_slot: int | None
     state_slot: int
-    # Extra copies of the state at boundaries inside the chunk, ascending.
+    # Extra copies of the state, ascending, at boundaries with start < num_tokens <= end of chunk.
     checkpoints: tuple[StateCheckpoint, ...]
     adapter_slots: tuple[tuple[int, float], ...]
     # Set when the chunk is the last of the prompt: sample the token after it.

@@ -20,3 +20,25 @@ class Clock(Protocol):
     def now(self) -> float:
         """Monotonic seconds."""
         ...
+
+
+class AdapterStore(Protocol):
+    """Stacked adapter tensors on the device, one slot each; slot 0 is the base model."""
+
+    def stage(self, slot: int, adapter_bytes: bytes, config_json: str) -> None:
+        """Parse and upload one adapter (PEFT safetensors and its config) beside what is in use.
+
+        Called from a worker thread; nothing a step reads may change.
+
+        Raises:
+            KilnError: the bytes are not an adapter of this model, or its rank is too high.
+        """
+        ...
+
+    def activate(self, slot: int) -> None:
+        """Let steps use what was staged for the slot. Called from the loop thread between steps."""
+        ...
+
+    def clear(self, slot: int) -> None:
+        """Forget the slot. Called from the loop thread between steps."""
+        ...

@@ -1,0 +1,73 @@
+"""Why a request, an adapter or a step fails inside the engine."""
+
+from __future__ import annotations
+
+from kiln_common.errors import ErrorKind, InvalidRequest, KilnError, Overloaded, Unavailable
+
+
+class OutOfPages(KilnError):
+    """Fewer pages are free than were asked for; nothing was reserved."""
+
+    code = "out_of_pages"
+
+    def __init__(self, wanted: int, free: int) -> None:
+        super().__init__(f"{wanted} pages were asked for, {free} are free")
+
+
+class OutOfStateSlots(KilnError):
+    """Fewer state slots are free than were asked for; nothing was reserved."""
+
+    code = "out_of_state_slots"
+
+    def __init__(self, wanted: int, free: int) -> None:
+        super().__init__(f"{wanted} state slots were asked for, {free} are free")
+
+
+class DuplicateRequestId(InvalidRequest):
+    code = "duplicate_request_id"
+    hint = "Give every request its own id."
+    param = "request_id"
+
+
+class EmptyPrompt(InvalidRequest):
+    code = "empty_prompt"
+    hint = "Send at least one token."
+    param = "prompt_token_ids"
+
+
+class AdapterUnavailable(Unavailable):
+    """The adapter exists, but its bytes could not be brought to the device."""
+
+    code = "adapter_unavailable"
+
+
+class AdapterSlotsFull(Overloaded):
+    """Every adapter slot is pinned by running requests."""
+
+    code = "adapter_slots_full"
+    hint = "Wait for running requests to end, use fewer adapters at once, or raise num_adapter_slots."
+
+
+class EngineDraining(Unavailable):
+    code = "engine_draining"
+    hint = "The engine is being stopped; send the request to another one or try again in a moment."
+
+
+class EngineUnhealthy(Unavailable):
+    code = "engine_unhealthy"
+    hint = "The engine's last steps failed and it is about to be restarted; try again in a moment."
+
+
+class StepFailed(KilnError):
+    """The forward pass that this request was part of failed."""
+
+    code = "step_failed"
+    kind = ErrorKind.INTERNAL
+    hint = "Try again; if it repeats, the engine's log has the traceback."
+
+
+class SessionOverflow(Overloaded):
+    """The client does not read its step messages; its requests were cancelled."""
+
+    code = "session_overflow"
+    hint = "Read the stream without pause, or open fewer requests on it."
