@@ -1,0 +1,59 @@
+"""Full attention with query/key norms, partial rotary embedding and an output gate.
+
+Legend: `T` tokens, `H` query heads, `h` kv heads, `D` head width, `E` rotated width.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from kiln_nn.blocks.linear import LinearFn, Weights
+from kiln_nn.config import ModelConfig
+from kiln_nn.kernels.rms_norm import rms_norm
+from kiln_nn.kernels.rotary import apply_rotary
+
+
+class AttentionInputs(NamedTuple):
+    """Normed and rotated queries and keys, values, and the output gate before its sigmoid."""
+
+    q_THD: torch.Tensor
+    k_ThD: torch.Tensor
+    v_ThD: torch.Tensor
+    gate_THD: torch.Tensor
+
+
+def project_attention(
+    config: ModelConfig,
+    weights: Weights,
+    prefix: str,
+    x_TD: torch.Tensor,
+    cos_TE: torch.Tensor,
+    sin_TE: torch.Tensor,
+    linear: LinearFn,
+) -> AttentionInputs:
+    """Everything before attention itself, whose scores are scaled by `D ** -0.5`.
+
+    `x_TD` is the layer's input after `input_norm`; `cos_TE`, `sin_TE` come from
+    `rotary_tables` for the tokens' positions. `k` and `v` are what the cache keeps.
+    """
+    num_tokens, path = x_TD.shape[0], f"{prefix}.self_attn"
+    # q_proj's rows lie head by head as [query | gate].
+    q_and_gate = linear(f"{path}.q_proj", x_TD).view(
+        num_tokens, config.num_attention_heads, 2, config.head_dim
+    )
+    q, gate = q_and_gate.unbind(2)
+    k = linear(f"{path}.k_proj", x_TD).view(num_tokens, config.num_kv_heads, config.head_dim)
+    v = linear(f"{path}.v_proj", x_TD).view(num_tokens, config.num_kv_heads, config.head_dim)
+    q = rms_norm(q, weights[f"{path}.q_norm.weight"], config.rms_norm_eps, offset=1.0)
+    k = rms_norm(k, weights[f"{path}.k_norm.weight"], config.rms_norm_eps, offset=1.0)
+    return AttentionInputs(apply_rotary(q, cos_TE, sin_TE), apply_rotary(k, cos_TE, sin_TE), v, gate)
+
+
+def finish_attention(
+    prefix: str, out_THD: torch.Tensor, gate_THD: torch.Tensor, linear: LinearFn
+) -> torch.Tensor:
+    """Gate the attention's output and project it back, `[T, hidden]`."""
+    gated = out_THD * torch.sigmoid(gate_THD)
+    return linear(f"{prefix}.self_attn.o_proj", gated.flatten(1))

@@ -1,0 +1,98 @@
+"""The DeltaNet layer around its convolution and its recurrence.
+
+Its order is: `project_deltanet`, the causal convolution over `mixed_TC` (with
+`conv_weight`), `delta_heads`, `delta_gates`, the gated delta rule, `finish_deltanet`. The
+two steps between that remember something are the caller's: packed, paged or one token.
+
+Legend: `T` tokens, `C` convolution channels (q|k|v side by side), `H` value heads, `h` key
+heads, `K`/`V` key and value width.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from kiln_nn.blocks.linear import LinearFn, Weights
+from kiln_nn.config import ModelConfig
+from kiln_nn.kernels.checks import accumulation_dtype
+from kiln_nn.kernels.rms_norm import gated_rms_norm, l2_normalise
+
+
+class DeltaProjection(NamedTuple):
+    """What the layer's input is projected to.
+
+    `mixed_TC` are the rows q|k|v before the convolution: the ring and the checkpoints keep
+    them, because the convolution's window belongs to the state.
+    """
+
+    mixed_TC: torch.Tensor
+    z_THV: torch.Tensor
+    b_TH: torch.Tensor
+    a_TH: torch.Tensor
+
+
+class DeltaHeads(NamedTuple):
+    """Inputs of the gated delta rule, float32: q and k of unit length, q scaled by `K ** -0.5`."""
+
+    q_ThK: torch.Tensor
+    k_ThK: torch.Tensor
+    v_THV: torch.Tensor
+
+
+def project_deltanet(
+    config: ModelConfig, prefix: str, x_TD: torch.Tensor, linear: LinearFn
+) -> DeltaProjection:
+    """Project the layer's input (after `input_norm`)."""
+    path = f"{prefix}.linear_attn"
+    z = linear(f"{path}.in_proj_z", x_TD)
+    return DeltaProjection(
+        mixed_TC=linear(f"{path}.in_proj_qkv", x_TD),
+        z_THV=z.view(-1, config.linear_num_value_heads, config.linear_value_head_dim),
+        b_TH=linear(f"{path}.in_proj_b", x_TD),
+        a_TH=linear(f"{path}.in_proj_a", x_TD),
+    )
+
+
+def conv_weight(weights: Weights, prefix: str) -> torch.Tensor:
+    """The depthwise kernel as `[C, width]`."""
+    return weights[f"{prefix}.linear_attn.conv1d.weight"].squeeze(1)
+
+
+def delta_heads(config: ModelConfig, convolved_TC: torch.Tensor) -> DeltaHeads:
+    """Cut the convolution's output into heads and normalise queries and keys."""
+    key_heads, value_heads = config.linear_num_key_heads, config.linear_num_value_heads
+    key_dim, value_dim = config.linear_key_head_dim, config.linear_value_head_dim
+    rows = convolved_TC.to(accumulation_dtype(convolved_TC))
+    pairs, v = rows.split((2 * config.key_dim, config.value_dim), dim=-1)
+    q, k = l2_normalise(pairs.reshape(-1, 2, key_heads, key_dim)).unbind(1)
+    return DeltaHeads(q * key_dim**-0.5, k, v.reshape(-1, value_heads, value_dim))
+
+
+def delta_gates(
+    weights: Weights, prefix: str, a_TH: torch.Tensor, b_TH: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-decay `g = -exp(A_log) softplus(a + dt_bias)` and write strength `beta = sigmoid(b)`.
+
+    Returns: g and beta, each `[T, H]` in float32.
+    """
+    path, dtype = f"{prefix}.linear_attn", accumulation_dtype(a_TH)
+    rate = weights[f"{path}.A_log"].to(dtype).exp()
+    g = -rate * F.softplus(a_TH.to(dtype) + weights[f"{path}.dt_bias"].to(dtype))
+    return g, torch.sigmoid(b_TH.to(dtype))
+
+
+def finish_deltanet(
+    config: ModelConfig,
+    weights: Weights,
+    prefix: str,
+    out_THV: torch.Tensor,
+    z_THV: torch.Tensor,
+    linear: LinearFn,
+) -> torch.Tensor:
+    """Norm and gate the recurrence's output and project it back, `[T, hidden]`."""
+    path = f"{prefix}.linear_attn"
+    normed = gated_rms_norm(out_THV, z_THV, weights[f"{path}.norm.weight"], config.rms_norm_eps)
+    return linear(f"{path}.out_proj", normed.flatten(1))
