@@ -1,0 +1,20 @@
+"""What the command line refuses, each with its own code and what to do about it."""
+
+from kiln_common.errors import ErrorKind, InvalidRequest, KilnError
+
+
+class PortInUse(KilnError):
+    code = "port_in_use"
+    kind = ErrorKind.CONFLICT
+    hint = "Stop what uses it, or choose another: kiln up --port 8421."
+
+
+class StateDirInUse(KilnError):
+    code = "state_dir_in_use"
+    kind = ErrorKind.CONFLICT
+    hint = "Stop the other kiln up, or give this one its own: kiln up --state-dir FOLDER --port PORT."
+
+
+class ModelNotFound(InvalidRequest):
+    code = "model_not_found"
+    hint = "Give a folder with config.json and *.safetensors, or a hub id such as Qwen/Qwen3.5-4B."

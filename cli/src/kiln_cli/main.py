@@ -1,0 +1,106 @@
+"""The `kiln` command."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+import kiln_cli
+from kiln_common.errors import KilnError
+
+app = typer.Typer(
+    name="kiln",
+    help="Serve Qwen3.5 through the OpenAI API, and let it learn from rewards while it serves.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+
+@app.callback()
+def _root() -> None:
+    """Serve Qwen3.5 through the OpenAI API, and let it learn from rewards while it serves."""
+
+
+@app.command()
+def up(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Checkpoint folder or hub id. The small demo model when left out.", show_default=False
+        ),
+    ] = None,
+    port: Annotated[int, typer.Option(help="Port of the HTTP API.", min=1, max=65535)] = 8420,
+    host: Annotated[str, typer.Option(help="Address of the HTTP API.")] = "127.0.0.1",
+    state_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for adapters, jobs, Redis data and logs. ~/.local/state/kiln when left out.",
+            show_default=False,
+        ),
+    ] = None,
+    served_model_name: Annotated[
+        str | None,
+        typer.Option(
+            help="The base model's id in the API. The checkpoint's own when left out.", show_default=False
+        ),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu or cuda. A GPU when there is one.", show_default=False)
+    ] = None,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Show every log line, not only warnings.")
+    ] = False,
+) -> None:
+    """Run everything on this machine: gateway, engine, trainer, registry and a private Redis.
+
+    Example: [bold]kiln up --model ~/models/Qwen3.5-4B --port 8420[/bold]
+    """
+    from kiln_cli.up.console import UpConsole
+    from kiln_cli.up.options import StateDirLock, build_options
+    from kiln_cli.up.specs import build_specs
+    from kiln_cli.up.supervisor import Supervisor
+
+    options = build_options(
+        model=model,
+        host=host,
+        port=port,
+        state_dir=state_dir,
+        served_model_name=served_model_name,
+        device=device,
+    )
+    lock = StateDirLock(options.state_dir)
+    log_dir = options.state_dir / "logs"
+    console = UpConsole(
+        f"http://{'localhost' if host == '127.0.0.1' else host}:{port}", log_dir, is_verbose=verbose
+    )
+    console.starting("the demo model" if options.is_demo_model else options.model, options.state_dir)
+    try:
+        code = asyncio.run(Supervisor(build_specs(options), log_dir, console).run())
+    finally:
+        lock.release()
+    raise typer.Exit(code)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    typer.echo(kiln_cli.__version__)
+
+
+def main() -> None:
+    """Entry point: errors of ours become one line with a hint, and exit code 2."""
+    try:
+        app()
+    except KilnError as error:
+        console = Console(stderr=True, highlight=False)
+        console.print(f"[red]{error.code}[/red]: {escape(str(error))}")
+        if error.hint:
+            console.print(f"  {escape(error.hint)}", style="dim")
+        sys.exit(2)

@@ -1,0 +1,81 @@
+"""What `kiln up` shows: one line for each service, the URL, and what went wrong."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+
+_COLOURS = {"redis": "red", "registry": "magenta", "engine": "yellow", "trainer": "green", "gateway": "cyan"}
+_LEVELS = {"warning", "error", "critical"}
+
+
+class UpConsole:
+    """Prints lifecycle lines always; service log lines from warnings up, or all when verbose.
+
+    Every line is in the log files in any case.
+    """
+
+    def __init__(self, url: str, log_dir: Path, *, is_verbose: bool) -> None:
+        self._out = Console(highlight=False)
+        self._url = url
+        self._log_dir = log_dir
+        self._is_verbose = is_verbose
+        self._was_announced = False
+
+    def starting(self, model: str, state_dir: Path) -> None:
+        self._out.print(f"[bold]Kiln[/bold] is starting with {escape(model)}")
+        self._out.print(f"  state and logs in {escape(str(state_dir))}", style="dim")
+
+    def service_ready(self, name: str, seconds: float, detail: str) -> None:
+        self._out.print(
+            f"  [green]✓[/green] {self._tag(name)} ready in {seconds:.1f} s  [dim]{escape(detail)}[/dim]"
+        )
+
+    def service_exited(self, name: str, code: int, delay_s: float) -> None:
+        how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
+        self._out.print(f"  [red]✗[/red] {self._tag(name)} {how}; starting it again in {delay_s:g} s")
+
+    def all_ready(self) -> None:
+        if self._was_announced:
+            return
+        self._was_announced = True
+        self._out.print(f"\n  Ready: [bold]{self._url}[/bold]   OpenAI base URL: [bold]{self._url}/v1[/bold]")
+        self._out.print("  Ctrl-C stops everything.\n", style="dim")
+
+    def start_failed(self, name: str, last_lines: Iterable[str]) -> None:
+        self._out.print(f"\n[red]{name} could not start.[/red] Its last lines:")
+        for line in last_lines:
+            self._out.print(f"  {escape(_readable(line)[1])}")
+        self._out.print(f"  The whole log: {escape(str(self._log_dir / (name + '.log')))}", style="dim")
+
+    def stopping(self) -> None:
+        self._out.print("  stopping …", style="dim")
+
+    def stopped(self) -> None:
+        self._out.print("  stopped", style="dim")
+
+    def service_line(self, name: str, line: str) -> None:
+        level, text = _readable(line)
+        if self._is_verbose or level in _LEVELS:
+            self._out.print(f"  {self._tag(name)} [dim]│[/dim] {escape(text)}", soft_wrap=True)
+
+    @staticmethod
+    def _tag(name: str) -> str:
+        return f"[{_COLOURS.get(name, 'white')}]{name:<9}[/]"
+
+
+def _readable(line: str) -> tuple[str, str]:
+    """Level and text of a log line: JSON events become "event key=value …"."""
+    try:
+        fields = json.loads(line)
+        event, level = fields.pop("event"), fields.pop("level", "info")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return "info", line
+    for name in ("timestamp", "service"):
+        fields.pop(name, None)
+    rest = " ".join(f"{key}={value}" for key, value in fields.items())
+    return level, f"{event} {rest}".rstrip()

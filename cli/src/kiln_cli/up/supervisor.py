@@ -1,0 +1,77 @@
+"""Starts the services together, reports them, restarts what crashes, stops them in order."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+
+from kiln_cli.up.console import UpConsole
+from kiln_cli.up.process import SupervisedProcess
+from kiln_cli.up.specs import ServiceSpec
+
+# A service that dies this often before it was ever ready will not become ready by trying again.
+_MAX_FAILED_STARTS = 3
+
+
+class Supervisor:
+    """Owns the processes of one `kiln up`."""
+
+    def __init__(self, specs: Sequence[ServiceSpec], log_dir: Path, console: UpConsole) -> None:
+        log_dir.mkdir(parents=True, exist_ok=True)
+        self._console = console
+        self._failed: str | None = None
+        self._stop_requested = asyncio.Event()
+        self.processes = {
+            spec.name: SupervisedProcess(
+                spec,
+                log_dir / f"{spec.name}.log",
+                on_line=console.service_line,
+                on_ready=console.service_ready,
+                on_exit=self._service_exited,
+            )
+            for spec in specs
+        }
+
+    def request_stop(self) -> None:
+        self._stop_requested.set()
+
+    async def run(self) -> int:
+        """Run until asked to stop. Returns the exit code: 1 when a service could not start."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self.request_stop)
+        tasks = [asyncio.create_task(process.run()) for process in self.processes.values()]
+        all_ready = asyncio.create_task(self._announce_when_ready())
+        try:
+            await self._stop_requested.wait()
+        finally:
+            all_ready.cancel()
+            await self._stop_all()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        if self._failed is not None:
+            self._console.start_failed(self._failed, self.processes[self._failed].last_lines)
+            return 1
+        self._console.stopped()
+        return 0
+
+    async def _announce_when_ready(self) -> None:
+        await asyncio.gather(*(process.is_ready.wait() for process in self.processes.values()))
+        self._console.all_ready()
+
+    def _service_exited(self, name: str, code: int, delay_s: float) -> None:
+        process = self.processes[name]
+        if not process.was_ready and process.num_crashes >= _MAX_FAILED_STARTS:
+            self._failed = name
+            self.request_stop()
+            return
+        self._console.service_exited(name, code, delay_s)
+
+    async def _stop_all(self) -> None:
+        """The gateway first, so that no new work arrives; Redis last."""
+        self._console.stopping()
+        for process in reversed(self.processes.values()):
+            with contextlib.suppress(ProcessLookupError):
+                await process.stop()

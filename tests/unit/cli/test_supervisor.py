@@ -1,0 +1,119 @@
+"""The supervisor with small real processes in place of the services."""
+
+import asyncio
+import io
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from kiln_cli.errors import ModelNotFound, PortInUse, StateDirInUse
+from kiln_cli.up.console import UpConsole
+from kiln_cli.up.options import StateDirLock, build_options, check_port, make_run_dir
+from kiln_cli.up.specs import ServiceSpec, UpOptions, build_specs
+from kiln_cli.up.supervisor import Supervisor
+
+# Writes its pid, reports being ready by a file, ends on SIGTERM.
+_SERVICE = """
+import os, pathlib, signal, sys, threading
+folder = pathlib.Path(sys.argv[1])
+stop = threading.Event()
+signal.signal(signal.SIGTERM, lambda *_: stop.set())
+(folder / "pid").write_text(str(os.getpid()))
+print('{"event": "hello", "level": "warning", "port": 1}', flush=True)
+(folder / "ready").write_text(str(os.getpid()))
+stop.wait()
+(folder / "stopped_cleanly").touch()
+"""
+
+
+def _spec(folder: Path, name: str = "engine", code: str = _SERVICE) -> ServiceSpec:
+    folder.mkdir(exist_ok=True)
+
+    async def probe() -> str | None:
+        ready = folder / "ready"
+        return "here" if ready.exists() and ready.read_text() else None
+
+    return ServiceSpec(name, (sys.executable, "-c", code, str(folder)), probe, stop_timeout_s=5.0)
+
+
+def _console(tmp_path: Path) -> tuple[UpConsole, io.StringIO]:
+    console = UpConsole("http://localhost:1", tmp_path / "logs", is_verbose=False)
+    out = io.StringIO()
+    console._out = Console(file=out, width=200)
+    return console, out
+
+
+async def test_a_killed_service_is_started_again_and_all_stop_cleanly(tmp_path):
+    console, out = _console(tmp_path)
+    supervisor = Supervisor([_spec(tmp_path / "a")], tmp_path / "logs", console)
+    running = asyncio.create_task(supervisor.run())
+    process = supervisor.processes["engine"]
+    await asyncio.wait_for(process.is_ready.wait(), 20)
+    first_pid = process.pid
+    (tmp_path / "a" / "ready").unlink()
+    os.kill(first_pid, signal.SIGKILL)
+    while process.pid == first_pid or not process.is_ready.is_set():
+        await asyncio.sleep(0.02)
+    supervisor.request_stop()
+    assert await asyncio.wait_for(running, 20) == 0
+    assert (tmp_path / "a" / "stopped_cleanly").exists()
+    text = out.getvalue()
+    assert "was killed by signal 9" in text
+    assert "Ready: http://localhost:1" in text
+    assert "hello port=1" in text
+    assert (tmp_path / "logs" / "engine.log").read_text().count("hello") == 2
+
+
+async def test_a_service_that_cannot_start_ends_everything_with_its_last_lines(tmp_path):
+    console, out = _console(tmp_path)
+    broken = _spec(tmp_path / "b", "gateway", "print('bad setting: port'); raise SystemExit(3)")
+    supervisor = Supervisor([_spec(tmp_path / "a"), broken], tmp_path / "logs", console)
+    assert await asyncio.wait_for(supervisor.run(), 30) == 1
+    assert "gateway could not start" in out.getvalue()
+    assert "bad setting: port" in out.getvalue()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "a" / "pid").read_text()), 0)
+
+
+def test_a_port_in_use_is_refused_before_anything_starts():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(PortInUse, match=str(taken.getsockname()[1])):
+            check_port("127.0.0.1", taken.getsockname()[1])
+
+
+def test_one_state_folder_belongs_to_one_supervisor(tmp_path):
+    lock = StateDirLock(tmp_path)
+    with pytest.raises(StateDirInUse):
+        StateDirLock(tmp_path)
+    lock.release()
+    StateDirLock(tmp_path).release()
+
+
+@pytest.mark.parametrize("model", ["./nowhere", "/nowhere/at/all", "nowhere"])
+def test_a_model_folder_that_is_not_there_is_refused(model, tmp_path):
+    with pytest.raises(ModelNotFound):
+        build_options(
+            model=model, host="127.0.0.1", port=0, state_dir=tmp_path, served_model_name=None, device=None
+        )
+
+
+def test_a_long_state_folder_gets_a_short_folder_for_sockets(tmp_path):
+    deep = tmp_path / ("x" * 90)
+    deep.mkdir()
+    run_dir = make_run_dir(deep)
+    assert len(str(run_dir)) < 70
+    run_dir.rmdir()
+
+
+def test_an_external_redis_replaces_the_private_one(tmp_path):
+    options = UpOptions("m", False, "127.0.0.1", 1, tmp_path, tmp_path, redis_url="redis://elsewhere:6379")
+    specs = {spec.name: spec for spec in build_specs(options)}
+    assert "redis" not in specs
+    assert specs["trainer"].env["KILN_TRAINER_REDIS_URL"] == "redis://elsewhere:6379"
