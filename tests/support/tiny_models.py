@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kiln_nn.config import ModelConfig
-from kiln_nn.weights.names import TensorSpec, expected_tensors
 from safetensors.torch import load_file, save_file
+
+from kiln_nn.config import ModelConfig
+from kiln_nn.lora import AdapterTensors, LoraSpec, lora_shapes
+from kiln_nn.weights.names import TensorSpec, expected_tensors
 
 MAX_HALF_LIFE_TOKENS = 4096
 _DT_BIAS = 1.0
@@ -117,6 +119,18 @@ def random_tensors(config: ModelConfig, seed: int = 0) -> dict[str, torch.Tensor
     generator = torch.Generator().manual_seed(seed)
     specs = expected_tensors(config, include_mtp=True)
     return {name: _draw(name, spec, generator) for name, spec in specs.items()}
+
+
+def random_adapter(config: ModelConfig, spec: LoraSpec, seed: int = 0) -> AdapterTensors:
+    """A and B with random values (B too, unlike a fresh adapter's), large enough to change answers."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        path: (
+            torch.randn(spec.rank, in_features, generator=generator) / math.sqrt(in_features),
+            torch.randn(out_features, spec.rank, generator=generator) * 0.2 / spec.scaling,
+        )
+        for path, (in_features, out_features) in lora_shapes(config, spec).items()
+    }
 
 
 def write_safetensors(folder: Path, tensors: dict[str, torch.Tensor], num_shards: int = 1) -> None:
