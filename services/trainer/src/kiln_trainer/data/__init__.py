@@ -1,0 +1,1 @@
+"""Documents, their per-token streams, and how they are packed into micro-batches."""

@@ -1,0 +1,111 @@
+"""The loss of each scored token, from its log-probability and its streams.
+
+Three policies meet in a policy token: the *sampler* that drew it (the engine, in its arithmetic),
+*old*, the trainer's policy when the job began, and the current one.
+
+Legend: `S` scored tokens of a micro-batch.
+
+Papers: Schulman et al. 2017, PPO (arXiv 1707.06347), the clipped ratio; Yu et al. 2025, DAPO
+(arXiv 2503.14476), its two different bounds; Schulman 2020, "Approximating KL divergence", k1 to k3;
+Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training", the
+truncated correction between sampler and trainer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from kiln_trainer.data.packing import PackedBatch
+from kiln_trainer.recipes.options import KlEstimator, PolicyObjective
+
+_MAX_LOG_RATIO = 20.0  # e^20 is far outside every clip range, and its square is still finite
+
+
+@dataclass(frozen=True)
+class PolicyLosses:
+    """Per scored token: the loss, and what is worth knowing about it (all but loss_S detached).
+
+    `old_logprob_S` has the gaps of the batch's stream filled where they could be, `kl_S` is zero
+    without a reference, `mismatch_S` (the k3 estimate of KL(sampler || trainer)) is NaN where
+    sampler or old policy is unknown.
+    """
+
+    loss_S: torch.Tensor
+    old_logprob_S: torch.Tensor
+    kl_S: torch.Tensor
+    is_clipped_S: torch.Tensor
+    mismatch_S: torch.Tensor
+
+
+def cross_entropy(logprob_S: torch.Tensor) -> torch.Tensor:
+    """Surprise at each target."""
+    return -logprob_S
+
+
+def policy_losses(
+    logprob_S: torch.Tensor, batch: PackedBatch, objective: PolicyObjective, *, is_first_step: bool
+) -> PolicyLosses:
+    """The clipped policy loss with its correction and its pull towards the reference.
+
+    The ratio's denominator is the sampler's log-probability where it is known and importance_mode
+    is "none"; otherwise the old policy's, and the distance from the sampler to it becomes a
+    weight of at most importance_cap.
+
+    `is_first_step`: nothing was updated yet, so the current policy is the old one.
+    """
+    now_S = logprob_S.detach()
+    old_S, sampler_S = batch.old_logprob_S, batch.sampler_logprob_S
+    if is_first_step:
+        old_S = torch.where(old_S.isnan(), now_S, old_S)
+    if objective.importance_mode == "none":
+        behaviour_S = torch.where(sampler_S.isnan(), old_S, sampler_S)
+    else:
+        behaviour_S = old_S
+    ratio_S = (logprob_S - behaviour_S).clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO).exp()
+    clipped_S = ratio_S.clamp(1 - objective.clip_low, 1 + objective.clip_high)
+    gain_S = torch.minimum(ratio_S * batch.advantage_S, clipped_S * batch.advantage_S)
+    loss_S = -importance_weights(old_S - sampler_S, batch, objective) * gain_S
+    kl_S = torch.zeros_like(now_S)
+    if objective.kl_coef:
+        penalty_S, kl_S = kl_penalty(logprob_S, batch.reference_logprob_S, objective.kl_estimator)
+        loss_S = loss_S + objective.kl_coef * penalty_S
+    is_clipped_S = torch.where(
+        batch.advantage_S > 0, ratio_S > 1 + objective.clip_high, ratio_S < 1 - objective.clip_low
+    ) & (batch.advantage_S != 0)
+    distance_S = (old_S - sampler_S).clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
+    return PolicyLosses(loss_S, old_S, kl_S, is_clipped_S, distance_S.expm1() - distance_S)
+
+
+def importance_weights(
+    log_ratio_S: torch.Tensor, batch: PackedBatch, objective: PolicyObjective
+) -> torch.Tensor:
+    """How much more likely the old policy draws each token (or its whole completion) than the sampler.
+
+    `log_ratio_S` is old - sampler, NaN where either is unknown, which weighs 1. Cut off at
+    `importance_cap`: an unbounded weight has an unbounded variance.
+    """
+    if objective.importance_mode == "none":
+        return torch.ones_like(log_ratio_S)
+    log_ratio_S = log_ratio_S.nan_to_num(nan=0.0)
+    if objective.importance_mode == "sequence":
+        per_document = log_ratio_S.new_zeros(batch.num_documents)
+        log_ratio_S = per_document.index_add(0, batch.document_S, log_ratio_S)[batch.document_S]
+    return log_ratio_S.clamp(max=_MAX_LOG_RATIO).exp().clamp(max=objective.importance_cap)
+
+
+def kl_penalty(
+    logprob_S: torch.Tensor, reference_S: torch.Tensor, estimator: KlEstimator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What to minimise, and the (detached) estimate of KL(policy || reference) it stands for.
+
+    k1 is the plain difference. Its own gradient vanishes in expectation, so it is taken through
+    the choice of the token instead: the estimate times the gradient of its log-probability.
+    """
+    distance_S = (reference_S - logprob_S).clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
+    if estimator == "k1":
+        estimate_S = -distance_S.detach()
+        return estimate_S * (1 + logprob_S - logprob_S.detach()), estimate_S
+    penalty_S = distance_S.square() / 2 if estimator == "k2" else distance_S.expm1() - distance_S
+    return penalty_S, penalty_S.detach()

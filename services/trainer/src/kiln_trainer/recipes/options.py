@@ -1,0 +1,137 @@
+"""A job's settings as the recipes and the optimiser read them: protobuf zeros become the defaults.
+
+A field that a gRPC client leaves out arrives as zero or the empty string; this is the one place
+that says what it then means.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, cast, get_args
+
+from kiln_common.errors import InvalidValue
+from kiln_common.pb import trainer_pb2
+from kiln_trainer.recipes.errors import DropoutNotBuilt, TrainingOptionNotBuilt, UnknownOption
+
+Schedule = Literal["constant", "linear", "cosine"]
+LossType = Literal["grpo", "dr_grpo"]
+KlEstimator = Literal["k1", "k2", "k3"]
+ImportanceMode = Literal["none", "token", "sequence"]
+RewardScale = Literal["group", "batch", "none"]
+
+_LATER_LOSS_TYPES = ("dapo", "gspo", "cispo")
+
+
+@dataclass(frozen=True)
+class OptimizerOptions:
+    """AdamW and its learning-rate schedule. `max_grad_norm` 0 does not clip."""
+
+    learning_rate: float
+    weight_decay: float = 0.0
+    max_grad_norm: float = 0.0
+    warmup_ratio: float = 0.0
+    schedule: Schedule = "constant"
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+
+    @classmethod
+    def from_proto(cls, wire: trainer_pb2.OptimizerConfig) -> OptimizerOptions:
+        """Read the wire form; beta1, beta2 and eps of 0 mean their defaults."""
+        for name in ("learning_rate", "weight_decay", "max_grad_norm", "warmup_ratio"):
+            value = getattr(wire, name)
+            if not 0 <= value < float("inf"):
+                raise InvalidValue(f"{name} is {value}, it must be finite and at least 0", param=name)
+        return cls(
+            learning_rate=wire.learning_rate,
+            weight_decay=wire.weight_decay,
+            max_grad_norm=wire.max_grad_norm,
+            warmup_ratio=wire.warmup_ratio,
+            schedule=cast(Schedule, _choice("schedule", wire.schedule or "constant", get_args(Schedule))),
+            beta1=wire.adam_beta1 or cls.beta1,
+            beta2=wire.adam_beta2 or cls.beta2,
+            eps=wire.adam_eps or cls.eps,
+        )
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How often the data is gone through, and how it is cut into optimiser steps.
+
+    `gradient_accumulation` counts the micro-batches of one step; 0 puts a whole epoch into each.
+    """
+
+    epochs: int = 1
+    batch_tokens: int = 4096
+    gradient_accumulation: int = 0
+    seed: int = 0
+    checkpoint_every: int = 10
+
+    @classmethod
+    def from_proto(cls, wire: trainer_pb2.JobConfig) -> RunOptions:
+        """Read the wire form; 0 means the default, but for gradient_accumulation and seed.
+
+        Raises:
+            DropoutNotBuilt: the adapter is to be trained with dropout.
+        """
+        if wire.lora.dropout:
+            raise DropoutNotBuilt(wire.lora.dropout)
+        return cls(
+            epochs=wire.epochs or cls.epochs,
+            batch_tokens=wire.batch_tokens or cls.batch_tokens,
+            gradient_accumulation=wire.gradient_accumulation,
+            seed=wire.seed,
+            checkpoint_every=wire.checkpoint_every or cls.checkpoint_every,
+        )
+
+
+@dataclass(frozen=True)
+class PolicyObjective:
+    """The clipped policy loss and what is added to it; see recipes/losses.py."""
+
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    kl_coef: float = 0.0
+    kl_estimator: KlEstimator = "k3"
+    importance_mode: ImportanceMode = "token"
+    importance_cap: float = 2.0
+
+
+@dataclass(frozen=True)
+class GrpoOptions:
+    """How rewards become advantages, and the objective they enter."""
+
+    loss_type: LossType = "grpo"
+    scale_rewards: RewardScale = "group"
+    objective: PolicyObjective = PolicyObjective()
+
+    @classmethod
+    def from_proto(cls, wire: trainer_pb2.GrpoLoss) -> GrpoOptions:
+        """Read the wire form; 0 and "" mean the defaults, but for kl_coef.
+
+        Raises:
+            UnknownOption, TrainingOptionNotBuilt: a variant that does not exist (yet).
+        """
+        if wire.type in _LATER_LOSS_TYPES:
+            raise TrainingOptionNotBuilt(
+                f"loss type {wire.type} is not built yet", hint="Use grpo or dr_grpo.", param="loss.type"
+            )
+        loss_type = _choice("loss.type", wire.type or "grpo", get_args(LossType))
+        estimator = _choice("loss.kl.estimator", wire.kl_estimator or "k3", get_args(KlEstimator))
+        mode = _choice("loss.importance.mode", wire.importance_mode or "token", get_args(ImportanceMode))
+        scale = _choice("loss.scale_rewards", wire.scale_rewards or "group", get_args(RewardScale))
+        objective = PolicyObjective(
+            clip_low=wire.clip_low or PolicyObjective.clip_low,
+            clip_high=wire.clip_high or PolicyObjective.clip_high,
+            kl_coef=wire.kl_coef,
+            kl_estimator=cast(KlEstimator, estimator),
+            importance_mode=cast(ImportanceMode, mode),
+            importance_cap=wire.importance_cap or PolicyObjective.importance_cap,
+        )
+        return cls(cast(LossType, loss_type), cast(RewardScale, scale), objective)
+
+
+def _choice(field: str, value: str, known: tuple[str, ...]) -> str:
+    if value not in known:
+        raise UnknownOption(field, value, known)
+    return value
