@@ -1,0 +1,130 @@
+"""Client of the registry service."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from kiln_common.errors import KilnError, RegistryUnavailable
+from kiln_common.pb import common_pb2, registry_pb2, registry_pb2_grpc
+from kiln_common.rpc import from_rpc_error, open_channel
+
+CHUNK_BYTES = 1024 * 1024
+
+
+class BlobCorrupt(KilnError):
+    """The bytes that arrived are not the ones their hash names."""
+
+    code = "blob_corrupt"
+    hint = "Fetch again; if it persists, the registry's disk damaged the file: publish it anew."
+
+
+class RegistryClient:
+    """Typed calls to one registry; errors come back as KilnError with the registry's code.
+
+    Every call may raise RegistryUnavailable. `timeout_s` bounds a call, `transfer_timeout_s` one
+    that carries an adapter's bytes.
+    """
+
+    def __init__(self, address: str, *, timeout_s: float = 10.0, transfer_timeout_s: float = 300.0) -> None:
+        self._channel = open_channel(address)
+        self._stub = registry_pb2_grpc.RegistryStub(self._channel)
+        self._timeout_s = timeout_s
+        self._transfer_timeout_s = transfer_timeout_s
+
+    async def close(self) -> None:
+        await self._channel.close()
+
+    async def register_base_model(self, base_model: common_pb2.BaseModel) -> None:
+        """Announce a base model and the modules its adapters may touch. Idempotent."""
+        request = registry_pb2.RegisterBaseModelRequest(base_model=base_model)
+        await self._call(self._stub.RegisterBaseModel, request)
+
+    async def publish(
+        self, header: registry_pb2.PublishHeader, safetensors: bytes | Path
+    ) -> registry_pb2.AdapterVersion:
+        """Publish one version from adapter_model.safetensors, given as bytes or as a file.
+
+        Idempotent by header.publish_key; nothing is visible unless this returns.
+        """
+        try:
+            return await self._stub.Publish(
+                _publish_parts(header, safetensors), timeout=self._transfer_timeout_s
+            )
+        except grpc.RpcError as error:
+            raise from_rpc_error(error, "registry", RegistryUnavailable) from error
+
+    async def resolve(self, reference: str) -> registry_pb2.AdapterVersion:
+        """The version that "name" or "name@3" means now. Raises adapter_not_found."""
+        return await self._call(self._stub.Resolve, registry_pb2.ResolveRequest(reference=reference))
+
+    async def get(self, name: str) -> registry_pb2.Adapter:
+        """A name with all its versions. Raises adapter_not_found."""
+        return await self._call(self._stub.GetAdapter, registry_pb2.GetAdapterRequest(name=name))
+
+    async def list(self) -> list[registry_pb2.Adapter]:
+        """Every name with its versions, in order of the names."""
+        answer = await self._call(self._stub.ListAdapters, registry_pb2.ListAdaptersRequest())
+        return [*answer.adapters]
+
+    async def fetch(self, sha256: str) -> bytes:
+        """The bytes of adapter_model.safetensors, checked against their hash.
+
+        Raises:
+            BlobCorrupt: they do not match. Also blob_not_found (remote).
+        """
+        parts = []
+        try:
+            async for answer in self._stub.Fetch(
+                registry_pb2.FetchRequest(sha256=sha256), timeout=self._transfer_timeout_s
+            ):
+                parts.append(answer.chunk)
+        except grpc.RpcError as error:
+            raise from_rpc_error(error, "registry", RegistryUnavailable) from error
+        content = b"".join(parts)
+        found = hashlib.sha256(content).hexdigest()
+        if found != sha256:
+            raise BlobCorrupt(f"asked for the bytes {sha256}, got {len(content)} bytes of hash {found}")
+        return content
+
+    async def set_default(self, reference: str) -> registry_pb2.AdapterVersion | None:
+        """Attach a version as the deployment's default; an empty reference detaches (None)."""
+        request = registry_pb2.SetDefaultRequest(reference=reference)
+        answer = await self._call(self._stub.SetDefault, request)
+        return answer.attached if answer.HasField("attached") else None
+
+    async def get_default(self) -> registry_pb2.AdapterVersion | None:
+        """The attached version, or None."""
+        answer = await self._call(self._stub.GetDefault, registry_pb2.GetDefaultRequest())
+        return answer.attached if answer.HasField("attached") else None
+
+    async def delete(self, name: str, version: int = 0) -> int:
+        """Delete a version, or all of the name (version 0); returns how many.
+
+        Raises adapter_in_use while one of them is attached, and adapter_not_found.
+        """
+        request = registry_pb2.DeleteVersionRequest(name=name, version=version)
+        return (await self._call(self._stub.DeleteVersion, request)).num_deleted
+
+    async def _call(self, method: Any, request: Any) -> Any:
+        try:
+            return await method(request, timeout=self._timeout_s)
+        except grpc.RpcError as error:
+            raise from_rpc_error(error, "registry", RegistryUnavailable) from error
+
+
+async def _publish_parts(
+    header: registry_pb2.PublishHeader, safetensors: bytes | Path
+) -> AsyncIterator[registry_pb2.PublishRequest]:
+    yield registry_pb2.PublishRequest(header=header)
+    if isinstance(safetensors, bytes):
+        for start in range(0, len(safetensors), CHUNK_BYTES):
+            yield registry_pb2.PublishRequest(chunk=safetensors[start : start + CHUNK_BYTES])
+        return
+    with safetensors.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            yield registry_pb2.PublishRequest(chunk=chunk)

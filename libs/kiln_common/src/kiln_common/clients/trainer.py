@@ -1,0 +1,68 @@
+"""Client of the trainer service."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+
+from kiln_common.errors import TrainerUnavailable
+from kiln_common.pb import trainer_pb2, trainer_pb2_grpc
+from kiln_common.rpc import from_rpc_error, open_channel
+
+
+class TrainerClient:
+    """Typed calls to one trainer; errors come back as KilnError with the trainer's code.
+
+    Every call may raise TrainerUnavailable, and queue_unavailable while Redis is away.
+    """
+
+    def __init__(self, address: str, *, timeout_s: float = 15.0) -> None:
+        self._channel = open_channel(address)
+        self._stub = trainer_pb2_grpc.TrainerStub(self._channel)
+        self._timeout_s = timeout_s
+
+    async def close(self) -> None:
+        await self._channel.close()
+
+    async def submit(self, request: trainer_pb2.SubmitRequest) -> trainer_pb2.Job:
+        """Hand over a job; when this returns, the job is durable."""
+        return await self._call(self._stub.Submit, request)
+
+    async def get(self, job_id: str) -> trainer_pb2.Job:
+        """One job with its history. Raises job_not_found."""
+        return await self._call(self._stub.GetJob, trainer_pb2.GetJobRequest(id=job_id))
+
+    async def list(self, limit: int = 0) -> list[trainer_pb2.Job]:
+        """The newest `limit` jobs (0 means 100), without their histories."""
+        answer = await self._call(self._stub.ListJobs, trainer_pb2.ListJobsRequest(limit=limit))
+        return [*answer.jobs]
+
+    async def cancel(self, job_id: str) -> trainer_pb2.Job:
+        """Cancel: at once while queued, at the next step boundary while running."""
+        return await self._call(self._stub.CancelJob, trainer_pb2.CancelJobRequest(id=job_id))
+
+    async def watch(self, job_id: str, after_event_id: str = "") -> AsyncIterator[trainer_pb2.JobEvent]:
+        """Events after `after_event_id`, then new ones until the job has ended.
+
+        The call is cancelled when the iterator is closed.
+        """
+        request = trainer_pb2.WatchJobRequest(id=job_id, after_event_id=after_event_id)
+        call = self._stub.WatchJob(request)
+        try:
+            async for event in call:
+                yield event
+        except grpc.RpcError as error:
+            raise from_rpc_error(error, "trainer", TrainerUnavailable) from error
+        finally:
+            call.cancel()
+
+    async def status(self) -> trainer_pb2.TrainerStatus:
+        return await self._call(self._stub.GetStatus, trainer_pb2.GetTrainerStatusRequest())
+
+    async def _call(self, method: Any, request: Any) -> Any:
+        try:
+            return await method(request, timeout=self._timeout_s)
+        except grpc.RpcError as error:
+            raise from_rpc_error(error, "trainer", TrainerUnavailable) from error
