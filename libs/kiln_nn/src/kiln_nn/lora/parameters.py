@@ -1,0 +1,134 @@
+"""An adapter that learns: float32 parameters beside a frozen base model.
+
+Legend: `I` inputs and `O` outputs of a linear layer, `r` rank.
+
+Paper: Hu et al. 2021, LoRA (arXiv 2106.09685).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+import torch.nn.functional as F
+
+from kiln_nn.blocks.linear import LinearFn, Weights
+from kiln_nn.config import ModelConfig
+from kiln_nn.errors import InvalidAdapter, name_list
+from kiln_nn.kernels.lora import lora_delta
+from kiln_nn.lora.peft_format import AdapterTensors
+from kiln_nn.lora.spec import LoraSpec, lora_shapes
+
+_SIDES = ("lora_A", "lora_B")
+
+
+class LoraParameters:
+    """A and B of every adapted linear layer, as leaves that receive gradients.
+
+    Usage: `model.hidden_states(ids, cu_seqlens, lora.linear_fn(weights))`; the base model
+    alone, such as GRPO's reference policy, is `linear=None`.
+    """
+
+    def __init__(self, spec: LoraSpec, tensors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Copy `tensors` (module path -> A `[r, I]`, B `[O, r]`) into parameters of their own."""
+        self.spec = spec
+        self._pairs = {
+            path: (torch.nn.Parameter(a.detach().clone()), torch.nn.Parameter(b.detach().clone()))
+            for path, (a, b) in tensors.items()
+        }
+
+    @classmethod
+    def create(
+        cls,
+        config: ModelConfig,
+        spec: LoraSpec,
+        *,
+        seed: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> LoraParameters:
+        """Start as PEFT does: A uniform within 1/sqrt(I), B zero, so the first step is the base model.
+
+        The draws are made on the CPU in float32: one seed gives one adapter on every device.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        tensors = {}
+        for path, (num_inputs, num_outputs) in lora_shapes(config, spec).items():
+            uniform = torch.rand(spec.rank, num_inputs, generator=generator)
+            a = (2 * uniform - 1) / num_inputs**0.5
+            b = torch.zeros(num_outputs, spec.rank)
+            tensors[path] = (a.to(device, dtype), b.to(device, dtype))
+        return cls(spec, tensors)
+
+    @classmethod
+    def from_tensors(
+        cls,
+        config: ModelConfig,
+        spec: LoraSpec,
+        tensors: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
+        *,
+        device: torch.device | str = "cpu",
+    ) -> LoraParameters:
+        """Go on from an adapter that exists and covers exactly the layers of `spec`.
+
+        Raises:
+            InvalidAdapter: it has other layers than `spec` targets, or a tensor of another shape.
+        """
+        shapes = lora_shapes(config, spec)
+        unknown = sorted(tensors.keys() - shapes.keys())
+        if unknown:
+            raise InvalidAdapter(f"the adapter has layers outside its targets: {name_list(unknown)}")
+        missing = sorted(shapes.keys() - tensors.keys())
+        if missing:
+            raise InvalidAdapter(f"the adapter lacks targeted layers: {name_list(missing)}")
+        copies = {}
+        for path, (num_inputs, num_outputs) in shapes.items():
+            a, b = tensors[path]
+            if tuple(a.shape) != (spec.rank, num_inputs) or tuple(b.shape) != (num_outputs, spec.rank):
+                raise InvalidAdapter(f"{path}: A {list(a.shape)}, B {list(b.shape)} do not fit")
+            copies[path] = (a.to(device, torch.float32), b.to(device, torch.float32))
+        return cls(spec, copies)
+
+    def linear_fn(self, weights: Weights) -> LinearFn:
+        """The base model's linear layers with this adapter added where it has one."""
+        pairs, scale = self._pairs, self.spec.scaling
+
+        def linear(module_path: str, x: torch.Tensor) -> torch.Tensor:
+            y = F.linear(x, weights[module_path + ".weight"])
+            pair = pairs.get(module_path)
+            return y if pair is None else y + lora_delta(x, *pair, scale).to(y.dtype)
+
+        return linear
+
+    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """All parameters as (`<module path>.lora_A` or `.lora_B`, parameter), always in one order."""
+        for path, pair in self._pairs.items():
+            for side, parameter in zip(_SIDES, pair, strict=True):
+                yield f"{path}.{side}", parameter
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """The parameters, for an optimiser."""
+        return [parameter for _, parameter in self.named_parameters()]
+
+    def tensors(self) -> AdapterTensors:
+        """The present values by module path, detached and not copied: what `write_adapter` takes."""
+        return {path: (a.detach(), b.detach()) for path, (a, b) in self._pairs.items()}
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The present values by parameter name, detached and not copied: for a checkpoint."""
+        return {name: parameter.detach() for name, parameter in self.named_parameters()}
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Take over a checkpoint's values in place.
+
+        Raises:
+            InvalidAdapter: names or shapes are not exactly this adapter's; nothing was changed.
+        """
+        own = dict(self.named_parameters())
+        wrong = sorted(own.keys() ^ state.keys())
+        wrong += [name for name in sorted(own.keys() & state.keys()) if own[name].shape != state[name].shape]
+        if wrong:
+            raise InvalidAdapter(f"the checkpoint does not fit this adapter: {name_list(wrong)}")
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(state[name])
