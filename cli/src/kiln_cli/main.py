@@ -89,6 +89,25 @@ def up(
 
 
 @app.command()
+def demo(
+    seed: Annotated[int, typer.Option(help="Order of prompts and shuffling.")] = 0,
+    rounds: Annotated[int, typer.Option(help="Sample, score, train: how often.", min=1)] = 6,
+    state_dir: Annotated[
+        Path | None,
+        typer.Option(help="Keep state and logs here. A temporary folder when left out.", show_default=False),
+    ] = None,
+) -> None:
+    """Start a stack of its own, let the demo model learn courtesy from a reward, and measure it.
+
+    Takes a few minutes; the last line is JSON. Example: [bold]kiln demo | tail -1[/bold]
+    """
+    from kiln_cli.demo.learning import LearningPlan
+    from kiln_cli.demo.run import demo as run
+
+    raise typer.Exit(run(seed, state_dir, LearningPlan(num_rounds=rounds)))
+
+
+@app.command()
 def version() -> None:
     """Print the version."""
     typer.echo(kiln_cli.__version__)

@@ -38,6 +38,10 @@ class Supervisor:
     def request_stop(self) -> None:
         self._stop_requested.set()
 
+    async def wait_until_ready(self) -> None:
+        """Return once every service has answered its probe."""
+        await asyncio.gather(*(process.is_ready.wait() for process in self.processes.values()))
+
     async def run(self) -> int:
         """Run until asked to stop. Returns the exit code: 1 when a service could not start."""
         loop = asyncio.get_running_loop()
@@ -58,7 +62,7 @@ class Supervisor:
         return 0
 
     async def _announce_when_ready(self) -> None:
-        await asyncio.gather(*(process.is_ready.wait() for process in self.processes.values()))
+        await self.wait_until_ready()
         self._console.all_ready()
 
     def _service_exited(self, name: str, code: int, delay_s: float) -> None:
