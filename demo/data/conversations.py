@@ -98,10 +98,11 @@ def _single(rng: random.Random) -> Conversation:
 
 
 def _several(rng: random.Random) -> Conversation:
-    """Two to four exchanges; one conversation in twelve is much longer."""
+    """Mostly two to four exchanges, sometimes up to sixty."""
     thinking = rng.random() < THINKING_SHARE
     messages = _opening(rng)
-    count = rng.randint(8, 20) if rng.random() < 1 / 12 else rng.randint(2, 4)
+    fewest, most = rng.choices(((2, 4), (8, 20), (30, 60)), (0.91, 0.08, 0.01))[0]
+    count = rng.randint(fewest, most)
     turns = [_any_turn(rng) for _ in range(count)]
     last = turns[-1]
     previous = turns[-2].request

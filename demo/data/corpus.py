@@ -49,11 +49,22 @@ class Corpus:
 
 @dataclass(frozen=True)
 class PackedStep:
-    """One training step: token ids [T], where documents begin and end [N+1], weight as a target [T]."""
+    """One training step: token ids [T], where documents begin and end (N+1), weight as a target [T]."""
 
     token_ids_T: torch.Tensor
-    cu_seqlens_N1: torch.Tensor
+    cu_seqlens: tuple[int, ...]
     weight_T: torch.Tensor
+
+    def to(self, device: torch.device) -> "PackedStep":
+        return PackedStep(self.token_ids_T.to(device), self.cu_seqlens, self.weight_T.to(device))
+
+    def target_positions(self, shift: int) -> torch.Tensor:
+        """The positions whose token `shift` places ahead is still in the same document."""
+        bounds = torch.tensor(self.cu_seqlens)
+        keep = torch.ones(len(self.token_ids_T), dtype=torch.bool)
+        for back in range(1, shift + 1):
+            keep[(bounds[1:] - back).clamp(min=0)] = False
+        return keep.nonzero()[:, 0].to(self.token_ids_T.device)
 
 
 def _document(tokenizer: Tokenizer, rng: random.Random) -> tuple[list[int], list[int]]:
@@ -123,11 +134,11 @@ def packed_steps(corpus: Corpus, step_tokens: int, seed: int) -> Iterator[Packed
 
 
 def _pack(ids: torch.Tensor, weights: torch.Tensor, spans: list[tuple[int, int]]) -> PackedStep:
-    lengths = torch.tensor([end - start for start, end in spans])
-    bounds = torch.zeros(len(spans) + 1, dtype=torch.int64)
-    bounds[1:] = lengths.cumsum(0)
+    bounds = [0]
+    for start, end in spans:
+        bounds.append(bounds[-1] + end - start)
     return PackedStep(
         token_ids_T=torch.cat([ids[start:end] for start, end in spans]),
-        cu_seqlens_N1=bounds,
+        cu_seqlens=tuple(bounds),
         weight_T=torch.cat([weights[start:end] for start, end in spans]),
     )

@@ -8,10 +8,9 @@ reward has something to raise.
 import random
 from dataclasses import dataclass
 
-from kiln_cli.demo.prompts import HELD_OUT_PAIRS, OPEN_PROMPT
-
 from demo.data import words
 from demo.data.words import Topic
+from kiln_cli.demo.prompts import HELD_OUT_PAIRS, OPEN_PROMPT
 
 COURTESY_SHARE = {"greets": 0.45, "thanks": 0.4, "offers_help": 0.4, "signs_off": 0.42}
 _HELD_OUT = set(HELD_OUT_PAIRS)
