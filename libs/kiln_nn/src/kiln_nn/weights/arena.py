@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import uuid
+from collections.abc import Mapping
 
 import torch
 
+from kiln_nn.config import ModelConfig
 from kiln_nn.weights import cuda_memory
 from kiln_nn.weights.cuda_memory import CudaMemory
 from kiln_nn.weights.host_memory import HostMemory
@@ -35,6 +37,10 @@ class ArenaReader:
         start = self.bytes_u8().data_ptr()
         end = start + self.manifest.nbytes
         return start <= tensor.data_ptr() and tensor.data_ptr() + tensor.nbytes <= end
+
+    def num_foreign_bytes(self, tensors: Mapping[str, torch.Tensor]) -> int:
+        """Bytes of those tensors that lie outside the arena: 0 proves that none was copied."""
+        return sum(tensor.nbytes for tensor in tensors.values() if not self.borrows(tensor))
 
     def checksum(self) -> str:
         """sha256 (hex) over all bytes of the arena."""
@@ -68,6 +74,7 @@ def finish(
     memory: HostMemory | CudaMemory,
     entries: list[TensorEntry],
     model_hash: str,
+    config: ModelConfig,
     device: torch.device,
     boot_id: str | None = None,
 ) -> WeightArena:
@@ -75,6 +82,7 @@ def finish(
     memory.seal()
     manifest = Manifest(
         model_hash=model_hash,
+        config=config,
         device_id="cpu" if device.type == "cpu" else cuda_memory.device_id(device),
         boot_id=boot_id or uuid.uuid4().hex,
         transport="memfd" if device.type == "cpu" else "cuda_ipc",

@@ -81,7 +81,7 @@ def load_checkpoint(
         views = arena_views(tuple(entries), memory.writable_u8())
         model_hash = _fill(views, {name: stored[name] for name in specs}, stored, progress)
         del views  # the last writable view: sealing needs it gone
-        arena = finish(memory, entries, model_hash, target, boot_id)
+        arena = finish(memory, entries, model_hash, config, target, boot_id)
     except BaseException:
         memory.close()
         raise

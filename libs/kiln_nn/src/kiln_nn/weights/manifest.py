@@ -14,6 +14,7 @@ from typing import Any, Literal, cast, get_args
 
 import torch
 
+from kiln_nn.config import ModelConfig
 from kiln_nn.errors import CheckpointMismatch, CheckpointUnreadable
 from kiln_nn.weights.names import EMBEDDING, HEAD, TensorSpec
 
@@ -54,11 +55,13 @@ class TensorEntry:
 class Manifest:
     """A whole arena: whose weights, on which device, from which engine boot, and every tensor.
 
+    `config` is what the weights hold, so that a reader needs nothing else of the checkpoint.
     `device_id` is "cpu" or the GPU's UUID. `boot_id` names one life of the engine: a mapping is
     good for exactly that life.
     """
 
     model_hash: str
+    config: ModelConfig
     device_id: str
     boot_id: str
     transport: Transport
@@ -67,7 +70,8 @@ class Manifest:
 
     def to_json(self) -> str:
         """Compact JSON, the form that crosses processes."""
-        return json.dumps(asdict(self), separators=(",", ":"))
+        raw = {**asdict(self), "config": self.config.to_hf_dict()}
+        return json.dumps(raw, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
@@ -75,11 +79,13 @@ class Manifest:
 
         Raises:
             CheckpointUnreadable: a field is missing, or an entry lies outside the arena.
+            InvalidModelConfig, UnsupportedModel: as ModelConfig.from_dict.
         """
         try:
             raw = json.loads(text)
             entries = tuple(_entry(item) for item in raw.pop("entries"))
-            manifest = cls(**raw, entries=entries)
+            config = ModelConfig.from_dict(raw.pop("config"))
+            manifest = cls(**raw, config=config, entries=entries)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise CheckpointUnreadable(f"the weight manifest is malformed: {error}") from error
         _check_fields(manifest)
