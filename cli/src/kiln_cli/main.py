@@ -82,7 +82,7 @@ def up(
     )
     console.starting("the demo model" if options.is_demo_model else options.model, options.state_dir)
     try:
-        code = asyncio.run(Supervisor(build_specs(options), log_dir, console).run())
+        code = asyncio.run(Supervisor(build_specs(options), options.state_dir, console).run())
     finally:
         lock.release()
     raise typer.Exit(code)

@@ -50,7 +50,7 @@ def _console(tmp_path: Path) -> tuple[UpConsole, io.StringIO]:
 
 async def test_a_killed_service_is_started_again_and_all_stop_cleanly(tmp_path):
     console, out = _console(tmp_path)
-    supervisor = Supervisor([_spec(tmp_path / "a")], tmp_path / "logs", console)
+    supervisor = Supervisor([_spec(tmp_path / "a")], tmp_path, console)
     running = asyncio.create_task(supervisor.run())
     process = supervisor.processes["engine"]
     await asyncio.wait_for(process.is_ready.wait(), 20)
@@ -72,7 +72,7 @@ async def test_a_killed_service_is_started_again_and_all_stop_cleanly(tmp_path):
 async def test_a_service_that_cannot_start_ends_everything_with_its_last_lines(tmp_path):
     console, out = _console(tmp_path)
     broken = _spec(tmp_path / "b", "gateway", "print('bad setting: port'); raise SystemExit(3)")
-    supervisor = Supervisor([_spec(tmp_path / "a"), broken], tmp_path / "logs", console)
+    supervisor = Supervisor([_spec(tmp_path / "a"), broken], tmp_path, console)
     assert await asyncio.wait_for(supervisor.run(), 30) == 1
     assert "gateway could not start" in out.getvalue()
     assert "bad setting: port" in out.getvalue()

@@ -46,7 +46,7 @@ async def running_stack(options: UpOptions) -> AsyncIterator[str]:
     log_dir = options.state_dir / "logs"
     console = UpConsole(url, log_dir, is_verbose=False)
     console.starting("the demo model" if options.is_demo_model else options.model, options.state_dir)
-    supervisor = Supervisor(build_specs(options), log_dir, console)
+    supervisor = Supervisor(build_specs(options), options.state_dir, console)
     running = asyncio.create_task(supervisor.run())
     ready = asyncio.create_task(supervisor.wait_until_ready())
     try:

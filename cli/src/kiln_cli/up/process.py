@@ -40,6 +40,7 @@ class SupervisedProcess:
         self,
         spec: ServiceSpec,
         log_path: Path,
+        pid_path: Path,
         on_line: Callable[[str, str], None],
         on_ready: Callable[[str, float, str], None],
         on_exit: Callable[[str, int, float], None],
@@ -48,7 +49,7 @@ class SupervisedProcess:
         self.was_ready = False
         self.num_crashes = 0
         self.last_lines: deque[str] = deque(maxlen=20)
-        self._log_path = log_path
+        self._log_path, self._pid_path = log_path, pid_path
         self._on_line, self._on_ready, self._on_exit = on_line, on_ready, on_exit
         self._process: asyncio.subprocess.Process | None = None
         self._is_stopping = asyncio.Event()
@@ -84,6 +85,7 @@ class SupervisedProcess:
             preexec_fn=_die_with_parent,
             limit=1 << 20,
         )
+        self._pid_path.write_text(f"{self._process.pid}\n")
         probe = asyncio.create_task(self._wait_until_ready())
         try:
             await self._pump_output(self._process)
@@ -91,6 +93,7 @@ class SupervisedProcess:
         finally:
             probe.cancel()
             self.is_ready.clear()
+            self._pid_path.unlink(missing_ok=True)
 
     async def _wait_until_ready(self) -> None:
         loop = asyncio.get_running_loop()

@@ -17,10 +17,15 @@ _MAX_FAILED_STARTS = 3
 
 
 class Supervisor:
-    """Owns the processes of one `kiln up`."""
+    """Owns the processes of one `kiln up`.
 
-    def __init__(self, specs: Sequence[ServiceSpec], log_dir: Path, console: UpConsole) -> None:
-        log_dir.mkdir(parents=True, exist_ok=True)
+    Below `state_dir`: logs/NAME.log with everything a service printed, pids/NAME.pid while it runs.
+    """
+
+    def __init__(self, specs: Sequence[ServiceSpec], state_dir: Path, console: UpConsole) -> None:
+        log_dir, pid_dir = state_dir / "logs", state_dir / "pids"
+        for folder in (log_dir, pid_dir):
+            folder.mkdir(parents=True, exist_ok=True)
         self._console = console
         self._failed: str | None = None
         self._stop_requested = asyncio.Event()
@@ -28,6 +33,7 @@ class Supervisor:
             spec.name: SupervisedProcess(
                 spec,
                 log_dir / f"{spec.name}.log",
+                pid_dir / f"{spec.name}.pid",
                 on_line=console.service_line,
                 on_ready=console.service_ready,
                 on_exit=self._service_exited,
