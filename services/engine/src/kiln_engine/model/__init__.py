@@ -1,0 +1,8 @@
+"""The model as the engine runs it: over KV pages and state slots."""
+
+from kiln_engine.model.kv_store import KvStore, kv_page_bytes
+from kiln_engine.model.paged_model import PagedModel
+from kiln_engine.model.state_store import StateStore, state_slot_bytes
+from kiln_engine.model.step_layout import StepLayout
+
+__all__ = ["KvStore", "PagedModel", "StateStore", "StepLayout", "kv_page_bytes", "state_slot_bytes"]

@@ -1,0 +1,59 @@
+"""Keys and values of the full-attention layers; the PagePool counts the pages."""
+
+from __future__ import annotations
+
+import torch
+
+from kiln_nn.config import ModelConfig
+from kiln_nn.kernels.paged_attention import write_kv
+
+
+def kv_page_bytes(config: ModelConfig, page_tokens: int, dtype: torch.dtype) -> int:
+    """Bytes of one page across all full-attention layers, keys and values together."""
+    return 2 * config.num_full_layers * page_tokens * config.num_kv_heads * config.head_dim * dtype.itemsize
+
+
+class KvStore:
+    """One tensor `[layers, 2, pages, page_tokens, kv heads, head width]`.
+
+    A page holds finite numbers from the moment a sequence begins it (`begin_pages`): attention
+    reads whole pages and masks what lies behind the context, and a masked NaN is still a NaN.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        num_pages: int,
+        page_tokens: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.page_tokens = page_tokens
+        self.num_pages = num_pages
+        self._cache = torch.zeros(
+            (config.num_full_layers, 2, num_pages, page_tokens, config.num_kv_heads, config.head_dim),
+            dtype=dtype,
+            device=device,
+        )
+        self._layers = [(layer[0], layer[1]) for layer in self._cache]
+
+    @property
+    def num_bytes(self) -> int:
+        return self._cache.nbytes
+
+    def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Key and value cache of the index-th full-attention layer, each `[P, S, h, D]`."""
+        return self._layers[index]
+
+    def write(
+        self, index: int, token_slots_T: torch.Tensor, k_ThD: torch.Tensor, v_ThD: torch.Tensor
+    ) -> None:
+        """Store one key and value per token; a token's slot is `page_id * page_tokens + place`."""
+        k_cache, v_cache = self._layers[index]
+        write_kv(k_cache, token_slots_T, k_ThD)
+        write_kv(v_cache, token_slots_T, v_ThD)
+
+    def begin_pages(self, page_ids: torch.Tensor) -> None:
+        """Forget what an earlier owner left in pages that are now filled token by token."""
+        self._cache.index_fill_(2, page_ids, 0)

@@ -1,0 +1,134 @@
+"""Recurrent state of the DeltaNet layers; the StatePool counts the slots.
+
+A slot holds, for each DeltaNet layer, the state at its last page boundary, the `J` rows that
+entered the convolution just before that boundary, and the ring of the tokens since: key `k`,
+corrected value `u`, cumulative log-decay `G` and the row that entered the convolution.
+
+Legend: `L` DeltaNet layers, `S` slots, `P` ring capacity, `h`/`H` key and value heads, `K`/`V` key
+and value width, `C` convolution channels, `J` rows of tail, `R` rows of this step, `N` states written.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from kiln_nn.config import ModelConfig
+from kiln_nn.kernels.gated_delta import DeltaRing
+
+
+def state_slot_bytes(
+    config: ModelConfig, page_tokens: int, dtype: torch.dtype, *, max_draft_tokens: int = 0
+) -> int:
+    """Bytes of one slot across all DeltaNet layers; `dtype` is that of the convolution's rows."""
+    capacity = page_tokens + max_draft_tokens
+    heads, key_heads = config.linear_num_value_heads, config.linear_num_key_heads
+    key_width, value_width = config.linear_key_head_dim, config.linear_value_head_dim
+    num_float32 = heads * key_width * value_width
+    num_float32 += capacity * (key_heads * key_width + heads * value_width + heads)
+    conv_rows = config.linear_conv_kernel_dim - 1 + capacity
+    per_layer = num_float32 * torch.float32.itemsize + conv_rows * config.conv_dim * dtype.itemsize
+    return config.num_linear_layers * per_layer
+
+
+class LayerState:
+    """One DeltaNet layer's part of the store, as views with flat row numbers."""
+
+    def __init__(self, state: torch.Tensor, ring: DeltaRing, conv_rows: torch.Tensor) -> None:
+        self.state_SHKV = state
+        self.ring = ring
+        # Row `slot * (J + P) + i`: tail for i < J, then the ring.
+        self.conv_rows_C = conv_rows.view(-1, conv_rows.shape[-1])
+        self._k_rows = ring.k_RhPK.view(-1, ring.k_RhPK.shape[-1])
+        self._u_rows = ring.u_RHPV.view(-1, ring.u_RHPV.shape[-1])
+        self._log_decays = ring.log_decay_RHP.view(-1)
+
+    def ring_of(self, slots_R: torch.Tensor) -> DeltaRing:
+        """A copy of the rings of the given slots."""
+        return DeltaRing(
+            self.ring.k_RhPK.index_select(0, slots_R),
+            self.ring.u_RHPV.index_select(0, slots_R),
+            self.ring.log_decay_RHP.index_select(0, slots_R),
+        )
+
+    def append(
+        self,
+        key_entries: torch.Tensor,
+        value_entries: torch.Tensor,
+        k_RhK: torch.Tensor,
+        u_RHV: torch.Tensor,
+        log_decay_RH: torch.Tensor,
+    ) -> None:
+        """Write one token per row into its ring.
+
+        `key_entries` [R * h] and `value_entries` [R * H] number the entries as
+        `(slot * heads + head) * P + place`.
+        """
+        self._k_rows.index_copy_(0, key_entries, k_RhK.flatten(0, 1))
+        self._u_rows.index_copy_(0, value_entries, u_RHV.flatten(0, 1))
+        self._log_decays.index_copy_(0, value_entries, log_decay_RH.flatten())
+
+
+class StateStore:
+    """All slots of all DeltaNet layers: state and ring in float32, convolution rows in `dtype`."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        num_slots: int,
+        page_tokens: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        max_draft_tokens: int = 0,
+    ) -> None:
+        self.num_slots = num_slots
+        self.page_tokens = page_tokens
+        self.capacity = page_tokens + max_draft_tokens
+        self.num_tail_rows = config.linear_conv_kernel_dim - 1
+        self.num_key_heads, self.num_heads = config.linear_num_key_heads, config.linear_num_value_heads
+        layers, key_width, value_width = (
+            config.num_linear_layers,
+            config.linear_key_head_dim,
+            config.linear_value_head_dim,
+        )
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+            return torch.zeros((layers, num_slots, *shape), dtype=dtype, device=device)
+
+        self._state = zeros(self.num_heads, key_width, value_width)
+        self._ring_k = zeros(self.num_key_heads, self.capacity, key_width)
+        self._ring_u = zeros(self.num_heads, self.capacity, value_width)
+        self._ring_log_decay = zeros(self.num_heads, self.capacity)
+        self._conv_rows = zeros(self.num_tail_rows + self.capacity, config.conv_dim, dtype=dtype)
+        self._layers = [
+            LayerState(state, DeltaRing(k, u, log_decay), conv_rows)
+            for state, k, u, log_decay, conv_rows in zip(
+                self._state,
+                self._ring_k,
+                self._ring_u,
+                self._ring_log_decay,
+                self._conv_rows,
+                strict=True,
+            )
+        ]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self._tensors)
+
+    @property
+    def conv_rows_per_slot(self) -> int:
+        return self.num_tail_rows + self.capacity
+
+    @property
+    def _tensors(self) -> tuple[torch.Tensor, ...]:
+        return self._state, self._ring_k, self._ring_u, self._ring_log_decay, self._conv_rows
+
+    def layer(self, index: int) -> LayerState:
+        """The index-th DeltaNet layer."""
+        return self._layers[index]
+
+    def clear_rings(self, slots: torch.Tensor) -> None:
+        """Forget what an earlier owner left in the rings of slots that a sequence moves to."""
+        for ring in (self._ring_k, self._ring_u, self._ring_log_decay):
+            ring.index_fill_(1, slots, 0)

@@ -1,0 +1,175 @@
+"""Hand-made plans: a model on its stores, and sequences that are stepped without a scheduler.
+
+The rig hands out pages and slots in shuffled order, so that nothing passes because ids happen
+to be consecutive, and gives logits at every position instead of sampling.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from kiln_engine.domain import (
+    BatchPlan,
+    DecodeRow,
+    PrefillChunk,
+    RowSampling,
+    SamplingParams,
+    StateCheckpoint,
+)
+from kiln_engine.model import KvStore, PagedModel, StateStore
+from kiln_nn.blocks import LinearFn
+from kiln_nn.config import ModelConfig
+from tests.support.tiny_models import read_tensors
+
+GREEDY = RowSampling(params=SamplingParams(temperature=0.0), output_index=0)
+AdapterSlots = tuple[tuple[int, float], ...]
+
+
+@dataclass
+class HandSequence:
+    """A sequence as the rig steps it. `read_slot` None means zeros: nothing was computed yet."""
+
+    sequence_id: int
+    state_slot: int
+    adapter_slots: AdapterSlots = ()
+    num_computed: int = 0
+    page_ids: list[int] = field(default_factory=list)
+    read_slot: int | None = None
+
+
+class EngineRig:
+    """A PagedModel with stores of its own and the ids to use them."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        page_tokens: int = 16,
+        num_pages: int = 96,
+        num_slots: int = 24,
+        max_draft_tokens: int = 0,
+    ) -> None:
+        self.config = ModelConfig.from_folder(folder)
+        self.page_tokens = page_tokens
+        common = {"page_tokens": page_tokens, "dtype": torch.float32, "device": torch.device("cpu")}
+        self.kv = KvStore(self.config, num_pages=num_pages, **common)
+        self.states = StateStore(
+            self.config, num_slots=num_slots, max_draft_tokens=max_draft_tokens, **common
+        )
+        self.model = PagedModel(self.config, read_tensors(folder), self.kv, self.states)
+        self.linear: LinearFn | None = None
+        shuffled = random.Random(0)
+        self._pages = shuffled.sample(range(num_pages), num_pages)
+        self._slots = shuffled.sample(range(num_slots), num_slots)
+        self._next_id = 0
+
+    def sequence(self, adapter_slots: AdapterSlots = ()) -> HandSequence:
+        self._next_id += 1
+        return HandSequence(self._next_id, self.take_slot(), adapter_slots)
+
+    def take_slot(self) -> int:
+        return self._slots.pop()
+
+    def free(self, sequence: HandSequence) -> None:
+        """Give pages and slot back, to be handed out next, with what they hold."""
+        self._pages.extend(sequence.page_ids)
+        self._slots.append(sequence.state_slot)
+
+    def chunk(
+        self,
+        sequence: HandSequence,
+        token_ids: Sequence[int],
+        checkpoints: Sequence[StateCheckpoint] = (),
+        sampling: RowSampling | None = GREEDY,
+    ) -> PrefillChunk:
+        """A prefill chunk of the sequence's next tokens; call once per step."""
+        start = sequence.num_computed
+        self._cover(sequence, start + len(token_ids))
+        chunk = PrefillChunk(
+            sequence_id=sequence.sequence_id,
+            token_ids=tuple(token_ids),
+            start=start,
+            page_ids=tuple(sequence.page_ids),
+            state_read_slot=sequence.read_slot,
+            state_slot=sequence.state_slot,
+            checkpoints=tuple(checkpoints),
+            adapter_slots=sequence.adapter_slots,
+            sampling=sampling,
+        )
+        sequence.num_computed += len(token_ids)
+        sequence.read_slot = sequence.state_slot
+        return chunk
+
+    def decode(
+        self,
+        sequence: HandSequence,
+        token_id: int,
+        commit_slot: int | None = None,
+        sampling: RowSampling = GREEDY,
+    ) -> DecodeRow:
+        """One decode row; at the end of a page the state goes to `commit_slot` or its own slot."""
+        position = sequence.num_computed
+        self._cover(sequence, position + 1)
+        assert sequence.read_slot is not None
+        is_commit = (position + 1) % self.page_tokens == 0
+        target = sequence.state_slot if commit_slot is None else commit_slot
+        row = DecodeRow(
+            sequence_id=sequence.sequence_id,
+            token_id=token_id,
+            position=position,
+            page_ids=tuple(sequence.page_ids),
+            state_read_slot=sequence.read_slot,
+            state_slot=sequence.state_slot,
+            state_commit_slot=target if is_commit else None,
+            adapter_slots=sequence.adapter_slots,
+            sampling=sampling,
+        )
+        sequence.num_computed += 1
+        if is_commit:
+            sequence.read_slot = sequence.state_slot = target
+        return row
+
+    def step(self, rows: Sequence[DecodeRow] = (), chunks: Sequence[PrefillChunk] = ()) -> list[torch.Tensor]:
+        """Run one step: logits of every token, one [tokens, vocabulary] per row, then per chunk."""
+        plan = BatchPlan(0, tuple(rows), tuple(chunks))
+        layout = self.model.layout(plan)
+        every_token = dataclasses.replace(
+            layout, sample_tokens=torch.arange(layout.num_tokens), num_samples=layout.num_tokens
+        )
+        with torch.inference_mode():
+            logits = self.model.forward(every_token, self.linear)
+        return list(logits.split([1] * len(rows) + [len(chunk.token_ids) for chunk in chunks]))
+
+    def prefill(self, sequence: HandSequence, token_ids: Sequence[int], splits: Sequence[int] = ()):
+        """Logits of all tokens, chunk after chunk; `splits` are offsets into `token_ids`."""
+        edges = [0, *splits, len(token_ids)]
+        parts = [
+            self.step(chunks=[self.chunk(sequence, token_ids[start:end])])[0]
+            for start, end in zip(edges, edges[1:], strict=False)
+        ]
+        return torch.cat(parts)
+
+    def decode_all(self, sequence: HandSequence, token_ids: Sequence[int]) -> torch.Tensor:
+        """Logits of the given tokens, fed one step each."""
+        return torch.cat([self.step(rows=[self.decode(sequence, token)])[0] for token in token_ids])
+
+    def _cover(self, sequence: HandSequence, num_tokens: int) -> None:
+        while len(sequence.page_ids) * self.page_tokens < num_tokens:
+            sequence.page_ids.append(self._pages.pop())
+
+
+def token_ids(num_tokens: int, seed: int = 0, vocab_size: int = 300) -> list[int]:
+    """Random token ids."""
+    return [random.Random(seed * 7919 + i).randrange(vocab_size) for i in range(num_tokens)]
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest error of any position, relative to the length of its expected logits."""
+    error = (actual - expected).norm(dim=-1) / expected.norm(dim=-1)
+    return float(error.max())
