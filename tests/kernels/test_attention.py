@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from kiln_nn.kernels.checks import ShapeMismatch
 from kiln_nn.kernels.paged_attention import paged_decode_attention, paged_prefill_attention, write_kv
 from kiln_nn.kernels.varlen_attention import varlen_attention

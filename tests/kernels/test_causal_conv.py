@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from kiln_nn.kernels.causal_conv import causal_conv, causal_conv_step
 from kiln_nn.kernels.checks import ShapeMismatch
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from kiln_nn.kernels.checks import ShapeMismatch
 from kiln_nn.kernels.gated_delta import gated_delta_chunked, gated_delta_recurrent
-
 from tests.support.delta_inputs import random_delta_inputs, relative_error
 
 FP32_TOLERANCE = 2e-6  # some tens of float32 roundings, sums of up to 64 terms

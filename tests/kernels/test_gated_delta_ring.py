@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from kiln_nn.kernels.gated_delta import (
     DeltaRing,
     gated_delta_chunked,
@@ -12,7 +13,6 @@ from kiln_nn.kernels.gated_delta import (
     gated_delta_ring_step,
     ring_mask,
 )
-
 from tests.support.delta_inputs import DeltaInputs, random_delta_inputs, relative_error
 
 PAGE_TOKENS = 16

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kiln_nn.kernels.logprobs import token_logprobs
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from kiln_nn.kernels.logprobs import token_logprobs
 
 TOKENS, WIDTH, VOCAB = 11, 6, 40
 

@@ -6,11 +6,11 @@ import math
 
 import pytest
 import torch
+
 from kiln_nn.kernels.checks import ShapeMismatch
 from kiln_nn.kernels.lora import lora_delta
 from kiln_nn.kernels.rms_norm import gated_rms_norm, l2_normalise, rms_norm
 from kiln_nn.kernels.rotary import apply_rotary, rotary_tables
-
 from tests.support.tiny_models import tiny_config
 
 

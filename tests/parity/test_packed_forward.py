@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kiln_nn.packed_model import PackedModel
 
+from kiln_nn.packed_model import PackedModel
 from tests.support.delta_inputs import relative_error
 from tests.support.tiny_models import SHAPES, hf_model, make_checkpoint, read_tensors
 

@@ -23,10 +23,8 @@ class ShapeMismatch(KilnNnError):
 
 def accumulation_dtype(*tensors: torch.Tensor) -> torch.dtype:
     """The format sums are kept in: float32, or float64 if any tensor is float64."""
-    dtype = torch.float32
-    for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    return dtype
+    has_float64 = any(tensor.dtype is torch.float64 for tensor in tensors)
+    return torch.float64 if has_float64 else torch.float32
 
 
 def check_shape(name: str, tensor: torch.Tensor, expected: Sequence[int | None]) -> None:

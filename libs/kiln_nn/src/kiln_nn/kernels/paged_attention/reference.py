@@ -45,7 +45,9 @@ def paged_decode_attention(
     check_shape("page_table", page_table_RM, (num_rows, None))
     num_places = page_table_RM.shape[1] * page_tokens
     k, v = (
-        cache[page_table_RM].view(num_rows, num_places, num_kv_heads, head_dim).transpose(1, 2)
+        cache.index_select(0, page_table_RM.flatten())
+        .view(num_rows, num_places, num_kv_heads, head_dim)
+        .transpose(1, 2)
         for cache in (k_cache_PShD, v_cache_PShD)
     )
     places = torch.arange(num_places, device=q_RHD.device)
@@ -84,7 +86,10 @@ def paged_prefill_attention(
         if not num_new <= context_length <= page_tables[n].shape[0] * k_cache_PShD.shape[1]:
             raise ShapeMismatch("context", (context_length,), (f"{num_new} or more, within its pages",))
         k, v = (
-            cache[page_tables[n]].flatten(0, 1)[:context_length].transpose(0, 1)[None].to(q.dtype)
+            cache.index_select(0, page_tables[n])
+            .flatten(0, 1)[:context_length]
+            .transpose(0, 1)[None]
+            .to(q.dtype)
             for cache in (k_cache_PShD, v_cache_PShD)
         )
         places = torch.arange(context_length, device=q.device)
