@@ -1,0 +1,1 @@
+"""Runs training jobs in torch, on weights mapped from the engine."""

@@ -1,0 +1,125 @@
+"""TorchBackend: what the job machinery calls to carry out a claimed job."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+import torch
+
+from kiln_nn.errors import KilnNnError
+from kiln_nn.lora import write_adapter
+from kiln_trainer.domain.training import StepHooks, TrainedAdapter, TrainingTask
+from kiln_trainer.torch_backend.errors import ModelError, OutOfTrainingMemory
+from kiln_trainer.torch_backend.training_run import TrainingRun
+from kiln_trainer.torch_backend.weights import LocateWeights, WeightSession, engine_locator
+
+log = structlog.get_logger()
+_RESULT_FOLDER = "adapter"
+
+
+@dataclass(frozen=True)
+class MappedModel:
+    """What this process has mapped; all empty while nothing is."""
+
+    engine_boot_id: str = ""
+    model_hash: str = ""
+    num_borrowed_bytes: int = 0
+    num_allocated_base_bytes: int = 0
+
+
+class TorchBackend:
+    """A TrainingBackend on weights mapped from an engine.
+
+    `run` belongs to one thread at a time (a worker thread beside the server's event loop);
+    `mapped_model` may be read from any. The mapping is kept between jobs and renewed when its
+    engine has gone.
+    """
+
+    def __init__(self, locate: LocateWeights, *, num_threads: int = 1) -> None:
+        self._locate = locate
+        self._num_threads = num_threads
+        self._session: WeightSession | None = None
+        self._mapped = MappedModel()
+
+    @classmethod
+    def for_engine(cls, engine_address: str, *, num_threads: int = 1) -> TorchBackend:
+        """A backend on the weights of the engine at that gRPC address."""
+        return cls(engine_locator(engine_address), num_threads=num_threads)
+
+    @property
+    def mapped_model(self) -> MappedModel:
+        """The mapping as of the last job."""
+        return self._mapped
+
+    def run(self, task: TrainingTask, hooks: StepHooks) -> TrainedAdapter:
+        """Train from the last checkpoint in task.checkpoint_dir (or from the start) to the end.
+
+        Raises:
+            WeightsLost: the engine is away or went away; run again to go on from the checkpoint.
+            KilnError: the job cannot succeed; code, message and hint say why.
+            Whatever the hooks raise.
+        """
+        # Per thread in OpenMP builds of torch, so it is set here and not at start-up.
+        torch.set_num_threads(self._num_threads)
+        with _translated_errors():
+            session = self._open_session()
+            training = TrainingRun(task, session)
+            training.execute(hooks)
+            folder = _export(task.checkpoint_dir, training, session.model_id)
+        return TrainedAdapter(folder, dict(training.latest_metrics))
+
+    def close(self) -> None:
+        """Give the weights back."""
+        if self._session is not None:
+            self._session.close()
+            self._session = None
+            self._mapped = MappedModel()
+
+    def _open_session(self) -> WeightSession:
+        if self._session is not None and self._session.is_alive():
+            return self._session
+        self.close()
+        session = WeightSession.open(self._locate)
+        self._session = session
+        self._mapped = MappedModel(
+            engine_boot_id=session.boot_id,
+            model_hash=session.model_hash,
+            num_borrowed_bytes=session.num_borrowed_bytes,
+            num_allocated_base_bytes=session.num_allocated_base_bytes(session.weights),
+        )
+        log.info(
+            "weights_mapped",
+            boot_id=session.boot_id,
+            model_hash=session.model_hash,
+            device=str(session.device),
+            borrowed_bytes=session.num_borrowed_bytes,
+        )
+        return session
+
+
+@contextmanager
+def _translated_errors() -> Iterator[None]:
+    """kiln_nn's and torch's errors as errors of this service; GPU memory goes back to the engine."""
+    try:
+        yield
+    except KilnNnError as error:
+        raise ModelError(error) from error
+    except torch.OutOfMemoryError as error:
+        raise OutOfTrainingMemory(str(error)) from error
+    finally:
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+
+
+def _export(job_folder: Path, training: TrainingRun, base_model_name: str) -> Path:
+    """Write the trained adapter as a PEFT folder, afresh; the same adapter gives the same bytes."""
+    folder = job_folder / _RESULT_FOLDER
+    shutil.rmtree(folder, ignore_errors=True)
+    lora = training.policy.lora
+    write_adapter(folder, lora.tensors(), lora.spec, base_model_name)
+    return folder

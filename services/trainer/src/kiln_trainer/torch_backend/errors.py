@@ -1,0 +1,54 @@
+"""What can go wrong in the arithmetic, and kiln_nn's errors as this service's."""
+
+from kiln_common.errors import ErrorKind, KilnError
+from kiln_nn.errors import KilnNnError
+
+
+class TrainingDiverged(KilnError):
+    """A gradient is not finite; the step was not applied."""
+
+    code = "training_diverged"
+    kind = ErrorKind.CONFLICT
+    hint = "Lower the learning rate, set max_grad_norm, or check the data."
+
+    def __init__(self, step: int, loss: float, grad_norm: float) -> None:
+        super().__init__(f"step {step} has loss {loss:g} and gradient norm {grad_norm:g}")
+
+
+class BaseModelMismatch(KilnError):
+    """The job's tokens belong to another base model than the engine serves now."""
+
+    code = "base_model_mismatch"
+    kind = ErrorKind.CONFLICT
+    hint = "Submit the job again for the model that is being served."
+
+    def __init__(self, wanted: str, served: str) -> None:
+        super().__init__(f"the job is for base model {wanted[:12]}, the engine serves {served[:12]}")
+
+
+class WeightsNotBorrowed(KilnError):
+    """A base parameter lies outside the engine's mapping: this process would hold a copy."""
+
+    code = "weights_not_borrowed"
+
+    def __init__(self, names: list[str], num_bytes: int) -> None:
+        shown = ", ".join(names[:4])
+        super().__init__(f"{len(names)} base tensors ({num_bytes} bytes) are not borrowed: {shown}")
+
+
+class ModelError(KilnError):
+    """An error of kiln_nn, with its own code and hint."""
+
+    kind = ErrorKind.INVALID_REQUEST
+
+    def __init__(self, error: KilnNnError) -> None:
+        super().__init__(error.message, hint=error.hint)
+        self.code = error.code
+
+
+class OutOfTrainingMemory(KilnError):
+    """A micro-batch did not fit beside the engine on the device."""
+
+    code = "training_out_of_memory"
+    kind = ErrorKind.CONFLICT
+    hint = "Lower batch_tokens; gradient_accumulation keeps the size of a step."

@@ -1,0 +1,73 @@
+"""AdamW over the adapter's float32 parameters, with a state that a checkpoint can hold.
+
+Paper: Loshchilov and Hutter 2019, Decoupled weight decay regularization (arXiv 1711.05101).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from kiln_nn.lora.parameters import LoraParameters
+from kiln_trainer.recipes.options import OptimizerOptions
+from kiln_trainer.torch_backend.schedule import learning_rate
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class AdapterOptimizer:
+    """torch's AdamW for one adapter: clips, sets the step's learning rate, steps, clears.
+
+    `num_steps_done` is the number of updates applied so far.
+    """
+
+    def __init__(self, lora: LoraParameters, options: OptimizerOptions, num_steps: int) -> None:
+        self.num_steps_done = 0
+        self._options = options
+        self._num_steps = num_steps
+        self._parameters = dict(lora.named_parameters())
+        self._adamw = torch.optim.AdamW(
+            self._parameters.values(),
+            lr=options.learning_rate,
+            betas=(options.beta1, options.beta2),
+            eps=options.eps,
+            weight_decay=options.weight_decay,
+            foreach=True,
+        )
+
+    def clip(self) -> torch.Tensor:
+        """Scale the gradients down to max_grad_norm together; returns their norm before that."""
+        limit = self._options.max_grad_norm or float("inf")
+        return torch.nn.utils.clip_grad_norm_(self._parameters.values(), limit, foreach=True)
+
+    def step(self) -> float:
+        """Apply the gathered gradients and clear them; returns the learning rate used."""
+        rate = learning_rate(self.num_steps_done + 1, self._num_steps, self._options)
+        for group in self._adamw.param_groups:
+            group["lr"] = rate
+        self._adamw.step()
+        self.clear()
+        self.num_steps_done += 1
+        return rate
+
+    def clear(self) -> None:
+        """Forget the gathered gradients."""
+        self._adamw.zero_grad(set_to_none=True)
+
+    def moments(self) -> dict[str, torch.Tensor]:
+        """Both moments of every parameter as `<parameter>.<moment>`; zeros before the first step."""
+        return {
+            f"{name}.{moment}": self._adamw.state[parameter].get(moment, torch.zeros_like(parameter))
+            for name, parameter in self._parameters.items()
+            for moment in _MOMENTS
+        }
+
+    def restore(self, moments: Mapping[str, torch.Tensor], num_steps_done: int) -> None:
+        """Go on after `num_steps_done` updates that left `moments`."""
+        for name, parameter in self._parameters.items():
+            state = {
+                moment: moments[f"{name}.{moment}"].to(parameter.device, copy=True) for moment in _MOMENTS
+            }
+            self._adamw.state[parameter] = {"step": torch.tensor(float(num_steps_done)), **state}
+        self.num_steps_done = num_steps_done

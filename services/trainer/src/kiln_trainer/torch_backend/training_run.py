@@ -1,0 +1,174 @@
+"""One job from its last checkpoint to its end.
+
+Whatever the steps depend on is a function of the request, the starting adapter and the base
+weights; what the past alone knows (parameters, moments, the old policy's log-probabilities) is in
+the checkpoint. So an interrupted job ends with the same bytes on the CPU as an undisturbed one.
+"""
+
+from __future__ import annotations
+
+import math
+
+import structlog
+import torch
+
+from kiln_nn.packed_model import PackedModel
+from kiln_trainer.data.documents import PreparedJob
+from kiln_trainer.data.packing import PackedBatch, StepPlan, pack, plan_steps
+from kiln_trainer.domain.training import StepHooks, StepReport, TrainingTask
+from kiln_trainer.recipes.options import OptimizerOptions, RunOptions
+from kiln_trainer.torch_backend import setup
+from kiln_trainer.torch_backend.activation_memory import needs_recomputation
+from kiln_trainer.torch_backend.checkpoints import Checkpoint, CheckpointFolder
+from kiln_trainer.torch_backend.errors import BaseModelMismatch, TrainingDiverged
+from kiln_trainer.torch_backend.optimizer import AdapterOptimizer
+from kiln_trainer.torch_backend.policy import Policy
+from kiln_trainer.torch_backend.step import StepSums, forward_backward
+from kiln_trainer.torch_backend.weights import WeightSession
+
+log = structlog.get_logger()
+
+
+class TrainingRun:
+    """The state of one running job. Used by one thread, once.
+
+    Raises:
+        BaseModelMismatch: the engine serves another model than the job is for.
+        KilnError, KilnNnError: the data, the settings or the starting adapter do not fit.
+    """
+
+    def __init__(self, task: TrainingTask, session: WeightSession) -> None:
+        wanted = task.request.base_model_hash
+        if wanted and wanted != session.model_hash:
+            raise BaseModelMismatch(wanted, session.model_hash)
+        self._task = task
+        self._session = session
+        self._options = RunOptions.from_proto(task.request.config)
+        self._job: PreparedJob = setup.prepare(task.request)
+        setup.check_documents(self._job.documents, session.config)
+        self._steps = plan_steps([d.num_tokens for d in self._job.documents], self._options)
+        lora = setup.starting_adapter(task, session.config, session.device)
+        recompute = needs_recomputation(session.config, self._options.batch_tokens)
+        model = PackedModel(session.config, session.weights, gradient_checkpointing=recompute)
+        session.check_borrowed(model.weights)
+        self._policy = Policy(model, lora, session.device)
+        optimizer = OptimizerOptions.from_proto(task.request.config.optimizer)
+        self._optimizer = AdapterOptimizer(lora, optimizer, len(self._steps))
+        unknown = [torch.full((d.num_scored,), math.nan) for d in self._job.documents]
+        self._old_logprobs, self._reference_logprobs = list(unknown), list(unknown)
+        self._num_tokens = 0
+        self.latest_metrics: dict[str, float] = {}
+
+    @property
+    def policy(self) -> Policy:
+        return self._policy
+
+    def execute(self, hooks: StepHooks) -> None:
+        """Go on from the newest checkpoint and take every remaining step.
+
+        Raises:
+            TrainingDiverged: a gradient is not finite.
+            WeightsLost: the engine is gone; the step it outlived was not applied.
+        """
+        checkpoints = CheckpointFolder(self._task.checkpoint_dir)
+        job_hash = setup.job_hash(self._task)
+        saved = checkpoints.newest(job_hash)
+        if saved is None:
+            self._score_old_policy()
+        else:
+            self._restore(saved)
+        if self._optimizer.num_steps_done < len(self._steps):
+            self._score_reference()
+        for step in range(self._optimizer.num_steps_done + 1, len(self._steps) + 1):
+            report = self._take_step(step)
+            hooks.after_step(report)
+            if step % self._options.checkpoint_every == 0 or step == len(self._steps):
+                hooks.before_checkpoint(step)
+                checkpoints.write(self._checkpoint(job_hash))
+                hooks.after_checkpoint(step)
+
+    def _take_step(self, step: int) -> StepReport:
+        plan = self._steps[step - 1]
+        sums = StepSums()
+        self._optimizer.clear()
+        normaliser = math.fsum(self._job.documents[index].normaliser for index in plan.documents)
+        for indices in plan.micro_batches:
+            old_S = forward_backward(
+                self._policy,
+                self._batch(indices),
+                self._job.objective,
+                normaliser,
+                sums,
+                is_first_step=step == 1,
+            )
+            if step == 1 and old_S is not None and len(self._steps) > 1:
+                self._keep_old_logprobs(indices, old_S)
+        grad_norm = float(self._optimizer.clip())
+        metrics = sums.metrics()
+        if not (math.isfinite(grad_norm) and math.isfinite(metrics["loss"])):
+            raise TrainingDiverged(step, metrics["loss"], grad_norm)
+        self._session.check_alive()  # a step computed on weights that may be gone is not applied
+        rate = self._optimizer.step()
+        num_tokens = self._num_tokens_of(plan)
+        self._num_tokens += num_tokens
+        metrics |= {"grad_norm": grad_norm, "learning_rate": rate, "tokens": float(num_tokens)}
+        metrics |= self._job.facts
+        self.latest_metrics |= metrics
+        return StepReport(step, len(self._steps), self._num_tokens, metrics)
+
+    def _batch(self, indices: tuple[int, ...]) -> PackedBatch:
+        return pack(
+            [self._job.documents[index] for index in indices],
+            [self._old_logprobs[index] for index in indices],
+            [self._reference_logprobs[index] for index in indices],
+        ).to(self._session.device)
+
+    def _num_tokens_of(self, plan: StepPlan) -> int:
+        return sum(self._job.documents[index].num_tokens for index in plan.documents)
+
+    def _keep_old_logprobs(self, indices: tuple[int, ...], old_S: torch.Tensor) -> None:
+        sizes = [self._job.documents[index].num_scored for index in indices]
+        for index, old_s in zip(indices, old_S.cpu().split(sizes), strict=True):
+            self._old_logprobs[index] = old_s.clone()
+
+    def _score_old_policy(self) -> None:
+        """Score with the starting adapter what no pass before the first update will score anyway."""
+        objective = self._job.objective
+        if objective is None:
+            return
+        in_first_step = set(self._steps[0].documents)
+        wanted = [
+            index
+            for index, document in enumerate(self._job.documents)
+            if index not in in_first_step and (objective.importance_mode != "none" or not document.is_sampled)
+        ]
+        self._score_into(self._old_logprobs, wanted, with_adapter=True)
+
+    def _score_reference(self) -> None:
+        """Score everything with the adapter off, if the loss pulls towards that."""
+        if self._job.objective is not None and self._job.objective.kl_coef:
+            every = list(range(len(self._job.documents)))
+            self._score_into(self._reference_logprobs, every, with_adapter=False)
+
+    def _score_into(self, stream: list[torch.Tensor], wanted: list[int], *, with_adapter: bool) -> None:
+        batch_tokens = self._options.batch_tokens
+        for index, logprobs_s in self._policy.logprobs_of(
+            self._job.documents, wanted, batch_tokens=batch_tokens, with_adapter=with_adapter
+        ):
+            stream[index] = logprobs_s.clone()
+
+    def _checkpoint(self, job_hash: str) -> Checkpoint:
+        tensors = {f"lora/{name}": t for name, t in self._policy.lora.state_dict().items()}
+        tensors |= {f"moment/{name}": t for name, t in self._optimizer.moments().items()}
+        tensors["stream/old_logprobs"] = torch.cat(self._old_logprobs)
+        step = self._optimizer.num_steps_done
+        return Checkpoint(step, self._num_tokens, job_hash, self.latest_metrics, tensors)
+
+    def _restore(self, saved: Checkpoint) -> None:
+        self._policy.lora.load_state_dict(saved.group("lora"))
+        self._optimizer.restore(saved.group("moment"), saved.step)
+        sizes = [document.num_scored for document in self._job.documents]
+        self._old_logprobs = list(saved.tensors["stream/old_logprobs"].split(sizes))
+        self._num_tokens = saved.num_tokens
+        self.latest_metrics = dict(saved.metrics)
+        log.info("training_resumed", job_id=self._task.job_id, step=saved.step)
