@@ -1,0 +1,65 @@
+"""Where the registry's parts meet."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from dataclasses import dataclass
+
+import structlog
+
+from kiln_common.pb import registry_pb2_grpc
+from kiln_common.rpc import RpcServer
+from kiln_registry.announcer import Announcer
+from kiln_registry.blobs import BlobStore
+from kiln_registry.catalog import Catalog
+from kiln_registry.schema import open_engine
+from kiln_registry.servicer import RegistryServicer
+from kiln_registry.settings import RegistrySettings
+
+log = structlog.get_logger()
+
+
+@dataclass
+class RunningRegistry:
+    """A registry that serves; stop it once."""
+
+    server: RpcServer
+    catalog: Catalog
+    announcements: asyncio.Task[None] | None
+    stop_grace_s: float
+
+    @property
+    def port(self) -> int:
+        """TCP port it listens on."""
+        return self.server.port
+
+    async def stop(self) -> None:
+        await self.server.stop(self.stop_grace_s)
+        if self.announcements is not None:
+            self.announcements.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self.announcements
+        self.catalog.close()
+
+
+async def start_registry(settings: RegistrySettings) -> RunningRegistry:
+    """Open the state, clean up after a crash, and serve."""
+    catalog = Catalog(open_engine(settings.database_url, settings.state_dir))
+    blobs = BlobStore(settings.state_dir, max_blob_bytes=settings.max_adapter_bytes)
+    blobs.remove_abandoned_uploads()
+    num_orphans = blobs.sweep(catalog.list_named_blobs)
+    catalog.trim_outbox()
+    announcer = Announcer(catalog, settings.redis_url) if settings.redis_url else None
+    on_change = announcer.wake if announcer else _nothing_to_wake
+    server = RpcServer(settings.listen)
+    registry_pb2_grpc.add_RegistryServicer_to_server(RegistryServicer(catalog, blobs, on_change), server.grpc)
+    await server.start()
+    await server.set_serving(True)
+    announcements = asyncio.create_task(announcer.run()) if announcer else None
+    log.info("registry_ready", listen=settings.listen, port=server.port, orphans_removed=num_orphans)
+    return RunningRegistry(server, catalog, announcements, settings.stop_grace_s)
+
+
+def _nothing_to_wake() -> None:
+    """Without a Redis, facts stay in the outbox until the registry is started with one."""

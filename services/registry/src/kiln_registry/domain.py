@@ -1,0 +1,220 @@
+"""The registry's words: base models, immutable versions, and why a publish is refused.
+
+Standard library only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kiln_common.errors import AdapterNotFound, ErrorKind, InvalidRequest, KilnError
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleShape:
+    """A linear layer an adapter may change."""
+
+    in_features: int
+    out_features: int
+
+
+@dataclass(frozen=True, slots=True)
+class BaseModelRecord:
+    """A base model some engine announced."""
+
+    model_id: str
+    model_hash: str
+    # By path without ".weight", such as "model.layers.0.mlp.gate_proj".
+    modules: dict[str, ModuleShape]
+
+
+@dataclass(frozen=True, slots=True)
+class PeftConfig:
+    """The parts of adapter_config.json that decide what the tensors mean."""
+
+    rank: int
+    alpha: float
+    # None when the file gives a pattern instead of a list.
+    target_modules: tuple[str, ...] | None
+
+
+@dataclass(frozen=True, slots=True)
+class InspectedAdapter:
+    """What the check of an adapter found."""
+
+    rank: int
+    alpha: float
+    # Last path parts of the adapted modules, sorted.
+    targets: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StoredBlob:
+    """Bytes that are on disk under their hash."""
+
+    sha256: str
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Publication:
+    """Everything a new version records, but its number."""
+
+    name: str
+    base_model_hash: str
+    config_json: str
+    blob: StoredBlob
+    inspected: InspectedAdapter
+    parent_name: str = ""
+    parent_version: int = 0
+    job_id: str = ""
+    publish_key: str = ""
+    claim_epoch: int = 0
+    attach: bool = False
+    metrics_json: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class VersionRecord:
+    """One published version."""
+
+    name: str
+    version: int
+    sha256: str
+    num_bytes: int
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+    parent_name: str
+    parent_version: int
+    job_id: str
+    base_model_hash: str
+    metrics_json: str
+    config_json: str
+    created_at_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterRecord:
+    """A name and its versions, ascending."""
+
+    name: str
+    versions: tuple[VersionRecord, ...]
+    latest_version: int
+    attached_version: int  # 0 for none
+
+
+@dataclass(frozen=True, slots=True)
+class RegistryEvent:
+    """A fact for Redis: "AdapterPublished", "DefaultChanged" or "AdapterDeleted"."""
+
+    id: int
+    type: str
+    data_json: str
+    at_s: float
+
+
+class BlobNotFound(AdapterNotFound):
+    code = "blob_not_found"
+
+    def __init__(self, sha256: str) -> None:
+        super().__init__(f"no adapter bytes have the hash {sha256[:80]}")
+
+
+class AdapterInUse(KilnError):
+    code = "adapter_in_use"
+    kind = ErrorKind.CONFLICT
+    hint = "Detach it first: POST /v1/adapters/detach."
+
+
+class StaleClaim(KilnError):
+    """A trainer that lost its claim tried to publish."""
+
+    code = "stale_claim"
+    kind = ErrorKind.CONFLICT
+    hint = "Another trainer has the job now and publishes its result."
+
+
+class VersionDeleted(KilnError):
+    """What this publish made the first time has been deleted since."""
+
+    code = "adapter_version_deleted"
+    kind = ErrorKind.CONFLICT
+    hint = "Publish under a new key to make a new version."
+
+
+class UnknownBaseModel(InvalidRequest):
+    code = "unknown_base_model"
+    hint = "Start an engine with that base model first; it announces the shapes adapters must have."
+
+
+class InvalidBaseModel(InvalidRequest):
+    code = "invalid_base_model"
+    hint = "Only engines register base models; this one announced an incomplete table."
+
+
+class InvalidPublish(InvalidRequest):
+    """The stream of a publish is not a header followed by bytes."""
+
+    code = "invalid_publish"
+    hint = "Send one header, then the bytes of adapter_model.safetensors in chunks."
+
+
+class Sha256Mismatch(InvalidRequest):
+    code = "sha256_mismatch"
+    hint = "The upload was damaged on its way; send it again."
+
+
+class AdapterTooLarge(KilnError):
+    code = "adapter_too_large"
+    kind = ErrorKind.TOO_LARGE
+    hint = "Lower the rank or adapt fewer modules."
+
+
+class PickleRefused(InvalidRequest):
+    code = "pickle_refused"
+    hint = "Save the adapter as safetensors; a pickle can run code when it is read."
+
+
+class InvalidSafetensors(InvalidRequest):
+    code = "invalid_safetensors"
+    hint = "Write the file with the safetensors library."
+
+
+class InvalidAdapterConfig(InvalidRequest):
+    code = "invalid_adapter_config"
+    hint = "Send the adapter_config.json that PEFT's save_pretrained wrote."
+
+
+class UnsupportedAdapterFeature(InvalidRequest):
+    code = "unsupported_adapter_feature"
+    hint = "Plain LoRA on linear layers is supported: train it again without this feature."
+
+
+class UnexpectedTensor(InvalidRequest):
+    code = "unexpected_tensor"
+    hint = "An adapter holds `…lora_A.weight` and `…lora_B.weight` tensors and nothing else."
+
+
+class IncompleteAdapter(InvalidRequest):
+    """A module has one of its two matrices, or the file has none at all."""
+
+    code = "incomplete_adapter"
+    hint = "Each adapted module needs its lora_A.weight and its lora_B.weight."
+
+
+class RankMismatch(InvalidRequest):
+    code = "adapter_rank_mismatch"
+    hint = "`r` in adapter_config.json must be the rank of every tensor."
+
+
+class UnsupportedDtype(InvalidRequest):
+    code = "unsupported_dtype"
+    hint = "Save the adapter as float32, bfloat16 or float16."
+
+
+class NotFinite(InvalidRequest):
+    """NaN or infinity in a tensor."""
+
+    code = "adapter_not_finite"
+    hint = "The training that made it diverged; lower its learning rate."

@@ -1,0 +1,151 @@
+"""Tables of the catalogue, on SQLite or PostgreSQL, and how an engine to either is opened."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    Engine,
+    Float,
+    ForeignKey,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    Text,
+    create_engine,
+    event,
+    insert,
+    select,
+)
+
+from kiln_common.errors import KilnError
+
+SCHEMA_VERSION = 1
+
+# Execution option of engines whose transactions only read.
+READ_ONLY = "kiln_read_only"
+
+metadata = MetaData()
+
+schema_version = Table("schema_version", metadata, Column("version", Integer, primary_key=True))
+
+base_models = Table(
+    "base_models",
+    metadata,
+    Column("model_hash", String(128), primary_key=True),
+    Column("model_id", String(512), nullable=False),
+    # {"model.layers.0.mlp.gate_proj": [in_features, out_features], ...}
+    Column("modules_json", Text, nullable=False),
+)
+
+adapters = Table(
+    "adapters",
+    metadata,
+    Column("name", String(128), primary_key=True),
+    # Only ever grows, so that a deleted version's number is not given out again.
+    Column("last_version", BigInteger, nullable=False),
+)
+
+# A deleted version stays as a row with deleted_at_s set: its publish_key must not publish anew.
+versions = Table(
+    "versions",
+    metadata,
+    Column("name", String(128), ForeignKey("adapters.name"), primary_key=True),
+    Column("version", BigInteger, primary_key=True),
+    Column("sha256", String(64), nullable=False, index=True),
+    Column("num_bytes", BigInteger, nullable=False),
+    Column("rank", Integer, nullable=False),
+    Column("alpha", Float, nullable=False),
+    Column("targets", Text, nullable=False),  # joined by commas
+    Column("parent_name", String(128), nullable=False),
+    Column("parent_version", BigInteger, nullable=False),
+    Column("job_id", String(128), nullable=False),
+    Column("publish_key", String(256), unique=True),  # NULL where none was given
+    Column("base_model_hash", String(128), nullable=False),
+    Column("metrics_json", Text, nullable=False),
+    Column("config_json", Text, nullable=False),
+    Column("created_at_s", Float, nullable=False),
+    Column("deleted_at_s", Float),
+)
+
+# Movable names. "default" is the version the base model's id means; "latest:<name>" the one that
+# a bare name means.
+aliases = Table(
+    "aliases",
+    metadata,
+    Column("alias", String(160), primary_key=True),
+    Column("name", String(128), nullable=False),
+    Column("version", BigInteger, nullable=False),
+)
+
+# Highest claim epoch that has published for a job; older ones are refused.
+job_claims = Table(
+    "job_claims",
+    metadata,
+    Column("job_id", String(128), primary_key=True),
+    Column("claim_epoch", BigInteger, nullable=False),
+)
+
+# Facts still to be announced, in order; a row goes once Redis has it.
+outbox = Table(
+    "outbox",
+    metadata,
+    Column("id", BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=True),
+    Column("type", String(64), nullable=False),
+    Column("data_json", Text, nullable=False),
+    Column("at_s", Float, nullable=False),
+)
+
+
+class CatalogTooNew(KilnError):
+    code = "catalog_too_new"
+    hint = "Run the Kiln version that wrote this catalogue, or a newer one."
+
+
+def open_engine(database_url: str, state_dir: Path) -> Engine:
+    """A SQLAlchemy engine; an empty URL means SQLite in `state_dir`."""
+    if not database_url:
+        state_dir.mkdir(parents=True, exist_ok=True)
+        database_url = f"sqlite:///{state_dir / 'catalog.sqlite3'}"
+    engine = create_engine(database_url, pool_pre_ping=True)
+    if engine.dialect.name == "sqlite":
+        _tune_sqlite(engine)
+    return engine
+
+
+def create_schema(engine: Engine) -> None:
+    """Create what is missing.
+
+    Raises:
+        CatalogTooNew: a later Kiln wrote this catalogue.
+    """
+    metadata.create_all(engine)
+    with engine.begin() as connection:
+        found = connection.scalar(select(schema_version.c.version))
+        if found is None:
+            connection.execute(insert(schema_version).values(version=SCHEMA_VERSION))
+        elif found > SCHEMA_VERSION:
+            raise CatalogTooNew(f"the catalogue has schema {found}, this registry knows {SCHEMA_VERSION}")
+
+
+def _tune_sqlite(engine: Engine) -> None:
+    @event.listens_for(engine, "connect")
+    def _on_connect(connection: Any, _record: Any) -> None:
+        # Transactions are begun below, not by the driver.
+        connection.isolation_level = None
+        connection.execute("PRAGMA journal_mode=WAL")
+        # FULL syncs each commit: an acknowledged publish survives a power cut.
+        connection.execute("PRAGMA synchronous=FULL")
+        connection.execute("PRAGMA foreign_keys=ON")
+        connection.execute("PRAGMA busy_timeout=10000")
+
+    @event.listens_for(engine, "begin")
+    def _on_begin(connection: Any) -> None:
+        # Writers take the lock first: a transaction that read before it writes cannot then be
+        # refused half-way. SQLite has no row locks, so this also does the work of FOR UPDATE.
+        is_read_only = connection.get_execution_options().get(READ_ONLY, False)
+        connection.exec_driver_sql("BEGIN" if is_read_only else "BEGIN IMMEDIATE")

@@ -1,0 +1,220 @@
+"""The registry over gRPC: publish, fetch, refuse, announce."""
+
+import asyncio
+import hashlib
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from kiln_common.bus import keys
+from kiln_common.bus.connect import connect_async
+from kiln_common.clients.registry import RegistryClient
+from kiln_common.errors import KilnError, RegistryUnavailable
+from kiln_common.pb import common_pb2
+from kiln_registry.blobs import BlobStore
+from tests.support.redis_server import private_redis
+from tests.support.registry import (
+    adapter_bytes,
+    base_model,
+    peft_config,
+    publish_header,
+    running_registry,
+    stored_files,
+)
+
+
+async def test_what_is_published_can_be_fetched(tmp_path):
+    content = adapter_bytes()
+    async with running_registry(tmp_path) as client:
+        version = await client.publish(
+            publish_header("helper", job_id="job_1", metrics_json='{"loss": 1.5}', attach=True), content
+        )
+        assert (version.name, version.version, version.rank, version.alpha) == ("helper", 1, 2, 4.0)
+        assert version.sha256 == hashlib.sha256(content).hexdigest()
+        assert [*version.targets] == ["down_proj", "gate_proj", "in_proj_qkv"]
+        assert await client.fetch(version.sha256) == content
+        assert await client.resolve("helper@1") == version == await client.get_default()
+        assert (await client.get("helper")).attached_version == 1
+        assert [adapter.name for adapter in await client.list()] == ["helper"]
+        assert await client.set_default("") is None
+        assert await client.get_default() is None
+    assert [path.name for path in stored_files(tmp_path)] == [version.sha256]
+
+
+async def test_a_file_of_several_chunks_arrives_whole(tmp_path):
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(adapter_bytes(rank=200))
+    async with running_registry(tmp_path / "state", max_adapter_bytes=path.stat().st_size) as client:
+        config = peft_config(rank=200)
+        version = await client.publish(publish_header("wide", config_json=config), path)
+        assert version.num_bytes == path.stat().st_size
+        with pytest.raises(KilnError) as caught:
+            await client.publish(publish_header("wide", config_json=config), path.read_bytes() + b"x")
+        assert caught.value.code == "adapter_too_large"
+        assert caught.value.kind.http_status == 413
+
+
+@pytest.mark.parametrize(
+    ("header", "content", "code"),
+    [
+        ({"name": "base"}, adapter_bytes(), "reserved_adapter_name"),
+        ({"name": "demo"}, adapter_bytes(), "reserved_adapter_name"),
+        ({"name": "a/b"}, adapter_bytes(), "invalid_adapter_name"),
+        ({"base_model_hash": "nope"}, adapter_bytes(), "unknown_base_model"),
+        ({"config_json": "{"}, adapter_bytes(), "invalid_adapter_config"),
+        ({"config_json": peft_config(use_dora=True)}, adapter_bytes(), "unsupported_adapter_feature"),
+        ({"sha256": "0" * 64}, adapter_bytes(), "sha256_mismatch"),
+        ({"metrics_json": "[1]"}, adapter_bytes(), "invalid_publish"),
+        ({}, b"\x80\x04" + bytes(100), "pickle_refused"),
+        ({}, adapter_bytes()[:-4], "invalid_safetensors"),
+        ({}, adapter_bytes(rank=3), "adapter_rank_mismatch"),
+    ],
+)
+async def test_a_refused_publish_leaves_nothing_behind(tmp_path, header, content, code):
+    async with running_registry(tmp_path) as client:
+        with pytest.raises(KilnError) as caught:
+            await client.publish(publish_header(**{"name": "helper", **header}), content)
+        assert caught.value.code == code
+        assert caught.value.hint
+        assert await client.list() == []
+    assert stored_files(tmp_path) == []
+
+
+async def test_a_publish_that_loses_its_race_leaves_no_bytes(tmp_path):
+    async with running_registry(tmp_path) as client:
+        newer = publish_header("helper", job_id="j", claim_epoch=2, publish_key="k2")
+        kept = await client.publish(newer, adapter_bytes(seed=1))
+        older = publish_header("helper", job_id="j", claim_epoch=1, publish_key="k1")
+        with pytest.raises(KilnError) as caught:
+            await client.publish(older, adapter_bytes(seed=2))
+        assert caught.value.code == "stale_claim"
+    assert [path.name for path in stored_files(tmp_path)] == [kept.sha256]
+
+
+async def test_publishing_again_under_the_same_key_answers_with_the_first_version(tmp_path):
+    async with running_registry(tmp_path) as client:
+        header = publish_header("helper", job_id="j", publish_key="j", claim_epoch=1)
+        first = await client.publish(header, adapter_bytes(seed=1))
+        header.claim_epoch = 2
+        assert await client.publish(header, adapter_bytes(seed=2)) == first
+        assert len((await client.get("helper")).versions) == 1
+    assert len(stored_files(tmp_path)) == 1
+
+
+async def test_deleting_removes_bytes_nobody_else_needs(tmp_path):
+    async with running_registry(tmp_path) as client:
+        await client.publish(publish_header("one"), adapter_bytes())
+        await client.publish(publish_header("two", attach=True), adapter_bytes())
+        assert await client.delete("one", 1) == 1
+        assert len(stored_files(tmp_path)) == 1
+        with pytest.raises(KilnError) as caught:
+            await client.delete("two")
+        assert (caught.value.code, caught.value.kind.http_status) == ("adapter_in_use", 409)
+        await client.set_default("")
+        assert await client.delete("two") == 1
+        assert stored_files(tmp_path) == []
+        for call in (
+            client.fetch("0" * 64),
+            client.fetch("../x"),
+            client.resolve("two"),
+            client.delete("two"),
+        ):
+            with pytest.raises(KilnError) as caught:
+                await call
+            assert caught.value.kind.http_status == 404
+
+
+async def test_start_up_removes_what_a_crash_left(tmp_path):
+    async with running_registry(tmp_path) as client:
+        kept = await client.publish(publish_header("helper"), adapter_bytes())
+    (tmp_path / "uploads" / "half").write_bytes(b"x")
+    orphan = tmp_path / "blobs" / "00" / ("0" * 64)
+    orphan.parent.mkdir()
+    orphan.write_bytes(b"x")
+    async with running_registry(tmp_path) as client:
+        assert [path.name for path in stored_files(tmp_path)] == [kept.sha256]
+        assert (await client.resolve("helper")).sha256 == kept.sha256
+
+
+def test_a_sweep_spares_the_bytes_of_a_publish_in_progress(tmp_path):
+    store = BlobStore(tmp_path, max_blob_bytes=100)
+    upload = store.begin_upload()
+    upload.write(b"bytes")
+    upload.finish("")
+    with store.hold(upload) as blob:
+        assert store.sweep(set) == 0
+        assert store.open_path(blob.sha256).read_bytes() == b"bytes"
+    upload.close()
+    assert store.sweep(set) == 1
+    assert stored_files(tmp_path) == []
+
+
+async def test_damaged_bytes_are_noticed_by_the_reader(tmp_path):
+    async with running_registry(tmp_path) as client:
+        version = await client.publish(publish_header("helper"), adapter_bytes())
+        (path,) = stored_files(tmp_path)
+        path.write_bytes(path.read_bytes()[:-1] + b"!")
+        with pytest.raises(KilnError) as caught:
+            await client.fetch(version.sha256)
+        assert caught.value.code == "blob_corrupt"
+
+
+async def test_a_base_model_without_modules_is_refused(tmp_path):
+    async with running_registry(tmp_path) as client:
+        await client.register_base_model(base_model())  # again: fine
+        with pytest.raises(KilnError) as caught:
+            await client.register_base_model(common_pb2.BaseModel(model_id="x", model_hash="y"))
+        assert caught.value.code == "invalid_base_model"
+
+
+async def test_an_absent_registry_is_unavailable():
+    client = RegistryClient("127.0.0.1:1", timeout_s=2.0)
+    with pytest.raises(RegistryUnavailable) as caught:
+        await client.get_default()
+    assert caught.value.kind.http_status == 503
+    await client.close()
+
+
+async def _read_events(redis, count: int) -> list[tuple[str, dict]]:
+    found: list[tuple[str, dict]] = []
+    last = "0"
+    while len(found) < count:
+        for _, entries in await redis.xread({keys.ADAPTER_EVENTS: last}, block=3000) or []:
+            for last, fields in entries:  # noqa: B007 the next read goes on after the last one
+                found.append((fields[b"type"].decode(), json.loads(fields[b"data"])))
+    return found
+
+
+async def test_changes_are_announced_in_order_and_wait_for_redis(tmp_path):
+    with private_redis(tmp_path) as server:
+        redis = connect_async(server.url)
+        async with running_registry(tmp_path / "state", redis_url=server.url) as client:
+            await client.publish(publish_header("helper", attach=True), adapter_bytes())
+            assert [type_ for type_, _ in await _read_events(redis, 2)] == [
+                "AdapterPublished",
+                "DefaultChanged",
+            ]
+            await redis.aclose()
+            server.kill()
+            await client.publish(publish_header("helper"), adapter_bytes())  # Redis is not needed
+            await client.set_default("")
+            await client.delete("helper", 1)
+            server.start()
+            redis = connect_async(server.url)
+            events = await asyncio.wait_for(_read_events(redis, 5), 10)
+            assert [type_ for type_, _ in events[2:]] == [
+                "AdapterPublished",
+                "DefaultChanged",
+                "AdapterDeleted",
+            ]
+            assert events[2][1]["version"] == 2
+            assert events[3][1] == {}
+            await redis.aclose()
+
+
+def test_the_registry_never_imports_torch():
+    code = "import sys, kiln_registry.__main__; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], env=dict(os.environ), timeout=60).returncode == 0

@@ -1,0 +1,206 @@
+"""Versions, aliases, idempotency, fencing and the outbox, on a real SQLite file."""
+
+import threading
+
+import pytest
+from sqlalchemy import text
+
+from kiln_common.adapter_names import (
+    AdapterReference,
+    InvalidAdapterName,
+    ReservedAdapterName,
+    parse_reference,
+)
+from kiln_common.errors import AdapterNotFound, IdempotencyConflict
+from kiln_registry.catalog import Catalog
+from kiln_registry.domain import (
+    AdapterInUse,
+    BaseModelRecord,
+    InspectedAdapter,
+    ModuleShape,
+    Publication,
+    StaleClaim,
+    StoredBlob,
+    UnknownBaseModel,
+    VersionDeleted,
+)
+from kiln_registry.schema import CatalogTooNew, open_engine
+
+
+@pytest.fixture
+def catalog(tmp_path):
+    catalog = Catalog(open_engine("", tmp_path))
+    yield catalog
+    catalog.close()
+
+
+def publication(name: str = "helper", sha256: str = "a" * 64, **overrides) -> Publication:
+    return Publication(
+        name=name,
+        base_model_hash="h",
+        config_json="{}",
+        blob=StoredBlob(sha256, 10),
+        inspected=InspectedAdapter(2, 4.0, ("gate_proj",)),
+        **overrides,
+    )
+
+
+def event_types(catalog: Catalog) -> list[str]:
+    return [event.type for event in catalog.read_outbox(100)]
+
+
+def test_versions_count_up_and_the_bare_name_means_the_newest(catalog):
+    assert [catalog.publish(publication(), 1.0).version for _ in range(3)] == [1, 2, 3]
+    assert catalog.resolve(AdapterReference("helper")).version == 3
+    assert catalog.resolve(AdapterReference("helper", 1)).version == 1
+
+
+def test_numbers_of_deleted_versions_are_not_reused(catalog):
+    catalog.publish(publication(), 1.0)
+    catalog.publish(publication(), 1.0)
+    assert catalog.delete(AdapterReference("helper", 2), 2.0) == 1
+    assert catalog.resolve(AdapterReference("helper")).version == 1
+    assert catalog.delete(AdapterReference("helper"), 2.0) == 1
+    with pytest.raises(AdapterNotFound):
+        catalog.resolve(AdapterReference("helper"))
+    assert catalog.list_adapters() == []
+    assert catalog.publish(publication(), 3.0).version == 3
+
+
+def test_a_publish_key_makes_one_version(catalog):
+    first = catalog.publish(publication(publish_key="job_1"), 1.0)
+    again = catalog.publish(publication(publish_key="job_1", sha256="b" * 64), 2.0)
+    assert again == first
+    assert event_types(catalog) == ["AdapterPublished"]
+    with pytest.raises(IdempotencyConflict):
+        catalog.publish(publication(name="other", publish_key="job_1"), 3.0)
+
+
+def test_a_publish_key_does_not_bring_back_a_deleted_version(catalog):
+    catalog.publish(publication(publish_key="job_1"), 1.0)
+    catalog.delete(AdapterReference("helper", 1), 2.0)
+    with pytest.raises(VersionDeleted):
+        catalog.publish(publication(publish_key="job_1"), 3.0)
+
+
+def test_an_older_claim_cannot_publish(catalog):
+    catalog.publish(publication(job_id="job_1", publish_key="job_1:5", claim_epoch=2), 1.0)
+    with pytest.raises(StaleClaim):
+        catalog.publish(publication(job_id="job_1", publish_key="job_1:6", claim_epoch=1), 2.0)
+    with pytest.raises(StaleClaim):
+        catalog.find_published("job_1:6", "helper", "job_1", 1)
+    assert catalog.resolve(AdapterReference("helper")).version == 1
+    assert (
+        catalog.publish(publication(job_id="job_1", publish_key="job_1:6", claim_epoch=3), 3.0).version == 2
+    )
+
+
+def test_attach_moves_the_default_in_the_same_transaction(catalog):
+    catalog.publish(publication(attach=True), 1.0)
+    assert catalog.get_default().version == 1
+    assert catalog.get_adapter("helper").attached_version == 1
+    assert event_types(catalog) == ["AdapterPublished", "DefaultChanged"]
+
+
+def test_an_attached_version_cannot_be_deleted(catalog):
+    catalog.publish(publication(attach=True), 1.0)
+    catalog.publish(publication(), 1.0)
+    for reference in (AdapterReference("helper", 1), AdapterReference("helper")):
+        with pytest.raises(AdapterInUse):
+            catalog.delete(reference, 2.0)
+    assert len(catalog.get_adapter("helper").versions) == 2
+    assert catalog.delete(AdapterReference("helper", 2), 2.0) == 1
+    catalog.set_default(None, 3.0)
+    assert catalog.delete(AdapterReference("helper"), 4.0) == 1
+
+
+def test_attaching_what_is_not_there_changes_nothing(catalog):
+    catalog.publish(publication(attach=True), 1.0)
+    with pytest.raises(AdapterNotFound):
+        catalog.set_default(AdapterReference("helper", 9), 2.0)
+    assert catalog.get_default().version == 1
+
+
+def test_attaching_and_deleting_at_once_never_attaches_a_deleted_version(catalog):
+    for round_number in range(8):
+        name = f"adapter-{round_number}"
+        catalog.publish(publication(name=name), 1.0)
+        outcomes = []
+
+        def run(action, outcomes=outcomes):
+            try:
+                action()
+                outcomes.append("done")
+            except (AdapterInUse, AdapterNotFound) as error:
+                outcomes.append(error.code)
+
+        threads = [
+            threading.Thread(target=run, args=(action,))
+            for action in (
+                lambda name=name: catalog.set_default(AdapterReference(name, 1), 2.0),
+                lambda name=name: catalog.delete(AdapterReference(name, 1), 2.0),
+            )
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert sorted(outcomes) in (["adapter_in_use", "done"], ["adapter_not_found", "done"])
+        catalog.get_default()  # would raise AdapterNotFound if it named a deleted version
+
+
+def test_concurrent_publishes_get_different_numbers(catalog):
+    versions = []
+    threads = [
+        threading.Thread(target=lambda: versions.append(catalog.publish(publication(), 1.0).version))
+        for _ in range(6)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(versions) == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_catalogue_survives_being_reopened(tmp_path):
+    first = Catalog(open_engine("", tmp_path))
+    first.publish(publication(attach=True), 1.0)
+    first.close()
+    second = Catalog(open_engine("", tmp_path))
+    assert second.get_default().version == 1
+    assert event_types(second) == ["AdapterPublished", "DefaultChanged"]
+    second.clear_outbox(second.read_outbox(1)[0].id)
+    assert event_types(second) == ["DefaultChanged"]
+    second.close()
+
+
+def test_a_newer_catalogue_is_left_alone(tmp_path):
+    engine = open_engine("", tmp_path)
+    Catalog(engine)
+    with engine.begin() as connection:
+        connection.execute(text("UPDATE schema_version SET version = 99"))
+    with pytest.raises(CatalogTooNew):
+        Catalog(engine)
+    engine.dispose()
+
+
+def test_names_that_mean_the_base_model_are_reserved(catalog):
+    catalog.register_base_model(BaseModelRecord("Demo-1", "h", {"m": ModuleShape(1, 1)}))
+    for name in ("base", "BASE", "demo-1"):
+        with pytest.raises(ReservedAdapterName):
+            catalog.check_name(name)
+    for name in ("", "-a", "a/b", "a@1", "ü", "a" * 129, "a\n"):
+        with pytest.raises(InvalidAdapterName):
+            catalog.check_name(name)
+    catalog.check_name("Helpful-v3.1_x")
+
+
+@pytest.mark.parametrize("reference", ["a@", "a@0", "a@-1", "a@1@2", "@1", "a@latest", "a@01"])
+def test_malformed_references_are_refused(reference):
+    with pytest.raises(InvalidAdapterName):
+        parse_reference(reference)
+
+
+def test_an_unknown_base_model_is_an_error(catalog):
+    with pytest.raises(UnknownBaseModel):
+        catalog.get_base_model("nope")
