@@ -102,6 +102,8 @@ def main(socket_path: str) -> None:
             answer = {"product": (view @ view.sum(dim=0)).sum().item()}
         elif verb == "write":
             views[name].zero_()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             answer = {"written": name}
         elif verb == "close":
             assert shared is not None

@@ -9,7 +9,7 @@ from kiln_nn.errors import ModelNotFound
 
 # Weights in safetensors, configuration and tokenizer; pickled weights are not even downloaded.
 _ALLOWED_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.txt")
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 def resolve_model(path_or_hub_id: str | Path) -> Path:

@@ -1,0 +1,53 @@
+"""A model is a folder or a hub id; the hub is asked only for what is not a folder."""
+
+import pytest
+
+from kiln_nn.errors import ModelNotFound
+from kiln_nn.weights import resolve_model
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Stands in for the hub client, the one leaf that needs a network; records what was asked."""
+    import huggingface_hub
+
+    asked = {}
+
+    def install(answer):
+        def snapshot_download(repo_id, allow_patterns):
+            asked.update(repo_id=repo_id, allow_patterns=allow_patterns)
+            if isinstance(answer, Exception):
+                raise answer
+            return str(answer)
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+        return asked
+
+    return install
+
+
+def test_folder_is_used_as_it_is(tmp_path, hub):
+    asked = hub(AssertionError("the hub must not be asked"))
+    assert resolve_model(tmp_path) == tmp_path
+    assert not asked
+
+
+def test_hub_id_is_fetched_without_pickles(tmp_path, hub):
+    asked = hub(tmp_path)
+    assert resolve_model("Qwen/Qwen3.5-0.8B") == tmp_path
+    assert asked["repo_id"] == "Qwen/Qwen3.5-0.8B"
+    assert not [pattern for pattern in asked["allow_patterns"] if "bin" in pattern or pattern == "*"]
+
+
+def test_being_offline_is_said(hub):
+    hub(OSError("cannot reach the hub\nlong explanation"))
+    with pytest.raises(ModelNotFound, match=r"Qwen/Qwen3\.5-0\.8B .* cannot reach the hub$"):
+        resolve_model("Qwen/Qwen3.5-0.8B")
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "plainname", "a/b/c", "../up"])
+def test_what_is_neither_is_refused_without_asking(name, hub):
+    asked = hub(AssertionError("the hub must not be asked"))
+    with pytest.raises(ModelNotFound):
+        resolve_model(name)
+    assert not asked
