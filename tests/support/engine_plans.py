@@ -7,6 +7,7 @@ to be consecutive, and gives logits at every position instead of sampling.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -22,8 +23,8 @@ from kiln_engine.domain import (
     SamplingParams,
     StateCheckpoint,
 )
+from kiln_engine.execution.adapter_store import AdapterStore
 from kiln_engine.model import KvStore, PagedModel, StateStore
-from kiln_nn.blocks import LinearFn
 from kiln_nn.config import ModelConfig
 from tests.support.tiny_models import read_tensors
 
@@ -63,7 +64,9 @@ class EngineRig:
             self.config, num_slots=num_slots, max_draft_tokens=max_draft_tokens, **common
         )
         self.model = PagedModel(self.config, read_tensors(folder), self.kv, self.states)
-        self.linear: LinearFn | None = None
+        self.adapters = AdapterStore(
+            self.config, num_slots=4, max_rank=8, dtype=torch.float32, device=torch.device("cpu")
+        )
         shuffled = random.Random(0)
         self._pages = shuffled.sample(range(num_pages), num_pages)
         self._slots = shuffled.sample(range(num_slots), num_slots)
@@ -143,7 +146,8 @@ class EngineRig:
             layout, sample_tokens=torch.arange(layout.num_tokens), num_samples=layout.num_tokens
         )
         with torch.inference_mode():
-            logits = self.model.forward(every_token, self.linear)
+            linear = self.adapters.linear_for(plan, self.model.weights)
+            logits = self.model.forward(every_token, linear)
         return list(logits.split([1] * len(rows) + [len(chunk.token_ids) for chunk in chunks]))
 
     def prefill(self, sequence: HandSequence, token_ids: Sequence[int], splits: Sequence[int] = ()):
@@ -151,7 +155,7 @@ class EngineRig:
         edges = [0, *splits, len(token_ids)]
         parts = [
             self.step(chunks=[self.chunk(sequence, token_ids[start:end])])[0]
-            for start, end in zip(edges, edges[1:], strict=False)
+            for start, end in itertools.pairwise(edges)
         ]
         return torch.cat(parts)
 

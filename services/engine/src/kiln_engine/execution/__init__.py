@@ -1,0 +1,1 @@
+"""Carrying out plans with torch: runner, sampler, adapters, memory."""
