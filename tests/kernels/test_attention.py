@@ -56,10 +56,10 @@ class _Pages:
 
 
 def test_packed_documents_do_not_see_each_other():
-    q, k, v = _tokens(19)
-    cu_seqlens = (0, 7, 7, 8, 19)
+    q, k, v = _tokens(44)
+    cu_seqlens = (0, 7, 7, 8, 19, 27, 34, 44)  # lengths 11, 10 and 8, 7, 7 share a call each
     out = varlen_attention(q, k, v, cu_seqlens, SCALE)
-    for start, end in ((0, 7), (7, 8), (8, 19)):
+    for start, end in ((0, 7), (7, 8), (8, 19), (19, 27), (27, 34), (34, 44)):
         assert torch.allclose(out[start:end], _direct(q[start:end], k[start:end], v[start:end]))
 
 

@@ -27,7 +27,8 @@ def _logprobs_and_gradients(config, weights: dict, device: str) -> tuple[torch.T
     ids = (torch.arange(CU_SEQLENS[-1]) * 7 % config.vocab_size).to(device)
     hidden = model.hidden_states(ids, CU_SEQLENS, lora.linear_fn(model.weights))
     logprobs = token_logprobs(hidden, model.head_weight, ids.roll(-1)).logprobs_T
-    grads = torch.autograd.grad(logprobs.cos().sum(), lora.parameters())
+    weights_T = torch.arange(len(ids), device=device).cos()
+    grads = torch.autograd.grad((logprobs * weights_T).sum(), lora.parameters())
     return logprobs.detach().cpu(), [gradient.cpu() for gradient in grads]
 
 
@@ -51,7 +52,8 @@ def test_bf16_weights_train_close_to_float32():
     assert logprobs.dtype == torch.float32
     # bf16 keeps 8 bits: a few roundings of activations per layer, four layers
     assert relative_error(logprobs, expected) < 0.03
-    assert sum(map(relative_error, grads, expected_grads)) / len(grads) < 0.1
+    # and twice that many in the backward pass; bf16 on the CPU gives 0.12 here, unrelated gradients 1.4
+    assert sum(map(relative_error, grads, expected_grads)) / len(grads) < 0.2
 
 
 @pytest.mark.parametrize("repeated_keys", [False, True])

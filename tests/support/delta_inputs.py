@@ -58,5 +58,5 @@ def random_delta_inputs(
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """Size of the difference relative to the size of the expected tensor."""
-    expected = expected.double()
-    return float((actual.double() - expected).norm() / expected.norm().clamp_min(1e-30))
+    actual, expected = actual.detach().double(), expected.detach().double()
+    return float((actual - expected).norm() / expected.norm().clamp_min(1e-30))
