@@ -12,6 +12,15 @@ JOB_GROUP = "trainers"
 # Sorted set of job ids by creation time.
 JOB_INDEX = "kiln:jobs:index"
 
+# Sorted set of the ids of queued jobs by order of acceptance, and the counter that gives the order.
+JOB_QUEUED = "kiln:jobs:queued"
+JOB_SEQUENCE = "kiln:jobs:sequence"
+
+
+def adapter_jobs(adapter: str) -> str:
+    """List of an adapter name's jobs that have not ended, in order; only the first may run."""
+    return f"kiln:jobs:adapter:{adapter}"
+
 
 def job(job_id: str) -> str:
     """Hash with the job's state. Written by trainers, fenced by the claim epoch."""
@@ -29,7 +38,7 @@ def job_events(job_id: str) -> str:
 
 
 def job_idempotency(key: str) -> str:
-    """Job id and payload hash behind an idempotency key."""
+    """Hash with the job id and payload hash behind an idempotency key."""
     return f"kiln:jobs:idempotency:{key}"
 
 
@@ -44,3 +53,18 @@ ENGINE_PRESENCE_PATTERN = "kiln:engine:*"
 def rollout(completion_id: str, index: int) -> str:
     """One kept rollout (with a TTL). Written and read by gateways."""
     return f"kiln:rollout:{completion_id}:{index}"
+
+
+# Sorted set of kept rollouts by age, and the sum of their bytes. Written by gateways.
+ROLLOUT_INDEX = "kiln:rollouts:index"
+ROLLOUT_BYTES = "kiln:rollouts:bytes"
+
+
+def rollout_matches(match_key: str) -> str:
+    """List of rollout keys with one owner, messages and content, newest first."""
+    return f"kiln:rollouts:matches:{match_key}"
+
+
+def gateway_idempotency(owner: str, key: str) -> str:
+    """Body hash and resource id behind an Idempotency-Key. Written and read by gateways."""
+    return f"kiln:gateway:idempotency:{owner}:{key}"

@@ -1,0 +1,115 @@
+"""A checkpoint's tokenizer: text to ids, ids to bytes, special tokens by name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from kiln_common.errors import ErrorKind, InvalidRequest, KilnError
+
+# Marked special in some vocabularies, but part of the text that parsers and clients read.
+_READABLE_SPECIAL = frozenset(
+    {"<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"}
+)
+
+
+class TokenizerUnusable(KilnError):
+    code = "tokenizer_unusable"
+    kind = ErrorKind.INTERNAL
+    hint = "The model folder needs the tokenizer.json of a byte-level BPE tokenizer."
+
+
+class InvalidText(InvalidRequest):
+    """Text that has no UTF-8 form."""
+
+    code = "invalid_text"
+    hint = "Strings must be valid Unicode: a surrogate may only appear as half of a pair."
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedText:
+    """Token ids, and for each the character range [start, end) of the text it came from."""
+
+    token_ids: list[int]
+    offsets: list[tuple[int, int]]
+
+
+class TextTokenizer:
+    """Byte-level BPE tokenizer as Qwen3.5 checkpoints carry it. Safe to use from several threads."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        if type(tokenizer.decoder).__name__ != "ByteLevel":
+            raise TokenizerUnusable(f"the tokenizer's decoder is {tokenizer.decoder!r}, not ByteLevel")
+        self._tokenizer = tokenizer
+        self._added = {
+            token_id: (token.content, token.special)
+            for token_id, token in tokenizer.get_added_tokens_decoder().items()
+        }
+        self._bytes_by_id: dict[int, bytes] = {}
+        self.num_tokens: int = tokenizer.get_vocab_size(with_added_tokens=True)
+        """How many ids there are; the model's vocabulary may be padded beyond it."""
+
+    @classmethod
+    def load(cls, folder: Path) -> TextTokenizer:
+        """Read `folder`/tokenizer.json. Raises TokenizerUnusable."""
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise TokenizerUnusable(f"{path} does not exist")
+        return cls(Tokenizer.from_file(str(path)))
+
+    def id_of(self, token: str) -> int | None:
+        """The id of exactly this token, such as "<|im_end|>", or None."""
+        return self._tokenizer.token_to_id(token)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`; special tokens written out in it become their ids.
+
+        Raises:
+            InvalidText: `text` holds an unpaired surrogate.
+        """
+        return self.encode_with_offsets(text).token_ids
+
+    def encode_with_offsets(self, text: str) -> EncodedText:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidText(f"character {error.start} of the text is an unpaired surrogate") from None
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        return EncodedText(encoding.ids, encoding.offsets)
+
+    def decode(self, token_ids: list[int]) -> str:
+        """The text of `token_ids`, special tokens written out, invalid UTF-8 replaced."""
+        return b"".join(map(self.bytes_of, token_ids)).decode("utf-8", errors="replace")
+
+    def bytes_of(self, token_id: int) -> bytes:
+        """The bytes a token stands for; empty for ids the tokenizer does not have."""
+        known = self._bytes_by_id.get(token_id)
+        if known is None:
+            known = self._bytes_by_id[token_id] = self._compute_bytes(token_id)
+        return known
+
+    def is_hidden(self, token_id: int) -> bool:
+        """Whether generated text leaves the token out: end marks, turn marks and their like."""
+        content, special = self._added.get(token_id, ("", False))
+        return special and content not in _READABLE_SPECIAL
+
+    def _compute_bytes(self, token_id: int) -> bytes:
+        if token_id in self._added:
+            return self._added[token_id][0].encode()
+        token = self._tokenizer.id_to_token(token_id) if token_id >= 0 else None
+        if token is None:
+            return b""
+        return bytes(_BYTE_OF_CHARACTER[character] for character in token)
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """Byte-level BPE's alphabet: printable bytes stand for themselves, the rest for U+0100 onwards."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    alphabet = {chr(byte): byte for byte in printable}
+    others = [byte for byte in range(256) if chr(byte) not in alphabet]
+    return alphabet | {chr(0x100 + position): byte for position, byte in enumerate(others)}
+
+
+_BYTE_OF_CHARACTER = _byte_alphabet()

@@ -1,0 +1,59 @@
+"""`python -m kiln_gateway`: read the settings, serve until told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+
+import structlog
+import uvicorn
+from pydantic import ValidationError
+
+from kiln_common.errors import KilnError
+from kiln_common.logs import configure_logs
+from kiln_gateway.app import create_app
+from kiln_gateway.bootstrap import open_clients
+from kiln_gateway.settings import GatewaySettings
+
+_GRACE_S = 15
+
+
+async def serve(settings: GatewaySettings) -> None:
+    log = structlog.get_logger()
+    async with open_clients(settings) as clients:
+        app = create_app(settings, clients)
+        config = uvicorn.Config(
+            app,
+            host=settings.host,
+            port=settings.port,
+            log_level="warning",
+            access_log=False,
+            timeout_graceful_shutdown=_GRACE_S,
+        )
+        log.info(
+            "gateway_starting",
+            host=settings.host,
+            port=settings.port,
+            model_path=str(settings.model_path),
+            has_api_keys=bool(settings.api_keys),
+        )
+        await uvicorn.Server(config).serve()
+
+
+def main() -> int:
+    try:
+        settings = GatewaySettings()  # type: ignore[call-arg]
+    except ValidationError as error:
+        print(f"kiln_gateway: {error}", file=sys.stderr)
+        return 2
+    configure_logs("gateway", settings.log_level)
+    try:
+        asyncio.run(serve(settings))
+    except KilnError as error:
+        print(f"kiln_gateway: {error} {error.hint}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Adapter archives as they come in and go out."""

@@ -1,0 +1,60 @@
+"""The gateway's HTTP application."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+
+from fastapi import FastAPI, Request
+from fastapi.responses import Response
+
+from kiln_gateway.edge import EdgeMiddleware
+from kiln_gateway.gateway import Gateway
+from kiln_gateway.http_errors import install_error_handlers
+from kiln_gateway.ports import Clients
+from kiln_gateway.routes import completions, health, home, models, not_built, text
+from kiln_gateway.settings import GatewaySettings
+from kiln_gateway.sse import ClientLeft
+
+_CLIENT_CLOSED_REQUEST = 499
+_ROUTERS = (
+    completions.router,
+    text.router,
+    models.router,
+    health.router,
+    not_built.router,
+    home.router,
+)
+
+
+def create_app(settings: GatewaySettings, clients: Clients) -> FastAPI:
+    """The application over these clients; reads tokenizer and template from settings.model_path.
+
+    Raises:
+        TokenizerUnusable, TemplateUnusable: the model folder does not have what it needs.
+    """
+    gateway = Gateway(settings, clients)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with gateway.engines.watching():
+            yield
+
+    app = FastAPI(title="Kiln", docs_url=None, redoc_url=None, lifespan=lifespan)
+    app.state.gateway = gateway
+    app.state.api_routes = [route for router in _ROUTERS for route in router.routes]
+    install_error_handlers(app)
+
+    @app.exception_handler(ClientLeft)
+    async def on_client_left(request: Request, error: ClientLeft) -> Response:
+        return Response(status_code=_CLIENT_CLOSED_REQUEST)
+
+    for router in _ROUTERS:
+        app.include_router(router)
+    app.add_middleware(
+        EdgeMiddleware,
+        allowed_hosts=settings.allowed_hosts,
+        allowed_origins=settings.allowed_origins,
+        metrics=gateway.metrics,
+    )
+    return app

@@ -1,0 +1,38 @@
+"""Builds the real clients from settings and closes them at the end."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+
+import redis.asyncio
+from kiln_common.clients.engine import EngineClient
+
+from kiln_common.clients.registry import RegistryClient
+from kiln_common.clients.trainer import TrainerClient
+from kiln_gateway.ports import Clients
+from kiln_gateway.settings import GatewaySettings
+
+_REDIS_TIMEOUT_S = 1.0
+
+
+@contextlib.asynccontextmanager
+async def open_clients(settings: GatewaySettings) -> AsyncIterator[Clients]:
+    """Clients of every service; none has to be up yet."""
+    engines = [EngineClient(address) for address in settings.engine_addresses]
+    registry = RegistryClient(settings.registry_address)
+    trainer = TrainerClient(settings.trainer_address)
+    store = None
+    if settings.redis_url:
+        store = redis.asyncio.from_url(
+            settings.redis_url,
+            socket_timeout=_REDIS_TIMEOUT_S,
+            socket_connect_timeout=_REDIS_TIMEOUT_S,
+        )
+    try:
+        yield Clients(engines=engines, registry=registry, trainer=trainer, redis=store)
+    finally:
+        for client in [*engines, registry, trainer]:
+            await client.close()
+        if store is not None:
+            await store.aclose()

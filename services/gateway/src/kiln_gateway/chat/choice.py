@@ -1,0 +1,171 @@
+"""One choice of a completion: the engine's tokens in, text, reasoning and tool calls out.
+
+No I/O: the same assembler serves streams, whole answers and tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from kiln_common.pb import engine_pb2
+from kiln_common.text.detokenizer import IncrementalDetokenizer
+from kiln_common.text.reasoning import ReasoningSplitter
+from kiln_common.text.stop_strings import StopStringMatcher
+from kiln_common.text.tokenizer import TextTokenizer
+from kiln_common.text.tool_calls import ContentText, ToolCallFinished, ToolCallParser, ToolEvent
+
+_FINISH_REASONS = {
+    engine_pb2.FINISH_REASON_STOP: "stop",
+    engine_pb2.FINISH_REASON_LENGTH: "length",
+    engine_pb2.FINISH_REASON_ABORT: "abort",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A generated token; log-probabilities are natural, at temperature 1 unless said otherwise."""
+
+    token_id: int
+    logprob: float
+    sampled_logprob: float  # under the distribution it was drawn from
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TextRules:
+    """How a choice's text is taken apart.
+
+    `parameter_schemas` is None where no tool calls are looked for; see ToolCallParser.
+    """
+
+    splits_reasoning: bool = False
+    starts_in_reasoning: bool = False
+    stop_strings: Sequence[str] = ()
+    parameter_schemas: Mapping[str, Mapping[str, Any]] | None = None
+    allows_parallel_tool_calls: bool = True
+
+
+@dataclass(slots=True)
+class ChoiceDelta:
+    """What one engine step added to a choice."""
+
+    reasoning: str = ""
+    events: list[ToolEvent] = field(default_factory=list)
+    tokens: list[TokenLogprob] = field(default_factory=list)
+    finish_reason: str | None = None
+
+    @property
+    def content(self) -> str:
+        return "".join(event.text for event in self.events if isinstance(event, ContentText))
+
+
+class ChoiceAssembler:
+    """Consumes a sequence's outputs in order until `is_finished`.
+
+    With a stop string, tokens end with the one that completed it; what the engine computed after it
+    is dropped.
+    """
+
+    def __init__(self, tokenizer: TextTokenizer, rules: TextRules) -> None:
+        self._detokenizer = IncrementalDetokenizer(tokenizer)
+        self._splitter = (
+            ReasoningSplitter(starts_in_reasoning=rules.starts_in_reasoning)
+            if rules.splits_reasoning
+            else None
+        )
+        self._stops = StopStringMatcher(rules.stop_strings)
+        self._tools = ToolCallParser(rules.parameter_schemas) if rules.parameter_schemas is not None else None
+        self._allows_parallel_tool_calls = rules.allows_parallel_tool_calls
+        self.tokens: list[TokenLogprob] = []
+        self.reasoning = ""
+        self.content = ""
+        self.num_reasoning_tokens = 0
+        self.num_cached_tokens = 0
+        self.seed = 0
+        self.finish_reason: str | None = None
+
+    @property
+    def is_finished(self) -> bool:
+        return self.finish_reason is not None
+
+    @property
+    def num_tool_calls(self) -> int:
+        return self._tools.num_calls if self._tools is not None else 0
+
+    def push(self, output: engine_pb2.SequenceOutput) -> ChoiceDelta:
+        """Take one step's tokens; the delta of the last step has a finish reason."""
+        delta = ChoiceDelta()
+        if not self.tokens:
+            self.num_cached_tokens, self.seed = output.num_cached_tokens, output.seed
+        for position, token_id in enumerate(output.token_ids):
+            self._take(_token(output, position, token_id), delta)
+            if self.is_finished:
+                break
+        if not self.is_finished and output.finish_reason in _FINISH_REASONS:
+            self._flush(delta)
+            self._finish(_FINISH_REASONS[output.finish_reason])
+        self.reasoning += delta.reasoning
+        self.content += delta.content
+        delta.finish_reason = self.finish_reason
+        return delta
+
+    def _take(self, token: TokenLogprob, delta: ChoiceDelta) -> None:
+        self.tokens.append(token)
+        delta.tokens.append(token)
+        if self._splitter is not None and self._splitter.is_reasoning:
+            self.num_reasoning_tokens += 1
+        self._take_text(self._detokenizer.push(token.token_id), delta)
+
+    def _take_text(self, text: str, delta: ChoiceDelta) -> None:
+        if not text:
+            return
+        if self._splitter is not None:
+            split = self._splitter.push(text)
+            delta.reasoning += split.reasoning
+            text = split.answer
+        self._take_answer(self._stops.push(text), delta)
+        if self._stops.matched is not None and not self.is_finished:
+            self._flush_tools(delta)
+            self._finish("stop")
+
+    def _take_answer(self, text: str, delta: ChoiceDelta) -> None:
+        if not text:
+            return
+        if self._tools is None:
+            delta.events.append(ContentText(text))
+            return
+        for event in self._tools.push(text):
+            delta.events.append(event)
+            if isinstance(event, ToolCallFinished) and not self._allows_parallel_tool_calls:
+                self._finish("stop")
+                return
+
+    def _flush(self, delta: ChoiceDelta) -> None:
+        """Everything held back comes out, now that no token follows."""
+        self._take_text(self._detokenizer.finish(), delta)
+        if self.is_finished:
+            return
+        if self._splitter is not None:
+            split = self._splitter.finish()
+            delta.reasoning += split.reasoning
+            self._take_answer(self._stops.push(split.answer), delta)
+        self._take_answer(self._stops.finish(), delta)
+        self._flush_tools(delta)
+
+    def _flush_tools(self, delta: ChoiceDelta) -> None:
+        if self._tools is not None:
+            delta.events += self._tools.finish()
+
+    def _finish(self, reason: str) -> None:
+        if self.finish_reason is None:
+            self.finish_reason = "tool_calls" if reason == "stop" and self.num_tool_calls else reason
+
+
+def _token(output: engine_pb2.SequenceOutput, position: int, token_id: int) -> TokenLogprob:
+    top: tuple[tuple[int, float], ...] = ()
+    if position < len(output.top_logprobs):
+        entry = output.top_logprobs[position]
+        top = tuple(zip(entry.token_ids, entry.logprobs, strict=True))
+    return TokenLogprob(token_id, output.logprobs[position], output.sampled_logprobs[position], top)

@@ -1,0 +1,155 @@
+"""A whole completion request under way: its choices run side by side and end as kept rollouts."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from kiln_common.errors import EngineUnavailable
+from kiln_common.pb import engine_pb2
+from kiln_gateway.chat.choice import ChoiceAssembler, ChoiceDelta
+from kiln_gateway.chat.sampling import record_of
+from kiln_gateway.engine_pool import EnginePool
+from kiln_gateway.metrics import GatewayMetrics
+from kiln_gateway.model_resolver import Target
+from kiln_gateway.rollouts import Rollout, RolloutStore
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One sequence to generate."""
+
+    index: int
+    request: engine_pb2.GenerateRequest
+    assembler: ChoiceAssembler
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Token counts of a finished request; prompts of several choices count once each."""
+
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    num_completion_tokens: int
+    num_reasoning_tokens: int
+
+
+@dataclass(frozen=True)
+class CompletionRun:
+    """Generates every choice of one request.
+
+    `match_key` gives the match key of a choice's content, or is None where none applies.
+    `keeps_rollouts` is the request's `store`.
+    """
+
+    completion_id: str
+    model: str
+    target: Target
+    owner: str
+    choices: Sequence[Choice]
+    keeps_rollouts: bool
+    match_key: Callable[[str], str] | None
+    num_prompts: int
+    created_at_s: int = field(default_factory=lambda: int(time.time()))
+
+    async def deltas(
+        self, engines: EnginePool, rollouts: RolloutStore, metrics: GatewayMetrics
+    ) -> AsyncGenerator[tuple[Choice, ChoiceDelta]]:
+        """Every choice's deltas as they come; a choice's last one comes after its rollout was kept.
+
+        Closing the iterator aborts what still runs.
+        """
+        streams = [self._run(choice, engines, rollouts, metrics) for choice in self.choices]
+        merged = streams[0] if len(streams) == 1 else merge(streams)
+        async with contextlib.aclosing(merged) as deltas:
+            async for item in deltas:
+                yield item
+
+    def usage(self) -> Usage:
+        """Counts so far."""
+        num_per_prompt = len(self.choices) // self.num_prompts
+        firsts = self.choices[::num_per_prompt]
+        return Usage(
+            num_prompt_tokens=sum(len(choice.request.prompt_token_ids) for choice in firsts),
+            num_cached_tokens=sum(choice.assembler.num_cached_tokens for choice in firsts),
+            num_completion_tokens=sum(len(choice.assembler.tokens) for choice in self.choices),
+            num_reasoning_tokens=sum(choice.assembler.num_reasoning_tokens for choice in self.choices),
+        )
+
+    async def _run(
+        self, choice: Choice, engines: EnginePool, rollouts: RolloutStore, metrics: GatewayMetrics
+    ) -> AsyncGenerator[tuple[Choice, ChoiceDelta]]:
+        assembler = choice.assembler
+        started_at = time.monotonic()
+        with metrics.running_choices.track_inprogress():
+            async with contextlib.aclosing(engines.generate(choice.request)) as outputs:
+                async for output in outputs:
+                    is_first = not assembler.tokens
+                    delta = assembler.push(output)
+                    if is_first and assembler.tokens:
+                        metrics.first_token_seconds.observe(time.monotonic() - started_at)
+                    if delta.finish_reason is None:
+                        yield choice, delta
+                        continue
+                    break
+                else:
+                    raise EngineUnavailable("the engine ended the sequence without a reason")
+            metrics.prompt_tokens.inc(len(choice.request.prompt_token_ids))
+            metrics.completion_tokens.inc(len(assembler.tokens))
+            if self.keeps_rollouts:
+                is_kept = await rollouts.save(self._rollout(choice))
+                metrics.rollouts.labels("kept" if is_kept else "lost").inc()
+        yield choice, delta
+
+    def _rollout(self, choice: Choice) -> Rollout:
+        assembler = choice.assembler
+        return Rollout(
+            completion_id=self.completion_id,
+            index=choice.index,
+            owner=self.owner,
+            prompt_token_ids=list(choice.request.prompt_token_ids),
+            completion_token_ids=[token.token_id for token in assembler.tokens],
+            logprobs=[token.logprob for token in assembler.tokens],
+            sampled_logprobs=[token.sampled_logprob for token in assembler.tokens],
+            sampling=record_of(choice.request.sampling, assembler.seed),
+            adapter_version=self.target.label,
+            finish_reason=assembler.finish_reason or "",
+            match_key=self.match_key(assembler.content) if self.match_key is not None else "",
+        )
+
+
+async def merge(streams: Sequence[AsyncGenerator[Item]]) -> AsyncGenerator[Item]:
+    """Items of all streams as they come; the first error ends it and closes the others."""
+    queue: asyncio.Queue[Item | BaseException | None] = asyncio.Queue()
+
+    async def pump(stream: AsyncGenerator[Item]) -> None:
+        try:
+            async with contextlib.aclosing(stream):
+                async for item in stream:
+                    queue.put_nowait(item)
+        except Exception as error:  # noqa: BLE001 raised again by the reader
+            queue.put_nowait(error)
+        else:
+            queue.put_nowait(None)
+
+    tasks = [asyncio.create_task(pump(stream)) for stream in streams]
+    try:
+        num_running = len(tasks)
+        while num_running:
+            item = await queue.get()
+            if isinstance(item, BaseException):
+                raise item
+            if item is None:
+                num_running -= 1
+            else:
+                yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

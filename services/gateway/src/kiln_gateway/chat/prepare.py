@@ -1,0 +1,166 @@
+"""From a checked request to a CompletionRun: prompts, limits, weights, one engine request a choice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from kiln_common.errors import InvalidValue
+from kiln_common.ids import new_id
+from kiln_common.pb import engine_pb2
+from kiln_gateway.auth import Caller
+from kiln_gateway.chat.choice import ChoiceAssembler, TextRules
+from kiln_gateway.chat.completion_run import Choice, CompletionRun
+from kiln_gateway.chat.prompt import Prompt, check_token_ids
+from kiln_gateway.chat.sampling import sampling_params, seed_of_choice
+from kiln_gateway.gateway import Gateway
+from kiln_gateway.model_resolver import Target, WantedAdapter
+from kiln_gateway.rollouts import match_key
+from kiln_gateway.schemas.chat import ChatCompletionBody, ChatMessage, Tool
+from kiln_gateway.schemas.completions import TextCompletionBody
+from kiln_gateway.schemas.sampling import CompletionFields
+
+
+async def prepare_chat(gateway: Gateway, body: ChatCompletionBody, caller: Caller) -> CompletionRun:
+    """Everything that can be wrong with a chat request is found here, before a token is computed."""
+    body.refuse_unsupported()
+    target = await resolve_target(gateway, body)
+    tools = body.active_tools
+    messages = [message.to_template() for message in body.messages]
+    prompt = await gateway.prompts.chat(
+        messages,
+        tools=[tool.to_template() for tool in tools] or None,
+        variables=gateway.prompts.variables(
+            body.chat_template_kwargs, reasoning_effort=body.reasoning_effort
+        ),
+    )
+    rules = TextRules(
+        splits_reasoning=True,
+        starts_in_reasoning=prompt.starts_in_reasoning,
+        stop_strings=body.stop,
+        parameter_schemas=parameter_schemas(tools) if tools else None,
+        allows_parallel_tool_calls=body.parallel_tool_calls is not False,
+    )
+    identity = canonical_messages(body.messages)
+    return await _run(
+        gateway,
+        body,
+        caller,
+        completion_id=new_id("chatcmpl"),
+        prompts=[prompt],
+        rules=rules,
+        target=target,
+        max_tokens=body.max_completion_tokens or body.max_tokens,
+        num_top_logprobs=body.num_top_logprobs,
+        key_of=lambda content: match_key(caller.owner, identity, content),
+    )
+
+
+async def prepare_text(gateway: Gateway, body: TextCompletionBody, caller: Caller) -> CompletionRun:
+    """The same for a text completion: no template, no reasoning, no tools."""
+    body.refuse_unsupported()
+    target = await resolve_target(gateway, body)
+    base_model = await gateway.engines.base_model()
+    prompts = []
+    for prompt in body.prompt:
+        token_ids = await gateway.prompts.encode(prompt) if isinstance(prompt, str) else prompt
+        check_token_ids(token_ids, base_model.vocab_size, "prompt")
+        prompts.append(Prompt(token_ids))
+    return await _run(
+        gateway,
+        body,
+        caller,
+        completion_id=new_id("cmpl"),
+        prompts=prompts,
+        rules=TextRules(stop_strings=body.stop),
+        target=target,
+        max_tokens=body.max_tokens,
+        num_top_logprobs=body.num_top_logprobs,
+        key_of=None,
+    )
+
+
+async def resolve_target(gateway: Gateway, body: CompletionFields) -> Target:
+    adapters = None
+    if body.adapters is not None:
+        adapters = [WantedAdapter(wanted.name, wanted.scale) for wanted in body.adapters]
+    return await gateway.resolver.resolve(
+        body.model,
+        base_ids=await gateway.base_ids(),
+        adapter=body.adapter,
+        is_adapter_given=body.is_adapter_given,
+        adapters=adapters,
+    )
+
+
+def canonical_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
+    """Messages as far as two conversations are the same one."""
+    return [message.to_template() for message in messages]
+
+
+def parameter_schemas(tools: Sequence[Tool]) -> dict[str, dict[str, Any]]:
+    """For each tool the schemas of its parameters by name."""
+    schemas = {}
+    for tool in tools:
+        properties = (tool.function.parameters or {}).get("properties")
+        schemas[tool.function.name] = properties if isinstance(properties, dict) else {}
+    return schemas
+
+
+async def _run(
+    gateway: Gateway,
+    body: CompletionFields,
+    caller: Caller,
+    *,
+    completion_id: str,
+    prompts: Sequence[Prompt],
+    rules: TextRules,
+    target: Target,
+    max_tokens: int | None,
+    num_top_logprobs: int,
+    key_of: Callable[[str], str] | None,
+) -> CompletionRun:
+    num_choices = len(prompts) * body.num_choices
+    if num_choices > gateway.settings.max_choices:
+        raise InvalidValue(
+            f"the request asks for {num_choices} choices, the limit is {gateway.settings.max_choices}",
+            param="n",
+            hint="Send several requests.",
+        )
+    base_model = await gateway.engines.base_model()
+    choices: list[Choice] = []
+    for prompt in prompts:
+        sampling = sampling_params(
+            body,
+            base_model=base_model,
+            num_prompt_tokens=len(prompt.token_ids),
+            max_tokens=max_tokens,
+            num_top_logprobs=num_top_logprobs,
+            turn_end_id=gateway.turn_end_id if rules.splits_reasoning else None,
+        )
+        for _ in range(body.num_choices):
+            index = len(choices)
+            request = engine_pb2.GenerateRequest(
+                request_id=f"{completion_id}-{index}",
+                prompt_token_ids=prompt.token_ids,
+                sampling=sampling,
+                adapters=target.adapters,
+                num_stable_prefix_tokens=prompt.num_stable_prefix_tokens,
+                # Cached prefixes tell by their timing what others asked: keys do not share them.
+                cache_salt=caller.owner + (body.cache_salt or ""),
+                priority=body.priority or 0,
+                timeout_s=gateway.settings.request_timeout_s,
+            )
+            if (seed := seed_of_choice(body.seed, index)) is not None:
+                request.sampling.seed = seed
+            choices.append(Choice(index, request, ChoiceAssembler(gateway.tokenizer, rules)))
+    return CompletionRun(
+        completion_id=completion_id,
+        model=body.model or await gateway.served_model_id(),
+        target=target,
+        owner=caller.owner,
+        choices=choices,
+        keeps_rollouts=body.store is not False,
+        match_key=key_of,
+        num_prompts=len(prompts),
+    )

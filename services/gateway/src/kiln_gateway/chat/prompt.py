@@ -1,0 +1,172 @@
+"""Messages to prompt tokens, by the checkpoint's own template and tokenizer."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kiln_common.errors import InvalidTokenIds, InvalidValue
+from kiln_common.text.chat_template import ChatTemplate, TemplateRefused
+from kiln_common.text.reasoning import opens_reasoning
+from kiln_common.text.tokenizer import TextTokenizer
+
+_THREAD_FROM_CHARACTERS = 8_192
+_TURN_MARK = "<|im_start|>"
+_RESERVED_VARIABLES = frozenset({"messages", "tools", "add_generation_prompt"})
+# The next turn of every conversation, as far as its shape matters for what stays the same.
+_NEXT_TURN = [{"role": "assistant", "content": "x"}, {"role": "user", "content": "x"}]
+
+TemplateMessage = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A prompt ready for the engine."""
+
+    token_ids: list[int]
+    # How many leading tokens the conversation's next request will begin with again.
+    num_stable_prefix_tokens: int = 0
+    # Whether the model goes on inside a thinking block that the prompt opened.
+    starts_in_reasoning: bool = False
+
+
+class PromptRenderer:
+    """Renders and tokenises; long texts on a thread, since the tokenizer blocks."""
+
+    def __init__(
+        self, template: ChatTemplate, tokenizer: TextTokenizer, *, enable_thinking_default: bool | None
+    ) -> None:
+        self._template = template
+        self.tokenizer = tokenizer
+        self._enable_thinking_default = enable_thinking_default
+
+    def variables(
+        self, chat_template_kwargs: Mapping[str, Any] | None = None, *, reasoning_effort: str | None = None
+    ) -> dict[str, Any]:
+        """Template variables of a request; its own chat_template_kwargs win over everything.
+
+        Raises:
+            InvalidValue: a variable that the gateway itself sets.
+        """
+        given = dict(chat_template_kwargs or {})
+        if reserved := _RESERVED_VARIABLES & given.keys():
+            raise InvalidValue(
+                f"chat_template_kwargs cannot set {', '.join(sorted(reserved))}",
+                param="chat_template_kwargs",
+                hint="Use the request's own fields.",
+            )
+        variables: dict[str, Any] = {}
+        if self._enable_thinking_default is not None:
+            variables["enable_thinking"] = self._enable_thinking_default
+        if reasoning_effort is not None:
+            variables["enable_thinking"] = reasoning_effort != "none"
+        return variables | given
+
+    async def chat(
+        self,
+        messages: Sequence[TemplateMessage],
+        *,
+        tools: Sequence[dict[str, Any]] | None,
+        variables: Mapping[str, Any],
+    ) -> Prompt:
+        """The prompt of a chat request. Raises TemplateRefused, InvalidText."""
+        num_characters = sum(len(str(message.get("content"))) for message in messages)
+        if num_characters < _THREAD_FROM_CHARACTERS:
+            return self.render_chat(messages, tools=tools, variables=variables)
+        return await asyncio.to_thread(self.render_chat, messages, tools=tools, variables=variables)
+
+    async def encode(self, text: str) -> list[int]:
+        if len(text) < _THREAD_FROM_CHARACTERS:
+            return self.tokenizer.encode(text)
+        return await asyncio.to_thread(self.tokenizer.encode, text)
+
+    def render_text(
+        self,
+        messages: Sequence[TemplateMessage],
+        *,
+        tools: Sequence[dict[str, Any]] | None = None,
+        add_generation_prompt: bool,
+        variables: Mapping[str, Any],
+    ) -> str:
+        return self._template.render(
+            merge_leading_instructions(messages),
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            **variables,
+        )
+
+    def render_chat(
+        self,
+        messages: Sequence[TemplateMessage],
+        *,
+        tools: Sequence[dict[str, Any]] | None,
+        variables: Mapping[str, Any],
+    ) -> Prompt:
+        """The prompt of a chat request, computed here and now."""
+        text = self.render_text(messages, tools=tools, add_generation_prompt=True, variables=variables)
+        encoded = self.tokenizer.encode_with_offsets(text)
+        num_stable_characters = self._num_stable_characters(text, messages, tools, variables)
+        # The template may render the open turn differently once it is answered, so what is stable
+        # ends where that turn begins.
+        turn_mark_id = self.tokenizer.id_of(_TURN_MARK)
+        num_stable_tokens = 0
+        for position in range(len(encoded.token_ids) - 1, -1, -1):
+            starts_at = encoded.offsets[position][0]
+            if encoded.token_ids[position] == turn_mark_id and starts_at <= num_stable_characters:
+                num_stable_tokens = position
+                break
+        return Prompt(encoded.token_ids, num_stable_tokens, opens_reasoning(text))
+
+    def _num_stable_characters(
+        self,
+        text: str,
+        messages: Sequence[TemplateMessage],
+        tools: Sequence[dict[str, Any]] | None,
+        variables: Mapping[str, Any],
+    ) -> int:
+        """How much of `text` begins the rendering of the conversation one turn later."""
+        try:
+            later = self.render_text(
+                [*messages, *_NEXT_TURN], tools=tools, add_generation_prompt=False, variables=variables
+            )
+        except TemplateRefused:
+            return 0
+        return num_common_characters(text, later)
+
+
+def num_common_characters(first: str, second: str) -> int:
+    """How many leading characters two texts share."""
+    low, high = 0, min(len(first), len(second))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if first[low:middle] == second[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def merge_leading_instructions(messages: Sequence[TemplateMessage]) -> list[TemplateMessage]:
+    """System and developer messages at the start become one system message.
+
+    OpenAI's API has both roles; Qwen's templates know one system message, and only as the first.
+    """
+    num_leading = 0
+    while num_leading < len(messages) and messages[num_leading]["role"] in ("system", "developer"):
+        num_leading += 1
+    if num_leading == 0:
+        return list(messages)
+    text = "\n\n".join(message["content"] for message in messages[:num_leading])
+    return [{"role": "system", "content": text}, *messages[num_leading:]]
+
+
+def check_token_ids(token_ids: Sequence[int], vocab_size: int, param: str) -> None:
+    """Raises InvalidTokenIds naming the first id outside [0, vocab_size)."""
+    for position, token_id in enumerate(token_ids):
+        if not 0 <= token_id < vocab_size:
+            raise InvalidTokenIds(
+                f"`{param}` has the id {token_id} at position {position}, the vocabulary has {vocab_size}",
+                param=param,
+            )

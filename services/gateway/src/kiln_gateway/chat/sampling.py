@@ -1,0 +1,94 @@
+"""A request's sampling fields as the engine and the rollout record take them."""
+
+from __future__ import annotations
+
+from kiln_common.errors import InvalidValue, PromptTooLong
+from kiln_common.pb import common_pb2, engine_pb2
+from kiln_gateway.chat.prompt import check_token_ids
+from kiln_gateway.rollouts import SamplingRecord
+from kiln_gateway.schemas.sampling import CompletionFields
+
+_SEEDS = 2**64
+
+
+def sampling_params(
+    fields: CompletionFields,
+    *,
+    base_model: common_pb2.BaseModel,
+    num_prompt_tokens: int,
+    max_tokens: int | None,
+    num_top_logprobs: int,
+    turn_end_id: int | None,
+) -> engine_pb2.SamplingParams:
+    """Everything but the seed.
+
+    `max_tokens` is capped at what the context leaves after the prompt, which is also its default.
+    `turn_end_id` ends completions although the engine's own end tokens may not include it.
+
+    Raises:
+        PromptTooLong: the prompt leaves no room for a token.
+        InvalidTokenIds: stop_token_ids or logit_bias name ids outside the vocabulary.
+    """
+    room = base_model.max_model_len - num_prompt_tokens
+    if room < 1:
+        raise PromptTooLong(num_prompt_tokens, base_model.max_model_len - 1)
+    stop_token_ids = list(fields.stop_token_ids or ())
+    check_token_ids(stop_token_ids, base_model.vocab_size, "stop_token_ids")
+    is_turn_end_new = turn_end_id is not None and turn_end_id not in base_model.eos_token_ids
+    if is_turn_end_new and not fields.ignore_eos and turn_end_id not in stop_token_ids:
+        stop_token_ids.append(turn_end_id)  # type: ignore[arg-type]
+    limit = min(max_tokens or room, room)
+    return engine_pb2.SamplingParams(
+        max_tokens=limit,
+        min_tokens=min(fields.min_tokens or 0, limit),
+        temperature=_or(fields.temperature, 1.0),
+        top_p=_or(fields.top_p, 1.0),
+        top_k=max(fields.top_k or 0, 0),
+        min_p=fields.min_p or 0.0,
+        presence_penalty=fields.presence_penalty or 0.0,
+        frequency_penalty=fields.frequency_penalty or 0.0,
+        repetition_penalty=_or(fields.repetition_penalty, 1.0),
+        logit_bias=_logit_bias(fields.logit_bias, base_model.vocab_size),
+        stop_token_ids=stop_token_ids,
+        ignore_eos=bool(fields.ignore_eos),
+        num_top_logprobs=num_top_logprobs,
+    )
+
+
+def seed_of_choice(seed: int | None, choice: int) -> int | None:
+    """Each choice of a seeded request has its own stream: the seed itself, then the ones after it."""
+    return None if seed is None else (seed + choice) % _SEEDS
+
+
+def record_of(params: engine_pb2.SamplingParams, seed: int) -> SamplingRecord:
+    """What a rollout keeps of how it was drawn."""
+    return SamplingRecord(
+        temperature=params.temperature,
+        top_p=params.top_p,
+        top_k=params.top_k,
+        min_p=params.min_p,
+        presence_penalty=params.presence_penalty,
+        frequency_penalty=params.frequency_penalty,
+        repetition_penalty=params.repetition_penalty,
+        has_logit_bias=bool(params.logit_bias),
+        min_tokens=params.min_tokens,
+        seed=seed,
+    )
+
+
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else value
+
+
+def _logit_bias(given: dict[str, float] | None, vocab_size: int) -> dict[int, float]:
+    biases = {}
+    for name, bias in (given or {}).items():
+        if not name.isascii() or not name.isdigit():
+            raise InvalidValue(
+                f"`logit_bias` has the key {name!r}",
+                param="logit_bias",
+                hint="Keys are token ids written as strings; POST /v1/tokenize gives them.",
+            )
+        biases[int(name)] = bias
+    check_token_ids(list(biases), vocab_size, "logit_bias")
+    return biases

@@ -1,0 +1,116 @@
+"""Errors only the gateway raises; the shared ones are in kiln_common.errors."""
+
+from __future__ import annotations
+
+from kiln_common.errors import ErrorKind, InvalidRequest, KilnError, NotBuiltYet
+
+
+class InvalidField(InvalidRequest):
+    """A body that breaks its schema; `code` says how."""
+
+    def __init__(self, code: str, message: str, *, param: str, hint: str) -> None:
+        super().__init__(message, param=param, hint=hint)
+        self.code = code
+
+
+class InvalidJson(InvalidRequest):
+    code = "invalid_json"
+    hint = "Send one JSON object with Content-Type: application/json."
+
+
+class BodyTooLarge(KilnError):
+    code = "body_too_large"
+    kind = ErrorKind.TOO_LARGE
+    hint = (
+        "Send less at once, or raise KILN_GATEWAY_MAX_BODY_BYTES (KILN_GATEWAY_MAX_UPLOAD_BYTES for uploads)."
+    )
+
+    def __init__(self, limit_bytes: int) -> None:
+        super().__init__(f"the body is larger than the limit of {limit_bytes} bytes")
+
+
+class UnsupportedField(InvalidRequest):
+    """A field of OpenAI's API that would change the answer and that Kiln does not offer."""
+
+    code = "unsupported_field"
+
+    def __init__(self, field: str, hint: str = "Leave the field out.") -> None:
+        super().__init__(f"`{field}` is not supported", param=field, hint=hint)
+
+
+class FieldNotBuiltYet(NotBuiltYet):
+    """A field of the HTTP contract that is not built yet."""
+
+    def __init__(
+        self, field: str, hint: str = "Leave the field out; docs/status.md lists what works today."
+    ) -> None:
+        super().__init__(f"`{field}` is part of the contract but not built yet", param=field, hint=hint)
+
+
+class ModelNotFound(KilnError):
+    code = "model_not_found"
+    kind = ErrorKind.NOT_FOUND
+    param = "model"
+    hint = "GET /v1/models lists the base model and every adapter."
+
+
+class RolloutNotFound(KilnError):
+    code = "rollout_not_found"
+    kind = ErrorKind.NOT_FOUND
+    hint = (
+        "Rollouts are kept for KILN_GATEWAY_ROLLOUT_TTL_S seconds, for the key that made them, "
+        'unless the request said "store": false. Sample again, or send the completion\'s text.'
+    )
+
+
+class OffPolicyRollout(InvalidRequest):
+    """The rollout was not drawn from a distribution that training can score."""
+
+    code = "off_policy_rollout"
+    hint = "Sample with temperature > 0 and without penalties, logit_bias or a grammar."
+
+
+class HostNotAllowed(KilnError):
+    code = "host_not_allowed"
+    kind = ErrorKind.FORBIDDEN
+    hint = "Add the name to KILN_GATEWAY_ALLOWED_HOSTS."
+
+
+class OriginNotAllowed(KilnError):
+    code = "origin_not_allowed"
+    kind = ErrorKind.FORBIDDEN
+    hint = "Add the origin to KILN_GATEWAY_ALLOWED_ORIGINS."
+
+
+class InvalidApiKey(KilnError):
+    code = "invalid_api_key"
+    kind = ErrorKind.UNAUTHENTICATED
+    hint = "Send Authorization: Bearer KEY with a key of KILN_GATEWAY_API_KEYS."
+
+
+class ScopeMissing(KilnError):
+    code = "scope_missing"
+    kind = ErrorKind.FORBIDDEN
+    hint = "Use a key that carries the scope."
+
+
+def kind_of_code(code: str) -> ErrorKind:
+    """The kind of an error known only by its code, as engines report failed sequences."""
+    pending: list[type[KilnError]] = [KilnError]
+    while pending:
+        cls = pending.pop()
+        if cls.code == code:
+            return cls.kind
+        pending += cls.__subclasses__()
+    return _ENGINE_KINDS.get(code, ErrorKind.INTERNAL)
+
+
+# Codes the engine alone uses.
+_ENGINE_KINDS = {
+    "adapter_unavailable": ErrorKind.UNAVAILABLE,
+    "adapter_slots_full": ErrorKind.UNAVAILABLE,
+    "engine_draining": ErrorKind.UNAVAILABLE,
+    "engine_failed": ErrorKind.UNAVAILABLE,
+    "duplicate_request_id": ErrorKind.CONFLICT,
+    "out_of_pages": ErrorKind.UNAVAILABLE,
+}

@@ -1,0 +1,79 @@
+"""The parts of one gateway, put together once and used by every route."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from fastapi import Request
+from pydantic import BaseModel
+
+from kiln_common.text.chat_template import ChatTemplate
+from kiln_common.text.tokenizer import TextTokenizer
+from kiln_gateway.auth import Authenticator
+from kiln_gateway.chat.prompt import PromptRenderer
+from kiln_gateway.engine_pool import EnginePool
+from kiln_gateway.metrics import GatewayMetrics
+from kiln_gateway.model_resolver import ModelResolver
+from kiln_gateway.ports import Clients
+from kiln_gateway.request_body import parse_body
+from kiln_gateway.rollouts import RolloutStore
+from kiln_gateway.settings import GatewaySettings
+
+Model = TypeVar("Model", bound=BaseModel)
+_TURN_END = "<|im_end|>"
+
+
+class Gateway:
+    """Holds no state of a request; everything here lives as long as the process."""
+
+    def __init__(self, settings: GatewaySettings, clients: Clients) -> None:
+        self.settings = settings
+        self.clients = clients
+        self.tokenizer = TextTokenizer.load(settings.model_path)
+        self.prompts = PromptRenderer(
+            ChatTemplate.load(settings.model_path),
+            self.tokenizer,
+            enable_thinking_default=settings.enable_thinking_default,
+        )
+        self.turn_end_id = self.tokenizer.id_of(_TURN_END)
+        self.engines = EnginePool(clients.engines)
+        self.resolver = ModelResolver(clients.registry)
+        self.rollouts = RolloutStore(
+            clients.redis, ttl_s=settings.rollout_ttl_s, max_bytes=settings.rollout_max_bytes
+        )
+        self.authenticator = Authenticator(settings.api_keys)
+        self.metrics = GatewayMetrics()
+        self.started_at = time.monotonic()
+
+    async def parse(self, request: Request, schema: type[Model]) -> Model:
+        """The request's JSON body. Raises BodyTooLarge, InvalidJson, InvalidField."""
+        return await parse_body(request, schema, self.settings.max_body_bytes)
+
+    async def served_model_id(self) -> str:
+        """The base model's id as clients see it. Raises EngineUnavailable."""
+        return self.settings.served_model_name or (await self.engines.base_model()).model_id
+
+    async def base_ids(self) -> frozenset[str]:
+        """Every name that means the base model with its default adapter."""
+        engine_id = (await self.engines.base_model()).model_id
+        return frozenset({engine_id, self.settings.served_model_name or engine_id})
+
+
+def gateway_of(request: Request) -> Gateway:
+    return request.app.state.gateway
+
+
+async def answers(checks: Mapping[str, Any], timeout_s: float) -> dict[str, bool]:
+    """Which of several awaitables gave something true within `timeout_s`, by name."""
+
+    async def one(check: Any) -> bool:
+        try:
+            return bool(await asyncio.wait_for(check, timeout_s))
+        except Exception:  # noqa: BLE001 any failure of a dependency means it does not answer
+            return False
+
+    results = await asyncio.gather(*map(one, checks.values()))
+    return dict(zip(checks, results, strict=True))

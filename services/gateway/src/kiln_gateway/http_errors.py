@@ -1,0 +1,80 @@
+"""KilnError as an HTTP answer, and everything else a framework may raise turned into one."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import structlog
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from kiln_common.errors import InvalidValue, KilnError
+from kiln_common.ids import new_id
+
+log = structlog.get_logger()
+
+
+def error_body(error: KilnError, request_id: str) -> dict[str, Any]:
+    """The error object of the HTTP contract, also sent inside streams."""
+    return {
+        "error": {
+            "message": str(error),
+            "type": error.kind.api_type,
+            "param": error.param or None,
+            "code": error.code,
+            "hint": error.hint or None,
+            "request_id": request_id,
+        }
+    }
+
+
+def error_response(error: KilnError, request_id: str, status: int | None = None) -> JSONResponse:
+    """The whole answer; `status` overrides the kind's own (405 has no kind)."""
+    headers = {}
+    if error.retry_after_s > 0:
+        headers["Retry-After"] = str(math.ceil(error.retry_after_s))
+    if error.kind.http_status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return JSONResponse(
+        error_body(error, request_id), status_code=status or error.kind.http_status, headers=headers
+    )
+
+
+def request_id_of(request: Request) -> str:
+    return getattr(request.state, "request_id", None) or new_id("req")
+
+
+def unexpected(error: BaseException) -> KilnError:
+    """What a client learns of a bug: that there is one. The log has the traceback."""
+    log.error("unexpected_error", exc_info=error)
+    return KilnError("the gateway failed unexpectedly", hint="The gateway's log has the traceback.")
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    @app.exception_handler(KilnError)
+    async def on_kiln_error(request: Request, error: KilnError) -> JSONResponse:
+        return error_response(error, request_id_of(request))
+
+    @app.exception_handler(HTTPException)
+    async def on_http_exception(request: Request, error: HTTPException) -> JSONResponse:
+        return error_response(_routing_error(request, error), request_id_of(request), error.status_code)
+
+    @app.exception_handler(RequestValidationError)
+    async def on_bad_parameters(request: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"][1:])
+        return error_response(InvalidValue(f"{name}: {first['msg']}", param=name), request_id_of(request))
+
+
+def _routing_error(request: Request, error: HTTPException) -> KilnError:
+    where = f"{request.method} {request.url.path}"
+    codes = {404: "route_not_found", 405: "method_not_allowed"}
+    messages = {404: f"there is no {where}", 405: f"{where} is not a method of this route"}
+    kiln_error = InvalidValue(
+        messages.get(error.status_code, str(error.detail)), hint="GET / lists the routes there are."
+    )
+    kiln_error.code = codes.get(error.status_code, "http_error")
+    return kiln_error

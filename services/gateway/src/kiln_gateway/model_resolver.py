@@ -1,0 +1,118 @@
+"""Which weights answer a request: the fields `model`, `adapter` and `adapters` to adapter versions."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import structlog
+
+from kiln_common.errors import AdapterNotFound, KilnError, RegistryUnavailable
+from kiln_common.pb import common_pb2, registry_pb2
+from kiln_gateway.errors import ModelNotFound
+from kiln_gateway.ports import RegistryPort
+
+log = structlog.get_logger()
+
+BARE_BASE = "base"
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """The weights of one request, fixed when it was accepted."""
+
+    adapters: tuple[common_pb2.AdapterRef, ...] = ()
+
+    @property
+    def label(self) -> str:
+        """ "name@version" (several joined by "+"), or "base"; the X-Kiln-Adapter header."""
+        return "+".join(f"{ref.name}@{ref.version}" for ref in self.adapters) or BARE_BASE
+
+
+@dataclass(frozen=True, slots=True)
+class WantedAdapter:
+    reference: str
+    scale: float = 1.0
+
+
+class ModelResolver:
+    """Asks the registry once per request, so that a request sent after a publish gets the new version."""
+
+    def __init__(self, registry: RegistryPort) -> None:
+        self._registry = registry
+        self._knows_default = False
+        self._last_default: registry_pb2.AdapterVersion | None = None
+
+    async def resolve(
+        self,
+        model: str | None,
+        *,
+        base_ids: frozenset[str],
+        adapter: str | None = None,
+        is_adapter_given: bool = False,
+        adapters: Sequence[WantedAdapter] | None = None,
+    ) -> Target:
+        """Turn what the request says into versions.
+
+        `base_ids` are the names of the base model; its default adapter applies to them. The name
+        "base" and `adapter: null` mean the bare base model.
+
+        Raises:
+            ModelNotFound: `model` is neither the base model nor an adapter.
+            AdapterNotFound: `adapter` or one of `adapters` does not exist.
+            RegistryUnavailable: the registry has to be asked and does not answer.
+        """
+        if adapters is not None:
+            versions = await asyncio.gather(
+                *(self._resolve_adapter(wanted.reference, "adapters") for wanted in adapters)
+            )
+            return Target(
+                tuple(
+                    _to_ref(version, wanted.scale) for version, wanted in zip(versions, adapters, strict=True)
+                )
+            )
+        if is_adapter_given:
+            if adapter is None or adapter == BARE_BASE:
+                return Target()
+            return Target((_to_ref(await self._resolve_adapter(adapter, "adapter")),))
+        if model == BARE_BASE:
+            return Target()
+        if model is None or model in base_ids:
+            default = await self._default()
+            return Target((_to_ref(default),)) if default is not None else Target()
+        try:
+            return Target((_to_ref(await self._registry.resolve(model)),))
+        except KilnError as error:
+            if error.code in ("adapter_not_found", "invalid_name", "invalid_reference"):
+                raise ModelNotFound(f"there is no model {model!r}") from error
+            raise
+
+    async def _resolve_adapter(self, reference: str, param: str) -> registry_pb2.AdapterVersion:
+        try:
+            return await self._registry.resolve(reference)
+        except KilnError as error:
+            if error.code in ("adapter_not_found", "invalid_name", "invalid_reference"):
+                raise AdapterNotFound(f"there is no adapter {reference!r}", param=param) from error
+            raise
+
+    async def _default(self) -> registry_pb2.AdapterVersion | None:
+        """The attached version. While the registry is away nothing can be attached, so the last one holds."""
+        try:
+            self._last_default = await self._registry.get_default()
+            self._knows_default = True
+        except RegistryUnavailable as error:
+            if not self._knows_default:
+                raise RegistryUnavailable(
+                    "the registry does not answer, so the default adapter is unknown",
+                    hint='Try again in a moment, or send "adapter": null for the bare base model.',
+                    param="model",
+                ) from error
+            log.warning("registry_away_default_kept")
+        return self._last_default
+
+
+def _to_ref(version: registry_pb2.AdapterVersion, scale: float = 1.0) -> common_pb2.AdapterRef:
+    return common_pb2.AdapterRef(
+        name=version.name, version=version.version, sha256=version.sha256, scale=scale
+    )

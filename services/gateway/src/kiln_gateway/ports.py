@@ -1,0 +1,73 @@
+"""What the gateway needs of the other services; kiln_common.clients has the real ones."""
+
+from __future__ import annotations
+
+import builtins
+import contextlib
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar, cast
+
+from kiln_common.pb import engine_pb2, registry_pb2, trainer_pb2
+
+Item = TypeVar("Item")
+
+
+def closing(iterator: AsyncIterator[Item]) -> contextlib.aclosing[Any]:
+    """`async with closing(...) as items`: what a client streams, ended with the block."""
+    return contextlib.aclosing(cast(Any, iterator))
+
+
+class EnginePort(Protocol):
+    def generate(self, request: engine_pb2.GenerateRequest) -> AsyncIterator[engine_pb2.SequenceOutput]:
+        """Closing the iterator before its end aborts the request."""
+        ...
+
+    async def get_info(self) -> engine_pb2.EngineInfo: ...
+
+    async def get_stats(self) -> engine_pb2.EngineStats: ...
+
+
+class RegistryPort(Protocol):
+    async def resolve(self, reference: str) -> registry_pb2.AdapterVersion: ...
+
+    async def get(self, name: str) -> registry_pb2.Adapter: ...
+
+    async def list(self) -> list[registry_pb2.Adapter]: ...
+
+    async def get_default(self) -> registry_pb2.AdapterVersion | None: ...
+
+    async def set_default(self, reference: str) -> registry_pb2.AdapterVersion | None: ...
+
+    async def delete(self, name: str, version: int = 0) -> int: ...
+
+    async def fetch(self, sha256: str) -> bytes: ...
+
+    async def publish(
+        self, header: registry_pb2.PublishHeader, safetensors: bytes | Path
+    ) -> registry_pb2.AdapterVersion: ...
+
+
+class TrainerPort(Protocol):
+    async def submit(self, request: trainer_pb2.SubmitRequest) -> trainer_pb2.Job: ...
+
+    async def get(self, job_id: str) -> trainer_pb2.Job: ...
+
+    async def list(self, limit: int = 0) -> builtins.list[trainer_pb2.Job]: ...
+
+    async def cancel(self, job_id: str) -> trainer_pb2.Job: ...
+
+    def watch(self, job_id: str, after_event_id: str = "") -> AsyncIterator[trainer_pb2.JobEvent]: ...
+
+    async def status(self) -> trainer_pb2.TrainerStatus: ...
+
+
+@dataclass(frozen=True)
+class Clients:
+    """Every leaf behind the gateway. `redis` is a redis.asyncio client, or None without Redis."""
+
+    engines: Sequence[EnginePort]
+    registry: RegistryPort
+    trainer: TrainerPort
+    redis: Any = None

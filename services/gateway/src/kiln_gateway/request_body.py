@@ -1,0 +1,176 @@
+"""Reads a JSON body within its limit and checks it against a schema, in Kiln's own error shape."""
+
+from __future__ import annotations
+
+import asyncio
+import difflib
+import json
+import re
+from typing import Any, TypeVar, get_args
+
+from fastapi import Request
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from kiln_gateway.errors import BodyTooLarge, InvalidField, InvalidJson
+
+Model = TypeVar("Model", bound=BaseModel)
+
+# A body that is too large is still read, up to this many times the limit, so that the client gets
+# the answer instead of a broken connection.
+_DRAIN_FACTOR = 8
+_PARSE_IN_THREAD_BYTES = 256 * 1024
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+
+# Codes a schema may raise by itself (PydanticCustomError) and what to do about them.
+HINTS = {
+    "empty_messages": "Send at least one message, such as {'role': 'user', 'content': 'Hello'}.",
+    "empty_prompt": "Send at least one character or token.",
+    "empty_text": "Send some text.",
+    "invalid_reward": "Every reward must be a finite number, or an object of finite numbers.",
+    "missing_rewards": "Send one reward for each completion.",
+    "length_mismatch": "Send lists of the same length.",
+    "group_too_small": "A group needs at least two completions of the same prompt to compare.",
+    "no_learning_signal": "Rewards must differ within at least one group; score the completions more finely.",
+    "empty_groups": "Send at least one group.",
+    "empty_examples": "Send at least one example.",
+    "conflicting_fields": "Send one form or the other.",
+    "unsupported_content": "This model reads text: send a string or parts of type text.",
+    "invalid_name": "Names are 1 to 64 letters, digits, '.', '_' or '-', beginning with a letter or digit.",
+    "missing_field": "Add the field; docs/api lists what each route needs.",
+}
+_DEFAULT_HINT = "docs/api lists every field with its type and range."
+
+
+async def read_body(request: Request, limit_bytes: int) -> bytes:
+    """The whole body. Raises BodyTooLarge."""
+    declared = request.headers.get("content-length", "")
+    is_too_large = declared.isdigit() and int(declared) > limit_bytes
+    parts: list[bytes] = []
+    num_bytes = 0
+    async for part in request.stream():
+        num_bytes += len(part)
+        if num_bytes > limit_bytes * _DRAIN_FACTOR:
+            break
+        if num_bytes > limit_bytes:
+            is_too_large = True
+        if is_too_large:
+            parts.clear()
+        else:
+            parts.append(part)
+    if is_too_large:
+        raise BodyTooLarge(limit_bytes)
+    return b"".join(parts)
+
+
+async def parse_body(request: Request, schema: type[Model], limit_bytes: int) -> Model:
+    """The body as `schema`.
+
+    Raises:
+        BodyTooLarge, InvalidJson, InvalidField: with the field at fault as param.
+    """
+    raw = await read_body(request, limit_bytes)
+    if len(raw) > _PARSE_IN_THREAD_BYTES:
+        return await asyncio.to_thread(_parse, raw, schema)
+    return _parse(raw, schema)
+
+
+def _parse(raw: bytes, schema: type[Model]) -> Model:
+    try:
+        # The standard parser reads NaN and Infinity, so that the field they stand in can be named.
+        body = json.loads(raw)
+    except RecursionError:
+        raise InvalidJson("the body is nested too deeply") from None
+    except ValueError as error:
+        raise InvalidJson(f"the body is not JSON: {error}") from None
+    if not isinstance(body, dict):
+        raise InvalidJson(f"the body is a JSON {_json_type(body)}, not an object")
+    if _SURROGATE.search(raw):
+        _refuse_unpaired_surrogates(body)
+    return validate(body, schema)
+
+
+def validate(body: dict[str, Any], schema: type[Model]) -> Model:
+    """`body` as `schema`. Raises InvalidField."""
+    try:
+        return schema.model_validate(body)
+    except ValidationError as error:
+        raise _to_invalid_field(error.errors(include_url=False), schema) from None
+    except RecursionError:
+        raise InvalidJson("the body is nested too deeply") from None
+
+
+def _refuse_unpaired_surrogates(body: Any) -> None:
+    try:
+        json.dumps(body, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise InvalidJson(
+            "the body has a string with an unpaired surrogate",
+            hint="\\uD800 to \\uDFFF may only appear in pairs.",
+        ) from None
+
+
+def _to_invalid_field(problems: list[ErrorDetails], schema: type[BaseModel]) -> InvalidField:
+    """The problem a client should fix first: a field we do not know, then the first in order."""
+    problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
+    param = _path(problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        return _unknown_field(problem, param, schema)
+    if problem["type"] == "missing":
+        return InvalidField(
+            "missing_field", f"`{param}` is missing", param=param, hint=HINTS["missing_field"]
+        )
+    if problem["type"] in HINTS:
+        context = problem.get("ctx") or {}
+        return InvalidField(
+            problem["type"], problem["msg"], param=context.get("param", param), hint=HINTS[problem["type"]]
+        )
+    shown = _shown(problem["input"])
+    message = f"`{param}`: {problem['msg'][:1].lower()}{problem['msg'][1:]}, got {shown}"
+    return InvalidField("invalid_value", message, param=param, hint=_DEFAULT_HINT)
+
+
+def _unknown_field(problem: ErrorDetails, param: str, schema: type[BaseModel]) -> InvalidField:
+    name = str(problem["loc"][-1])
+    known = _fields_at(schema, problem["loc"][:-1])
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = (
+        f"Did you mean `{nearest[0]}`?"
+        if nearest
+        else "Leave it out. Known here: " + ", ".join(sorted(known))
+    )
+    return InvalidField("unknown_field", f"there is no field `{param}`", param=param, hint=hint)
+
+
+def _fields_at(schema: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
+    """Names of the fields of the model that stands at `path` below `schema`."""
+    current: type[BaseModel] = schema
+    for part in path:
+        field = current.model_fields.get(part) if isinstance(part, str) else None
+        if field is not None:
+            current = _model_in(field.annotation) or current
+    return list(current.model_fields)
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(filter(None, map(_model_in, get_args(annotation))), None)
+
+
+def _path(location: tuple[int | str, ...]) -> str:
+    """("messages", 0, "role") as "messages[0].role"."""
+    text = ""
+    for part in location:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
+    return text
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _json_type(value: Any) -> str:
+    names = {list: "array", str: "string", bool: "boolean", int: "number", float: "number"}
+    return names.get(type(value), "null")

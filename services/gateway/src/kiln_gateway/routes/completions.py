@@ -1,0 +1,96 @@
+"""POST /v1/chat/completions and /v1/completions."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+
+from fastapi import APIRouter, Depends, Request
+from fastapi.responses import Response
+
+from kiln_common.text.tool_calls import ToolEvent
+from kiln_gateway import sse
+from kiln_gateway.auth import Caller, require
+from kiln_gateway.chat.completion_run import Choice, CompletionRun
+from kiln_gateway.chat.prepare import prepare_chat, prepare_text
+from kiln_gateway.chat.responses import ChatAnswer, TextAnswer
+from kiln_gateway.gateway import Gateway, gateway_of
+from kiln_gateway.json_response import json_response
+from kiln_gateway.schemas.chat import ChatCompletionBody
+from kiln_gateway.schemas.completions import TextCompletionBody
+from kiln_gateway.schemas.sampling import CompletionFields
+
+router = APIRouter()
+_INFER = Depends(require("infer"))
+
+
+@router.post("/v1/chat/completions")
+async def chat_completions(request: Request, caller: Caller = _INFER) -> Response:
+    """One answer to a conversation, or n of them, whole or as a stream."""
+    gateway = gateway_of(request)
+    body = await gateway.parse(request, ChatCompletionBody)
+    run = await prepare_chat(gateway, body, caller)
+    answer = ChatAnswer(
+        run,
+        gateway.tokenizer,
+        has_logprobs=bool(body.logprobs),
+        has_token_ids=bool(body.return_token_ids),
+        includes_usage=_includes_usage(body),
+    )
+    headers = {"X-Kiln-Adapter": run.target.label}
+    if body.stream:
+        return await sse.stream(request, _events(gateway, run, answer, body), headers=headers)
+    events = await sse.until_disconnect(request, _collect(gateway, run))
+    return json_response(answer.whole(events), headers=headers)
+
+
+@router.post("/v1/completions")
+async def text_completions(request: Request, caller: Caller = _INFER) -> Response:
+    """Continuations of one or several prompts, n of each, whole or as a stream."""
+    gateway = gateway_of(request)
+    body = await gateway.parse(request, TextCompletionBody)
+    run = await prepare_text(gateway, body, caller)
+
+    def echoed(choice: Choice) -> str:
+        return gateway.tokenizer.decode(list(choice.request.prompt_token_ids)) if body.echo else ""
+
+    answer = TextAnswer(
+        run,
+        gateway.tokenizer,
+        has_logprobs=body.logprobs is not None,
+        has_token_ids=bool(body.return_token_ids),
+        echoed=echoed,
+        includes_usage=_includes_usage(body),
+    )
+    headers = {"X-Kiln-Adapter": run.target.label}
+    if body.stream:
+        return await sse.stream(request, _events(gateway, run, answer, body), headers=headers)
+    await sse.until_disconnect(request, _collect(gateway, run))
+    return json_response(answer.whole(), headers=headers)
+
+
+def _includes_usage(body: CompletionFields) -> bool:
+    return body.stream_options is not None and bool(body.stream_options.include_usage)
+
+
+async def _collect(gateway: Gateway, run: CompletionRun) -> dict[int, list[ToolEvent]]:
+    """Run every choice to its end; returns the events of each by its index."""
+    events: dict[int, list[ToolEvent]] = {choice.index: [] for choice in run.choices}
+    async for choice, delta in run.deltas(gateway.engines, gateway.rollouts, gateway.metrics):
+        events[choice.index] += delta.events
+    return events
+
+
+async def _events(
+    gateway: Gateway, run: CompletionRun, answer: ChatAnswer | TextAnswer, body: CompletionFields
+) -> AsyncGenerator[bytes]:
+    opened: set[int] = set()
+    async for choice, delta in run.deltas(gateway.engines, gateway.rollouts, gateway.metrics):
+        if choice.index not in opened:
+            opened.add(choice.index)
+            if (opening := answer.opening_chunk(choice)) is not None:
+                yield sse.frame(opening)
+        for chunk in answer.chunks(choice, delta):
+            yield sse.frame(chunk)
+    if _includes_usage(body):
+        yield sse.frame(answer.usage_chunk())
+    yield sse.DONE

@@ -1,0 +1,186 @@
+"""Whether the gateway and what it needs are well: /healthz, /readyz, /health, /v1/stats, /metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+from fastapi import APIRouter, Depends, Request
+from fastapi.responses import Response
+
+from kiln_common.errors import KilnError
+from kiln_common.pb import engine_pb2
+from kiln_gateway.auth import require
+from kiln_gateway.gateway import Gateway, answers, gateway_of
+from kiln_gateway.json_response import json_response
+
+router = APIRouter()
+_CHECK_TIMEOUT_S = 2.0
+# Fields of EngineStats as clients name them, where that differs from dropping "num_".
+_STAT_NAMES = {
+    "num_prompt_tokens": "prompt_tokens_total",
+    "num_generated_tokens": "generated_tokens_total",
+    "num_cached_tokens": "cached_tokens_total",
+    "num_steps": "steps_total",
+    "num_preemptions": "preemptions_total",
+    "num_tokens_lost_for_want_of_checkpoint": "tokens_lost_for_want_of_checkpoint_total",
+    "num_pages": "pages_total",
+    "num_state_slots": "state_slots_total",
+}
+
+
+@router.get("/healthz")
+async def healthz() -> Response:
+    """The process is alive."""
+    return json_response({"status": "ok"})
+
+
+@router.get("/readyz")
+async def readyz(request: Request) -> Response:
+    """200 when inference can be served; what else is missing is named as degraded."""
+    gateway = gateway_of(request)
+    states = await _dependency_states(gateway)
+    # The bare base model needs the engine alone.
+    is_ready = states["engine"]
+    body = {
+        "status": "ready" if is_ready else "not_ready",
+        "dependencies": {name: "ok" if is_ok else "degraded" for name, is_ok in states.items()},
+    }
+    headers = {} if is_ready else {"Retry-After": "1"}
+    return json_response(body, status=200 if is_ready else 503, headers=headers)
+
+
+@router.get("/health", dependencies=[Depends(require(None))])
+async def health(request: Request) -> Response:
+    """The whole picture in one answer; 503 when inference cannot be served."""
+    gateway = gateway_of(request)
+    states, stats = await asyncio.gather(_dependency_states(gateway), _engine_stats(gateway))
+    try:
+        model = await gateway.served_model_id() if states["engine"] else gateway.settings.served_model_name
+    except KilnError:
+        model = gateway.settings.served_model_name
+    body = {
+        "status": ("ok" if all(states.values()) else "degraded") if states["engine"] else "unavailable",
+        "uptime_s": round(time.monotonic() - gateway.started_at, 3),
+        "model": model or None,
+        "dependencies": {name: "ok" if is_ok else "degraded" for name, is_ok in states.items()},
+        "engines": [_engine_object(gateway, number, found) for number, found in enumerate(stats)],
+        "training": await _training_object(gateway),
+        "adapters": await _adapters_object(gateway),
+    }
+    return json_response(body, status=200 if states["engine"] else 503)
+
+
+@router.get("/v1/stats", dependencies=[Depends(require(None))])
+async def stats(request: Request) -> Response:
+    """Counters and gauges as JSON; `engine` adds up all engines."""
+    gateway = gateway_of(request)
+    found = await _engine_stats(gateway)
+    total: dict[str, float] = {}
+    for engine in found:
+        for name, value in _stats_object(engine).items():
+            total[name] = total.get(name, 0) + value
+    training = await _training_object(gateway)
+    return json_response({"engine": total, "engines": list(map(_stats_object, found)), "training": training})
+
+
+@router.get("/metrics", dependencies=[Depends(require(None))])
+async def metrics(request: Request) -> Response:
+    """Prometheus' text format."""
+    gateway = gateway_of(request)
+    for number, engine in enumerate(await _engine_stats(gateway)):
+        if engine is not None:
+            gateway.metrics.show_engine(str(number), engine)
+    return Response(gateway.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+async def _dependency_states(gateway: Gateway) -> dict[str, bool]:
+    return await answers(
+        {
+            "engine": _any_engine(gateway),
+            "registry": _succeeds(gateway.clients.registry.get_default()),
+            "trainer": _succeeds(gateway.clients.trainer.status()),
+            "redis": gateway.rollouts.is_reachable(),
+        },
+        _CHECK_TIMEOUT_S,
+    )
+
+
+async def _any_engine(gateway: Gateway) -> bool:
+    await gateway.engines.probe()
+    return any(seat.is_answering for seat in gateway.engines.seats)
+
+
+async def _succeeds(call: Any) -> bool:
+    await call
+    return True
+
+
+async def _engine_stats(gateway: Gateway) -> list[engine_pb2.EngineStats | None]:
+    async def one(client: Any) -> engine_pb2.EngineStats | None:
+        try:
+            return await asyncio.wait_for(client.get_stats(), _CHECK_TIMEOUT_S)
+        except (KilnError, TimeoutError):
+            return None
+
+    return await asyncio.gather(*(one(seat.client) for seat in gateway.engines.seats))
+
+
+def _stats_object(stats: engine_pb2.EngineStats | None) -> dict[str, float]:
+    """Numbers by name; empty for an engine that does not answer."""
+    if stats is None:
+        return {}
+    return {
+        _STAT_NAMES.get(field.name, field.name.removeprefix("num_")): getattr(stats, field.name)
+        for field in stats.DESCRIPTOR.fields
+        if isinstance(getattr(stats, field.name), int | float)
+    }
+
+
+def _engine_object(gateway: Gateway, number: int, stats: engine_pb2.EngineStats | None) -> dict[str, Any]:
+    info = gateway.engines.seats[number].info
+    body: dict[str, Any] = {"status": "ok" if stats is not None else "unavailable"}
+    if info is not None:
+        body |= {
+            "boot_id": info.boot_id,
+            "device": info.device,
+            "dtype": info.dtype,
+            "max_model_len": info.base_model.max_model_len,
+            "model_hash": info.base_model.model_hash,
+            "max_running": info.max_running,
+            "num_adapter_slots": info.num_adapter_slots,
+        }
+    if stats is not None:
+        body["scheduler"] = _stats_object(stats)
+        body["resident_adapters"] = [
+            f"{resident.adapter.name}@{resident.adapter.version}" for resident in stats.resident_adapters
+        ]
+    return body
+
+
+async def _training_object(gateway: Gateway) -> dict[str, Any] | None:
+    try:
+        status = await asyncio.wait_for(gateway.clients.trainer.status(), _CHECK_TIMEOUT_S)
+    except (KilnError, TimeoutError):
+        return None
+    return {
+        "trainer_id": status.trainer_id,
+        "running_job_id": status.running_job_id or None,
+        "queued": status.num_queued,
+        "engine_boot_id": status.engine_boot_id or None,
+        "borrowed_bytes": status.num_borrowed_bytes,
+        "allocated_base_bytes": status.num_allocated_base_bytes,
+    }
+
+
+async def _adapters_object(gateway: Gateway) -> dict[str, Any] | None:
+    try:
+        adapters = await gateway.clients.registry.list()
+    except KilnError:
+        return None
+    attached = next((a for a in adapters if a.attached_version), None)
+    return {
+        "count": len(adapters),
+        "attached": f"{attached.name}@{attached.attached_version}" if attached is not None else None,
+    }

@@ -1,0 +1,57 @@
+"""What the HTTP contract names and is not built yet: one table, answered with 501."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+from fastapi import APIRouter, Depends, Request
+from fastapi.responses import Response
+
+from kiln_common.errors import NotBuiltYet
+from kiln_gateway.auth import require
+
+router = APIRouter(dependencies=[Depends(require(None))])
+
+# Method, path, and what works instead today.
+NOT_BUILT: tuple[tuple[str, str, str], ...] = (
+    ("POST", "/v1/embeddings", "There is nothing in its place yet."),
+    ("POST", "/v1/completions/batch", "POST /v1/completions takes several prompts; chat takes n."),
+    ("POST", "/v1/responses", "POST /v1/chat/completions works."),
+    ("POST", "/v1/messages", "POST /v1/chat/completions works."),
+    ("POST", "/v1/messages/count_tokens", "POST /v1/tokenize with messages works."),
+    ("POST", "/v1/train/opd", "POST /v1/train/sft and /v1/train/grpo work."),
+    ("POST", "/v1/train/jobs/{job_id}/retry", "Post the job's body again with a new Idempotency-Key."),
+    ("GET", "/v1/train/jobs/{job_id}/receipt", "GET /v1/train/jobs/{id} has the result and its sha256."),
+    ("POST", "/v1/datasets", "Send the examples in the body of POST /v1/train/sft."),
+    ("GET", "/v1/datasets", "Send the examples in the body of POST /v1/train/sft."),
+    ("GET", "/v1/datasets/{dataset_id}", "Send the examples in the body of POST /v1/train/sft."),
+    ("DELETE", "/v1/datasets/{dataset_id}", "Send the examples in the body of POST /v1/train/sft."),
+    ("POST", "/v1/corrections", "POST /v1/train/sft with the corrected messages works."),
+    ("GET", "/v1/corrections", "POST /v1/train/sft with the corrected messages works."),
+    ("DELETE", "/v1/corrections/{correction_id}", "POST /v1/train/sft with the corrected messages works."),
+    ("POST", "/v1/evals/suites", "Sample with POST /v1/chat/completions and score on your side."),
+    ("GET", "/v1/evals/suites", "Sample with POST /v1/chat/completions and score on your side."),
+    ("POST", "/v1/evals/runs", "Sample with POST /v1/chat/completions and score on your side."),
+    ("GET", "/v1/evals/runs/{run_id}", "Sample with POST /v1/chat/completions and score on your side."),
+    (
+        "POST",
+        "/v1/evals/compare",
+        "Sample both adapters with POST /v1/chat/completions and score on your side.",
+    ),
+    ("POST", "/v1/adapters/{name}/rollback", "POST /v1/adapters/{name}/attach with a version works."),
+    ("POST", "/v1/adapters/merge", "Chat takes several adapters at once in `adapters`."),
+    ("GET", "/v1/adapters/{name}/diff", "GET /v1/adapters/{name} lists every version with its metrics."),
+)
+
+
+def _answer(method: str, path: str, instead: str) -> Callable[[Request], Awaitable[Response]]:
+    async def answer(request: Request) -> Response:
+        raise NotBuiltYet(f"{method} {path} is part of the contract but not built yet", hint=instead)
+
+    return answer
+
+
+for _method, _path, _instead in NOT_BUILT:
+    router.add_api_route(
+        _path, _answer(_method, _path, _instead), methods=[_method], summary="Not built yet", status_code=501
+    )

@@ -1,0 +1,1 @@
+"""Request bodies: every field the HTTP contract names, and nothing else."""

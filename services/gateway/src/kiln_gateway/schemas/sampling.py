@@ -1,0 +1,87 @@
+"""Fields that chat and text completions share: which weights, how to draw, what to return."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from kiln_gateway.errors import FieldNotBuiltYet, UnsupportedField
+from kiln_gateway.schemas.base import Body, Reference, StopStrings, TokenIds
+
+MAX_TOP_LOGPROBS = 20
+
+
+class StreamOptions(Body):
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = Field(None, description="accepted without effect")
+
+
+class ComposedAdapter(Body):
+    name: Reference
+    scale: float = 1.0
+
+
+class CompletionFields(Body):
+    """Everything about a completion except its prompt."""
+
+    model: Reference | None = Field(None, description="base model id, adapter name or name@version")
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1)] | None = Field(None, description="0 or -1 keeps every token")
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    n: Annotated[int, Field(ge=1)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
+    stop: StopStrings = Field(default_factory=list)
+    stop_token_ids: TokenIds | None = None
+    min_tokens: Annotated[int, Field(ge=0)] | None = None
+    ignore_eos: bool | None = None
+    return_token_ids: bool | None = None
+    store: bool | None = Field(None, description="false keeps no rollout")
+    cache_salt: Annotated[str, Field(max_length=256)] | None = None
+    priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
+    adapter: Reference | None = None
+    adapters: Annotated[list[ComposedAdapter], Field(min_length=1, max_length=8)] | None = None
+    adapter_policy: Literal["pin", "latest"] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    user: str | None = Field(None, description="accepted without effect")
+    metadata: dict[str, Any] | None = Field(None, description="accepted without effect")
+    service_tier: str | None = Field(None, description="accepted without effect")
+    safety_identifier: str | None = Field(None, description="accepted without effect")
+    prompt_cache_key: str | None = Field(None, description="accepted without effect")
+    prompt_cache_retention: str | None = Field(None, description="accepted without effect")
+
+    @property
+    def num_choices(self) -> int:
+        return 1 if self.n is None else self.n
+
+    @property
+    def is_adapter_given(self) -> bool:
+        """Whether the request has the field `adapter`, null included."""
+        return "adapter" in self.model_fields_set
+
+    def refuse_unsupported(self) -> None:
+        """Refuse, by name, what would change the answer and cannot be honoured.
+
+        Raises:
+            FieldNotBuiltYet, UnsupportedField
+        """
+        if self.structured_outputs is not None:
+            raise FieldNotBuiltYet("structured_outputs")
+        if self.adapter_policy == "latest":
+            raise FieldNotBuiltYet("adapter_policy", 'Leave the field out or send "pin".')
+        if self.adapters is not None and self.is_adapter_given:
+            raise UnsupportedField("adapters", "Send `adapter` or `adapters`, not both.")
+
+    @model_validator(mode="after")
+    def _has_stream_for_its_options(self) -> CompletionFields:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options needs stream: true")
+        return self

@@ -1,0 +1,99 @@
+"""Gateway settings, read once from KILN_GATEWAY_* at start."""
+
+from __future__ import annotations
+
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+Scope = Literal["infer", "train", "admin"]
+CommaSeparated = Annotated[tuple[str, ...], NoDecode]
+
+
+class ApiKey(BaseModel):
+    """One bearer key and what it may do."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    key: str = Field(min_length=16, repr=False)
+    scopes: tuple[Scope, ...] = ("infer",)
+
+
+class GatewaySettings(BaseSettings):
+    """Gateway process settings. A bad value stops the start."""
+
+    model_config = SettingsConfigDict(env_prefix="KILN_GATEWAY_", frozen=True, extra="forbid")
+
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: int = Field(8420, ge=0, le=65535)
+    allow_public_bind: bool = Field(
+        False, description="listen on an address other than loopback although no API keys are set"
+    )
+    model_path: Path = Field(description="checkpoint folder: tokenizer.json and the chat template")
+    served_model_name: str = Field("", description="the base model's id; empty takes the engine's own")
+    engine_addresses: CommaSeparated = Field(
+        ("127.0.0.1:8430",), description="gRPC addresses, comma separated"
+    )
+    registry_address: str = "127.0.0.1:8431"
+    trainer_address: str = "127.0.0.1:8432"
+    redis_url: str = Field("", description="empty: no rollouts are kept")
+
+    rollout_ttl_s: PositiveInt = Field(3600, description="how long a rollout is kept")
+    rollout_max_bytes: PositiveInt = Field(
+        256 * 1024 * 1024, description="most bytes of rollouts kept in Redis"
+    )
+    enable_thinking_default: bool | None = Field(
+        None, description="enable_thinking for requests that do not say; unset leaves it to the template"
+    )
+    max_body_bytes: PositiveInt = Field(32 * 1024 * 1024, description="largest JSON body")
+    max_upload_bytes: PositiveInt = Field(2 * 1024**3, description="largest adapter upload, unpacked too")
+    request_timeout_s: PositiveFloat = Field(600.0, description="longest a completion may take")
+    max_choices: PositiveInt = Field(128, description="most choices of one request (prompts times n)")
+
+    api_keys: tuple[ApiKey, ...] = Field((), description='JSON: [{"key": "…", "scopes": ["infer", "train"]}]')
+    allowed_hosts: CommaSeparated = Field(
+        ("localhost", "127.0.0.1", "::1"), description="Host names answered to, comma separated; * is any"
+    )
+    allowed_origins: CommaSeparated = Field((), description="browser origins besides the server's own")
+    log_level: str = "INFO"
+
+    @field_validator("engine_addresses", "allowed_hosts", "allowed_origins", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return tuple(part.strip() for part in value.split(",") if part.strip())
+        return value
+
+    @field_validator("enable_thinking_default", mode="before")
+    @classmethod
+    def _unset(cls, value: Any) -> Any:
+        return None if value in ("", "unset") else value
+
+    @model_validator(mode="after")
+    def _is_loopback_without_keys(self) -> Self:
+        if not self.api_keys and not self.allow_public_bind and not _is_loopback(self.host):
+            raise ValueError(
+                f"host {self.host} is not loopback and no API keys are set: set KILN_GATEWAY_API_KEYS, "
+                "or KILN_GATEWAY_ALLOW_PUBLIC_BIND=true if every caller may do everything"
+            )
+        return self
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,1 @@
+"""From scored text to the token ids the trainer learns from."""
