@@ -17,6 +17,7 @@ from kiln_nn.kernels.checks import check_cu_seqlens, check_shape
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)  # training may reuse what serving cached
 def _padded_layout(
     bounds: tuple[int, ...], tail: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -64,6 +64,7 @@ class _Layout:
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)  # training may reuse what serving cached
 def _layout(bounds: tuple[int, ...], chunk: int, device: torch.device) -> _Layout:
     lengths = [end - start for start, end in pairwise(bounds)]
     chunk = max(1, min(chunk, max(lengths)))

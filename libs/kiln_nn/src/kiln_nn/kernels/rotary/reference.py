@@ -17,6 +17,7 @@ from kiln_nn.kernels.checks import check_shape
 
 
 @lru_cache(maxsize=16)
+@torch.inference_mode(False)  # training may reuse what serving cached
 def _inverse_frequencies(theta: float, rotary_dim: int, device: torch.device) -> torch.Tensor:
     exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float32) / rotary_dim
     return (1.0 / theta**exponents).to(device)

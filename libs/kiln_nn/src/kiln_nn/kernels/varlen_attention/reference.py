@@ -23,6 +23,7 @@ _SHORTEST_IN_BUCKET = 0.75  # of the longest: bounds the padding
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)  # training may reuse what serving cached
 def _buckets(bounds: tuple[int, ...], device: torch.device) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
     """Token indices `[B, L]` of each bucket, and for each token its place among all of them.
 
