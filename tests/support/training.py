@@ -12,7 +12,6 @@ from kiln_nn.sharing import WeightServer
 from kiln_nn.weights.loader import LoadedModel, load_checkpoint
 from kiln_trainer.domain.training import StepReport, TrainingTask
 from kiln_trainer.torch_backend.weights import LocateWeights, WeightLocation
-
 from tests.support.tiny_models import make_checkpoint
 
 MODEL_ID = "tiny/qwen3.5"

@@ -1,0 +1,158 @@
+"""Mapping an engine's weights over gRPC: borrowed, never copied, and noticed when they go."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import torch
+
+from kiln_common.pb import common_pb2, engine_pb2, engine_pb2_grpc
+from kiln_nn.sharing import WeightServer
+from kiln_trainer.domain.errors import WeightsLost
+from kiln_trainer.torch_backend.backend import MappedModel, TorchBackend
+from kiln_trainer.torch_backend.errors import WeightsNotBorrowed
+from kiln_trainer.torch_backend.weights import WeightLocation, WeightSession, engine_locator
+from tests.support.training import MODEL_ID, RecordingHooks, ServedModel, served_model, sft_request, task
+
+
+class SharingEngine(engine_pb2_grpc.EngineServicer):
+    """The two calls of an engine that the trainer makes, on a real weight server."""
+
+    def __init__(self, served: ServedModel) -> None:
+        self._served = served
+
+    async def GetInfo(self, request: Any, context: Any) -> engine_pb2.EngineInfo:
+        return engine_pb2.EngineInfo(base_model=common_pb2.BaseModel(model_id=MODEL_ID))
+
+    async def ShareWeights(self, request: Any, context: Any) -> engine_pb2.ShareWeightsResponse:
+        manifest = self._served.loaded.manifest
+        return engine_pb2.ShareWeightsResponse(
+            socket_path=str(self._served.server.socket_path),
+            boot_id=manifest.boot_id,
+            model_hash=manifest.model_hash,
+        )
+
+
+@asynccontextmanager
+async def engine_at(served: ServedModel, socket: Path) -> AsyncIterator[str]:
+    address = f"unix:{socket}"
+    server = grpc.aio.server()
+    engine_pb2_grpc.add_EngineServicer_to_server(SharingEngine(served), server)
+    server.add_insecure_port(address)
+    await server.start()
+    try:
+        yield address
+    finally:
+        await server.stop(grace=None)
+
+
+async def test_a_job_runs_on_a_thread_while_the_same_process_serves_grpc(served, tmp_path):
+    async with engine_at(served, tmp_path / "engine.sock") as address:
+        backend = TorchBackend.for_engine(address)
+        assert backend.mapped_model == MappedModel()
+        hooks = RecordingHooks()
+        request = sft_request([[1, 2, 3, 4]], epochs=3)
+        result = await asyncio.to_thread(backend.run, task(request, tmp_path / "job"), hooks)
+    assert len(hooks.reports) == 3
+    assert f'"base_model_name_or_path": "{MODEL_ID}"' in (result.folder / "adapter_config.json").read_text()
+    manifest = served.loaded.manifest
+    own_bytes = sum(entry.nbytes for entry in manifest.entries if entry.kind != "alias")
+    assert backend.mapped_model == MappedModel(manifest.boot_id, manifest.model_hash, own_bytes, 0)
+    backend.close()
+    assert backend.mapped_model == MappedModel()
+
+
+def test_every_parameter_is_borrowed_and_a_copy_is_noticed(served):
+    session = WeightSession.open(served.locate)
+    assert session.num_allocated_base_bytes(session.weights) == 0
+    session.check_borrowed(session.weights)
+    name = "model.layers.0.mlp.up_proj.weight"
+    copied = {**session.weights, name: session.weights[name].clone()}
+    assert session.num_allocated_base_bytes(copied) == session.weights[name].nbytes
+    with pytest.raises(WeightsNotBorrowed, match=r"up_proj"):
+        session.check_borrowed(copied)
+    without = {key: tensor for key, tensor in session.weights.items() if key != name}
+    with pytest.raises(WeightsNotBorrowed, match=r"up_proj"):
+        session.check_borrowed(without)
+    session.close()
+
+
+def test_training_leaves_the_engines_bytes_alone(served, tmp_path):
+    before = served.loaded.arena.checksum()
+    session = WeightSession.open(served.locate)
+    assert session.checksum() == before
+    TorchBackend(served.locate).run(task(sft_request([[1, 2, 3]], epochs=2), tmp_path), RecordingHooks())
+    assert served.loaded.arena.checksum() == before
+    session.close()
+
+
+def test_an_engine_that_does_not_answer_is_a_loss_to_wait_out(tmp_path):
+    locate = engine_locator(f"unix:{tmp_path}/nobody.sock", timeout_s=0.2)
+    with pytest.raises(WeightsLost, match="did not answer"):
+        TorchBackend(locate).run(task(sft_request([[1, 2]]), tmp_path), RecordingHooks())
+
+
+def test_an_engine_that_was_replaced_between_two_questions_is_a_loss(served):
+    location = served.locate()
+    stale = WeightLocation(location.socket_path, "another-boot", location.model_hash, MODEL_ID)
+    with pytest.raises(WeightsLost, match="another-boot"):
+        WeightSession.open(lambda: stale)
+
+
+def test_a_job_whose_engine_dies_goes_on_with_the_next_one(served, tmp_path):
+    request = sft_request([[1, 2, 3, 4], [5, 6, 7]], epochs=6, checkpoint_every=2)
+    undisturbed = TorchBackend(served.locate).run(task(request, tmp_path / "calm"), RecordingHooks())
+
+    with served_model(tmp_path / "other") as engine:
+        backend = TorchBackend(engine.locate)
+
+        class EndsEngine(RecordingHooks):
+            def after_step(self, report):
+                super().after_step(report)
+                if report.step == 3:
+                    engine.server.close()
+
+        hooks = EndsEngine()
+        with pytest.raises(WeightsLost):
+            backend.run(task(request, tmp_path / "job"), hooks)
+        # The step after the engine's end was computed, but neither applied nor reported.
+        assert [report.step for report in hooks.reports] == [1, 2, 3]
+        with pytest.raises(WeightsLost):
+            backend.run(task(request, tmp_path / "job"), RecordingHooks())
+
+        engine.server = WeightServer(engine.loaded.arena, engine.server.socket_path)
+        resumed = RecordingHooks()
+        result = backend.run(task(request, tmp_path / "job"), resumed)
+        assert [report.step for report in resumed.reports] == [3, 4, 5, 6]
+        backend.close()
+    name = "adapter_model.safetensors"
+    assert (result.folder / name).read_bytes() == (undisturbed.folder / name).read_bytes()
+
+
+def test_the_lease_ends_with_the_backend(served, tmp_path):
+    num_before = served.server.num_leases
+    backend = TorchBackend(served.locate)
+    backend.run(task(sft_request([[1, 2, 3]]), tmp_path / "a"), RecordingHooks())
+    backend.run(task(sft_request([[1, 2, 4]]), tmp_path / "b"), RecordingHooks())
+    assert served.server.wait_for_leases(num_before + 1, timeout_s=5)  # one mapping for both jobs
+    backend.close()
+    assert served.server.wait_for_leases(num_before, timeout_s=5)
+
+
+def test_the_number_of_threads_is_the_settings(tmp_path):
+    def nobody() -> WeightLocation:
+        raise WeightsLost("no engine")
+
+    before = torch.get_num_threads()
+    try:
+        with pytest.raises(WeightsLost):
+            TorchBackend(nobody, num_threads=2).run(task(sft_request([[1, 2]]), tmp_path), RecordingHooks())
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

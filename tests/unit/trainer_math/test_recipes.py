@@ -1,0 +1,151 @@
+"""What the two recipes make of requests, good and bad."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from kiln_common.pb import trainer_pb2
+from kiln_trainer.domain.errors import NoLearningSignal
+from kiln_trainer.recipes.errors import (
+    DropoutNotBuilt,
+    InvalidTrainingData,
+    NoTrainableTokens,
+    TrainingOptionNotBuilt,
+    UnknownOption,
+)
+from kiln_trainer.recipes.grpo import prepare_grpo
+from kiln_trainer.recipes.options import GrpoOptions, OptimizerOptions, PolicyObjective, RunOptions
+from kiln_trainer.recipes.sft import prepare_sft
+from tests.support.training import grpo_spec, job_config, rollout
+
+GOOD_GROUP = [rollout([1], [2, 3], 1.0), rollout([1], [4], 0.0)]
+
+
+def sft_spec(*examples: tuple[list[int], list[float]]) -> trainer_pb2.SftSpec:
+    spec = trainer_pb2.SftSpec()
+    for token_ids, weights in examples:
+        spec.examples.add(token_ids=token_ids, loss_weights=weights)
+    return spec
+
+
+def test_sft_scores_the_weighted_tokens_but_never_the_first():
+    job = prepare_sft(sft_spec(([5, 6, 7, 8], [9.0, 0.0, 0.5, 2.0])))
+    (document,) = job.documents
+    assert document.scored_s.tolist() == [2, 3]
+    assert document.ce_weight_s.tolist() == [0.5, 2.0]
+    assert document.normaliser == 2.5
+    assert job.objective is None
+
+
+def test_sft_leaves_out_examples_without_a_scored_token_and_counts_them():
+    job = prepare_sft(sft_spec(([1, 2], [0.0, 1.0]), ([3], [1.0]), ([4, 5], [1.0, 0.0])))
+    assert len(job.documents) == 1
+    assert job.facts == {"num_examples": 1.0, "num_examples_skipped": 2.0}
+
+
+def test_sft_without_any_scored_token_is_refused():
+    with pytest.raises(NoTrainableTokens) as caught:
+        prepare_sft(sft_spec(([1, 2], [1.0, 0.0])))
+    assert caught.value.code == "no_trainable_tokens"
+
+
+@pytest.mark.parametrize("weights", [[1.0], [0.0, math.nan], [0.0, -1.0], [0.0, math.inf]])
+def test_sft_refuses_weights_that_make_no_sense(weights):
+    with pytest.raises(InvalidTrainingData, match="example 1"):
+        prepare_sft(sft_spec(([1, 2], [0.0, 1.0]), ([1, 2], weights)))
+
+
+def test_grpo_weighs_every_completion_alike_and_averages_over_its_tokens():
+    documents = prepare_grpo(grpo_spec([GOOD_GROUP])).documents
+    assert [document.policy_weight_s.tolist() for document in documents] == [[0.5, 0.5], [1.0]]
+    assert [document.normaliser for document in documents] == [1.0, 1.0]
+    assert documents[0].scored_s.tolist() == [1, 2]
+    assert documents[0].advantage_s.tolist() == pytest.approx([0.5 / 0.5001] * 2)
+
+
+def test_dr_grpo_weighs_every_token_alike_by_the_longest_completion():
+    documents = prepare_grpo(grpo_spec([GOOD_GROUP], type="dr_grpo")).documents
+    assert [document.policy_weight_s.tolist() for document in documents] == [[0.5, 0.5], [0.5]]
+
+
+def test_grpo_skips_groups_of_equal_rewards_and_says_how_many():
+    dull = [rollout([1], [2], 0.3), rollout([1], [3], 0.1 + 0.2)]
+    job = prepare_grpo(grpo_spec([dull, GOOD_GROUP]))
+    assert len(job.documents) == 2
+    assert job.facts["num_groups"] == 2
+    assert job.facts["num_groups_skipped"] == 1
+    assert job.facts["reward_mean"] == pytest.approx((0.3 + 0.3 + 1 + 0) / 4)
+
+
+def test_grpo_without_any_difference_in_reward_is_refused():
+    with pytest.raises(NoLearningSignal) as caught:
+        prepare_grpo(grpo_spec([[rollout([1], [2], 1.0)] * 2] * 3))
+    assert caught.value.code == "no_learning_signal"
+
+
+def test_an_empty_completion_counts_in_its_groups_mean_and_is_not_trained_on():
+    job = prepare_grpo(grpo_spec([[rollout([1], [], 0.0), rollout([1], [2], 1.0)]], scale_rewards="none"))
+    (document,) = job.documents
+    assert document.advantage_s.tolist() == [0.5]
+
+
+def test_rollouts_say_whether_their_sampler_is_known():
+    known = rollout([1], [2], 1.0, behaviour_logprobs=[-0.1], source="rollout")
+    retokenised = rollout([1], [2], 0.0, source="retokenised")
+    job = prepare_grpo(grpo_spec([[known, retokenised]]))
+    assert [document.is_sampled for document in job.documents] == [True, False]
+    assert job.facts["num_rollouts_retokenised"] == 1
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        rollout([1], [2], math.nan),
+        rollout([1], [2], math.inf),
+        rollout([], [2], 1.0),
+        rollout([1], [2, 3], 1.0, behaviour_logprobs=[-0.1]),
+        rollout([1], [2], 1.0, behaviour_logprobs=[-math.inf]),
+        rollout([1], [2], 1.0, temperature=-1.0),
+    ],
+)
+def test_grpo_names_the_rollout_that_is_wrong(bad):
+    with pytest.raises(InvalidTrainingData, match="rollout 1 of group 1"):
+        prepare_grpo(grpo_spec([GOOD_GROUP, [rollout([1], [2], 0.5), bad]]))
+
+
+def test_a_group_of_one_is_refused():
+    with pytest.raises(InvalidTrainingData, match="group 0 has 1 rollouts"):
+        prepare_grpo(grpo_spec([[rollout([1], [2], 1.0)]]))
+
+
+def test_zeros_on_the_wire_mean_the_defaults():
+    assert GrpoOptions.from_proto(trainer_pb2.GrpoLoss()) == GrpoOptions()
+    assert GrpoOptions().objective == PolicyObjective(0.2, 0.2, 0.0, "k3", "token", 2.0)
+    assert RunOptions.from_proto(trainer_pb2.JobConfig()) == RunOptions()
+    wire = trainer_pb2.OptimizerConfig(learning_rate=1e-4)
+    assert OptimizerOptions.from_proto(wire) == OptimizerOptions(1e-4)
+
+
+def test_variants_that_do_not_exist_yet_say_so():
+    with pytest.raises(TrainingOptionNotBuilt) as caught:
+        GrpoOptions.from_proto(trainer_pb2.GrpoLoss(type="gspo"))
+    assert caught.value.kind.http_status == 501
+    with pytest.raises(DropoutNotBuilt) as caught:
+        RunOptions.from_proto(job_config(dropout=0.1))
+    assert caught.value.kind.http_status == 501
+
+
+@pytest.mark.parametrize(
+    "wire",
+    [
+        trainer_pb2.GrpoLoss(type="ppo"),
+        trainer_pb2.GrpoLoss(kl_estimator="k4"),
+        trainer_pb2.GrpoLoss(importance_mode="word"),
+        trainer_pb2.GrpoLoss(scale_rewards="all"),
+    ],
+)
+def test_an_unknown_variant_is_refused_with_the_known_ones(wire):
+    with pytest.raises(UnknownOption, match="known are"):
+        GrpoOptions.from_proto(wire)
