@@ -51,3 +51,14 @@ def test_steps_equal_the_whole():
 def test_a_tail_of_the_wrong_length_is_named():
     with pytest.raises(ShapeMismatch, match="initial_tails"):
         causal_conv(_draw(4, CHANNELS), _draw(CHANNELS, WIDTH), (0, 4), _draw(1, WIDTH, CHANNELS))
+
+
+def test_bf16_inputs_are_summed_in_float32_by_both_forms():
+    x, weight = _draw(9, CHANNELS).bfloat16(), _draw(CHANNELS, WIDTH, seed=1).bfloat16()
+    tail = _draw(1, TAIL, CHANNELS, seed=2).bfloat16()
+    exact = _direct(x.double(), tail[0].double(), weight.double())
+    whole, new_tails = causal_conv(x, weight, (0, 9), tail)
+    step = causal_conv_step(x[:1], tail, weight)
+    assert torch.allclose(whole.double(), exact, rtol=1e-5, atol=1e-6)
+    assert torch.allclose(step[0].double(), exact[0], rtol=1e-5, atol=1e-6)
+    assert new_tails.dtype == torch.bfloat16

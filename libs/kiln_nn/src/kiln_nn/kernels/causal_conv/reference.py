@@ -13,7 +13,7 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 
-from kiln_nn.kernels.checks import check_cu_seqlens, check_shape
+from kiln_nn.kernels.checks import accumulation_dtype, check_cu_seqlens, check_shape
 
 
 @lru_cache(maxsize=64)
@@ -51,8 +51,8 @@ def causal_conv(
     `initial_tails_NJC` are the inputs before each document's first token (zeros at a
     document's true start, which is the default).
 
-    Returns: outputs `[T, C]` and the new tails `[N, J, C]`, right also for documents
-    shorter than the kernel.
+    Returns: outputs `[T, C]` in float32 (float64 for float64 inputs), and the new tails
+    `[N, J, C]` in the inputs' format, right also for documents shorter than the kernel.
     """
     num_tokens, num_channels = x_TC.shape
     width = weight_CW.shape[1]
@@ -65,11 +65,12 @@ def causal_conv(
 
     sources, outputs, new_tails = _padded_layout(bounds, tail, x_TC.device)
     rows = torch.cat((initial_tails_NJC.flatten(0, 1).to(x_TC.dtype), x_TC)).index_select(0, sources)
-    taps = weight_CW.to(x_TC.dtype).t()
+    dtype = accumulation_dtype(x_TC)
+    inputs, taps = rows.to(dtype), weight_CW.to(dtype).t()
     num_outputs = rows.shape[0] - tail
-    mixed = rows[:num_outputs] * taps[0]
+    mixed = inputs[:num_outputs] * taps[0]
     for tap in range(1, width):
-        mixed = torch.addcmul(mixed, rows[tap : tap + num_outputs], taps[tap])
+        mixed = torch.addcmul(mixed, inputs[tap : tap + num_outputs], taps[tap])
     mixed = F.silu(mixed if num_docs == 1 else mixed.index_select(0, outputs))
     return mixed, rows.index_select(0, new_tails).view(num_docs, tail, num_channels)
 
@@ -77,11 +78,12 @@ def causal_conv(
 def causal_conv_step(x_RC: torch.Tensor, tails_RJC: torch.Tensor, weight_CW: torch.Tensor) -> torch.Tensor:
     """Convolve one new token per row, given the J inputs before it, then apply SiLU.
 
-    Returns: `[R, C]`. Keeping `x` for the next step is the caller's part.
+    Returns: `[R, C]` in float32 (float64 for float64 inputs). Keeping `x` for the next step is the caller's part.
     """
     num_rows, num_channels = x_RC.shape
     check_shape("weight", weight_CW, (num_channels, None))
     check_shape("tails", tails_RJC, (num_rows, weight_CW.shape[1] - 1, num_channels))
-    taps = weight_CW.to(x_RC.dtype).t()
-    before = (tails_RJC.to(x_RC.dtype) * taps[:-1]).sum(dim=1)
-    return F.silu(torch.addcmul(before, x_RC, taps[-1]))
+    dtype = accumulation_dtype(x_RC)
+    taps = weight_CW.to(dtype).t()
+    before = (tails_RJC.to(dtype) * taps[:-1]).sum(dim=1)
+    return F.silu(torch.addcmul(before, x_RC.to(dtype), taps[-1]))
