@@ -169,6 +169,31 @@ def test_refusal_reaches_the_reader(model, socket_path, monkeypatch):
         assert server.num_leases == 0
 
 
+@pytest.mark.parametrize("reads_nothing_for_long", [False, True])
+def test_peer_that_breaks_off_the_handover_holds_nothing(
+    model, socket_path, monkeypatch, reads_nothing_for_long
+):
+    counts, has_ended = [], threading.Event()
+
+    def on_leases_changed(num_leases):
+        counts.append(num_leases)
+        if num_leases == 0:
+            has_ended.set()
+
+    monkeypatch.setattr("kiln_nn.sharing.server.HANDOVER_TIMEOUT_S", 0.05)
+    with WeightServer(model.arena, socket_path, on_leases_changed) as server:
+        server._message["padding"] = "x" * 10_000_000  # more than a socket buffers
+        with socket.socket(socket.AF_UNIX) as peer:
+            peer.connect(str(socket_path))
+            if not reads_nothing_for_long:
+                peer.close()
+            assert has_ended.wait(WAIT_S)
+        assert counts == [1, 0]
+        del server._message["padding"]
+        with attach(socket_path) as shared:
+            assert shared.is_alive()
+
+
 def test_unsealed_memory_is_not_mapped(tmp_path, model, socket_path, monkeypatch):
     impostor = os.memfd_create("impostor", os.MFD_ALLOW_SEALING)
     os.ftruncate(impostor, model.manifest.nbytes)

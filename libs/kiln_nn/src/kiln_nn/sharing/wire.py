@@ -20,6 +20,7 @@ from kiln_nn.errors import ShareRefused
 
 HANDOVER_TIMEOUT_S = 10.0
 _MAX_MESSAGE_BYTES = 64 << 20
+_MAX_ADDRESS_BYTES = 107
 _LENGTH = struct.Struct("!I")
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid as Linux's struct ucred
 
@@ -44,7 +45,10 @@ def prepare_directory(socket_path: Path) -> None:
 
 @contextmanager
 def socket_address(socket_path: Path) -> Iterator[str]:
-    """An address for bind or connect, however long the path: the kernel takes only 107 bytes of one."""
+    """An address for bind or connect, however long the path: the kernel takes only so many bytes of one."""
+    if len(os.fsencode(socket_path)) <= _MAX_ADDRESS_BYTES:
+        yield str(socket_path)
+        return
     folder_fd = os.open(socket_path.parent, os.O_PATH | os.O_DIRECTORY)
     try:
         yield f"/proc/self/fd/{folder_fd}/{socket_path.name}"

@@ -7,6 +7,7 @@ The legacy handle gives a reader no write protection: the arena's checksum is th
 from __future__ import annotations
 
 import ctypes
+import sys
 from functools import cache
 from typing import Any
 
@@ -139,7 +140,10 @@ class _DeviceRegion:
         return tensor
 
     def __del__(self) -> None:
-        # At interpreter exit the driver may be gone already; the process's end frees all.
+        if sys.is_finalizing():
+            return  # the driver may be gone already, and the process's end frees all
+        # Kernels may still be reading; this also makes the context current on a collecting thread.
+        torch.cuda.synchronize(self._device)
         release = _driver().cuMemFree_v2 if self._is_owner else _driver().cuIpcCloseMemHandle
         release(ctypes.c_uint64(self.address))
 
@@ -153,9 +157,9 @@ def _driver() -> Any:
 
 
 def _make_context_current(device: torch.device) -> None:
-    """Driver calls act on the thread's current context; torch's first allocation there sets it."""
+    """Driver calls act on the thread's current context; any runtime call that needs one sets it."""
     torch.cuda.set_device(device)
-    torch.empty(1, device=device)
+    torch.cuda.mem_get_info(device)
 
 
 def _check(code: int, call: str) -> None:
