@@ -28,7 +28,7 @@ from demo.training import Schedule, StepLoss, demo_config, held_out_loss, initia
 from kiln_nn.config import ModelConfig  # noqa: E402
 
 DEFAULT_STEPS = 1000
-STEP_TOKENS = 32768
+STEP_TOKENS = 16384
 NUM_SHARDS = 120
 HELD_OUT_SHARD = 1_000_000
 HELD_OUT_DOCUMENTS = 600
@@ -92,6 +92,7 @@ def held_out_steps(tokenizer_path: Path, seed: int, step_tokens: int) -> list[Pa
 
 def main() -> None:
     args = parse_arguments()
+    torch.set_float32_matmul_precision("high")  # TF32 on a GPU, no change on a CPU
     save_tokenizer(train_tokenizer(args.seed), args.out)
     tokenizer = Tokenizer.from_file(str(args.out / "tokenizer.json"))
     corpus = make_corpus(args.out / "tokenizer.json", args.seed, args.shards, num_processes=args.processes)

@@ -142,7 +142,7 @@ def train(
     decayed = [p for name, p in parameters.items() if p.ndim == 2 and name != EMBEDDING]
     kept = [p for name, p in parameters.items() if p.ndim != 2 or name == EMBEDDING]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": kept, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=schedule.peak, betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(groups, lr=schedule.peak, betas=(0.9, 0.95), fused=device.type == "cuda")
     model = PackedModel(config, parameters)
     started = time.monotonic()
     for number in range(schedule.num_steps):
