@@ -1,0 +1,119 @@
+"""Writes the pages of docs/ that come from code: error codes, settings, HTTP routes and fields.
+
+.venv/bin/python scripts/generate_docs.py          # write them
+.venv/bin/python scripts/generate_docs.py --check  # exit 1 when one is out of date
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from pydantic_core import PydanticUndefined
+from pydantic_settings import BaseSettings
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+PACKAGES = (
+    "kiln_common",
+    "kiln_nn",
+    "kiln_gateway",
+    "kiln_engine",
+    "kiln_trainer",
+    "kiln_registry",
+    "kiln_cli",
+)
+HEADER = "<!-- Written by scripts/generate_docs.py; change the code instead. -->\n\n"
+
+
+def all_classes() -> list[type]:
+    """Every class defined in our packages, by module then position."""
+    found: dict[type, None] = {}
+    for name in PACKAGES:
+        package = importlib.import_module(name)
+        for info in pkgutil.walk_packages(package.__path__, f"{name}."):
+            if info.name.endswith("__main__") or ".pb" in info.name:
+                continue
+            module = importlib.import_module(info.name)
+            for _, item in inspect.getmembers(module, inspect.isclass):
+                if item.__module__.split(".")[0] in PACKAGES:
+                    found[item] = None
+    return list(found)
+
+
+def errors_page(classes: list[type]) -> str:
+    from kiln_common.errors import KilnError
+    from kiln_nn.errors import NnError
+
+    rows: dict[str, tuple[str, str, str]] = {}
+    for item in classes:
+        if not issubclass(item, KilnError | NnError) or "code" not in vars(item):
+            continue
+        kind = getattr(item, "kind", None)
+        status = str(kind.http_status) if kind is not None else "–"
+        says = (
+            inspect.cleandoc(item.__doc__).split("\n")[0] if "__doc__" in vars(item) and item.__doc__ else ""
+        )
+        known = rows.get(item.code)
+        rows[item.code] = (status, known[1] or says if known else says, item.hint)
+    lines = [
+        "# Error codes\n",
+        "Every error body has this shape; `code` is stable, `message` has the numbers, `hint` says what to do:\n",
+        '```json\n{"error": {"message": "…", "type": "…", "param": null, "code": "…", "hint": "…", "request_id": "…"}}\n```\n',
+        "Codes without a status stop a process at its start or end a job; the job's `error` carries them.\n",
+        "| code | status | means | hint |\n|---|---|---|---|",
+    ]
+    lines += [
+        f"| `{code}` | {status} | {says} | {hint} |" for code, (status, says, hint) in sorted(rows.items())
+    ]
+    return HEADER + "\n".join(lines) + "\n"
+
+
+def _default(field: Any) -> str:
+    if field.default is PydanticUndefined:
+        return "computed" if field.default_factory else "required"
+    return "" if field.default in (None, "") else f"`{getattr(field.default, 'value', field.default)}`"
+
+
+def _type_name(annotation: Any) -> str:
+    text = annotation.__name__ if inspect.isclass(annotation) else str(annotation)
+    return text.replace("typing.", "").replace("pathlib.", "").replace("|", "or")
+
+
+def settings_page(classes: list[type]) -> str:
+    lines = ["# Settings\n", "Environment variables, read once at start; a bad value stops the start.\n"]
+    for item in classes:
+        if not issubclass(item, BaseSettings) or item is BaseSettings:
+            continue
+        prefix = item.model_config.get("env_prefix", "")
+        lines.append(f"## {item.__name__}\n\n| variable | type | default | means |\n|---|---|---|---|")
+        for name, field in item.model_fields.items():
+            lines.append(
+                f"| `{(prefix + name).upper()}` | {_type_name(field.annotation)} | {_default(field)} "
+                f"| {field.description or ''} |"
+            )
+        lines.append("")
+    return HEADER + "\n".join(lines)
+
+
+def main() -> int:
+    classes = all_classes()
+    pages = {"errors.md": errors_page(classes), "settings.md": settings_page(classes)}
+    stale = []
+    for name, text in pages.items():
+        path = DOCS / name
+        if "--check" in sys.argv:
+            if not path.exists() or path.read_text() != text:
+                stale.append(name)
+        else:
+            path.write_text(text)
+    if stale:
+        print(f"out of date, run make docs: {', '.join(stale)}", file=sys.stderr)
+    return 1 if stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
