@@ -1,0 +1,325 @@
+"""Decides what each step computes: continuous batching over both pools and the prefix tree."""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+from dataclasses import asdict
+
+from kiln_common.errors import DeadlineExceeded, KilnError, PromptTooLong
+from kiln_engine.domain.errors import DuplicateRequestId, EmptyPrompt
+from kiln_engine.domain.plan import BatchPlan, DecodeRow, PrefillChunk, StateCheckpoint
+from kiln_engine.domain.request import GenerationRequest
+from kiln_engine.domain.result import FinishReason, RowResult, SequenceEvent, StepResult
+from kiln_engine.scheduling.admission import branch_points, is_about_to_hit
+from kiln_engine.scheduling.checkpoints import is_turn_end_useful, plan_checkpoints
+from kiln_engine.scheduling.limits import SchedulerLimits
+from kiln_engine.scheduling.memory import SequenceMemory
+from kiln_engine.scheduling.prefix_tree import Namespace
+from kiln_engine.scheduling.rows import decode_row, prefill_chunk
+from kiln_engine.scheduling.sequence import Sequence, hash_pages
+from kiln_engine.scheduling.stats import SchedulerCounters, SchedulerStats
+from kiln_engine.scheduling.stopping import finish_reason
+
+
+class Scheduler:
+    """Owns every sequence from `add` to its last event.
+
+    A step is `plan(now)`, carried out by a runner, then `commit(plan, result)`. Running sequences
+    that have their prompt behind them decode one token each; what is left of the token budget goes
+    to prompts in chunks, running ones first, then waiting ones, by priority and arrival. When pages
+    run out, the last in that order gives way: its pages go to the prefix tree, it waits, and later
+    computes again what was evicted meanwhile.
+
+    Not safe for threads: the engine's loop is its only caller. `eos_token_ids` end a completion
+    unless its request ignores them.
+
+    Paper: Yu et al. 2022, Orca (iteration-level scheduling); Agrawal et al. 2023, Sarathi
+    (arXiv 2308.16369, chunked prefill mixed with decode).
+    """
+
+    def __init__(self, limits: SchedulerLimits, eos_token_ids: frozenset[int]) -> None:
+        self.limits = limits
+        self.memory = SequenceMemory(
+            num_pages=limits.num_pages,
+            num_state_slots=limits.num_state_slots,
+            page_tokens=limits.page_tokens,
+        )
+        self.counters = SchedulerCounters()
+        self._eos_token_ids = eos_token_ids
+        self._sequence_ids = itertools.count(1)
+        self._step_ids = itertools.count(1)
+        self._by_request_id: dict[str, Sequence] = {}
+        self._running: dict[int, Sequence] = {}
+        self._waiting: list[Sequence] = []
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._running or self._waiting)
+
+    @property
+    def running(self) -> list[Sequence]:
+        """By priority, then arrival."""
+        return sorted(self._running.values(), key=lambda sequence: sequence.rank)
+
+    @property
+    def waiting(self) -> list[Sequence]:
+        """By priority, then arrival."""
+        return list(self._waiting)
+
+    def add(self, request: GenerationRequest, adapter_slots: tuple[tuple[int, float], ...] = ()) -> None:
+        """Accept a request; its adapters must be resident in `adapter_slots` until it ends.
+
+        Raises:
+            DuplicateRequestId: a request of this id is alive.
+            EmptyPrompt, PromptTooLong: it could never produce a token.
+        """
+        if request.request_id in self._by_request_id:
+            raise DuplicateRequestId(f"a request with the id {request.request_id!r} is running")
+        if not request.prompt_token_ids:
+            raise EmptyPrompt("the prompt has no tokens")
+        if len(request.prompt_token_ids) >= self.limits.max_num_tokens:
+            raise PromptTooLong(len(request.prompt_token_ids), self.limits.max_num_tokens - 1)
+        namespace = Namespace(request.adapters, request.cache_salt)
+        sequence = Sequence(
+            sequence_id=next(self._sequence_ids),
+            request=request,
+            adapter_slots=adapter_slots,
+            namespace=namespace,
+            page_hashes=hash_pages(namespace, request.prompt_token_ids, self.limits.page_tokens),
+            tokens=list(request.prompt_token_ids),
+        )
+        self._by_request_id[request.request_id] = sequence
+        self._wait(sequence)
+
+    def abort(self, request_id: str) -> SequenceEvent | None:
+        """End a request now; None when it is not alive. What it generated is not cached."""
+        sequence = self._by_request_id.get(request_id)
+        if sequence is None:
+            return None
+        self._remove(sequence)
+        return SequenceEvent(request_id, finish_reason=FinishReason.ABORT)
+
+    def expire(self, now: float) -> list[SequenceEvent]:
+        """End every request whose deadline has passed."""
+        late = [
+            sequence
+            for sequence in self._by_request_id.values()
+            if sequence.request.deadline_s is not None and sequence.request.deadline_s <= now
+        ]
+        return [self._fail(sequence, _deadline_error(sequence, now)) for sequence in late]
+
+    def plan(self, now: float) -> BatchPlan:
+        """Decide the next step; empty only when there is no work.
+
+        Takes pages and slots for it, preempts if needed, and starts waiting sequences.
+        """
+        num_preemptions = self.counters.num_preemptions
+        decode_rows = self._plan_decodes()
+        budget = self.limits.step_token_budget - len(decode_rows)
+        chunks: list[PrefillChunk] = []
+        for sequence in self.running:
+            if sequence.is_prefilling:
+                budget = self._plan_chunk(sequence, budget, chunks)
+        if self.counters.num_preemptions == num_preemptions:
+            self._plan_admissions(budget, chunks, now)
+        return BatchPlan(next(self._step_ids), tuple(decode_rows), tuple(chunks))
+
+    def commit(self, plan: BatchPlan, result: StepResult) -> list[SequenceEvent]:
+        """Take over what the step computed; one event for each token drawn.
+
+        Rows of sequences that ended since the plan are ignored.
+        """
+        assert result.step_id == plan.step_id
+        drawn = {row.sequence_id: row for row in result.rows}
+        events: list[SequenceEvent] = []
+        for decode in plan.decode_rows:
+            sequence = self._running.get(decode.sequence_id)
+            if sequence is not None:
+                sequence.num_computed += 1
+                events.append(self._append(sequence, drawn[decode.sequence_id]))
+        for chunk in plan.prefill_chunks:
+            sequence = self._running.get(chunk.sequence_id)
+            if sequence is not None:
+                self._commit_chunk(sequence, chunk)
+                if chunk.sampling is not None:
+                    sequence.is_prefilling = False
+                    events.append(self._append(sequence, drawn[chunk.sequence_id]))
+        self.counters.num_steps += 1
+        return events
+
+    def fail(self, plan: BatchPlan, error: KilnError) -> list[SequenceEvent]:
+        """End every sequence of a plan that could not be carried out."""
+        ids = [row.sequence_id for row in plan.decode_rows] + [c.sequence_id for c in plan.prefill_chunks]
+        return [self._fail(self._running[i], error) for i in ids if i in self._running]
+
+    def retire_adapter(self, sha256: str) -> None:
+        """Let go of what was cached with an adapter before anything else."""
+        self.memory.tree.retire(sha256)
+
+    def stats(self) -> SchedulerStats:
+        pages, states = self.memory.pages, self.memory.states
+        return SchedulerStats(
+            num_running=len(self._running),
+            num_waiting=len(self._waiting),
+            num_pages_in_use=pages.num_referenced,
+            num_pages_cached=pages.num_only_cached,
+            num_pages=pages.num_ids,
+            num_state_slots_in_use=states.num_referenced,
+            num_state_slots_cached=states.num_only_cached,
+            num_state_slots=states.num_ids,
+            **asdict(self.counters),
+        )
+
+    def _plan_decodes(self) -> list[DecodeRow]:
+        rows = []
+        for sequence in self.running:
+            if sequence.is_running and not sequence.is_prefilling and self._has_next_page(sequence):
+                rows.append(decode_row(sequence, self.limits.page_tokens, self._eos_token_ids))
+        return rows
+
+    def _has_next_page(self, sequence: Sequence) -> bool:
+        """Make sure the next token has a page; False when the sequence itself had to give way."""
+        count = self.memory.num_pages_for(sequence.num_computed + 1) - len(sequence.page_ids)
+        while sequence.is_running and not self.memory.add_pages(sequence, count):
+            self._preempt(self.running[-1])
+        return sequence.is_running
+
+    def _plan_chunk(self, sequence: Sequence, budget: int, chunks: list[PrefillChunk]) -> int:
+        """Append the sequence's next chunk if the budget holds one; returns the budget left."""
+        page_tokens = self.limits.page_tokens
+        num_left = len(sequence.tokens) - sequence.num_computed
+        num_tokens = num_left if num_left <= budget else budget // page_tokens * page_tokens
+        if num_tokens == 0:
+            return budget
+        self._take_checkpoints(sequence, sequence.num_computed + num_tokens)
+        chunks.append(prefill_chunk(sequence, num_tokens, page_tokens, self._eos_token_ids))
+        return budget - num_tokens
+
+    def _take_checkpoints(self, sequence: Sequence, end: int) -> None:
+        """Reserve slots for the checkpoints up to `end`, as far as there are any."""
+        taken = []
+        for boundaries, may_evict in (
+            (sequence.wanted_checkpoints, True),
+            (sequence.optional_checkpoints, False),
+        ):
+            while boundaries and boundaries[0] <= end:
+                boundary = boundaries.pop(0)
+                slot = self.memory.take_slot(may_evict=may_evict)
+                if slot is not None:
+                    taken.append(StateCheckpoint(boundary, slot))
+        sequence.pending_checkpoints = tuple(sorted(taken, key=lambda checkpoint: checkpoint.num_tokens))
+
+    def _plan_admissions(self, budget: int, chunks: list[PrefillChunk], now: float) -> None:
+        """Start waiting sequences in order, until one does not fit."""
+        for sequence in list(self._waiting):
+            is_full = len(self._running) >= self.limits.num_most_running
+            if is_full or budget < min(self.limits.page_tokens, len(sequence.tokens)):
+                return
+            if is_about_to_hit(sequence, self._running.values(), self.memory):
+                continue
+            if not self._start(sequence, now):
+                return
+            budget = self._plan_chunk(sequence, budget, chunks)
+
+    def _start(self, sequence: Sequence, now: float) -> bool:
+        num_matched = self.memory.start(sequence, num_spare_pages=len(self._running))
+        if num_matched is None:
+            return False
+        self._waiting.remove(sequence)
+        self._running[sequence.sequence_id] = sequence
+        sequence.is_running = True
+        sequence.is_prefilling = True
+        num_hit = sequence.num_computed
+        request = sequence.request
+        checkpoints = plan_checkpoints(
+            num_prompt_tokens=sequence.num_prompt_tokens,
+            num_stable_tokens=request.num_stable_prefix_tokens,
+            num_hit_tokens=num_hit,
+            branch_points=branch_points(sequence, num_matched, self._waiting, self.limits.page_tokens),
+            page_tokens=self.limits.page_tokens,
+            interval_tokens=self.limits.checkpoint_interval_tokens,
+        )
+        sequence.wanted_checkpoints = list(checkpoints.wanted)
+        sequence.optional_checkpoints = list(checkpoints.optional)
+        self.counters.num_tokens_lost_for_want_of_checkpoint += num_matched - num_hit
+        if sequence.num_cached_tokens is None:
+            sequence.num_cached_tokens = num_hit
+            sequence.first_scheduled_s = now
+            self.counters.num_prompt_tokens += sequence.num_prompt_tokens
+            self.counters.num_cached_tokens += num_hit
+        return True
+
+    def _commit_chunk(self, sequence: Sequence, chunk: PrefillChunk) -> None:
+        sequence.num_computed = chunk.start + len(chunk.token_ids)
+        self.memory.keep_computed(sequence, sequence.num_prompt_tokens)
+        self.memory.keep_checkpoints(sequence)
+        self.memory.release_read_slot(sequence)
+
+    def _append(self, sequence: Sequence, row: RowResult) -> SequenceEvent:
+        is_first = sequence.num_outputs == 0
+        sequence.tokens.append(row.token_id)
+        self.counters.num_generated_tokens += 1
+        request = sequence.request
+        reason = finish_reason(
+            request.sampling,
+            self._eos_token_ids,
+            token_id=row.token_id,
+            num_outputs=sequence.num_outputs,
+            num_tokens=len(sequence.tokens),
+            max_num_tokens=self.limits.max_num_tokens,
+        )
+        if reason is not None:
+            if is_turn_end_useful(sequence.num_prompt_tokens, request.num_stable_prefix_tokens):
+                self.memory.keep_live_state(sequence)
+            self._remove(sequence)
+        if not is_first:
+            return SequenceEvent(request.request_id, row=row, finish_reason=reason)
+        assert sequence.first_scheduled_s is not None
+        return SequenceEvent(
+            request.request_id,
+            row=row,
+            finish_reason=reason,
+            is_first=True,
+            num_cached_tokens=sequence.num_cached_tokens or 0,
+            queue_s=sequence.first_scheduled_s - request.arrival_s,
+            seed=request.sampling.seed,
+        )
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.memory.keep_live_state(sequence)
+        self.memory.release(sequence)
+        del self._running[sequence.sequence_id]
+        self._wait(sequence)
+        self.counters.num_preemptions += 1
+
+    def _wait(self, sequence: Sequence) -> None:
+        sequence.is_running = False
+        sequence.is_prefilling = False
+        bisect.insort(self._waiting, sequence, key=lambda waiting: waiting.rank)
+
+    def _fail(self, sequence: Sequence, error: KilnError) -> SequenceEvent:
+        self._remove(sequence)
+        return SequenceEvent(
+            sequence.request.request_id,
+            finish_reason=FinishReason.ERROR,
+            error_code=error.code,
+            error_message=str(error),
+            error_hint=error.hint,
+        )
+
+    def _remove(self, sequence: Sequence) -> None:
+        self.memory.release(sequence)
+        del self._by_request_id[sequence.request.request_id]
+        if sequence.is_running:
+            del self._running[sequence.sequence_id]
+            sequence.is_running = False
+        else:
+            self._waiting.remove(sequence)
+
+
+def _deadline_error(sequence: Sequence, now: float) -> DeadlineExceeded:
+    return DeadlineExceeded(
+        f"the request ended after {now - sequence.request.arrival_s:.1f} s "
+        f"with {sequence.num_outputs} of at most {sequence.request.sampling.max_tokens} tokens"
+    )

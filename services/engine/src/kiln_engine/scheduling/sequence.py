@@ -1,0 +1,91 @@
+"""One request while the engine works on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from kiln_engine.domain.plan import StateCheckpoint
+from kiln_engine.domain.request import GenerationRequest
+from kiln_engine.scheduling.prefix_tree import Namespace, PrefixNode
+
+
+@dataclass(eq=False, slots=True)
+class Sequence:
+    """A request's tokens and everything it holds. Only the loop thread changes it.
+
+    `tokens` are the prompt and what was drawn so far; the first `num_computed` of them have their K
+    and V in `page_ids` and are part of the state. While waiting (new, or preempted) a sequence holds
+    nothing. While running it owns `state_slot`, and until its first chunk is committed it may read
+    its starting state from `read_slot`, a checkpoint it has a reference on.
+    """
+
+    sequence_id: int
+    request: GenerationRequest
+    # (adapter slot, scale) pairs, as rows carry them.
+    adapter_slots: tuple[tuple[int, float], ...]
+    namespace: Namespace
+    # Entry i identifies the namespace and the first i + 1 pages of the prompt (a chained hash).
+    page_hashes: tuple[int, ...]
+    tokens: list[int]
+
+    num_computed: int = 0
+    is_running: bool = False
+    is_prefilling: bool = False
+    page_ids: list[int] = field(default_factory=list)
+    state_slot: int | None = None
+    read_slot: int | None = None
+    # The deepest node of the prefix tree whose pages are this sequence's; None at the root.
+    tree_node: PrefixNode | None = None
+    # Boundaries (in tokens) still to be checkpointed, ascending: those worth evicting for, and
+    # those made only while a slot is free.
+    wanted_checkpoints: list[int] = field(default_factory=list)
+    optional_checkpoints: list[int] = field(default_factory=list)
+    # Slots taken for the step that is under way.
+    pending_checkpoints: tuple[StateCheckpoint, ...] = ()
+
+    first_scheduled_s: float | None = None
+    # Prompt tokens that came from the prefix cache when the sequence first ran.
+    num_cached_tokens: int | None = None
+
+    @property
+    def rank(self) -> tuple[int, float, int]:
+        """Sorts by priority, then arrival."""
+        return (self.request.priority, self.request.arrival_s, self.sequence_id)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.request.prompt_token_ids)
+
+    @property
+    def num_outputs(self) -> int:
+        return len(self.tokens) - self.num_prompt_tokens
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        return self.tokens[self.num_prompt_tokens :]
+
+    @property
+    def num_tree_tokens(self) -> int:
+        return self.tree_node.num_tokens if self.tree_node else 0
+
+
+def hash_pages(namespace: Namespace, tokens: tuple[int, ...], page_tokens: int) -> tuple[int, ...]:
+    """Chained hashes of the complete pages of a prompt, to compare prompts page by page."""
+    chained = hash(namespace)
+    hashes = []
+    for end in range(page_tokens, len(tokens) + 1, page_tokens):
+        chained = hash((chained, tokens[end - page_tokens : end]))
+        hashes.append(chained)
+    return tuple(hashes)
+
+
+def num_common_pages(left: Sequence, right: Sequence) -> int:
+    """Leading pages that two prompts share (0 across namespaces)."""
+    low, high = 0, min(len(left.page_hashes), len(right.page_hashes))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if left.page_hashes[middle - 1] == right.page_hashes[middle - 1]:
+            low = middle
+        else:
+            high = middle - 1
+    return low

@@ -1,0 +1,38 @@
+"""When a completion ends."""
+
+from __future__ import annotations
+
+from kiln_engine.domain.request import SamplingParams
+from kiln_engine.domain.result import FinishReason
+
+
+def stop_ids(params: SamplingParams, eos_token_ids: frozenset[int]) -> frozenset[int]:
+    """Ids that end this completion."""
+    return params.stop_token_ids if params.ignore_eos else params.stop_token_ids | eos_token_ids
+
+
+def banned_ids(params: SamplingParams, eos_token_ids: frozenset[int], num_outputs: int) -> frozenset[int]:
+    """Ids that must not be drawn as output number `num_outputs`: stops that would come too early."""
+    if num_outputs >= params.min_tokens:
+        return frozenset()
+    return stop_ids(params, eos_token_ids)
+
+
+def finish_reason(
+    params: SamplingParams,
+    eos_token_ids: frozenset[int],
+    *,
+    token_id: int,
+    num_outputs: int,
+    num_tokens: int,
+    max_num_tokens: int,
+) -> FinishReason | None:
+    """Why the completion ends with `token_id`, its `num_outputs`th token, or None if it goes on.
+
+    `num_tokens` and `max_num_tokens` count prompt and completion together.
+    """
+    if token_id in stop_ids(params, eos_token_ids) and num_outputs > params.min_tokens:
+        return FinishReason.STOP
+    if num_outputs >= params.max_tokens or num_tokens >= max_num_tokens:
+        return FinishReason.LENGTH
+    return None

@@ -1,0 +1,163 @@
+"""A runner without a model: it follows every page and slot, and notices when one is wrong."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from kiln_engine.domain.plan import BatchPlan, DecodeRow, PrefillChunk, RowSampling
+from kiln_engine.domain.result import RowResult, StepResult
+
+
+class WrongPlan(AssertionError):
+    """A plan names a page or a slot that does not hold what the sequence needs."""
+
+
+@dataclass(slots=True)
+class _Slot:
+    """What a state slot stands for: a digest of the tokens committed, and the ring after them."""
+
+    num_tokens: int
+    digest: int
+    ring: list[int] = field(default_factory=list)
+
+
+class SimulatedRunner:
+    """Draws pseudo tokens that depend on every earlier token, the adapters and the seed.
+
+    Instead of K and V a page keeps the tokens written to it, instead of a state a slot keeps a digest
+    of the tokens it has seen. Before it draws, the runner compares what the pages say with what the
+    state says; a page or checkpoint used for the wrong prefix raises WrongPlan. So a completion is a
+    pure function of its request, however it was batched, cached or preempted: `expected_tokens`.
+    """
+
+    def __init__(self, *, vocab_size: int, page_tokens: int = 16) -> None:
+        self._vocab_size = vocab_size
+        self._page_tokens = page_tokens
+        self._pages: dict[tuple[int, int], int] = {}
+        self._slots: dict[int, _Slot] = {}
+
+    def execute(self, plan: BatchPlan) -> StepResult:
+        """Carry out a plan. Raises WrongPlan when it breaks the contract of domain/plan.py."""
+        written: set[int] = set()
+        rows = [self._decode(row, written) for row in plan.decode_rows]
+        # Every chunk reads before any chunk writes, as rows of one batch do.
+        starts = [self._read_start(chunk) for chunk in plan.prefill_chunks]
+        for chunk, digest in zip(plan.prefill_chunks, starts, strict=True):
+            result = self._prefill(chunk, digest, written)
+            if result is not None:
+                rows.append(result)
+        return StepResult(plan.step_id, tuple(rows))
+
+    def _decode(self, row: DecodeRow, written: set[int]) -> RowResult:
+        read = self._slots[row.state_read_slot]
+        ring = self._slots[row.state_slot].ring
+        if read.num_tokens + len(ring) != row.position:
+            raise WrongPlan(
+                f"row at {row.position} reads a state of {read.num_tokens} and {len(ring)} ring tokens"
+            )
+        self._check_pages(row.page_ids, row.position, _digest_all(read.digest, ring), row.adapter_slots)
+        self._write_token(row.page_ids, row.position, row.token_id)
+        ring.append(row.token_id)
+        digest = _digest_all(read.digest, ring)
+        completes_page = (row.position + 1) % self._page_tokens == 0
+        if completes_page != (row.state_commit_slot is not None):
+            raise WrongPlan(f"row at {row.position} commits at the wrong time")
+        if row.state_commit_slot is not None:
+            self._write_slot(row.state_commit_slot, _Slot(row.position + 1, digest), written)
+        else:
+            self._claim(row.state_slot, written)
+        return self._draw(row.sequence_id, digest, row.sampling)
+
+    def _read_start(self, chunk: PrefillChunk) -> int:
+        if chunk.start % self._page_tokens:
+            raise WrongPlan(f"a chunk starts at {chunk.start}, inside a page")
+        if chunk.state_read_slot is None:
+            if chunk.start:
+                raise WrongPlan(f"a chunk from {chunk.start} on reads no state")
+            return hash(chunk.adapter_slots)
+        slot = self._slots[chunk.state_read_slot]
+        if slot.num_tokens != chunk.start:
+            raise WrongPlan(f"a chunk from {chunk.start} on reads a state of {slot.num_tokens} tokens")
+        self._check_pages(chunk.page_ids, chunk.start, slot.digest, chunk.adapter_slots)
+        return slot.digest
+
+    def _prefill(self, chunk: PrefillChunk, digest: int, written: set[int]) -> RowResult | None:
+        checkpoints = {checkpoint.num_tokens: checkpoint.slot for checkpoint in chunk.checkpoints}
+        committed = _Slot(chunk.start, digest)
+        for position, token in enumerate(chunk.token_ids, chunk.start):
+            self._write_token(chunk.page_ids, position, token)
+            digest = hash((digest, token))
+            committed.ring.append(token)
+            if (position + 1) % self._page_tokens == 0:
+                committed = _Slot(position + 1, digest)
+                if position + 1 in checkpoints:
+                    slot = checkpoints.pop(position + 1)
+                    self._write_slot(slot, _Slot(position + 1, digest), written)
+        if checkpoints:
+            raise WrongPlan(f"checkpoints at {sorted(checkpoints)} are no boundaries of the chunk")
+        if committed.ring and chunk.sampling is None:
+            raise WrongPlan("a chunk that is not the last ends inside a page")
+        self._write_slot(chunk.state_slot, committed, written)
+        if chunk.sampling is None:
+            return None
+        return self._draw(chunk.sequence_id, digest, chunk.sampling)
+
+    def _write_token(self, page_ids: tuple[int, ...], position: int, token: int) -> None:
+        page_index, offset = divmod(position, self._page_tokens)
+        self._pages[page_ids[page_index], offset] = token
+
+    def _write_slot(self, slot: int, content: _Slot, written: set[int]) -> None:
+        self._claim(slot, written)
+        self._slots[slot] = content
+
+    def _claim(self, slot: int, written: set[int]) -> None:
+        if slot in written:
+            raise WrongPlan(f"slot {slot} is written twice in one step")
+        written.add(slot)
+
+    def _check_pages(
+        self,
+        page_ids: tuple[int, ...],
+        num_tokens: int,
+        digest: int,
+        adapter_slots: tuple[tuple[int, float], ...],
+    ) -> None:
+        pages = hash(adapter_slots)
+        for position in range(num_tokens):
+            page_index, offset = divmod(position, self._page_tokens)
+            pages = hash((pages, self._pages[page_ids[page_index], offset]))
+        if pages != digest:
+            raise WrongPlan(f"pages and state disagree about the first {num_tokens} tokens")
+
+    def _draw(self, sequence_id: int, digest: int, sampling: RowSampling) -> RowResult:
+        token = _draw_token(digest, sampling, self._vocab_size)
+        top = tuple((token, -1.0) for _ in range(sampling.params.num_top_logprobs))
+        return RowResult(sequence_id, token, logprob=-1.0, sampled_logprob=-1.0, top_logprobs=top)
+
+
+def expected_tokens(
+    prompt: tuple[int, ...],
+    adapter_slots: tuple[tuple[int, float], ...],
+    samplings: list[RowSampling],
+    vocab_size: int,
+) -> list[int]:
+    """The first `len(samplings)` tokens any run must draw for a prompt."""
+    digest = _digest_all(hash(adapter_slots), list(prompt))
+    tokens = []
+    for sampling in samplings:
+        tokens.append(_draw_token(digest, sampling, vocab_size))
+        digest = hash((digest, tokens[-1]))
+    return tokens
+
+
+def _draw_token(digest: int, sampling: RowSampling, vocab_size: int) -> int:
+    token = hash((digest, sampling.params.seed, sampling.output_index)) % vocab_size
+    while token in sampling.banned_token_ids:
+        token = (token + 1) % vocab_size
+    return token
+
+
+def _digest_all(digest: int, tokens: list[int]) -> int:
+    for token in tokens:
+        digest = hash((digest, token))
+    return digest

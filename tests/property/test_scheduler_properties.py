@@ -1,0 +1,158 @@
+"""Random requests, aborts and steps on tiny pools: the books balance and every answer is right."""
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from kiln_common.errors import KilnError
+from kiln_engine.domain import AdapterUse, FinishReason
+from kiln_engine.scheduling import check_invariants
+from tests.support.engine_scheduling import SchedulerRig, expected_completion, make_request
+
+ADAPTERS = {
+    "base": ((), ()),
+    "x": ((AdapterUse("x"),), ((1, 1.0),)),
+    "x and y": ((AdapterUse("x"), AdapterUse("y", 0.5)), ((1, 1.0), (2, 0.5))),
+}
+# Prompts are made of a few blocks, so that they share prefixes of every length.
+BLOCKS = [tuple(range(10, 10 + length)) for length in (3, 4, 8, 13)]
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    @initialize(
+        num_pages=st.integers(6, 20),
+        num_state_slots=st.integers(2, 8),
+        max_running=st.integers(1, 6),
+        spare_budget=st.integers(4, 40),
+        interval=st.sampled_from([4, 8, 64]),
+    )
+    def start(self, num_pages, num_state_slots, max_running, spare_budget, interval):
+        self.rig = SchedulerRig(
+            num_pages=num_pages,
+            num_state_slots=num_state_slots,
+            max_running=max_running,
+            step_token_budget=max_running + spare_budget,
+            max_model_len=64,
+            checkpoint_interval_tokens=interval,
+        )
+        self.requests = {}
+        self.aborted = set()
+        self.now = 0.0
+
+    @rule(
+        blocks=st.lists(st.sampled_from(BLOCKS), min_size=1, max_size=3),
+        tail=st.integers(0, 2),
+        max_tokens=st.integers(1, 25),
+        stable=st.integers(0, 24),
+        adapter=st.sampled_from(sorted(ADAPTERS)),
+        salt=st.sampled_from(["", "s"]),
+        priority=st.integers(-1, 1),
+        seed=st.integers(0, 3),
+        ignore_eos=st.booleans(),
+        patience=st.sampled_from([None, 5.0, 40.0]),
+    )
+    def add(self, blocks, tail, max_tokens, stable, adapter, salt, priority, seed, ignore_eos, patience):
+        prompt = [token for block in blocks for token in block] + [tail]
+        adapters, slots = ADAPTERS[adapter]
+        request = make_request(
+            f"r{len(self.requests)}",
+            prompt,
+            max_tokens=max_tokens,
+            adapters=adapters,
+            num_stable_prefix_tokens=min(stable, len(prompt)),
+            cache_salt=salt,
+            priority=priority,
+            seed=seed,
+            ignore_eos=ignore_eos,
+            arrival_s=self.now,
+            deadline_s=None if patience is None else self.now + patience,
+        )
+        limit = self.rig.scheduler.limits.max_num_tokens
+        try:
+            self.rig.add(request, slots)
+        except KilnError as error:
+            assert error.code == "prompt_too_long"
+            assert len(prompt) >= limit
+            return
+        self.requests[request.request_id] = (request, slots)
+
+    @rule(count=st.integers(1, 6))
+    def step(self, count):
+        for _ in range(count):
+            self.now += 1.0
+            had_work = bool(self.rig.scheduler.has_work)
+            plan = self.rig.step(self.now)
+            # What expired may have been all the work there was.
+            assert not plan.is_empty or not had_work or not self.rig.scheduler.has_work
+            self._check_plan(plan)
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data())
+    def abort(self, data):
+        request_id = data.draw(st.sampled_from(sorted(self.requests)))
+        event = self.rig.scheduler.abort(request_id)
+        if event is not None:
+            self.rig.record([event])
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data())
+    def abort_between_plan_and_commit(self, data):
+        request_id = data.draw(st.sampled_from(sorted(self.requests)))
+        plan = self.rig.scheduler.plan(self.now)
+        event = self.rig.scheduler.abort(request_id)
+        check_invariants(self.rig.scheduler)
+        self.rig.record([event] if event else [])
+        self.rig.record(self.rig.scheduler.commit(plan, self.rig.runner.execute(plan)))
+
+    @rule()
+    def fail_a_step(self):
+        plan = self.rig.scheduler.plan(self.now)
+        self.rig.record(self.rig.scheduler.fail(plan, KilnError("broken")))
+
+    @rule(sha256=st.sampled_from(["x", "y"]))
+    def retire(self, sha256):
+        self.rig.scheduler.retire_adapter(sha256)
+
+    @invariant()
+    def books_balance(self):
+        if hasattr(self, "rig"):
+            check_invariants(self.rig.scheduler)
+
+    def _check_plan(self, plan):
+        limits = self.rig.scheduler.limits
+        assert plan.num_tokens <= limits.step_token_budget
+        ids = [row.sequence_id for row in plan.decode_rows]
+        ids += [chunk.sequence_id for chunk in plan.prefill_chunks]
+        assert len(ids) == len(set(ids)) <= limits.num_most_running
+
+    def teardown(self):
+        if not hasattr(self, "rig"):
+            return
+        while self.rig.scheduler.has_work:
+            self.step(1)
+        for request_id, (request, slots) in self.requests.items():
+            events = self.rig.events[request_id]
+            reasons = [event.finish_reason for event in events]
+            assert reasons[-1] is not None, "a request never ended"
+            assert all(reason is None for reason in reasons[:-1]), "a request ended twice"
+            tokens = self.rig.tokens(request_id)
+            assert tokens == expected_completion(request, slots, len(tokens))
+            if reasons[-1] is FinishReason.LENGTH:
+                limit = self.rig.scheduler.limits.max_num_tokens
+                room = limit - len(request.prompt_token_ids)
+                assert len(tokens) == min(request.sampling.max_tokens, room)
+        # Everything can be had back.
+        memory = self.rig.scheduler.memory
+        assert memory.num_available_pages == memory.pages.num_ids
+        memory.tree.evict_pages(memory.pages.num_ids)
+        assert memory.pages.num_free == memory.pages.num_ids
+        assert memory.states.num_free == memory.states.num_ids
+
+
+TestScheduler = SchedulerMachine.TestCase
+TestScheduler.settings = settings(
+    max_examples=150,
+    stateful_step_count=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)

@@ -1,0 +1,138 @@
+from kiln_engine.domain import AdapterUse
+from kiln_engine.scheduling.checkpoints import plan_checkpoints, stable_boundary
+from tests.support.engine_scheduling import SchedulerRig, expected_completion, make_request
+
+
+def cached(rig: SchedulerRig, request_id: str) -> int:
+    return rig.first(request_id).num_cached_tokens
+
+
+def test_the_same_prompt_again_hits_up_to_its_last_page():
+    rig = SchedulerRig()
+    for name in ("a", "b"):
+        rig.generate(make_request(name, range(23)))
+    assert cached(rig, "b") == 20
+
+
+def test_a_prompt_of_whole_pages_leaves_a_token_to_compute():
+    rig = SchedulerRig()
+    for name in ("a", "b"):
+        rig.generate(make_request(name, range(24)))
+    assert cached(rig, "b") == 20
+
+
+def test_a_longer_prompt_hits_the_shorter_one():
+    rig = SchedulerRig()
+    rig.generate(make_request("a", range(23)))
+    rig.generate(make_request("b", range(60)))
+    assert cached(rig, "b") == 20
+
+
+def test_a_stable_prefix_is_where_the_next_turn_hits():
+    rig = SchedulerRig()
+    history = list(range(30))
+    rig.generate(make_request("turn1", [*history, 90, 91, 92, 93], num_stable_prefix_tokens=30))
+    rig.generate(make_request("turn2", [*history, *range(60, 80)], num_stable_prefix_tokens=50))
+    assert cached(rig, "turn2") == 28
+
+
+def test_the_third_request_hits_a_branch_that_the_second_one_found():
+    rig = SchedulerRig()
+    system = list(range(16))
+    for index, name in enumerate(("a", "b", "c")):
+        rig.generate(make_request(name, system + [40 + index] * 10, num_stable_prefix_tokens=26))
+    assert cached(rig, "b") == 0
+    assert rig.scheduler.counters.num_tokens_lost_for_want_of_checkpoint == 16
+    assert cached(rig, "c") == 16
+
+
+def test_requests_that_arrive_together_compute_a_shared_prefix_once():
+    rig = SchedulerRig(step_token_budget=512)
+    system = list(range(16))
+    for index in range(4):
+        rig.add(make_request(f"r{index}", system + [40 + index] * 10, num_stable_prefix_tokens=26))
+    rig.run()
+    assert [cached(rig, f"r{index}") for index in range(4)] == [0, 16, 16, 16]
+
+
+def test_a_group_on_one_prompt_computes_it_once():
+    rig = SchedulerRig(step_token_budget=512)
+    for index in range(5):
+        rig.add(make_request(f"r{index}", range(30), seed=index))
+    rig.run()
+    assert [cached(rig, f"r{index}") for index in range(5)] == [0, 28, 28, 28, 28]
+    for index in range(5):
+        request = make_request(f"r{index}", range(30), seed=index)
+        assert rig.tokens(request.request_id) == expected_completion(request, (), 4)
+
+
+def test_a_finished_answer_can_be_continued():
+    rig = SchedulerRig()
+    prompt = list(range(10))
+    answer = rig.generate(make_request("a", prompt, max_tokens=13))
+    rig.generate(make_request("b", [*prompt, *answer, 3]))
+    # 22 tokens were fed (the last one drawn never is): the last boundary is 20.
+    assert cached(rig, "b") == 20
+
+
+def test_an_answer_after_an_unstable_prompt_keeps_no_state():
+    rig = SchedulerRig()
+    prompt = list(range(10))
+    answer = rig.generate(make_request("a", prompt, max_tokens=13, num_stable_prefix_tokens=8))
+    rig.generate(make_request("b", [*prompt, *answer, 3]))
+    assert cached(rig, "b") == 8
+
+
+def test_adapters_scales_and_salts_do_not_share():
+    rig = SchedulerRig()
+    uses = {
+        "base": ((), ()),
+        "one": ((AdapterUse("x"),), ((1, 1.0),)),
+        "half": ((AdapterUse("x", 0.5),), ((1, 0.5),)),
+    }
+    for name, (adapters, slots) in uses.items():
+        rig.generate(make_request(name, range(30), adapters=adapters), slots)
+        assert cached(rig, name) == 0
+    rig.generate(make_request("salted", range(30), cache_salt="s"))
+    assert cached(rig, "salted") == 0
+    rig.generate(make_request("again", range(30), adapters=(AdapterUse("x"),)), ((1, 1.0),))
+    assert cached(rig, "again") == 28
+
+
+def test_interval_checkpoints_are_made_only_while_there_is_room():
+    roomy = SchedulerRig(checkpoint_interval_tokens=8, num_state_slots=16)
+    roomy.generate(make_request("a", range(40)))
+    roomy.generate(make_request("b", [*range(18), 99, 98]))
+    assert cached(roomy, "b") == 16
+    tight = SchedulerRig(checkpoint_interval_tokens=8, num_state_slots=2, max_running=2)
+    tight.generate(make_request("a", range(40)))
+    tight.generate(make_request("b", [*range(18), 99, 98]))
+    assert cached(tight, "b") == 0
+
+
+def test_two_slots_are_enough_to_start_from_a_checkpoint():
+    rig = SchedulerRig(num_state_slots=2, max_running=2)
+    for name in ("a", "b", "c"):
+        rig.generate(make_request(name, range(23)))
+    assert cached(rig, "b") == 20
+    assert cached(rig, "c") == 20
+
+
+def test_checkpoint_positions():
+    plan = plan_checkpoints(
+        num_prompt_tokens=3000,
+        num_stable_tokens=2990,
+        num_hit_tokens=1024,
+        branch_points=(1600, 512),
+        page_tokens=16,
+        interval_tokens=1024,
+    )
+    assert plan.wanted == (1600, 2976)
+    assert plan.optional == (2048,)
+
+
+def test_the_stable_boundary_without_a_hint_is_before_the_last_token():
+    assert stable_boundary(32, 0, 16) == 16
+    assert stable_boundary(33, 0, 16) == 32
+    assert stable_boundary(40, 32, 16) == 32
+    assert stable_boundary(10, 0, 16) == 0
