@@ -1,0 +1,98 @@
+"""Where the trainer's parts meet."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import redis
+import redis.asyncio
+import structlog
+
+from kiln_common.bus.connect import connect, connect_async
+from kiln_common.clients.registry import RegistryClient
+from kiln_common.ids import new_id
+from kiln_common.pb import trainer_pb2_grpc
+from kiln_common.rpc import RpcServer
+from kiln_trainer.jobs.ports import JobBackend
+from kiln_trainer.jobs.store import JobStore
+from kiln_trainer.jobs.worker import Worker
+from kiln_trainer.publishing import EngineDirectory, GrpcPublisher
+from kiln_trainer.servicer import TrainerServicer
+from kiln_trainer.settings import TrainerSettings
+
+log = structlog.get_logger()
+
+_INFO_TIMEOUT_S = 2.0
+
+
+@dataclass
+class RunningTrainer:
+    """A trainer that serves and works; stop it once."""
+
+    trainer_id: str
+    server: RpcServer
+    worker: Worker
+    engines: EngineDirectory
+    registry: RegistryClient
+    client: redis.Redis
+    tail_client: redis.asyncio.Redis
+    stop_grace_s: float
+
+    @property
+    def port(self) -> int:
+        """TCP port it listens on."""
+        return self.server.port
+
+    async def stop(self) -> None:
+        """Let go of the running job at its next step boundary, and end."""
+        await self.server.set_serving(False)
+        await asyncio.to_thread(self.worker.stop, self.stop_grace_s)
+        await self.server.stop(0.5)
+        await self.registry.close()
+        await self.engines.close()
+        await self.tail_client.aclose()
+        self.client.close()
+
+
+def torch_backend(settings: TrainerSettings) -> JobBackend:
+    """The real backend; imports torch."""
+    from kiln_trainer.torch_backend.backend import TorchBackend
+
+    return TorchBackend.for_engine(settings.engine_addresses[0], num_threads=settings.num_threads)
+
+
+async def start_trainer(
+    settings: TrainerSettings, make_backend: Callable[[TrainerSettings], JobBackend] = torch_backend
+) -> RunningTrainer:
+    """Serve, and begin to work on the queue. Redis, registry and engines may come later."""
+    trainer_id = new_id("trainer")
+    client, tail_client = connect(settings.redis_url), connect_async(settings.redis_url)
+    store = JobStore(client, trainer_id, retention_s=settings.retention_s)
+    registry = RegistryClient(settings.registry_address)
+    engines = EngineDirectory(
+        settings.engine_addresses, info_timeout_s=_INFO_TIMEOUT_S, live_timeout_s=settings.live_timeout_s
+    )
+    backend = await asyncio.to_thread(make_backend, settings)
+    worker = Worker(
+        store,
+        backend,
+        GrpcPublisher(registry, engines, asyncio.get_running_loop()),
+        settings.state_dir / "jobs",
+        claim_timeout_s=settings.claim_timeout_s,
+        patience_s=settings.patience_s,
+    )
+    servicer = TrainerServicer(
+        trainer_id, client, tail_client, store, worker, backend, engines,
+        max_payload_bytes=settings.max_payload_bytes,
+    )  # fmt: skip
+    server = RpcServer(settings.listen)
+    trainer_pb2_grpc.add_TrainerServicer_to_server(servicer, server.grpc)
+    await server.start()
+    worker.start()
+    await server.set_serving(True)
+    log.info("trainer_ready", listen=settings.listen, port=server.port, trainer_id=trainer_id)
+    return RunningTrainer(
+        trainer_id, server, worker, engines, registry, client, tail_client, settings.stop_grace_s
+    )

@@ -1,0 +1,170 @@
+"""One attempt at one claimed job: from its payload to a published adapter that engines serve."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import structlog
+
+from kiln_common.adapter_names import parse_reference
+from kiln_common.errors import AdapterMismatch, AdapterNotFound, ErrorKind, KilnError
+from kiln_common.pb import registry_pb2, trainer_pb2
+from kiln_trainer.domain.errors import WeightsLost
+from kiln_trainer.domain.training import StartingPoint, TrainedAdapter, TrainingTask
+from kiln_trainer.jobs.claimed_job import ClaimedJob
+from kiln_trainer.jobs.errors import WorkerStopping
+from kiln_trainer.jobs.hooks import JobHooks
+from kiln_trainer.jobs.ports import JobBackend, Publisher
+
+log = structlog.get_logger()
+T = TypeVar("T")
+
+_FIRST_WAIT_S, _LAST_WAIT_S = 0.1, 3.0
+
+
+class Attempt:
+    """Runs one claimed job on the worker thread; used once.
+
+    A service that is away (registry, engine) is waited for, at most `patience_s` seconds without
+    a finished step in between.
+    """
+
+    def __init__(
+        self,
+        job: ClaimedJob,
+        backend: JobBackend,
+        publisher: Publisher,
+        folder: Path,
+        stopping: threading.Event,
+        patience_s: float,
+    ) -> None:
+        self._job = job
+        self._backend = backend
+        self._publisher = publisher
+        self._folder = folder
+        self._stopping = stopping
+        self._patience_s = patience_s
+
+    def run(self, request: trainer_pb2.SubmitRequest) -> dict[str, Any]:
+        """Train, publish, make live; returns the job's result.
+
+        Raises:
+            ClaimLost, JobCancelled, WorkerStopping; anything else means the job failed.
+        """
+        self._job.check()
+        base = self._starting_version(request.config)
+        self._check_base_model(request, base)
+        trained = self._train(request, base)
+        if request.config.publish == "never":
+            return {"adapter": "", "version": 0, "sha256": ""}
+        self._job.sync()
+        self._job.write({}, ("publishing", {"adapter": request.config.adapter}))
+        header = self._header(request, base, trained)
+        path = trained.folder / "adapter_model.safetensors"
+        version = self._wait_for(lambda: self._publisher.publish(header, path))
+        committed_s = time.monotonic()
+        published = {"adapter": version.name, "version": version.version, "sha256": version.sha256}
+        self._job.write({}, ("published", published))
+        report = self._publisher.make_live(version)
+        log.info("adapter_live", adapter=f"{version.name}@{version.version}", not_live=report.not_live)
+        swap_s = round(time.monotonic() - committed_s, 6)
+        return {**published, "not_live": [*report.not_live], "swap_s": swap_s}
+
+    def _starting_version(self, config: trainer_pb2.JobConfig) -> registry_pb2.AdapterVersion | None:
+        """What the job starts from: resolved once, recorded, and the same in every later attempt."""
+        recorded = self._job.claim.resolved_base
+        if recorded is None:
+            version = self._resolve(config)
+            recorded = f"{version.name}@{version.version}" if version else ""
+            self._job.write({"resolved_base": recorded}, ("started", {"base_adapter": recorded}))
+            # A second attempt must find the record, whatever is published meanwhile.
+            self._job.sync()
+            return version
+        return self._wait_for(lambda: self._publisher.resolve(recorded)) if recorded else None
+
+    def _resolve(self, config: trainer_pb2.JobConfig) -> registry_pb2.AdapterVersion | None:
+        if config.start_fresh:
+            return None
+        if config.base_adapter:
+            parse_reference(config.base_adapter, param="base_adapter")
+            return self._wait_for(lambda: self._publisher.resolve(config.base_adapter))
+        try:
+            return self._wait_for(lambda: self._publisher.resolve(config.adapter))
+        except KilnError as error:
+            if error.code == AdapterNotFound.code:
+                return None
+            raise
+
+    def _check_base_model(
+        self, request: trainer_pb2.SubmitRequest, base: registry_pb2.AdapterVersion | None
+    ) -> None:
+        wanted = request.base_model_hash
+        if base is not None and wanted and base.base_model_hash != wanted:
+            raise AdapterMismatch(
+                f"{base.name}@{base.version} was trained on base model {base.base_model_hash[:12]}, "
+                f"the job is for {wanted[:12]}"
+            )
+
+    def _train(
+        self, request: trainer_pb2.SubmitRequest, base: registry_pb2.AdapterVersion | None
+    ) -> TrainedAdapter:
+        """Run the backend; when the engine goes away, map the weights again and go on."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        point: StartingPoint | None = None
+        if base is not None:
+            start = base
+            point = self._wait_for(lambda: self._publisher.download(start, self._folder / "start"))
+        task = TrainingTask(self._job.claim.job_id, request, point, self._folder, self._job.claim.claim_epoch)
+        hooks = JobHooks(self._job)
+        return self._wait_for(
+            lambda: self._backend.run(task, hooks), num_done=lambda: hooks.num_steps_reported
+        )
+
+    def _header(
+        self,
+        request: trainer_pb2.SubmitRequest,
+        base: registry_pb2.AdapterVersion | None,
+        trained: TrainedAdapter,
+    ) -> registry_pb2.PublishHeader:
+        claim = self._job.claim
+        return registry_pb2.PublishHeader(
+            name=request.config.adapter,
+            base_model_hash=request.base_model_hash or self._backend.mapped_model.model_hash,
+            config_json=(trained.folder / "adapter_config.json").read_text(),
+            parent_name=base.name if base else "",
+            parent_version=base.version if base else 0,
+            job_id=claim.job_id,
+            publish_key=claim.job_id,
+            claim_epoch=claim.claim_epoch,
+            attach=request.config.attach,
+            metrics_json=json.dumps(dict(trained.metrics)),
+        )
+
+    def _wait_for(self, call: Callable[[], T], num_done: Callable[[], int] = lambda: 0) -> T:
+        """Call until the service answers; patience begins anew whenever `num_done` has grown."""
+        last_done = num_done()
+        deadline_s = time.monotonic() + self._patience_s
+        wait_s = _FIRST_WAIT_S
+        while True:
+            try:
+                return call()
+            except KilnError as error:
+                if not isinstance(error, WeightsLost) and error.kind is not ErrorKind.UNAVAILABLE:
+                    raise
+                if num_done() > last_done:
+                    last_done, wait_s = num_done(), _FIRST_WAIT_S
+                    deadline_s = time.monotonic() + self._patience_s
+                if time.monotonic() + wait_s > deadline_s:
+                    raise
+                log.warning(
+                    "job_waits_for_service", job_id=self._job.claim.job_id, code=error.code, reason=str(error)
+                )
+            self._job.check()
+            if self._stopping.wait(wait_s):
+                raise WorkerStopping
+            wait_s = min(2 * wait_s, _LAST_WAIT_S)

@@ -1,0 +1,50 @@
+"""What a backend calls at each step boundary of a claimed job."""
+
+from __future__ import annotations
+
+import json
+import time
+
+from kiln_trainer.domain.training import StepReport
+from kiln_trainer.jobs.claimed_job import ClaimedJob
+
+
+class JobHooks:
+    """StepHooks that report to Redis. While it is away, steps go on and checkpoints wait.
+
+    A checkpoint waits because only Redis can say that no later claim exists.
+    """
+
+    def __init__(self, job: ClaimedJob) -> None:
+        self._job = job
+        self._began_s = time.monotonic()
+        self._first_step: int | None = None
+        self.num_steps_reported = 0
+
+    def after_step(self, report: StepReport) -> None:
+        if self._first_step is None:
+            self._first_step = report.step
+        self.num_steps_reported += 1
+        metrics = dict(report.metrics)
+        progress = {
+            "step": report.step,
+            "num_steps": report.num_steps,
+            "num_tokens": report.num_tokens,
+            "eta_s": self._eta_s(report),
+        }
+        self._job.write(
+            {"progress": json.dumps(progress), "metrics": json.dumps(metrics)},
+            ("step", {**progress, "metrics": metrics}),
+        )
+
+    def before_checkpoint(self, step: int) -> None:
+        self._job.sync()
+
+    def after_checkpoint(self, step: int) -> None:
+        # Progress that survives: earlier crashes no longer count against the job.
+        self._job.write({"num_crashes": "0"}, ("checkpoint", {"step": step}))
+
+    def _eta_s(self, report: StepReport) -> float:
+        """Seconds left at the pace of this claim."""
+        elapsed_s = time.monotonic() - self._began_s
+        return round(elapsed_s / self.num_steps_reported * (report.num_steps - report.step), 3)

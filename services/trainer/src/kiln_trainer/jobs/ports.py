@@ -1,0 +1,67 @@
+"""What the job machinery needs from outside: a backend, and somewhere to publish to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from kiln_common.pb import registry_pb2
+from kiln_trainer.domain.training import StartingPoint, TrainingBackend
+
+
+class MappedModelView(Protocol):
+    """Which engine's weights are mapped; all empty while none are."""
+
+    @property
+    def engine_boot_id(self) -> str: ...
+    @property
+    def model_hash(self) -> str: ...
+    @property
+    def num_borrowed_bytes(self) -> int: ...
+    @property
+    def num_allocated_base_bytes(self) -> int: ...
+
+
+class JobBackend(TrainingBackend, Protocol):
+    """A training backend that can also say what it has mapped."""
+
+    @property
+    def mapped_model(self) -> MappedModelView: ...
+
+    def close(self) -> None:
+        """Give the weights back."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class LiveReport:
+    """Which engines serve a version now."""
+
+    not_live: tuple[str, ...]  # boot ids, or addresses of engines that never answered
+    seconds: float
+
+
+class Publisher(Protocol):
+    """The registry and the engines, as a worker thread calls them.
+
+    Any method may raise an error of kind UNAVAILABLE: the caller tries again.
+    """
+
+    def resolve(self, reference: str) -> registry_pb2.AdapterVersion:
+        """The version a reference means now. Raises adapter_not_found."""
+        ...
+
+    def download(self, version: registry_pb2.AdapterVersion, folder: Path) -> StartingPoint:
+        """Put the version's files into `folder`."""
+        ...
+
+    def publish(
+        self, header: registry_pb2.PublishHeader, safetensors_path: Path
+    ) -> registry_pb2.AdapterVersion:
+        """Publish a version; idempotent by header.publish_key."""
+        ...
+
+    def make_live(self, version: registry_pb2.AdapterVersion) -> LiveReport:
+        """Have every engine load the version. Never raises: engines that fail are in the report."""
+        ...

@@ -1,0 +1,120 @@
+"""A job as it lies in Redis, and as clients see it."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from kiln_common.pb import trainer_pb2
+
+FINAL_STATUSES = frozenset({"succeeded", "failed", "cancelled"})
+
+
+@dataclass(frozen=True, slots=True)
+class JobFailure:
+    """Why a job failed, as clients see it."""
+
+    code: str
+    message: str
+    hint: str
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """The right to run a job until a later claim exists."""
+
+    job_id: str
+    adapter: str
+    claim_epoch: int
+    entry_id: str
+    # Claims in a row that ended without a word and without a new checkpoint.
+    num_crashes: int
+    is_cancel_requested: bool
+    # "name@version" or "" once an earlier claim resolved it; None before.
+    resolved_base: str | None
+
+
+def submitted_fields(request: trainer_pb2.SubmitRequest, payload_sha256: str) -> dict[str, str | bytes]:
+    """The hash fields of a new job that follow from its request."""
+    sources = Counter(
+        rollout.source or "token_ids" for group in request.grpo.groups for rollout in group.rollouts
+    )
+    return {
+        "adapter": request.config.adapter,
+        "kind": request.WhichOneof("recipe") or "",
+        "config": request.config.SerializeToString(deterministic=True),
+        "grpo_loss": request.grpo.loss.SerializeToString(deterministic=True),
+        "sources": json.dumps(sources),
+        "idempotency_key": request.idempotency_key,
+        "payload_sha256": payload_sha256,
+    }
+
+
+def to_job(
+    job_id: str,
+    fields: Mapping[bytes, bytes],
+    queue_position: int | None,
+    history: list[trainer_pb2.StepMetrics],
+) -> trainer_pb2.Job:
+    """The wire form of a job's hash."""
+
+    def text(name: str) -> str:
+        return fields.get(name.encode(), b"").decode()
+
+    def parsed(name: str) -> Any:
+        return json.loads(text(name) or "{}")
+
+    job = trainer_pb2.Job(
+        id=job_id,
+        kind=text("kind"),
+        status=text("status"),
+        config=trainer_pb2.JobConfig.FromString(fields.get(b"config", b"")),
+        metrics=parsed("metrics"),
+        created_at_s=float(text("created_at_s") or 0),
+        started_at_s=float(text("started_at_s") or 0),
+        finished_at_s=float(text("finished_at_s") or 0),
+        queue_position=queue_position or 0,
+        resolved_base_adapter=text("resolved_base"),
+        claim_epoch=int(text("claim_epoch") or 0),
+        sources=parsed("sources"),
+        payload_sha256=text("payload_sha256"),
+        history=history,
+    )
+    if job.kind == "grpo":
+        job.grpo_loss.CopyFrom(trainer_pb2.GrpoLoss.FromString(fields.get(b"grpo_loss", b"")))
+    if progress := parsed("progress"):
+        job.progress.CopyFrom(trainer_pb2.JobProgress(**progress))
+    if error := parsed("error"):
+        job.error.CopyFrom(trainer_pb2.JobError(**error))
+    if result := parsed("result"):
+        job.result.CopyFrom(trainer_pb2.JobResult(**result))
+    return job
+
+
+def to_event(event_id: bytes, fields: Mapping[bytes, bytes]) -> trainer_pb2.JobEvent:
+    """The wire form of one entry of a job's event stream."""
+    return trainer_pb2.JobEvent(
+        id=event_id.decode(),
+        type=fields[b"type"].decode(),
+        data_json=fields[b"data"].decode(),
+        at_s=float(fields[b"at_s"]),
+    )
+
+
+def downsample(events: list[trainer_pb2.JobEvent], max_points: int) -> list[trainer_pb2.StepMetrics]:
+    """Metrics by step, at most `max_points` of them, evenly spaced and with the last one.
+
+    A resumed job takes some steps again; the later report of a step counts.
+    """
+    by_step: dict[int, dict[str, float]] = {}
+    for event in events:
+        if event.type == "step":
+            data = json.loads(event.data_json)
+            by_step[data["step"]] = data["metrics"]
+    steps = sorted(by_step)
+    stride = -(-len(steps) // max_points) or 1
+    kept = steps[::-1][::stride][::-1]
+    return [trainer_pb2.StepMetrics(step=step, metrics=by_step[step]) for step in kept]

@@ -1,0 +1,201 @@
+"""Checks a job before it is accepted, so that whatever is queued can be trained on."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+
+from kiln_common.adapter_names import check_adapter_name, parse_reference
+from kiln_common.errors import InvalidRequest, InvalidTokenIds, InvalidValue
+from kiln_common.pb import common_pb2, trainer_pb2
+from kiln_trainer.domain.errors import NoLearningSignal
+from kiln_trainer.jobs.errors import (
+    EmptyTrainingData,
+    GroupTooSmall,
+    InvalidJobConfig,
+    InvalidReward,
+    JobBaseModelMismatch,
+    LengthMismatch,
+)
+from kiln_trainer.recipes.errors import DocumentTooLong, NoTrainableTokens
+from kiln_trainer.recipes.options import GrpoOptions, OptimizerOptions, RunOptions
+
+MAX_RANK = 256
+_MAX_EPOCHS = 1000
+_TARGET_GROUPS = frozenset({"all", "attention", "mlp"})
+
+
+def check_request(request: trainer_pb2.SubmitRequest, base_model: common_pb2.BaseModel | None) -> None:
+    """Refuse a job that cannot succeed.
+
+    `base_model`: what the engine serves, None while no engine has answered; then token ids and
+    targets are checked only when the job runs.
+
+    Raises:
+        InvalidRequest and its kind, each with its own code; JobBaseModelMismatch; NotBuiltYet.
+    """
+    _check_config(request.config, base_model)
+    if base_model is not None and request.base_model_hash not in ("", base_model.model_hash):
+        raise JobBaseModelMismatch(
+            f"the job is for base model {request.base_model_hash[:12]}, "
+            f"the engine serves {base_model.model_hash[:12]}"
+        )
+    limits = _Limits(request.config, base_model)
+    match request.WhichOneof("recipe"):
+        case "sft":
+            _check_sft(request.sft, limits)
+        case "grpo":
+            _check_grpo(request.grpo, limits)
+        case _:
+            raise InvalidRequest("the job names no recipe", hint="Give sft or grpo.")
+
+
+class _Limits:
+    """What one document may be like."""
+
+    def __init__(self, config: trainer_pb2.JobConfig, base_model: common_pb2.BaseModel | None) -> None:
+        self._batch_tokens = RunOptions.from_proto(config).batch_tokens
+        self._base_model = base_model
+
+    def check(self, index: int, *token_ids: Sequence[int]) -> None:
+        """Refuse document `index`, given as consecutive runs of token ids."""
+        num_tokens = sum(len(ids) for ids in token_ids)
+        if num_tokens > self._batch_tokens:
+            raise DocumentTooLong(index, num_tokens, self._batch_tokens)
+        lowest = min(min(ids) for ids in token_ids if ids)
+        highest = max(max(ids) for ids in token_ids if ids)
+        if lowest < 0:
+            raise InvalidTokenIds(f"document {index} has the token id {lowest}")
+        if self._base_model is None:
+            return
+        if highest >= self._base_model.vocab_size:
+            raise InvalidTokenIds(
+                f"document {index} has the token id {highest}, the vocabulary has {self._base_model.vocab_size}"
+            )
+        if num_tokens > self._base_model.max_model_len:
+            raise DocumentTooLong(index, num_tokens, self._base_model.max_model_len)
+
+
+def _check_config(config: trainer_pb2.JobConfig, base_model: common_pb2.BaseModel | None) -> None:
+    check_adapter_name(config.adapter, reserved=[base_model.model_id] if base_model else ())
+    if config.base_adapter:
+        parse_reference(config.base_adapter, param="base_adapter")
+        if config.start_fresh:
+            raise InvalidJobConfig("start_fresh and base_adapter exclude each other", param="base_adapter")
+    _check_lora(config.lora, base_model)
+    optimizer = config.optimizer
+    if not 0 < optimizer.learning_rate < math.inf:
+        raise InvalidJobConfig(
+            f"learning_rate is {optimizer.learning_rate}, it must be positive and finite",
+            param="learning_rate",
+        )
+    for name in ("adam_beta1", "adam_beta2"):
+        if not 0 <= getattr(optimizer, name) < 1:
+            raise InvalidJobConfig(f"{name} is {getattr(optimizer, name)}, it must be in [0, 1)", param=name)
+    if not 0 <= optimizer.adam_eps < math.inf:
+        raise InvalidJobConfig(f"adam_eps is {optimizer.adam_eps}", param="adam_eps")
+    if not 0 <= optimizer.warmup_ratio <= 1:
+        raise InvalidJobConfig(f"warmup_ratio is {optimizer.warmup_ratio}, at most 1", param="warmup_ratio")
+    OptimizerOptions.from_proto(optimizer)
+    for name in ("batch_tokens", "gradient_accumulation", "checkpoint_every", "epochs"):
+        if getattr(config, name) < 0:
+            raise InvalidJobConfig(f"{name} is {getattr(config, name)}, it must not be negative", param=name)
+    if config.epochs > _MAX_EPOCHS:
+        raise InvalidJobConfig(f"epochs is {config.epochs}, at most {_MAX_EPOCHS}", param="epochs")
+    if config.publish not in ("", "end", "never"):
+        raise InvalidJobConfig(f"publish is {config.publish[:40]!r}, known are end, never", param="publish")
+    _check_metadata(config.metadata_json)
+    RunOptions.from_proto(config)
+
+
+def _check_lora(lora: trainer_pb2.LoraConfig, base_model: common_pb2.BaseModel | None) -> None:
+    """0 and empty mean the defaults."""
+    if not 0 <= lora.rank <= MAX_RANK:
+        raise InvalidJobConfig(f"lora.rank is {lora.rank}, it must be 1 to {MAX_RANK}", param="lora.rank")
+    if not 0 <= lora.alpha < math.inf:
+        raise InvalidJobConfig(f"lora.alpha is {lora.alpha}, it must be positive", param="lora.alpha")
+    if base_model is None or not base_model.adaptable_modules:
+        return
+    known = {module.path.rpartition(".")[2] for module in base_model.adaptable_modules} | _TARGET_GROUPS
+    for target in lora.targets:
+        if target not in known:
+            raise InvalidJobConfig(
+                f"lora.targets names {target[:60]!r}, known are {', '.join(sorted(known))}",
+                param="lora.targets",
+            )
+
+
+def _check_metadata(metadata_json: str) -> None:
+    try:
+        is_object = isinstance(json.loads(metadata_json or "{}"), dict)
+    except ValueError:
+        is_object = False
+    if not is_object:
+        raise InvalidJobConfig("metadata_json must be a JSON object", param="metadata")
+
+
+def _check_sft(spec: trainer_pb2.SftSpec, limits: _Limits) -> None:
+    if not spec.examples:
+        raise EmptyTrainingData("there are no examples", param="examples")
+    has_signal = False
+    for index, example in enumerate(spec.examples):
+        if not example.token_ids:
+            raise EmptyTrainingData(f"example {index} has no tokens", param="examples")
+        if len(example.token_ids) != len(example.loss_weights):
+            raise LengthMismatch(
+                f"example {index} has {len(example.token_ids)} tokens and {len(example.loss_weights)} weights",
+                param="examples",
+            )
+        if not all(0 <= weight < math.inf for weight in example.loss_weights):
+            raise InvalidValue(f"example {index} has a negative or infinite weight", param="examples")
+        has_signal = has_signal or any(example.loss_weights[1:])
+        limits.check(index, example.token_ids)
+    if not has_signal:
+        raise NoTrainableTokens(f"none of {len(spec.examples)} examples has a token with a weight")
+
+
+def _check_grpo(spec: trainer_pb2.GrpoSpec, limits: _Limits) -> None:
+    _check_loss(spec.loss)
+    if not spec.groups:
+        raise EmptyTrainingData("there are no groups", param="groups")
+    number = 0
+    for index, group in enumerate(spec.groups):
+        if len(group.rollouts) < 2:
+            raise GroupTooSmall(f"group {index} has {len(group.rollouts)} completions", param="groups")
+        for rollout in group.rollouts:
+            _check_rollout(number, rollout, limits)
+            number += 1
+    rewards = [{rollout.reward for rollout in group.rollouts} for group in spec.groups]
+    if all(len(distinct) == 1 for distinct in rewards):
+        raise NoLearningSignal(f"the rewards in each of {len(rewards)} groups are equal", param="rewards")
+    if not any(rollout.completion_token_ids for group in spec.groups for rollout in group.rollouts):
+        raise EmptyTrainingData("every completion is empty", param="groups")
+
+
+def _check_loss(loss: trainer_pb2.GrpoLoss) -> None:
+    for name in ("clip_low", "clip_high", "kl_coef", "importance_cap"):
+        if not 0 <= getattr(loss, name) < math.inf:
+            raise InvalidJobConfig(
+                f"loss.{name} is {getattr(loss, name)}, it must be finite and not negative",
+                param=f"loss.{name}",
+            )
+    GrpoOptions.from_proto(loss)
+
+
+def _check_rollout(number: int, rollout: trainer_pb2.GrpoRollout, limits: _Limits) -> None:
+    if not rollout.prompt_token_ids:
+        raise EmptyTrainingData(f"rollout {number} has no prompt tokens", param="groups")
+    if not math.isfinite(rollout.reward):
+        raise InvalidReward(f"rollout {number} has the reward {rollout.reward}", param="rewards")
+    num_scored, num_known = len(rollout.completion_token_ids), len(rollout.behaviour_logprobs)
+    if num_known not in (0, num_scored):
+        raise LengthMismatch(
+            f"rollout {number} has {num_scored} completion tokens and {num_known} log-probabilities",
+            param="groups",
+        )
+    if not all(logprob <= 1e-3 and math.isfinite(logprob) for logprob in rollout.behaviour_logprobs):
+        raise InvalidValue(f"rollout {number} has a number that is no log-probability", param="groups")
+    if not 0 <= rollout.temperature < math.inf:
+        raise InvalidValue(f"rollout {number} has the temperature {rollout.temperature}", param="groups")
+    limits.check(number, rollout.prompt_token_ids, rollout.completion_token_ids)

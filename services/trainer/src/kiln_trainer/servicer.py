@@ -1,0 +1,131 @@
+"""Trainer RPCs: the queue's only writer, and a window on the jobs."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from typing import TypeVar
+
+import grpc
+import redis
+import redis.asyncio
+import structlog
+
+from kiln_common.bus.connect import REDIS_AWAY
+from kiln_common.errors import KilnError, QueueUnavailable
+from kiln_common.ids import new_id
+from kiln_common.pb import trainer_pb2 as pb
+from kiln_common.pb import trainer_pb2_grpc
+from kiln_trainer.jobs.durability import check_durable
+from kiln_trainer.jobs.errors import PayloadTooLarge
+from kiln_trainer.jobs.events import watch_events
+from kiln_trainer.jobs.ports import JobBackend
+from kiln_trainer.jobs.store import JobStore
+from kiln_trainer.jobs.validation import check_request
+from kiln_trainer.jobs.worker import Worker
+from kiln_trainer.publishing import EngineDirectory
+
+log = structlog.get_logger()
+T = TypeVar("T")
+
+# A Redis that is full, read-only or cannot write its file answers with one of these.
+_REFUSALS = ("OOM", "MISCONF", "READONLY", "NOREPLICAS")
+
+
+class TrainerServicer(trainer_pb2_grpc.TrainerServicer):
+    """Serves one queue. Redis calls run on threads, but for the tailing of events."""
+
+    def __init__(
+        self,
+        trainer_id: str,
+        client: redis.Redis,
+        tail_client: redis.asyncio.Redis,
+        store: JobStore,
+        worker: Worker,
+        backend: JobBackend,
+        engines: EngineDirectory,
+        *,
+        max_payload_bytes: int,
+    ) -> None:
+        self._trainer_id = trainer_id
+        self._client = client
+        self._tail_client = tail_client
+        self._store = store
+        self._worker = worker
+        self._backend = backend
+        self._engines = engines
+        self._max_payload_bytes = max_payload_bytes
+
+    async def Submit(self, request: pb.SubmitRequest, context: grpc.aio.ServicerContext) -> pb.Job:
+        num_bytes = request.ByteSize()
+        if num_bytes > self._max_payload_bytes:
+            raise PayloadTooLarge(f"the job has {num_bytes} bytes, at most {self._max_payload_bytes}")
+        base_model = await self._engines.base_model()
+        await asyncio.to_thread(check_request, request, base_model)
+        job_id = await _on_redis(lambda: self._accept(request))
+        log.info("job_accepted", job_id=job_id, adapter=request.config.adapter, num_bytes=num_bytes)
+        return await _on_redis(lambda: self._store.get(job_id))
+
+    async def GetJob(self, request: pb.GetJobRequest, context: grpc.aio.ServicerContext) -> pb.Job:
+        return await _on_redis(lambda: self._store.get(request.id))
+
+    async def ListJobs(
+        self, request: pb.ListJobsRequest, context: grpc.aio.ServicerContext
+    ) -> pb.ListJobsResponse:
+        return pb.ListJobsResponse(jobs=await _on_redis(lambda: self._store.list_jobs(request.limit)))
+
+    async def CancelJob(self, request: pb.CancelJobRequest, context: grpc.aio.ServicerContext) -> pb.Job:
+        await _on_redis(lambda: self._store.cancel(request.id))
+        log.info("job_cancel_requested", job_id=request.id)
+        return await _on_redis(lambda: self._store.get(request.id))
+
+    async def WatchJob(
+        self, request: pb.WatchJobRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[pb.JobEvent]:
+        try:
+            async for event in watch_events(self._tail_client, request.id, request.after_event_id):
+                yield event
+        except REDIS_AWAY as error:
+            raise _unavailable(error) from error
+
+    async def GetStatus(
+        self, request: pb.GetTrainerStatusRequest, context: grpc.aio.ServicerContext
+    ) -> pb.TrainerStatus:
+        mapped = self._backend.mapped_model
+        return pb.TrainerStatus(
+            trainer_id=self._trainer_id,
+            running_job_id=self._worker.running_job_id,
+            num_queued=await _on_redis(self._store.num_queued),
+            engine_boot_id=mapped.engine_boot_id,
+            model_hash=mapped.model_hash,
+            num_borrowed_bytes=mapped.num_borrowed_bytes,
+            num_allocated_base_bytes=mapped.num_allocated_base_bytes,
+        )
+
+    def _accept(self, request: pb.SubmitRequest) -> str:
+        check_durable(self._client)
+        job_id = new_id("job")
+        try:
+            return self._store.submit(request, job_id)
+        except REDIS_AWAY as error:
+            # The answer may have been lost after the job was stored: look before refusing, since
+            # the caller would submit a refused job again.
+            if self._store.status(job_id) is None:
+                raise _unavailable(error) from error
+            return job_id
+
+
+async def _on_redis(call: Callable[[], T]) -> T:
+    """Run on a thread. Raises QueueUnavailable while Redis is away or refuses writes."""
+    try:
+        return await asyncio.to_thread(call)
+    except REDIS_AWAY as error:
+        raise _unavailable(error) from error
+    except redis.ResponseError as error:
+        if str(error).lstrip("-").startswith(_REFUSALS) or isinstance(error, redis.OutOfMemoryError):
+            raise _unavailable(error) from error
+        raise
+
+
+def _unavailable(error: Exception) -> KilnError:
+    return QueueUnavailable(f"Redis cannot keep jobs now: {error}")

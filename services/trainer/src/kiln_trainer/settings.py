@@ -1,0 +1,46 @@
+"""Trainer process settings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+
+class TrainerSettings(BaseSettings):
+    """Trainer process settings, read once from KILN_TRAINER_*."""
+
+    model_config = SettingsConfigDict(env_prefix="KILN_TRAINER_", frozen=True)
+
+    listen: str = Field("127.0.0.1:8422", description="gRPC address: host:port or unix:/path")
+    redis_url: str = Field(min_length=1, description="durable Redis that keeps the jobs")
+    registry_address: str = Field(min_length=1, description="gRPC address results are published to")
+    engine_addresses: Annotated[tuple[str, ...], NoDecode] = Field(
+        min_length=1,
+        description="gRPC addresses separated by commas; weights are mapped from the first, and all "
+        "of them load results",
+    )
+    state_dir: Path = Field(description="folder of the checkpoints of jobs that have not ended")
+    num_threads: PositiveInt = Field(1, description="CPU threads of one training step")
+    claim_timeout_s: PositiveFloat = Field(10.0, description="silence after which a job is taken over")
+    patience_s: PositiveFloat = Field(
+        300.0, description="how long a job waits for an engine or registry that is away"
+    )
+    live_timeout_s: PositiveFloat = Field(
+        30.0, description="how long engines get to load a result before the job lists them as not_live"
+    )
+    retention_s: PositiveInt = Field(7 * 24 * 3600, description="how long an ended job can be read")
+    max_payload_bytes: PositiveInt = Field(64 * 1024**2, description="largest job accepted")
+    stop_grace_s: NonNegativeFloat = Field(
+        15.0, description="time a running step gets to end when the process stops"
+    )
+    log_level: str = "INFO"
+
+    @field_validator("engine_addresses", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        if isinstance(value, str):
+            return tuple(part.strip() for part in value.split(",") if part.strip())
+        return value

@@ -1,0 +1,171 @@
+"""Builders for training jobs: requests, a backend without torch, a publisher without a network."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from kiln_common.errors import AdapterNotFound
+from kiln_common.pb import registry_pb2, trainer_pb2
+from kiln_trainer.domain.training import StartingPoint, StepHooks, StepReport, TrainedAdapter, TrainingTask
+from kiln_trainer.jobs.ports import LiveReport
+from tests.support.registry import MODEL_HASH, adapter_bytes, peft_config
+
+WAIT_S = 20.0
+
+
+def grpo_request(adapter: str = "helper", **config: object) -> trainer_pb2.SubmitRequest:
+    """A valid GRPO job of one group with two rollouts."""
+    rollouts = [
+        trainer_pb2.GrpoRollout(
+            prompt_token_ids=[1, 2, 3],
+            completion_token_ids=[4, 5],
+            reward=reward,
+            behaviour_logprobs=[-0.5, -1.5],
+            temperature=1.0,
+            source="rollout",
+        )
+        for reward in (0.0, 1.0)
+    ]
+    return trainer_pb2.SubmitRequest(
+        config=job_config(adapter, **config),
+        grpo=trainer_pb2.GrpoSpec(
+            groups=[trainer_pb2.GrpoGroup(rollouts=rollouts)],
+            loss=trainer_pb2.GrpoLoss(type="grpo", clip_low=0.2, clip_high=0.2),
+        ),
+        base_model_hash=MODEL_HASH,
+    )
+
+
+def sft_request(adapter: str = "helper", **config: object) -> trainer_pb2.SubmitRequest:
+    """A valid supervised job of one document."""
+    example = trainer_pb2.SftExample(token_ids=[1, 2, 3], loss_weights=[0, 1, 1])
+    return trainer_pb2.SubmitRequest(
+        config=job_config(adapter, **config),
+        sft=trainer_pb2.SftSpec(examples=[example]),
+        base_model_hash=MODEL_HASH,
+    )
+
+
+def job_config(adapter: str, **fields: object) -> trainer_pb2.JobConfig:
+    defaults = {
+        "lora": trainer_pb2.LoraConfig(rank=2, alpha=4, targets=["all"]),
+        "optimizer": trainer_pb2.OptimizerConfig(learning_rate=1e-3),
+        "epochs": 1,
+        "batch_tokens": 64,
+        "checkpoint_every": 2,
+    }
+    return trainer_pb2.JobConfig(adapter=adapter, **{**defaults, **fields})  # type: ignore[arg-type]
+
+
+def wait_until(condition: Callable[[], object], timeout_s: float = WAIT_S) -> None:
+    """Return once the condition holds; fail the test if it never does."""
+    deadline_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline_s, "the condition never held"
+        time.sleep(0.01)
+
+
+@dataclass(frozen=True)
+class NothingMapped:
+    engine_boot_id: str = "boot"
+    model_hash: str = MODEL_HASH
+    num_borrowed_bytes: int = 0
+    num_allocated_base_bytes: int = 0
+
+
+@dataclass
+class ChainBackend:
+    """A TrainingBackend whose result depends on every step: each hashes the state before it.
+
+    `before_step(step)` runs on the worker thread before a step; it may raise or wait.
+    """
+
+    num_steps: int = 4
+    before_step: Callable[[int], None] = lambda step: None
+    tasks: list[TrainingTask] = field(default_factory=list)
+    steps_taken: list[int] = field(default_factory=list)
+    mapped_model: NothingMapped = NothingMapped()
+
+    def run(self, task: TrainingTask, hooks: StepHooks) -> TrainedAdapter:
+        self.tasks.append(task)
+        checkpoint = task.checkpoint_dir / "checkpoint.json"
+        step, state = 0, hashlib.sha256(task.request.SerializeToString(deterministic=True)).hexdigest()
+        if checkpoint.exists():
+            step, state = json.loads(checkpoint.read_text())
+        while step < self.num_steps:
+            self.before_step(step + 1)
+            step, state = step + 1, hashlib.sha256(f"{state}{step}".encode()).hexdigest()
+            self.steps_taken.append(step)
+            hooks.after_step(StepReport(step, self.num_steps, 10 * step, {"loss": 1 / step}))
+            if step % task.request.config.checkpoint_every == 0 or step == self.num_steps:
+                hooks.before_checkpoint(step)
+                partial = checkpoint.with_suffix(".partial")
+                partial.write_text(json.dumps([step, state]))
+                partial.replace(checkpoint)
+                hooks.after_checkpoint(step)
+        folder = task.checkpoint_dir / "adapter"
+        folder.mkdir(exist_ok=True)
+        (folder / "adapter_config.json").write_text(peft_config())
+        (folder / "adapter_model.safetensors").write_bytes(adapter_bytes(seed=int(state[:8], 16)))
+        return TrainedAdapter(folder, {"loss": 1 / step})
+
+    def close(self) -> None:
+        pass
+
+
+class MemoryPublisher:
+    """A Publisher that keeps versions in memory, idempotent by publish key like the registry."""
+
+    def __init__(self) -> None:
+        self.headers: list[registry_pb2.PublishHeader] = []
+        self.versions: dict[str, list[registry_pb2.AdapterVersion]] = {}
+        self.num_publish_calls = 0
+        self.before_publish: Callable[[], None] = lambda: None
+        self.before_live: Callable[[], None] = lambda: None
+        self.not_live: tuple[str, ...] = ()
+        self._by_key: dict[str, registry_pb2.AdapterVersion] = {}
+        self._lock = threading.Lock()
+
+    def resolve(self, reference: str) -> registry_pb2.AdapterVersion:
+        name, _, number = reference.partition("@")
+        for version in reversed(self.versions.get(name, [])):
+            if not number or version.version == int(number):
+                return version
+        raise AdapterNotFound(f"there is no adapter {reference}")
+
+    def download(self, version: registry_pb2.AdapterVersion, folder: Path) -> StartingPoint:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "adapter_model.safetensors"
+        path.write_bytes(b"bytes of " + version.sha256.encode())
+        return StartingPoint(f"{version.name}@{version.version}", version.config_json, path)
+
+    def publish(
+        self, header: registry_pb2.PublishHeader, safetensors_path: Path
+    ) -> registry_pb2.AdapterVersion:
+        self.before_publish()
+        with self._lock:
+            self.num_publish_calls += 1
+            if header.publish_key in self._by_key:
+                return self._by_key[header.publish_key]
+            known = self.versions.setdefault(header.name, [])
+            version = registry_pb2.AdapterVersion(
+                name=header.name,
+                version=len(known) + 1,
+                sha256=hashlib.sha256(safetensors_path.read_bytes()).hexdigest(),
+                base_model_hash=header.base_model_hash,
+                config_json=header.config_json,
+            )
+            known.append(version)
+            self.headers.append(header)
+            self._by_key[header.publish_key] = version
+            return version
+
+    def make_live(self, version: registry_pb2.AdapterVersion) -> LiveReport:
+        self.before_live()
+        return LiveReport(self.not_live, 0.01)
