@@ -1,9 +1,9 @@
 """The private Redis: durable through a SIGKILL, one server to a folder, no root."""
 
 import pytest
+
 from kiln_common.bus.connect import connect
 from kiln_common.bus.private_server import PrivateRedis, RedisServerFailed
-
 from tests.support.redis_server import private_redis
 
 

@@ -1,5 +1,6 @@
 """Histories and settings."""
 
+import itertools
 import json
 
 import pytest
@@ -20,7 +21,7 @@ def test_a_history_keeps_the_last_step_and_stays_small():
     history = downsample(events, 200)
     assert 150 <= len(history) <= 200
     assert history[-1].step == 1001
-    gaps = {b.step - a.step for a, b in zip(history, history[1:], strict=False)}
+    gaps = {b.step - a.step for a, b in itertools.pairwise(history)}
     assert len(gaps) == 1
 
 
