@@ -12,7 +12,7 @@ from kiln_gateway.edge import EdgeMiddleware
 from kiln_gateway.gateway import Gateway
 from kiln_gateway.http_errors import install_error_handlers
 from kiln_gateway.ports import Clients
-from kiln_gateway.routes import completions, health, home, models, not_built, text
+from kiln_gateway.routes import adapters, completions, health, home, models, not_built, text, training
 from kiln_gateway.settings import GatewaySettings
 from kiln_gateway.sse import ClientLeft
 
@@ -21,6 +21,8 @@ _ROUTERS = (
     completions.router,
     text.router,
     models.router,
+    training.router,
+    adapters.router,
     health.router,
     not_built.router,
     home.router,

@@ -55,11 +55,17 @@ def require(scope: Scope | None) -> Callable[[Request], Awaitable[Caller]]:
 
     async def check(request: Request) -> Caller:
         caller = request.app.state.gateway.authenticator.authenticate(request.headers.get("authorization"))
-        if scope is not None and scope not in caller.scopes:
-            raise ScopeMissing(f"the key does not carry the scope {scope!r}")
+        if scope is not None:
+            require_scope(caller, scope)
         return caller
 
     return check
+
+
+def require_scope(caller: Caller, scope: Scope) -> None:
+    """Raises ScopeMissing."""
+    if scope not in caller.scopes:
+        raise ScopeMissing(f"the key does not carry the scope {scope!r}")
 
 
 def _digest(key: str) -> str:

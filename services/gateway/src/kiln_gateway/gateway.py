@@ -15,10 +15,11 @@ from kiln_common.text.tokenizer import TextTokenizer
 from kiln_gateway.auth import Authenticator
 from kiln_gateway.chat.prompt import PromptRenderer
 from kiln_gateway.engine_pool import EnginePool
+from kiln_gateway.idempotency import IdempotencyRecords
 from kiln_gateway.metrics import GatewayMetrics
 from kiln_gateway.model_resolver import ModelResolver
 from kiln_gateway.ports import Clients
-from kiln_gateway.request_body import parse_body
+from kiln_gateway.request_body import parse_body, parse_bytes, read_body
 from kiln_gateway.rollouts import RolloutStore
 from kiln_gateway.settings import GatewaySettings
 
@@ -44,6 +45,7 @@ class Gateway:
         self.rollouts = RolloutStore(
             clients.redis, ttl_s=settings.rollout_ttl_s, max_bytes=settings.rollout_max_bytes
         )
+        self.idempotency = IdempotencyRecords(clients.redis)
         self.authenticator = Authenticator(settings.api_keys)
         self.metrics = GatewayMetrics()
         self.started_at = time.monotonic()
@@ -51,6 +53,11 @@ class Gateway:
     async def parse(self, request: Request, schema: type[Model]) -> Model:
         """The request's JSON body. Raises BodyTooLarge, InvalidJson, InvalidField."""
         return await parse_body(request, schema, self.settings.max_body_bytes)
+
+    async def parse_optional(self, request: Request, schema: type[Model]) -> Model:
+        """The request's JSON body, or the schema's defaults when there is none."""
+        raw = await read_body(request, self.settings.max_body_bytes)
+        return parse_bytes(raw or b"{}", schema)
 
     async def served_model_id(self) -> str:
         """The base model's id as clients see it. Raises EngineUnavailable."""

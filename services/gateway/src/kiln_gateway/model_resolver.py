@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import structlog
 
+from kiln_common.adapter_names import BASE_NAME
 from kiln_common.errors import AdapterNotFound, KilnError, RegistryUnavailable
 from kiln_common.pb import common_pb2, registry_pb2
 from kiln_gateway.errors import ModelNotFound
@@ -15,7 +16,7 @@ from kiln_gateway.ports import RegistryPort
 
 log = structlog.get_logger()
 
-BARE_BASE = "base"
+_NO_SUCH_ADAPTER = ("adapter_not_found", "invalid_adapter_name", "reserved_adapter_name")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +28,7 @@ class Target:
     @property
     def label(self) -> str:
         """ "name@version" (several joined by "+"), or "base"; the X-Kiln-Adapter header."""
-        return "+".join(f"{ref.name}@{ref.version}" for ref in self.adapters) or BARE_BASE
+        return "+".join(f"{ref.name}@{ref.version}" for ref in self.adapters) or BASE_NAME
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +74,10 @@ class ModelResolver:
                 )
             )
         if is_adapter_given:
-            if adapter is None or adapter == BARE_BASE:
+            if adapter is None or adapter == BASE_NAME:
                 return Target()
             return Target((_to_ref(await self._resolve_adapter(adapter, "adapter")),))
-        if model == BARE_BASE:
+        if model == BASE_NAME:
             return Target()
         if model is None or model in base_ids:
             default = await self._default()
@@ -84,7 +85,7 @@ class ModelResolver:
         try:
             return Target((_to_ref(await self._registry.resolve(model)),))
         except KilnError as error:
-            if error.code in ("adapter_not_found", "invalid_name", "invalid_reference"):
+            if error.code in _NO_SUCH_ADAPTER:
                 raise ModelNotFound(f"there is no model {model!r}") from error
             raise
 
@@ -92,7 +93,7 @@ class ModelResolver:
         try:
             return await self._registry.resolve(reference)
         except KilnError as error:
-            if error.code in ("adapter_not_found", "invalid_name", "invalid_reference"):
+            if error.code in _NO_SUCH_ADAPTER:
                 raise AdapterNotFound(f"there is no adapter {reference!r}", param=param) from error
             raise
 

@@ -35,8 +35,8 @@ HINTS = {
     "empty_groups": "Send at least one group.",
     "empty_examples": "Send at least one example.",
     "conflicting_fields": "Send one form or the other.",
+    "invalid_scale": "Leave the adapter out instead of scaling it to nothing.",
     "unsupported_content": "This model reads text: send a string or parts of type text.",
-    "invalid_name": "Names are 1 to 64 letters, digits, '.', '_' or '-', beginning with a letter or digit.",
     "missing_field": "Add the field; docs/api lists what each route needs.",
 }
 _DEFAULT_HINT = "docs/api lists every field with its type and range."
@@ -60,7 +60,9 @@ async def read_body(request: Request, limit_bytes: int) -> bytes:
             parts.append(part)
     if is_too_large:
         raise BodyTooLarge(limit_bytes)
-    return b"".join(parts)
+    # Where Starlette's own Request.body() keeps it, so that it can be read again.
+    request._body = b"".join(parts)
+    return request._body
 
 
 async def parse_body(request: Request, schema: type[Model], limit_bytes: int) -> Model:
@@ -71,11 +73,12 @@ async def parse_body(request: Request, schema: type[Model], limit_bytes: int) ->
     """
     raw = await read_body(request, limit_bytes)
     if len(raw) > _PARSE_IN_THREAD_BYTES:
-        return await asyncio.to_thread(_parse, raw, schema)
-    return _parse(raw, schema)
+        return await asyncio.to_thread(parse_bytes, raw, schema)
+    return parse_bytes(raw, schema)
 
 
-def _parse(raw: bytes, schema: type[Model]) -> Model:
+def parse_bytes(raw: bytes, schema: type[Model]) -> Model:
+    """`raw` as `schema`. Raises InvalidJson, InvalidField."""
     try:
         # The standard parser reads NaN and Infinity, so that the field they stand in can be named.
         body = json.loads(raw)

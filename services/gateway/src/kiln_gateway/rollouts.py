@@ -66,6 +66,7 @@ class Rollout:
     sampling: SamplingRecord
     adapter_version: str  # "name@version", or "base"
     finish_reason: str
+    model_hash: str  # base model whose tokenizer the ids belong to
     match_key: str = ""  # hash of owner, messages and content; "" when not from chat
     created_at_s: float = field(default_factory=time.time)
 

@@ -65,6 +65,6 @@ def rollout_matches(match_key: str) -> str:
     return f"kiln:rollouts:matches:{match_key}"
 
 
-def gateway_idempotency(owner: str, key: str) -> str:
+def gateway_idempotency(service_key: str) -> str:
     """Body hash and resource id behind an Idempotency-Key. Written and read by gateways."""
-    return f"kiln:gateway:idempotency:{owner}:{key}"
+    return f"kiln:gateway:idempotency:{service_key}"

@@ -51,6 +51,7 @@ class CompletionRun:
     completion_id: str
     model: str
     target: Target
+    model_hash: str
     owner: str
     choices: Sequence[Choice]
     keeps_rollouts: bool
@@ -120,6 +121,7 @@ class CompletionRun:
             sampling=record_of(choice.request.sampling, assembler.seed),
             adapter_version=self.target.label,
             finish_reason=assembler.finish_reason or "",
+            model_hash=self.model_hash,
             match_key=self.match_key(assembler.content) if self.match_key is not None else "",
         )
 

@@ -158,6 +158,7 @@ async def _run(
         completion_id=completion_id,
         model=body.model or await gateway.served_model_id(),
         target=target,
+        model_hash=base_model.model_hash,
         owner=caller.owner,
         choices=choices,
         keeps_rollouts=body.store is not False,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from kiln_gateway.errors import FieldNotBuiltYet, UnsupportedField
 from kiln_gateway.schemas.base import Body, Reference, StopStrings, TokenIds
@@ -19,7 +20,15 @@ class StreamOptions(Body):
 
 class ComposedAdapter(Body):
     name: Reference
-    scale: float = 1.0
+    scale: Annotated[float, Field(ge=-16, le=16)] = 1.0
+
+    @model_validator(mode="after")
+    def _does_something(self) -> ComposedAdapter:
+        if self.scale == 0:
+            raise PydanticCustomError(
+                "invalid_scale", "the adapter {name} has the scale 0", {"name": self.name}
+            )
+        return self
 
 
 class CompletionFields(Body):

@@ -1,0 +1,44 @@
+"""Adapters and their versions as clients see them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from kiln_common.pb import registry_pb2
+
+
+def adapter_object(adapter: registry_pb2.Adapter, resident_on: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """A name with its versions; `resident_on` lists engines (boot ids) by "name@version"."""
+    return {
+        "name": adapter.name,
+        "object": "adapter",
+        "latest_version": adapter.latest_version or None,
+        "attached_version": adapter.attached_version or None,
+        "versions": [
+            version_object(version, resident_on.get(f"{adapter.name}@{version.version}", ()))
+            for version in adapter.versions
+        ],
+    }
+
+
+def version_object(version: registry_pb2.AdapterVersion, resident_on: Sequence[str] = ()) -> dict[str, Any]:
+    parent = f"{version.parent_name}@{version.parent_version}" if version.parent_version else None
+    return {
+        "id": f"{version.name}@{version.version}",
+        "object": "adapter.version",
+        "name": version.name,
+        "version": version.version,
+        "sha256": version.sha256,
+        "bytes": version.num_bytes,
+        "rank": version.rank,
+        "alpha": version.alpha,
+        "targets": list(version.targets),
+        "parent": parent,
+        "job_id": version.job_id or None,
+        "base_model_hash": version.base_model_hash,
+        "metrics": json.loads(version.metrics_json or "{}"),
+        "created_at": version.created_at_s,
+        "resident_on": list(resident_on),
+    }

@@ -1,0 +1,290 @@
+"""POST /v1/train/sft and /v1/train/grpo."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from kiln_gateway.errors import FieldNotBuiltYet
+from kiln_gateway.schemas.base import Body, Reference, TokenIds
+from kiln_gateway.schemas.chat import Messages, Tool
+
+PositiveFloat = Annotated[float, Field(gt=0)]
+PositiveInt = Annotated[int, Field(gt=0, lt=2**31)]
+Ratio = Annotated[float, Field(ge=0, le=1)]
+
+
+def _to_reward(value: Any) -> float:
+    """A reward as one number; the numbers of an object add up."""
+    parts = value.values() if isinstance(value, dict) and value else [value]
+    if value is None:
+        raise PydanticCustomError("missing_rewards", "a reward is missing")
+    if not all(isinstance(part, int | float) and math.isfinite(part) for part in parts):
+        raise PydanticCustomError("invalid_reward", "{value} is not a reward", {"value": repr(value)[:60]})
+    return float(sum(parts))
+
+
+def _to_rewards(value: Any) -> Any:
+    if not isinstance(value, list):
+        raise PydanticCustomError("missing_rewards", "`rewards` is not a list")
+    return value
+
+
+def _refuse_empty_text(value: str) -> str:
+    if not value:
+        raise PydanticCustomError("empty_prompt", "`prompt` is empty")
+    return value
+
+
+Reward = Annotated[float, BeforeValidator(_to_reward)]
+PromptText = Annotated[str, AfterValidator(_refuse_empty_text)]
+
+
+class LoraFields(Body):
+    rank: Annotated[int, Field(ge=1, le=256)] = 16
+    alpha: PositiveFloat = 32.0
+    targets: Literal["all", "attention", "mlp"] | Annotated[list[str], Field(min_length=1)] = "all"
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+
+class JobFields(Body):
+    """What every recipe shares. None means the recipe's default, shown in effective_config."""
+
+    adapter: Reference
+    base_adapter: Reference | None = None
+    lora: LoraFields = Field(default_factory=LoraFields)
+    learning_rate: PositiveFloat = 1e-4
+    epochs: Annotated[int, Field(ge=1, le=1000)] | None = None
+    batch_tokens: Annotated[int, Field(ge=16, le=2**20)] | None = None
+    gradient_accumulation: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    warmup_ratio: Ratio = 0.0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    weight_decay: Annotated[float, Field(ge=0, le=10)] = 0.0
+    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
+    checkpoint_every: PositiveInt = 10
+    publish: Literal["end", "never"] | PositiveInt = "end"
+    attach: bool | None = Field(None, description="true unless the key may not attach")
+    gate: dict[str, Any] | None = None
+    webhook: dict[str, Any] | None = None
+    metadata: dict[str, Any] | None = None
+
+    @property
+    def starts_fresh(self) -> bool:
+        """Whether the request says `base_adapter: null`."""
+        return self.base_adapter is None and "base_adapter" in self.model_fields_set
+
+    def refuse_unsupported(self) -> None:
+        """Refuse, by name, what is not built yet. Raises FieldNotBuiltYet."""
+        for name in ("gate", "webhook"):
+            if getattr(self, name) is not None:
+                raise FieldNotBuiltYet(name)
+        if self.optimizer != "adamw":
+            raise FieldNotBuiltYet("optimizer", "Use adamw.")
+        if self.lora.dropout:
+            raise FieldNotBuiltYet("lora.dropout", "Use 0.")
+        if isinstance(self.publish, int):
+            raise FieldNotBuiltYet("publish", 'Use "end" or "never".')
+
+
+class SftExampleFields(Body):
+    messages: Messages | None = None
+    tools: list[Tool] | None = None
+    prompt: PromptText | None = None
+    completion: str | None = None
+    weight: Annotated[float, Field(ge=0, le=1e6)] = 1.0
+
+    @model_validator(mode="after")
+    def _has_one_form(self) -> SftExampleFields:
+        is_pair = self.prompt is not None or self.completion is not None
+        if is_pair == (self.messages is not None) or (
+            is_pair and (self.prompt is None or self.completion is None)
+        ):
+            raise PydanticCustomError(
+                "conflicting_fields", "an example is either `messages` or `prompt` and `completion`"
+            )
+        return self
+
+
+def _refuse_no_examples(value: Any) -> Any:
+    if value == []:
+        raise PydanticCustomError("empty_examples", "`examples` is empty")
+    return value
+
+
+class SftBody(JobFields):
+    examples: Annotated[list[SftExampleFields], BeforeValidator(_refuse_no_examples)] | None = None
+    dataset: str | None = None
+    train_on: Literal["assistant", "all"] = "assistant"
+
+    def refuse_unsupported(self) -> None:
+        super().refuse_unsupported()
+        if self.dataset is not None:
+            raise FieldNotBuiltYet("dataset", "Send `examples`.")
+
+    @model_validator(mode="after")
+    def _has_data(self) -> SftBody:
+        if self.examples is None and self.dataset is None:
+            raise PydanticCustomError("missing_field", "`examples` is missing", {"param": "examples"})
+        return self
+
+
+class ScoredCompletion(Body):
+    text: str
+    reward: Reward
+
+
+class RolloutFields(Body):
+    """By reference (`completion_id`), or with explicit tokens."""
+
+    completion_id: Annotated[str, Field(max_length=128)] | None = None
+    index: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    reward: Reward
+    prompt_token_ids: TokenIds | None = None
+    token_ids: TokenIds | None = None
+    logprobs: list[Annotated[float, Field(le=1e-3)]] | None = None
+    temperature: Annotated[float, Field(gt=0, le=2)] = 1.0
+    adapter_version: str | None = None
+
+    @model_validator(mode="after")
+    def _has_one_form(self) -> RolloutFields:
+        if (self.completion_id is None) == (self.token_ids is None):
+            raise PydanticCustomError(
+                "conflicting_fields", "a rollout has either `completion_id` or `token_ids`"
+            )
+        if self.completion_id is not None and (self.logprobs or self.prompt_token_ids):
+            raise PydanticCustomError(
+                "conflicting_fields", "a rollout with `completion_id` brings its own tokens"
+            )
+        if self.token_ids is not None and not self.token_ids:
+            raise PydanticCustomError("empty_text", "`token_ids` is empty")
+        if self.token_ids and self.logprobs is not None and len(self.logprobs) != len(self.token_ids):
+            raise PydanticCustomError(
+                "length_mismatch",
+                "there are {tokens} token_ids and {logprobs} logprobs",
+                {"tokens": len(self.token_ids), "logprobs": len(self.logprobs)},
+            )
+        return self
+
+
+class GroupFields(Body):
+    """Completions of one prompt."""
+
+    prompt: PromptText | None = None
+    messages: Messages | None = None
+    tools: list[Tool] | None = None
+    completions: list[ScoredCompletion] | None = None
+    rollouts: list[RolloutFields] | None = None
+
+    @property
+    def rewards(self) -> list[float]:
+        return [item.reward for item in [*(self.completions or ()), *(self.rollouts or ())]]
+
+    @model_validator(mode="after")
+    def _is_one_group(self) -> GroupFields:
+        if (self.completions is None) == (self.rollouts is None):
+            raise PydanticCustomError("conflicting_fields", "a group has either `completions` or `rollouts`")
+        if self.prompt is not None and self.messages is not None:
+            raise PydanticCustomError("conflicting_fields", "a group has either `prompt` or `messages`")
+        has_prompt = self.prompt is not None or self.messages is not None
+        needs_prompt = self.completions is not None or any(
+            rollout.token_ids is not None and rollout.prompt_token_ids is None
+            for rollout in self.rollouts or ()
+        )
+        if needs_prompt and not has_prompt:
+            raise PydanticCustomError("missing_field", "the group's `prompt` or `messages` is missing")
+        if len(self.rewards) < 2:
+            raise PydanticCustomError(
+                "group_too_small", "the group has {count} completions", {"count": len(self.rewards)}
+            )
+        return self
+
+
+class KlFields(Body):
+    coef: Annotated[float, Field(ge=0, le=100)] = 0.0
+    estimator: Literal["k1", "k2", "k3"] = "k3"
+
+
+class ImportanceFields(Body):
+    mode: Literal["none", "token", "sequence"] = "token"
+    cap: PositiveFloat = 2.0
+
+
+class LossFields(Body):
+    type: Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo"] = "grpo"
+    clip_low: Annotated[float, Field(gt=0, le=1)] = 0.2
+    clip_high: Annotated[float, Field(gt=0, le=100)] = 0.2
+    kl: KlFields = Field(default_factory=KlFields)
+    importance: ImportanceFields = Field(default_factory=ImportanceFields)
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+
+
+def _refuse_no_groups(value: Any) -> Any:
+    if value == []:
+        raise PydanticCustomError("empty_groups", "`groups` is empty")
+    return value
+
+
+class GrpoBody(JobFields):
+    prompt: PromptText | None = None
+    completions: list[str] | None = None
+    rewards: Annotated[list[Reward], BeforeValidator(_to_rewards)] | None = None
+    groups: Annotated[list[GroupFields], BeforeValidator(_refuse_no_groups)] | None = None
+    loss: LossFields = Field(default_factory=LossFields)
+
+    def refuse_unsupported(self) -> None:
+        super().refuse_unsupported()
+        if self.loss.type not in ("grpo", "dr_grpo"):
+            raise FieldNotBuiltYet("loss.type", "Use grpo or dr_grpo.")
+
+    def all_groups(self) -> list[GroupFields]:
+        """The groups, the short form being one of them."""
+        if self.groups is not None:
+            return self.groups
+        scored = [
+            ScoredCompletion(text=text, reward=reward)
+            for text, reward in zip(self.completions or (), self.rewards or (), strict=True)
+        ]
+        return [GroupFields(prompt=self.prompt, completions=scored)]
+
+    @model_validator(mode="after")
+    def _has_a_signal(self) -> GrpoBody:
+        short = [name for name in ("prompt", "completions", "rewards") if getattr(self, name) is not None]
+        if self.groups is not None and short:
+            raise PydanticCustomError(
+                "conflicting_fields", "send `groups` or `{name}`, not both", {"name": short[0]}
+            )
+        if self.groups is None:
+            self._check_short_form()
+        rewards = [group.rewards for group in self.groups or ()] or [self.rewards or []]
+        if all(len(set(group)) == 1 for group in rewards):
+            raise PydanticCustomError(
+                "no_learning_signal",
+                "the rewards are equal within each of the {count} groups",
+                {"count": len(rewards), "param": "groups" if self.groups is not None else "rewards"},
+            )
+        return self
+
+    def _check_short_form(self) -> None:
+        for name in ("prompt", "completions"):
+            if getattr(self, name) is None:
+                raise PydanticCustomError("missing_field", f"`{name}` is missing", {"param": name})
+        if self.rewards is None:
+            raise PydanticCustomError("missing_rewards", "`rewards` is missing", {"param": "rewards"})
+        num_completions, num_rewards = len(self.completions or ()), len(self.rewards)
+        if num_completions != num_rewards:
+            raise PydanticCustomError(
+                "length_mismatch",
+                "there are {completions} completions and {rewards} rewards",
+                {"completions": num_completions, "rewards": num_rewards, "param": "rewards"},
+            )
+        if num_completions < 2:
+            raise PydanticCustomError(
+                "group_too_small",
+                "there are {count} completions",
+                {"count": num_completions, "param": "completions"},
+            )

@@ -1,0 +1,73 @@
+"""A training job as clients see it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from kiln_common.pb import trainer_pb2
+from kiln_gateway.training.job_config import effective_config
+
+
+def job_object(job: trainer_pb2.Job) -> dict[str, Any]:
+    """The job of GET /v1/train/jobs/{id}; times are seconds since the epoch, null when not yet."""
+    return {
+        "id": job.id,
+        "object": "training.job",
+        "kind": job.kind,
+        "status": job.status,
+        "queue_position": job.queue_position if job.status == "queued" else None,
+        "progress": {
+            "step": job.progress.step,
+            "steps": job.progress.num_steps,
+            "tokens": job.progress.num_tokens,
+            "eta_s": job.progress.eta_s,
+        },
+        "metrics": dict(job.metrics),
+        "history": [{"step": entry.step, **entry.metrics} for entry in job.history],
+        "error": _error(job),
+        "result": _result(job),
+        "source": _source(job),
+        "sources": dict(job.sources),
+        "base_adapter": job.resolved_base_adapter or None,
+        "created_at": job.created_at_s or None,
+        "started_at": job.started_at_s or None,
+        "finished_at": job.finished_at_s or None,
+        "attempts": job.claim_epoch,
+        "effective_config": effective_config(job.kind, job.config, job.grpo_loss),
+        "effective_seed": job.config.seed,
+        "metadata": json.loads(job.config.metadata_json or "{}"),
+        "payload_sha256": job.payload_sha256 or None,
+    }
+
+
+def event_object(event: trainer_pb2.JobEvent) -> dict[str, Any]:
+    """One event of a job: its details beside its id, type and time."""
+    details = json.loads(event.data_json) if event.data_json else {}
+    return {**details, "id": event.id, "type": event.type, "at_s": event.at_s}
+
+
+def _error(job: trainer_pb2.Job) -> dict[str, Any] | None:
+    if not job.error.code:
+        return None
+    return {"code": job.error.code, "message": job.error.message, "hint": job.error.hint or None}
+
+
+def _result(job: trainer_pb2.Job) -> dict[str, Any] | None:
+    if not job.HasField("result"):
+        return None
+    return {
+        "adapter": job.result.adapter,
+        "version": job.result.version,
+        "sha256": job.result.sha256,
+        "not_live": list(job.result.not_live),
+        "swap_s": job.result.swap_s,
+    }
+
+
+def _source(job: trainer_pb2.Job) -> str | None:
+    """Where the tokens came from, when all came from one place; "mixed" when not."""
+    names = [name for name, count in job.sources.items() if count]
+    if not names:
+        return None
+    return names[0] if len(names) == 1 else "mixed"

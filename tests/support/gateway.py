@@ -1,0 +1,365 @@
+"""A gateway with its real parts and fake leaves: scripted engine, registry and trainer in memory."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import uvicorn
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from kiln_common.errors import (
+    AdapterNotFound,
+    EngineUnavailable,
+    JobNotFound,
+    KilnError,
+    RegistryUnavailable,
+    TrainerUnavailable,
+)
+from kiln_common.pb import common_pb2, engine_pb2, registry_pb2, trainer_pb2
+from kiln_common.text.tokenizer import TextTokenizer
+from kiln_gateway.app import create_app
+from kiln_gateway.ports import Clients
+from kiln_gateway.settings import GatewaySettings
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+READABLE_TOKENS = [
+    *("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
+]
+BASE_MODEL_ID = "kiln/tiny"
+_TEXTS = ["Hello there, thank you for the friendly email reply!", "What is the answer to this question?"] * 4
+
+
+def build_tokenizer() -> Tokenizer:
+    """Byte-level BPE with Qwen's special tokens under other ids, and merges enough to matter."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(_TEXTS, trainer)
+    tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in READABLE_TOKENS])
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in SPECIAL_TOKENS])
+    return tokenizer
+
+
+def write_model_folder(folder: Path) -> Path:
+    """A folder with what the gateway reads of a checkpoint; the template is the demo model's."""
+    folder.mkdir(parents=True, exist_ok=True)
+    build_tokenizer().save(str(folder / "tokenizer.json"))
+    template = (REPOSITORY / "demo/model/chat_template.jinja").read_text(encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    return folder
+
+
+Script = Callable[[engine_pb2.GenerateRequest], str | Sequence[int]]
+
+
+class FakeEngine:
+    """Says what its script says, one token a step, then the turn's end mark.
+
+    `logprob_of` gives each token's log-probability from its position. `pause_after` tokens it waits
+    for `go_on`; `fail_after` tokens it raises `failure`.
+    """
+
+    def __init__(self, tokenizer: TextTokenizer, *, max_model_len: int = 512) -> None:
+        self._tokenizer = tokenizer
+        self.script: Script = lambda request: "Hello there!"
+        self.requests: list[engine_pb2.GenerateRequest] = []
+        self.finished: list[str] = []
+        self.aborted: list[str] = []
+        self.pause_after: int | None = None
+        self.go_on = asyncio.Event()
+        self.paused = asyncio.Event()
+        self.fail_after: int | None = None
+        self.failure: KilnError = EngineUnavailable("the engine went away")
+        self.is_up = True
+        self.end_id = tokenizer.id_of("<|im_end|>")
+        eos_ids = [tokenizer.id_of("<|endoftext|>"), self.end_id]
+        self.base_model = common_pb2.BaseModel(
+            model_id=BASE_MODEL_ID,
+            model_hash="f" * 64,
+            vocab_size=tokenizer.num_tokens,
+            max_model_len=max_model_len,
+            eos_token_ids=eos_ids,
+        )
+
+    @staticmethod
+    def logprob_of(position: int) -> float:
+        return -0.25 * (1 + position % 4)
+
+    async def generate(self, request: engine_pb2.GenerateRequest) -> AsyncIterator[engine_pb2.SequenceOutput]:
+        if not self.is_up:
+            raise EngineUnavailable("the engine is down")
+        self.requests.append(request)
+        try:
+            for position, output in enumerate(self._outputs(request)):
+                if self.fail_after == position:
+                    raise self.failure
+                if self.pause_after == position:
+                    self.paused.set()
+                    await self.go_on.wait()
+                await asyncio.sleep(0)
+                yield output
+            self.finished.append(request.request_id)
+        finally:
+            if request.request_id not in self.finished:
+                self.aborted.append(request.request_id)
+
+    def _outputs(self, request: engine_pb2.GenerateRequest) -> Iterator[engine_pb2.SequenceOutput]:
+        scripted = self.script(request)
+        is_text = isinstance(scripted, str)
+        token_ids = [*self._tokenizer.encode(scripted), self.end_id] if is_text else list(scripted)
+        stops = {*request.sampling.stop_token_ids}
+        if not request.sampling.ignore_eos:
+            stops |= {*self.base_model.eos_token_ids}
+        for position, token_id in enumerate(token_ids):
+            output = engine_pb2.SequenceOutput(
+                request_id=request.request_id,
+                token_ids=[token_id],
+                logprobs=[self.logprob_of(position)],
+                sampled_logprobs=[self.logprob_of(position) / 2],
+            )
+            if request.sampling.num_top_logprobs:
+                ids = range(request.sampling.num_top_logprobs)
+                top = engine_pb2.TopLogprobs(token_ids=ids, logprobs=[-1.0 - i for i in ids])
+                output.top_logprobs.append(top)
+            if position == 0:
+                output.num_cached_tokens = len(request.prompt_token_ids) // 2
+                output.seed = request.sampling.seed if request.sampling.HasField("seed") else 1234
+            if token_id in stops:
+                output.finish_reason = engine_pb2.FINISH_REASON_STOP
+            elif position + 1 >= min(request.sampling.max_tokens, len(token_ids)):
+                output.finish_reason = engine_pb2.FINISH_REASON_LENGTH
+            yield output
+            if output.finish_reason:
+                return
+
+    async def get_info(self) -> engine_pb2.EngineInfo:
+        if not self.is_up:
+            raise EngineUnavailable("the engine is down")
+        return engine_pb2.EngineInfo(base_model=self.base_model, boot_id="boot-1", device="cpu")
+
+    async def get_stats(self) -> engine_pb2.EngineStats:
+        if not self.is_up:
+            raise EngineUnavailable("the engine is down")
+        return engine_pb2.EngineStats(num_running=len(self.requests), num_pages_in_use=7)
+
+
+class FakeRegistry:
+    """Adapters in memory."""
+
+    def __init__(self) -> None:
+        self.adapters: dict[str, registry_pb2.Adapter] = {}
+        self.blobs: dict[str, bytes] = {}
+        self.default: registry_pb2.AdapterVersion | None = None
+        self.is_up = True
+        self.published: list[tuple[registry_pb2.PublishHeader, bytes]] = []
+        self.publish_failure: KilnError | None = None
+
+    def add(self, name: str, *, attach: bool = False) -> registry_pb2.AdapterVersion:
+        adapter = self.adapters.setdefault(name, registry_pb2.Adapter(name=name))
+        number = len(adapter.versions) + 1
+        version = adapter.versions.add(
+            name=name, version=number, sha256=f"{name}{number}", config_json='{"r": 8}', created_at_s=1.0
+        )
+        self.blobs[version.sha256] = f"bytes of {name}@{number}".encode()
+        adapter.latest_version = number
+        if attach:
+            self.default = version
+            adapter.attached_version = number
+        return version
+
+    def _check(self) -> None:
+        if not self.is_up:
+            raise RegistryUnavailable("the registry is down")
+
+    async def resolve(self, reference: str) -> registry_pb2.AdapterVersion:
+        self._check()
+        name, _, number = reference.partition("@")
+        adapter = self.adapters.get(name)
+        wanted = int(number) if number else adapter.latest_version if adapter else 0
+        for version in adapter.versions if adapter else ():
+            if version.version == wanted:
+                return version
+        raise AdapterNotFound(f"no adapter {reference!r}")
+
+    async def get(self, name: str) -> registry_pb2.Adapter:
+        self._check()
+        if name not in self.adapters:
+            raise AdapterNotFound(f"no adapter {name!r}")
+        return self.adapters[name]
+
+    async def list(self) -> list[registry_pb2.Adapter]:
+        self._check()
+        return [self.adapters[name] for name in sorted(self.adapters)]
+
+    async def get_default(self) -> registry_pb2.AdapterVersion | None:
+        self._check()
+        return self.default
+
+    async def set_default(self, reference: str) -> registry_pb2.AdapterVersion | None:
+        self.default = await self.resolve(reference) if reference else None
+        return self.default
+
+    async def delete(self, name: str, version: int = 0) -> int:
+        adapter = await self.get(name)
+        num_deleted = len(adapter.versions)
+        del self.adapters[name]
+        return num_deleted
+
+    async def fetch(self, sha256: str) -> bytes:
+        self._check()
+        return self.blobs[sha256]
+
+    async def publish(self, header: Any, safetensors: bytes | Path) -> registry_pb2.AdapterVersion:
+        self._check()
+        content = safetensors if isinstance(safetensors, bytes) else safetensors.read_bytes()
+        if self.publish_failure is not None:
+            raise self.publish_failure
+        self.published.append((header, content))
+        return self.add(header.name, attach=header.attach)
+
+
+class FakeTrainer:
+    """Accepts jobs and never runs them; `events` is what watch tells."""
+
+    def __init__(self) -> None:
+        self.submitted: list[trainer_pb2.SubmitRequest] = []
+        self.jobs: dict[str, trainer_pb2.Job] = {}
+        self.events: list[trainer_pb2.JobEvent] = []
+        self.is_up = True
+
+    def _check(self) -> None:
+        if not self.is_up:
+            raise TrainerUnavailable("the trainer is down")
+
+    async def submit(self, request: trainer_pb2.SubmitRequest) -> trainer_pb2.Job:
+        self._check()
+        self.submitted.append(request)
+        job = trainer_pb2.Job(
+            id=f"job_{len(self.submitted)}",
+            kind=request.WhichOneof("recipe"),
+            status="queued",
+            config=request.config,
+            queue_position=len(self.submitted) - 1,
+            grpo_loss=request.grpo.loss,
+            created_at_s=100.0,
+        )
+        for group in request.grpo.groups:
+            for rollout in group.rollouts:
+                job.sources[rollout.source] += 1
+        self.jobs[job.id] = job
+        return job
+
+    async def get(self, job_id: str) -> trainer_pb2.Job:
+        self._check()
+        if job_id not in self.jobs:
+            raise JobNotFound(f"no job {job_id!r}")
+        return self.jobs[job_id]
+
+    async def list(self, limit: int = 0) -> list[trainer_pb2.Job]:
+        self._check()
+        return list(reversed(self.jobs.values()))
+
+    async def cancel(self, job_id: str) -> trainer_pb2.Job:
+        job = await self.get(job_id)
+        job.status = "cancelled"
+        return job
+
+    async def watch(self, job_id: str, after_event_id: str = "") -> AsyncIterator[trainer_pb2.JobEvent]:
+        await self.get(job_id)
+        for event in self.events:
+            if event.id > after_event_id:
+                yield event
+
+    async def status(self) -> trainer_pb2.TrainerStatus:
+        self._check()
+        return trainer_pb2.TrainerStatus(trainer_id="trainer-1", num_queued=len(self.jobs))
+
+
+@dataclass
+class Rig:
+    """A gateway and the leaves behind it."""
+
+    app: Any
+    tokenizer: TextTokenizer
+    engine: FakeEngine
+    registry: FakeRegistry
+    trainer: FakeTrainer
+    settings: GatewaySettings
+    redis: Any = None
+    http: httpx.AsyncClient = field(init=False)
+
+    async def post(self, path: str, body: Any = None, **options: Any) -> httpx.Response:
+        return await self.http.post(path, json=body, **options)
+
+    async def chat(self, **fields: Any) -> httpx.Response:
+        """One user message unless `messages` says otherwise."""
+        return await self.post(
+            "/v1/chat/completions", {"messages": [{"role": "user", "content": "Hi"}], **fields}
+        )
+
+    async def stream(self, path: str, body: dict[str, Any]) -> list[Any]:
+        """The data of every event: parsed JSON, or "[DONE]"."""
+        response = await self.post(path, {**body, "stream": True})
+        assert response.status_code == 200, response.text
+        return parse_events(response.text)
+
+
+def parse_events(text: str) -> list[Any]:
+    data = [line[6:] for line in text.splitlines() if line.startswith("data: ")]
+    return [item if item == "[DONE]" else json.loads(item) for item in data]
+
+
+def build_rig(folder: Path, *, redis: Any = None, max_model_len: int = 512, **settings: Any) -> Rig:
+    """Everything but the HTTP client; needs a running event loop."""
+    model_path = folder / "model"
+    if not model_path.exists():
+        write_model_folder(model_path)
+    options = {"enable_thinking_default": False, "allowed_hosts": ("localhost", "127.0.0.1"), **settings}
+    gateway_settings = GatewaySettings(model_path=model_path, **options)
+    tokenizer = TextTokenizer.load(model_path)
+    engine, registry, trainer = (
+        FakeEngine(tokenizer, max_model_len=max_model_len),
+        FakeRegistry(),
+        FakeTrainer(),
+    )
+    clients = Clients(engines=[engine], registry=registry, trainer=trainer, redis=redis)
+    app = create_app(gateway_settings, clients)
+    return Rig(app, tokenizer, engine, registry, trainer, gateway_settings, redis)
+
+
+@asynccontextmanager
+async def gateway_rig(folder: Path, **options: Any) -> AsyncIterator[Rig]:
+    """A rig whose `http` client speaks to the app in this process."""
+    rig = build_rig(folder, **options)
+    transport = httpx.ASGITransport(app=rig.app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as rig.http:
+        yield rig
+
+
+@asynccontextmanager
+async def served(rig: Rig) -> AsyncIterator[str]:
+    """The rig's app on a real loopback port; yields its address."""
+    listener = socket.socket()
+    listener.bind(("127.0.0.1", 0))
+    config = uvicorn.Config(rig.app, log_level="error", access_log=False, timeout_graceful_shutdown=2)
+    server = uvicorn.Server(config)
+    server.install_signal_handlers = lambda: None  # type: ignore[method-assign]
+    task = asyncio.create_task(server.serve(sockets=[listener]))
+    while not server.started:
+        await asyncio.sleep(0.01)
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        await task
