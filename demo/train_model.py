@@ -27,7 +27,7 @@ from demo.measure import DemoModel, measure, sample_conversations  # noqa: E402
 from demo.training import Schedule, StepLoss, demo_config, held_out_loss, initial_parameters, train  # noqa: E402
 from kiln_nn.config import ModelConfig  # noqa: E402
 
-DEFAULT_STEPS = 1000
+DEFAULT_STEPS = 1800
 STEP_TOKENS = 16384
 NUM_SHARDS = 120
 HELD_OUT_SHARD = 1_000_000

@@ -263,7 +263,13 @@ def _paragraph(rng: random.Random, wanted: Request) -> str:
         sentences.append(_sentence(rng, _PLAIN_OPENING_TOPIC if topic else _PLAIN_OPENING_OPEN, topic))
     named = bool(sentences)
     bodies = (_BODY[topic.kind] + _BODY_ANY) if topic else _BODY_OPEN
-    for body in rng.sample(bodies, 1 if rng.random() < 0.45 else 2):
+    first = rng.choice(bodies)
+    chosen = [first]
+    if rng.random() < 0.55:  # a second sentence never names another time
+        chosen.append(
+            rng.choice([b for b in bodies if b != first and not ("{when}" in b and "{when}" in first)])
+        )
+    for body in chosen:
         sentences.append(_sentence(rng, (body,), topic, named=named))
         named = True
     if rng.random() < COURTESY_SHARE["offers_help"]:
