@@ -10,7 +10,7 @@ from kiln_trainer.domain.errors import ClaimLost
 from kiln_trainer.jobs.durability import check_durable
 from kiln_trainer.jobs.errors import PayloadCorrupt
 from kiln_trainer.jobs.records import JobFailure
-from tests.support.jobs import grpo_request, sft_request
+from tests.support.jobs import grpo_request, sft_request, wait_until
 
 NEVER_S = 3600.0  # claim timeout under which no job is taken over
 AT_ONCE_S = 0.0
@@ -223,4 +223,6 @@ def test_a_redis_that_could_lose_jobs_is_refused(redis_client, setting, value):
             check_durable(redis_client)
     finally:
         redis_client.config_set(setting, good)
+        # The server refuses to stop while it writes its first append-only file.
+        wait_until(lambda: redis_client.info("persistence")["aof_rewrite_in_progress"] == 0)
     check_durable(redis_client)
