@@ -20,10 +20,10 @@ MODEL_ID = "tiny/qwen3.5"
 class ServedModel:
     """A tiny model whose weights an engine-like server shares, and how to find it."""
 
-    def __init__(self, folder: Path, socket_folder: Path, **overrides: Any) -> None:
+    def __init__(self, folder: Path, socket_folder: Path, device: str = "cpu", **overrides: Any) -> None:
         make_checkpoint(folder, **overrides)
         self.folder = folder
-        self.loaded: LoadedModel = load_checkpoint(folder)
+        self.loaded: LoadedModel = load_checkpoint(folder, device)
         self.server = WeightServer(self.loaded.arena, socket_folder / "weights.sock")
 
     @property
@@ -37,9 +37,9 @@ class ServedModel:
 
 
 @contextmanager
-def served_model(folder: Path, **overrides: Any) -> Iterator[ServedModel]:
+def served_model(folder: Path, device: str = "cpu", **overrides: Any) -> Iterator[ServedModel]:
     """Serve a random tiny model's weights for as long as the context lasts."""
-    served = ServedModel(folder / "model", folder / "sockets", **overrides)
+    served = ServedModel(folder / "model", folder / "sockets", device, **overrides)
     try:
         yield served
     finally:

@@ -18,6 +18,7 @@ from kiln_trainer.domain.errors import NoLearningSignal
 from kiln_trainer.domain.training import StartingPoint
 from kiln_trainer.torch_backend.backend import TorchBackend
 from kiln_trainer.torch_backend.errors import BaseModelMismatch, TrainingDiverged
+from kiln_trainer.torch_backend.optimizer import AdapterOptimizer
 from tests.support.training import (
     RecordingHooks,
     ServedModel,
@@ -174,6 +175,20 @@ def test_a_step_that_diverges_is_not_applied(served, tmp_path):
     with pytest.raises(TrainingDiverged, match=r"step \d has loss"):
         TorchBackend(served.locate).run(task(request, tmp_path), hooks)
     assert len(hooks.checkpoints) < 4
+
+
+def test_an_adapter_that_is_not_finite_is_neither_saved_nor_exported(served, tmp_path, monkeypatch):
+    step = AdapterOptimizer.step
+
+    def overflow(optimizer: AdapterOptimizer) -> float:
+        rate = step(optimizer)
+        next(iter(optimizer._parameters.values())).data.fill_(math.inf)
+        return rate
+
+    monkeypatch.setattr(AdapterOptimizer, "step", overflow)
+    with pytest.raises(TrainingDiverged, match="no longer finite after step 1"):
+        TorchBackend(served.locate).run(task(sft_request([[1, 2, 3]]), tmp_path), RecordingHooks())
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("bad_id", [300, -1, 2**40])

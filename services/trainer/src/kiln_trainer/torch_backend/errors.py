@@ -5,14 +5,11 @@ from kiln_nn.errors import KilnNnError
 
 
 class TrainingDiverged(KilnError):
-    """A gradient is not finite; the step was not applied."""
+    """A gradient or a parameter is not finite; nothing of it was saved."""
 
     code = "training_diverged"
     kind = ErrorKind.CONFLICT
     hint = "Lower the learning rate, set max_grad_norm, or check the data."
-
-    def __init__(self, step: int, loss: float, grad_norm: float) -> None:
-        super().__init__(f"step {step} has loss {loss:g} and gradient norm {grad_norm:g}")
 
 
 class BaseModelMismatch(KilnError):

@@ -67,7 +67,7 @@ class TrainingRun:
         """Go on from the newest checkpoint and take every remaining step.
 
         Raises:
-            TrainingDiverged: a gradient is not finite.
+            TrainingDiverged: a gradient or a parameter is not finite.
             WeightsLost: the engine is gone; the step it outlived was not applied.
         """
         checkpoints = CheckpointFolder(self._task.checkpoint_dir)
@@ -83,6 +83,7 @@ class TrainingRun:
             report = self._take_step(step)
             hooks.after_step(report)
             if step % self._options.checkpoint_every == 0 or step == len(self._steps):
+                self._check_parameters(step)
                 hooks.before_checkpoint(step)
                 checkpoints.write(self._checkpoint(job_hash))
                 hooks.after_checkpoint(step)
@@ -106,7 +107,9 @@ class TrainingRun:
         grad_norm = float(self._optimizer.clip())
         metrics = sums.metrics()
         if not (math.isfinite(grad_norm) and math.isfinite(metrics["loss"])):
-            raise TrainingDiverged(step, metrics["loss"], grad_norm)
+            raise TrainingDiverged(
+                f"step {step} has loss {metrics['loss']:g} and gradient norm {grad_norm:g}"
+            )
         self._session.check_alive()  # a step computed on weights that may be gone is not applied
         rate = self._optimizer.step()
         num_tokens = self._num_tokens_of(plan)
@@ -115,6 +118,10 @@ class TrainingRun:
         metrics |= self._job.facts
         self.latest_metrics |= metrics
         return StepReport(step, len(self._steps), self._num_tokens, metrics)
+
+    def _check_parameters(self, step: int) -> None:
+        if not all(bool(parameter.isfinite().all()) for parameter in self._policy.lora.parameters()):
+            raise TrainingDiverged(f"the adapter is no longer finite after step {step}")
 
     def _batch(self, indices: tuple[int, ...]) -> PackedBatch:
         return pack(

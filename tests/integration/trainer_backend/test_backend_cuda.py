@@ -1,0 +1,47 @@
+"""Training on a GPU, on weights another process owns, gives what training on the CPU gives.
+
+Needs a CUDA device; the same jobs run on the CPU in the files beside this one.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kiln_trainer.torch_backend.backend import TorchBackend
+from tests.support.trainer_process import run_in_process
+from tests.support.training import RecordingHooks, grpo_request, rollout, served_model, sft_request, task
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+REQUESTS = {
+    "sft": sft_request([[5, 201, 17, 88, 240, 3], [9, 8, 7, 6]], epochs=5, max_grad_norm=1.0),
+    "grpo": grpo_request(
+        [[rollout([1, 2], [3 + i, 40 + i, 7], float(i), behaviour_logprobs=[-4.0] * 3) for i in range(4)]],
+        {"kl_coef": 0.1},
+        epochs=3,
+        batch_tokens=10,
+        gradient_accumulation=1,
+        checkpoint_every=2,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+def test_losses_on_the_gpu_follow_those_on_the_cpu(tmp_path, name):
+    with served_model(tmp_path / "cpu") as served:
+        hooks = RecordingHooks()
+        TorchBackend(served.locate).run(task(REQUESTS[name], tmp_path / "cpu-job"), hooks)
+        expected = [report.metrics["loss"] for report in hooks.reports]
+    with served_model(tmp_path / "gpu", "cuda") as served:
+        before = served.loaded.arena.checksum()
+        seen = run_in_process(served, REQUESTS[name], tmp_path / "gpu-job")
+        assert served.loaded.arena.checksum() == before
+    # float32 on both; the GPU sums in another order and Adam's first steps magnify the difference.
+    assert seen["losses"] == pytest.approx(expected, rel=2e-2, abs=2e-3)
+    assert seen["losses"][0] == pytest.approx(expected[0], rel=1e-3, abs=1e-4)
+    assert seen["num_allocated_base_bytes"] == 0
+    assert seen["cuda_bytes"] > 0
