@@ -1,9 +1,12 @@
-"""Versions, aliases, idempotency, fencing and the outbox, on a real SQLite file."""
+"""Versions, aliases, idempotency, fencing and the outbox, on a real database."""
 
+import os
 import threading
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import select, text
+from sqlalchemy.dialects import postgresql
+from sqlalchemy.schema import CreateTable
 
 from kiln_common.adapter_names import (
     AdapterReference,
@@ -12,6 +15,7 @@ from kiln_common.adapter_names import (
     parse_reference,
 )
 from kiln_common.errors import AdapterNotFound, IdempotencyConflict
+from kiln_registry import schema
 from kiln_registry.catalog import Catalog
 from kiln_registry.domain import (
     AdapterInUse,
@@ -29,7 +33,10 @@ from kiln_registry.schema import CatalogTooNew, open_engine
 
 @pytest.fixture
 def catalog(tmp_path):
-    catalog = Catalog(open_engine("", tmp_path))
+    """On SQLite; with KILN_TEST_DATABASE_URL on that database, whose tables are dropped first."""
+    engine = open_engine(os.environ.get("KILN_TEST_DATABASE_URL", ""), tmp_path)
+    schema.metadata.drop_all(engine)
+    catalog = Catalog(engine)
     yield catalog
     catalog.close()
 
@@ -204,3 +211,11 @@ def test_malformed_references_are_refused(reference):
 def test_an_unknown_base_model_is_an_error(catalog):
     with pytest.raises(UnknownBaseModel):
         catalog.get_base_model("nope")
+
+
+def test_the_schema_and_its_row_locks_exist_in_postgresql():
+    dialect = postgresql.dialect()
+    for table in schema.metadata.sorted_tables:
+        assert "CREATE TABLE" in str(CreateTable(table).compile(dialect=dialect))
+    assert "BIGSERIAL" in str(CreateTable(schema.outbox).compile(dialect=dialect))
+    assert "FOR UPDATE" in str(select(schema.versions).with_for_update().compile(dialect=dialect))

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 
 import structlog
+from redis import RedisError
+from sqlalchemy.exc import SQLAlchemyError
 
 from kiln_common.bus import keys
-from kiln_common.bus.connect import REDIS_AWAY, connect_async
+from kiln_common.bus.connect import connect_async
 from kiln_registry.catalog import Catalog
 
 log = structlog.get_logger()
@@ -44,9 +46,9 @@ class Announcer:
                 self._has_news.clear()
                 try:
                     await self._announce_all()
-                except REDIS_AWAY as error:
+                except (RedisError, OSError, SQLAlchemyError) as error:
                     if not is_away:
-                        log.warning("announcements_wait_for_redis", reason=str(error))
+                        log.warning("announcements_wait", reason=str(error))
                     is_away = True
                     self._has_news.set()
                     await asyncio.sleep(_RETRY_S)

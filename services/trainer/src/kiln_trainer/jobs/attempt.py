@@ -24,7 +24,7 @@ from kiln_trainer.jobs.ports import JobBackend, Publisher
 log = structlog.get_logger()
 T = TypeVar("T")
 
-_FIRST_WAIT_S, _LAST_WAIT_S = 0.1, 3.0
+_FIRST_WAIT_S, _LAST_WAIT_S = 0.1, 1.0
 
 
 class Attempt:
@@ -150,6 +150,7 @@ class Attempt:
         last_done = num_done()
         deadline_s = time.monotonic() + self._patience_s
         wait_s = _FIRST_WAIT_S
+        waiting_for = ""  # so that one outage is one line in the log
         while True:
             try:
                 return call()
@@ -161,9 +162,9 @@ class Attempt:
                     deadline_s = time.monotonic() + self._patience_s
                 if time.monotonic() + wait_s > deadline_s:
                     raise
-                log.warning(
-                    "job_waits_for_service", job_id=self._job.claim.job_id, code=error.code, reason=str(error)
-                )
+                if error.code != waiting_for:
+                    log.warning("job_waits_for_service", code=error.code, reason=str(error))
+                    waiting_for = error.code
             self._job.check()
             if self._stopping.wait(wait_s):
                 raise WorkerStopping

@@ -53,6 +53,7 @@ class ClaimedJob:
         self._is_lost = False
         self._has_ended = threading.Event()
         self._thread = threading.Thread(target=self._beat, name=f"heartbeat-{claim.job_id}", daemon=True)
+        self._is_redis_away = False  # so that one outage is one line in the log
 
     def __enter__(self) -> ClaimedJob:
         self._thread.start()
@@ -84,7 +85,7 @@ class ClaimedJob:
         try:
             self._write_pending()
         except REDIS_FAILURES as error:
-            log.warning("job_write_waits_for_redis", job_id=self.claim.job_id, reason=str(error))
+            self._note_outage(error)
         self.check()
 
     def sync(self) -> None:
@@ -109,7 +110,7 @@ class ClaimedJob:
             try:
                 return call()
             except REDIS_FAILURES as error:
-                log.warning("job_waits_for_redis", job_id=self.claim.job_id, reason=str(error))
+                self._note_outage(error)
             if self._stopping.wait(wait_s):
                 raise WorkerStopping
             wait_s = min(2 * wait_s, _LAST_WAIT_S)
@@ -119,6 +120,12 @@ class ClaimedJob:
             oldest = self._pending[0]
             self._note_cancel(self._store.write(self.claim, oldest.number, oldest.fields, oldest.events))
             self._pending.popleft()
+            self._is_redis_away = False
+
+    def _note_outage(self, error: Exception) -> None:
+        if not self._is_redis_away:
+            log.warning("job_writes_wait_for_redis", reason=str(error))
+        self._is_redis_away = True
 
     def _renew(self) -> None:
         self._note_cancel(self._store.heartbeat(self.claim))

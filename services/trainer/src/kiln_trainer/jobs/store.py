@@ -191,12 +191,15 @@ class JobStore:
         )
 
     def _next_entry(self, claim_timeout_s: float, wait_s: float) -> list[tuple[bytes, dict[bytes, bytes]]]:
-        silent_ms = int(claim_timeout_s * 1000)
-        orphans = self._redis.xautoclaim(
-            keys.JOB_QUEUE, keys.JOB_GROUP, self._trainer_id, silent_ms, "0-0", count=1
-        )[1]
-        if orphans:
-            return orphans
+        silent_ms, cursor = int(claim_timeout_s * 1000), b"0-0"
+        while True:  # each call looks at a few of the entries handed out
+            cursor, orphans, *_ = self._redis.xautoclaim(
+                keys.JOB_QUEUE, keys.JOB_GROUP, self._trainer_id, silent_ms, cursor, count=1
+            )
+            if orphans:
+                return orphans
+            if cursor == b"0-0":
+                break
         wait_ms = max(1, int(wait_s * 1000))  # 0 would wait for ever
         fresh = self._redis.xreadgroup(
             keys.JOB_GROUP, self._trainer_id, {keys.JOB_QUEUE: ">"}, count=1, block=wait_ms

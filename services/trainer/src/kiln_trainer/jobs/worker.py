@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import shutil
 import threading
 from pathlib import Path
+from typing import Any
 
 import structlog
 
@@ -55,7 +57,9 @@ class Worker:
         self._patience_s = patience_s
         self._stopping = threading.Event()
         self._running_job_id = ""
-        self._thread = threading.Thread(target=self._run, name="worker", daemon=True)
+        # Log fields of the process, such as its service, go along.
+        context = contextvars.copy_context()
+        self._thread = threading.Thread(target=context.run, args=(self._run,), name="worker", daemon=True)
 
     @property
     def running_job_id(self) -> str:
@@ -138,7 +142,7 @@ class Worker:
         job.finish(lambda claim: self._store.succeed(claim, result))
         return "succeeded"
 
-    def _attempt(self, job: ClaimedJob, folder: Path) -> dict:
+    def _attempt(self, job: ClaimedJob, folder: Path) -> dict[str, Any]:
         if job.claim.num_crashes >= _MAX_CRASHES:
             raise JobCrashedTrainer(job.claim.num_crashes)
         request = job.patiently(lambda: self._store.read_payload(job.claim))
