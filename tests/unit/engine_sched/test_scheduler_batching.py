@@ -122,7 +122,7 @@ def test_a_deadline_ends_waiting_and_running_requests():
     rig.step(now=7.0)
     for name in ("running", "waiting"):
         assert rig.last(name).finish_reason is FinishReason.ERROR
-        assert rig.last(name).error_code == "deadline_exceeded"
+        assert rig.last(name).error.code == "deadline_exceeded"
     assert not rig.scheduler.has_work
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kiln_common.errors import ErrorKind, InvalidRequest, KilnError, Overloaded, Unavailable
+from kiln_common.errors import InvalidRequest, KilnError, Overloaded, Unavailable
 
 
 class OutOfPages(KilnError):
@@ -53,17 +53,11 @@ class EngineDraining(Unavailable):
     hint = "The engine is being stopped; send the request to another one or try again in a moment."
 
 
-class EngineUnhealthy(Unavailable):
-    code = "engine_unhealthy"
-    hint = "The engine's last steps failed and it is about to be restarted; try again in a moment."
+class EngineFailed(Unavailable):
+    """The forward pass that the request was part of failed, or the engine is about to be restarted."""
 
-
-class StepFailed(KilnError):
-    """The forward pass that this request was part of failed."""
-
-    code = "step_failed"
-    kind = ErrorKind.INTERNAL
-    hint = "Try again; if it repeats, the engine's log has the traceback."
+    code = "engine_failed"
+    hint = "Try again in a moment; if it repeats, the engine's log has the traceback."
 
 
 class SessionOverflow(Overloaded):

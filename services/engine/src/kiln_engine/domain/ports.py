@@ -42,3 +42,22 @@ class AdapterStore(Protocol):
     def clear(self, slot: int) -> None:
         """Forget the slot. Called from the loop thread between steps."""
         ...
+
+
+class BaseWeights(Protocol):
+    """The base model's bytes and who maps them."""
+
+    @property
+    def socket_path(self) -> str:
+        """Unix socket that hands them out."""
+        ...
+
+    @property
+    def num_leases(self) -> int: ...
+
+    @property
+    def num_bytes(self) -> int: ...
+
+    def checksum(self) -> str:
+        """Hex sha256 of the bytes as they are now. Slow; called from a worker thread."""
+        ...

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
+from kiln_common.errors import KilnError
+
 
 class FinishReason(Enum):
     STOP = "stop"
@@ -45,9 +47,7 @@ class SequenceEvent:
     row: RowResult | None = None
     finish_reason: FinishReason | None = None
     # Set with FinishReason.ERROR.
-    error_code: str = ""
-    error_message: str = ""
-    error_hint: str = ""
+    error: KilnError | None = None
     # Set with the first token.
     is_first: bool = False
     num_cached_tokens: int = 0

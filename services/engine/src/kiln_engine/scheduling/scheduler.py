@@ -153,6 +153,10 @@ class Scheduler:
         ids = [row.sequence_id for row in plan.decode_rows] + [c.sequence_id for c in plan.prefill_chunks]
         return [self._fail(self._running[i], error) for i in ids if i in self._running]
 
+    def fail_all(self, error: KilnError) -> list[SequenceEvent]:
+        """End every sequence, running or waiting."""
+        return [self._fail(sequence, error) for sequence in list(self._by_request_id.values())]
+
     def retire_adapter(self, sha256: str) -> None:
         """Let go of what was cached with an adapter before anything else."""
         self.memory.tree.retire(sha256)
@@ -300,13 +304,7 @@ class Scheduler:
 
     def _fail(self, sequence: Sequence, error: KilnError) -> SequenceEvent:
         self._remove(sequence)
-        return SequenceEvent(
-            sequence.request.request_id,
-            finish_reason=FinishReason.ERROR,
-            error_code=error.code,
-            error_message=str(error),
-            error_hint=error.hint,
-        )
+        return SequenceEvent(sequence.request.request_id, finish_reason=FinishReason.ERROR, error=error)
 
     def _remove(self, sequence: Sequence) -> None:
         self.memory.release(sequence)

@@ -1,0 +1,219 @@
+"""The engine's one writer: a thread that plans, runs and commits steps, and answers the mailbox."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+import structlog
+
+from kiln_common.errors import KilnError
+from kiln_engine.domain.errors import EngineDraining, EngineFailed
+from kiln_engine.domain.plan import BatchPlan
+from kiln_engine.domain.ports import Clock, Runner
+from kiln_engine.domain.request import GenerationRequest
+from kiln_engine.domain.result import FinishReason, SequenceEvent
+from kiln_engine.mailbox import AbortRequest, Command, Mailbox, RunBetweenSteps, Sink, SubmitRequest
+from kiln_engine.scheduling import Scheduler, SchedulerStats
+
+log = structlog.get_logger()
+T = TypeVar("T")
+
+# Steps that fail one after the other before the engine gives itself up.
+_MOST_FAILURES = 3
+# A scheduler that has work but no plan is a bug; the loop must not spin on it.
+_STUCK_WAIT_S = 0.1
+
+
+class EngineLoop:
+    """Runs the scheduler and the runner on a thread of its own.
+
+    Every submitted request gets events in its sink until the one with a finish reason; and its id
+    goes once to `on_ended`, also when nobody listens to the sink any more. A failed step ends the
+    requests that were part of it; after several in a row, or a failure of the scheduler itself, all
+    requests end, the loop ends and `on_unhealthy` is called: the process should be started again.
+
+    `on_ended` and `on_unhealthy` are called on the loop thread and must not wait.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: Runner,
+        clock: Clock,
+        *,
+        on_ended: Callable[[list[str]], None] = lambda _: None,
+        on_unhealthy: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._scheduler = scheduler
+        self._runner = runner
+        self._clock = clock
+        self._on_ended = on_ended
+        self._on_unhealthy = on_unhealthy
+        self._mailbox = Mailbox()
+        self._sinks: dict[str, Sink] = {}
+        self._num_failures = 0
+        self._is_healthy = True
+        self._stats = scheduler.stats()
+        self._thread = threading.Thread(target=self._run, name="engine-loop", daemon=True)
+
+    @property
+    def is_healthy(self) -> bool:
+        return self._is_healthy
+
+    @property
+    def stats(self) -> SchedulerStats:
+        """As of the last step; may be read from any thread."""
+        return self._stats
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End every request with "engine_draining" and the thread with them; waits for the step."""
+        self._mailbox.close()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def submit(
+        self, request: GenerationRequest, adapter_slots: tuple[tuple[int, float], ...], sink: Sink
+    ) -> None:
+        """Hand over a request; its adapters must stay in their slots until `on_ended` names it.
+
+        Raises:
+            EngineDraining, EngineFailed: the loop has ended, as asked or because steps failed.
+        """
+        if not self._mailbox.put(SubmitRequest(request, adapter_slots, sink)):
+            raise self._ended()
+
+    def abort(self, request_id: str) -> None:
+        """End a request at the next step boundary; unknown ids are ignored."""
+        self._mailbox.put(AbortRequest(request_id))
+
+    def run_between_steps(self, function: Callable[[], T]) -> Future[T]:
+        """Have something called on the loop thread while no step runs."""
+        command = RunBetweenSteps(function)
+        if not self._mailbox.put(command):
+            command.done.set_exception(self._ended())
+        return command.done
+
+    def retire_adapter(self, sha256: str) -> None:
+        """Let go of what was cached with an adapter before anything else. Loop thread only."""
+        self._scheduler.retire_adapter(sha256)
+
+    def _ended(self) -> KilnError:
+        if self._is_healthy:
+            return EngineDraining("the engine has stopped")
+        return EngineFailed("the engine failed and will be restarted")
+
+    def _run(self) -> None:
+        has_plan = True
+        while not self._mailbox.is_closed:
+            is_idle = not self._scheduler.has_work
+            timeout_s = None if is_idle else _STUCK_WAIT_S
+            commands = self._mailbox.take_all(wait=is_idle or not has_plan, timeout_s=timeout_s)
+            self._handle(commands)
+            has_plan = self._step()
+            self._stats = self._scheduler.stats()
+        self._handle(self._mailbox.take_all(wait=False))
+        if self._is_healthy:
+            self._deliver(self._scheduler.fail_all(EngineDraining("the engine is stopping")))
+            self._stats = self._scheduler.stats()
+
+    def _handle(self, commands: Iterable[Command]) -> None:
+        for command in commands:
+            match command:
+                case SubmitRequest():
+                    self._add(command)
+                case AbortRequest(request_id):
+                    event = self._scheduler.abort(request_id)
+                    self._deliver([event] if event else [])
+                case RunBetweenSteps():
+                    _call(command)
+
+    def _add(self, command: SubmitRequest) -> None:
+        request = command.request
+        try:
+            if not self._is_healthy:
+                raise self._ended()
+            self._scheduler.add(request, command.adapter_slots)
+        except KilnError as error:
+            refusal = SequenceEvent(request.request_id, finish_reason=FinishReason.ERROR, error=error)
+            command.sink.offer([refusal])
+            if request.request_id not in self._sinks:
+                self._on_ended([request.request_id])
+        else:
+            self._sinks[request.request_id] = command.sink
+
+    def _step(self) -> bool:
+        """Run one step; False when there was nothing to plan."""
+        plan: BatchPlan | None = None
+        try:
+            now = self._clock.now()
+            self._deliver(self._scheduler.expire(now))
+            if not self._scheduler.has_work:
+                return True
+            plan = self._scheduler.plan(now)
+            if plan.is_empty:
+                log.error("scheduler_stuck", waiting=self._scheduler.stats().num_waiting)
+                return False
+            try:
+                result = self._runner.execute(plan)
+            except Exception as error:  # noqa: BLE001 whatever the device did, other requests go on
+                self._fail_step(plan, error)
+                return True
+            self._deliver(self._scheduler.commit(plan, result))
+            self._num_failures = 0
+        except Exception as error:
+            log.error("scheduler_failed", exc_info=error)
+            self._give_up()
+        return True
+
+    def _fail_step(self, plan: BatchPlan, error: Exception) -> None:
+        log.error("step_failed", step=plan.step_id, tokens=plan.num_tokens, exc_info=error)
+        failure = error if isinstance(error, KilnError) else EngineFailed("the model's step failed")
+        self._deliver(self._scheduler.fail(plan, failure))
+        self._num_failures += 1
+        if self._num_failures >= _MOST_FAILURES:
+            self._give_up()
+
+    def _give_up(self) -> None:
+        """End every request and the loop, without the scheduler: its books may be wrong."""
+        self._is_healthy = False
+        self._mailbox.close()
+        log.error("engine_unhealthy", failures=self._num_failures)
+        failure = EngineFailed("the engine failed and will be restarted")
+        self._deliver(
+            [SequenceEvent(i, finish_reason=FinishReason.ERROR, error=failure) for i in self._sinks]
+        )
+        self._on_unhealthy()
+
+    def _deliver(self, events: list[SequenceEvent]) -> None:
+        """Give each sink its events at once; abort the requests of sinks that are full."""
+        while events:
+            by_sink: dict[Sink, list[SequenceEvent]] = {}
+            ended = []
+            for event in events:
+                by_sink.setdefault(self._sinks[event.request_id], []).append(event)
+                if event.finish_reason is not None:
+                    del self._sinks[event.request_id]
+                    ended.append(event.request_id)
+            full = {sink for sink, batch in by_sink.items() if not sink.offer(batch)}
+            if ended:
+                self._on_ended(ended)
+            cut_off = [request_id for request_id, sink in self._sinks.items() if sink in full] if full else []
+            aborted = [self._scheduler.abort(request_id) for request_id in cut_off]
+            events = [event for event in aborted if event is not None]
+
+
+def _call(command: RunBetweenSteps) -> None:
+    if not command.done.set_running_or_notify_cancel():
+        return
+    try:
+        result: Any = command.function()
+    except Exception as error:  # noqa: BLE001 it belongs to whoever asked
+        command.done.set_exception(error)
+    else:
+        command.done.set_result(result)

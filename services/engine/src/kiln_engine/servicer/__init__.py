@@ -1,0 +1,1 @@
+"""The engine's gRPC face: wire messages in, commands to the loop, step messages out."""

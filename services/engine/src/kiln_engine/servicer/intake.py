@@ -1,0 +1,146 @@
+"""Every request between its arrival and its last event, whatever it waits for."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from dataclasses import dataclass, field
+
+from kiln_common.errors import DeadlineExceeded, KilnError
+from kiln_common.pb import engine_pb2
+from kiln_engine.adapters.manager import AdapterLease, AdapterManager, AdapterVersion
+from kiln_engine.domain.errors import DuplicateRequestId, EngineDraining
+from kiln_engine.domain.ports import Clock
+from kiln_engine.domain.request import GenerationRequest
+from kiln_engine.domain.result import FinishReason, SequenceEvent
+from kiln_engine.loop import EngineLoop
+from kiln_engine.mailbox import Sink
+from kiln_engine.servicer.validation import RequestLimits, parse_request
+
+
+@dataclass(eq=False)
+class _LiveRequest:
+    """What the intake knows of a request that has not ended."""
+
+    sink: Sink
+    lease: AdapterLease | None = None
+    # Set while the request waits for its adapters; after that the loop has it.
+    fetching: asyncio.Task[None] | None = None
+
+
+@dataclass
+class RequestIntake:
+    """Accepts requests, brings their adapters, hands them to the loop, and sees each one end once.
+
+    Lives on the asyncio thread; `ended` is the one method for the loop's thread.
+    """
+
+    loop: EngineLoop
+    adapters: AdapterManager
+    limits: RequestLimits
+    clock: Clock
+    is_draining: bool = False
+    _live: dict[str, _LiveRequest] = field(default_factory=dict)
+    _is_empty: asyncio.Event = field(default_factory=asyncio.Event)
+    _asyncio_loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
+
+    @property
+    def num_live(self) -> int:
+        return len(self._live)
+
+    @property
+    def num_fetching(self) -> int:
+        """Requests that wait for an adapter."""
+        return sum(live.fetching is not None for live in self._live.values())
+
+    def submit(self, message: engine_pb2.GenerateRequest, sink: Sink) -> None:
+        """Accept a request; everything further about it, its end included, goes to the sink.
+
+        Raises:
+            KilnError: it was not accepted; the sink hears nothing.
+        """
+        if self.is_draining:
+            raise EngineDraining("the engine is being stopped and takes no new requests")
+        request = parse_request(message, self.limits, self.clock.now())
+        if request.request_id in self._live:
+            raise DuplicateRequestId(f"a request with the id {request.request_id!r} is running")
+        live = _LiveRequest(sink)
+        if request.adapters:
+            versions = [AdapterVersion.from_message(adapter) for adapter in message.adapters]
+            live.fetching = asyncio.create_task(self._fetch_then_submit(request, versions, live))
+        else:
+            self.loop.submit(request, (), sink)
+        self._live[request.request_id] = live
+
+    def abort(self, request_id: str, sink: Sink) -> None:
+        """End a request of that sink; others and unknown ids are ignored."""
+        live = self._live.get(request_id)
+        if live is None or live.sink is not sink:
+            return
+        if live.fetching is None:
+            self.loop.abort(request_id)
+        else:
+            live.fetching.cancel()
+            sink.offer([SequenceEvent(request_id, finish_reason=FinishReason.ABORT)])
+            self._forget(request_id)
+
+    def abort_all(self, sink: Sink | None = None) -> int:
+        """End every request, or those of one sink; returns how many."""
+        chosen = [(i, live.sink) for i, live in self._live.items() if sink is None or live.sink is sink]
+        for request_id, owner in chosen:
+            self.abort(request_id, owner)
+        return len(chosen)
+
+    async def drain(self, deadline_s: float) -> tuple[int, int]:
+        """Take no new requests, let the live ones end, abort what is left after `deadline_s` seconds.
+
+        Returns how many ended by themselves and how many were aborted.
+        """
+        self.is_draining = True
+        num_before = self.num_live
+        num_aborted = 0
+        if num_before:
+            self._is_empty.clear()
+            try:
+                await asyncio.wait_for(self._is_empty.wait(), deadline_s)
+            except TimeoutError:
+                num_aborted = self.abort_all()
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._is_empty.wait(), deadline_s)
+        return num_before - num_aborted, num_aborted
+
+    def ended(self, request_ids: list[str]) -> None:
+        """The loop is done with these requests. Called on the loop's thread."""
+        if not self._asyncio_loop.is_closed():
+            self._asyncio_loop.call_soon_threadsafe(self._forget_all, request_ids)
+
+    async def _fetch_then_submit(
+        self, request: GenerationRequest, versions: list[AdapterVersion], live: _LiveRequest
+    ) -> None:
+        patience_s = None if request.deadline_s is None else request.deadline_s - self.clock.now()
+        try:
+            async with asyncio.timeout(patience_s):
+                live.lease = await self.adapters.acquire(versions)
+            live.fetching = None
+            slots = zip(live.lease.slots, request.adapters, strict=True)
+            self.loop.submit(request, tuple((slot, use.scale) for slot, use in slots), live.sink)
+        except TimeoutError:
+            late = DeadlineExceeded("the adapter was not there before the request's deadline")
+            self._refuse(request.request_id, live.sink, late)
+        except KilnError as error:
+            self._refuse(request.request_id, live.sink, error)
+
+    def _refuse(self, request_id: str, sink: Sink, error: KilnError) -> None:
+        sink.offer([SequenceEvent(request_id, finish_reason=FinishReason.ERROR, error=error)])
+        self._forget(request_id)
+
+    def _forget_all(self, request_ids: list[str]) -> None:
+        for request_id in request_ids:
+            self._forget(request_id)
+
+    def _forget(self, request_id: str) -> None:
+        live = self._live.pop(request_id, None)
+        if live is not None and live.lease is not None:
+            self.adapters.release(live.lease)
+        if not self._live:
+            self._is_empty.set()

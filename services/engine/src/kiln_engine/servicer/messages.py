@@ -1,0 +1,46 @@
+"""Events of the loop as wire messages."""
+
+from __future__ import annotations
+
+from kiln_common.pb import engine_pb2
+from kiln_common.rpc import to_error_detail
+from kiln_engine.domain.result import FinishReason, RowResult, SequenceEvent
+
+_FINISH_REASONS = {
+    None: engine_pb2.FINISH_REASON_UNSPECIFIED,
+    FinishReason.STOP: engine_pb2.FINISH_REASON_STOP,
+    FinishReason.LENGTH: engine_pb2.FINISH_REASON_LENGTH,
+    FinishReason.ABORT: engine_pb2.FINISH_REASON_ABORT,
+    FinishReason.ERROR: engine_pb2.FINISH_REASON_ERROR,
+}
+
+
+def step_outputs(events: list[SequenceEvent]) -> engine_pb2.StepOutputs:
+    """One message for what one step did to one client's requests."""
+    return engine_pb2.StepOutputs(outputs=[sequence_output(event) for event in events])
+
+
+def sequence_output(event: SequenceEvent) -> engine_pb2.SequenceOutput:
+    output = engine_pb2.SequenceOutput(
+        request_id=event.request_id, finish_reason=_FINISH_REASONS[event.finish_reason]
+    )
+    if event.row is not None:
+        _add_row(output, event.row)
+    if event.error is not None:
+        output.error.CopyFrom(to_error_detail(event.error))
+    if event.is_first:
+        output.num_cached_tokens = event.num_cached_tokens
+        output.seed = event.seed
+        output.queue_s = event.queue_s
+    return output
+
+
+def _add_row(output: engine_pb2.SequenceOutput, row: RowResult) -> None:
+    output.token_ids.append(row.token_id)
+    output.logprobs.append(row.logprob)
+    output.sampled_logprobs.append(row.sampled_logprob)
+    if row.top_logprobs:
+        output.top_logprobs.add(
+            token_ids=[token_id for token_id, _ in row.top_logprobs],
+            logprobs=[logprob for _, logprob in row.top_logprobs],
+        )

@@ -1,0 +1,147 @@
+"""The engine's gRPC service."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import asdict
+
+import grpc
+import structlog
+
+from kiln_common.errors import InvalidValue, KilnError
+from kiln_common.pb import common_pb2, engine_pb2, engine_pb2_grpc
+from kiln_engine.adapters.manager import AdapterManager, AdapterVersion
+from kiln_engine.domain.ports import BaseWeights
+from kiln_engine.domain.result import FinishReason, SequenceEvent
+from kiln_engine.loop import EngineLoop
+from kiln_engine.servicer.intake import RequestIntake
+from kiln_engine.servicer.messages import sequence_output, step_outputs
+from kiln_engine.servicer.outbox import Outbox
+from kiln_engine.servicer.validation import parse_adapter_use
+
+log = structlog.get_logger()
+
+
+class EngineServicer(engine_pb2_grpc.EngineServicer):
+    """Translates between the wire and the engine's parts; decides nothing about steps.
+
+    `outbox_steps` is how many steps a client may lag behind before its requests are cancelled.
+    """
+
+    def __init__(
+        self,
+        *,
+        info: engine_pb2.EngineInfo,
+        intake: RequestIntake,
+        adapters: AdapterManager,
+        loop: EngineLoop,
+        weights: BaseWeights,
+        outbox_steps: int = 1024,
+    ) -> None:
+        self._info = info
+        self._intake = intake
+        self._adapters = adapters
+        self._loop = loop
+        self._weights = weights
+        self._outbox_steps = outbox_steps
+        self._started_s = intake.clock.now()
+
+    async def Session(
+        self,
+        request_iterator: AsyncIterator[engine_pb2.SessionRequest],
+        context: grpc.aio.ServicerContext,
+    ) -> AsyncIterator[engine_pb2.StepOutputs]:
+        outbox = Outbox(self._outbox_steps)
+        reader = asyncio.create_task(self._read_session(request_iterator, outbox))
+        try:
+            while (events := await outbox.take()) is not None:
+                yield step_outputs(events)
+        finally:
+            reader.cancel()
+            self._intake.abort_all(outbox)
+
+    async def Generate(
+        self, request: engine_pb2.GenerateRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[engine_pb2.SequenceOutput]:
+        outbox = Outbox(self._outbox_steps)
+        self._intake.submit(request, outbox)
+        try:
+            while (events := await outbox.take()) is not None:
+                for event in events:
+                    if event.error is not None:
+                        raise event.error
+                    yield sequence_output(event)
+                    if event.finish_reason is not None:
+                        return
+        finally:
+            outbox.close()
+            self._intake.abort_all(outbox)
+
+    async def GetInfo(
+        self, request: engine_pb2.GetInfoRequest, context: grpc.aio.ServicerContext
+    ) -> engine_pb2.EngineInfo:
+        return self._info
+
+    async def GetStats(
+        self, request: engine_pb2.GetStatsRequest, context: grpc.aio.ServicerContext
+    ) -> engine_pb2.EngineStats:
+        stats = engine_pb2.EngineStats(**asdict(self._loop.stats))
+        stats.num_waiting += self._intake.num_fetching
+        for entry in self._adapters.resident:
+            adapter = common_pb2.AdapterRef(name=entry.name, version=entry.version, sha256=entry.sha256)
+            stats.resident_adapters.add(adapter=adapter, slot=entry.slot, num_pins=entry.num_pins)
+        stats.num_weight_leases = self._weights.num_leases
+        stats.is_draining = self._intake.is_draining
+        stats.uptime_s = self._intake.clock.now() - self._started_s
+        return stats
+
+    async def ShareWeights(
+        self, request: engine_pb2.ShareWeightsRequest, context: grpc.aio.ServicerContext
+    ) -> engine_pb2.ShareWeightsResponse:
+        return engine_pb2.ShareWeightsResponse(
+            socket_path=self._weights.socket_path,
+            boot_id=self._info.boot_id,
+            model_hash=self._info.base_model.model_hash,
+        )
+
+    async def ChecksumWeights(
+        self, request: engine_pb2.ChecksumWeightsRequest, context: grpc.aio.ServicerContext
+    ) -> engine_pb2.ChecksumWeightsResponse:
+        sha256 = await asyncio.to_thread(self._weights.checksum)
+        return engine_pb2.ChecksumWeightsResponse(sha256=sha256, num_bytes=self._weights.num_bytes)
+
+    async def PrepareAdapter(
+        self, request: engine_pb2.PrepareAdapterRequest, context: grpc.aio.ServicerContext
+    ) -> engine_pb2.PrepareAdapterResponse:
+        parse_adapter_use(request.adapter)
+        started_s = self._intake.clock.now()
+        slot, was_loaded = await self._adapters.prepare(AdapterVersion.from_message(request.adapter))
+        return engine_pb2.PrepareAdapterResponse(
+            slot=slot, was_loaded=was_loaded, seconds=self._intake.clock.now() - started_s
+        )
+
+    async def Drain(
+        self, request: engine_pb2.DrainRequest, context: grpc.aio.ServicerContext
+    ) -> engine_pb2.DrainResponse:
+        if not 0 <= request.deadline_s <= 3600:
+            raise InvalidValue(f"deadline_s is {request.deadline_s}; it must be between 0 and 3600")
+        num_finished, num_aborted = await self._intake.drain(request.deadline_s)
+        return engine_pb2.DrainResponse(num_finished=num_finished, num_aborted=num_aborted)
+
+    async def _read_session(self, messages: AsyncIterator[engine_pb2.SessionRequest], outbox: Outbox) -> None:
+        try:
+            async for message in messages:
+                if message.HasField("submit"):
+                    self._submit(message.submit, outbox)
+                elif message.HasField("abort"):
+                    self._intake.abort(message.abort, outbox)
+        finally:
+            outbox.close()  # the client has said its last word: the session ends
+
+    def _submit(self, message: engine_pb2.GenerateRequest, outbox: Outbox) -> None:
+        try:
+            self._intake.submit(message, outbox)
+        except KilnError as error:
+            refusal = SequenceEvent(message.request_id, finish_reason=FinishReason.ERROR, error=error)
+            outbox.offer([refusal])

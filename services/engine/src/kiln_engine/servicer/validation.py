@@ -1,0 +1,132 @@
+"""Checks a request at the edge, so that nothing behind it needs to."""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Iterable
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from kiln_common.errors import InvalidTokenIds, InvalidValue, PromptTooLong
+from kiln_common.pb import common_pb2, engine_pb2
+from kiln_engine.domain.errors import EmptyPrompt
+from kiln_engine.domain.request import AdapterUse, GenerationRequest, SamplingParams
+
+MAX_TOP_LOGPROBS = 20
+_MAX_TIMEOUT_S = 7 * 24 * 3600.0
+
+
+@dataclass(frozen=True, slots=True)
+class RequestLimits:
+    """What a request is checked against."""
+
+    vocab_size: int
+    # Most tokens of prompt and completion together.
+    max_num_tokens: int
+
+
+def parse_request(
+    message: engine_pb2.GenerateRequest, limits: RequestLimits, now: float
+) -> GenerationRequest:
+    """The request behind a message that arrived at `now`; draws a seed when there is none.
+
+    Raises:
+        EmptyPrompt, PromptTooLong, InvalidTokenIds, InvalidValue: with the field at fault in `param`.
+    """
+    if not message.request_id:
+        raise InvalidValue("request_id is empty", param="request_id")
+    prompt = tuple(message.prompt_token_ids)
+    _check_prompt(prompt, limits)
+    stable = message.num_stable_prefix_tokens
+    _check(0 <= stable <= len(prompt), "num_stable_prefix_tokens", stable, f"between 0 and {len(prompt)}")
+    timeout_s = message.timeout_s
+    _check(0 <= timeout_s <= _MAX_TIMEOUT_S, "timeout_s", timeout_s, f"between 0 and {_MAX_TIMEOUT_S:.0f}")
+    return GenerationRequest(
+        request_id=message.request_id,
+        prompt_token_ids=prompt,
+        sampling=_parse_sampling(message.sampling, limits),
+        adapters=tuple(parse_adapter_use(adapter) for adapter in message.adapters),
+        num_stable_prefix_tokens=stable,
+        cache_salt=message.cache_salt,
+        priority=message.priority,
+        arrival_s=now,
+        deadline_s=now + timeout_s if timeout_s else None,
+    )
+
+
+def parse_adapter_use(adapter: common_pb2.AdapterRef) -> AdapterUse:
+    """An adapter as a request applies it. Raises InvalidValue."""
+    is_hash = len(adapter.sha256) == 64 and all(digit in "0123456789abcdef" for digit in adapter.sha256)
+    _check(is_hash, "adapters.sha256", adapter.sha256, "64 lower-case hex digits")
+    _check(bool(adapter.name), "adapters.name", adapter.name, "the name of a published adapter")
+    _check(adapter.version >= 1, "adapters.version", adapter.version, "at least 1")
+    scale = adapter.scale or 1.0
+    _check(math.isfinite(scale), "adapters.scale", scale, "a finite number")
+    return AdapterUse(adapter.sha256, scale)
+
+
+def _check_prompt(prompt: tuple[int, ...], limits: RequestLimits) -> None:
+    if not prompt:
+        raise EmptyPrompt("the prompt has no tokens")
+    if len(prompt) >= limits.max_num_tokens:
+        raise PromptTooLong(len(prompt), limits.max_num_tokens - 1)
+    _check_ids(prompt, "prompt_token_ids", limits.vocab_size)
+
+
+def _parse_sampling(message: engine_pb2.SamplingParams, limits: RequestLimits) -> SamplingParams:
+    _check(message.max_tokens >= 1, "max_tokens", message.max_tokens, "at least 1")
+    _check(message.min_tokens >= 0, "min_tokens", message.min_tokens, "at least 0")
+    _check(
+        message.min_tokens <= message.max_tokens,
+        "min_tokens",
+        message.min_tokens,
+        f"at most max_tokens, which is {message.max_tokens}",
+    )
+    _check_range("temperature", message.temperature, 0.0, 100.0)
+    _check(0 < message.top_p <= 1, "top_p", message.top_p, "above 0 and at most 1")
+    _check(message.top_k >= 0, "top_k", message.top_k, "at least 0")
+    _check_range("min_p", message.min_p, 0.0, 1.0)
+    _check_range("presence_penalty", message.presence_penalty, -2.0, 2.0)
+    _check_range("frequency_penalty", message.frequency_penalty, -2.0, 2.0)
+    penalty = message.repetition_penalty
+    _check(0 < penalty <= 100, "repetition_penalty", penalty, "above 0 and at most 100")
+    _check_ids(message.logit_bias, "logit_bias", limits.vocab_size)
+    for bias in message.logit_bias.values():
+        _check(math.isfinite(bias), "logit_bias", bias, "a finite number")
+    _check_ids(message.stop_token_ids, "stop_token_ids", limits.vocab_size)
+    num_top = message.num_top_logprobs
+    _check(0 <= num_top <= MAX_TOP_LOGPROBS, "num_top_logprobs", num_top, f"0 to {MAX_TOP_LOGPROBS}")
+    return SamplingParams(
+        max_tokens=message.max_tokens,
+        min_tokens=message.min_tokens,
+        temperature=message.temperature,
+        top_p=message.top_p,
+        top_k=message.top_k,
+        min_p=message.min_p,
+        presence_penalty=message.presence_penalty,
+        frequency_penalty=message.frequency_penalty,
+        repetition_penalty=penalty,
+        logit_bias=MappingProxyType(dict(message.logit_bias)),
+        seed=message.seed if message.HasField("seed") else secrets.randbits(64),
+        stop_token_ids=frozenset(message.stop_token_ids),
+        ignore_eos=message.ignore_eos,
+        num_top_logprobs=min(num_top, limits.vocab_size),
+    )
+
+
+def _check_ids(ids: Iterable[int], param: str, vocab_size: int) -> None:
+    for token_id in ids:
+        if not 0 <= token_id < vocab_size:
+            raise InvalidTokenIds(
+                f"{param} contains {token_id}; the model's ids are 0 to {vocab_size - 1}", param=param
+            )
+
+
+def _check_range(param: str, value: float, low: float, high: float) -> None:
+    _check(low <= value <= high, param, value, f"between {low:g} and {high:g}")
+
+
+def _check(is_allowed: bool, param: str, value: object, allowed: str) -> None:
+    if not is_allowed:
+        raise InvalidValue(f"{param} is {value!r}; it must be {allowed}", param=param)
