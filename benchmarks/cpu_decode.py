@@ -128,7 +128,7 @@ class Decoding:
     def parts(self) -> dict[str, float]:
         """Milliseconds of layout, forward pass and sampling, each the median of a few repeats."""
         plan, model = self.plan(), self.runner.model
-        linear = self.runner.adapters.linear_for(plan, model.weights)
+        linear = self.runner.adapters.linear_for(plan, model.base_linear)
         layout = model.layout(plan)
         with torch.inference_mode():
             logits = model.forward(layout, linear)
@@ -164,7 +164,9 @@ def main() -> None:
     print(
         f"prompt {options.prompt_tokens} tokens, {options.adapters} adapters of rank 8; milliseconds a step"
     )
-    print(f"{'batch':>5} {'best':>7} {'median':>7} {'p90':>7} {'tok/s':>7} {'layout':>7} {'forward':>8} {'sample':>7}")
+    print(
+        f"{'batch':>5} {'best':>7} {'median':>7} {'p90':>7} {'tok/s':>7} {'layout':>7} {'forward':>8} {'sample':>7}"
+    )
     for batch in options.batches:
         runner = make_runner(config, batch, options.adapters)
         decoding = Decoding(runner, batch, options.prompt_tokens, options.adapters)
@@ -181,7 +183,7 @@ def main() -> None:
             with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
                 for _ in range(16):
                     decoding.step()
-            print(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=22))
+            print(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=40))
 
 
 if __name__ == "__main__":

@@ -146,7 +146,7 @@ class EngineRig:
             layout, sample_tokens=torch.arange(layout.num_tokens), num_samples=layout.num_tokens
         )
         with torch.inference_mode():
-            linear = self.adapters.linear_for(plan, self.model.weights)
+            linear = self.adapters.linear_for(plan, self.model.base_linear)
             logits = self.model.forward(every_token, linear)
         return list(logits.split([1] * len(rows) + [len(chunk.token_ids) for chunk in chunks]))
 

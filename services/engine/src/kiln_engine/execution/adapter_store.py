@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from kiln_common.errors import InvalidRequest
 from kiln_engine.domain.plan import BatchPlan
-from kiln_nn.blocks import LinearFn, Weights
+from kiln_nn.blocks import LinearFn
 from kiln_nn.config import ModelConfig
 from kiln_nn.errors import KilnNnError
 from kiln_nn.lora import adapter_table, parse_adapter
@@ -136,11 +136,15 @@ class AdapterStore:
         if self._resident.pop(slot, None):
             self._forget_stacks(slot)
 
-    def linear_for(self, plan: BatchPlan, weights: Weights) -> LinearFn | None:
-        """The linear layers of one step, each token with its row's adapters; None if there are none."""
+    def linear_for(self, plan: BatchPlan, base_linear: LinearFn) -> LinearFn:
+        """The linear layers of one step, each token with its row's adapters on top of `base_linear`.
+
+        `base_linear` must give outputs that may be added to in place. Without adapters it is returned
+        as it is.
+        """
         uses = _adapter_uses(plan)
         if not uses:
-            return None
+            return base_linear
         slots = tuple(sorted(uses))
         if slots != self._stacked_slots:
             self._stacked_slots, self._stacks = slots, {}
@@ -153,7 +157,7 @@ class AdapterStore:
         )
 
         def linear(module_path: str, x_TI: torch.Tensor) -> torch.Tensor:
-            y_TO = F.linear(x_TI, weights[module_path + ".weight"])
+            y_TO = base_linear(module_path, x_TI)
             stack = self._stacks.get(module_path) or self._stack(module_path, slots)
             a_QI, b_OQ, having = stack
             if not having:

@@ -7,6 +7,7 @@ import torch
 from kiln_engine.domain.plan import BatchPlan
 from kiln_engine.domain.result import RowResult, StepResult
 from kiln_engine.execution.adapter_store import AdapterStore
+from kiln_engine.execution.host_allocator import keep_freed_memory
 from kiln_engine.execution.memory_plan import MemoryPlan
 from kiln_engine.execution.sampler import sample
 from kiln_engine.model import KvStore, PagedModel, StateStore
@@ -23,6 +24,8 @@ class TorchRunner:
 
     def __init__(self, config: ModelConfig, weights: Weights, memory: MemoryPlan) -> None:
         device, dtype = _place_of(weights)
+        if device.type == "cpu":
+            keep_freed_memory()
         self.config = config
         self.device = device
         self.kv = KvStore(
@@ -52,7 +55,7 @@ class TorchRunner:
     @torch.inference_mode()
     def execute(self, plan: BatchPlan) -> StepResult:
         """Run one step: one row of the result for each decode row and each chunk with sampling."""
-        linear = self.adapters.linear_for(plan, self.model.weights)
+        linear = self.adapters.linear_for(plan, self.model.base_linear)
         layout = self.model.layout(plan)
         logits_RV = self.model.forward(layout, linear)
         rows = [(row.sequence_id, row.sampling) for row in plan.decode_rows]

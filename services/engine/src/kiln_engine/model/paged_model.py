@@ -63,7 +63,8 @@ class PagedModel:
         self.kv = kv
         self.states = states
         self.device = weights["model.norm.weight"].device
-        self._base_linear = base_linear(weights)
+        # The linear layers without adapters.
+        self.base_linear = base_linear(weights)
         self._head_weight = head_weight(config, weights)
         self._shape = StoreShape(
             page_tokens=kv.page_tokens,
@@ -87,7 +88,7 @@ class PagedModel:
 
         Returns: float32 logits `[samples, vocabulary]` of the tokens that are sampled after.
         """
-        linear = linear or self._base_linear
+        linear = linear or self.base_linear
         if layout.begun_pages.numel():
             self.kv.begin_pages(layout.begun_pages)
         if layout.moved_to_slots.numel():
