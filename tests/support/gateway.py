@@ -226,7 +226,9 @@ class FakeRegistry:
         if self.publish_failure is not None:
             raise self.publish_failure
         self.published.append((header, content))
-        return self.add(header.name, attach=header.attach)
+        version = self.add(header.name, attach=header.attach)
+        version.sha256 = header.sha256
+        return version
 
 
 class FakeTrainer:

@@ -70,7 +70,7 @@ def unpack_adapter(archive: IO[bytes], folder: Path, limit_bytes: int) -> None:
     """
     magic = archive.read(len(_GZIP_MAGIC))
     archive.seek(0)
-    source = gzip.GzipFile(fileobj=archive) if magic == _GZIP_MAGIC else archive
+    source = gzip.GzipFile(fileobj=archive, mode="rb") if magic == _GZIP_MAGIC else archive
     limited = _LimitedReader(source, limit_bytes)  # type: ignore[arg-type]
     try:
         with tarfile.open(fileobj=limited, mode="r|") as tar:  # type: ignore[call-overload]

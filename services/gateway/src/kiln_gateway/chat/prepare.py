@@ -134,6 +134,7 @@ async def _run(
             body,
             base_model=base_model,
             num_prompt_tokens=len(prompt.token_ids),
+            prompt_field="messages" if rules.splits_reasoning else "prompt",
             max_tokens=max_tokens,
             num_top_logprobs=num_top_logprobs,
             turn_end_id=gateway.turn_end_id if rules.splits_reasoning else None,

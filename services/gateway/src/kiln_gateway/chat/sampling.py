@@ -16,6 +16,7 @@ def sampling_params(
     *,
     base_model: common_pb2.BaseModel,
     num_prompt_tokens: int,
+    prompt_field: str,
     max_tokens: int | None,
     num_top_logprobs: int,
     turn_end_id: int | None,
@@ -31,7 +32,9 @@ def sampling_params(
     """
     room = base_model.max_model_len - num_prompt_tokens
     if room < 1:
-        raise PromptTooLong(num_prompt_tokens, base_model.max_model_len - 1)
+        error = PromptTooLong(num_prompt_tokens, base_model.max_model_len - 1)
+        error.param = prompt_field
+        raise error
     stop_token_ids = list(fields.stop_token_ids or ())
     check_token_ids(stop_token_ids, base_model.vocab_size, "stop_token_ids")
     is_turn_end_new = turn_end_id is not None and turn_end_id not in base_model.eos_token_ids

@@ -12,7 +12,7 @@ from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import Response
 
 from kiln_common.adapter_names import check_adapter_name, parse_reference
-from kiln_common.errors import InvalidValue, KilnError
+from kiln_common.errors import IdempotencyConflict, InvalidValue, KilnError
 from kiln_common.pb import registry_pb2
 from kiln_gateway.adapters.adapter_view import adapter_object, version_object
 from kiln_gateway.adapters.archive import pack_adapter
@@ -100,15 +100,26 @@ async def upload_adapter(request: Request, caller: Caller = _TRAIN) -> Response:
         check_adapter_name(upload.name, reserved=await gateway.base_ids(), param="name")
         if upload.attach:
             require_scope(caller, "admin")
+        sha256 = await asyncio.to_thread(_file_sha256, upload.safetensors_path)
         header = registry_pb2.PublishHeader(
             name=upload.name,
             base_model_hash=base_model.model_hash,
             config_json=upload.config_json,
             publish_key=_publish_key(caller, key),
             attach=upload.attach,
+            sha256=sha256,
         )
         version = await gateway.clients.registry.publish(header, upload.safetensors_path)
+    if (version.name, version.sha256) != (upload.name, sha256):
+        raise IdempotencyConflict(
+            f"the Idempotency-Key {key!r} was used for {version.name}@{version.version}"
+        )
     return json_response(version_object(version), status=201)
+
+
+def _file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _publish_key(caller: Caller, key: str) -> str:

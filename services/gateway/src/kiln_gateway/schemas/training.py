@@ -256,7 +256,9 @@ class GrpoBody(JobFields):
         short = [name for name in ("prompt", "completions", "rewards") if getattr(self, name) is not None]
         if self.groups is not None and short:
             raise PydanticCustomError(
-                "conflicting_fields", "send `groups` or `{name}`, not both", {"name": short[0]}
+                "conflicting_fields",
+                "send `groups` or `{name}`, not both",
+                {"name": short[0], "param": short[0]},
             )
         if self.groups is None:
             self._check_short_form()

@@ -1,0 +1,177 @@
+"""Each way a request can be wrong has its own answer, and nothing reaches the engine or the trainer."""
+
+import json
+
+import pytest
+
+from tests.support.gateway import gateway_rig
+
+CHAT, TEXT, GRPO, SFT = "/v1/chat/completions", "/v1/completions", "/v1/train/grpo", "/v1/train/sft"
+USER = {"role": "user", "content": "Hi"}
+SHORT = {"adapter": "a", "prompt": "Hi", "completions": ["x", "y"], "rewards": [1, 0]}
+SCORED = {"prompt": "p", "completions": [{"text": "x", "reward": 1}, {"text": "y", "reward": 0}]}
+
+
+def without(body, *names, **changes):
+    return {key: value for key, value in {**body, **changes}.items() if key not in names}
+
+
+def rollout(**fields):
+    return {"adapter": "a", "groups": [{"rollouts": [{"reward": 1, **fields}, {"reward": 0, **fields}]}]}
+
+
+@pytest.fixture
+async def rig(tmp_path):
+    async with gateway_rig(tmp_path, max_body_bytes=20_000) as rig:
+        yield rig
+    assert rig.engine.requests == []
+    assert rig.trainer.submitted == []
+    assert rig.registry.published == []
+
+
+BODIES = [
+    (CHAT, {}, 400, "missing_field", "messages"),
+    (CHAT, {"messages": []}, 400, "empty_messages", "messages"),
+    (CHAT, {"messages": [USER], "temprature": 1}, 400, "unknown_field", "temprature"),
+    (CHAT, {"messages": [{**USER, "colour": 1}]}, 400, "unknown_field", "messages[0].colour"),
+    (CHAT, {"messages": [{"role": "king", "content": "x"}]}, 400, "invalid_value", "messages[0].role"),
+    (CHAT, {"messages": [{"role": "user"}]}, 400, "invalid_value", "messages[0]"),
+    (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "unsupported_content", "messages[0].content"),
+    (CHAT, {"messages": [{"role": "assistant", "content": "x"}]}, 400, "invalid_messages", "messages"),
+    (CHAT, {"messages": [USER], "temperature": 3}, 400, "invalid_value", "temperature"),
+    (CHAT, {"messages": [USER], "temperature": "1"}, 400, "invalid_value", "temperature"),
+    (CHAT, {"messages": [USER], "top_p": 0}, 400, "invalid_value", "top_p"),
+    (CHAT, {"messages": [USER], "max_tokens": 0}, 400, "invalid_value", "max_tokens"),
+    (CHAT, {"messages": [USER], "n": 1000}, 400, "invalid_value", "n"),
+    (CHAT, {"messages": [USER], "top_logprobs": 21}, 400, "invalid_value", "top_logprobs"),
+    (CHAT, {"messages": [USER], "stop": ["x"] * 17}, 400, "invalid_value", "stop"),
+    (CHAT, {"messages": [USER], "stop": ""}, 400, "invalid_value", "stop"),
+    (CHAT, {"messages": [USER], "stop_token_ids": [10**6]}, 400, "invalid_token_ids", "stop_token_ids"),
+    (CHAT, {"messages": [USER], "logit_bias": {"x": 1}}, 400, "invalid_value", "logit_bias"),
+    (CHAT, {"messages": [USER], "logit_bias": {"99999": 1}}, 400, "invalid_token_ids", "logit_bias"),
+    (CHAT, {"messages": [{"role": "user", "content": "x" * 2000}]}, 400, "prompt_too_long", "messages"),
+    (CHAT, {"messages": [USER], "model": "nobody"}, 404, "model_not_found", "model"),
+    (CHAT, {"messages": [USER], "adapter": "nobody"}, 404, "adapter_not_found", "adapter"),
+    (CHAT, {"messages": [USER], "adapters": [{"name": "x", "scale": 0}]}, 400, "invalid_scale", "adapters[0]"),
+    (CHAT, {"messages": [USER], "response_format": {"type": "json_object"}}, 501, "not_implemented", "response_format"),
+    (CHAT, {"messages": [USER], "tool_choice": "required"}, 501, "not_implemented", "tool_choice"),
+    (CHAT, {"messages": [USER], "structured_outputs": {"regex": "a"}}, 501, "not_implemented", "structured_outputs"),
+    (CHAT, {"messages": [USER], "thinking_budget_tokens": 5}, 501, "not_implemented", "thinking_budget_tokens"),
+    (CHAT, {"messages": [USER], "adapter_policy": "latest"}, 501, "not_implemented", "adapter_policy"),
+    (CHAT, {"messages": [USER], "functions": []}, 400, "unsupported_field", "functions"),
+    (CHAT, {"messages": [USER], "modalities": ["audio"]}, 400, "unsupported_field", "modalities"),
+    (TEXT, {"prompt": ""}, 400, "empty_prompt", "prompt"),
+    (TEXT, {"prompt": [1, -1]}, 400, "invalid_token_ids", "prompt"),
+    (TEXT, {"prompt": [10**6]}, 400, "invalid_token_ids", "prompt"),
+    (TEXT, {"prompt": [1, "a"]}, 400, "invalid_value", "prompt"),
+    (TEXT, {"prompt": "a", "suffix": "b"}, 400, "unsupported_field", "suffix"),
+    (TEXT, {"prompt": "a", "prompt_logprobs": 1}, 501, "not_implemented", "prompt_logprobs"),
+    ("/v1/detokenize", {"tokens": [10**6]}, 400, "invalid_token_ids", "tokens"),
+    ("/v1/tokenize", {}, 400, "conflicting_fields", "text"),
+    (GRPO, without(SHORT, "rewards"), 400, "missing_rewards", "rewards"),
+    (GRPO, {**SHORT, "rewards": [1, None]}, 400, "missing_rewards", "rewards[1]"),
+    (GRPO, {**SHORT, "rewards": [1, "good"]}, 400, "invalid_reward", "rewards[1]"),
+    (GRPO, {**SHORT, "rewards": [1]}, 400, "length_mismatch", "rewards"),
+    (GRPO, {**SHORT, "completions": ["x"], "rewards": [1]}, 400, "group_too_small", "completions"),
+    (GRPO, {**SHORT, "rewards": [1, 1]}, 400, "no_learning_signal", "rewards"),
+    (GRPO, {"adapter": "a", "groups": []}, 400, "empty_groups", "groups"),
+    (GRPO, {"adapter": "a", "groups": [{}]}, 400, "conflicting_fields", "groups[0]"),
+    (GRPO, {**SHORT, "groups": [SCORED]}, 400, "conflicting_fields", "prompt"),
+    (GRPO, {"adapter": "a", "groups": [{"prompt": "p", "completions": [{"text": "x", "reward": 1}]}]}, 400, "group_too_small", "groups[0]"),
+    (GRPO, rollout(token_ids=[1, 2], prompt_token_ids=[1], logprobs=[-1]), 400, "length_mismatch", "groups[0].rollouts[0]"),
+    (GRPO, rollout(token_ids=[10**6], prompt_token_ids=[1]), 400, "invalid_token_ids", "token_ids"),
+    (GRPO, rollout(completion_id="chatcmpl_x"), 503, "queue_unavailable", None),  # this rig has no Redis
+    (GRPO, {**SHORT, "adapter": "base"}, 400, "reserved_adapter_name", "adapter"),
+    (GRPO, {**SHORT, "adapter": "../etc"}, 400, "invalid_adapter_name", "adapter"),
+    (GRPO, {**SHORT, "base_adapter": "nobody"}, 404, "adapter_not_found", "adapter"),
+    (GRPO, {**SHORT, "learning_rate": 0}, 400, "invalid_value", "learning_rate"),
+    (GRPO, {**SHORT, "lora": {"rank": 1000}}, 400, "invalid_value", "lora.rank"),
+    (GRPO, {**SHORT, "lora": {"rnk": 8}}, 400, "unknown_field", "lora.rnk"),
+    (GRPO, {**SHORT, "lora": {"dropout": 0.1}}, 501, "not_implemented", "lora.dropout"),
+    (GRPO, {**SHORT, "loss": {"type": "gspo"}}, 501, "not_implemented", "loss.type"),
+    (GRPO, {**SHORT, "optimizer": "muon"}, 501, "not_implemented", "optimizer"),
+    (GRPO, {**SHORT, "gate": {}}, 501, "not_implemented", "gate"),
+    (GRPO, {**SHORT, "webhook": {"url": "http://x"}}, 501, "not_implemented", "webhook"),
+    (GRPO, {**SHORT, "publish": 5}, 501, "not_implemented", "publish"),
+    (SFT, {"adapter": "a"}, 400, "missing_field", "examples"),
+    (SFT, {"adapter": "a", "examples": []}, 400, "empty_examples", "examples"),
+    (SFT, {"adapter": "a", "examples": [{"prompt": "x"}]}, 400, "conflicting_fields", "examples[0]"),
+    (SFT, {"adapter": "a", "examples": [{"messages": [USER]}]}, 400, "no_assistant_message", "examples"),
+    (SFT, {"adapter": "a", "dataset": "file_1"}, 501, "not_implemented", "dataset"),
+]  # fmt: skip
+
+
+async def test_wrong_bodies_are_refused_by_code_and_field(rig):
+    for path, body, status, code, param in BODIES:
+        response = await rig.post(path, body)
+        error = response.json()["error"]
+        shown = (path, json.dumps(body)[:200], error)
+        assert (response.status_code, error["code"], error["param"]) == (status, code, param), shown
+        assert error["message"], shown
+        assert error["hint"], shown
+        assert error["request_id"] == response.headers["X-Request-Id"]
+
+
+async def test_the_nearest_known_field_is_named(rig):
+    error = (await rig.post(CHAT, {"mesages": [USER]})).json()["error"]
+    assert (error["code"], error["hint"]) == ("unknown_field", "Did you mean `messages`?")
+    error = (await rig.post(GRPO, {**SHORT, "loss": {"kl": {"coeff": 1}}})).json()["error"]
+    assert (error["param"], error["hint"]) == ("loss.kl.coeff", "Did you mean `coef`?")
+
+
+@pytest.mark.parametrize(
+    ("raw", "code"),
+    [
+        (b'{"messages": [', "invalid_json"),
+        (b"[1, 2]", "invalid_json"),
+        (b"", "invalid_json"),
+        (b"\xff\xfe", "invalid_json"),
+        (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', "invalid_json"),
+        (b"[" * 15_000, "invalid_json"),
+        (b'{"n": ' + b"9" * 5000 + b"}", "invalid_json"),
+        (b'{"messages": [{"role": "user", "content": "x"}], "temperature": NaN}', "invalid_value"),
+    ],
+)
+async def test_bodies_that_are_not_json_are_refused(rig, raw, code):
+    response = await rig.http.post(CHAT, content=raw)
+    assert (response.status_code, response.json()["error"]["code"]) == (400, code)
+
+
+@pytest.mark.parametrize("reward", ["NaN", "Infinity", "-Infinity", '{"a": NaN}'])
+async def test_rewards_that_are_not_finite_are_refused(rig, reward):
+    raw = json.dumps(SHORT).replace("[1, 0]", f"[1, {reward}]")
+    response = await rig.http.post(GRPO, content=raw)
+    error = response.json()["error"]
+    assert (response.status_code, error["code"], error["param"]) == (400, "invalid_reward", "rewards[1]")
+
+
+async def test_a_body_beyond_the_limit_is_refused_declared_or_not(rig):
+    large = json.dumps({"messages": [{"role": "user", "content": "x" * 30_000}]}).encode()
+
+    async def parts():
+        for start in range(0, len(large), 1000):
+            yield large[start : start + 1000]
+
+    for content in (large, parts()):
+        response = await rig.http.post(CHAT, content=content)
+        error = response.json()["error"]
+        assert (response.status_code, error["code"]) == (413, "body_too_large")
+        assert "20000 bytes" in error["message"]
+
+
+async def test_routes_that_are_not_there_say_so(rig):
+    cases = [
+        ("GET", "/v1/nothing", 404, "route_not_found"),
+        ("GET", CHAT, 405, "method_not_allowed"),
+        ("POST", "/v1/embeddings", 501, "not_implemented"),
+        ("POST", "/v1/train/opd", 501, "not_implemented"),
+        ("GET", "/v1/train/jobs/x/receipt", 501, "not_implemented"),
+        ("POST", "/v1/adapters/x/rollback", 501, "not_implemented"),
+        ("GET", "/v1/train/jobs/x", 404, "job_not_found"),
+        ("GET", "/v1/train/jobs/x/events", 404, "job_not_found"),
+        ("GET", "/v1/train/jobs?limit=0", 400, "invalid_value"),
+        ("GET", "/v1/adapters/x", 404, "adapter_not_found"),
+    ]
+    for method, path, status, code in cases:
+        response = await rig.http.request(method, path)
+        assert (response.status_code, response.json()["error"]["code"]) == (status, code), path
