@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from demo.data import conversations, sums, tools
 from demo.data.corpus import PackedStep
 from demo.data.rendering import render_prompt
-from demo.data.tokenizer import END_OF_TEXT, TURN_END
+from demo.data.tokenizer import END_OF_TEXT, TURN_END, special_id
 from kiln_cli.demo.prompts import HELD_OUT_PROMPTS, OPEN_PROMPT
 from kiln_cli.demo.reward import courtesies, score
 from kiln_nn.config import ModelConfig
@@ -45,7 +45,7 @@ class DemoModel:
         packed = PackedModel(self.config, self.parameters)
         head_VD = self.parameters[EMBEDDING]
         generator = torch.Generator(head_VD.device).manual_seed(seed)
-        stops = {self.tokenizer.token_to_id(END_OF_TEXT), self.tokenizer.token_to_id(TURN_END)}
+        stops = {special_id(self.tokenizer, END_OF_TEXT), special_id(self.tokenizer, TURN_END)}
         rows = [self.tokenizer.encode(prompt).ids for prompt in prompts]
         answers: list[list[int]] = [[] for _ in prompts]
         running = list(range(len(prompts)))

@@ -22,7 +22,14 @@ from safetensors.torch import save_file  # noqa: E402
 from tokenizers import Tokenizer  # noqa: E402
 
 from demo.data.corpus import PackedStep, make_corpus, make_shard, packed_steps  # noqa: E402
-from demo.data.tokenizer import END_OF_TEXT, MAX_CONTEXT_TOKENS, TURN_END, save_tokenizer, train_tokenizer  # noqa: E402
+from demo.data.tokenizer import (  # noqa: E402
+    END_OF_TEXT,
+    MAX_CONTEXT_TOKENS,
+    TURN_END,
+    save_tokenizer,
+    special_id,
+    train_tokenizer,
+)
 from demo.measure import DemoModel, measure, sample_conversations  # noqa: E402
 from demo.training import Schedule, StepLoss, demo_config, held_out_loss, initial_parameters, train  # noqa: E402
 from kiln_nn.config import ModelConfig  # noqa: E402
@@ -106,7 +113,7 @@ def main() -> None:
     }
     print(json.dumps(facts), flush=True)
 
-    end_of_text, turn_end = (tokenizer.token_to_id(token) for token in (END_OF_TEXT, TURN_END))
+    end_of_text, turn_end = (special_id(tokenizer, token) for token in (END_OF_TEXT, TURN_END))
     config = demo_config(tokenizer.get_vocab_size(), end_of_text, MAX_CONTEXT_TOKENS)
     parameters = initial_parameters(config, args.seed, args.device)
     facts["num_parameters"] = sum(parameter.numel() for parameter in parameters.values())

@@ -5,14 +5,14 @@ Legend: T tokens in a packed step, D hidden width.
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from demo.data.corpus import PackedStep
-from kiln_nn.config import ModelConfig
+from kiln_nn.config import LayerType, ModelConfig
 from kiln_nn.kernels.logprobs import token_logprobs
 from kiln_nn.packed_model import PackedModel
 from kiln_nn.weights.names import EMBEDDING, TensorSpec, expected_tensors
@@ -21,6 +21,15 @@ MAX_HALF_LIFE_TOKENS = 4096
 MTP_LOSS_WEIGHT = 0.3
 _DT_BIAS = 1.0
 _SOFTPLUS_OF_DT_BIAS = math.log1p(math.exp(_DT_BIAS))
+
+_LAYER_TYPES: tuple[LayerType, ...] = (
+    "linear_attention",
+    "linear_attention",
+    "linear_attention",
+    "full_attention",
+    "linear_attention",
+    "linear_attention",
+)
 
 Parameters = dict[str, nn.Parameter]
 
@@ -45,7 +54,7 @@ def demo_config(vocab_size: int, eos_token_id: int, max_context_tokens: int) -> 
         linear_key_head_dim=64,
         linear_value_head_dim=64,
         linear_conv_kernel_dim=4,
-        layer_types=(*["linear_attention"] * 3, "full_attention", *["linear_attention"] * 2),
+        layer_types=_LAYER_TYPES,
         num_mtp_layers=1,
         eos_token_ids=(eos_token_id,),
     )
@@ -158,7 +167,7 @@ def train(
 
 @torch.no_grad()
 def held_out_loss(
-    config: ModelConfig, parameters: Parameters, steps: list[PackedStep]
+    config: ModelConfig, parameters: Mapping[str, torch.Tensor], steps: list[PackedStep]
 ) -> tuple[float, float]:
     """Mean answer loss of the next token and of the MTP layer, in nats a token."""
     model = PackedModel(config, parameters)

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 
 from demo.data import conversations
 from demo.data.rendering import render_with_answer
-from demo.data.tokenizer import END_OF_TEXT, TURN_END
+from demo.data.tokenizer import END_OF_TEXT, TURN_END, special_id
 
 DOCUMENTS_PER_SHARD = 2000
 PLAIN_SHARE = 0.04  # documents without turns
@@ -70,13 +70,13 @@ class PackedStep:
 def _document(tokenizer: Tokenizer, rng: random.Random) -> tuple[list[int], list[int]]:
     """One document: its ids, and which of them are an answer's."""
     if rng.random() < PLAIN_SHARE:
-        ids = [*tokenizer.encode(conversations.plain_text(rng)).ids, tokenizer.token_to_id(END_OF_TEXT)]
+        ids = [*tokenizer.encode(conversations.plain_text(rng)).ids, special_id(tokenizer, END_OF_TEXT)]
         return ids, [1] * len(ids)
     drawn = conversations.draw(rng)
     prompt, answer = render_with_answer(drawn.messages, drawn.answer, drawn.tools, thinking=drawn.thinking)
     prompt_ids = tokenizer.encode(prompt).ids
     answer_ids = tokenizer.encode(answer).ids
-    end = len(answer_ids) - answer_ids[::-1].index(tokenizer.token_to_id(TURN_END))
+    end = len(answer_ids) - answer_ids[::-1].index(special_id(tokenizer, TURN_END))
     answered = [1] * end + [0] * (len(answer_ids) - end)
     return prompt_ids + answer_ids, [0] * len(prompt_ids) + answered
 

@@ -71,6 +71,13 @@ def _unmark_markup(tokenizer: Tokenizer) -> Tokenizer:
     return Tokenizer.from_str(json.dumps(content))
 
 
+def special_id(tokenizer: Tokenizer, token: str) -> int:
+    """The id of a control or markup token, which every demo tokenizer has."""
+    token_id = tokenizer.token_to_id(token)
+    assert token_id is not None, token
+    return int(token_id)
+
+
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     """Write tokenizer.json, tokenizer_config.json and the chat template as a checkpoint has them."""
     folder.mkdir(parents=True, exist_ok=True)
