@@ -1,0 +1,48 @@
+"""`python -m kiln_engine`: the engine process."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+
+import structlog
+
+from kiln_common.errors import KilnError
+from kiln_common.logs import configure_logs
+from kiln_common.rpc.server import wait_for_stop_signal
+from kiln_engine.bootstrap import EngineParts, start_engine
+from kiln_engine.device_side import load_device_side
+from kiln_engine.settings import EngineSettings
+
+log = structlog.get_logger()
+
+
+async def serve(settings: EngineSettings) -> int:
+    """Serve until SIGTERM or SIGINT, or until the device fails; returns the exit code."""
+    device = load_device_side(settings)
+    parts = EngineParts(device.runner, device.runner.adapters, device.weights, device.limits, device.info)
+    engine = await start_engine(settings, parts)
+    stopped = asyncio.create_task(wait_for_stop_signal())
+    failed = asyncio.create_task(engine.has_failed.wait())
+    try:
+        await asyncio.wait({stopped, failed}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        stopped.cancel()
+        failed.cancel()
+        await engine.stop()
+    return 1 if engine.has_failed.is_set() else 0
+
+
+def main() -> None:
+    settings = EngineSettings()  # type: ignore[call-arg]  # fields come from the environment
+    configure_logs("engine", settings.log_level)
+    try:
+        code = asyncio.run(serve(settings))
+    except KilnError as error:
+        log.error("engine_not_started", code=error.code, reason=str(error), hint=error.hint)
+        code = 1
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+"""Where the engine's parts meet."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import structlog
+
+from kiln_common.clients.registry import RegistryClient
+from kiln_common.errors import KilnError
+from kiln_common.pb import common_pb2, engine_pb2, engine_pb2_grpc
+from kiln_common.rpc import RpcServer
+from kiln_engine.adapters.events import AdapterEvents
+from kiln_engine.adapters.manager import AdapterManager
+from kiln_engine.adapters.slots import AdapterSlots
+from kiln_engine.clock import MonotonicClock
+from kiln_engine.domain.ports import AdapterStore, BaseWeights, Runner
+from kiln_engine.loop import EngineLoop
+from kiln_engine.scheduling import Scheduler, SchedulerLimits
+from kiln_engine.servicer.intake import RequestIntake
+from kiln_engine.servicer.servicer import EngineServicer
+from kiln_engine.servicer.validation import RequestLimits
+from kiln_engine.settings import EngineSettings
+
+log = structlog.get_logger()
+
+_STOP_GRACE_S = 0.5
+_ANNOUNCE_RETRY_S = 1.0
+_ANNOUNCE_AGAIN_S = 30.0
+
+
+class ClosableWeights(BaseWeights, Protocol):
+    def close(self) -> None:
+        """End every lease."""
+        ...
+
+
+@dataclass(frozen=True)
+class EngineParts:
+    """What stands on the device: the real ones come from device_side, tests bring their own."""
+
+    runner: Runner
+    adapter_store: AdapterStore
+    weights: ClosableWeights
+    limits: SchedulerLimits
+    info: engine_pb2.EngineInfo
+
+
+@dataclass
+class RunningEngine:
+    """An engine that serves; stop it once. `has_failed` is set when it must be started again."""
+
+    server: RpcServer
+    loop: EngineLoop
+    intake: RequestIntake
+    adapters: AdapterManager
+    weights: ClosableWeights
+    registry: RegistryClient | None
+    background: list[asyncio.Task[None]]
+    has_failed: asyncio.Event
+    drain_timeout_s: float
+
+    async def stop(self) -> None:
+        """Let running requests end within `drain_timeout_s`, then take everything down."""
+        await self.server.set_serving(False)
+        timeout_s = 0.0 if self.has_failed.is_set() else self.drain_timeout_s
+        num_finished, num_aborted = await self.intake.drain(timeout_s)
+        log.info("engine_drained", finished=num_finished, aborted=num_aborted)
+        await self.server.stop(_STOP_GRACE_S)
+        for task in self.background:
+            task.cancel()
+        await asyncio.gather(*self.background, return_exceptions=True)
+        await self.adapters.close()
+        await asyncio.to_thread(self.loop.stop)
+        if self.registry is not None:
+            await self.registry.close()
+        await asyncio.to_thread(self.weights.close)
+
+
+async def start_engine(settings: EngineSettings, parts: EngineParts) -> RunningEngine:
+    """Wire the parts, start the loop and serve. The registry and Redis may come later."""
+    clock = MonotonicClock()
+    scheduler = Scheduler(parts.limits, frozenset(parts.info.base_model.eos_token_ids))
+    has_failed = asyncio.Event()
+    ended = _LateCallback()
+    loop = EngineLoop(
+        scheduler,
+        parts.runner,
+        clock,
+        on_ended=ended,
+        on_unhealthy=_on_this_loop(has_failed.set),
+    )
+    registry = RegistryClient(settings.registry_address) if settings.registry_address else None
+    adapters = AdapterManager(
+        AdapterSlots(parts.info.num_adapter_slots),
+        parts.adapter_store,
+        registry,
+        loop,
+        slot_wait_s=settings.adapter_slot_wait_s,
+    )
+    limits = RequestLimits(parts.info.base_model.vocab_size, parts.limits.max_num_tokens)
+    intake = RequestIntake(loop, adapters, limits, clock)
+    ended.target = intake.ended
+    servicer = EngineServicer(
+        info=parts.info,
+        intake=intake,
+        adapters=adapters,
+        loop=loop,
+        weights=parts.weights,
+        outbox_steps=settings.outbox_steps,
+    )
+    server = RpcServer(settings.listen)
+    engine_pb2_grpc.add_EngineServicer_to_server(servicer, server.grpc)
+    loop.start()
+    await server.start()
+    await server.set_serving(True)
+    jobs: list[Coroutine[Any, Any, None]] = []
+    if registry is not None:
+        jobs.append(_announce_base_model(registry, parts.info.base_model))
+        if settings.redis_url:
+            jobs.append(AdapterEvents(settings.redis_url, adapters).run())
+    background = [asyncio.create_task(job) for job in jobs]
+    log.info("engine_ready", listen=settings.listen, port=server.port, boot_id=parts.info.boot_id)
+    return RunningEngine(
+        server,
+        loop,
+        intake,
+        adapters,
+        parts.weights,
+        registry,
+        background,
+        has_failed,
+        settings.drain_timeout_s,
+    )
+
+
+class _LateCallback:
+    """Stands for the intake, which needs the loop that needs it."""
+
+    def __init__(self) -> None:
+        self.target: Callable[[list[str]], None] = lambda _: None
+
+    def __call__(self, request_ids: list[str]) -> None:
+        self.target(request_ids)
+
+
+def _on_this_loop(function: Callable[[], Any]) -> Callable[[], None]:
+    """A version of `function` that any thread may call."""
+    running = asyncio.get_running_loop()
+
+    def call() -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to tell
+            running.call_soon_threadsafe(function)
+
+    return call
+
+
+async def _announce_base_model(registry: RegistryClient, base_model: common_pb2.BaseModel) -> None:
+    """Tell the registry what is served, as soon as it answers, and again now and then."""
+    is_announced: bool | None = None
+    while True:
+        try:
+            await registry.register_base_model(base_model)
+        except KilnError as error:
+            if is_announced is not False:
+                log.warning("base_model_not_announced", code=error.code, reason=str(error))
+            is_announced = False
+            await asyncio.sleep(_ANNOUNCE_RETRY_S)
+        else:
+            if not is_announced:
+                log.info("base_model_announced", model=base_model.model_id, hash=base_model.model_hash)
+            is_announced = True
+            await asyncio.sleep(_ANNOUNCE_AGAIN_S)

@@ -1,0 +1,213 @@
+"""Loads the model and cuts the device's memory: the part of the start that needs torch."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+import torch
+
+from kiln_common.errors import KilnError
+from kiln_common.pb import common_pb2, engine_pb2
+from kiln_engine.checkpoint_identity import model_name, stop_token_ids
+from kiln_engine.execution.memory_plan import MemoryPlan, MemoryRequest, plan_memory
+from kiln_engine.execution.runner import TorchRunner
+from kiln_engine.scheduling import SchedulerLimits
+from kiln_engine.settings import EngineSettings
+from kiln_nn.config import ModelConfig
+from kiln_nn.errors import KilnNnError
+from kiln_nn.lora import adapter_table
+from kiln_nn.sharing import WeightServer, wait_for_old_leases
+from kiln_nn.weights import LoadedModel, WeightArena, load_checkpoint, resolve_model
+
+log = structlog.get_logger()
+
+_CPU_KV_CACHE_TOKENS = 65_536
+_SOCKET_NAME = "weights.sock"
+_PROGRESS_INTERVAL_S = 2.0
+
+
+class ModelNotLoaded(KilnError):
+    """The checkpoint cannot be served; code and hint say why."""
+
+    def __init__(self, error: KilnNnError) -> None:
+        super().__init__(error.message, hint=error.hint)
+        self.code = error.code
+
+
+class SharedArena:
+    """The arena as the servicer knows it, and its socket while it is served."""
+
+    def __init__(self, arena: WeightArena, socket_path: Path) -> None:
+        self._arena = arena
+        self._server = WeightServer(arena, socket_path, _log_leases)
+        self.socket_path = str(socket_path)
+
+    @property
+    def num_leases(self) -> int:
+        return self._server.num_leases
+
+    @property
+    def num_bytes(self) -> int:
+        return self._arena.manifest.nbytes
+
+    def checksum(self) -> str:
+        return self._arena.checksum()
+
+    def close(self) -> None:
+        self._server.close()
+
+
+@dataclass(frozen=True)
+class DeviceSide:
+    """A loaded model ready to run steps."""
+
+    runner: TorchRunner
+    weights: SharedArena
+    limits: SchedulerLimits
+    info: engine_pb2.EngineInfo
+
+
+def load_device_side(settings: EngineSettings) -> DeviceSide:
+    """Load the checkpoint, share its weights and allocate the pools. Takes as long as the disk does.
+
+    Raises:
+        ModelNotLoaded, NotEnoughMemory: with what is wrong and what to do.
+    """
+    torch.set_num_threads(settings.num_threads)
+    device = _choose_device(settings.device)
+    boot_id = secrets.token_hex(16)
+    socket_path = settings.socket_dir / _SOCKET_NAME
+    try:
+        folder = resolve_model(settings.model_path)
+        if device.type == "cuda" and not wait_for_old_leases(socket_path, settings.old_lease_wait_s):
+            log.warning("old_weights_still_mapped", waited_s=settings.old_lease_wait_s)
+        model = load_checkpoint(
+            folder, device, settings.dtype, boot_id=boot_id, progress=_LoadProgress(folder.name)
+        )
+        weights = SharedArena(model.arena, socket_path)
+    except KilnNnError as error:
+        raise ModelNotLoaded(error) from error
+    views = model.arena.views()
+    dtype = views["model.embed_tokens.weight"].dtype
+    request = _memory_request(settings, model.config, device)
+    free_bytes = _free_bytes(device, settings.gpu_memory_fraction)
+    memory = plan_memory(model.config, request, dtype, free_bytes)
+    _log_plan(model, memory, dtype)
+    limits = SchedulerLimits(
+        num_pages=memory.num_pages,
+        num_state_slots=memory.num_state_slots,
+        max_model_len=request.max_model_len,
+        max_running=request.max_running,
+        step_token_budget=request.step_token_budget,
+        page_tokens=memory.page_tokens,
+        checkpoint_interval_tokens=settings.checkpoint_interval_tokens,
+    )
+    info = engine_pb2.EngineInfo(
+        base_model=_base_model(settings, folder, model, limits),
+        boot_id=boot_id,
+        device=str(device),
+        dtype=str(dtype).removeprefix("torch."),
+        page_tokens=memory.page_tokens,
+        num_pages=memory.num_pages,
+        num_state_slots=memory.num_state_slots,
+        num_adapter_slots=memory.num_adapter_slots,
+        max_adapter_rank=memory.max_adapter_rank,
+        max_running=limits.num_most_running,
+    )
+    return DeviceSide(TorchRunner(model.config, views, memory), weights, limits, info)
+
+
+class _LoadProgress:
+    """Logs the loading of weights: at the end, and every few seconds while it takes longer."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._logged_s = time.monotonic()
+
+    def __call__(self, loaded_bytes: int, total_bytes: int) -> None:
+        now = time.monotonic()
+        if loaded_bytes == total_bytes or now - self._logged_s >= _PROGRESS_INTERVAL_S:
+            percent = 100 * loaded_bytes // max(total_bytes, 1)
+            log.info("loading_weights", model=self._name, percent=percent, mib=loaded_bytes >> 20)
+            self._logged_s = now
+
+
+def _choose_device(choice: str) -> torch.device:
+    if choice == "cpu" or (choice == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    return torch.device("cuda", 0)
+
+
+def _memory_request(settings: EngineSettings, config: ModelConfig, device: torch.device) -> MemoryRequest:
+    is_cpu = device.type == "cpu"
+    longest = config.max_position_embeddings
+    return MemoryRequest(
+        page_tokens=settings.page_tokens,
+        max_model_len=min(settings.max_model_len or longest, longest),
+        max_running=settings.max_running or (32 if is_cpu else 128),
+        step_token_budget=settings.step_token_budget or (512 if is_cpu else 8192),
+        num_adapter_slots=settings.num_adapter_slots,
+        max_adapter_rank=settings.max_adapter_rank,
+        num_state_slots=settings.num_state_slots,
+        kv_cache_tokens=settings.kv_cache_tokens or (_CPU_KV_CACHE_TOKENS if is_cpu else 0),
+    )
+
+
+def _free_bytes(device: torch.device, gpu_memory_fraction: float) -> int:
+    """What the pools may take: all that is free on a CPU, the engine's share on a GPU."""
+    if device.type == "cpu":
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") + _cached_file_bytes()
+    free, total = torch.cuda.mem_get_info(device)
+    # The weights are loaded already and count as part of the share.
+    return max(0, free - int(total * (1 - gpu_memory_fraction)))
+
+
+def _cached_file_bytes() -> int:
+    """Memory the kernel would give back from its file cache; 0 where it does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0
+    kib = {line.split(":")[0]: int(line.split()[1]) for line in lines}
+    return max(0, kib.get("MemAvailable", 0) - kib.get("MemFree", 0)) * 1024
+
+
+def _base_model(
+    settings: EngineSettings, folder: Path, model: LoadedModel, limits: SchedulerLimits
+) -> common_pb2.BaseModel:
+    return common_pb2.BaseModel(
+        model_id=settings.served_model_name or model_name(settings.model_path, folder),
+        model_hash=model.manifest.model_hash,
+        vocab_size=model.config.vocab_size,
+        max_model_len=limits.max_num_tokens,
+        eos_token_ids=stop_token_ids(folder, model.config.eos_token_ids),
+        adaptable_modules=[
+            common_pb2.AdaptableModule(path=path, in_features=inputs, out_features=outputs)
+            for path, (inputs, outputs) in adapter_table(model.config).items()
+        ],
+    )
+
+
+def _log_plan(model: LoadedModel, memory: MemoryPlan, dtype: torch.dtype) -> None:
+    log.info(
+        "memory_plan",
+        weights_mib=model.manifest.nbytes >> 20,
+        weights_dtype=str(dtype).removeprefix("torch."),
+        kv_mib=memory.kv_bytes >> 20,
+        kv_tokens=memory.num_pages * memory.page_tokens,
+        state_mib=memory.state_bytes >> 20,
+        state_slots=memory.num_state_slots,
+        state_dtype="float32",
+        adapter_mib=memory.adapter_bytes >> 20,
+        adapter_slots=memory.num_adapter_slots,
+        workspace_mib=memory.workspace_bytes >> 20,
+    )
+
+
+def _log_leases(num_leases: int) -> None:
+    log.info("weight_leases", count=num_leases)

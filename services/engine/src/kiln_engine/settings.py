@@ -1,0 +1,68 @@
+"""Engine process settings."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+def _default_socket_dir() -> Path:
+    return Path(tempfile.gettempdir()) / f"kiln-{os.getuid()}"
+
+
+class EngineSettings(BaseSettings):
+    """Engine process settings, read once from KILN_ENGINE_*. Zero leaves a number to the engine."""
+
+    model_config = SettingsConfigDict(env_prefix="KILN_ENGINE_", frozen=True, protected_namespaces=())
+
+    model_path: str = Field(description="checkpoint folder, or a hub id such as Qwen/Qwen3.5-4B")
+    served_model_name: str = Field("", description="the base model's id; empty takes the checkpoint's own")
+    listen: str = Field("127.0.0.1:8430", description="gRPC address: host:port or unix:/path")
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    num_threads: PositiveInt = Field(1, description="CPU threads of a step")
+
+    page_tokens: PositiveInt = Field(16, description="tokens in one KV page")
+    max_model_len: NonNegativeInt = Field(
+        0, description="most tokens of prompt and completion; 0: the model's"
+    )
+    kv_cache_tokens: NonNegativeInt = Field(
+        0, description="tokens of KV cache; 0: 65,536 on a CPU, what memory leaves on a GPU"
+    )
+    gpu_memory_fraction: float = Field(
+        0.6, gt=0, le=1, description="share of a GPU's memory for this engine, weights included"
+    )
+    max_running: NonNegativeInt = Field(
+        0, description="most sequences in a step; 0: 32 on a CPU, 128 on a GPU"
+    )
+    num_state_slots: NonNegativeInt = Field(0, description="recurrent states kept; 0: twice max_running")
+    checkpoint_interval_tokens: PositiveInt = Field(
+        1024, description="distance between the state checkpoints of a prompt made while there is room"
+    )
+    step_token_budget: NonNegativeInt = Field(
+        0, description="most tokens in one forward pass; 0: 512 on a CPU, 8,192 on a GPU"
+    )
+    num_adapter_slots: PositiveInt = Field(8, description="adapter versions on the device at once")
+    max_adapter_rank: PositiveInt = Field(64, description="highest LoRA rank that fits a slot")
+    adapter_slot_wait_s: float = Field(
+        30.0, ge=0, description="how long a request waits for an adapter slot while all are in use"
+    )
+
+    registry_address: str = Field(
+        "", description="where adapters come from; empty serves the base model only"
+    )
+    redis_url: str = Field("", description="where new versions are announced; empty fetches them on demand")
+    socket_dir: Path = Field(
+        default_factory=_default_socket_dir, description="private folder of the weight-sharing socket"
+    )
+    old_lease_wait_s: float = Field(
+        30.0, ge=0, description="how long a restarted engine waits for the old weights to be let go (GPU)"
+    )
+    drain_timeout_s: float = Field(30.0, ge=0, description="time running requests get when the engine stops")
+    outbox_steps: PositiveInt = Field(1024, description="steps a client may lag behind before it is cut off")
+    log_level: str = "INFO"
