@@ -32,7 +32,9 @@ async def open_clients(settings: GatewaySettings) -> AsyncIterator[Clients]:
     try:
         yield Clients(engines=engines, registry=registry, trainer=trainer, redis=store)
     finally:
-        for client in [*engines, registry, trainer]:
-            await client.close()
+        for engine in engines:
+            await engine.close()
+        await registry.close()
+        await trainer.close()
         if store is not None:
             await store.aclose()

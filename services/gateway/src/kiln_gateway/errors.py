@@ -107,10 +107,14 @@ def kind_of_code(code: str) -> ErrorKind:
 
 # Codes the engine alone uses.
 _ENGINE_KINDS = {
+    "adapter_rank_too_high": ErrorKind.INVALID_REQUEST,
+    "adapter_slots_full": ErrorKind.RATE_LIMITED,
     "adapter_unavailable": ErrorKind.UNAVAILABLE,
-    "adapter_slots_full": ErrorKind.UNAVAILABLE,
+    "duplicate_request_id": ErrorKind.INVALID_REQUEST,
+    "empty_prompt": ErrorKind.INVALID_REQUEST,
     "engine_draining": ErrorKind.UNAVAILABLE,
     "engine_failed": ErrorKind.UNAVAILABLE,
-    "duplicate_request_id": ErrorKind.CONFLICT,
     "out_of_pages": ErrorKind.UNAVAILABLE,
+    "out_of_state_slots": ErrorKind.UNAVAILABLE,
+    "session_overflow": ErrorKind.RATE_LIMITED,
 }
