@@ -215,3 +215,24 @@ def test_sampled_log_probabilities_of_greedy_requests_are_zero(folder: Path):
     assert row.sampled_logprob == 0.0
     assert row.logprob < 0.0
     assert math.isfinite(row.logprob)
+
+
+def test_a_request_whose_adapter_overflows_ends_with_an_error_and_no_other_does(folder: Path, oracle: Any):
+    engine = ScheduledEngine(folder)
+    lora = random_lora(engine.runner.config, rank=2)
+    for a, b in lora.tensors().values():
+        a.fill_(3e38)
+        b.fill_(3e38)
+    config_json, adapter_bytes = serialize_adapter(lora.tensors(), lora.spec, "tiny")
+    engine.runner.adapters.stage(1, adapter_bytes, config_json)
+    engine.runner.adapters.activate(1)
+    engine.add("good", token_ids(30, seed=80))
+    engine.add("bad", token_ids(30, seed=81), 1)
+    plan = engine.scheduler.plan(0.0)
+    events = engine.scheduler.commit(plan, engine.runner.execute(plan))
+    failed = [event for event in events if event.error is not None]
+    assert [(event.request_id, event.error.code) for event in failed] == [("bad", "non_finite_logits")]
+    assert engine.scheduler.stats().num_running == 1
+    # What the failed request left behind is handed out again.
+    engine.add("after", token_ids(30, seed=82))
+    check(engine.run()["after"], oracle)

@@ -60,6 +60,16 @@ class EngineFailed(Unavailable):
     hint = "Try again in a moment; if it repeats, the engine's log has the traceback."
 
 
+class NonFiniteLogits(KilnError):
+    """The model gave NaN or infinity for this request; its neighbours in the batch are unharmed."""
+
+    code = "non_finite_logits"
+    hint = "The adapter's weights are too large, or the checkpoint is damaged; try the base model."
+
+    def __init__(self, num_tokens: int) -> None:
+        super().__init__(f"the model's output after {num_tokens} tokens is not finite")
+
+
 class SessionOverflow(Overloaded):
     """The client does not read its step messages; its requests were cancelled."""
 

@@ -20,7 +20,8 @@ class RowResult:
     """The token drawn for one row.
 
     `logprob` is at temperature 1 with nothing filtered; `sampled_logprob` under the distribution it
-    was drawn from (temperature, penalties, bias and truncation applied; 0.0 when greedy).
+    was drawn from (temperature, penalties, bias and truncation applied; 0.0 when greedy). A
+    `logprob` that is not finite says that the logits were not, and `token_id` means nothing.
     """
 
     sequence_id: int

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import math
 from dataclasses import asdict
 
 from kiln_common.errors import DeadlineExceeded, KilnError, PromptTooLong
-from kiln_engine.domain.errors import DuplicateRequestId, EmptyPrompt
+from kiln_engine.domain.errors import DuplicateRequestId, EmptyPrompt, NonFiniteLogits
 from kiln_engine.domain.plan import BatchPlan, DecodeRow, PrefillChunk, StateCheckpoint
 from kiln_engine.domain.request import GenerationRequest
 from kiln_engine.domain.result import FinishReason, RowResult, SequenceEvent, StepResult
@@ -261,6 +262,8 @@ class Scheduler:
         self.memory.release_read_slot(sequence)
 
     def _append(self, sequence: Sequence, row: RowResult) -> SequenceEvent:
+        if not math.isfinite(row.logprob):
+            return self._fail(sequence, NonFiniteLogits(len(sequence.tokens)))
         is_first = sequence.num_outputs == 0
         sequence.tokens.append(row.token_id)
         self.counters.num_generated_tokens += 1

@@ -1,0 +1,62 @@
+"""The memory plan against what the stores really allocate."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from kiln_engine.execution.adapter_store import AdapterStore
+from kiln_engine.execution.memory_plan import MemoryRequest, NotEnoughMemory, plan_memory
+from kiln_engine.model import KvStore, StateStore
+from tests.support.tiny_models import SHAPES, tiny_config
+
+REQUEST = MemoryRequest(
+    page_tokens=16,
+    max_model_len=512,
+    max_running=4,
+    step_token_budget=128,
+    num_adapter_slots=3,
+    max_adapter_rank=8,
+)
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("shape", list(SHAPES))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_plan_counts_the_bytes_that_are_allocated(shape: str, dtype: torch.dtype):
+    config = tiny_config(**SHAPES[shape])
+    plan = plan_memory(config, REQUEST, dtype, free_bytes=2**30)
+    common = {"dtype": dtype, "device": CPU}
+    pages = KvStore(config, num_pages=plan.num_pages, page_tokens=16, **common)
+    states = StateStore(config, num_slots=plan.num_state_slots, page_tokens=16, **common)
+    adapters = AdapterStore(config, num_slots=3, max_rank=8, **common)
+    assert plan.kv_bytes == pages.num_bytes
+    assert plan.state_bytes == states.num_bytes
+    assert plan.adapter_bytes == adapters.num_bytes
+
+
+def test_pages_take_what_is_left_but_not_more_than_can_be_filled():
+    config = tiny_config()
+    plenty = plan_memory(config, REQUEST, torch.float32, free_bytes=2**34)
+    assert plenty.num_pages == 4 * 512 // 16
+    assert plenty.num_state_slots == 8
+    page_bytes = plenty.kv_bytes // plenty.num_pages
+    tight = plan_memory(config, REQUEST, torch.float32, plenty.total_bytes - 50 * page_bytes)
+    assert tight.num_pages == plenty.num_pages - 50
+    assert tight.total_bytes <= plenty.total_bytes - 50 * page_bytes
+
+
+def test_given_numbers_are_kept():
+    request = dataclasses.replace(REQUEST, num_state_slots=5, kv_cache_tokens=1000)
+    plan = plan_memory(tiny_config(), request, torch.float32, free_bytes=2**30)
+    assert (plan.num_state_slots, plan.num_pages) == (5, 62)
+
+
+def test_too_little_memory_is_an_error_with_numbers():
+    with pytest.raises(NotEnoughMemory, match=r"1 MiB are free; 8 state slots"):
+        plan_memory(tiny_config(), REQUEST, torch.float32, free_bytes=2**20)
+    wants_too_much = dataclasses.replace(REQUEST, kv_cache_tokens=10**9)
+    with pytest.raises(NotEnoughMemory):
+        plan_memory(tiny_config(), wants_too_much, torch.float32, free_bytes=2**30)
