@@ -12,6 +12,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,6 +27,7 @@ from kiln_engine.domain import (
 from kiln_engine.execution.adapter_store import AdapterStore
 from kiln_engine.model import KvStore, PagedModel, StateStore
 from kiln_nn.config import ModelConfig
+from kiln_nn.weights.names import expected_tensors
 from tests.support.tiny_models import read_tensors
 
 GREEDY = RowSampling(params=SamplingParams(temperature=0.0), output_index=0)
@@ -55,18 +57,24 @@ class EngineRig:
         num_pages: int = 96,
         num_slots: int = 24,
         max_draft_tokens: int = 0,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.config = ModelConfig.from_folder(folder)
         self.page_tokens = page_tokens
-        common = {"page_tokens": page_tokens, "dtype": torch.float32, "device": torch.device("cpu")}
+        placed: dict[str, Any] = {"dtype": dtype, "device": torch.device(device)}
+        common = {"page_tokens": page_tokens, **placed}
         self.kv = KvStore(self.config, num_pages=num_pages, **common)
         self.states = StateStore(
             self.config, num_slots=num_slots, max_draft_tokens=max_draft_tokens, **common
         )
-        self.model = PagedModel(self.config, read_tensors(folder), self.kv, self.states)
-        self.adapters = AdapterStore(
-            self.config, num_slots=4, max_rank=8, dtype=torch.float32, device=torch.device("cpu")
-        )
+        specs = expected_tensors(self.config, include_mtp=True)
+        weights = {
+            name: tensor.to(device, torch.float32 if specs[name].keeps_fp32 else dtype)
+            for name, tensor in read_tensors(folder).items()
+        }
+        self.model = PagedModel(self.config, weights, self.kv, self.states)
+        self.adapters = AdapterStore(self.config, num_slots=4, max_rank=8, **placed)
         shuffled = random.Random(0)
         self._pages = shuffled.sample(range(num_pages), num_pages)
         self._slots = shuffled.sample(range(num_slots), num_slots)
@@ -143,11 +151,13 @@ class EngineRig:
         plan = BatchPlan(0, tuple(rows), tuple(chunks))
         layout = self.model.layout(plan)
         every_token = dataclasses.replace(
-            layout, sample_tokens=torch.arange(layout.num_tokens), num_samples=layout.num_tokens
+            layout,
+            sample_tokens=torch.arange(layout.num_tokens, device=self.model.device),
+            num_samples=layout.num_tokens,
         )
         with torch.inference_mode():
             linear = self.adapters.linear_for(plan, self.model.base_linear)
-            logits = self.model.forward(every_token, linear)
+            logits = self.model.forward(every_token, linear).cpu()
         return list(logits.split([1] * len(rows) + [len(chunk.token_ids) for chunk in chunks]))
 
     def prefill(self, sequence: HandSequence, token_ids: Sequence[int], splits: Sequence[int] = ()):
