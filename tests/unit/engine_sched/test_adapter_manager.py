@@ -1,0 +1,171 @@
+"""The manager with a real loop on its thread, a source that can be held, and a store that records."""
+
+import asyncio
+import contextlib
+import hashlib
+from types import SimpleNamespace
+
+import pytest
+
+from kiln_common.errors import AdapterNotFound, KilnError, RegistryUnavailable
+from kiln_engine.adapters.manager import AdapterManager, AdapterVersion
+from kiln_engine.adapters.slots import AdapterSlots
+from kiln_engine.clock import MonotonicClock
+from kiln_engine.loop import EngineLoop
+from kiln_engine.scheduling import Scheduler, SchedulerLimits
+from tests.support.engine_server import RecordingStore, StubbornRunner
+
+
+def version_of(name: str, version: int = 1) -> AdapterVersion:
+    return AdapterVersion(name, version, hashlib.sha256(content_of(name, version)).hexdigest())
+
+
+def content_of(name: str, version: int) -> bytes:
+    return f"{name}@{version}".encode()
+
+
+class Source:
+    """A registry in memory."""
+
+    def __init__(self) -> None:
+        self.error: KilnError | None = None
+        self.is_open = asyncio.Event()
+        self.is_open.set()
+        self.num_fetches = 0
+        self.is_corrupt = False
+
+    async def resolve(self, reference: str):
+        if self.error:
+            raise self.error
+        name, _, number = reference.partition("@")
+        return SimpleNamespace(sha256=version_of(name, int(number)).sha256, config_json="{}")
+
+    async def fetch(self, sha256: str) -> bytes:
+        self.num_fetches += 1
+        await self.is_open.wait()
+        known = [content_of(name, number) for name in "abcde" for number in (1, 2)]
+        content = next(c for c in known if hashlib.sha256(c).hexdigest() == sha256)
+        return b"other" if self.is_corrupt else content
+
+
+@contextlib.asynccontextmanager
+async def running_manager(num_slots: int = 2, slot_wait_s: float = 0.05):
+    limits = SchedulerLimits(
+        num_pages=8, num_state_slots=4, max_model_len=64, max_running=2, step_token_budget=32
+    )
+    loop = EngineLoop(Scheduler(limits, frozenset()), StubbornRunner(), MonotonicClock())
+    loop.start()
+    store, source = RecordingStore(), Source()
+    manager = AdapterManager(AdapterSlots(num_slots), store, source, loop, slot_wait_s=slot_wait_s)
+    try:
+        yield manager, store, source
+    finally:
+        await manager.close()
+        loop.stop()
+
+
+async def test_a_version_is_staged_then_activated_on_the_loop_thread():
+    async with running_manager() as (manager, store, _):
+        assert await manager.prepare(version_of("a")) == (1, True)
+        assert store.history == [("stage", 1, b"a@1"), ("activate", 1)]
+        assert store.threads == {"engine-loop"}
+        assert await manager.prepare(version_of("a")) == (1, False)
+        assert len(store.history) == 2
+
+
+async def test_requests_for_one_version_share_its_fetch():
+    async with running_manager() as (manager, _, source):
+        leases = await asyncio.gather(*(manager.acquire([version_of("a")]) for _ in range(5)))
+        assert source.num_fetches == 1
+        assert manager.resident[0].num_pins == 5
+        for lease in leases:
+            manager.release(lease)
+        assert manager.resident[0].num_pins == 0
+
+
+async def test_an_evicted_version_is_cleared_before_its_slot_is_filled():
+    async with running_manager(num_slots=1) as (manager, store, _):
+        await manager.prepare(version_of("a"))
+        await manager.prepare(version_of("b"))
+        assert store.history[2:] == [("clear", 1), ("stage", 1, b"b@1"), ("activate", 1)]
+
+
+async def test_when_every_slot_is_pinned_a_request_waits_for_one():
+    async with running_manager(num_slots=1, slot_wait_s=10) as (manager, _, _):
+        lease = await manager.acquire([version_of("a")])
+        waiting = asyncio.create_task(manager.acquire([version_of("b")]))
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        manager.release(lease)
+        assert (await waiting).slots == (1,)
+
+
+async def test_a_request_does_not_wait_for_a_slot_forever():
+    async with running_manager(num_slots=1) as (manager, _, _):
+        await manager.acquire([version_of("a")])
+        with pytest.raises(KilnError, match=r"stayed in use") as caught:
+            await manager.acquire([version_of("b")])
+        assert caught.value.code == "adapter_slots_full"
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (AdapterNotFound("no such adapter"), "adapter_not_found"),
+        (RegistryUnavailable("gone"), "adapter_unavailable"),
+    ],
+)
+async def test_a_failed_fetch_names_its_code_and_leaves_nothing_behind(error, code):
+    async with running_manager(num_slots=1) as (manager, _, source):
+        source.error = error
+        with pytest.raises(KilnError) as caught:
+            await manager.acquire([version_of("a")])
+        assert caught.value.code == code
+        source.error = None
+        assert (await manager.acquire([version_of("a")])).slots == (1,)
+
+
+async def test_corrupt_bytes_are_refused():
+    async with running_manager() as (manager, store, source):
+        source.is_corrupt = True
+        with pytest.raises(KilnError, match="hash"):
+            await manager.acquire([version_of("a")])
+        assert store.history == []
+
+
+async def test_a_hash_the_version_does_not_have_is_not_found():
+    async with running_manager() as (manager, _, _):
+        with pytest.raises(AdapterNotFound):
+            await manager.acquire([AdapterVersion("a", 1, version_of("b").sha256)])
+
+
+async def test_a_composition_pins_all_or_none():
+    async with running_manager(num_slots=2) as (manager, _, source):
+        await manager.prepare(version_of("a"))
+        source.error = RegistryUnavailable("gone")
+        with pytest.raises(KilnError):
+            await manager.acquire([version_of("a"), version_of("b")])
+        assert manager.resident[0].num_pins == 0
+
+
+async def test_a_cancelled_request_leaves_no_pin_and_the_fetch_goes_on():
+    async with running_manager() as (manager, _, source):
+        source.is_open.clear()
+        waiting = asyncio.create_task(manager.acquire([version_of("a")]))
+        while source.num_fetches == 0:
+            await asyncio.sleep(0)
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+        source.is_open.set()
+        assert await manager.prepare(version_of("a")) == (1, True)
+        assert manager.resident[0].num_pins == 0
+        assert source.num_fetches == 1
+
+
+async def test_a_new_version_retires_the_old_one_which_then_gives_way_first():
+    async with running_manager(num_slots=3) as (manager, store, _):
+        for version in (version_of("a", 1), version_of("b"), version_of("a", 2)):
+            await manager.prepare(version)
+        old = next(entry for entry in manager.resident if entry.version == 1 and entry.name == "a")
+        await manager.prepare(version_of("c"))
+        assert ("clear", old.slot) in store.history

@@ -1,0 +1,202 @@
+"""The loop on its own thread, with the real scheduler and a runner that can be held or made to fail."""
+
+import threading
+
+import pytest
+
+from kiln_common.errors import KilnError
+from kiln_engine.clock import MonotonicClock
+from kiln_engine.domain import FinishReason, SequenceEvent
+from kiln_engine.loop import EngineLoop
+from kiln_engine.scheduling import Scheduler, SchedulerLimits
+from tests.support.engine_scheduling import make_request
+from tests.support.engine_server import StubbornRunner
+
+WAIT_S = 10.0
+
+
+class Box:
+    """A sink that can be waited on, and that is full after `capacity` steps."""
+
+    def __init__(self, capacity: int = 10_000) -> None:
+        self.batches: list[list[SequenceEvent]] = []
+        self._capacity = capacity
+        self._changed = threading.Condition()
+
+    def offer(self, events: list[SequenceEvent]) -> bool:
+        with self._changed:
+            if len(self.batches) >= self._capacity:
+                return False
+            self.batches.append(events)
+            self._changed.notify_all()
+            return True
+
+    @property
+    def events(self) -> list[SequenceEvent]:
+        return [event for batch in self.batches for event in batch]
+
+    def wait_for_ends(self, count: int) -> dict[str, SequenceEvent]:
+        def ends():
+            return {event.request_id: event for event in self.events if event.finish_reason}
+
+        with self._changed:
+            assert self._changed.wait_for(lambda: len(ends()) >= count, WAIT_S)
+        return ends()
+
+
+class Ended:
+    """Collects the ids that the loop reports as ended."""
+
+    def __init__(self) -> None:
+        self.ids: list[str] = []
+        self._changed = threading.Condition()
+
+    def __call__(self, request_ids: list[str]) -> None:
+        with self._changed:
+            self.ids += request_ids
+            self._changed.notify_all()
+
+    def wait_for(self, count: int) -> list[str]:
+        with self._changed:
+            assert self._changed.wait_for(lambda: len(self.ids) >= count, WAIT_S)
+        return sorted(self.ids)
+
+
+class Rig:
+    def __init__(self) -> None:
+        limits = SchedulerLimits(
+            num_pages=64, num_state_slots=8, max_model_len=256, max_running=8, step_token_budget=64
+        )
+        self.runner = StubbornRunner()
+        self.ended = Ended()
+        self.unhealthy = threading.Event()
+        self.loop = EngineLoop(
+            Scheduler(limits, frozenset()),
+            self.runner,
+            MonotonicClock(),
+            on_ended=self.ended,
+            on_unhealthy=self.unhealthy.set,
+        )
+        self.loop.start()
+
+
+@pytest.fixture
+def rig():
+    rig = Rig()
+    yield rig
+    rig.runner.let_go()
+    rig.loop.stop()
+
+
+def test_one_batch_of_events_per_step_and_sink(rig):
+    box = Box()
+    rig.runner.hold()
+    for name in ("a", "b"):
+        rig.loop.submit(make_request(name, max_tokens=5), (), box)
+    rig.runner.let_go()
+    ends = box.wait_for_ends(2)
+    assert {event.finish_reason for event in ends.values()} == {FinishReason.LENGTH}
+    assert len(box.events) == 10
+    assert max(len(batch) for batch in box.batches) == 2
+    assert rig.ended.wait_for(2) == ["a", "b"]
+
+
+def test_an_idle_loop_runs_no_steps(rig):
+    box = Box()
+    rig.loop.submit(make_request("a", max_tokens=3), (), box)
+    box.wait_for_ends(1)
+    num_steps = len(rig.runner.plans)
+    # Whatever is called now runs on a loop that has nothing else to do.
+    rig.loop.run_between_steps(lambda: None).result(WAIT_S)
+    assert len(rig.runner.plans) == num_steps == 3
+
+
+def test_a_failed_step_ends_only_its_own_requests(rig):
+    box = Box()
+    rig.runner.hold()
+    rig.loop.submit(make_request("fails"), (), box)
+    rig.runner.num_failures_left = 1
+    rig.runner.let_go()
+    failure = box.wait_for_ends(1)["fails"]
+    assert failure.finish_reason is FinishReason.ERROR
+    assert failure.error.code == "engine_failed"
+    rig.loop.submit(make_request("works"), (), box)
+    assert box.wait_for_ends(2)["works"].finish_reason is FinishReason.LENGTH
+    assert rig.loop.is_healthy
+    assert rig.loop.stats.num_pages_in_use == rig.loop.stats.num_pages_cached
+
+
+def test_repeated_failures_make_the_engine_unhealthy(rig):
+    box = Box()
+    rig.runner.num_failures_left = 3
+    for name in ("a", "b", "c"):
+        rig.loop.submit(make_request(name), (), box)
+        box.wait_for_ends(ord(name) - ord("a") + 1)
+    assert rig.unhealthy.wait(WAIT_S)
+    assert not rig.loop.is_healthy
+    with pytest.raises(KilnError, match="restarted"):
+        rig.loop.submit(make_request("d"), (), box)
+    assert rig.ended.wait_for(3) == ["a", "b", "c"]
+
+
+def test_a_full_sink_loses_its_requests_and_the_others_go_on(rig):
+    slow, fast = Box(capacity=2), Box()
+    rig.loop.submit(make_request("slow", max_tokens=200), (), slow)
+    rig.loop.submit(make_request("fast", max_tokens=20), (), fast)
+    assert fast.wait_for_ends(1)["fast"].finish_reason is FinishReason.LENGTH
+    assert "slow" in rig.ended.wait_for(2)
+    assert len(slow.events) == 2
+    assert rig.loop.run_between_steps(lambda: rig.loop.stats.num_running).result(WAIT_S) == 0
+
+
+def test_an_abort_takes_effect_at_the_next_step_boundary(rig):
+    box = Box()
+    rig.runner.hold()
+    rig.loop.submit(make_request("a", max_tokens=200), (), box)
+    rig.loop.abort("a")
+    rig.loop.abort("unknown")
+    rig.runner.let_go()
+    assert box.wait_for_ends(1)["a"].finish_reason is FinishReason.ABORT
+    assert len(box.events) <= 2
+
+
+def test_a_refused_request_hears_why(rig):
+    box = Box()
+    rig.loop.submit(make_request("long", range(300)), (), box)
+    assert box.wait_for_ends(1)["long"].error.code == "prompt_too_long"
+    assert rig.ended.wait_for(1) == ["long"]
+
+
+def test_a_duplicate_id_leaves_the_first_request_alone(rig):
+    first, second = Box(), Box()
+    rig.runner.hold()
+    rig.loop.submit(make_request("a", max_tokens=6), (), first)
+    rig.loop.submit(make_request("a", max_tokens=6), (), second)
+    rig.runner.let_go()
+    assert second.wait_for_ends(1)["a"].error.code == "duplicate_request_id"
+    assert first.wait_for_ends(1)["a"].finish_reason is FinishReason.LENGTH
+    assert rig.ended.wait_for(1) == ["a"]
+
+
+def test_stopping_ends_every_request(rig):
+    box = Box()
+    rig.runner.hold()
+    rig.loop.submit(make_request("a", max_tokens=200), (), box)
+    stopper = threading.Thread(target=rig.loop.stop)
+    stopper.start()
+    rig.runner.let_go()
+    stopper.join(WAIT_S)
+    assert box.wait_for_ends(1)["a"].error.code == "engine_draining"
+    with pytest.raises(KilnError, match="stopped"):
+        rig.loop.submit(make_request("b"), (), box)
+    with pytest.raises(KilnError, match="stopped"):
+        rig.loop.run_between_steps(lambda: None).result(WAIT_S)
+
+
+def test_what_runs_between_steps_may_fail_alone(rig):
+    def fail() -> None:
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        rig.loop.run_between_steps(fail).result(WAIT_S)
+    assert rig.loop.run_between_steps(lambda: 5).result(WAIT_S) == 5

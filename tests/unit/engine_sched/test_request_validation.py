@@ -1,0 +1,72 @@
+import pytest
+
+from kiln_common.errors import KilnError
+from kiln_common.pb import common_pb2
+from kiln_engine.servicer.validation import RequestLimits, parse_request
+from tests.support.engine_server import generate_request
+
+LIMITS = RequestLimits(vocab_size=100, max_num_tokens=32)
+
+
+def test_a_request_arrives_whole():
+    message = generate_request(
+        "r",
+        [1, 2, 3],
+        logit_bias={5: -1.0},
+        stop_token_ids=[9],
+        seed=42,
+        timeout_s=2.0,
+        priority=-3,
+        cache_salt="s",
+        num_stable_prefix_tokens=2,
+        adapters=[common_pb2.AdapterRef(name="a", version=1, sha256="ab" * 32)],
+    )
+    request = parse_request(message, LIMITS, now=10.0)
+    assert request.prompt_token_ids == (1, 2, 3)
+    assert (request.arrival_s, request.deadline_s, request.priority) == (10.0, 12.0, -3)
+    assert request.sampling.seed == 42
+    assert request.sampling.stop_token_ids == {9}
+    assert dict(request.sampling.logit_bias) == {5: -1.0}
+    # A scale that was left out counts as 1.
+    assert request.adapters[0].scale == 1.0
+
+
+def test_a_seed_is_drawn_when_there_is_none():
+    message = generate_request()
+    message.sampling.ClearField("seed")
+    seeds = {parse_request(message, LIMITS, 0.0).sampling.seed for _ in range(3)}
+    assert len(seeds) == 3
+
+
+@pytest.mark.parametrize(
+    ("fields", "code", "text"),
+    [
+        ({"prompt": []}, "empty_prompt", "no tokens"),
+        ({"prompt": range(32)}, "prompt_too_long", "32 tokens, the limit is 31"),
+        ({"prompt": [1, 100]}, "invalid_token_ids", "contains 100; the model's ids are 0 to 99"),
+        ({"prompt": [-1]}, "invalid_token_ids", "contains -1"),
+        ({"stop_token_ids": [500]}, "invalid_token_ids", "stop_token_ids contains 500"),
+        ({"logit_bias": {100: 1.0}}, "invalid_token_ids", "logit_bias contains 100"),
+        ({"logit_bias": {1: float("nan")}}, "invalid_value", "logit_bias"),
+        ({"request_id": ""}, "invalid_value", "request_id"),
+        ({"max_tokens": 0}, "invalid_value", "max_tokens is 0"),
+        ({"min_tokens": 9}, "invalid_value", "at most max_tokens, which is 4"),
+        ({"temperature": -0.1}, "invalid_value", "temperature"),
+        ({"temperature": float("nan")}, "invalid_value", "temperature"),
+        ({"temperature": float("inf")}, "invalid_value", "temperature"),
+        ({"top_p": 0.0}, "invalid_value", "top_p"),
+        ({"top_k": -1}, "invalid_value", "top_k"),
+        ({"min_p": 1.5}, "invalid_value", "min_p"),
+        ({"presence_penalty": 3.0}, "invalid_value", "presence_penalty"),
+        ({"repetition_penalty": 0.0}, "invalid_value", "repetition_penalty"),
+        ({"num_top_logprobs": 21}, "invalid_value", "0 to 20"),
+        ({"num_stable_prefix_tokens": 21}, "invalid_value", "between 0 and 20"),
+        ({"timeout_s": -1.0}, "invalid_value", "timeout_s"),
+        ({"adapters": [common_pb2.AdapterRef(name="a", version=1, sha256="x")]}, "invalid_value", "hex"),
+        ({"adapters": [common_pb2.AdapterRef(version=1, sha256="ab" * 32)]}, "invalid_value", "name"),
+    ],
+)
+def test_wrong_values_are_named(fields, code, text):
+    with pytest.raises(KilnError, match=text) as caught:
+        parse_request(generate_request(**fields), LIMITS, 0.0)
+    assert caught.value.code == code
