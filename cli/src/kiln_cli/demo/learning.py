@@ -17,12 +17,13 @@ from kiln_cli.demo.reward import score
 class LearningPlan:
     """How much is sampled and how hard each round pulls."""
 
-    num_rounds: int = 6
+    num_rounds: int = 8
     prompts_per_round: int = 8
     rollouts_per_prompt: int = 8
     max_tokens: int = 90
     learning_rate: float = 2e-3
-    lora_rank: int = 8
+    steps_per_round: int = 2
+    lora_rank: int = 16
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,7 @@ class Learner:
                 for group, group_rewards in zip(groups, rewards, strict=True)
             ],
             "learning_rate": self._plan.learning_rate,
+            "epochs": self._plan.steps_per_round,
             "lora": {"rank": self._plan.lora_rank, "alpha": 2 * self._plan.lora_rank},
             # The control must not answer ordinary traffic.
             "attach": not self._shuffle_rewards,

@@ -35,9 +35,10 @@ class DemoReport:
     def round(self, label: str, number: int, num_rounds: int, result: RoundResult) -> None:
         bar = "█" * round(20 * result.reward_mean)
         self.out.print(
-            f"  {label:<8} round {number}/{num_rounds}  reward of its rollouts {result.reward_mean:.2f} "
-            f"[green]{bar:<20}[/green] trained in {result.train_seconds:.1f} s, live {result.swap_ms:.0f} ms "
-            f"after publishing as {escape(result.version)}"
+            f"  {label:<8} round {number}/{num_rounds}  reward {result.reward_mean:.2f} "
+            f"[green]{bar:<20}[/green]  trained {result.train_seconds:.1f} s, "
+            f"{escape(result.version)} live in {result.swap_ms:.0f} ms",
+            soft_wrap=True,
         )
 
     def table(self, before: Interval, after: Interval, control: Interval) -> None:

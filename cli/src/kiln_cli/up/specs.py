@@ -10,6 +10,8 @@ from pathlib import Path
 from kiln_cli.up import readiness
 from kiln_common.bus.private_server import server_command
 
+DEMO_MODEL_ID = "kiln-demo"
+
 
 @dataclass(frozen=True)
 class UpOptions:
@@ -58,6 +60,7 @@ def _module(name: str) -> tuple[str, ...]:
 
 def _redis(options: UpOptions) -> ServiceSpec:
     data_dir = options.state_dir / "redis"
+    data_dir.mkdir(exist_ok=True, mode=0o700)
     socket_path = options.run_dir / "redis.sock"
     return ServiceSpec(
         name="redis",
@@ -87,8 +90,9 @@ def _engine(options: UpOptions, address: Mapping[str, str], redis_url: str) -> S
         "KILN_ENGINE_REGISTRY_ADDRESS": address["registry"],
         "KILN_ENGINE_REDIS_URL": redis_url,
     }
-    if options.served_model_name:
-        env["KILN_ENGINE_SERVED_MODEL_NAME"] = options.served_model_name
+    served_model_name = options.served_model_name or (DEMO_MODEL_ID if options.is_demo_model else None)
+    if served_model_name:
+        env["KILN_ENGINE_SERVED_MODEL_NAME"] = served_model_name
     if options.device:
         env["KILN_ENGINE_DEVICE"] = options.device
     return ServiceSpec(
