@@ -328,7 +328,7 @@ def build_rig(folder: Path, *, redis: Any = None, max_model_len: int = 512, **se
     if not model_path.exists():
         write_model_folder(model_path)
     options = {"enable_thinking_default": False, "allowed_hosts": ("localhost", "127.0.0.1"), **settings}
-    gateway_settings = GatewaySettings(model_path=model_path, **options)
+    gateway_settings = GatewaySettings(model_path=str(model_path), **options)
     tokenizer = TextTokenizer.load(model_path)
     engine, registry, trainer = (
         FakeEngine(tokenizer, max_model_len=max_model_len),

@@ -34,7 +34,7 @@ async def serve(settings: GatewaySettings) -> None:
             "gateway_starting",
             host=settings.host,
             port=settings.port,
-            model_path=str(settings.model_path),
+            model_path=settings.model_path,
             has_api_keys=bool(settings.api_keys),
         )
         await uvicorn.Server(config).serve()

@@ -11,6 +11,7 @@ from fastapi.responses import Response
 from kiln_gateway.edge import EdgeMiddleware
 from kiln_gateway.gateway import Gateway
 from kiln_gateway.http_errors import install_error_handlers
+from kiln_gateway.openapi import install_openapi
 from kiln_gateway.ports import Clients
 from kiln_gateway.routes import adapters, completions, health, home, models, not_built, text, training
 from kiln_gateway.settings import GatewaySettings
@@ -33,7 +34,7 @@ def create_app(settings: GatewaySettings, clients: Clients) -> FastAPI:
     """The application over these clients; reads tokenizer and template from settings.model_path.
 
     Raises:
-        TokenizerUnusable, TemplateUnusable: the model folder does not have what it needs.
+        ModelFolderMissing, TokenizerUnusable, TemplateUnusable: the model folder does not have what it needs.
     """
     gateway = Gateway(settings, clients)
 
@@ -51,6 +52,7 @@ def create_app(settings: GatewaySettings, clients: Clients) -> FastAPI:
     async def on_client_left(request: Request, error: ClientLeft) -> Response:
         return Response(status_code=_CLIENT_CLOSED_REQUEST)
 
+    install_openapi(app)
     for router in _ROUTERS:
         app.include_router(router)
     app.add_middleware(

@@ -6,8 +6,8 @@ import contextlib
 from collections.abc import AsyncIterator
 
 import redis.asyncio
-from kiln_common.clients.engine import EngineClient
 
+from kiln_common.clients.engine import EngineClient
 from kiln_common.clients.registry import RegistryClient
 from kiln_common.clients.trainer import TrainerClient
 from kiln_gateway.ports import Clients

@@ -17,6 +17,7 @@ from kiln_gateway.chat.prompt import PromptRenderer
 from kiln_gateway.engine_pool import EnginePool
 from kiln_gateway.idempotency import IdempotencyRecords
 from kiln_gateway.metrics import GatewayMetrics
+from kiln_gateway.model_folder import find_model_folder
 from kiln_gateway.model_resolver import ModelResolver
 from kiln_gateway.ports import Clients
 from kiln_gateway.request_body import parse_body, parse_bytes, read_body
@@ -33,9 +34,10 @@ class Gateway:
     def __init__(self, settings: GatewaySettings, clients: Clients) -> None:
         self.settings = settings
         self.clients = clients
-        self.tokenizer = TextTokenizer.load(settings.model_path)
+        model_folder = find_model_folder(settings.model_path)
+        self.tokenizer = TextTokenizer.load(model_folder)
         self.prompts = PromptRenderer(
-            ChatTemplate.load(settings.model_path),
+            ChatTemplate.load(model_folder),
             self.tokenizer,
             enable_thinking_default=settings.enable_thinking_default,
         )

@@ -37,9 +37,9 @@ HINTS = {
     "conflicting_fields": "Send one form or the other.",
     "invalid_scale": "Leave the adapter out instead of scaling it to nothing.",
     "unsupported_content": "This model reads text: send a string or parts of type text.",
-    "missing_field": "Add the field; docs/api lists what each route needs.",
+    "missing_field": "Add the field; GET /openapi.json says what each route needs.",
 }
-_DEFAULT_HINT = "docs/api lists every field with its type and range."
+_DEFAULT_HINT = "GET /openapi.json has every field with its type and range."
 
 
 async def read_body(request: Request, limit_bytes: int) -> bytes:

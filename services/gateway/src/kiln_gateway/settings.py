@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from ipaddress import ip_address
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -33,14 +32,14 @@ class ApiKey(BaseModel):
 class GatewaySettings(BaseSettings):
     """Gateway process settings. A bad value stops the start."""
 
-    model_config = SettingsConfigDict(env_prefix="KILN_GATEWAY_", frozen=True, extra="forbid")
+    model_config = SettingsConfigDict(env_prefix="KILN_GATEWAY_", frozen=True, protected_namespaces=())
 
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8420, ge=0, le=65535)
     allow_public_bind: bool = Field(
         False, description="listen on an address other than loopback although no API keys are set"
     )
-    model_path: Path = Field(description="checkpoint folder: tokenizer.json and the chat template")
+    model_path: str = Field(description="checkpoint folder or hub id: tokenizer and chat template")
     served_model_name: str = Field("", description="the base model's id; empty takes the engine's own")
     engine_addresses: CommaSeparated = Field(
         ("127.0.0.1:8430",), description="gRPC addresses, comma separated"

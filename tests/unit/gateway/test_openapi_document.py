@@ -1,0 +1,44 @@
+"""The OpenAPI document says what the routes take."""
+
+import pytest
+
+from kiln_gateway.model_folder import ModelFolderMissing, find_model_folder
+from kiln_gateway.openapi import REQUEST_BODIES
+from kiln_gateway.routes.not_built import NOT_BUILT
+from tests.support.gateway import build_rig
+
+
+async def test_every_body_is_described_and_every_reference_resolves(tmp_path):
+    document = build_rig(tmp_path).app.openapi()
+    schemas = document["components"]["schemas"]
+    for path, model in REQUEST_BODIES.items():
+        content = document["paths"][path]["post"]["requestBody"]["content"]
+        assert content["application/json"]["schema"]["$ref"].endswith(model.__name__)
+        assert set(schemas[model.__name__]["properties"]) == set(model.model_fields)
+    names = {ref.rpartition("/")[2] for ref in _references(document)}
+    assert names <= set(schemas)
+    assert schemas["ChatCompletionBody"]["properties"]["temperature"]["anyOf"][0]["maximum"] == 2
+
+
+async def test_no_route_is_both_built_and_not_built(tmp_path):
+    app = build_rig(tmp_path).app
+    routes = [(method, route.path) for route in app.state.api_routes for method in route.methods]
+    assert len(routes) == len(set(routes))
+    assert {(method, path) for method, path, _ in NOT_BUILT} <= set(routes)
+
+
+def _references(node):
+    if isinstance(node, dict):
+        if isinstance(node.get("$ref"), str):
+            yield node["$ref"]
+        for value in node.values():
+            yield from _references(value)
+    elif isinstance(node, list):
+        for value in node:
+            yield from _references(value)
+
+
+def test_a_model_that_is_neither_folder_nor_hub_id_is_named(tmp_path):
+    assert find_model_folder(str(tmp_path)) == tmp_path
+    with pytest.raises(ModelFolderMissing, match="nowhere"):
+        find_model_folder("./nowhere/at/all")
