@@ -54,12 +54,16 @@ def test_a_fitting_adapter_is_described(tmp_path, dtype):
 
 
 def test_bfloat16_is_read(tmp_path):
-    assert inspect(tmp_path, bf16_file(0x3F80)).targets == ("gate_proj",)
+    assert inspect(tmp_path, bf16_file(0x3F80), peft_config(target_modules=["gate_proj"])).targets == (
+        "gate_proj",
+    )
 
 
 @pytest.mark.parametrize("bits", [0x7F80, 0xFF80, 0x7FC0])  # inf, -inf, NaN
 def test_non_finite_bfloat16_is_refused(tmp_path, bits):
-    assert code_of(tmp_path, bf16_file(bits)) == "adapter_not_finite"
+    assert (
+        code_of(tmp_path, bf16_file(bits), peft_config(target_modules=["gate_proj"])) == "adapter_not_finite"
+    )
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
@@ -162,14 +166,31 @@ def test_a_module_outside_target_modules_is_refused(tmp_path):
         {"fan_in_fan_out": True},
         {"trainable_token_indices": [1]},
         {"peft_type": "IA3"},
+        {"task_type": "SEQ_CLS"},
+        {"init_lora_weights": "pissa"},
+        {"something_new": 3},
     ],
 )
 def test_unsupported_features_are_refused_by_name(feature):
-    with pytest.raises(
-        KilnError, match=next(iter(feature.values() if "peft_type" in feature else feature))
-    ) as caught:
+    with pytest.raises(KilnError, match=next(iter(feature))) as caught:
         parse_peft_config(peft_config(**feature))
     assert caught.value.code == "unsupported_adapter_feature"
+
+
+def test_a_layer_that_the_config_promises_must_be_there(tmp_path):
+    tensors = {name: tensor for name, tensor in lora_tensors().items() if "gate_proj" not in name}
+    assert code_of(tmp_path, save(tensors)) == "incomplete_adapter"
+    found = inspect(tmp_path, save(tensors), peft_config(exclude_modules=["gate_proj"]))
+    assert found.targets == ("down_proj", "in_proj_qkv")
+
+
+def test_names_of_the_multimodal_checkpoint_are_understood(tmp_path):
+    renamed = {
+        name.replace("model.layers", "model.language_model.layers"): tensor
+        for name, tensor in lora_tensors().items()
+    }
+    assert inspect(tmp_path, save(renamed)).targets == ("down_proj", "gate_proj", "in_proj_qkv")
+    assert code_of(tmp_path, save(renamed | lora_tensors())) == "unexpected_tensor"
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 from dataclasses import dataclass
 
 import structlog
@@ -26,7 +24,7 @@ class RunningRegistry:
 
     server: RpcServer
     catalog: Catalog
-    announcements: asyncio.Task[None] | None
+    announcer: Announcer | None
     stop_grace_s: float
 
     @property
@@ -36,10 +34,8 @@ class RunningRegistry:
 
     async def stop(self) -> None:
         await self.server.stop(self.stop_grace_s)
-        if self.announcements is not None:
-            self.announcements.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self.announcements
+        if self.announcer is not None:
+            await self.announcer.stop()
         self.catalog.close()
 
 
@@ -56,9 +52,10 @@ async def start_registry(settings: RegistrySettings) -> RunningRegistry:
     registry_pb2_grpc.add_RegistryServicer_to_server(RegistryServicer(catalog, blobs, on_change), server.grpc)
     await server.start()
     await server.set_serving(True)
-    announcements = asyncio.create_task(announcer.run()) if announcer else None
+    if announcer is not None:
+        announcer.start()
     log.info("registry_ready", listen=settings.listen, port=server.port, orphans_removed=num_orphans)
-    return RunningRegistry(server, catalog, announcements, settings.stop_grace_s)
+    return RunningRegistry(server, catalog, announcer, settings.stop_grace_s)
 
 
 def _nothing_to_wake() -> None:

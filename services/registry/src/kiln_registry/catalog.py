@@ -189,10 +189,13 @@ class Catalog:
             rows = connection.execute(select(table).order_by(table.c.id).limit(limit)).mappings()
             return [RegistryEvent(**row) for row in rows]
 
-    def clear_outbox(self, last_id: int) -> None:
-        """Forget the facts up to and including `last_id`: Redis has them."""
+    def clear_outbox(self, event_id: int) -> None:
+        """Forget one fact: Redis has it.
+
+        Not those before it as well: on PostgreSQL a transaction with a lower id may commit later.
+        """
         with self._engine.begin() as connection:
-            connection.execute(delete(schema.outbox).where(schema.outbox.c.id <= last_id))
+            connection.execute(delete(schema.outbox).where(schema.outbox.c.id == event_id))
 
     def trim_outbox(self) -> None:
         """Bound what waits for a Redis that never comes; readers re-read the truth anyway."""

@@ -36,6 +36,8 @@ class PeftConfig:
     alpha: float
     # None when the file gives a pattern instead of a list.
     target_modules: tuple[str, ...] | None
+    # Whether every layer that target_modules names must have tensors.
+    covers_all_layers: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +199,7 @@ class UnexpectedTensor(InvalidRequest):
 
 
 class IncompleteAdapter(InvalidRequest):
-    """A module has one of its two matrices, or the file has none at all."""
+    """A module lacks one of its two matrices or both, or the file has none at all."""
 
     code = "incomplete_adapter"
     hint = "Each adapted module needs its lora_A.weight and its lora_B.weight."

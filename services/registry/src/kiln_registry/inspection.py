@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,26 +29,21 @@ MAX_RANK = 256
 _MAX_CONFIG_CHARS = 1_000_000
 _TENSOR_NAME = re.compile(r"base_model\.model\.(?P<path>.+)\.lora_(?P<side>[AB])\.weight")
 
-# PEFT settings that change what an adapter computes and that the engine does not do. Each is
-# refused unless it has one of the values under which it changes nothing.
-_NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
-    "use_dora": (False,),
-    "use_rslora": (False,),
-    "use_qalora": (False,),
-    "bias": ("none",),
-    "lora_bias": (False,),
-    "fan_in_fan_out": (False,),
-    "modules_to_save": ([],),
-    "rank_pattern": ({},),
-    "alpha_pattern": ({},),
-    "layer_replication": ([],),
-    "target_parameters": ([],),
-    "trainable_token_indices": ([], {}),
-    "alora_invocation_tokens": ([],),
-    "arrow_config": (),
-    "use_bdlora": (False,),
-    "monteclora_config": (),
-}
+# Fields of adapter_config.json that are read below, or do not change what a trained adapter
+# computes. Any other field that is switched on is refused by its name: engines refuse it too
+# (kiln_nn.lora.peft_config), and an alias must never point at what they cannot load.
+_KNOWN_FIELDS = frozenset(
+    {
+        "auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode",
+        "init_lora_weights", "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout",
+        "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r", "revision",
+        "runtime_config", "target_modules", "task_type",
+    }
+)  # fmt: skip
+_OFF_VALUES: tuple[Any, ...] = (None, False, "none", "", {}, [])
+# The other initialisations (pissa, olora, ...) also change the base weights.
+_PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
+_PARTIAL_FIELDS = ("layers_to_transform", "layers_pattern", "exclude_modules")
 
 
 def parse_peft_config(config_json: str) -> PeftConfig:
@@ -58,19 +54,15 @@ def parse_peft_config(config_json: str) -> PeftConfig:
         UnsupportedAdapterFeature: it uses something other than plain LoRA; the message names it.
     """
     config = _load_config(config_json)
-    peft_type = config.get("peft_type", "LORA")
-    if peft_type != "LORA":
-        raise UnsupportedAdapterFeature(f"the adapter is of type {str(peft_type)[:40]!r}, not LORA")
-    for feature, neutral in _NEUTRAL_VALUES.items():
-        value = config.get(feature)
-        if value is not None and value not in neutral:
-            raise UnsupportedAdapterFeature(f"the adapter uses {feature}={json.dumps(value)[:120]}")
+    _refuse_features(config)
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= MAX_RANK:
-        raise InvalidAdapterConfig(f"r is {json.dumps(rank)[:40]}, it must be 1 to {MAX_RANK}")
+        raise InvalidAdapterConfig(f"r is {_shown(rank)}, it must be 1 to {MAX_RANK}")
     if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 < alpha < math.inf:
-        raise InvalidAdapterConfig(f"lora_alpha is {json.dumps(alpha)[:40]}, it must be a positive number")
-    return PeftConfig(rank, float(alpha), _target_modules(config.get("target_modules")))
+        raise InvalidAdapterConfig(f"lora_alpha is {_shown(alpha)}, it must be a positive number")
+    targets = _target_modules(config.get("target_modules"))
+    is_partial = any(config.get(field) for field in _PARTIAL_FIELDS)
+    return PeftConfig(rank, float(alpha), targets, targets is not None and not is_partial)
 
 
 def inspect_adapter(path: Path, config: PeftConfig, base_model: BaseModelRecord) -> InspectedAdapter:
@@ -91,6 +83,7 @@ def inspect_adapter(path: Path, config: PeftConfig, base_model: BaseModelRecord)
             )
         _check_targeted(module_path, config)
         _check_shapes(module_path, matrices, shape, config.rank)
+    _check_complete(config, sides, base_model)
     bad_tensor = find_non_finite(path, entries)
     if bad_tensor is not None:
         raise NotFinite(f"the tensor {bad_tensor!r} holds a NaN or an infinity")
@@ -110,6 +103,20 @@ def _load_config(config_json: str) -> dict[str, Any]:
     return config
 
 
+def _refuse_features(config: dict[str, Any]) -> None:
+    expected = {"peft_type": ("LORA",), "task_type": (None, "CAUSAL_LM"), "init_lora_weights": _PLAIN_INITS}
+    for field, supported in expected.items():
+        if config.get(field) not in supported:
+            raise UnsupportedAdapterFeature(f"the adapter has {field}={_shown(config.get(field))}")
+    for field, value in config.items():
+        if field not in _KNOWN_FIELDS and value not in _OFF_VALUES:
+            raise UnsupportedAdapterFeature(f"the adapter uses {field[:80]}={_shown(value)}")
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(value)[:120]
+
+
 def _target_modules(value: Any) -> tuple[str, ...] | None:
     if isinstance(value, str) and value:
         return None
@@ -125,7 +132,11 @@ def _pair_up(entries: list[TensorEntry]) -> dict[str, dict[str, TensorEntry]]:
         match = _TENSOR_NAME.fullmatch(entry.name)
         if match is None:
             raise UnexpectedTensor(f"the tensor {entry.name[:200]!r} is not part of a LoRA adapter")
-        sides[match["path"]][match["side"]] = entry
+        # Adapters made on the multimodal checkpoint say language_model in their paths.
+        module_path = match["path"].replace("model.language_model.", "model.", 1)
+        if match["side"] in sides[module_path]:
+            raise UnexpectedTensor(f"the tensor {entry.name[:200]!r} is there under two names")
+        sides[module_path][match["side"]] = entry
     if not sides:
         raise IncompleteAdapter("the file holds no tensors")
     for module_path, matrices in sides.items():
@@ -137,12 +148,24 @@ def _pair_up(entries: list[TensorEntry]) -> dict[str, dict[str, TensorEntry]]:
 
 def _check_targeted(module_path: str, config: PeftConfig) -> None:
     """PEFT would silently leave out a tensor whose module the config does not name."""
-    if config.target_modules is None:
-        return
-    if not any(module_path == name or module_path.endswith(f".{name}") for name in config.target_modules):
+    if config.target_modules is not None and not _is_targeted(module_path, config.target_modules):
         raise InvalidAdapterConfig(
             f"the file adapts {module_path!r}, which target_modules in adapter_config.json leaves out"
         )
+
+
+def _check_complete(config: PeftConfig, sides: Mapping[str, object], base_model: BaseModelRecord) -> None:
+    if not config.covers_all_layers or config.target_modules is None:
+        return
+    for module_path in base_model.modules:
+        if module_path not in sides and _is_targeted(module_path, config.target_modules):
+            raise IncompleteAdapter(
+                f"target_modules in adapter_config.json covers {module_path!r}, the file has no tensors for it"
+            )
+
+
+def _is_targeted(module_path: str, target_modules: tuple[str, ...]) -> bool:
+    return any(f".{module_path}".endswith(f".{name}") for name in target_modules)
 
 
 def _check_shapes(module_path: str, matrices: dict[str, TensorEntry], shape: ModuleShape, rank: int) -> None:

@@ -98,6 +98,7 @@ outbox = Table(
     Column("type", String(64), nullable=False),
     Column("data_json", Text, nullable=False),
     Column("at_s", Float, nullable=False),
+    sqlite_autoincrement=True,  # ids are never given out twice: readers may tell repeats by them
 )
 
 
