@@ -28,15 +28,23 @@ class StubbornRunner:
         self._may_run = threading.Event()
         self._may_run.set()
         self.num_failures_left = 0
+        self._hold_at = -1
         self.plans: list[BatchPlan] = []
 
     def hold(self) -> None:
         self._may_run.clear()
 
+    def hold_after(self, num_steps: int) -> None:
+        """Run so many more steps, then wait."""
+        self._hold_at = len(self.plans) + num_steps
+
     def let_go(self) -> None:
         self._may_run.set()
 
     def execute(self, plan: BatchPlan) -> StepResult:
+        if len(self.plans) == self._hold_at:
+            self._may_run.clear()
+            self._hold_at = -1
         self._may_run.wait(30)
         self.plans.append(plan)
         if self.num_failures_left:
