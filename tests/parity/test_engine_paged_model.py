@@ -231,3 +231,11 @@ def test_what_an_earlier_owner_left_behind_does_not_matter(case: Case):
             rig.step([rig.decode(sequence, token, rig.take_slot() if len(parts) == 11 else None)])[0]
         )
     assert relative_error(torch.cat(parts), case.prompt_and_answer) < TOLERANCE
+
+
+@pytest.mark.parametrize(("page_tokens", "max_draft_tokens"), [(8, 0), (16, 5), (32, 3)])
+def test_other_page_sizes_and_longer_rings_match(case: Case, page_tokens: int, max_draft_tokens: int):
+    rig = EngineRig(case.folder, page_tokens=page_tokens, max_draft_tokens=max_draft_tokens)
+    sequence = rig.sequence()
+    logits = torch.cat((rig.prefill(sequence, PROMPT, [32, 64]), rig.decode_all(sequence, ANSWER)))
+    assert relative_error(logits, case.prompt_and_answer) < TOLERANCE
