@@ -79,8 +79,8 @@ class ChoiceAssembler:
         self._tools = ToolCallParser(rules.parameter_schemas) if rules.parameter_schemas is not None else None
         self._allows_parallel_tool_calls = rules.allows_parallel_tool_calls
         self.tokens: list[TokenLogprob] = []
-        self.reasoning = ""
-        self.content = ""
+        self._reasoning_parts: list[str] = []
+        self._content_parts: list[str] = []
         self.num_reasoning_tokens = 0
         self.num_cached_tokens = 0
         self.seed = 0
@@ -89,6 +89,16 @@ class ChoiceAssembler:
     @property
     def is_finished(self) -> bool:
         return self.finish_reason is not None
+
+    @property
+    def reasoning(self) -> str:
+        """The thinking so far."""
+        return "".join(self._reasoning_parts)
+
+    @property
+    def content(self) -> str:
+        """The answer so far, tool calls left out."""
+        return "".join(self._content_parts)
 
     @property
     def num_tool_calls(self) -> int:
@@ -106,8 +116,8 @@ class ChoiceAssembler:
         if not self.is_finished and output.finish_reason in _FINISH_REASONS:
             self._flush(delta)
             self._finish(_FINISH_REASONS[output.finish_reason])
-        self.reasoning += delta.reasoning
-        self.content += delta.content
+        self._reasoning_parts.append(delta.reasoning)
+        self._content_parts.append(delta.content)
         delta.finish_reason = self.finish_reason
         return delta
 
