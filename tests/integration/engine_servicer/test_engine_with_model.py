@@ -1,0 +1,248 @@
+"""The engine on a real tiny model with a real registry and Redis: adapters, weights, start and stop."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from kiln_common.clients.engine import EngineClient
+from kiln_common.clients.registry import RegistryClient
+from kiln_common.errors import KilnError
+from kiln_common.pb import common_pb2, engine_pb2, registry_pb2
+from kiln_engine.bootstrap import EngineParts, start_engine
+from kiln_engine.device_side import ModelNotLoaded, load_device_side
+from kiln_engine.settings import EngineSettings
+from kiln_nn.config import ModelConfig
+from kiln_nn.lora import LoraSpec
+from kiln_nn.lora.peft_format import serialize_adapter
+from kiln_nn.sharing import attach
+from kiln_registry.bootstrap import start_registry
+from kiln_registry.settings import RegistrySettings
+from tests.support.engine_server import collect, generate_request
+from tests.support.redis_server import private_redis
+from tests.support.tiny_models import make_checkpoint, random_adapter
+
+GREEDY = {"temperature": 0.0, "max_tokens": 12}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoints") / "tiny-model"
+    make_checkpoint(folder)
+    return folder
+
+
+def settings_for(checkpoint, folder, **fields) -> EngineSettings:
+    base = {
+        "model_path": str(checkpoint),
+        "listen": f"unix:{folder}/engine.sock",
+        "device": "cpu",
+        "socket_dir": folder / "run",
+        "max_model_len": 256,
+        "kv_cache_tokens": 1024,
+        "max_running": 4,
+        "step_token_budget": 64,
+        "num_adapter_slots": 2,
+        "max_adapter_rank": 8,
+        "drain_timeout_s": 0.5,
+    }
+    return EngineSettings(**{**base, **fields})
+
+
+@contextlib.asynccontextmanager
+async def real_engine(settings: EngineSettings):
+    device = load_device_side(settings)
+    parts = EngineParts(device.runner, device.runner.adapters, device.weights, device.limits, device.info)
+    engine = await start_engine(settings, parts)
+    client = EngineClient(settings.listen)
+    try:
+        yield engine, client
+    finally:
+        await client.close()
+        await engine.stop()
+
+
+@contextlib.asynccontextmanager
+async def real_registry(folder, redis_url=""):
+    settings = RegistrySettings(
+        listen="127.0.0.1:0", state_dir=folder / "registry", redis_url=redis_url, stop_grace_s=0.1
+    )
+    registry = await start_registry(settings)
+    client = RegistryClient(f"127.0.0.1:{registry.port}")
+    try:
+        yield f"127.0.0.1:{registry.port}", client
+    finally:
+        await client.close()
+        await registry.stop()
+
+
+async def publish(registry: RegistryClient, checkpoint, model_hash: str, seed: int) -> common_pb2.AdapterRef:
+    """Publish a random adapter as the next version of "style"."""
+    spec = LoraSpec(rank=4, alpha=8, targets="all")
+    config_json, content = serialize_adapter(
+        random_adapter(ModelConfig.from_folder(checkpoint), spec, seed), spec, "tiny-model"
+    )
+    header = registry_pb2.PublishHeader(name="style", base_model_hash=model_hash, config_json=config_json)
+    version = await registry.publish(header, content)
+    return common_pb2.AdapterRef(name="style", version=version.version, sha256=version.sha256)
+
+
+async def until_registered(registry: RegistryClient, checkpoint, model_hash: str, seed: int):
+    """Publish as soon as the engine has announced its model."""
+    async with asyncio.timeout(10):
+        while True:
+            try:
+                return await publish(registry, checkpoint, model_hash, seed)
+            except KilnError as error:
+                if "base_model" not in error.code:
+                    raise
+                await asyncio.sleep(0.02)
+
+
+def tokens(outputs) -> list[int]:
+    assert outputs[-1].error.code == "", outputs[-1].error
+    return [token for output in outputs for token in output.token_ids]
+
+
+async def test_adapters_are_fetched_on_demand_and_change_the_answer(checkpoint, tmp_path):
+    async with real_registry(tmp_path) as (address, registry):
+        settings = settings_for(checkpoint, tmp_path, registry_address=address)
+        async with real_engine(settings) as (_, client):
+            model_hash = (await client.get_info()).base_model.model_hash
+            first = await until_registered(registry, checkpoint, model_hash, seed=1)
+            second = await publish(registry, checkpoint, model_hash, seed=2)
+            requests = {
+                "base": generate_request("base", **GREEDY),
+                "one": generate_request("one", adapters=[first], **GREEDY),
+                "two": generate_request("two", adapters=[second], **GREEDY),
+            }
+            together = await asyncio.gather(*(collect(client, request) for request in requests.values()))
+            answers = {name: tokens(outputs) for name, outputs in zip(requests, together, strict=True)}
+            assert len({tuple(answer) for answer in answers.values()}) == 3
+            # Alone, and from the prefix cache, each adapter says the same again.
+            for name, request in requests.items():
+                request.request_id += "-again"
+                outputs = await collect(client, request)
+                assert outputs[0].num_cached_tokens == 16
+                assert tokens(outputs) == answers[name]
+            stats = await client.get_stats()
+            assert {entry.adapter.version for entry in stats.resident_adapters} == {1, 2}
+            assert {entry.num_pins for entry in stats.resident_adapters} == {0}
+
+
+async def test_more_versions_than_slots_take_turns(checkpoint, tmp_path):
+    async with real_registry(tmp_path) as (address, registry):
+        settings = settings_for(checkpoint, tmp_path, registry_address=address, num_adapter_slots=1)
+        async with real_engine(settings) as (_, client):
+            model_hash = (await client.get_info()).base_model.model_hash
+            refs = [await until_registered(registry, checkpoint, model_hash, seed=1)]
+            refs += [await publish(registry, checkpoint, model_hash, seed=seed) for seed in (2, 3)]
+            requests = [
+                generate_request(f"r{number}", adapters=[refs[number % 3]], **GREEDY) for number in range(6)
+            ]
+            answers = [
+                tokens(outputs) for outputs in await asyncio.gather(*(collect(client, r) for r in requests))
+            ]
+            assert answers[:3] == answers[3:]
+            assert len({tuple(answer) for answer in answers}) == 3
+
+
+async def test_a_published_version_is_fetched_before_anyone_asks(checkpoint, tmp_path):
+    with private_redis(tmp_path) as redis:
+        async with real_registry(tmp_path, redis.url) as (address, registry):
+            settings = settings_for(checkpoint, tmp_path, registry_address=address, redis_url=redis.url)
+            async with real_engine(settings) as (engine, client):
+                model_hash = (await client.get_info()).base_model.model_hash
+                async with asyncio.timeout(15):
+                    while not engine.adapters.resident:
+                        await until_registered(registry, checkpoint, model_hash, seed=1)
+                        await asyncio.sleep(0.2)
+                entry = engine.adapters.resident[0]
+                ref = common_pb2.AdapterRef(name=entry.name, version=entry.version, sha256=entry.sha256)
+                assert not (await client.prepare_adapter(ref)).was_loaded
+
+
+async def test_an_unknown_adapter_names_its_code(checkpoint, tmp_path):
+    async with real_registry(tmp_path) as (address, _):
+        settings = settings_for(checkpoint, tmp_path, registry_address=address)
+        async with real_engine(settings) as (_, client):
+            ref = common_pb2.AdapterRef(name="nobody", version=3, sha256="ab" * 32)
+            [failure] = await collect(client, generate_request(adapters=[ref]))
+            assert failure.error.code == "adapter_not_found"
+
+
+async def test_the_weights_can_be_mapped_and_do_not_change(checkpoint, tmp_path):
+    async with real_engine(settings_for(checkpoint, tmp_path)) as (_, client):
+        share = await client.share_weights()
+        before = await client.checksum()
+        with await asyncio.to_thread(attach, share.socket_path, share.boot_id) as shared:
+            assert shared.manifest.model_hash == share.model_hash
+            assert shared.checksum() == before.sha256
+            assert (await client.get_stats()).num_weight_leases == 1
+            await collect(client, generate_request())
+        assert await client.checksum() == before
+
+
+async def test_batching_does_not_change_a_seeded_answer(checkpoint, tmp_path):
+    async with real_engine(settings_for(checkpoint, tmp_path)) as (_, client):
+        alone = tokens(await collect(client, generate_request("alone", seed=5, max_tokens=30)))
+        crowd = [generate_request(f"r{i}", [i + 1] * (5 * i + 3), seed=i, max_tokens=30) for i in range(6)]
+        crowd.append(generate_request("among", seed=5, max_tokens=30))
+        answers = await asyncio.gather(*(collect(client, request) for request in crowd))
+        assert tokens(answers[-1]) == alone
+
+
+async def test_preemption_does_not_change_an_answer(checkpoint, tmp_path):
+    requests = [generate_request(f"r{i}", [i + 1] * 20, temperature=0.0, max_tokens=60) for i in range(4)]
+    answers = []
+    for name, kv_cache_tokens in (("roomy", 1024), ("crowded", 160)):
+        folder = tmp_path / name
+        folder.mkdir()
+        settings = settings_for(checkpoint, folder, kv_cache_tokens=kv_cache_tokens, max_model_len=128)
+        async with real_engine(settings) as (_, client):
+            outputs = await asyncio.gather(*(collect(client, request) for request in requests))
+            answers.append([tokens(output) for output in outputs])
+            num_preemptions = (await client.get_stats()).num_preemptions
+            assert (num_preemptions > 0) == (name == "crowded")
+    assert answers[0] == answers[1]
+
+
+def test_a_folder_without_a_model_stops_the_start(tmp_path):
+    with pytest.raises(ModelNotLoaded) as caught:
+        load_device_side(settings_for(tmp_path / "nothing", tmp_path))
+    assert caught.value.code == "model_not_found"
+    assert caught.value.hint
+
+
+@pytest.mark.processes
+async def test_the_process_serves_and_stops_when_asked(checkpoint, tmp_path):
+    settings = settings_for(checkpoint, tmp_path)
+    env = {f"KILN_ENGINE_{name.upper()}": str(value) for name, value in settings.model_dump().items()}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "kiln_engine"], env={**os.environ, **env}, stderr=subprocess.PIPE
+    )
+    client = EngineClient(settings.listen)
+    try:
+        async with asyncio.timeout(60):
+            while True:
+                try:
+                    info = await client.get_info()
+                    break
+                except KilnError:
+                    assert process.poll() is None, process.stderr.read().decode()
+                    await asyncio.sleep(0.1)
+        assert info.base_model.model_id == "tiny-model"
+        outputs = await collect(client, generate_request())
+        assert outputs[-1].finish_reason == engine_pb2.FINISH_REASON_LENGTH
+        process.send_signal(signal.SIGTERM)
+        assert await asyncio.to_thread(process.wait, 20) == 0
+    finally:
+        process.kill()
+        await client.close()
+    log = process.stderr.read().decode()
+    assert "memory_plan" in log
+    assert not (tmp_path / "run" / "weights.sock").exists()
