@@ -60,7 +60,7 @@ def test_a_job_whose_trainer_died_ends_with_the_adapter_of_an_undisturbed_run(st
     stack.wait_for_restart("trainer", dead)
     job = stack.wait_for_job(job_id)
     assert job["status"] == "succeeded", job
-    assert job["claim_epoch"] >= 2
+    assert job["attempts"] >= 2
     assert job["result"]["sha256"] == undisturbed["result"]["sha256"]
 
 
