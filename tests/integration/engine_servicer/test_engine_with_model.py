@@ -161,8 +161,8 @@ async def test_a_published_version_is_fetched_before_anyone_asks(checkpoint, tmp
                     while not engine.adapters.resident:
                         await until_registered(registry, checkpoint, model_hash, seed=1)
                         await asyncio.sleep(0.2)
-                entry = engine.adapters.resident[0]
-                ref = common_pb2.AdapterRef(name=entry.name, version=entry.version, sha256=entry.sha256)
+                adapter = engine.adapters.resident[0].adapter
+                ref = common_pb2.AdapterRef(name=adapter.name, version=adapter.version, sha256=adapter.sha256)
                 assert not (await client.prepare_adapter(ref)).was_loaded
 
 

@@ -8,9 +8,10 @@ from types import SimpleNamespace
 import pytest
 
 from kiln_common.errors import AdapterNotFound, KilnError, RegistryUnavailable
-from kiln_engine.adapters.manager import AdapterManager, AdapterVersion
+from kiln_engine.adapters.manager import AdapterManager
 from kiln_engine.adapters.slots import AdapterSlots
 from kiln_engine.clock import MonotonicClock
+from kiln_engine.domain.adapter import AdapterVersion
 from kiln_engine.loop import EngineLoop
 from kiln_engine.scheduling import Scheduler, SchedulerLimits
 from tests.support.engine_server import RecordingStore, StubbornRunner
@@ -166,6 +167,6 @@ async def test_a_new_version_retires_the_old_one_which_then_gives_way_first():
     async with running_manager(num_slots=3) as (manager, store, _):
         for version in (version_of("a", 1), version_of("b"), version_of("a", 2)):
             await manager.prepare(version)
-        old = next(entry for entry in manager.resident if entry.version == 1 and entry.name == "a")
+        old = next(entry for entry in manager.resident if entry.adapter.reference == "a@1")
         await manager.prepare(version_of("c"))
         assert ("clear", old.slot) in store.history

@@ -3,11 +3,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kiln_engine.adapters.slots import AdapterSlots, SlotState
+from kiln_engine.domain.adapter import AdapterVersion
 from kiln_engine.domain.errors import AdapterSlotsFull
 
 
+def named(name: str, version: int = 1) -> AdapterVersion:
+    return AdapterVersion(name, version, f"{name}{version}")
+
+
 def load(slots: AdapterSlots, name: str, version: int = 1):
-    entry, evicted = slots.begin(f"{name}{version}", name, version)
+    entry, evicted = slots.begin(named(name, version))
     slots.advance(entry, SlotState.STAGED)
     slots.advance(entry, SlotState.RESIDENT)
     return entry, evicted
@@ -35,16 +40,16 @@ def test_a_pinned_slot_is_never_reused():
     a, _ = load(slots, "a")
     slots.pin(a)
     with pytest.raises(AdapterSlotsFull):
-        slots.begin("b1", "b", 1)
+        slots.begin(named("b"))
     slots.unpin(a)
-    assert slots.begin("b1", "b", 1)[1] is a
+    assert slots.begin(named("b"))[1] is a
 
 
 def test_a_slot_that_is_being_filled_does_not_give_way():
     slots = AdapterSlots(1)
-    slots.begin("a1", "a", 1)
+    slots.begin(named("a"))
     with pytest.raises(AdapterSlotsFull):
-        slots.begin("b1", "b", 1)
+        slots.begin(named("b"))
 
 
 def test_superseded_versions_go_first():
@@ -53,22 +58,22 @@ def test_superseded_versions_go_first():
     old, _ = load(slots, "a", 1)
     slots.pin(old)
     slots.unpin(old)
-    assert slots.retire_older("a", 2) == [old]
+    assert slots.retire_older(named("a", 2)) == [old]
     assert load(slots, "a", 2)[1] is old
 
 
 def test_a_failed_version_frees_its_slot():
     slots = AdapterSlots(1)
-    entry, _ = slots.begin("a1", "a", 1)
+    entry, _ = slots.begin(named("a"))
     slots.pin(entry)
     slots.fail(entry)
     assert slots.find("a1") is None
-    assert slots.begin("b1", "b", 1)[0].slot == 1
+    assert slots.begin(named("b"))[0].slot == 1
 
 
 def test_states_follow_their_order():
     slots = AdapterSlots(1)
-    entry, _ = slots.begin("a1", "a", 1)
+    entry, _ = slots.begin(named("a"))
     with pytest.raises(AssertionError):
         slots.advance(entry, SlotState.RESIDENT)
 
@@ -83,7 +88,7 @@ def test_slots_are_never_shared_and_pins_hold(num_slots, actions):
         if action == "l" and entry is None:
             if len(pinned) == num_slots:
                 with pytest.raises(AdapterSlotsFull):
-                    slots.begin(sha, f"v{number}", 1)
+                    slots.begin(named(f"v{number}"))
             else:
                 load(slots, f"v{number}")
         elif action == "p" and entry:

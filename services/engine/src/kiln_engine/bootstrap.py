@@ -123,7 +123,7 @@ async def start_engine(settings: EngineSettings, parts: EngineParts) -> RunningE
         jobs.append(_announce_base_model(registry, parts.info.base_model))
         if settings.redis_url:
             jobs.append(AdapterEvents(settings.redis_url, adapters).run())
-    background = [asyncio.create_task(job) for job in jobs]
+    background = [asyncio.create_task(_logged(job)) for job in jobs]
     log.info("engine_ready", listen=settings.listen, port=server.port, boot_id=parts.info.boot_id)
     return RunningEngine(
         server,
@@ -157,6 +157,14 @@ def _on_this_loop(function: Callable[[], Any]) -> Callable[[], None]:
             running.call_soon_threadsafe(function)
 
     return call
+
+
+async def _logged(job: Coroutine[Any, Any, None]) -> None:
+    """Serving goes on when a background job fails, but not in silence."""
+    try:
+        await job
+    except Exception as error:
+        log.error("background_job_failed", job=str(job), exc_info=error)
 
 
 async def _announce_base_model(registry: RegistryClient, base_model: common_pb2.BaseModel) -> None:

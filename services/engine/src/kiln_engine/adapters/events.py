@@ -11,7 +11,8 @@ import structlog
 from kiln_common.bus import keys
 from kiln_common.bus.connect import REDIS_AWAY, connect_async
 from kiln_common.errors import KilnError
-from kiln_engine.adapters.manager import AdapterManager, AdapterVersion
+from kiln_engine.adapters.manager import AdapterManager
+from kiln_engine.domain.adapter import AdapterVersion
 
 log = structlog.get_logger()
 

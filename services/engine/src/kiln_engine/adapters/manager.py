@@ -5,37 +5,20 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
 import structlog
 
 from kiln_common.errors import AdapterNotFound, KilnError
-from kiln_common.pb import common_pb2, registry_pb2
+from kiln_common.pb import registry_pb2
 from kiln_engine.adapters.slots import AdapterSlots, SlotEntry, SlotState
+from kiln_engine.domain.adapter import AdapterLease, AdapterVersion, ResidentAdapter
 from kiln_engine.domain.errors import AdapterSlotsFull, AdapterUnavailable
 from kiln_engine.domain.ports import AdapterStore
 from kiln_engine.loop import EngineLoop
 
 log = structlog.get_logger()
-
-
-@dataclass(frozen=True, slots=True)
-class AdapterVersion:
-    """An immutable version as requests name it."""
-
-    name: str
-    version: int
-    sha256: str
-
-    @classmethod
-    def from_message(cls, adapter: common_pb2.AdapterRef) -> AdapterVersion:
-        return cls(adapter.name, adapter.version, adapter.sha256)
-
-    @property
-    def reference(self) -> str:
-        return f"{self.name}@{self.version}"
 
 
 class AdapterSource(Protocol):
@@ -44,17 +27,6 @@ class AdapterSource(Protocol):
     async def resolve(self, reference: str) -> registry_pb2.AdapterVersion: ...
 
     async def fetch(self, sha256: str) -> bytes: ...
-
-
-@dataclass(eq=False, slots=True)
-class AdapterLease:
-    """A request's hold on its adapters' slots, in the request's order."""
-
-    entries: tuple[SlotEntry, ...]
-
-    @property
-    def slots(self) -> tuple[int, ...]:
-        return tuple(entry.slot for entry in self.entries)
 
 
 class AdapterManager:
@@ -85,9 +57,13 @@ class AdapterManager:
         self._change = asyncio.Event()
 
     @property
-    def resident(self) -> list[SlotEntry]:
-        """Versions that steps may use."""
-        return [entry for entry in self._slots.entries if entry.is_usable]
+    def resident(self) -> list[ResidentAdapter]:
+        """Versions that steps may use, by slot."""
+        return [
+            ResidentAdapter(entry.adapter, entry.slot, entry.num_pins)
+            for entry in self._slots.entries
+            if entry.is_usable
+        ]
 
     async def acquire(self, versions: Sequence[AdapterVersion]) -> AdapterLease:
         """Make the versions resident and pin them; all or none.
@@ -101,16 +77,19 @@ class AdapterManager:
             for version in versions:
                 entries.append(await self._acquire_one(version))
         except BaseException:
-            self.release(AdapterLease(tuple(entries)))
+            for entry in entries:
+                self._slots.unpin(entry)
+            self._tell_waiters()
             raise
-        return AdapterLease(tuple(entries))
+        return AdapterLease(tuple(versions), tuple(entry.slot for entry in entries))
 
     def release(self, lease: AdapterLease) -> None:
         """Let go of a lease's slots."""
-        for entry in lease.entries:
+        for adapter in lease.adapters:
+            entry = self._slots.find(adapter.sha256)
+            assert entry is not None, "a pinned version left its slot"
             self._slots.unpin(entry)
-        if lease.entries:
-            self._tell_waiters()
+        self._tell_waiters()
 
     async def prepare(self, version: AdapterVersion) -> tuple[int, bool]:
         """Make a version resident; returns its slot and whether it had to be loaded."""
@@ -148,7 +127,7 @@ class AdapterManager:
             if known is not None:
                 return known
             try:
-                entry, evicted = self._slots.begin(version.sha256, version.name, version.version)
+                entry, evicted = self._slots.begin(version)
             except AdapterSlotsFull:
                 try:
                     async with asyncio.timeout_at(deadline_s):
@@ -212,9 +191,9 @@ class AdapterManager:
         self._loop.retire_adapter(evicted.sha256)
 
     def _retire_older(self, version: AdapterVersion) -> None:
-        for entry in self._slots.retire_older(version.name, version.version):
+        for entry in self._slots.retire_older(version):
             self._loop.run_between_steps(partial(self._loop.retire_adapter, entry.sha256))
-            log.info("adapter_retiring", adapter=f"{entry.name}@{entry.version}", pins=entry.num_pins)
+            log.info("adapter_retiring", adapter=entry.adapter.reference, pins=entry.num_pins)
 
     async def _between_steps(self, function: Callable[[], Any]) -> None:
         await asyncio.wrap_future(self._loop.run_between_steps(function))

@@ -6,6 +6,7 @@ import itertools
 from dataclasses import dataclass
 from enum import Enum
 
+from kiln_engine.domain.adapter import AdapterVersion
 from kiln_engine.domain.errors import AdapterSlotsFull
 
 
@@ -31,12 +32,14 @@ class SlotEntry:
     """One version in one slot."""
 
     slot: int
-    sha256: str
-    name: str
-    version: int
+    adapter: AdapterVersion
     state: SlotState = SlotState.FETCHING
     num_pins: int = 0
     last_used: int = 0
+
+    @property
+    def sha256(self) -> str:
+        return self.adapter.sha256
 
     @property
     def is_usable(self) -> bool:
@@ -64,7 +67,7 @@ class AdapterSlots:
     def find(self, sha256: str) -> SlotEntry | None:
         return self._by_sha256.get(sha256)
 
-    def begin(self, sha256: str, name: str, version: int) -> tuple[SlotEntry, SlotEntry | None]:
+    def begin(self, adapter: AdapterVersion) -> tuple[SlotEntry, SlotEntry | None]:
         """Give an absent version a slot, in state FETCHING.
 
         Returns the entry and the version that had to leave its slot for it, if any.
@@ -72,13 +75,13 @@ class AdapterSlots:
         Raises:
             AdapterSlotsFull: every slot is pinned or being filled.
         """
-        assert sha256 not in self._by_sha256
+        assert adapter.sha256 not in self._by_sha256
         evicted = None
         if not self._free:
             evicted = self._choose_victim()
             self.drop(evicted)
-        entry = SlotEntry(self._free.pop(), sha256, name, version, last_used=next(self._ticks))
-        self._by_sha256[sha256] = entry
+        entry = SlotEntry(self._free.pop(), adapter, last_used=next(self._ticks))
+        self._by_sha256[adapter.sha256] = entry
         return entry, evicted
 
     def advance(self, entry: SlotEntry, state: SlotState) -> None:
@@ -107,12 +110,14 @@ class AdapterSlots:
         assert entry.num_pins > 0
         entry.num_pins -= 1
 
-    def retire_older(self, name: str, version: int) -> list[SlotEntry]:
-        """Mark the resident versions of a name before `version` as superseded; returns them."""
+    def retire_older(self, newer: AdapterVersion) -> list[SlotEntry]:
+        """Mark the resident versions of the same name before `newer` as superseded; returns them."""
         older = [
             entry
             for entry in self._by_sha256.values()
-            if entry.name == name and entry.version < version and entry.state is SlotState.RESIDENT
+            if entry.adapter.name == newer.name
+            and entry.adapter.version < newer.version
+            and entry.state is SlotState.RESIDENT
         ]
         for entry in older:
             self.advance(entry, SlotState.RETIRING)

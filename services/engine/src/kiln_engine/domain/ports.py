@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
+from kiln_engine.domain.adapter import AdapterLease, AdapterVersion, ResidentAdapter
 from kiln_engine.domain.plan import BatchPlan
 from kiln_engine.domain.result import StepResult
 
@@ -41,6 +43,27 @@ class AdapterStore(Protocol):
 
     def clear(self, slot: int) -> None:
         """Forget the slot. Called from the loop thread between steps."""
+        ...
+
+
+class AdapterResidency(Protocol):
+    """Brings adapter versions onto the device and keeps them there while they are held."""
+
+    @property
+    def resident(self) -> list[ResidentAdapter]: ...
+
+    async def acquire(self, versions: Sequence[AdapterVersion]) -> AdapterLease:
+        """Make the versions resident and hold them; all or none.
+
+        Raises:
+            KilnError: the code says why one of them cannot be; nothing is held.
+        """
+        ...
+
+    def release(self, lease: AdapterLease) -> None: ...
+
+    async def prepare(self, version: AdapterVersion) -> tuple[int, bool]:
+        """Make a version resident; returns its slot and whether it had to be loaded."""
         ...
 
 

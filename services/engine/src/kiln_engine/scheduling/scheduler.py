@@ -186,6 +186,8 @@ class Scheduler:
     def _has_next_page(self, sequence: Sequence) -> bool:
         """Make sure the next token has a page; False when the sequence itself had to give way."""
         count = self.memory.num_pages_for(sequence.num_computed + 1) - len(sequence.page_ids)
+        if count == 0:  # fifteen steps in sixteen
+            return True
         while sequence.is_running and not self.memory.add_pages(sequence, count):
             self._preempt(self.running[-1])
         return sequence.is_running

@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 
 from kiln_common.errors import DeadlineExceeded, KilnError
 from kiln_common.pb import engine_pb2
-from kiln_engine.adapters.manager import AdapterLease, AdapterManager, AdapterVersion
+from kiln_engine.domain.adapter import AdapterLease, AdapterVersion
 from kiln_engine.domain.errors import DuplicateRequestId, EngineDraining
-from kiln_engine.domain.ports import Clock
+from kiln_engine.domain.ports import AdapterResidency, Clock
 from kiln_engine.domain.request import GenerationRequest
 from kiln_engine.domain.result import FinishReason, SequenceEvent
 from kiln_engine.loop import EngineLoop
 from kiln_engine.mailbox import Sink
-from kiln_engine.servicer.validation import RequestLimits, parse_request
+from kiln_engine.servicer.validation import RequestLimits, parse_adapter_version, parse_request
 
 
 @dataclass(eq=False)
@@ -36,7 +36,7 @@ class RequestIntake:
     """
 
     loop: EngineLoop
-    adapters: AdapterManager
+    adapters: AdapterResidency
     limits: RequestLimits
     clock: Clock
     is_draining: bool = False
@@ -66,7 +66,7 @@ class RequestIntake:
             raise DuplicateRequestId(f"a request with the id {request.request_id!r} is running")
         live = _LiveRequest(sink)
         if request.adapters:
-            versions = [AdapterVersion.from_message(adapter) for adapter in message.adapters]
+            versions = [parse_adapter_version(adapter) for adapter in message.adapters]
             live.fetching = asyncio.create_task(self._fetch_then_submit(request, versions, live))
         else:
             self.loop.submit(request, (), sink)

@@ -11,14 +11,13 @@ import structlog
 
 from kiln_common.errors import InvalidValue, KilnError
 from kiln_common.pb import common_pb2, engine_pb2, engine_pb2_grpc
-from kiln_engine.adapters.manager import AdapterManager, AdapterVersion
-from kiln_engine.domain.ports import BaseWeights
+from kiln_engine.domain.ports import AdapterResidency, BaseWeights
 from kiln_engine.domain.result import FinishReason, SequenceEvent
 from kiln_engine.loop import EngineLoop
 from kiln_engine.servicer.intake import RequestIntake
 from kiln_engine.servicer.messages import sequence_output, step_outputs
 from kiln_engine.servicer.outbox import Outbox
-from kiln_engine.servicer.validation import parse_adapter_use
+from kiln_engine.servicer.validation import parse_adapter_version
 
 log = structlog.get_logger()
 
@@ -34,7 +33,7 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
         *,
         info: engine_pb2.EngineInfo,
         intake: RequestIntake,
-        adapters: AdapterManager,
+        adapters: AdapterResidency,
         loop: EngineLoop,
         weights: BaseWeights,
         outbox_steps: int = 1024,
@@ -89,7 +88,7 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
         stats = engine_pb2.EngineStats(**asdict(self._loop.stats))
         stats.num_waiting += self._intake.num_fetching
         for entry in self._adapters.resident:
-            adapter = common_pb2.AdapterRef(name=entry.name, version=entry.version, sha256=entry.sha256)
+            adapter = common_pb2.AdapterRef(**asdict(entry.adapter))
             stats.resident_adapters.add(adapter=adapter, slot=entry.slot, num_pins=entry.num_pins)
         stats.num_weight_leases = self._weights.num_leases
         stats.is_draining = self._intake.is_draining
@@ -114,9 +113,9 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
     async def PrepareAdapter(
         self, request: engine_pb2.PrepareAdapterRequest, context: grpc.aio.ServicerContext
     ) -> engine_pb2.PrepareAdapterResponse:
-        parse_adapter_use(request.adapter)
+        version = parse_adapter_version(request.adapter)
         started_s = self._intake.clock.now()
-        slot, was_loaded = await self._adapters.prepare(AdapterVersion.from_message(request.adapter))
+        slot, was_loaded = await self._adapters.prepare(version)
         return engine_pb2.PrepareAdapterResponse(
             slot=slot, was_loaded=was_loaded, seconds=self._intake.clock.now() - started_s
         )

@@ -10,6 +10,7 @@ from types import MappingProxyType
 
 from kiln_common.errors import InvalidTokenIds, InvalidValue, PromptTooLong
 from kiln_common.pb import common_pb2, engine_pb2
+from kiln_engine.domain.adapter import AdapterVersion
 from kiln_engine.domain.errors import EmptyPrompt
 from kiln_engine.domain.request import AdapterUse, GenerationRequest, SamplingParams
 
@@ -57,13 +58,18 @@ def parse_request(
 
 def parse_adapter_use(adapter: common_pb2.AdapterRef) -> AdapterUse:
     """An adapter as a request applies it. Raises InvalidValue."""
+    scale = adapter.scale or 1.0
+    _check(math.isfinite(scale), "adapters.scale", scale, "a finite number")
+    return AdapterUse(parse_adapter_version(adapter).sha256, scale)
+
+
+def parse_adapter_version(adapter: common_pb2.AdapterRef) -> AdapterVersion:
+    """The version that a reference names. Raises InvalidValue."""
     is_hash = len(adapter.sha256) == 64 and all(digit in "0123456789abcdef" for digit in adapter.sha256)
     _check(is_hash, "adapters.sha256", adapter.sha256, "64 lower-case hex digits")
     _check(bool(adapter.name), "adapters.name", adapter.name, "the name of a published adapter")
     _check(adapter.version >= 1, "adapters.version", adapter.version, "at least 1")
-    scale = adapter.scale or 1.0
-    _check(math.isfinite(scale), "adapters.scale", scale, "a finite number")
-    return AdapterUse(adapter.sha256, scale)
+    return AdapterVersion(adapter.name, adapter.version, adapter.sha256)
 
 
 def _check_prompt(prompt: tuple[int, ...], limits: RequestLimits) -> None:

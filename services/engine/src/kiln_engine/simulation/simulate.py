@@ -1,11 +1,14 @@
-"""Drives the real scheduler with a workload on a clock of its own, and sums up what happened."""
+"""Drives the real scheduler and loop with a workload on a clock of its own, and sums up what happened."""
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass, field
 
+from kiln_engine.domain.plan import BatchPlan
 from kiln_engine.domain.request import GenerationRequest
-from kiln_engine.domain.result import SequenceEvent
+from kiln_engine.domain.result import SequenceEvent, StepResult
+from kiln_engine.loop import EngineLoop
 from kiln_engine.scheduling import Scheduler, SchedulerLimits, SchedulerStats, check_invariants
 from kiln_engine.simulation.runner import SimulatedRunner
 from kiln_engine.simulation.workload import adapter_slots_of
@@ -32,6 +35,10 @@ class Summary:
     queue_s: list[float] = field(default_factory=list)
 
 
+class SimulationFailed(Exception):
+    """The loop gave up; its log says why."""
+
+
 def simulate(
     requests: list[GenerationRequest],
     limits: SchedulerLimits,
@@ -40,38 +47,90 @@ def simulate(
     vocab_size: int,
     is_checking: bool = False,
 ) -> Summary:
-    """Run the requests to their ends. `is_checking` counts every reference again after each step."""
-    scheduler = Scheduler(limits, frozenset())
-    runner = SimulatedRunner(vocab_size=vocab_size, page_tokens=limits.page_tokens)
-    coming = sorted(requests, key=lambda request: request.arrival_s, reverse=True)
-    summary = Summary(scheduler.stats())
-    now = 0.0
-    while coming or scheduler.has_work:
-        if not scheduler.has_work:
-            now = max(now, coming[-1].arrival_s)
-        while coming and coming[-1].arrival_s <= now:
-            request = coming.pop()
-            scheduler.add(request, adapter_slots_of(request))
-        plan = scheduler.plan(now)
-        num_prefill_tokens = plan.num_tokens - len(plan.decode_rows)
-        now += (
-            costs.step_s
-            + costs.prefill_token_s * num_prefill_tokens
-            + costs.decode_row_s * len(plan.decode_rows)
+    """Run the requests to their ends. `is_checking` counts every reference again before each step.
+
+    Raises:
+        SimulationFailed: a step failed, or an invariant did not hold.
+    """
+    return _Simulation(requests, limits, costs, vocab_size, is_checking).run()
+
+
+class _Simulation:
+    """Clock, device, client and arrivals in one: everything but scheduler and loop.
+
+    All of it happens on the loop's thread, in the order of simulated time, so that the same
+    workload always gives the same summary.
+    """
+
+    def __init__(
+        self,
+        requests: list[GenerationRequest],
+        limits: SchedulerLimits,
+        costs: StepCosts,
+        vocab_size: int,
+        is_checking: bool,
+    ) -> None:
+        self._scheduler = Scheduler(limits, frozenset())
+        self._runner = SimulatedRunner(vocab_size=vocab_size, page_tokens=limits.page_tokens)
+        self._costs = costs
+        self._is_checking = is_checking
+        self._coming = sorted(requests, key=lambda request: request.arrival_s, reverse=True)
+        self._now = 0.0
+        self._num_live = 0
+        self._is_done = threading.Event()
+        self._summary = Summary(self._scheduler.stats())
+        self._loop = EngineLoop(
+            self._scheduler, self, self, on_ended=self._ended, on_unhealthy=self._is_done.set
         )
-        _count(summary, scheduler.commit(plan, runner.execute(plan)))
-        summary.step_tokens.append(plan.num_tokens)
-        if plan.decode_rows:
-            summary.decode_batch_sizes.append(len(plan.decode_rows))
-        if is_checking:
-            check_invariants(scheduler)
-    summary.stats = scheduler.stats()
-    summary.simulated_s = now
-    return summary
 
+    def run(self) -> Summary:
+        self._loop.start()
+        self._loop.run_between_steps(lambda: self._ended([]))
+        self._is_done.wait()
+        self._loop.stop()
+        if not self._loop.is_healthy:
+            raise SimulationFailed(f"after {self._summary.num_ended} requests; the log has the traceback")
+        self._summary.stats = self._loop.stats
+        self._summary.simulated_s = self._now
+        return self._summary
 
-def _count(summary: Summary, events: list[SequenceEvent]) -> None:
-    for event in events:
-        summary.num_ended += event.finish_reason is not None
-        if event.is_first:
-            summary.queue_s.append(event.queue_s)
+    def now(self) -> float:
+        """The clock."""
+        return self._now
+
+    def execute(self, plan: BatchPlan) -> StepResult:
+        """The device: takes simulated time, in which requests may arrive."""
+        if self._is_checking:
+            check_invariants(self._scheduler)
+        result = self._runner.execute(plan)
+        num_rows = len(plan.decode_rows)
+        costs = self._costs
+        self._now += costs.step_s + costs.decode_row_s * num_rows
+        self._now += costs.prefill_token_s * (plan.num_tokens - num_rows)
+        self._summary.step_tokens.append(plan.num_tokens)
+        if num_rows:
+            self._summary.decode_batch_sizes.append(num_rows)
+        self._submit_arrived()
+        return result
+
+    def offer(self, events: list[SequenceEvent]) -> bool:
+        """The client."""
+        self._summary.queue_s += [event.queue_s for event in events if event.is_first]
+        return True
+
+    def _submit_arrived(self) -> None:
+        while self._coming and self._coming[-1].arrival_s <= self._now:
+            request = self._coming.pop()
+            self._num_live += 1
+            self._loop.submit(request, adapter_slots_of(request), self)
+
+    def _ended(self, request_ids: list[str]) -> None:
+        """Count ends; with nothing left to compute, go to the next arrival."""
+        self._num_live -= len(request_ids)
+        self._summary.num_ended += len(request_ids)
+        if self._num_live == 0:
+            if self._coming:
+                self._now = max(self._now, self._coming[-1].arrival_s)
+                self._submit_arrived()
+            else:
+                self._is_done.set()

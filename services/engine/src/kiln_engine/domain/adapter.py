@@ -1,0 +1,36 @@
+"""Adapter versions as requests name and hold them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterVersion:
+    """An immutable published version; `sha256` is the identity of its bytes."""
+
+    name: str
+    version: int
+    sha256: str
+
+    @property
+    def reference(self) -> str:
+        return f"{self.name}@{self.version}"
+
+
+@dataclass(frozen=True, slots=True)
+class ResidentAdapter:
+    """A version that steps may use, and how many requests hold its slot."""
+
+    adapter: AdapterVersion
+    slot: int
+    num_pins: int
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterLease:
+    """A request's hold on its adapters: their slots stay as they are until it is released."""
+
+    adapters: tuple[AdapterVersion, ...]
+    # One for each adapter, in the same order.
+    slots: tuple[int, ...]
