@@ -17,7 +17,7 @@ AT_ONCE_S = 0.0
 
 
 def claim(store, claim_timeout_s=NEVER_S):
-    return store.claim_next(claim_timeout_s, 0.01)
+    return store.claim_next(claim_timeout_s, 0.0)
 
 
 def event_types(client, job_id):

@@ -194,7 +194,7 @@ def test_a_job_taken_over_is_let_go_of(store, other_store, publisher, tmp_path):
     job_id = store.submit(grpo_request())
     with working(store, backend, publisher, tmp_path, claim_timeout_s=60.0) as worker:
         assert began.wait(10)
-        stolen = other_store.claim_next(0.0, 0.01)
+        stolen = other_store.claim_next(0.0, 0.0)
         assert stolen.claim_epoch == 2
         go_on.set()
         wait_until(lambda: not worker.running_job_id)
@@ -274,8 +274,8 @@ def test_a_resumed_job_keeps_the_base_it_began_with(store, other_store, publishe
 def test_a_job_that_kills_its_trainer_again_and_again_is_given_up(store, publisher, tmp_path):
     job_id = store.submit(grpo_request())
     for _ in range(3):
-        assert store.claim_next(0.0, 0.01).job_id == job_id  # and then silence
-    assert store.claim_next(60.0, 0.01) is None
+        assert store.claim_next(0.0, 0.0).job_id == job_id  # and then silence
+    assert store.claim_next(60.0, 0.0) is None
     with working(store, ChainBackend(), publisher, tmp_path, claim_timeout_s=0.1):
         job = ended(store, job_id)
     assert (job.status, job.error.code) == ("failed", "job_crashed_trainer")
@@ -284,7 +284,7 @@ def test_a_job_that_kills_its_trainer_again_and_again_is_given_up(store, publish
 
 def test_checkpoints_of_ended_jobs_are_swept_at_the_start(store, publisher, tmp_path):
     kept = store.submit(grpo_request("a"))
-    store.claim_next(60.0, 0.01)
+    store.claim_next(60.0, 0.0)
     for name in (kept, "job_of_old"):
         (tmp_path / name).mkdir()
     with working(store, ChainBackend(), publisher, tmp_path, claim_timeout_s=60.0):

@@ -9,13 +9,12 @@ from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import grpc
 import structlog
 
+from kiln_common.clients.engine import EngineClient
 from kiln_common.clients.registry import RegistryClient
-from kiln_common.errors import EngineUnavailable, KilnError
-from kiln_common.pb import common_pb2, engine_pb2, engine_pb2_grpc, registry_pb2
-from kiln_common.rpc import from_rpc_error, open_channel
+from kiln_common.errors import ErrorKind, KilnError
+from kiln_common.pb import common_pb2, registry_pb2
 from kiln_trainer.domain.training import StartingPoint
 from kiln_trainer.jobs.ports import LiveReport
 
@@ -29,26 +28,27 @@ class EngineDirectory:
     """The configured engines; used on the event loop."""
 
     def __init__(self, addresses: Sequence[str], *, info_timeout_s: float, live_timeout_s: float) -> None:
-        self._channels = {address: open_channel(address) for address in addresses}
-        self._info_timeout_s = info_timeout_s
+        self._engines = [EngineClient(address, timeout_s=info_timeout_s) for address in addresses]
         self._live_timeout_s = live_timeout_s
         self._boot_ids: dict[str, str] = {}
         self._base_model: common_pb2.BaseModel | None = None
         self._base_model_read_s = -1e9
 
     async def close(self) -> None:
-        for channel in self._channels.values():
-            await channel.close()
+        for engine in self._engines:
+            await engine.close()
 
     async def base_model(self, max_age_s: float = 5.0) -> common_pb2.BaseModel | None:
         """What the first engine that answers serves; the last known answer, else None, when none does."""
         if time.monotonic() - self._base_model_read_s < max_age_s:
             return self._base_model
-        for address in self._channels:
+        for engine in self._engines:
             try:
-                self._base_model = (await self._info(address)).base_model
+                info = await engine.get_info()
             except KilnError:
                 continue
+            self._boot_ids[engine.address] = info.boot_id
+            self._base_model = info.base_model
             self._base_model_read_s = time.monotonic()
             break
         return self._base_model
@@ -58,35 +58,22 @@ class EngineDirectory:
 
         An engine that is away is asked again for `live_timeout_s` seconds.
         """
-        answers = await asyncio.gather(*(self._prepare_on(address, adapter) for address in self._channels))
+        answers = await asyncio.gather(*(self._prepare_on(engine, adapter) for engine in self._engines))
         return tuple(name for name in answers if name is not None)
 
-    async def _prepare_on(self, address: str, adapter: common_pb2.AdapterRef) -> str | None:
+    async def _prepare_on(self, engine: EngineClient, adapter: common_pb2.AdapterRef) -> str | None:
         deadline_s = time.monotonic() + self._live_timeout_s
-        request = engine_pb2.PrepareAdapterRequest(adapter=adapter)
         while True:
             try:
-                left_s = max(0.1, deadline_s - time.monotonic())
-                stub = engine_pb2_grpc.EngineStub(self._channels[address])  # type: ignore[no-untyped-call]
-                await stub.PrepareAdapter(request, timeout=left_s)
-            except grpc.RpcError as rpc_error:
-                error = from_rpc_error(rpc_error, "engine", EngineUnavailable)
-                is_final = error.code != EngineUnavailable.code
+                await engine.prepare_adapter(adapter, timeout_s=max(0.1, deadline_s - time.monotonic()))
+            except KilnError as error:
+                is_final = error.kind is not ErrorKind.UNAVAILABLE
                 if is_final or time.monotonic() + _RETRY_S > deadline_s:
-                    log.warning("adapter_not_live", engine=address, code=error.code, reason=str(error))
-                    return self._boot_ids.get(address, address)
+                    log.warning("adapter_not_live", engine=engine.address, code=error.code, reason=str(error))
+                    return self._boot_ids.get(engine.address, engine.address)
                 await asyncio.sleep(_RETRY_S)
             else:
                 return None
-
-    async def _info(self, address: str) -> engine_pb2.EngineInfo:
-        stub = engine_pb2_grpc.EngineStub(self._channels[address])  # type: ignore[no-untyped-call]
-        try:
-            info = await stub.GetInfo(engine_pb2.GetInfoRequest(), timeout=self._info_timeout_s)
-        except grpc.RpcError as error:
-            raise from_rpc_error(error, "engine", EngineUnavailable) from error
-        self._boot_ids[address] = info.boot_id
-        return info
 
 
 class GrpcPublisher:

@@ -123,7 +123,7 @@ class JobStore:
         """Take over a job whose trainer went silent, else the next queued one.
 
         `claim_timeout_s`: silence after which a running job is taken over.
-        `wait_s`: how long to wait for a job; None when none came, or only one that must wait.
+        `wait_s`: how long to wait for a job, 0 for not at all; None when none came, or only one that must wait.
         """
         for entry_id, entry in self._next_entry(claim_timeout_s, wait_s):
             job_id, adapter = entry[b"job_id"].decode(), entry[b"adapter"].decode()
@@ -200,7 +200,8 @@ class JobStore:
                 return orphans
             if cursor == b"0-0":
                 break
-        wait_ms = max(1, int(wait_s * 1000))  # 0 would wait for ever
+        # Redis takes 0 for ever, and no number for not at all.
+        wait_ms = int(wait_s * 1000) or None
         fresh = self._redis.xreadgroup(
             keys.JOB_GROUP, self._trainer_id, {keys.JOB_QUEUE: ">"}, count=1, block=wait_ms
         )
