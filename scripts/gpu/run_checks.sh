@@ -10,7 +10,7 @@ for folder in libs/*/src services/*/src cli/src .; do PYTHONPATH="$PWD/$folder:$
 export PYTHONPATH PYTHONUNBUFFERED=1
 
 echo "== gpu-marked tests"
-timeout 200 python3 -m pytest -q -m gpu -p no:cacheprovider 2>&1 | tee "$out/pytest.log" | tail -15
+timeout 200 python3 -m pytest -q -m gpu -p no:cacheprovider $(grep -rl "mark.gpu" tests) 2>&1 | tee "$out/pytest.log" | tail -15
 
 echo "== the demonstration on the GPU"
 timeout 150 python3 -m kiln_cli demo --rounds 6 --state-dir /tmp/kiln-demo >"$out/demo.log" 2>&1

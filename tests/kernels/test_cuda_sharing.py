@@ -12,7 +12,7 @@ from kiln_nn.weights import load_checkpoint
 from kiln_nn.weights.arena import allocate, finish
 from kiln_nn.weights.cuda_memory import device_id, find_device
 from kiln_nn.weights.manifest import TensorEntry
-from tests.support.tiny_models import SHAPES, make_checkpoint, read_tensors
+from tests.support.tiny_models import SHAPES, make_checkpoint, read_tensors, tiny_config
 from tests.support.weight_reader import ReaderProcess
 
 pytestmark = [
@@ -36,7 +36,7 @@ def gibibyte_arena(num_gib):
     matrix = memory.writable_u8().view(torch.bfloat16).view(num_rows, 1 << 14)
     matrix.normal_(generator=torch.Generator(device).manual_seed(0))
     entry = TensorEntry("matrix", "own", 0, (num_rows, 1 << 14), (1 << 14, 1), "bfloat16")
-    return finish(memory, [entry], "hash", device)
+    return finish(memory, [entry], "hash", tiny_config(), device)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
