@@ -5,19 +5,19 @@ import math
 import pytest
 
 from kiln_common.errors import KilnError
-from kiln_common.pb import common_pb2, trainer_pb2
+from kiln_common.pb import engine_pb2, trainer_pb2
 from kiln_trainer.jobs.validation import check_request
 from tests.support.jobs import grpo_request, sft_request
 from tests.support.registry import base_model
 
-BASE: common_pb2.BaseModel = base_model("demo")
+BASE = engine_pb2.EngineInfo(base_model=base_model("demo"), max_adapter_rank=64)
 
 
 def rollout(request: trainer_pb2.SubmitRequest, index: int = 0) -> trainer_pb2.GrpoRollout:
     return request.grpo.groups[0].rollouts[index]
 
 
-def code_of(request: trainer_pb2.SubmitRequest, base: common_pb2.BaseModel | None = BASE) -> str:
+def code_of(request: trainer_pb2.SubmitRequest, base: engine_pb2.EngineInfo | None = BASE) -> str:
     with pytest.raises(KilnError) as caught:
         check_request(request, base)
     assert 400 <= caught.value.kind.http_status < 502
@@ -28,6 +28,12 @@ def code_of(request: trainer_pb2.SubmitRequest, base: common_pb2.BaseModel | Non
 @pytest.mark.parametrize("base", [BASE, None])
 def test_a_sound_job_passes(request_, base):
     check_request(request_, base)
+
+
+def test_a_rank_that_fits_no_adapter_slot_is_refused():
+    request = grpo_request(lora=trainer_pb2.LoraConfig(rank=65))
+    assert code_of(request) == "invalid_job_config"
+    check_request(request, None)
 
 
 def test_zeros_mean_the_defaults():

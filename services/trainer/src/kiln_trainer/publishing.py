@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import time
 from collections.abc import Coroutine, Sequence
@@ -14,7 +15,7 @@ import structlog
 from kiln_common.clients.engine import EngineClient
 from kiln_common.clients.registry import RegistryClient
 from kiln_common.errors import ErrorKind, KilnError
-from kiln_common.pb import common_pb2, registry_pb2
+from kiln_common.pb import common_pb2, engine_pb2, registry_pb2
 from kiln_trainer.domain.training import StartingPoint
 from kiln_trainer.jobs.ports import LiveReport
 
@@ -31,27 +32,26 @@ class EngineDirectory:
         self._engines = [EngineClient(address, timeout_s=info_timeout_s) for address in addresses]
         self._live_timeout_s = live_timeout_s
         self._boot_ids: dict[str, str] = {}
-        self._base_model: common_pb2.BaseModel | None = None
-        self._base_model_read_s = -1e9
+        self._info: engine_pb2.EngineInfo | None = None
+        self._info_read_s = -math.inf
 
     async def close(self) -> None:
         for engine in self._engines:
             await engine.close()
 
-    async def base_model(self, max_age_s: float = 5.0) -> common_pb2.BaseModel | None:
-        """What the first engine that answers serves; the last known answer, else None, when none does."""
-        if time.monotonic() - self._base_model_read_s < max_age_s:
-            return self._base_model
+    async def info(self, max_age_s: float = 5.0) -> engine_pb2.EngineInfo | None:
+        """What the first engine that answers says; the last known answer, else None, when none does."""
+        if time.monotonic() - self._info_read_s < max_age_s:
+            return self._info
         for engine in self._engines:
             try:
-                info = await engine.get_info()
+                self._info = await engine.get_info()
             except KilnError:
                 continue
-            self._boot_ids[engine.address] = info.boot_id
-            self._base_model = info.base_model
-            self._base_model_read_s = time.monotonic()
+            self._boot_ids[engine.address] = self._info.boot_id
+            self._info_read_s = time.monotonic()
             break
-        return self._base_model
+        return self._info
 
     async def prepare(self, adapter: common_pb2.AdapterRef) -> tuple[str, ...]:
         """Have every engine load the version; returns those that do not serve it, by boot id.

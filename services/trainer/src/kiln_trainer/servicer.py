@@ -60,8 +60,8 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServicer):
         num_bytes = request.ByteSize()
         if num_bytes > self._max_payload_bytes:
             raise PayloadTooLarge(f"the job has {num_bytes} bytes, at most {self._max_payload_bytes}")
-        base_model = await self._engines.base_model()
-        await asyncio.to_thread(check_request, request, base_model)
+        info = await self._engines.info()
+        await asyncio.to_thread(check_request, request, info)
         job_id = await _on_redis(lambda: self._accept(request))
         log.info("job_accepted", job_id=job_id, adapter=request.config.adapter, num_bytes=num_bytes)
         return await _on_redis(lambda: self._store.get(job_id))

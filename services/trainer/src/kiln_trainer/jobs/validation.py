@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from kiln_common.adapter_names import check_adapter_name, parse_reference
 from kiln_common.errors import InvalidRequest, InvalidTokenIds, InvalidValue
-from kiln_common.pb import common_pb2, trainer_pb2
+from kiln_common.pb import common_pb2, engine_pb2, trainer_pb2
 from kiln_trainer.domain.errors import NoLearningSignal
 from kiln_trainer.jobs.errors import (
     EmptyTrainingData,
@@ -26,16 +26,18 @@ _MAX_EPOCHS = 1000
 _TARGET_GROUPS = frozenset({"all", "attention", "mlp"})
 
 
-def check_request(request: trainer_pb2.SubmitRequest, base_model: common_pb2.BaseModel | None) -> None:
+def check_request(request: trainer_pb2.SubmitRequest, engine: engine_pb2.EngineInfo | None) -> None:
     """Refuse a job that cannot succeed.
 
-    `base_model`: what the engine serves, None while no engine has answered; then token ids and
+    `engine`: what the engine says of itself, None while no engine has answered; then token ids and
     targets are checked only when the job runs.
 
     Raises:
         InvalidRequest and its kind, each with its own code; JobBaseModelMismatch; NotBuiltYet.
     """
-    _check_config(request.config, base_model)
+    base_model = engine.base_model if engine is not None else None
+    max_rank = engine.max_adapter_rank if engine is not None else 0
+    _check_config(request.config, base_model, max_rank or MAX_RANK)
     if base_model is not None and request.base_model_hash not in ("", base_model.model_hash):
         raise JobBaseModelMismatch(
             f"the job is for base model {request.base_model_hash[:12]}, "
@@ -77,13 +79,15 @@ class _Limits:
             raise DocumentTooLong(index, num_tokens, self._base_model.max_model_len)
 
 
-def _check_config(config: trainer_pb2.JobConfig, base_model: common_pb2.BaseModel | None) -> None:
+def _check_config(
+    config: trainer_pb2.JobConfig, base_model: common_pb2.BaseModel | None, max_rank: int
+) -> None:
     check_adapter_name(config.adapter, reserved=[base_model.model_id] if base_model else ())
     if config.base_adapter:
         parse_reference(config.base_adapter, param="base_adapter")
         if config.start_fresh:
             raise InvalidJobConfig("start_fresh and base_adapter exclude each other", param="base_adapter")
-    _check_lora(config.lora, base_model)
+    _check_lora(config.lora, base_model, max_rank)
     optimizer = config.optimizer
     if not 0 < optimizer.learning_rate < math.inf:
         raise InvalidJobConfig(
@@ -109,10 +113,10 @@ def _check_config(config: trainer_pb2.JobConfig, base_model: common_pb2.BaseMode
     RunOptions.from_proto(config)
 
 
-def _check_lora(lora: trainer_pb2.LoraConfig, base_model: common_pb2.BaseModel | None) -> None:
-    """0 and empty mean the defaults."""
-    if not 0 <= lora.rank <= MAX_RANK:
-        raise InvalidJobConfig(f"lora.rank is {lora.rank}, it must be 1 to {MAX_RANK}", param="lora.rank")
+def _check_lora(lora: trainer_pb2.LoraConfig, base_model: common_pb2.BaseModel | None, max_rank: int) -> None:
+    """0 and empty mean the defaults. `max_rank`: what fits an engine's adapter slot."""
+    if not 0 <= lora.rank <= max_rank:
+        raise InvalidJobConfig(f"lora.rank is {lora.rank}, it must be 1 to {max_rank}", param="lora.rank")
     if not 0 <= lora.alpha < math.inf:
         raise InvalidJobConfig(f"lora.alpha is {lora.alpha}, it must be positive", param="lora.alpha")
     if base_model is None or not base_model.adaptable_modules:
