@@ -25,28 +25,31 @@ class StubbornRunner:
 
     def __init__(self, page_tokens: int = 16) -> None:
         self._inner = SimulatedRunner(vocab_size=VOCAB_SIZE, page_tokens=page_tokens)
-        self._may_run = threading.Event()
-        self._may_run.set()
+        self._changed = threading.Condition()
+        # How many steps may run in all; None is any number.
+        self._num_allowed: int | None = None
         self.num_failures_left = 0
-        self._hold_at = -1
         self.plans: list[BatchPlan] = []
 
     def hold(self) -> None:
-        self._may_run.clear()
+        self.hold_after(0)
 
     def hold_after(self, num_steps: int) -> None:
         """Run so many more steps, then wait."""
-        self._hold_at = len(self.plans) + num_steps
+        with self._changed:
+            self._num_allowed = len(self.plans) + num_steps
 
     def let_go(self) -> None:
-        self._may_run.set()
+        with self._changed:
+            self._num_allowed = None
+            self._changed.notify_all()
 
     def execute(self, plan: BatchPlan) -> StepResult:
-        if len(self.plans) == self._hold_at:
-            self._may_run.clear()
-            self._hold_at = -1
-        self._may_run.wait(30)
-        self.plans.append(plan)
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._num_allowed is None or len(self.plans) < self._num_allowed, 30
+            )
+            self.plans.append(plan)
         if self.num_failures_left:
             self.num_failures_left -= 1
             raise RuntimeError("the device is on fire")

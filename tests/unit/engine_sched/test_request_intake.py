@@ -1,0 +1,141 @@
+"""Requests that wait for an adapter: others pass them, and each of their ends leaves nothing behind."""
+
+import asyncio
+import contextlib
+
+import pytest
+
+from kiln_common.errors import KilnError, RegistryUnavailable
+from kiln_common.pb import common_pb2
+from kiln_engine.clock import MonotonicClock
+from kiln_engine.domain import FinishReason, SequenceEvent
+from kiln_engine.domain.adapter import AdapterLease, AdapterVersion
+from kiln_engine.loop import EngineLoop
+from kiln_engine.scheduling import Scheduler, SchedulerLimits
+from kiln_engine.servicer.intake import RequestIntake
+from kiln_engine.servicer.outbox import Outbox
+from kiln_engine.servicer.validation import RequestLimits
+from tests.support.engine_server import StubbornRunner, generate_request
+
+ADAPTER = common_pb2.AdapterRef(name="a", version=1, sha256="ab" * 32, scale=0.5)
+
+
+class SlowAdapters:
+    """An AdapterResidency that answers when it is told to, and counts what is held."""
+
+    def __init__(self) -> None:
+        self.may_answer = asyncio.Event()
+        self.num_held = 0
+        self.error: KilnError | None = None
+        self.resident = []
+
+    async def acquire(self, versions) -> AdapterLease:
+        await self.may_answer.wait()
+        if self.error:
+            raise self.error
+        self.num_held += 1
+        return AdapterLease(tuple(versions), (3,) * len(versions))
+
+    def release(self, lease: AdapterLease) -> None:
+        self.num_held -= 1
+
+    async def prepare(self, version: AdapterVersion) -> tuple[int, bool]:
+        raise NotImplementedError
+
+
+class Rig:
+    def __init__(self) -> None:
+        limits = SchedulerLimits(
+            num_pages=64, num_state_slots=8, max_model_len=256, max_running=4, step_token_budget=64
+        )
+        self.runner = StubbornRunner()
+        self.adapters = SlowAdapters()
+        clock = MonotonicClock()
+        self.loop = EngineLoop(
+            Scheduler(limits, frozenset()), self.runner, clock, on_ended=lambda ids: self.intake.ended(ids)
+        )
+        self.intake = RequestIntake(self.loop, self.adapters, RequestLimits(100, 256), clock)
+        self.outbox = Outbox(1000)
+
+    async def end_of(self, request_id: str) -> SequenceEvent:
+        """The request's last event; other requests' events are passed over."""
+        async with asyncio.timeout(10):
+            while True:
+                for event in await self.outbox.take():
+                    if event.request_id == request_id and event.finish_reason:
+                        return event
+
+    async def until_empty(self) -> None:
+        async with asyncio.timeout(10):
+            while self.intake.num_live:
+                await asyncio.sleep(0.002)
+
+
+@pytest.fixture
+async def rig():
+    rig = Rig()
+    rig.loop.start()
+    yield rig
+    rig.runner.let_go()
+    with contextlib.suppress(TimeoutError):
+        await rig.intake.drain(0.01)
+    await asyncio.to_thread(rig.loop.stop)
+
+
+async def test_others_pass_a_request_that_waits_for_its_adapter(rig):
+    rig.intake.submit(generate_request("waits", adapters=[ADAPTER]), rig.outbox)
+    rig.intake.submit(generate_request("passes"), rig.outbox)
+    assert (await rig.end_of("passes")).finish_reason is FinishReason.LENGTH
+    assert rig.intake.num_fetching == 1
+    rig.adapters.may_answer.set()
+    assert (await rig.end_of("waits")).finish_reason is FinishReason.LENGTH
+    assert rig.runner.plans[-1].decode_rows[0].adapter_slots == ((3, 0.5),)
+
+
+async def test_an_adapter_is_held_until_its_request_has_ended(rig):
+    rig.adapters.may_answer.set()
+    rig.runner.hold_after(2)
+    rig.intake.submit(generate_request("r", adapters=[ADAPTER], max_tokens=5), rig.outbox)
+    await rig.outbox.take()
+    assert rig.adapters.num_held == 1
+    rig.runner.let_go()
+    await rig.until_empty()
+    assert rig.adapters.num_held == 0
+
+
+async def test_an_abort_ends_a_waiting_request_at_once(rig):
+    rig.intake.submit(generate_request("r", adapters=[ADAPTER]), rig.outbox)
+    await asyncio.sleep(0)
+    rig.intake.abort("r", rig.outbox)
+    assert (await rig.end_of("r")).finish_reason is FinishReason.ABORT
+    rig.adapters.may_answer.set()
+    await rig.until_empty()
+    assert rig.adapters.num_held == 0
+    assert rig.runner.plans == []
+
+
+async def test_only_its_own_sink_can_abort_a_request(rig):
+    rig.intake.submit(generate_request("r", adapters=[ADAPTER]), rig.outbox)
+    rig.intake.abort("r", Outbox(1))
+    assert rig.intake.num_live == 1
+
+
+async def test_a_deadline_passes_while_the_adapter_is_fetched(rig):
+    rig.intake.submit(generate_request("r", adapters=[ADAPTER], timeout_s=0.01), rig.outbox)
+    assert (await rig.end_of("r")).error.code == "deadline_exceeded"
+    assert rig.intake.num_live == 0
+
+
+async def test_an_adapter_that_cannot_come_ends_its_request(rig):
+    rig.adapters.error = RegistryUnavailable("gone")
+    rig.adapters.may_answer.set()
+    rig.intake.submit(generate_request("r", adapters=[ADAPTER]), rig.outbox)
+    assert (await rig.end_of("r")).error.code == "registry_unavailable"
+    assert rig.intake.num_live == 0
+
+
+async def test_a_drain_aborts_what_still_waits_for_an_adapter(rig):
+    rig.intake.submit(generate_request("r", adapters=[ADAPTER]), rig.outbox)
+    assert await rig.intake.drain(0.01) == (0, 1)
+    with pytest.raises(KilnError, match="being stopped"):
+        rig.intake.submit(generate_request("late"), rig.outbox)
