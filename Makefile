@@ -49,6 +49,10 @@ format: setup-dev ## Format the code
 protos: setup-dev ## Regenerate the protobuf code
 	scripts/generate_protos.sh
 
+.PHONY: docs
+docs: setup-dev ## Regenerate the pages of docs/ that come from code
+	.venv/bin/python scripts/generate_docs.py
+
 .PHONY: lock
 lock: setup-dev ## Pin the newest versions that fit together
 	scripts/lock_requirements.sh

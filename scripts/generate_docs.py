@@ -6,8 +6,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import inspect
+import json
 import pkgutil
 import sys
 from pathlib import Path
@@ -46,11 +48,11 @@ def all_classes() -> list[type]:
 
 def errors_page(classes: list[type]) -> str:
     from kiln_common.errors import KilnError
-    from kiln_nn.errors import NnError
+    from kiln_nn.errors import KilnNnError
 
     rows: dict[str, tuple[str, str, str]] = {}
     for item in classes:
-        if not issubclass(item, KilnError | NnError) or "code" not in vars(item):
+        if not issubclass(item, KilnError | KilnNnError) or "code" not in vars(item):
             continue
         kind = getattr(item, "kind", None)
         status = str(kind.http_status) if kind is not None else "–"
@@ -99,9 +101,74 @@ def settings_page(classes: list[type]) -> str:
     return HEADER + "\n".join(lines)
 
 
+def openapi_document() -> dict[str, Any]:
+    """The gateway's own description of its routes and bodies; no service is contacted."""
+    from kiln_gateway.app import create_app
+    from kiln_gateway.bootstrap import open_clients
+    from kiln_gateway.settings import GatewaySettings
+
+    async def build() -> dict[str, Any]:
+        settings = GatewaySettings(model_path=str(DOCS.parent / "demo" / "model"))
+        async with open_clients(settings) as clients:
+            return create_app(settings, clients).openapi()
+
+    return asyncio.run(build())
+
+
+def api_page(document: dict[str, Any]) -> str:
+    lines = [
+        "# HTTP API\n",
+        "The gateway listens on `:8420`; `GET /openapi.json` has all of this for machines. Errors are described in "
+        "[errors.md](errors.md). A field that is not listed is refused with its name (`unknown_field`), and what "
+        "is not built yet answers 501.\n",
+        "| route | does |\n|---|---|",
+    ]
+    not_built = []
+    for path, methods in document["paths"].items():
+        for method, operation in methods.items():
+            row = f"| `{method.upper()} {path}` | {operation.get('summary', '')} |"
+            (not_built if operation.get("summary") == "Not built yet" else lines).append(row)
+    lines += ["\n## Not built yet (501)\n", "| route | |\n|---|---|", *not_built]
+    lines.append("\n# Bodies")
+    for name, schema in sorted(document["components"]["schemas"].items()):
+        if "properties" in schema:
+            lines.append(_schema_table(name, schema))
+    return HEADER + "\n".join(lines) + "\n"
+
+
+def _schema_table(name: str, schema: dict[str, Any]) -> str:
+    says = inspect.cleandoc(schema.get("description", ""))
+    rows = [f"\n## {name}\n\n{says}\n\n| field | type | default | means |\n|---|---|---|---|"]
+    for field, entry in schema["properties"].items():
+        default = "required" if field in schema.get("required", ()) else json.dumps(entry.get("default"))
+        means = " ".join(entry.get("description", "").split()).replace("|", "\\|")
+        rows.append(f"| `{field}` | {_schema_type(entry)} | {default} | {means} |")
+    return "\n".join(rows)
+
+
+def _schema_type(entry: dict[str, Any]) -> str:
+    if "$ref" in entry:
+        name = entry["$ref"].rsplit("/", 1)[1]
+        return f"[{name}](#{name.lower()})"
+    for key in ("anyOf", "oneOf", "allOf"):
+        if key in entry:
+            return " or ".join(dict.fromkeys(_schema_type(option) for option in entry[key]))
+    if "enum" in entry or "const" in entry:
+        return ", ".join(f"`{value}`" for value in entry.get("enum", [entry.get("const")]))
+    if entry.get("type") == "array":
+        return f"list of {_schema_type(entry.get('items', {}))}"
+    bounds = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+    limits = [f"{sign} {entry[key]:g}" for key, sign in bounds.items() if key in entry]
+    return " ".join([entry.get("type", "any"), *limits])
+
+
 def main() -> int:
     classes = all_classes()
-    pages = {"errors.md": errors_page(classes), "settings.md": settings_page(classes)}
+    pages = {
+        "errors.md": errors_page(classes),
+        "settings.md": settings_page(classes),
+        "api.md": api_page(openapi_document()),
+    }
     stale = []
     for name, text in pages.items():
         path = DOCS / name
