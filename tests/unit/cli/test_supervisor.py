@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from kiln_cli.errors import ModelNotFound, PortInUse, StateDirInUse
+from kiln_cli.errors import PortInUse, StateDirInUse
 from kiln_cli.up.console import UpConsole
 from kiln_cli.up.options import StateDirLock, build_options, check_port, make_run_dir
 from kiln_cli.up.specs import ServiceSpec, UpOptions, build_specs
 from kiln_cli.up.supervisor import Supervisor
+from kiln_common.model_folder import ModelFolderMissing
 
 # Writes its pid, reports being ready by a file, ends on SIGTERM.
 _SERVICE = """
@@ -98,7 +99,7 @@ def test_one_state_folder_belongs_to_one_supervisor(tmp_path):
 
 @pytest.mark.parametrize("model", ["./nowhere", "/nowhere/at/all", "nowhere"])
 def test_a_model_folder_that_is_not_there_is_refused(model, tmp_path):
-    with pytest.raises(ModelNotFound):
+    with pytest.raises(ModelFolderMissing):
         build_options(
             model=model, host="127.0.0.1", port=0, state_dir=tmp_path, served_model_name=None, device=None
         )

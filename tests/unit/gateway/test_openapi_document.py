@@ -1,8 +1,6 @@
 """The OpenAPI document says what the routes take."""
 
-import pytest
 
-from kiln_gateway.model_folder import ModelFolderMissing, find_model_folder
 from kiln_gateway.openapi import REQUEST_BODIES
 from kiln_gateway.routes.not_built import NOT_BUILT
 from tests.support.gateway import build_rig
@@ -37,8 +35,3 @@ def _references(node):
         for value in node:
             yield from _references(value)
 
-
-def test_a_model_that_is_neither_folder_nor_hub_id_is_named(tmp_path):
-    assert find_model_folder(str(tmp_path)) == tmp_path
-    with pytest.raises(ModelFolderMissing, match="nowhere"):
-        find_model_folder("./nowhere/at/all")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from kiln_cli.errors import ModelNotFound, PortInUse, StateDirInUse
 from kiln_cli.up.specs import UpOptions
+from kiln_common.model_folder import find_model_folder
 
 # sun_path holds 108 bytes on Linux; the longest socket name below the folder takes 32.
 _MAX_RUN_DIR_BYTES = 70
@@ -35,25 +36,19 @@ def demo_model_dir() -> Path:
     return folder
 
 
-def resolve_model(model: str | None) -> tuple[str, bool]:
-    """The model to serve as an absolute folder or a hub id, and whether it is the demo model.
+def resolve_model(model: str | None) -> tuple[Path, bool]:
+    """The folder of the model to serve, fetched if it is a hub id; and whether it is the demo model.
 
     Raises:
-        ModelNotFound: the folder has no config.json, or a path was meant that does not exist.
+        ModelNotFound: the folder has no config.json.
+        ModelFolderMissing: there is no such folder, or the hub could not provide it.
     """
-    demo = demo_model_dir() if model is None else None
-    if demo is not None:
-        return str(demo), True
-    assert model is not None
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise ModelNotFound(f"{folder} has no config.json")
-        return str(folder.resolve()), False
-    looks_like_hub_id = model.count("/") == 1 and not model.startswith((".", "/", "~"))
-    if not looks_like_hub_id:
-        raise ModelNotFound(f"there is no folder {folder}")
-    return model, False
+    if model is None:
+        return demo_model_dir(), True
+    folder = find_model_folder(model).resolve()
+    if not (folder / "config.json").is_file():
+        raise ModelNotFound(f"{folder} has no config.json")
+    return folder, False
 
 
 def check_port(host: str, port: int) -> None:
@@ -103,14 +98,14 @@ def build_options(
     """Check everything that can be wrong before the first process starts.
 
     Raises:
-        ModelNotFound, PortInUse: as named.
+        ModelNotFound, ModelFolderMissing, PortInUse: as named.
     """
     path, is_demo = resolve_model(model)
     check_port(host, port)
     folder = (state_dir or default_state_dir()).expanduser().resolve()
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     return UpOptions(
-        model=path,
+        model=str(path),
         is_demo_model=is_demo,
         host=host,
         port=port,

@@ -35,10 +35,10 @@ class UnsupportedModel(KilnNnError):
 
 
 class ModelNotFound(KilnNnError):
-    """Neither a folder nor a hub id that could be fetched."""
+    """The folder has no config.json or no weights in it."""
 
     code = "model_not_found"
-    hint = "Give a folder with config.json and *.safetensors, or a hub id while online."
+    hint = "Give a folder with config.json and *.safetensors."
 
 
 class UnsafeCheckpoint(KilnNnError):

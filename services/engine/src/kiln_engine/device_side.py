@@ -12,6 +12,7 @@ import structlog
 import torch
 
 from kiln_common.errors import KilnError
+from kiln_common.model_folder import find_model_folder
 from kiln_common.pb import common_pb2, engine_pb2
 from kiln_engine.checkpoint_identity import model_name, stop_token_ids
 from kiln_engine.execution.memory_plan import MemoryPlan, MemoryRequest, plan_memory
@@ -22,7 +23,7 @@ from kiln_nn.config import ModelConfig
 from kiln_nn.errors import KilnNnError
 from kiln_nn.lora import adapter_table
 from kiln_nn.sharing import WeightServer, wait_for_old_leases
-from kiln_nn.weights import LoadedModel, WeightArena, load_checkpoint, resolve_model
+from kiln_nn.weights import LoadedModel, WeightArena, load_checkpoint
 
 log = structlog.get_logger()
 
@@ -83,7 +84,7 @@ def load_device_side(settings: EngineSettings) -> DeviceSide:
     boot_id = secrets.token_hex(16)
     socket_path = settings.socket_dir / _SOCKET_NAME
     try:
-        folder = resolve_model(settings.model_path)
+        folder = find_model_folder(settings.model_path)
         if device.type == "cuda" and not wait_for_old_leases(socket_path, settings.old_lease_wait_s):
             log.warning("old_weights_still_mapped", waited_s=settings.old_lease_wait_s)
         model = load_checkpoint(

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from fastapi import Request
 from pydantic import BaseModel
 
+from kiln_common.model_folder import TEXT_FILES, find_model_folder
 from kiln_common.text.chat_template import ChatTemplate
 from kiln_common.text.tokenizer import TextTokenizer
 from kiln_gateway.auth import Authenticator
@@ -17,7 +18,6 @@ from kiln_gateway.chat.prompt import PromptRenderer
 from kiln_gateway.engine_pool import EnginePool
 from kiln_gateway.idempotency import IdempotencyRecords
 from kiln_gateway.metrics import GatewayMetrics
-from kiln_gateway.model_folder import find_model_folder
 from kiln_gateway.model_resolver import ModelResolver
 from kiln_gateway.ports import Clients
 from kiln_gateway.request_body import parse_body, parse_bytes, read_body
@@ -34,7 +34,7 @@ class Gateway:
     def __init__(self, settings: GatewaySettings, clients: Clients) -> None:
         self.settings = settings
         self.clients = clients
-        model_folder = find_model_folder(settings.model_path)
+        model_folder = find_model_folder(settings.model_path, TEXT_FILES)
         self.tokenizer = TextTokenizer.load(model_folder)
         self.prompts = PromptRenderer(
             ChatTemplate.load(model_folder),

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 import torch
 
 from kiln_nn.weights.arena import ArenaReader, WeightArena
-from kiln_nn.weights.hub import resolve_model
 from kiln_nn.weights.loader import LoadedModel, load_checkpoint
 from kiln_nn.weights.manifest import Manifest, TensorEntry
 from kiln_nn.weights.names import TensorSpec, expected_tensors
@@ -22,5 +21,4 @@ __all__ = [
     "Weights",
     "expected_tensors",
     "load_checkpoint",
-    "resolve_model",
 ]

@@ -2,8 +2,7 @@
 
 import pytest
 
-from kiln_nn.errors import ModelNotFound
-from kiln_nn.weights import resolve_model
+from kiln_common.model_folder import ModelFolderMissing, find_model_folder
 
 
 @pytest.fixture
@@ -28,26 +27,26 @@ def hub(monkeypatch):
 
 def test_folder_is_used_as_it_is(tmp_path, hub):
     asked = hub(AssertionError("the hub must not be asked"))
-    assert resolve_model(tmp_path) == tmp_path
+    assert find_model_folder(tmp_path) == tmp_path
     assert not asked
 
 
 def test_hub_id_is_fetched_without_pickles(tmp_path, hub):
     asked = hub(tmp_path)
-    assert resolve_model("Qwen/Qwen3.5-0.8B") == tmp_path
+    assert find_model_folder("Qwen/Qwen3.5-0.8B") == tmp_path
     assert asked["repo_id"] == "Qwen/Qwen3.5-0.8B"
     assert not [pattern for pattern in asked["allow_patterns"] if "bin" in pattern or pattern == "*"]
 
 
 def test_being_offline_is_said(hub):
     hub(OSError("cannot reach the hub\nlong explanation"))
-    with pytest.raises(ModelNotFound, match=r"Qwen/Qwen3\.5-0\.8B .* cannot reach the hub$"):
-        resolve_model("Qwen/Qwen3.5-0.8B")
+    with pytest.raises(ModelFolderMissing, match=r"Qwen/Qwen3\.5-0\.8B .* cannot reach the hub$"):
+        find_model_folder("Qwen/Qwen3.5-0.8B")
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "plainname", "a/b/c", "../up"])
 def test_what_is_neither_is_refused_without_asking(name, hub):
     asked = hub(AssertionError("the hub must not be asked"))
-    with pytest.raises(ModelNotFound):
-        resolve_model(name)
+    with pytest.raises(ModelFolderMissing):
+        find_model_folder(name)
     assert not asked

@@ -1,0 +1,45 @@
+"""Finds a model's folder: a local one as given, or a hub id fetched into the hub's cache."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from kiln_common.errors import InvalidRequest
+
+# Tokenizer and chat template: all that the gateway reads.
+TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "*config.json")
+# Pickled weights are not even downloaded.
+ALL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt")
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+
+
+class ModelFolderMissing(InvalidRequest):
+    """Neither a folder nor a hub id that could be fetched."""
+
+    code = "model_folder_missing"
+    hint = (
+        "Give a folder with config.json and *.safetensors, or a hub id such as Qwen/Qwen3.5-4B while online."
+    )
+
+
+def find_model_folder(path_or_hub_id: str | Path, files: Sequence[str] = ALL_FILES) -> Path:
+    """The local folder of a model; of a hub id, the `files` that are not in its cache are downloaded.
+
+    Raises:
+        ModelFolderMissing: no such folder, and not a hub id or the hub could not provide it.
+    """
+    folder = Path(path_or_hub_id).expanduser()
+    if folder.is_dir():
+        return folder
+    hub_id = str(path_or_hub_id)
+    if not _HUB_ID.fullmatch(hub_id):
+        raise ModelFolderMissing(f"{hub_id} is neither a folder nor a hub id of the form owner/name")
+    from huggingface_hub import snapshot_download  # slow to import, and seldom needed
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=list(files)))
+    except Exception as error:  # the hub client raises HTTP, OS and value errors without a common root
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelFolderMissing(f"{hub_id} is not a folder and could not be fetched: {reason}") from error
