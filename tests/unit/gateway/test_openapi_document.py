@@ -1,6 +1,5 @@
 """The OpenAPI document says what the routes take."""
 
-
 from kiln_gateway.openapi import REQUEST_BODIES
 from kiln_gateway.routes.not_built import NOT_BUILT
 from tests.support.gateway import build_rig
@@ -34,4 +33,3 @@ def _references(node):
     elif isinstance(node, list):
         for value in node:
             yield from _references(value)
-
