@@ -13,7 +13,7 @@ class RegistrySettings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="KILN_REGISTRY_", frozen=True)
 
-    listen: str = Field("127.0.0.1:8423", description="gRPC address: host:port or unix:/path")
+    listen: str = Field("127.0.0.1:8431", description="gRPC address: host:port or unix:/path")
     state_dir: Path = Field(description="folder of the blobs and of the SQLite catalogue")
     database_url: str = Field("", description="SQLAlchemy URL; empty is SQLite in state_dir")
     redis_url: str = Field("", description="where changes are announced; empty announces nothing")

@@ -14,7 +14,7 @@ class TrainerSettings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="KILN_TRAINER_", frozen=True)
 
-    listen: str = Field("127.0.0.1:8422", description="gRPC address: host:port or unix:/path")
+    listen: str = Field("127.0.0.1:8432", description="gRPC address: host:port or unix:/path")
     redis_url: str = Field(min_length=1, description="durable Redis that keeps the jobs")
     registry_address: str = Field(min_length=1, description="gRPC address results are published to")
     engine_addresses: Annotated[tuple[str, ...], NoDecode] = Field(
