@@ -139,6 +139,29 @@ def test_repeated_failures_make_the_engine_unhealthy(rig):
     assert rig.ended.wait_for(3) == ["a", "b", "c"]
 
 
+def test_nobody_waits_for_a_loop_that_broke(rig):
+    """Whatever was left in the mailbox when the scheduler failed is answered too."""
+    box = Box()
+    rig.runner.hold()
+    rig.loop.submit(make_request("running"), (), box)
+    rig.loop.run_between_steps(lambda: None)
+    rig.loop._scheduler.abort = lambda request_id: 1 / 0
+    rig.loop.abort("running")
+    rig.loop.submit(make_request("waiting"), (), box)
+    rig.loop.abort("waiting")
+    asked = rig.loop.run_between_steps(lambda: 5)
+    rig.runner.let_go()
+    assert rig.unhealthy.wait(WAIT_S)
+    ends = box.wait_for_ends(2)
+    assert {name: end.error.code for name, end in ends.items()} == {
+        "running": "engine_failed",
+        "waiting": "engine_failed",
+    }
+    with pytest.raises(KilnError, match="restarted"):
+        asked.result(WAIT_S)
+    assert rig.ended.wait_for(2) == ["running", "waiting"]
+
+
 def test_a_full_sink_loses_its_requests_and_the_others_go_on(rig):
     slow, fast = Box(capacity=2), Box()
     rig.loop.submit(make_request("slow", max_tokens=200), (), slow)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from typing import Any, TypeVar
@@ -53,6 +54,8 @@ class EngineLoop:
         self._on_ended = on_ended
         self._on_unhealthy = on_unhealthy
         self._mailbox = Mailbox()
+        # Out of the mailbox and not yet carried out.
+        self._taken: deque[Command] = deque()
         self._sinks: dict[str, Sink] = {}
         self._num_failures = 0
         self._is_healthy = True
@@ -109,22 +112,43 @@ class EngineLoop:
         return EngineFailed("the engine failed and will be restarted")
 
     def _run(self) -> None:
+        try:
+            self._run_steps()
+        except Exception as error:
+            log.error("scheduler_failed", exc_info=error)
+            self._give_up()
+        self._refuse([*self._taken, *self._mailbox.take_all(wait=False)])
+
+    def _run_steps(self) -> None:
+        """Step until the mailbox closes, then end every request."""
         has_plan = True
         while not self._mailbox.is_closed:
             is_idle = not self._scheduler.has_work
             timeout_s = None if is_idle else _STUCK_WAIT_S
-            commands = self._mailbox.take_all(wait=is_idle or not has_plan, timeout_s=timeout_s)
-            self._handle(commands)
+            self._taken.extend(self._mailbox.take_all(wait=is_idle or not has_plan, timeout_s=timeout_s))
+            self._handle_taken()
             has_plan = self._step()
             self._stats = self._scheduler.stats()
-        self._handle(self._mailbox.take_all(wait=False))
         if self._is_healthy:
             self._deliver(self._scheduler.fail_all(EngineDraining("the engine is stopping")))
             self._stats = self._scheduler.stats()
 
-    def _handle(self, commands: Iterable[Command]) -> None:
+    def _refuse(self, commands: Iterable[Command]) -> None:
+        """Tell whoever left a command as the loop ended."""
         for command in commands:
             match command:
+                case SubmitRequest(request, _, sink):
+                    sink.offer([_failure(request.request_id, self._ended())])
+                    self._on_ended([request.request_id])
+                case RunBetweenSteps(_, done):
+                    if done.set_running_or_notify_cancel():
+                        done.set_exception(self._ended())
+                case AbortRequest():
+                    pass  # it has ended
+
+    def _handle_taken(self) -> None:
+        while self._taken:
+            match command := self._taken[0]:
                 case SubmitRequest():
                     self._add(command)
                 case AbortRequest(request_id):
@@ -132,16 +156,14 @@ class EngineLoop:
                     self._deliver([event] if event else [])
                 case RunBetweenSteps():
                     _call(command)
+            self._taken.popleft()
 
     def _add(self, command: SubmitRequest) -> None:
         request = command.request
         try:
-            if not self._is_healthy:
-                raise self._ended()
             self._scheduler.add(request, command.adapter_slots)
         except KilnError as error:
-            refusal = SequenceEvent(request.request_id, finish_reason=FinishReason.ERROR, error=error)
-            command.sink.offer([refusal])
+            command.sink.offer([_failure(request.request_id, error)])
             if request.request_id not in self._sinks:
                 self._on_ended([request.request_id])
         else:
@@ -149,26 +171,21 @@ class EngineLoop:
 
     def _step(self) -> bool:
         """Run one step; False when there was nothing to plan."""
-        plan: BatchPlan | None = None
+        now = self._clock.now()
+        self._deliver(self._scheduler.expire(now))
+        if not self._scheduler.has_work:
+            return True
+        plan = self._scheduler.plan(now)
+        if plan.is_empty:
+            log.error("scheduler_stuck", waiting=self._scheduler.stats().num_waiting)
+            return False
         try:
-            now = self._clock.now()
-            self._deliver(self._scheduler.expire(now))
-            if not self._scheduler.has_work:
-                return True
-            plan = self._scheduler.plan(now)
-            if plan.is_empty:
-                log.error("scheduler_stuck", waiting=self._scheduler.stats().num_waiting)
-                return False
-            try:
-                result = self._runner.execute(plan)
-            except Exception as error:  # noqa: BLE001 whatever the device did, other requests go on
-                self._fail_step(plan, error)
-                return True
+            result = self._runner.execute(plan)
+        except Exception as error:  # noqa: BLE001 whatever the device did, other requests go on
+            self._fail_step(plan, error)
+        else:
             self._deliver(self._scheduler.commit(plan, result))
             self._num_failures = 0
-        except Exception as error:
-            log.error("scheduler_failed", exc_info=error)
-            self._give_up()
         return True
 
     def _fail_step(self, plan: BatchPlan, error: Exception) -> None:
@@ -184,11 +201,10 @@ class EngineLoop:
         self._is_healthy = False
         self._mailbox.close()
         log.error("engine_unhealthy", failures=self._num_failures)
-        failure = EngineFailed("the engine failed and will be restarted")
-        self._deliver(
-            [SequenceEvent(i, finish_reason=FinishReason.ERROR, error=failure) for i in self._sinks]
-        )
-        self._on_unhealthy()
+        try:
+            self._deliver([_failure(request_id, self._ended()) for request_id in self._sinks])
+        finally:
+            self._on_unhealthy()
 
     def _deliver(self, events: list[SequenceEvent]) -> None:
         """Give each sink its events at once; abort the requests of sinks that are full."""
@@ -206,6 +222,10 @@ class EngineLoop:
             cut_off = [request_id for request_id, sink in self._sinks.items() if sink in full] if full else []
             aborted = [self._scheduler.abort(request_id) for request_id in cut_off]
             events = [event for event in aborted if event is not None]
+
+
+def _failure(request_id: str, error: KilnError) -> SequenceEvent:
+    return SequenceEvent(request_id, finish_reason=FinishReason.ERROR, error=error)
 
 
 def _call(command: RunBetweenSteps) -> None:
