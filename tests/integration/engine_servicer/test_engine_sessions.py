@@ -139,7 +139,7 @@ async def test_a_duplicate_id_is_refused_across_sessions(engine):
         call = engine_pb2_grpc.EngineStub(channel).Generate(generate_request("same"))
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await call.read()
-    assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert refused.value.code() is grpc.StatusCode.ABORTED
     running.runner.let_go()
     assert len(await first) == 4
 

@@ -1,8 +1,8 @@
 import pytest
 
-from kiln_common.errors import KilnError, PromptTooLong
+from kiln_common.errors import DuplicateRequestId, KilnError, PromptTooLong
 from kiln_engine.domain import FinishReason
-from kiln_engine.domain.errors import DuplicateRequestId, EmptyPrompt
+from kiln_engine.domain.errors import EmptyPrompt
 from kiln_engine.scheduling import SchedulerLimits, check_invariants
 from tests.support.engine_scheduling import EOS, SchedulerRig, expected_completion, make_request
 

@@ -4,11 +4,20 @@ import contextlib
 
 import pytest
 
-from kiln_common.errors import EngineUnavailable, ErrorKind, KilnError
-from kiln_common.pb import common_pb2, engine_pb2
+from kiln_common.errors import DeadlineExceeded, DuplicateRequestId, EngineUnavailable, KilnError
+from kiln_common.pb import engine_pb2
 from kiln_common.text.tokenizer import TextTokenizer
+from kiln_engine.domain import FinishReason, SequenceEvent
+from kiln_engine.domain.errors import (
+    AdapterSlotsFull,
+    EmptyPrompt,
+    EngineFailed,
+    NonFiniteLogits,
+    SessionOverflow,
+)
+from kiln_engine.execution.adapter_store import AdapterRankTooHigh
+from kiln_engine.servicer.messages import step_outputs
 from kiln_gateway.engine_pool import EnginePool
-from kiln_gateway.errors import kind_of_code
 from tests.support.gateway import FakeEngine, build_tokenizer
 
 
@@ -61,25 +70,28 @@ async def test_without_any_engine_there_is_a_clear_error(engines):
         await EnginePool(engines).base_model()
 
 
-async def test_a_failed_sequence_raises_the_engines_error(engines):
-    async def fails(request):
-        detail = common_pb2.ErrorDetail(code="deadline_exceeded", message="too slow", hint="wait")
-        yield engine_pb2.SequenceOutput(finish_reason=engine_pb2.FINISH_REASON_ERROR, error=detail)
-
-    engines[0].generate = fails
-    with pytest.raises(KilnError, match="too slow") as failed:
-        await drain(EnginePool(engines[:1]), "a")
-    assert (failed.value.code, failed.value.kind) == ("deadline_exceeded", ErrorKind.TIMEOUT)
-
-
 @pytest.mark.parametrize(
-    ("code", "kind"),
+    ("error", "http_status"),
     [
-        ("prompt_too_long", ErrorKind.INVALID_REQUEST),
-        ("adapter_slots_full", ErrorKind.RATE_LIMITED),
-        ("engine_failed", ErrorKind.UNAVAILABLE),
-        ("never heard of", ErrorKind.INTERNAL),
+        (DeadlineExceeded("too slow"), 504),
+        (DuplicateRequestId("a"), 409),
+        (EmptyPrompt("no tokens"), 400),
+        (AdapterRankTooHigh(128, 64), 400),
+        (AdapterSlotsFull("all in use"), 429),
+        (SessionOverflow("not read"), 429),
+        (EngineFailed("broken"), 503),
+        (NonFiniteLogits(9), 500),
     ],
 )
-def test_codes_have_their_kind(code, kind):
-    assert kind_of_code(code) is kind
+async def test_a_failed_sequence_raises_the_engines_error(engines, error, http_status):
+    async def fails(request):
+        [output] = step_outputs([SequenceEvent("a", finish_reason=FinishReason.ERROR, error=error)]).outputs
+        yield output
+
+    engines[0].generate = fails
+    with pytest.raises(KilnError) as failed:
+        await drain(EnginePool(engines[:1]), "a")
+    caught = failed.value
+    assert caught.kind.http_status == http_status
+    assert (caught.code, caught.message, caught.hint) == (error.code, error.message, error.hint)
+    assert (caught.kind, caught.param, caught.retry_after_s) == (error.kind, error.param, error.retry_after_s)

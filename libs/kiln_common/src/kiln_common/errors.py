@@ -119,6 +119,18 @@ class InvalidTokenIds(InvalidRequest):
     hint = "Token ids must come from this model's tokenizer; POST /v1/tokenize gives them."
 
 
+class DuplicateRequestId(KilnError):
+    """A request of this id is running."""
+
+    code = "duplicate_request_id"
+    kind = ErrorKind.CONFLICT
+    hint = "Give every request its own id."
+    param = "request_id"
+
+    def __init__(self, request_id: str) -> None:
+        super().__init__(f"a request with the id {request_id!r} is running")
+
+
 class AdapterNotFound(KilnError):
     code = "adapter_not_found"
     kind = ErrorKind.NOT_FOUND

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import structlog
 
-from kiln_common.errors import EngineUnavailable, KilnError, RemoteError
+from kiln_common.errors import EngineUnavailable, KilnError
 from kiln_common.pb import common_pb2, engine_pb2
-from kiln_gateway.errors import kind_of_code
+from kiln_common.rpc import from_error_detail
 from kiln_gateway.ports import EnginePort, closing
 
 log = structlog.get_logger()
@@ -80,7 +80,7 @@ class EnginePool:
             async with closing(seat.client.generate(request)) as outputs:
                 async for output in outputs:
                     if output.finish_reason == engine_pb2.FINISH_REASON_ERROR:
-                        raise _to_error(output.error)
+                        raise from_error_detail(output.error)
                     yield output
         except EngineUnavailable:
             seat.is_answering = False
@@ -113,14 +113,3 @@ class EnginePool:
         if seat.info is None or seat.info.boot_id != info.boot_id:
             log.info("engine_found", engine=seat.number, boot_id=info.boot_id, model=info.base_model.model_id)
         seat.info, seat.is_answering = info, True
-
-
-def _to_error(detail: common_pb2.ErrorDetail) -> KilnError:
-    return RemoteError(
-        detail.code,
-        kind_of_code(detail.code),
-        detail.message,
-        hint=detail.hint,
-        param=detail.param,
-        retry_after_s=detail.retry_after_s,
-    )

@@ -92,29 +92,3 @@ class ScopeMissing(KilnError):
     code = "scope_missing"
     kind = ErrorKind.FORBIDDEN
     hint = "Use a key that carries the scope."
-
-
-def kind_of_code(code: str) -> ErrorKind:
-    """The kind of an error known only by its code, as engines report failed sequences."""
-    pending: list[type[KilnError]] = [KilnError]
-    while pending:
-        cls = pending.pop()
-        if cls.code == code:
-            return cls.kind
-        pending += cls.__subclasses__()
-    return _ENGINE_KINDS.get(code, ErrorKind.INTERNAL)
-
-
-# Codes the engine alone uses.
-_ENGINE_KINDS = {
-    "adapter_rank_too_high": ErrorKind.INVALID_REQUEST,
-    "adapter_slots_full": ErrorKind.RATE_LIMITED,
-    "adapter_unavailable": ErrorKind.UNAVAILABLE,
-    "duplicate_request_id": ErrorKind.INVALID_REQUEST,
-    "empty_prompt": ErrorKind.INVALID_REQUEST,
-    "engine_draining": ErrorKind.UNAVAILABLE,
-    "engine_failed": ErrorKind.UNAVAILABLE,
-    "out_of_pages": ErrorKind.UNAVAILABLE,
-    "out_of_state_slots": ErrorKind.UNAVAILABLE,
-    "session_overflow": ErrorKind.RATE_LIMITED,
-}

@@ -42,14 +42,6 @@ def job_idempotency(key: str) -> str:
     return f"kiln:jobs:idempotency:{key}"
 
 
-def engine_presence(boot_id: str) -> str:
-    """JSON about a live engine, with a TTL that the engine renews. Written by that engine."""
-    return f"kiln:engine:{boot_id}"
-
-
-ENGINE_PRESENCE_PATTERN = "kiln:engine:*"
-
-
 def rollout(completion_id: str, index: int) -> str:
     """One kept rollout (with a TTL). Written and read by gateways."""
     return f"kiln:rollout:{completion_id}:{index}"

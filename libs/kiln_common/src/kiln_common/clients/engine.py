@@ -9,7 +9,7 @@ from typing import Any
 
 import grpc
 
-from kiln_common.errors import EngineUnavailable, InvalidValue, KilnError
+from kiln_common.errors import DuplicateRequestId, EngineUnavailable, KilnError
 from kiln_common.pb import common_pb2, engine_pb2, engine_pb2_grpc
 from kiln_common.rpc import from_rpc_error, open_channel
 
@@ -43,7 +43,7 @@ class EngineClient:
 
         Raises:
             EngineUnavailable: the engine is away, or went away before the sequence ended.
-            InvalidValue: this client already generates under that request id.
+            DuplicateRequestId: this client already generates under that request id.
         """
         if self._session is None or self._session.is_broken:
             self._session = _Session(self._stub)
@@ -117,7 +117,7 @@ class _Session:
     ) -> asyncio.Queue[engine_pb2.SequenceOutput | KilnError]:
         """Send a request; its outputs, or the error that broke the stream, go to the queue."""
         if request.request_id in self._outputs:
-            raise InvalidValue(f"a request with the id {request.request_id!r} is running", param="request_id")
+            raise DuplicateRequestId(request.request_id)
         outputs: asyncio.Queue[engine_pb2.SequenceOutput | KilnError] = asyncio.Queue()
         self._outputs[request.request_id] = outputs
         self._commands.put_nowait(engine_pb2.SessionRequest(submit=request))

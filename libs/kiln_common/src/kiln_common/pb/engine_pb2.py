@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from kiln_common.pb import common_pb2 as kiln_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14kiln/v1/engine.proto\x12\x07kiln.v1\x1a\x14kiln/v1/common.proto\"\x9b\x03\n\x0eSamplingParams\x12\x12\n\nmax_tokens\x18\x01 \x01(\x05\x12\x12\n\nmin_tokens\x18\x02 \x01(\x05\x12\x13\n\x0btemperature\x18\x03 \x01(\x01\x12\r\n\x05top_p\x18\x04 \x01(\x01\x12\r\n\x05top_k\x18\x05 \x01(\x05\x12\r\n\x05min_p\x18\x06 \x01(\x01\x12\x18\n\x10presence_penalty\x18\x07 \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\x08 \x01(\x01\x12\x1a\n\x12repetition_penalty\x18\t \x01(\x01\x12:\n\nlogit_bias\x18\n \x03(\x0b\x32&.kiln.v1.SamplingParams.LogitBiasEntry\x12\x11\n\x04seed\x18\x0b \x01(\x04H\x00\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\x0c \x03(\x03\x12\x12\n\nignore_eos\x18\r \x01(\x08\x12\x18\n\x10num_top_logprobs\x18\x0e \x01(\x05\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\x03\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x07\n\x05_seed\"\xf0\x01\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x1c\n\x10prompt_token_ids\x18\x02 \x03(\x03\x42\x02\x10\x01\x12)\n\x08sampling\x18\x03 \x01(\x0b\x32\x17.kiln.v1.SamplingParams\x12%\n\x08\x61\x64\x61pters\x18\x04 \x03(\x0b\x32\x13.kiln.v1.AdapterRef\x12 \n\x18num_stable_prefix_tokens\x18\x05 \x01(\x05\x12\x12\n\ncache_salt\x18\x06 \x01(\t\x12\x10\n\x08priority\x18\x07 \x01(\x05\x12\x11\n\ttimeout_s\x18\x08 \x01(\x01\"X\n\x0eSessionRequest\x12*\n\x06submit\x18\x01 \x01(\x0b\x32\x18.kiln.v1.GenerateRequestH\x00\x12\x0f\n\x05\x61\x62ort\x18\x02 \x01(\tH\x00\x42\t\n\x07\x63ommand\":\n\x0bTopLogprobs\x12\x15\n\ttoken_ids\x18\x01 \x03(\x03\x42\x02\x10\x01\x12\x14\n\x08logprobs\x18\x02 \x03(\x02\x42\x02\x10\x01\"\xa8\x02\n\x0eSequenceOutput\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x15\n\ttoken_ids\x18\x02 \x03(\x03\x42\x02\x10\x01\x12\x14\n\x08logprobs\x18\x03 \x03(\x02\x42\x02\x10\x01\x12\x1c\n\x10sampled_logprobs\x18\x04 \x03(\x02\x42\x02\x10\x01\x12*\n\x0ctop_logprobs\x18\x05 \x03(\x0b\x32\x14.kiln.v1.TopLogprobs\x12,\n\rfinish_reason\x18\x06 \x01(\x0e\x32\x15.kiln.v1.FinishReason\x12#\n\x05\x65rror\x18\x07 \x01(\x0b\x32\x14.kiln.v1.ErrorDetail\x12\x19\n\x11num_cached_tokens\x18\x08 \x01(\x05\x12\x0c\n\x04seed\x18\t \x01(\x04\x12\x0f\n\x07queue_s\x18\n \x01(\x01\"7\n\x0bStepOutputs\x12(\n\x07outputs\x18\x01 \x03(\x0b\x32\x17.kiln.v1.SequenceOutput\"\x10\n\x0eGetInfoRequest\"\xef\x01\n\nEngineInfo\x12&\n\nbase_model\x18\x01 \x01(\x0b\x32\x12.kiln.v1.BaseModel\x12\x0f\n\x07\x62oot_id\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\x13\n\x0bpage_tokens\x18\x05 \x01(\x05\x12\x11\n\tnum_pages\x18\x06 \x01(\x05\x12\x17\n\x0fnum_state_slots\x18\x07 \x01(\x05\x12\x19\n\x11num_adapter_slots\x18\x08 \x01(\x05\x12\x18\n\x10max_adapter_rank\x18\t \x01(\x05\x12\x13\n\x0bmax_running\x18\n \x01(\x05\"W\n\x0fResidentAdapter\x12$\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x13.kiln.v1.AdapterRef\x12\x0c\n\x04slot\x18\x02 \x01(\x05\x12\x10\n\x08num_pins\x18\x03 \x01(\x05\"\x11\n\x0fGetStatsRequest\"\xfe\x03\n\x0b\x45ngineStats\x12\x13\n\x0bnum_running\x18\x01 \x01(\x05\x12\x13\n\x0bnum_waiting\x18\x02 \x01(\x05\x12\x18\n\x10num_pages_in_use\x18\x03 \x01(\x05\x12\x18\n\x10num_pages_cached\x18\x04 \x01(\x05\x12\x11\n\tnum_pages\x18\x05 \x01(\x05\x12\x1e\n\x16num_state_slots_in_use\x18\x06 \x01(\x05\x12\x1e\n\x16num_state_slots_cached\x18\x07 \x01(\x05\x12\x17\n\x0fnum_state_slots\x18\x08 \x01(\x05\x12\x11\n\tnum_steps\x18\t \x01(\x03\x12\x19\n\x11num_prompt_tokens\x18\n \x01(\x03\x12\x1c\n\x14num_generated_tokens\x18\x0b \x01(\x03\x12\x19\n\x11num_cached_tokens\x18\x0c \x01(\x03\x12.\n&num_tokens_lost_for_want_of_checkpoint\x18\r \x01(\x03\x12\x17\n\x0fnum_preemptions\x18\x0e \x01(\x03\x12\x33\n\x11resident_adapters\x18\x0f \x03(\x0b\x32\x18.kiln.v1.ResidentAdapter\x12\x19\n\x11num_weight_leases\x18\x10 \x01(\x05\x12\x13\n\x0bis_draining\x18\x11 \x01(\x08\x12\x10\n\x08uptime_s\x18\x12 \x01(\x01\"\x15\n\x13ShareWeightsRequest\"P\n\x14ShareWeightsResponse\x12\x13\n\x0bsocket_path\x18\x01 \x01(\t\x12\x0f\n\x07\x62oot_id\x18\x02 \x01(\t\x12\x12\n\nmodel_hash\x18\x03 \x01(\t\"\x18\n\x16\x43hecksumWeightsRequest\"<\n\x17\x43hecksumWeightsResponse\x12\x0e\n\x06sha256\x18\x01 \x01(\t\x12\x11\n\tnum_bytes\x18\x02 \x01(\x03\"=\n\x15PrepareAdapterRequest\x12$\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x13.kiln.v1.AdapterRef\"K\n\x16PrepareAdapterResponse\x12\x0c\n\x04slot\x18\x01 \x01(\x05\x12\x12\n\nwas_loaded\x18\x02 \x01(\x08\x12\x0f\n\x07seconds\x18\x03 \x01(\x01\"\"\n\x0c\x44rainRequest\x12\x12\n\ndeadline_s\x18\x01 \x01(\x01\":\n\rDrainResponse\x12\x14\n\x0cnum_finished\x18\x01 \x01(\x05\x12\x13\n\x0bnum_aborted\x18\x02 \x01(\x05*\x91\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x17\n\x13\x46INISH_REASON_ABORT\x10\x03\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x04\x32\xaa\x04\n\x06\x45ngine\x12<\n\x07Session\x12\x17.kiln.v1.SessionRequest\x1a\x14.kiln.v1.StepOutputs(\x01\x30\x01\x12?\n\x08Generate\x12\x18.kiln.v1.GenerateRequest\x1a\x17.kiln.v1.SequenceOutput0\x01\x12\x37\n\x07GetInfo\x12\x17.kiln.v1.GetInfoRequest\x1a\x13.kiln.v1.EngineInfo\x12:\n\x08GetStats\x12\x18.kiln.v1.GetStatsRequest\x1a\x14.kiln.v1.EngineStats\x12K\n\x0cShareWeights\x12\x1c.kiln.v1.ShareWeightsRequest\x1a\x1d.kiln.v1.ShareWeightsResponse\x12T\n\x0f\x43hecksumWeights\x12\x1f.kiln.v1.ChecksumWeightsRequest\x1a .kiln.v1.ChecksumWeightsResponse\x12Q\n\x0ePrepareAdapter\x12\x1e.kiln.v1.PrepareAdapterRequest\x1a\x1f.kiln.v1.PrepareAdapterResponse\x12\x36\n\x05\x44rain\x12\x15.kiln.v1.DrainRequest\x1a\x16.kiln.v1.DrainResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14kiln/v1/engine.proto\x12\x07kiln.v1\x1a\x14kiln/v1/common.proto\"\x9b\x03\n\x0eSamplingParams\x12\x12\n\nmax_tokens\x18\x01 \x01(\x05\x12\x12\n\nmin_tokens\x18\x02 \x01(\x05\x12\x13\n\x0btemperature\x18\x03 \x01(\x01\x12\r\n\x05top_p\x18\x04 \x01(\x01\x12\r\n\x05top_k\x18\x05 \x01(\x05\x12\r\n\x05min_p\x18\x06 \x01(\x01\x12\x18\n\x10presence_penalty\x18\x07 \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\x08 \x01(\x01\x12\x1a\n\x12repetition_penalty\x18\t \x01(\x01\x12:\n\nlogit_bias\x18\n \x03(\x0b\x32&.kiln.v1.SamplingParams.LogitBiasEntry\x12\x11\n\x04seed\x18\x0b \x01(\x04H\x00\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\x0c \x03(\x03\x12\x12\n\nignore_eos\x18\r \x01(\x08\x12\x18\n\x10num_top_logprobs\x18\x0e \x01(\x05\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\x03\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x07\n\x05_seed\"\x92\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x1c\n\x10prompt_token_ids\x18\x02 \x03(\x03\x42\x02\x10\x01\x12)\n\x08sampling\x18\x03 \x01(\x0b\x32\x17.kiln.v1.SamplingParams\x12%\n\x08\x61\x64\x61pters\x18\x04 \x03(\x0b\x32\x13.kiln.v1.AdapterRef\x12 \n\x18num_stable_prefix_tokens\x18\x05 \x01(\x05\x12\x12\n\ncache_salt\x18\x06 \x01(\t\x12\x10\n\x08priority\x18\x07 \x01(\x05\x12\x11\n\ttimeout_s\x18\x08 \x01(\x01\x12 \n\x18num_shared_prefix_tokens\x18\t \x01(\x05\"X\n\x0eSessionRequest\x12*\n\x06submit\x18\x01 \x01(\x0b\x32\x18.kiln.v1.GenerateRequestH\x00\x12\x0f\n\x05\x61\x62ort\x18\x02 \x01(\tH\x00\x42\t\n\x07\x63ommand\":\n\x0bTopLogprobs\x12\x15\n\ttoken_ids\x18\x01 \x03(\x03\x42\x02\x10\x01\x12\x14\n\x08logprobs\x18\x02 \x03(\x02\x42\x02\x10\x01\"\xa8\x02\n\x0eSequenceOutput\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x15\n\ttoken_ids\x18\x02 \x03(\x03\x42\x02\x10\x01\x12\x14\n\x08logprobs\x18\x03 \x03(\x02\x42\x02\x10\x01\x12\x1c\n\x10sampled_logprobs\x18\x04 \x03(\x02\x42\x02\x10\x01\x12*\n\x0ctop_logprobs\x18\x05 \x03(\x0b\x32\x14.kiln.v1.TopLogprobs\x12,\n\rfinish_reason\x18\x06 \x01(\x0e\x32\x15.kiln.v1.FinishReason\x12#\n\x05\x65rror\x18\x07 \x01(\x0b\x32\x14.kiln.v1.ErrorDetail\x12\x19\n\x11num_cached_tokens\x18\x08 \x01(\x05\x12\x0c\n\x04seed\x18\t \x01(\x04\x12\x0f\n\x07queue_s\x18\n \x01(\x01\"7\n\x0bStepOutputs\x12(\n\x07outputs\x18\x01 \x03(\x0b\x32\x17.kiln.v1.SequenceOutput\"\x10\n\x0eGetInfoRequest\"\xef\x01\n\nEngineInfo\x12&\n\nbase_model\x18\x01 \x01(\x0b\x32\x12.kiln.v1.BaseModel\x12\x0f\n\x07\x62oot_id\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\x13\n\x0bpage_tokens\x18\x05 \x01(\x05\x12\x11\n\tnum_pages\x18\x06 \x01(\x05\x12\x17\n\x0fnum_state_slots\x18\x07 \x01(\x05\x12\x19\n\x11num_adapter_slots\x18\x08 \x01(\x05\x12\x18\n\x10max_adapter_rank\x18\t \x01(\x05\x12\x13\n\x0bmax_running\x18\n \x01(\x05\"W\n\x0fResidentAdapter\x12$\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x13.kiln.v1.AdapterRef\x12\x0c\n\x04slot\x18\x02 \x01(\x05\x12\x10\n\x08num_pins\x18\x03 \x01(\x05\"\x11\n\x0fGetStatsRequest\"\xfe\x03\n\x0b\x45ngineStats\x12\x13\n\x0bnum_running\x18\x01 \x01(\x05\x12\x13\n\x0bnum_waiting\x18\x02 \x01(\x05\x12\x18\n\x10num_pages_in_use\x18\x03 \x01(\x05\x12\x18\n\x10num_pages_cached\x18\x04 \x01(\x05\x12\x11\n\tnum_pages\x18\x05 \x01(\x05\x12\x1e\n\x16num_state_slots_in_use\x18\x06 \x01(\x05\x12\x1e\n\x16num_state_slots_cached\x18\x07 \x01(\x05\x12\x17\n\x0fnum_state_slots\x18\x08 \x01(\x05\x12\x11\n\tnum_steps\x18\t \x01(\x03\x12\x19\n\x11num_prompt_tokens\x18\n \x01(\x03\x12\x1c\n\x14num_generated_tokens\x18\x0b \x01(\x03\x12\x19\n\x11num_cached_tokens\x18\x0c \x01(\x03\x12.\n&num_tokens_lost_for_want_of_checkpoint\x18\r \x01(\x03\x12\x17\n\x0fnum_preemptions\x18\x0e \x01(\x03\x12\x33\n\x11resident_adapters\x18\x0f \x03(\x0b\x32\x18.kiln.v1.ResidentAdapter\x12\x19\n\x11num_weight_leases\x18\x10 \x01(\x05\x12\x13\n\x0bis_draining\x18\x11 \x01(\x08\x12\x10\n\x08uptime_s\x18\x12 \x01(\x01\"\x15\n\x13ShareWeightsRequest\"P\n\x14ShareWeightsResponse\x12\x13\n\x0bsocket_path\x18\x01 \x01(\t\x12\x0f\n\x07\x62oot_id\x18\x02 \x01(\t\x12\x12\n\nmodel_hash\x18\x03 \x01(\t\"\x18\n\x16\x43hecksumWeightsRequest\"<\n\x17\x43hecksumWeightsResponse\x12\x0e\n\x06sha256\x18\x01 \x01(\t\x12\x11\n\tnum_bytes\x18\x02 \x01(\x03\"=\n\x15PrepareAdapterRequest\x12$\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x13.kiln.v1.AdapterRef\"K\n\x16PrepareAdapterResponse\x12\x0c\n\x04slot\x18\x01 \x01(\x05\x12\x12\n\nwas_loaded\x18\x02 \x01(\x08\x12\x0f\n\x07seconds\x18\x03 \x01(\x01\"\"\n\x0c\x44rainRequest\x12\x12\n\ndeadline_s\x18\x01 \x01(\x01\":\n\rDrainResponse\x12\x14\n\x0cnum_finished\x18\x01 \x01(\x05\x12\x13\n\x0bnum_aborted\x18\x02 \x01(\x05*\x91\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x17\n\x13\x46INISH_REASON_ABORT\x10\x03\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x04\x32\xaa\x04\n\x06\x45ngine\x12<\n\x07Session\x12\x17.kiln.v1.SessionRequest\x1a\x14.kiln.v1.StepOutputs(\x01\x30\x01\x12?\n\x08Generate\x12\x18.kiln.v1.GenerateRequest\x1a\x17.kiln.v1.SequenceOutput0\x01\x12\x37\n\x07GetInfo\x12\x17.kiln.v1.GetInfoRequest\x1a\x13.kiln.v1.EngineInfo\x12:\n\x08GetStats\x12\x18.kiln.v1.GetStatsRequest\x1a\x14.kiln.v1.EngineStats\x12K\n\x0cShareWeights\x12\x1c.kiln.v1.ShareWeightsRequest\x1a\x1d.kiln.v1.ShareWeightsResponse\x12T\n\x0f\x43hecksumWeights\x12\x1f.kiln.v1.ChecksumWeightsRequest\x1a .kiln.v1.ChecksumWeightsResponse\x12Q\n\x0ePrepareAdapter\x12\x1e.kiln.v1.PrepareAdapterRequest\x1a\x1f.kiln.v1.PrepareAdapterResponse\x12\x36\n\x05\x44rain\x12\x15.kiln.v1.DrainRequest\x1a\x16.kiln.v1.DrainResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -46,48 +46,48 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SEQUENCEOUTPUT'].fields_by_name['logprobs']._serialized_options = b'\020\001'
   _globals['_SEQUENCEOUTPUT'].fields_by_name['sampled_logprobs']._loaded_options = None
   _globals['_SEQUENCEOUTPUT'].fields_by_name['sampled_logprobs']._serialized_options = b'\020\001'
-  _globals['_FINISHREASON']._serialized_start=2529
-  _globals['_FINISHREASON']._serialized_end=2674
+  _globals['_FINISHREASON']._serialized_start=2563
+  _globals['_FINISHREASON']._serialized_end=2708
   _globals['_SAMPLINGPARAMS']._serialized_start=56
   _globals['_SAMPLINGPARAMS']._serialized_end=467
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=410
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=458
   _globals['_GENERATEREQUEST']._serialized_start=470
-  _globals['_GENERATEREQUEST']._serialized_end=710
-  _globals['_SESSIONREQUEST']._serialized_start=712
-  _globals['_SESSIONREQUEST']._serialized_end=800
-  _globals['_TOPLOGPROBS']._serialized_start=802
-  _globals['_TOPLOGPROBS']._serialized_end=860
-  _globals['_SEQUENCEOUTPUT']._serialized_start=863
-  _globals['_SEQUENCEOUTPUT']._serialized_end=1159
-  _globals['_STEPOUTPUTS']._serialized_start=1161
-  _globals['_STEPOUTPUTS']._serialized_end=1216
-  _globals['_GETINFOREQUEST']._serialized_start=1218
-  _globals['_GETINFOREQUEST']._serialized_end=1234
-  _globals['_ENGINEINFO']._serialized_start=1237
-  _globals['_ENGINEINFO']._serialized_end=1476
-  _globals['_RESIDENTADAPTER']._serialized_start=1478
-  _globals['_RESIDENTADAPTER']._serialized_end=1565
-  _globals['_GETSTATSREQUEST']._serialized_start=1567
-  _globals['_GETSTATSREQUEST']._serialized_end=1584
-  _globals['_ENGINESTATS']._serialized_start=1587
-  _globals['_ENGINESTATS']._serialized_end=2097
-  _globals['_SHAREWEIGHTSREQUEST']._serialized_start=2099
-  _globals['_SHAREWEIGHTSREQUEST']._serialized_end=2120
-  _globals['_SHAREWEIGHTSRESPONSE']._serialized_start=2122
-  _globals['_SHAREWEIGHTSRESPONSE']._serialized_end=2202
-  _globals['_CHECKSUMWEIGHTSREQUEST']._serialized_start=2204
-  _globals['_CHECKSUMWEIGHTSREQUEST']._serialized_end=2228
-  _globals['_CHECKSUMWEIGHTSRESPONSE']._serialized_start=2230
-  _globals['_CHECKSUMWEIGHTSRESPONSE']._serialized_end=2290
-  _globals['_PREPAREADAPTERREQUEST']._serialized_start=2292
-  _globals['_PREPAREADAPTERREQUEST']._serialized_end=2353
-  _globals['_PREPAREADAPTERRESPONSE']._serialized_start=2355
-  _globals['_PREPAREADAPTERRESPONSE']._serialized_end=2430
-  _globals['_DRAINREQUEST']._serialized_start=2432
-  _globals['_DRAINREQUEST']._serialized_end=2466
-  _globals['_DRAINRESPONSE']._serialized_start=2468
-  _globals['_DRAINRESPONSE']._serialized_end=2526
-  _globals['_ENGINE']._serialized_start=2677
-  _globals['_ENGINE']._serialized_end=3231
+  _globals['_GENERATEREQUEST']._serialized_end=744
+  _globals['_SESSIONREQUEST']._serialized_start=746
+  _globals['_SESSIONREQUEST']._serialized_end=834
+  _globals['_TOPLOGPROBS']._serialized_start=836
+  _globals['_TOPLOGPROBS']._serialized_end=894
+  _globals['_SEQUENCEOUTPUT']._serialized_start=897
+  _globals['_SEQUENCEOUTPUT']._serialized_end=1193
+  _globals['_STEPOUTPUTS']._serialized_start=1195
+  _globals['_STEPOUTPUTS']._serialized_end=1250
+  _globals['_GETINFOREQUEST']._serialized_start=1252
+  _globals['_GETINFOREQUEST']._serialized_end=1268
+  _globals['_ENGINEINFO']._serialized_start=1271
+  _globals['_ENGINEINFO']._serialized_end=1510
+  _globals['_RESIDENTADAPTER']._serialized_start=1512
+  _globals['_RESIDENTADAPTER']._serialized_end=1599
+  _globals['_GETSTATSREQUEST']._serialized_start=1601
+  _globals['_GETSTATSREQUEST']._serialized_end=1618
+  _globals['_ENGINESTATS']._serialized_start=1621
+  _globals['_ENGINESTATS']._serialized_end=2131
+  _globals['_SHAREWEIGHTSREQUEST']._serialized_start=2133
+  _globals['_SHAREWEIGHTSREQUEST']._serialized_end=2154
+  _globals['_SHAREWEIGHTSRESPONSE']._serialized_start=2156
+  _globals['_SHAREWEIGHTSRESPONSE']._serialized_end=2236
+  _globals['_CHECKSUMWEIGHTSREQUEST']._serialized_start=2238
+  _globals['_CHECKSUMWEIGHTSREQUEST']._serialized_end=2262
+  _globals['_CHECKSUMWEIGHTSRESPONSE']._serialized_start=2264
+  _globals['_CHECKSUMWEIGHTSRESPONSE']._serialized_end=2324
+  _globals['_PREPAREADAPTERREQUEST']._serialized_start=2326
+  _globals['_PREPAREADAPTERREQUEST']._serialized_end=2387
+  _globals['_PREPAREADAPTERRESPONSE']._serialized_start=2389
+  _globals['_PREPAREADAPTERRESPONSE']._serialized_end=2464
+  _globals['_DRAINREQUEST']._serialized_start=2466
+  _globals['_DRAINREQUEST']._serialized_end=2500
+  _globals['_DRAINRESPONSE']._serialized_start=2502
+  _globals['_DRAINRESPONSE']._serialized_end=2560
+  _globals['_ENGINE']._serialized_start=2711
+  _globals['_ENGINE']._serialized_end=3265
 # @@protoc_insertion_point(module_scope)

@@ -1,6 +1,7 @@
 """KilnError across gRPC: the servicer raises it, the client gets it back.
 
-The status code carries the kind; the trailing metadata entry `kiln-error-bin` carries ErrorDetail.
+The trailing metadata entry `kiln-error-bin` carries ErrorDetail; so do messages that report the
+failure of one request among several. The gRPC status repeats the kind for clients that are not ours.
 """
 
 from __future__ import annotations
@@ -26,6 +27,19 @@ def to_error_detail(error: KilnError) -> common_pb2.ErrorDetail:
         hint=error.hint,
         param=error.param,
         retry_after_s=error.retry_after_s,
+        status=error.kind.grpc_status,
+    )
+
+
+def from_error_detail(detail: common_pb2.ErrorDetail) -> RemoteError:
+    """The error behind its wire form, with the code, kind, message and hint it had."""
+    return RemoteError(
+        detail.code,
+        ErrorKind.from_grpc_status(detail.status),
+        detail.message,
+        hint=detail.hint,
+        param=detail.param,
+        retry_after_s=detail.retry_after_s,
     )
 
 
@@ -38,15 +52,7 @@ def from_rpc_error(error: grpc.RpcError, service: str, unavailable: type[KilnErr
     status = error.code()  # type: ignore[attr-defined]
     for key, value in error.trailing_metadata() or ():  # type: ignore[attr-defined]
         if key == _METADATA_KEY:
-            detail = common_pb2.ErrorDetail.FromString(value)
-            return RemoteError(
-                detail.code,
-                ErrorKind.from_grpc_status(status.name),
-                detail.message,
-                hint=detail.hint,
-                param=detail.param,
-                retry_after_s=detail.retry_after_s,
-            )
+            return from_error_detail(common_pb2.ErrorDetail.FromString(value))
     return unavailable(f"the {service} did not answer ({status.name.lower()}: {error.details()})")  # type: ignore[attr-defined]
 
 

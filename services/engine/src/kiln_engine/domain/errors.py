@@ -23,12 +23,6 @@ class OutOfStateSlots(KilnError):
         super().__init__(f"{wanted} state slots were asked for, {free} are free")
 
 
-class DuplicateRequestId(InvalidRequest):
-    code = "duplicate_request_id"
-    hint = "Give every request its own id."
-    param = "request_id"
-
-
 class EmptyPrompt(InvalidRequest):
     code = "empty_prompt"
     hint = "Send at least one token."
@@ -45,6 +39,7 @@ class AdapterSlotsFull(Overloaded):
     """Every adapter slot is pinned by running requests."""
 
     code = "adapter_slots_full"
+    retry_after_s = 5.0
     hint = "Wait for running requests to end, use fewer adapters at once, or raise num_adapter_slots."
 
 

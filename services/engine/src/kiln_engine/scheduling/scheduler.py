@@ -7,8 +7,8 @@ import itertools
 import math
 from dataclasses import asdict
 
-from kiln_common.errors import DeadlineExceeded, KilnError, PromptTooLong
-from kiln_engine.domain.errors import DuplicateRequestId, EmptyPrompt, NonFiniteLogits
+from kiln_common.errors import DeadlineExceeded, DuplicateRequestId, KilnError, PromptTooLong
+from kiln_engine.domain.errors import EmptyPrompt, NonFiniteLogits
 from kiln_engine.domain.plan import BatchPlan, DecodeRow, PrefillChunk, StateCheckpoint
 from kiln_engine.domain.request import GenerationRequest
 from kiln_engine.domain.result import FinishReason, RowResult, SequenceEvent, StepResult
@@ -76,7 +76,7 @@ class Scheduler:
             EmptyPrompt, PromptTooLong: it could never produce a token.
         """
         if request.request_id in self._by_request_id:
-            raise DuplicateRequestId(f"a request with the id {request.request_id!r} is running")
+            raise DuplicateRequestId(request.request_id)
         if not request.prompt_token_ids:
             raise EmptyPrompt("the prompt has no tokens")
         if len(request.prompt_token_ids) >= self.limits.max_num_tokens:

@@ -6,10 +6,10 @@ import asyncio
 import contextlib
 from dataclasses import dataclass, field
 
-from kiln_common.errors import DeadlineExceeded, KilnError
+from kiln_common.errors import DeadlineExceeded, DuplicateRequestId, KilnError
 from kiln_common.pb import engine_pb2
 from kiln_engine.domain.adapter import AdapterLease, AdapterVersion
-from kiln_engine.domain.errors import DuplicateRequestId, EngineDraining
+from kiln_engine.domain.errors import EngineDraining
 from kiln_engine.domain.ports import AdapterResidency, Clock
 from kiln_engine.domain.request import GenerationRequest
 from kiln_engine.domain.result import FinishReason, SequenceEvent
@@ -63,7 +63,7 @@ class RequestIntake:
             raise EngineDraining("the engine is being stopped and takes no new requests")
         request = parse_request(message, self.limits, self.clock.now())
         if request.request_id in self._live:
-            raise DuplicateRequestId(f"a request with the id {request.request_id!r} is running")
+            raise DuplicateRequestId(request.request_id)
         live = _LiveRequest(sink)
         if request.adapters:
             versions = [parse_adapter_version(adapter) for adapter in message.adapters]
