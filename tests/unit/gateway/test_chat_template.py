@@ -24,6 +24,12 @@ def test_templates_find_what_they_expect():
     assert ChatTemplate(source).render([USER], add_generation_prompt=True) == '{"a": "<ü>"}14'
 
 
+def test_variables_may_have_any_name():
+    template = ChatTemplate("{{ colour }}{{ messages | length }}")
+    variables = {"colour": "red", "self": 1, "variables": 2}
+    assert template.render([USER], add_generation_prompt=True, variables=variables) == "red1"
+
+
 def test_a_templates_own_refusal_is_the_clients_error():
     template = ChatTemplate("{{ raise_exception('no system message here') }}")
     with pytest.raises(TemplateRefused, match="no system message here"):

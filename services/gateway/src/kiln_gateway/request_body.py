@@ -20,6 +20,8 @@ Model = TypeVar("Model", bound=BaseModel)
 # the answer instead of a broken connection.
 _DRAIN_FACTOR = 8
 _PARSE_IN_THREAD_BYTES = 256 * 1024
+# What pydantic puts into a location for the branch of a union; no field is named like this.
+_UNION_BRANCH = re.compile(r"constrained-\w+|(literal|list|dict)\[.*\]")
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 # Codes a schema may raise by itself (PydanticCustomError) and what to do about them.
@@ -81,7 +83,7 @@ def parse_bytes(raw: bytes, schema: type[Model]) -> Model:
     """`raw` as `schema`. Raises InvalidJson, InvalidField."""
     try:
         # The standard parser reads NaN and Infinity, so that the field they stand in can be named.
-        body = json.loads(raw)
+        body = json.loads(raw.decode())
     except RecursionError:
         raise InvalidJson("the body is nested too deeply") from None
     except ValueError as error:
@@ -106,6 +108,8 @@ def validate(body: dict[str, Any], schema: type[Model]) -> Model:
 def _refuse_unpaired_surrogates(body: Any) -> None:
     try:
         json.dumps(body, ensure_ascii=False).encode()
+    except RecursionError:
+        raise InvalidJson("the body is nested too deeply") from None
     except UnicodeEncodeError:
         raise InvalidJson(
             "the body has a string with an unpaired surrogate",
@@ -165,6 +169,8 @@ def _path(location: tuple[int | str, ...]) -> str:
     """("messages", 0, "role") as "messages[0].role"."""
     text = ""
     for part in location:
+        if isinstance(part, str) and _UNION_BRANCH.fullmatch(part):
+            continue
         text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
     return text
 

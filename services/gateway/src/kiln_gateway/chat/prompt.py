@@ -94,7 +94,7 @@ class PromptRenderer:
             merge_leading_instructions(messages),
             tools=tools,
             add_generation_prompt=add_generation_prompt,
-            **variables,
+            variables=variables,
         )
 
     def render_chat(

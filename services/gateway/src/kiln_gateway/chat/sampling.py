@@ -9,6 +9,7 @@ from kiln_gateway.rollouts import SamplingRecord
 from kiln_gateway.schemas.sampling import CompletionFields
 
 _SEEDS = 2**64
+_MAX_ID_DIGITS = 18
 
 
 def sampling_params(
@@ -86,9 +87,9 @@ def _or(value: float | None, default: float) -> float:
 def _logit_bias(given: dict[str, float] | None, vocab_size: int) -> dict[int, float]:
     biases = {}
     for name, bias in (given or {}).items():
-        if not name.isascii() or not name.isdigit():
+        if not name.isascii() or not name.isdigit() or len(name) > _MAX_ID_DIGITS:
             raise InvalidValue(
-                f"`logit_bias` has the key {name!r}",
+                f"`logit_bias` has the key {name[:60]!r}",
                 param="logit_bias",
                 hint="Keys are token ids written as strings; POST /v1/tokenize gives them.",
             )

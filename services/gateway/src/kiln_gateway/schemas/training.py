@@ -22,9 +22,13 @@ def _to_reward(value: Any) -> float:
     parts = value.values() if isinstance(value, dict) and value else [value]
     if value is None:
         raise PydanticCustomError("missing_rewards", "a reward is missing")
-    if not all(isinstance(part, int | float) and math.isfinite(part) for part in parts):
+    try:
+        reward = float(sum(parts))
+    except (TypeError, OverflowError):  # text, lists, integers beyond any float
+        reward = math.nan
+    if not math.isfinite(reward):
         raise PydanticCustomError("invalid_reward", "{value} is not a reward", {"value": repr(value)[:60]})
-    return float(sum(parts))
+    return reward
 
 
 def _to_rewards(value: Any) -> Any:
