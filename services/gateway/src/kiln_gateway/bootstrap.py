@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import AsyncIterator
 
-import redis.asyncio
-
+from kiln_common.bus.connect import connect_async
 from kiln_common.clients.engine import EngineClient
 from kiln_common.clients.registry import RegistryClient
 from kiln_common.clients.trainer import TrainerClient
@@ -24,11 +23,7 @@ async def open_clients(settings: GatewaySettings) -> AsyncIterator[Clients]:
     trainer = TrainerClient(settings.trainer_address)
     store = None
     if settings.redis_url:
-        store = redis.asyncio.from_url(
-            settings.redis_url,
-            socket_timeout=_REDIS_TIMEOUT_S,
-            socket_connect_timeout=_REDIS_TIMEOUT_S,
-        )
+        store = connect_async(settings.redis_url, timeout_s=_REDIS_TIMEOUT_S)
     try:
         yield Clients(engines=engines, registry=registry, trainer=trainer, redis=store)
     finally:
