@@ -12,6 +12,7 @@ import pytest
 from kiln_common.clients.engine import EngineClient
 from kiln_common.clients.registry import RegistryClient
 from kiln_common.errors import KilnError
+from kiln_common.model_folder import ModelFolderMissing
 from kiln_common.pb import common_pb2, engine_pb2, registry_pb2
 from kiln_engine.bootstrap import EngineParts, start_engine
 from kiln_engine.device_side import ModelNotLoaded, load_device_side
@@ -212,10 +213,16 @@ async def test_preemption_does_not_change_an_answer(checkpoint, tmp_path):
 
 
 def test_a_folder_without_a_model_stops_the_start(tmp_path):
+    (tmp_path / "nothing").mkdir()
     with pytest.raises(ModelNotLoaded) as caught:
         load_device_side(settings_for(tmp_path / "nothing", tmp_path))
     assert caught.value.code == "model_not_found"
     assert caught.value.hint
+
+
+def test_a_path_that_is_no_model_stops_the_start(tmp_path):
+    with pytest.raises(ModelFolderMissing, match="nowhere"):
+        load_device_side(settings_for(tmp_path / "nowhere", tmp_path))
 
 
 @pytest.mark.processes

@@ -1,0 +1,28 @@
+"""`make demo` as a user runs it: what its last line promises."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(420)]
+
+
+def test_the_demo_learns_from_the_reward_and_not_from_shuffled_ones(tmp_path):
+    command = [sys.executable, "-m", "kiln_cli", "demo", "--state-dir", str(tmp_path / "demo")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    result = json.loads(done.stdout.splitlines()[-1])
+
+    before, after, control = (result[key] for key in ("reward_before", "reward_after", "control_after"))
+    assert 0.2 < before["mean"] < 0.7
+    assert after["mean"] >= before["mean"] + 0.1
+    assert after["low"] > before["high"]
+    assert control["low"] <= before["high"]
+    assert min(entry["samples"] for entry in (before, after, control)) >= 64
+    assert result["requests_failed"] == 0
+    assert result["requests_total"] > 100
+    assert result["base_sha256_before"] == result["base_sha256_after"]
+    assert result["adapter"] == f"courteous@{result['rounds']}"
+    assert "def score(prompt: str, answer: str)" in done.stdout  # the reward's source is shown
