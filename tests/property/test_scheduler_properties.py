@@ -45,6 +45,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         tail=st.integers(0, 2),
         max_tokens=st.integers(1, 25),
         stable=st.integers(0, 24),
+        shared=st.integers(0, 24),
         adapter=st.sampled_from(sorted(ADAPTERS)),
         salt=st.sampled_from(["", "s"]),
         priority=st.integers(-1, 1),
@@ -52,7 +53,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         ignore_eos=st.booleans(),
         patience=st.sampled_from([None, 5.0, 40.0]),
     )
-    def add(self, blocks, tail, max_tokens, stable, adapter, salt, priority, seed, ignore_eos, patience):
+    def add(
+        self, blocks, tail, max_tokens, stable, shared, adapter, salt, priority, seed, ignore_eos, patience
+    ):
         prompt = [token for block in blocks for token in block] + [tail]
         adapters, slots = ADAPTERS[adapter]
         request = make_request(
@@ -61,6 +64,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             max_tokens=max_tokens,
             adapters=adapters,
             num_stable_prefix_tokens=min(stable, len(prompt)),
+            num_shared_prefix_tokens=min(shared, len(prompt)),
             cache_salt=salt,
             priority=priority,
             seed=seed,

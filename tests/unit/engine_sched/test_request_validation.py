@@ -19,11 +19,13 @@ def test_a_request_arrives_whole():
         priority=-3,
         cache_salt="s",
         num_stable_prefix_tokens=2,
+        num_shared_prefix_tokens=1,
         adapters=[common_pb2.AdapterRef(name="a", version=1, sha256="ab" * 32)],
     )
     request = parse_request(message, LIMITS, now=10.0)
     assert request.prompt_token_ids == (1, 2, 3)
     assert (request.arrival_s, request.deadline_s, request.priority) == (10.0, 12.0, -3)
+    assert (request.num_stable_prefix_tokens, request.num_shared_prefix_tokens) == (2, 1)
     assert request.sampling.seed == 42
     assert request.sampling.stop_token_ids == {9}
     assert dict(request.sampling.logit_bias) == {5: -1.0}
@@ -61,6 +63,7 @@ def test_a_seed_is_drawn_when_there_is_none():
         ({"repetition_penalty": 0.0}, "invalid_value", "repetition_penalty"),
         ({"num_top_logprobs": 21}, "invalid_value", "0 to 20"),
         ({"num_stable_prefix_tokens": 21}, "invalid_value", "between 0 and 20"),
+        ({"num_shared_prefix_tokens": 21}, "invalid_value", "num_shared_prefix_tokens is 21"),
         ({"timeout_s": -1.0}, "invalid_value", "timeout_s"),
         ({"adapters": [common_pb2.AdapterRef(name="a", version=1, sha256="x")]}, "invalid_value", "hex"),
         ({"adapters": [common_pb2.AdapterRef(version=1, sha256="ab" * 32)]}, "invalid_value", "name"),

@@ -1,5 +1,7 @@
+import pytest
+
 from kiln_engine.domain import AdapterUse
-from kiln_engine.scheduling.checkpoints import plan_checkpoints, stable_boundary
+from kiln_engine.scheduling.checkpoints import plan_checkpoints, prompt_boundaries
 from tests.support.engine_scheduling import SchedulerRig, expected_completion, make_request
 
 
@@ -122,6 +124,7 @@ def test_checkpoint_positions():
     plan = plan_checkpoints(
         num_prompt_tokens=3000,
         num_stable_tokens=2990,
+        num_shared_tokens=0,
         num_hit_tokens=1024,
         branch_points=(1600, 512),
         page_tokens=16,
@@ -131,8 +134,72 @@ def test_checkpoint_positions():
     assert plan.optional == (2048,)
 
 
-def test_the_stable_boundary_without_a_hint_is_before_the_last_token():
-    assert stable_boundary(32, 0, 16) == 16
-    assert stable_boundary(33, 0, 16) == 32
-    assert stable_boundary(40, 32, 16) == 32
-    assert stable_boundary(10, 0, 16) == 0
+@pytest.mark.parametrize(
+    ("num_prompt", "num_stable", "num_shared", "expected"),
+    [
+        (32, 0, 0, {16}),  # without a hint the last boundary that leaves a token
+        (33, 0, 0, {32}),
+        (10, 0, 0, set()),
+        (40, 32, 0, {32}),
+        (40, 15, 0, {32}),  # a hint shorter than a page is none
+        (32, 32, 0, {16, 32}),  # the same prompt again must leave a token
+        (100, 95, 0, {80}),  # one page before the last is close enough
+        (100, 70, 0, {64, 96}),  # two are not
+        (100, 95, 40, {32, 80}),
+        (100, 95, 15, {80}),
+        (100, 0, 100, {96}),
+    ],
+)
+def test_boundaries_that_later_requests_start_from(num_prompt, num_stable, num_shared, expected):
+    found = prompt_boundaries(
+        num_prompt_tokens=num_prompt,
+        num_stable_tokens=num_stable,
+        num_shared_tokens=num_shared,
+        page_tokens=16,
+    )
+    assert found == expected
+
+
+def test_a_shared_prefix_already_serves_the_second_conversation():
+    rig = SchedulerRig()
+    system = list(range(18))
+    for index, name in enumerate(("a", "b", "c")):
+        prompt = system + [40 + index] * 10
+        request = make_request(name, prompt, num_stable_prefix_tokens=26, num_shared_prefix_tokens=18)
+        assert rig.generate(request) == expected_completion(request, (), 4)
+    assert [cached(rig, name) for name in "abc"] == [0, 16, 16]
+    assert rig.scheduler.counters.num_tokens_lost_for_want_of_checkpoint == 0
+
+
+def test_the_next_turn_still_hits_where_the_conversation_is_stable():
+    rig = SchedulerRig()
+    history = list(range(30))
+    hints = {"num_shared_prefix_tokens": 9}
+    rig.generate(make_request("turn1", [*history, 90, 91, 92, 93], num_stable_prefix_tokens=30, **hints))
+    rig.generate(make_request("turn2", [*history, *range(60, 80)], num_stable_prefix_tokens=50, **hints))
+    assert cached(rig, "turn2") == 28
+
+
+def test_a_repeated_prompt_hits_when_its_stable_part_is_shorter_than_a_page():
+    rig = SchedulerRig()
+    for name in ("a", "b"):
+        rig.generate(make_request(name, range(23), num_stable_prefix_tokens=3))
+    assert cached(rig, "b") == 20
+
+
+def test_choices_of_a_prompt_that_is_hardly_stable_share_one_prefill():
+    rig = SchedulerRig(step_token_budget=16)
+    for index in range(4):
+        rig.add(make_request(f"r{index}", range(60), num_stable_prefix_tokens=10, seed=index))
+    rig.run()
+    assert [cached(rig, f"r{index}") for index in range(4)] == [0, 56, 56, 56]
+    prefilled = [len(chunk.token_ids) for plan in rig.plans for chunk in plan.prefill_chunks]
+    assert sum(prefilled) == 60 + 3 * 4
+
+
+def test_a_tool_answer_extends_a_prompt_that_is_hardly_stable():
+    rig = SchedulerRig()
+    prompt = list(range(40))
+    rig.generate(make_request("call", prompt, num_stable_prefix_tokens=10))
+    rig.generate(make_request("answer", [*prompt, *range(60, 80)], num_stable_prefix_tokens=10))
+    assert cached(rig, "answer") == 36

@@ -51,6 +51,7 @@ class GenerationRequest:
     sampling: SamplingParams
     adapters: tuple[AdapterUse, ...] = ()
     num_stable_prefix_tokens: int = 0
+    num_shared_prefix_tokens: int = 0
     cache_salt: str = ""
     priority: int = 0
     # Absolute times on the loop's clock, in seconds; deadline_s is None without a limit.

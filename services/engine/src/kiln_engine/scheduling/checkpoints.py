@@ -15,20 +15,35 @@ class CheckpointPlan:
     optional: tuple[int, ...]
 
 
-def stable_boundary(num_prompt_tokens: int, num_stable_tokens: int, page_tokens: int) -> int:
-    """The last page boundary that later requests of the conversation share, 0 for none.
+# A boundary this close before the prompt's end stands in for the one at the end.
+_MIN_GAIN_PAGES = 2
 
-    Without a hint it is the last boundary strictly before the prompt's end, so that the same or a
-    longer prompt hits with at least one token left to compute.
+
+def prompt_boundaries(
+    *, num_prompt_tokens: int, num_stable_tokens: int, num_shared_tokens: int, page_tokens: int
+) -> set[int]:
+    """Page boundaries of a prompt from which later requests are expected to go on.
+
+    The last one within what the conversation's next request repeats, and within what other
+    conversations share. Also the last one strictly before the prompt's end, unless the stable one is
+    about as far: there the same prompt again, another choice of it, or one that only extends it (a
+    tool's answer) starts, with at least one token left to compute.
     """
-    end = num_stable_tokens if num_stable_tokens > 0 else num_prompt_tokens - 1
-    return min(end, num_prompt_tokens) // page_tokens * page_tokens
+    stable, shared, last = (
+        num_tokens // page_tokens * page_tokens
+        for num_tokens in (num_stable_tokens, num_shared_tokens, num_prompt_tokens - 1)
+    )
+    boundaries = {stable, shared}
+    if stable == 0 or not last - _MIN_GAIN_PAGES * page_tokens < stable <= last:
+        boundaries.add(last)
+    return boundaries - {0}
 
 
 def plan_checkpoints(
     *,
     num_prompt_tokens: int,
     num_stable_tokens: int,
+    num_shared_tokens: int,
     num_hit_tokens: int,
     branch_points: tuple[int, ...],
     page_tokens: int,
@@ -38,8 +53,13 @@ def plan_checkpoints(
 
     `branch_points` are boundaries where this prompt is known to part from another one.
     """
-    stable = stable_boundary(num_prompt_tokens, num_stable_tokens, page_tokens)
-    wanted = {b for b in (*branch_points, stable) if num_hit_tokens < b <= num_prompt_tokens}
+    expected = prompt_boundaries(
+        num_prompt_tokens=num_prompt_tokens,
+        num_stable_tokens=num_stable_tokens,
+        num_shared_tokens=num_shared_tokens,
+        page_tokens=page_tokens,
+    )
+    wanted = {b for b in expected.union(branch_points) if num_hit_tokens < b <= num_prompt_tokens}
     interval = max(interval_tokens // page_tokens, 1) * page_tokens
     first = (num_hit_tokens // interval + 1) * interval
     optional = set(range(first, num_prompt_tokens + 1, interval)) - wanted

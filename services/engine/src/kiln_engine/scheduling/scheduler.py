@@ -242,6 +242,7 @@ class Scheduler:
         checkpoints = plan_checkpoints(
             num_prompt_tokens=sequence.num_prompt_tokens,
             num_stable_tokens=request.num_stable_prefix_tokens,
+            num_shared_tokens=request.num_shared_prefix_tokens,
             num_hit_tokens=num_hit,
             branch_points=branch_points(sequence, num_matched, self._waiting, self.limits.page_tokens),
             page_tokens=self.limits.page_tokens,

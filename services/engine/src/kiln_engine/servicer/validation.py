@@ -39,8 +39,9 @@ def parse_request(
         raise InvalidValue("request_id is empty", param="request_id")
     prompt = tuple(message.prompt_token_ids)
     _check_prompt(prompt, limits)
-    stable = message.num_stable_prefix_tokens
-    _check(0 <= stable <= len(prompt), "num_stable_prefix_tokens", stable, f"between 0 and {len(prompt)}")
+    for param in ("num_stable_prefix_tokens", "num_shared_prefix_tokens"):
+        count = getattr(message, param)
+        _check(0 <= count <= len(prompt), param, count, f"between 0 and {len(prompt)}")
     timeout_s = message.timeout_s
     _check(0 <= timeout_s <= _MAX_TIMEOUT_S, "timeout_s", timeout_s, f"between 0 and {_MAX_TIMEOUT_S:.0f}")
     return GenerationRequest(
@@ -48,7 +49,8 @@ def parse_request(
         prompt_token_ids=prompt,
         sampling=_parse_sampling(message.sampling, limits),
         adapters=tuple(parse_adapter_use(adapter) for adapter in message.adapters),
-        num_stable_prefix_tokens=stable,
+        num_stable_prefix_tokens=message.num_stable_prefix_tokens,
+        num_shared_prefix_tokens=message.num_shared_prefix_tokens,
         cache_salt=message.cache_salt,
         priority=message.priority,
         arrival_s=now,
