@@ -11,7 +11,7 @@ import pytest
 
 from kiln_common.bus import keys
 from kiln_common.bus.connect import connect_async
-from kiln_common.clients.registry import RegistryClient
+from kiln_common.clients.registry import BlobCorrupt, RegistryClient
 from kiln_common.errors import KilnError, RegistryUnavailable
 from kiln_common.pb import common_pb2
 from kiln_registry.blobs import BlobStore
@@ -42,6 +42,27 @@ async def test_what_is_published_can_be_fetched(tmp_path):
         assert await client.set_default("") is None
         assert await client.get_default() is None
     assert [path.name for path in stored_files(tmp_path)] == [version.sha256]
+
+
+async def test_publishing_again_mends_bytes_that_the_disk_damaged(tmp_path):
+    async with running_registry(tmp_path) as client:
+        version = await client.publish(publish_header("helper"), adapter_bytes())
+        (blob,) = stored_files(tmp_path)
+        blob.write_bytes(b"damaged")
+        with pytest.raises(BlobCorrupt):
+            await client.fetch(version.sha256)
+        await client.publish(publish_header("helper"), adapter_bytes())
+        assert await client.fetch(version.sha256) == adapter_bytes()
+
+
+async def test_a_rank_above_the_engines_is_refused_when_it_is_uploaded(tmp_path):
+    async with running_registry(tmp_path) as client:
+        await client.register_base_model(base_model(), max_adapter_rank=4)
+        header = publish_header("wide", config_json=peft_config(rank=5))
+        with pytest.raises(KilnError, match="rank 5, the engine holds up to 4") as caught:
+            await client.publish(header, adapter_bytes(rank=5))
+        assert caught.value.code == "adapter_rank_too_high"
+    assert stored_files(tmp_path) == []
 
 
 async def test_a_file_of_several_chunks_arrives_whole(tmp_path):

@@ -6,6 +6,7 @@ import threading
 import pytest
 from sqlalchemy import select, text
 from sqlalchemy.dialects import postgresql
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.schema import CreateTable
 
 from kiln_common.adapter_names import (
@@ -16,7 +17,7 @@ from kiln_common.adapter_names import (
 )
 from kiln_common.errors import AdapterNotFound, IdempotencyConflict
 from kiln_registry import schema
-from kiln_registry.catalog import Catalog
+from kiln_registry.catalog import Catalog, _raise_epoch
 from kiln_registry.domain import (
     AdapterInUse,
     BaseModelRecord,
@@ -28,7 +29,7 @@ from kiln_registry.domain import (
     UnknownBaseModel,
     VersionDeleted,
 )
-from kiln_registry.schema import CatalogTooNew, open_engine
+from kiln_registry.schema import CatalogTooNew, DatabaseUrlUnusable, open_engine
 
 
 @pytest.fixture
@@ -156,6 +157,46 @@ def test_attaching_and_deleting_at_once_never_attaches_a_deleted_version(catalog
         catalog.get_default()  # would raise AdapterNotFound if it named a deleted version
 
 
+def test_publishing_and_deleting_at_once_never_leaves_a_version_without_its_name(catalog):
+    for round_number in range(8):
+        name = f"adapter-{round_number}"
+        catalog.publish(publication(name=name), 1.0)
+        threads = [
+            threading.Thread(target=action)
+            for action in (
+                lambda name=name: catalog.publish(publication(name=name), 2.0),
+                lambda name=name: catalog.delete(AdapterReference(name), 2.0),
+            )
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for adapter in catalog.list_adapters():
+            newest = adapter.versions[-1].version
+            assert adapter.latest_version == catalog.resolve(AdapterReference(adapter.name)).version == newest
+
+
+def test_an_older_claim_that_was_checked_in_time_cannot_bring_its_epoch_back(catalog):
+    catalog.publish(publication(job_id="job_1", publish_key="job_1:5", claim_epoch=2), 1.0)
+    with pytest.raises(IntegrityError), catalog._engine.begin() as connection:
+        _raise_epoch(connection, "job_1", 1)
+    with pytest.raises(StaleClaim):
+        catalog.find_published("job_1:6", "helper", "job_1", 1)
+
+
+def test_base_models_announced_at_once_are_registered_once(catalog):
+    threads = [
+        threading.Thread(target=catalog.register_base_model, args=(BaseModelRecord("m", "h", {}, rank),))
+        for rank in range(6)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert catalog.get_base_model("h").max_adapter_rank in range(6)
+
+
 def test_concurrent_publishes_get_different_numbers(catalog):
     versions = []
     threads = [
@@ -179,6 +220,26 @@ def test_the_catalogue_survives_being_reopened(tmp_path):
     second.clear_outbox(second.read_outbox(1)[0].id)
     assert event_types(second) == ["DefaultChanged"]
     second.close()
+
+
+def test_a_catalogue_of_schema_1_gets_its_missing_column(tmp_path):
+    engine = open_engine("", tmp_path)
+    Catalog(engine).register_base_model(BaseModelRecord("m", "h", {"p": ModuleShape(1, 2)}, 8))
+    with engine.begin() as connection:
+        connection.execute(text("ALTER TABLE base_models DROP COLUMN max_adapter_rank"))
+        connection.execute(text("UPDATE schema_version SET version = 1"))
+    for _ in range(2):
+        catalog = Catalog(engine)
+        assert catalog.get_base_model("h").max_adapter_rank == 0
+    catalog.register_base_model(BaseModelRecord("m", "h", {}, 8))
+    assert catalog.get_base_model("h").max_adapter_rank == 8
+    engine.dispose()
+
+
+@pytest.mark.parametrize("url", ["nonsense", "mysql+no_such_driver://h/d"])
+def test_a_database_that_cannot_be_opened_is_an_error_of_our_own(tmp_path, url):
+    with pytest.raises(DatabaseUrlUnusable, match="database cannot be opened"):
+        open_engine(url, tmp_path)
 
 
 def test_a_newer_catalogue_is_left_alone(tmp_path):

@@ -2,13 +2,14 @@
 
 import json
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from safetensors.numpy import save
 
 from kiln_common.errors import KilnError
-from kiln_registry.domain import BaseModelRecord, ModuleShape
+from kiln_registry.domain import AdapterRankTooHigh, BaseModelRecord, ModuleShape
 from kiln_registry.inspection import inspect_adapter, parse_peft_config
 from tests.support.registry import MODULES, adapter_bytes, lora_tensors, peft_config
 
@@ -51,6 +52,15 @@ def test_a_fitting_adapter_is_described(tmp_path, dtype):
     found = inspect(tmp_path, adapter_bytes(rank=3, dtype=dtype), peft_config(rank=3))
     assert (found.rank, found.alpha) == (3, 6.0)
     assert found.targets == ("down_proj", "gate_proj", "in_proj_qkv")
+
+
+def test_a_rank_that_fits_no_slot_of_the_engine_is_refused(tmp_path):
+    path = tmp_path / "adapter_model.safetensors"
+    path.write_bytes(adapter_bytes(rank=3))
+    config = parse_peft_config(peft_config(rank=3))
+    with pytest.raises(AdapterRankTooHigh, match="rank 3, the engine holds up to 2"):
+        inspect_adapter(path, config, replace(BASE, max_adapter_rank=2))
+    assert inspect_adapter(path, config, replace(BASE, max_adapter_rank=3)).rank == 3
 
 
 def test_bfloat16_is_read(tmp_path):

@@ -12,7 +12,7 @@ import structlog
 
 from kiln_common.clients.registry import RegistryClient
 from kiln_common.errors import KilnError
-from kiln_common.pb import common_pb2, engine_pb2, engine_pb2_grpc
+from kiln_common.pb import engine_pb2, engine_pb2_grpc
 from kiln_common.rpc import RpcServer
 from kiln_engine.adapters.events import AdapterEvents
 from kiln_engine.adapters.manager import AdapterManager
@@ -120,7 +120,7 @@ async def start_engine(settings: EngineSettings, parts: EngineParts) -> RunningE
     await server.set_serving(True)
     jobs: list[Coroutine[Any, Any, None]] = []
     if registry is not None:
-        jobs.append(_announce_base_model(registry, parts.info.base_model))
+        jobs.append(_announce_base_model(registry, parts.info))
         if settings.redis_url:
             jobs.append(AdapterEvents(settings.redis_url, adapters).run())
     background = [asyncio.create_task(_logged(job)) for job in jobs]
@@ -167,12 +167,13 @@ async def _logged(job: Coroutine[Any, Any, None]) -> None:
         log.error("background_job_failed", job=str(job), exc_info=error)
 
 
-async def _announce_base_model(registry: RegistryClient, base_model: common_pb2.BaseModel) -> None:
+async def _announce_base_model(registry: RegistryClient, info: engine_pb2.EngineInfo) -> None:
     """Tell the registry what is served, as soon as it answers, and again now and then."""
+    base_model = info.base_model
     is_announced: bool | None = None
     while True:
         try:
-            await registry.register_base_model(base_model)
+            await registry.register_base_model(base_model, max_adapter_rank=info.max_adapter_rank)
         except KilnError as error:
             if is_announced is not False:
                 log.warning("base_model_not_announced", code=error.code, reason=str(error))

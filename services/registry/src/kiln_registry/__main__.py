@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 
+import structlog
+
+from kiln_common.errors import KilnError
 from kiln_common.logs import configure_logs
 from kiln_common.rpc.server import wait_for_stop_signal
 from kiln_registry.bootstrap import start_registry
 from kiln_registry.settings import RegistrySettings
+
+log = structlog.get_logger()
 
 
 async def serve(settings: RegistrySettings) -> None:
@@ -22,7 +28,11 @@ async def serve(settings: RegistrySettings) -> None:
 def main() -> None:
     settings = RegistrySettings()  # type: ignore[call-arg]  # fields come from the environment
     configure_logs("registry", settings.log_level)
-    asyncio.run(serve(settings))
+    try:
+        asyncio.run(serve(settings))
+    except KilnError as error:
+        log.error("registry_not_started", code=error.code, reason=str(error), hint=error.hint)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

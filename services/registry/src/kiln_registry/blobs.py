@@ -48,8 +48,8 @@ class BlobStore:
             self._num_holds[sha256] = self._num_holds.get(sha256, 0) + 1
         try:
             target = self._path(sha256)
-            if not target.exists():
-                upload.move_to(target)
+            # Also over bytes that are there: the disk may have damaged them since.
+            upload.move_to(target)
             yield StoredBlob(sha256, target.stat().st_size)
         finally:
             with self._lock:

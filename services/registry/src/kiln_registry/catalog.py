@@ -6,8 +6,9 @@ Each method is one transaction. Thread-safe; time comes in as an argument.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy import Connection, Engine, RowMapping, delete, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
@@ -31,6 +32,7 @@ from kiln_registry.domain import (
 _DEFAULT_ALIAS = "default"
 _MAX_OUTBOX_ROWS = 10_000
 _MAX_RACES = 3
+T = TypeVar("T")
 
 
 class Catalog:
@@ -39,7 +41,7 @@ class Catalog:
     def __init__(self, engine: Engine) -> None:
         schema.create_schema(engine)
         self._engine = engine
-        self._reader = engine.execution_options(**{schema.READ_ONLY: True})
+        self._reader = schema.reader(engine)
 
     def close(self) -> None:
         self._engine.dispose()
@@ -47,14 +49,21 @@ class Catalog:
     def register_base_model(self, record: BaseModelRecord) -> None:
         """Remember a base model; the same hash again replaces its id and table."""
         modules = {path: [shape.in_features, shape.out_features] for path, shape in record.modules.items()}
-        fields = {"model_id": record.model_id, "modules_json": json.dumps(modules)}
+        fields = {
+            "model_id": record.model_id,
+            "modules_json": json.dumps(modules),
+            "max_adapter_rank": record.max_adapter_rank,
+        }
         table = schema.base_models
-        with self._engine.begin() as connection:
+
+        def register(connection: Connection) -> None:
             changed = connection.execute(
                 update(table).where(table.c.model_hash == record.model_hash).values(**fields)
             )
             if not changed.rowcount:
                 connection.execute(insert(table).values(model_hash=record.model_hash, **fields))
+
+        self._write(register)
 
     def get_base_model(self, model_hash: str) -> BaseModelRecord:
         """Raises UnknownBaseModel."""
@@ -64,7 +73,7 @@ class Catalog:
         if row is None:
             raise UnknownBaseModel(f"no base model with the hash {model_hash[:80]!r} is registered")
         modules = {path: ModuleShape(*sizes) for path, sizes in json.loads(row["modules_json"]).items()}
-        return BaseModelRecord(row["model_id"], row["model_hash"], modules)
+        return BaseModelRecord(row["model_id"], row["model_hash"], modules, row["max_adapter_rank"])
 
     def check_name(self, name: str) -> None:
         """Refuse a name nothing can be published under (see check_adapter_name)."""
@@ -90,16 +99,8 @@ class Catalog:
             VersionDeleted: publish_key made a version that was deleted since.
             IdempotencyConflict: publish_key was used for another name.
         """
-        for _ in range(_MAX_RACES):
-            try:
-                return self._publish_once(publication, now_s)
-            except IntegrityError:
-                # PostgreSQL: another publish inserted the same first row. Its row is there now.
-                continue
-        return self._publish_once(publication, now_s)
 
-    def _publish_once(self, publication: Publication, now_s: float) -> VersionRecord:
-        with self._engine.begin() as connection:
+        def publish(connection: Connection) -> VersionRecord:
             _check_epoch(connection, publication.job_id, publication.claim_epoch)
             _raise_epoch(connection, publication.job_id, publication.claim_epoch)
             made_before = _find_published(connection, publication.publish_key, publication.name)
@@ -114,6 +115,8 @@ class Catalog:
                 _move_alias(connection, _DEFAULT_ALIAS, publication.name, version)
                 _announce(connection, "DefaultChanged", _event_data(record), now_s)
             return record
+
+        return self._write(publish)
 
     def resolve(self, reference: AdapterReference) -> VersionRecord:
         """The version a reference means now. Raises AdapterNotFound."""
@@ -133,7 +136,8 @@ class Catalog:
 
     def set_default(self, reference: AdapterReference | None, now_s: float) -> VersionRecord | None:
         """Attach a version, or nothing. Raises AdapterNotFound."""
-        with self._engine.begin() as connection:
+
+        def change(connection: Connection) -> VersionRecord | None:
             if reference is None:
                 table = schema.aliases
                 removed = connection.execute(delete(table).where(table.c.alias == _DEFAULT_ALIAS))
@@ -145,6 +149,8 @@ class Catalog:
                 _move_alias(connection, _DEFAULT_ALIAS, record.name, record.version)
                 _announce(connection, "DefaultChanged", _event_data(record), now_s)
             return record
+
+        return self._write(change)
 
     def get_default(self) -> VersionRecord | None:
         with self._reader.begin() as connection:
@@ -159,6 +165,9 @@ class Catalog:
             AdapterInUse: one of them is attached; nothing was deleted.
         """
         with self._engine.begin() as connection:
+            # A publish raises last_version in this row: the versions that are left stay the ones read.
+            name_row = select(schema.adapters).where(schema.adapters.c.name == reference.name)
+            connection.execute(name_row.with_for_update())
             # Locked before the alias is read; set_default locks the same rows, so that a version
             # cannot be attached and deleted at once.
             records = _live_versions(connection, reference.name, lock=True)
@@ -204,6 +213,17 @@ class Catalog:
             newest = connection.scalar(select(func.max(table.c.id)))
             if newest is not None:
                 connection.execute(delete(table).where(table.c.id <= newest - _MAX_OUTBOX_ROWS))
+
+    def _write(self, change: Callable[[Connection], T]) -> T:
+        """Carry out a transaction; again where, on PostgreSQL, another one inserted the same first row."""
+        for _ in range(_MAX_RACES):
+            try:
+                with self._engine.begin() as connection:
+                    return change(connection)
+            except IntegrityError:
+                continue  # its row is there now
+        with self._engine.begin() as connection:
+            return change(connection)
 
     def _list(self, name: str | None) -> list[AdapterRecord]:
         with self._reader.begin() as connection:
@@ -253,7 +273,9 @@ def _raise_epoch(connection: Connection, job_id: str, claim_epoch: int) -> None:
     if not job_id:
         return
     table = schema.job_claims
-    raised = connection.execute(update(table).where(table.c.job_id == job_id).values(claim_epoch=claim_epoch))
+    # A later claim may have come since the check: then the insert fails, and the check is made again.
+    is_not_later = (table.c.job_id == job_id) & (table.c.claim_epoch <= claim_epoch)
+    raised = connection.execute(update(table).where(is_not_later).values(claim_epoch=claim_epoch))
     if not raised.rowcount:
         connection.execute(insert(table).values(job_id=job_id, claim_epoch=claim_epoch))
 

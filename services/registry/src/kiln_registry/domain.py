@@ -26,6 +26,8 @@ class BaseModelRecord:
     model_hash: str
     # By path without ".weight", such as "model.layers.0.mlp.gate_proj".
     modules: dict[str, ModuleShape]
+    # Highest rank its engine can load; 0 where the engine did not say.
+    max_adapter_rank: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,6 +210,14 @@ class IncompleteAdapter(InvalidRequest):
 class RankMismatch(InvalidRequest):
     code = "adapter_rank_mismatch"
     hint = "`r` in adapter_config.json must be the rank of every tensor."
+
+
+class AdapterRankTooHigh(InvalidRequest):
+    code = "adapter_rank_too_high"
+    hint = "Train with a lower rank, or start the engine with a higher max_adapter_rank."
+
+    def __init__(self, rank: int, limit: int) -> None:
+        super().__init__(f"the adapter has rank {rank}, the engine holds up to {limit}")
 
 
 class UnsupportedDtype(InvalidRequest):

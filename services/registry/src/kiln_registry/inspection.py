@@ -12,6 +12,7 @@ from typing import Any
 
 from kiln_common.errors import AdapterMismatch
 from kiln_registry.domain import (
+    AdapterRankTooHigh,
     BaseModelRecord,
     IncompleteAdapter,
     InspectedAdapter,
@@ -70,9 +71,12 @@ def inspect_adapter(path: Path, config: PeftConfig, base_model: BaseModelRecord)
 
     Raises:
         AdapterMismatch: a module or a shape is not the base model's.
+        AdapterRankTooHigh: no engine of the base model could load it.
         PickleRefused, InvalidSafetensors, UnsupportedDtype, UnexpectedTensor, IncompleteAdapter,
         RankMismatch, NotFinite: as they say.
     """
+    if 0 < base_model.max_adapter_rank < config.rank:
+        raise AdapterRankTooHigh(config.rank, base_model.max_adapter_rank)
     entries = read_entries(path)
     sides = _pair_up(entries)
     for module_path, matrices in sides.items():

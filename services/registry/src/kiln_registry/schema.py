@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,14 @@ from sqlalchemy import (
     event,
     insert,
     select,
+    text,
+    update,
 )
+from sqlalchemy.exc import ArgumentError
 
 from kiln_common.errors import KilnError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 # Execution option of engines whose transactions only read.
 READ_ONLY = "kiln_read_only"
@@ -40,6 +44,8 @@ base_models = Table(
     Column("model_id", String(512), nullable=False),
     # {"model.layers.0.mlp.gate_proj": [in_features, out_features], ...}
     Column("modules_json", Text, nullable=False),
+    # Since schema 2. 0 where the engine did not say.
+    Column("max_adapter_rank", Integer, nullable=False, server_default="0"),
 )
 
 adapters = Table(
@@ -102,24 +108,46 @@ outbox = Table(
 )
 
 
+class DatabaseUrlUnusable(KilnError):
+    code = "database_url_unusable"
+    hint = "Write postgresql://user:password@host/database, and install kiln-registry[postgres]."
+
+
 class CatalogTooNew(KilnError):
     code = "catalog_too_new"
     hint = "Run the Kiln version that wrote this catalogue, or a newer one."
 
 
 def open_engine(database_url: str, state_dir: Path) -> Engine:
-    """A SQLAlchemy engine; an empty URL means SQLite in `state_dir`."""
+    """A SQLAlchemy engine; an empty URL means SQLite in `state_dir`.
+
+    Raises:
+        DatabaseUrlUnusable: SQLAlchemy cannot read the URL, or its driver is not installed.
+    """
     if not database_url:
         state_dir.mkdir(parents=True, exist_ok=True)
         database_url = f"sqlite:///{state_dir / 'catalog.sqlite3'}"
-    engine = create_engine(database_url, pool_pre_ping=True)
+    # Without a driver's name SQLAlchemy would take psycopg2, which the `postgres` extra does not install.
+    database_url = re.sub(r"^postgres(ql)?://", "postgresql+psycopg://", database_url)
+    try:
+        engine = create_engine(database_url, pool_pre_ping=True)
+    except (ArgumentError, ImportError) as error:
+        raise DatabaseUrlUnusable(f"the catalogue's database cannot be opened: {error}") from error
     if engine.dialect.name == "sqlite":
         _tune_sqlite(engine)
     return engine
 
 
+def reader(engine: Engine) -> Engine:
+    """The same database for transactions that only read; each sees one moment of it."""
+    options: dict[str, Any] = {READ_ONLY: True}
+    if engine.dialect.name == "postgresql":
+        options["isolation_level"] = "REPEATABLE READ"
+    return engine.execution_options(**options)
+
+
 def create_schema(engine: Engine) -> None:
-    """Create what is missing.
+    """Create what is missing, and bring an older catalogue up to date.
 
     Raises:
         CatalogTooNew: a later Kiln wrote this catalogue.
@@ -131,6 +159,11 @@ def create_schema(engine: Engine) -> None:
             connection.execute(insert(schema_version).values(version=SCHEMA_VERSION))
         elif found > SCHEMA_VERSION:
             raise CatalogTooNew(f"the catalogue has schema {found}, this registry knows {SCHEMA_VERSION}")
+        elif found < SCHEMA_VERSION:
+            connection.execute(
+                text("ALTER TABLE base_models ADD COLUMN max_adapter_rank INTEGER NOT NULL DEFAULT 0")
+            )
+            connection.execute(update(schema_version).values(version=SCHEMA_VERSION))
 
 
 def _tune_sqlite(engine: Engine) -> None:

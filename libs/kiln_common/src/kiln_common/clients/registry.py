@@ -39,9 +39,13 @@ class RegistryClient:
     async def close(self) -> None:
         await self._channel.close()
 
-    async def register_base_model(self, base_model: common_pb2.BaseModel) -> None:
-        """Announce a base model and the modules its adapters may touch. Idempotent."""
-        request = registry_pb2.RegisterBaseModelRequest(base_model=base_model)
+    async def register_base_model(
+        self, base_model: common_pb2.BaseModel, *, max_adapter_rank: int = 0
+    ) -> None:
+        """Announce a base model, the modules its adapters may touch and the rank they may have. Idempotent."""
+        request = registry_pb2.RegisterBaseModelRequest(
+            base_model=base_model, max_adapter_rank=max_adapter_rank
+        )
         await self._call(self._stub.RegisterBaseModel, request)
 
     async def publish(

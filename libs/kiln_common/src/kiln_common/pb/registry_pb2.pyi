@@ -7,10 +7,12 @@ from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Map
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class RegisterBaseModelRequest(_message.Message):
-    __slots__ = ("base_model",)
+    __slots__ = ("base_model", "max_adapter_rank")
     BASE_MODEL_FIELD_NUMBER: _ClassVar[int]
+    MAX_ADAPTER_RANK_FIELD_NUMBER: _ClassVar[int]
     base_model: _common_pb2.BaseModel
-    def __init__(self, base_model: _Optional[_Union[_common_pb2.BaseModel, _Mapping]] = ...) -> None: ...
+    max_adapter_rank: int
+    def __init__(self, base_model: _Optional[_Union[_common_pb2.BaseModel, _Mapping]] = ..., max_adapter_rank: _Optional[int] = ...) -> None: ...
 
 class RegisterBaseModelResponse(_message.Message):
     __slots__ = ()
