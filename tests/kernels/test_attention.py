@@ -6,7 +6,12 @@ import pytest
 import torch
 
 from kiln_nn.kernels.checks import ShapeMismatch
-from kiln_nn.kernels.paged_attention import paged_decode_attention, paged_prefill_attention, write_kv
+from kiln_nn.kernels.paged_attention import (
+    paged_decode_attention,
+    paged_prefill_attention,
+    reference,
+    write_kv,
+)
 from kiln_nn.kernels.varlen_attention import varlen_attention
 
 HEADS, KV_HEADS, HEAD_DIM, PAGE_TOKENS = 6, 2, 8, 4
@@ -74,7 +79,9 @@ def test_decode_reads_exactly_each_rows_context():
         assert torch.allclose(out[row], _direct(*sequence)[-1])
 
 
-def test_prefill_chunks_see_their_past_and_not_their_future():
+@pytest.mark.parametrize("most_scores", [1, 6 * 13 * 2, reference.MOST_SCORES])
+def test_prefill_chunks_see_their_past_and_not_their_future(monkeypatch, most_scores):
+    monkeypatch.setattr(reference, "MOST_SCORES", most_scores)
     pages, lengths, new = _Pages(16), (9, 6, 13), (4, 6, 0)
     sequences = [_tokens(length, seed=10 * length) for length in lengths]
     tables = [pages.store(k, v) for _, k, v in sequences]
@@ -82,6 +89,24 @@ def test_prefill_chunks_see_their_past_and_not_their_future():
     out = paged_prefill_attention(q, pages.k, pages.v, tables, (0, 4, 10, 10), lengths, SCALE)
     expected = torch.cat([_direct(*s)[len(s[0]) - n :] for s, n in zip(sequences, new, strict=True)])
     assert torch.allclose(out, expected)
+
+
+def test_a_long_prompt_keeps_no_scores_of_all_its_tokens(monkeypatch):
+    """What is computed at once stays within the bound, whatever the prompt's length."""
+    pages, (q, k, v) = _Pages(64), _tokens(200)
+    table = pages.store(k, v)
+    monkeypatch.setattr(reference, "MOST_SCORES", 6 * 200 * 8)
+    attend, num_scores = reference._attend_to_past, []
+
+    def counting(q_nHD: torch.Tensor, k_hCD: torch.Tensor, *rest: object) -> torch.Tensor:
+        num_scores.append(q_nHD.shape[0] * HEADS * k_hCD.shape[1])
+        return attend(q_nHD, k_hCD, *rest)
+
+    monkeypatch.setattr(reference, "_attend_to_past", counting)
+    out = paged_prefill_attention(q, pages.k, pages.v, [table], (0, 200), (200,), SCALE)
+    assert torch.allclose(out, _direct(q, k, v))
+    assert len(num_scores) == 25
+    assert max(num_scores) <= reference.MOST_SCORES
 
 
 def test_a_context_longer_than_its_pages_is_refused():

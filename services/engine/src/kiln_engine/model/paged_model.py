@@ -10,20 +10,18 @@ value width, `P` ring capacity, `N` chunks, `S` slots.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 
 from kiln_engine.domain.plan import BatchPlan
+from kiln_engine.model.decode_layout import AttentionGroup, CommitLayout, DecodeLayout
+from kiln_engine.model.index_lists import StoreShape
 from kiln_engine.model.kv_store import KvStore
+from kiln_engine.model.prefill_layout import PrefillLayout
 from kiln_engine.model.state_store import LayerState, StateStore
-from kiln_engine.model.step_layout import (
-    CommitLayout,
-    DecodeLayout,
-    PrefillLayout,
-    StepLayout,
-    StoreShape,
-    build_layout,
-)
+from kiln_engine.model.step_layout import StepLayout, build_layout
 from kiln_nn.blocks import (
     DeltaHeads,
     LinearFn,
@@ -123,12 +121,7 @@ class PagedModel:
         caches, scale = self.kv.layer(kv_layer), self.config.head_dim**-0.5
         num_rows, outputs = layout.num_decode_rows, []
         if layout.decode is not None:
-            decode = layout.decode
-            outputs.append(
-                paged_decode_attention(
-                    q[:num_rows].contiguous(), *caches, decode.page_table_RM, decode.context_lengths_R, scale
-                )
-            )
+            outputs.append(_decode_attention(q[:num_rows], caches, layout.decode.attention, scale))
         if layout.prefill is not None:
             prefill = layout.prefill
             outputs.append(
@@ -215,6 +208,25 @@ class PagedModel:
 
 def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _decode_attention(
+    q_RHD: torch.Tensor,
+    caches: tuple[torch.Tensor, torch.Tensor],
+    groups: Sequence[AttentionGroup],
+    scale: float,
+) -> torch.Tensor:
+    if len(groups) == 1:
+        (group,) = groups
+        return paged_decode_attention(
+            q_RHD.contiguous(), *caches, group.page_table_RM, group.context_lengths_R, scale
+        )
+    out = torch.empty_like(q_RHD)
+    for group in groups:
+        q = q_RHD.index_select(0, group.rows)
+        part = paged_decode_attention(q, *caches, group.page_table_RM, group.context_lengths_R, scale)
+        out.index_copy_(0, group.rows, part)
+    return out
 
 
 def _commit(commit: CommitLayout, memory: LayerState, state_RHKV: torch.Tensor) -> None:

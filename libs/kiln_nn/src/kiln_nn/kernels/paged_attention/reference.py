@@ -15,6 +15,9 @@ import torch.nn.functional as F
 
 from kiln_nn.kernels.checks import ShapeMismatch, check_cu_seqlens, check_shape
 
+# Most scores of a prompt chunk at once: 256 MiB of float32 where they are really stored.
+MOST_SCORES = 2**26
+
 
 def write_kv(cache_PShD: torch.Tensor, token_slots_T: torch.Tensor, x_ThD: torch.Tensor) -> None:
     """Store one row per token in place; a token's slot is `page_id * S + place in the page`."""
@@ -79,21 +82,37 @@ def paged_prefill_attention(
         raise ShapeMismatch("page_tables", (len(page_tables), len(context_lengths)), (len(bounds) - 1,) * 2)
     outputs = []
     for n, context_length in enumerate(context_lengths):
-        q = q_THD[bounds[n] : bounds[n + 1]].transpose(0, 1)[None]
-        num_new = q.shape[2]
+        q_nHD = q_THD[bounds[n] : bounds[n + 1]]
+        num_new = q_nHD.shape[0]
         if num_new == 0:
             continue
         if not num_new <= context_length <= page_tables[n].shape[0] * k_cache_PShD.shape[1]:
             raise ShapeMismatch("context", (context_length,), (f"{num_new} or more, within its pages",))
-        k, v = (
+        k_hCD, v_hCD = (
             cache.index_select(0, page_tables[n])
             .flatten(0, 1)[:context_length]
-            .transpose(0, 1)[None]
-            .to(q.dtype)
+            .transpose(0, 1)
+            .to(q_nHD.dtype)
             for cache in (k_cache_PShD, v_cache_PShD)
         )
-        places = torch.arange(context_length, device=q.device)
-        visible = places <= places[context_length - num_new :, None]
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale, enable_gqa=True)
-        outputs.append(out[0].transpose(0, 1))
+        block = max(1, MOST_SCORES // (q_nHD.shape[1] * context_length))
+        for first in range(0, num_new, block):
+            q = q_nHD[first : first + block]
+            end = context_length - num_new + first + q.shape[0]
+            outputs.append(_attend_to_past(q, k_hCD[:, :end], v_hCD[:, :end], scale))
     return torch.cat(outputs) if outputs else torch.zeros_like(q_THD)
+
+
+def _attend_to_past(
+    q_nHD: torch.Tensor, k_hCD: torch.Tensor, v_hCD: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """Attend from the last n of C tokens, each to itself and what is before it."""
+    num_new, num_heads, head_dim = q_nHD.shape
+    num_kv_heads, context_length = k_hCD.shape[:2]
+    group = num_heads // num_kv_heads
+    # The query heads of one kv head stand side by side, so that keys need not be repeated for them.
+    q = q_nHD.view(num_new, num_kv_heads, group, head_dim).transpose(0, 1).flatten(1, 2)
+    places = torch.arange(context_length, device=q.device)
+    visible = (places <= places[context_length - num_new :, None]).repeat_interleave(group, dim=0)
+    out = F.scaled_dot_product_attention(q[None], k_hCD[None], v_hCD[None], attn_mask=visible, scale=scale)[0]
+    return out.view(num_kv_heads, num_new, group, head_dim).transpose(0, 1).flatten(1, 2)
