@@ -7,7 +7,8 @@ import pytest
 from kiln_common.errors import InvalidValue
 from kiln_common.text.chat_template import ChatTemplate, TemplateRefused, TemplateUnusable
 from kiln_common.text.tokenizer import TextTokenizer
-from kiln_gateway.chat.prompt import PromptRenderer, num_common_characters
+from kiln_gateway.chat.prompt import PromptRenderer
+from kiln_gateway.chat.shared_prefix import num_common_characters
 from tests.support.gateway import write_model_folder
 
 USER = {"role": "user", "content": "Hi"}

@@ -147,6 +147,7 @@ async def _run(
                 sampling=sampling,
                 adapters=target.adapters,
                 num_stable_prefix_tokens=prompt.num_stable_prefix_tokens,
+                num_shared_prefix_tokens=prompt.num_shared_prefix_tokens,
                 # Cached prefixes tell by their timing what others asked: keys do not share them.
                 cache_salt=caller.owner + (body.cache_salt or ""),
                 priority=body.priority or 0,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import bisect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,10 +11,10 @@ from typing import Any
 from kiln_common.errors import InvalidTokenIds, InvalidValue
 from kiln_common.text.chat_template import ChatTemplate, TemplateRefused
 from kiln_common.text.reasoning import opens_reasoning
-from kiln_common.text.tokenizer import TextTokenizer
+from kiln_common.text.tokenizer import EncodedText, TextTokenizer
+from kiln_gateway.chat.shared_prefix import TURN_MARK, SharedPrefixes, num_common_characters
 
 _THREAD_FROM_CHARACTERS = 8_192
-_TURN_MARK = "<|im_start|>"
 _RESERVED_VARIABLES = frozenset({"messages", "tools", "add_generation_prompt"})
 # The next turn of every conversation, as far as its shape matters for what stays the same.
 _NEXT_TURN = [{"role": "assistant", "content": "x"}, {"role": "user", "content": "x"}]
@@ -28,6 +29,8 @@ class Prompt:
     token_ids: list[int]
     # How many leading tokens the conversation's next request will begin with again.
     num_stable_prefix_tokens: int = 0
+    # How many leading tokens other conversations with the same instructions and tools begin with.
+    num_shared_prefix_tokens: int = 0
     # Whether the model goes on inside a thinking block that the prompt opened.
     starts_in_reasoning: bool = False
 
@@ -41,6 +44,7 @@ class PromptRenderer:
         self._template = template
         self.tokenizer = tokenizer
         self._enable_thinking_default = enable_thinking_default
+        self._shared_prefixes = SharedPrefixes()
 
     def variables(
         self, chat_template_kwargs: Mapping[str, Any] | None = None, *, reasoning_effort: str | None = None
@@ -108,16 +112,41 @@ class PromptRenderer:
         text = self.render_text(messages, tools=tools, add_generation_prompt=True, variables=variables)
         encoded = self.tokenizer.encode_with_offsets(text)
         num_stable_characters = self._num_stable_characters(text, messages, tools, variables)
-        # The template may render the open turn differently once it is answered, so what is stable
-        # ends where that turn begins.
-        turn_mark_id = self.tokenizer.id_of(_TURN_MARK)
-        num_stable_tokens = 0
-        for position in range(len(encoded.token_ids) - 1, -1, -1):
-            starts_at = encoded.offsets[position][0]
-            if encoded.token_ids[position] == turn_mark_id and starts_at <= num_stable_characters:
-                num_stable_tokens = position
-                break
-        return Prompt(encoded.token_ids, num_stable_tokens, opens_reasoning(text))
+        num_shared_characters = self._num_shared_characters(text, messages, tools, variables)
+        return Prompt(
+            encoded.token_ids,
+            num_stable_prefix_tokens=self._num_tokens_before_turn(encoded, num_stable_characters),
+            num_shared_prefix_tokens=self._num_tokens_before_turn(encoded, num_shared_characters),
+            starts_in_reasoning=opens_reasoning(text),
+        )
+
+    def _num_tokens_before_turn(self, encoded: EncodedText, num_characters: int) -> int:
+        """How many tokens precede the last turn that begins within the first characters.
+
+        The template may render an open turn differently once it is answered, so what stays the same
+        ends where a turn begins; and its mark is a token of its own whatever follows.
+        """
+        turn_mark_id = self.tokenizer.id_of(TURN_MARK)
+        first_beyond = bisect.bisect_right(encoded.offsets, num_characters, key=lambda span: span[0])
+        for position in range(first_beyond - 1, -1, -1):
+            if encoded.token_ids[position] == turn_mark_id:
+                return position
+        return 0
+
+    def _num_shared_characters(
+        self,
+        text: str,
+        messages: Sequence[TemplateMessage],
+        tools: Sequence[dict[str, Any]] | None,
+        variables: Mapping[str, Any],
+    ) -> int:
+        """How much of `text` begins every conversation with the same instructions and tools."""
+
+        def render(probe: Sequence[TemplateMessage]) -> str:
+            return self.render_text(probe, tools=tools, add_generation_prompt=False, variables=variables)
+
+        instructions = [m for m in merge_leading_instructions(messages)[:1] if m["role"] == "system"]
+        return self._shared_prefixes.num_characters(text, instructions, tools, variables, render)
 
     def _num_stable_characters(
         self,
@@ -134,18 +163,6 @@ class PromptRenderer:
         except TemplateRefused:
             return 0
         return num_common_characters(text, later)
-
-
-def num_common_characters(first: str, second: str) -> int:
-    """How many leading characters two texts share."""
-    low, high = 0, min(len(first), len(second))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if first[low:middle] == second[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
 
 
 def merge_leading_instructions(messages: Sequence[TemplateMessage]) -> list[TemplateMessage]:
