@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import uvicorn
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from kiln_common.errors import (
@@ -27,6 +26,7 @@ from kiln_common.pb import common_pb2, engine_pb2, registry_pb2, trainer_pb2
 from kiln_common.text.tokenizer import TextTokenizer
 from kiln_gateway.app import create_app
 from kiln_gateway.ports import Clients
+from kiln_gateway.server import GatewayServer
 from kiln_gateway.settings import GatewaySettings
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -82,6 +82,7 @@ class FakeEngine:
         self.fail_after: int | None = None
         self.failure: KilnError = EngineUnavailable("the engine went away")
         self.is_up = True
+        self.is_closed = asyncio.Event()
         self.end_id = tokenizer.id_of("<|im_end|>")
         eos_ids = [tokenizer.id_of("<|endoftext|>"), self.end_id]
         self.base_model = common_pb2.BaseModel(
@@ -106,13 +107,26 @@ class FakeEngine:
                     raise self.failure
                 if self.pause_after == position:
                     self.paused.set()
-                    await self.go_on.wait()
+                    await self._wait_to_go_on()
                 await asyncio.sleep(0)
                 yield output
             self.finished.append(request.request_id)
         finally:
             if request.request_id not in self.finished:
                 self.aborted.append(request.request_id)
+
+    async def _wait_to_go_on(self) -> None:
+        waits = [asyncio.ensure_future(event.wait()) for event in (self.go_on, self.is_closed)]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+        if self.is_closed.is_set():
+            raise EngineUnavailable("the engine client was closed")
+
+    async def close(self) -> None:
+        self.is_closed.set()
 
     def _outputs(self, request: engine_pb2.GenerateRequest) -> Iterator[engine_pb2.SequenceOutput]:
         scripted = self.script(request)
@@ -350,13 +364,11 @@ async def gateway_rig(folder: Path, **options: Any) -> AsyncIterator[Rig]:
 
 
 @asynccontextmanager
-async def served(rig: Rig) -> AsyncIterator[str]:
-    """The rig's app on a real loopback port; yields its address."""
+async def served(rig: Rig, *, grace_s: int = 0) -> AsyncIterator[str]:
+    """The rig's app on a real loopback port; yields its address. `grace_s`: see GatewayServer."""
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
-    config = uvicorn.Config(rig.app, log_level="error", access_log=False, timeout_graceful_shutdown=2)
-    server = uvicorn.Server(config)
-    server.install_signal_handlers = lambda: None  # type: ignore[method-assign]
+    server = GatewayServer(rig.app, host="127.0.0.1", port=0, grace_s=grace_s)
     task = asyncio.create_task(server.serve(sockets=[listener]))
     while not server.started:
         await asyncio.sleep(0.01)

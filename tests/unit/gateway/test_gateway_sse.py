@@ -6,11 +6,15 @@ from types import SimpleNamespace
 from kiln_common.errors import EngineUnavailable
 from kiln_gateway import sse
 
-REQUEST = SimpleNamespace(state=SimpleNamespace(request_id="req_1"))
+
+def request(is_stopping=None):
+    gateway = SimpleNamespace(is_stopping=is_stopping or asyncio.Event())
+    app = SimpleNamespace(state=SimpleNamespace(gateway=gateway))
+    return SimpleNamespace(state=SimpleNamespace(request_id="req_1"), app=app)
 
 
 async def body_of(events, **options):
-    response = await sse.stream(REQUEST, events, **options)
+    response = await sse.stream(request(), events, **options)
     return [part async for part in response.body_iterator]
 
 
@@ -21,7 +25,7 @@ async def test_a_quiet_stream_is_kept_open_by_comments():
         await go_on.wait()
         yield sse.frame({"a": 1}, event="step", event_id="1-0")
 
-    response = await sse.stream(REQUEST, events(), keepalive_s=0.01)
+    response = await sse.stream(request(), events(), keepalive_s=0.01)
     parts = response.body_iterator
     assert [await anext(parts) for _ in range(3)] == [b": keepalive\n\n"] * 3
     go_on.set()
@@ -48,3 +52,24 @@ async def test_a_bug_inside_a_stream_does_not_tell_its_text():
     parts = await body_of(events(), keepalive_s=1)
     assert b'"code":"internal_error"' in parts[-1]
     assert b"secret" not in b"".join(parts)
+
+
+async def test_a_quiet_stream_ends_when_the_gateway_stops():
+    is_stopping, was_closed = asyncio.Event(), asyncio.Event()
+
+    async def events():
+        try:
+            await asyncio.Event().wait()
+            yield b""
+        finally:
+            was_closed.set()
+
+    response = await sse.stream(request(is_stopping), events(), keepalive_s=60)
+    parts = response.body_iterator
+    assert await anext(parts) == b": keepalive\n\n"
+    ending = asyncio.ensure_future(anext(parts))
+    await asyncio.sleep(0)
+    is_stopping.set()
+    assert b'"code":"gateway_stopping"' in await asyncio.wait_for(ending, 5)
+    assert [part async for part in parts] == []
+    assert was_closed.is_set()

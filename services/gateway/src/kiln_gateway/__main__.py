@@ -6,29 +6,24 @@ import asyncio
 import sys
 
 import structlog
-import uvicorn
 from pydantic import ValidationError
 
 from kiln_common.errors import KilnError
 from kiln_common.logs import configure_logs
 from kiln_gateway.app import create_app
 from kiln_gateway.bootstrap import open_clients
+from kiln_gateway.server import GatewayServer
 from kiln_gateway.settings import GatewaySettings
 
-_GRACE_S = 15
+# How long running answers may take to end once the gateway is told to stop.
+_GRACE_S = 10
 
 
 async def serve(settings: GatewaySettings) -> None:
     log = structlog.get_logger()
     async with open_clients(settings) as clients:
-        app = create_app(settings, clients)
-        config = uvicorn.Config(
-            app,
-            host=settings.host,
-            port=settings.port,
-            log_level="warning",
-            access_log=False,
-            timeout_graceful_shutdown=_GRACE_S,
+        server = GatewayServer(
+            create_app(settings, clients), host=settings.host, port=settings.port, grace_s=_GRACE_S
         )
         log.info(
             "gateway_starting",
@@ -37,7 +32,7 @@ async def serve(settings: GatewaySettings) -> None:
             model_path=settings.model_path,
             has_api_keys=bool(settings.api_keys),
         )
-        await uvicorn.Server(config).serve()
+        await server.serve()
 
 
 def main() -> int:

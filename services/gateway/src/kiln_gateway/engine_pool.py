@@ -12,6 +12,7 @@ import structlog
 from kiln_common.errors import EngineUnavailable, KilnError
 from kiln_common.pb import common_pb2, engine_pb2
 from kiln_common.rpc import from_error_detail
+from kiln_gateway.errors import GatewayStopping
 from kiln_gateway.ports import EnginePort, closing
 
 log = structlog.get_logger()
@@ -35,6 +36,7 @@ class EnginePool:
 
     def __init__(self, clients: Sequence[EnginePort]) -> None:
         self.seats = [EngineSeat(number, client) for number, client in enumerate(clients)]
+        self._is_closed = False
 
     @contextlib.asynccontextmanager
     async def watching(self) -> AsyncIterator[None]:
@@ -72,8 +74,11 @@ class EnginePool:
 
         Raises:
             EngineUnavailable: no engine answers, or the one at work went away.
+            GatewayStopping: the pool was closed.
             KilnError: with the engine's own code when it refused or failed the request.
         """
+        if self._is_closed:
+            raise _stopping()
         seat = await self._choose()
         seat.num_in_flight += 1
         try:
@@ -83,10 +88,18 @@ class EnginePool:
                         raise from_error_detail(output.error)
                     yield output
         except EngineUnavailable:
+            if self._is_closed:
+                raise _stopping() from None
             seat.is_answering = False
             raise
         finally:
             seat.num_in_flight -= 1
+
+    async def close(self) -> None:
+        """End every running generation with GatewayStopping; none begins after this."""
+        self._is_closed = True
+        for seat in self.seats:
+            await seat.client.close()
 
     async def _choose(self) -> EngineSeat:
         for attempt in range(2):
@@ -113,3 +126,7 @@ class EnginePool:
         if seat.info is None or seat.info.boot_id != info.boot_id:
             log.info("engine_found", engine=seat.number, boot_id=info.boot_id, model=info.base_model.model_id)
         seat.info, seat.is_answering = info, True
+
+
+def _stopping() -> GatewayStopping:
+    return GatewayStopping("the gateway is stopping, so the answer is not complete")

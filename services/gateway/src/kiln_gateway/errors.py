@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kiln_common.errors import ErrorKind, InvalidRequest, KilnError, NotBuiltYet
+from kiln_common.errors import ErrorKind, InvalidRequest, KilnError, NotBuiltYet, Unavailable
 
 
 class InvalidField(InvalidRequest):
@@ -52,6 +52,13 @@ class ModelNotFound(KilnError):
     kind = ErrorKind.NOT_FOUND
     param = "model"
     hint = "GET /v1/models lists the base model and every adapter."
+
+
+class GatewayStopping(Unavailable):
+    """The gateway was told to stop before the answer was complete."""
+
+    code = "gateway_stopping"
+    hint = "Send the request again in a moment; a stream of job events resumes with Last-Event-ID."
 
 
 class RolloutNotFound(KilnError):

@@ -51,6 +51,7 @@ class Gateway:
         self.authenticator = Authenticator(settings.api_keys)
         self.metrics = GatewayMetrics()
         self.started_at = time.monotonic()
+        self.is_stopping = asyncio.Event()
 
     async def parse(self, request: Request, schema: type[Model]) -> Model:
         """The request's JSON body. Raises BodyTooLarge, InvalidJson, InvalidField."""
@@ -60,6 +61,12 @@ class Gateway:
         """The request's JSON body, or the schema's defaults when there is none."""
         raw = await read_body(request, self.settings.max_body_bytes)
         return parse_bytes(raw or b"{}", schema)
+
+    async def end_answers(self, grace_s: float) -> None:
+        """End what runs with GatewayStopping: streams of job events now, completions after `grace_s`."""
+        self.is_stopping.set()
+        await asyncio.sleep(grace_s)
+        await self.engines.close()
 
     async def served_model_id(self) -> str:
         """The base model's id as clients see it. Raises EngineUnavailable."""

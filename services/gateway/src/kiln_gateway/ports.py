@@ -28,6 +28,10 @@ class EnginePort(Protocol):
 
     async def get_stats(self) -> engine_pb2.EngineStats: ...
 
+    async def close(self) -> None:
+        """What runs ends with EngineUnavailable. May be called again."""
+        ...
+
 
 class RegistryPort(Protocol):
     async def resolve(self, reference: str) -> registry_pb2.AdapterVersion: ...

@@ -12,6 +12,7 @@ from fastapi import Request
 from fastapi.responses import StreamingResponse
 
 from kiln_common.errors import KilnError
+from kiln_gateway.errors import GatewayStopping
 from kiln_gateway.http_errors import error_body, request_id_of, unexpected
 
 Result = TypeVar("Result")
@@ -41,13 +42,16 @@ async def stream(
     """Answer with `events`, once the first is there: an error before it keeps its own HTTP status.
 
     A later error is one event, and then the end. `keepalive_s` sends a comment where nothing happens
-    for that long (the first one at once, so that a quiet stream opens).
+    for that long (the first one at once, so that a quiet stream opens). Such a stream may outlive
+    any patience, so it ends as soon as the gateway is told to stop.
     """
     request_id = request_id_of(request)
     first: bytes | None = None
     if keepalive_s is None:
         first = await until_disconnect(request, _first(events))
-    body = _with_errors(first, events, request_id, keepalive_s)
+    else:
+        events = _with_keepalive(events, keepalive_s, request.app.state.gateway.is_stopping)
+    body = _with_errors(first, events, request_id)
     return StreamingResponse(body, media_type="text/event-stream", headers={**_HEADERS, **(headers or {})})
 
 
@@ -84,31 +88,34 @@ async def _first(events: AsyncGenerator[bytes]) -> bytes | None:
 
 
 async def _with_errors(
-    first: bytes | None, events: AsyncGenerator[bytes], request_id: str, keepalive_s: float | None
+    first: bytes | None, events: AsyncGenerator[bytes], request_id: str
 ) -> AsyncGenerator[bytes]:
     async with contextlib.aclosing(events):
         try:
             if first is not None:
                 yield first
-            source = events if keepalive_s is None else _with_keepalive(events, keepalive_s)
-            async with contextlib.aclosing(source):
-                async for event in source:
-                    yield event
+            async for event in events:
+                yield event
         except KilnError as error:
             yield frame(error_body(error, request_id))
         except Exception as error:  # noqa: BLE001 the status is sent: a bug becomes an error event
             yield frame(error_body(unexpected(error), request_id))
 
 
-async def _with_keepalive(events: AsyncGenerator[bytes], keepalive_s: float) -> AsyncGenerator[bytes]:
-    yield _KEEPALIVE
-    pending: asyncio.Task[bytes | None] | None = None
+async def _with_keepalive(
+    events: AsyncGenerator[bytes], keepalive_s: float, is_stopping: asyncio.Event
+) -> AsyncGenerator[bytes]:
+    stopping: asyncio.Future[Any] = asyncio.ensure_future(is_stopping.wait())
+    pending: asyncio.Future[Any] | None = None
     try:
+        yield _KEEPALIVE
         while True:
             if pending is None:
                 pending = asyncio.ensure_future(anext(events, None))
-            done, _ = await asyncio.wait({pending}, timeout=keepalive_s)
-            if not done:
+            await asyncio.wait({pending, stopping}, timeout=keepalive_s, return_when=asyncio.FIRST_COMPLETED)
+            if not pending.done():
+                if stopping.done():
+                    raise GatewayStopping("the gateway is stopping, so the stream ends here")
                 yield _KEEPALIVE
                 continue
             event, pending = pending.result(), None
@@ -116,6 +123,8 @@ async def _with_keepalive(events: AsyncGenerator[bytes], keepalive_s: float) -> 
                 return
             yield event
     finally:
-        if pending is not None:
-            pending.cancel()
-            await asyncio.gather(pending, return_exceptions=True)
+        waiting = [task for task in (stopping, pending) if task is not None]
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        await events.aclose()
