@@ -24,7 +24,10 @@ class DeviceLimits:
     shared_memory_bytes: int  # that one program may use
 
 
-_WITHOUT_GPU = DeviceLimits(num_multiprocessors=132, shared_memory_bytes=99 * 1024)
+# By compute capability, from the CUDA programming guide's table of technical specifications.
+_SHARED_MEMORY_KIB = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227}
+_LEAST_SHARED_MEMORY_KIB = 99
+_WITHOUT_GPU = DeviceLimits(num_multiprocessors=132, shared_memory_bytes=_LEAST_SHARED_MEMORY_KIB * 1024)
 
 
 @cache
@@ -67,4 +70,6 @@ def device_limits(device: torch.device) -> DeviceLimits:
     if device.type != "cuda":
         return _WITHOUT_GPU
     properties = torch.cuda.get_device_properties(device)
-    return DeviceLimits(properties.multi_processor_count, properties.shared_memory_per_block_optin)
+    capability = (properties.major, properties.minor)
+    kib = _SHARED_MEMORY_KIB.get(capability, _LEAST_SHARED_MEMORY_KIB)
+    return DeviceLimits(properties.multi_processor_count, kib * 1024)

@@ -1,5 +1,61 @@
-"""Root-mean-square norms: the layer norm and the DeltaNet's gated norm."""
+"""Root-mean-square norms: the layer norm, with its residual addition, and the DeltaNet's gated norm."""
 
-from kiln_nn.kernels.rms_norm.reference import gated_rms_norm, l2_normalise, rms_norm
+from __future__ import annotations
 
-__all__ = ["gated_rms_norm", "l2_normalise", "rms_norm"]
+import torch
+
+from kiln_nn.kernels.checks import check_shape
+from kiln_nn.kernels.dispatch import takes_triton
+from kiln_nn.kernels.rms_norm import reference
+from kiln_nn.kernels.rms_norm.reference import l2_normalise
+
+__all__ = ["add_rms_norm", "gated_rms_norm", "l2_normalise", "rms_norm"]
+
+
+def rms_norm(x_D: torch.Tensor, weight_D: torch.Tensor, eps: float, *, offset: float) -> torch.Tensor:
+    """Normalise the last dimension and multiply by `offset + weight`.
+
+    Qwen3.5 stores its layer, query, key and final norms as the difference from
+    one, so they pass `offset=1`.
+
+    Returns: the shape and format of `x_D`.
+    """
+    check_shape("weight", weight_D, (x_D.shape[-1],))
+    if takes_triton(x_D, weight_D):
+        from kiln_nn.kernels.rms_norm import triton
+
+        if triton.takes(weight_D, x_D):
+            return triton.rms_norm(x_D, weight_D, eps, offset=offset)
+    return reference.rms_norm(x_D, weight_D, eps, offset=offset)
+
+
+def add_rms_norm(
+    x_D: torch.Tensor, residual_D: torch.Tensor, weight_D: torch.Tensor, eps: float, *, offset: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Add `x` to the residual stream and normalise the sum as `rms_norm` does.
+
+    Returns: the normed sum and the sum itself, both in the format of `residual_D`.
+    """
+    check_shape("x", x_D, tuple(residual_D.shape))
+    check_shape("weight", weight_D, (x_D.shape[-1],))
+    if takes_triton(x_D, residual_D, weight_D):
+        from kiln_nn.kernels.rms_norm import triton
+
+        if triton.takes(weight_D, x_D, residual_D):
+            return triton.add_rms_norm(x_D, residual_D, weight_D, eps, offset=offset)
+    return reference.add_rms_norm(x_D, residual_D, weight_D, eps, offset=offset)
+
+
+def gated_rms_norm(x_D: torch.Tensor, z_D: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
+    """Normalise `x`, multiply by `weight`, then gate with `silu(z)`: the norm comes first.
+
+    Returns: the shape of `x_D` in the format of `z_D` (the DeltaNet's output is
+    kept in float32 until here).
+    """
+    check_shape("weight", weight_D, (x_D.shape[-1],))
+    if takes_triton(x_D, z_D, weight_D) and x_D.shape == z_D.shape:
+        from kiln_nn.kernels.rms_norm import triton
+
+        if triton.takes(weight_D, x_D, z_D):
+            return triton.gated_rms_norm(x_D, z_D, weight_D, eps)
+    return reference.gated_rms_norm(x_D, z_D, weight_D, eps)

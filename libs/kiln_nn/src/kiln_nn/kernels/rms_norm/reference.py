@@ -31,6 +31,17 @@ def rms_norm(x_D: torch.Tensor, weight_D: torch.Tensor, eps: float, *, offset: f
     return scaled.to(x_D.dtype)
 
 
+def add_rms_norm(
+    x_D: torch.Tensor, residual_D: torch.Tensor, weight_D: torch.Tensor, eps: float, *, offset: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Add `x` to the residual stream and normalise the sum as `rms_norm` does.
+
+    Returns: the normed sum and the sum itself, both in the format of `residual_D`.
+    """
+    total = (residual_D + x_D).to(residual_D.dtype)
+    return rms_norm(total, weight_D, eps, offset=offset), total
+
+
 def gated_rms_norm(x_D: torch.Tensor, z_D: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
     """Normalise `x`, multiply by `weight`, then gate with `silu(z)`: the norm comes first.
 
