@@ -98,8 +98,8 @@ def test_a_job_for_another_base_model_is_refused():
     check_request(request, None)
 
 
-@pytest.mark.parametrize("reward", [math.nan, math.inf, -math.inf])
-def test_rewards_must_be_finite(reward):
+@pytest.mark.parametrize("reward", [math.nan, math.inf, -math.inf, 1e308, -1e10])
+def test_rewards_must_be_finite_and_of_a_reasonable_size(reward):
     request = grpo_request()
     rollout(request).reward = reward
     assert code_of(request) == "invalid_reward"
@@ -109,6 +109,22 @@ def test_equal_rewards_teach_nothing():
     request = grpo_request()
     rollout(request, 1).reward = 0.0
     assert code_of(request) == "no_learning_signal"
+
+
+def test_rewards_equal_up_to_rounding_teach_nothing():
+    request = grpo_request()
+    rollout(request, 0).reward, rollout(request, 1).reward = 0.3, 0.1 + 0.2
+    assert code_of(request) == "no_learning_signal"
+
+
+def test_the_completions_of_groups_with_a_signal_must_not_all_be_empty():
+    request = grpo_request()
+    constant = request.grpo.groups.add()
+    constant.CopyFrom(request.grpo.groups[0])
+    constant.rollouts[1].reward = 0.0
+    for empty in request.grpo.groups[0].rollouts:
+        del empty.completion_token_ids[:], empty.behaviour_logprobs[:]
+    assert code_of(request) == "empty_training_data"
 
 
 def test_one_group_with_a_signal_is_enough():

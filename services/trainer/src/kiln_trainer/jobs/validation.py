@@ -18,11 +18,13 @@ from kiln_trainer.jobs.errors import (
     JobBaseModelMismatch,
     LengthMismatch,
 )
+from kiln_trainer.recipes.advantages import is_constant
 from kiln_trainer.recipes.errors import DocumentTooLong, NoTrainableTokens
 from kiln_trainer.recipes.options import GrpoOptions, OptimizerOptions, RunOptions
 
 MAX_RANK = 256
 _MAX_EPOCHS = 1000
+_MAX_REWARD = 1e9  # float32 advantages, and their products with gradients, stay finite
 _TARGET_GROUPS = frozenset({"all", "attention", "mlp"})
 
 
@@ -170,11 +172,11 @@ def _check_grpo(spec: trainer_pb2.GrpoSpec, limits: _Limits) -> None:
         for rollout in group.rollouts:
             _check_rollout(number, rollout, limits)
             number += 1
-    rewards = [{rollout.reward for rollout in group.rollouts} for group in spec.groups]
-    if all(len(distinct) == 1 for distinct in rewards):
-        raise NoLearningSignal(f"the rewards in each of {len(rewards)} groups are equal", param="rewards")
-    if not any(rollout.completion_token_ids for group in spec.groups for rollout in group.rollouts):
-        raise EmptyTrainingData("every completion is empty", param="groups")
+    telling = [group for group in spec.groups if not is_constant([r.reward for r in group.rollouts])]
+    if not telling:
+        raise NoLearningSignal(f"the rewards in each of {len(spec.groups)} groups are equal", param="rewards")
+    if not any(rollout.completion_token_ids for group in telling for rollout in group.rollouts):
+        raise EmptyTrainingData("every completion with a reward of its own is empty", param="groups")
 
 
 def _check_loss(loss: trainer_pb2.GrpoLoss) -> None:
@@ -190,7 +192,7 @@ def _check_loss(loss: trainer_pb2.GrpoLoss) -> None:
 def _check_rollout(number: int, rollout: trainer_pb2.GrpoRollout, limits: _Limits) -> None:
     if not rollout.prompt_token_ids:
         raise EmptyTrainingData(f"rollout {number} has no prompt tokens", param="groups")
-    if not math.isfinite(rollout.reward):
+    if not abs(rollout.reward) <= _MAX_REWARD:
         raise InvalidReward(f"rollout {number} has the reward {rollout.reward}", param="rewards")
     num_scored, num_known = len(rollout.completion_token_ids), len(rollout.behaviour_logprobs)
     if num_known not in (0, num_scored):
