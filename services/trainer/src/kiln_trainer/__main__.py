@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 
 import structlog
+import torch
 
 from kiln_common.logs import configure_logs
 from kiln_common.rpc.server import wait_for_stop_signal
@@ -40,6 +42,8 @@ async def _worker_death(trainer: RunningTrainer) -> None:
 def main() -> None:
     settings = TrainerSettings()  # type: ignore[call-arg]  # fields come from the environment
     configure_logs("trainer", settings.log_level)
+    if not torch.cuda.is_available():
+        os.nice(settings.cpu_niceness)  # threads started from here on inherit it
     sys.exit(0 if asyncio.run(serve(settings)) else 1)
 
 

@@ -24,6 +24,9 @@ class TrainerSettings(BaseSettings):
     )
     state_dir: Path = Field(description="folder of the checkpoints of jobs that have not ended")
     num_threads: PositiveInt = Field(1, description="CPU threads of one training step")
+    cpu_niceness: int = Field(
+        5, ge=0, le=19, description="without a GPU: how far training gives way to decoding; 0 not at all"
+    )
     claim_timeout_s: PositiveFloat = Field(10.0, description="silence after which a job is taken over")
     patience_s: PositiveFloat = Field(
         300.0, description="how long a job waits for an engine or registry that is away"
