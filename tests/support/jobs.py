@@ -91,6 +91,7 @@ class ChainBackend:
     tasks: list[TrainingTask] = field(default_factory=list)
     steps_taken: list[int] = field(default_factory=list)
     mapped_model: NothingMapped = NothingMapped()
+    num_idle_calls: int = 0
 
     def run(self, task: TrainingTask, hooks: StepHooks) -> TrainedAdapter:
         self.tasks.append(task)
@@ -115,6 +116,9 @@ class ChainBackend:
         (folder / "adapter_model.safetensors").write_bytes(adapter_bytes(seed=int(state[:8], 16)))
         return TrainedAdapter(folder, {"loss": 1 / step})
 
+    def keep_mapped(self) -> None:
+        self.num_idle_calls += 1
+
     def close(self) -> None:
         pass
 
@@ -129,6 +133,7 @@ class MemoryPublisher:
         self.before_publish: Callable[[], None] = lambda: None
         self.before_live: Callable[[], None] = lambda: None
         self.not_live: tuple[str, ...] = ()
+        self.max_rank = 0
         self._by_key: dict[str, registry_pb2.AdapterVersion] = {}
         self._lock = threading.Lock()
 
@@ -165,6 +170,9 @@ class MemoryPublisher:
             self.headers.append(header)
             self._by_key[header.publish_key] = version
             return version
+
+    def max_adapter_rank(self) -> int:
+        return self.max_rank
 
     def make_live(self, version: registry_pb2.AdapterVersion) -> LiveReport:
         self.before_live()

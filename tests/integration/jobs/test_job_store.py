@@ -1,6 +1,7 @@
 """The queue on a real Redis: acceptance, order, claims, fencing, ends."""
 
 import json
+import time
 
 import pytest
 
@@ -185,7 +186,12 @@ def test_ended_jobs_expire_and_open_ones_never(store, redis_client):
         assert redis_client.ttl(key) == -1
     redis_client.delete(keys.job(ended))
     assert [job.id for job in store.list_jobs(0)] == [open_]
-    assert redis_client.zcard(keys.JOB_INDEX) == 1
+    store.forget_expired()
+    assert redis_client.zcard(keys.JOB_INDEX) == 2  # younger than what expires
+    for job_id in (ended, open_):
+        redis_client.zadd(keys.JOB_INDEX, {job_id: time.time() - 61})
+    store.forget_expired()
+    assert redis_client.zrange(keys.JOB_INDEX, 0, -1) == [open_.encode()]
     assert store.submit(request) != ended  # its key is free again
 
 

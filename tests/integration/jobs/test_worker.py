@@ -8,7 +8,8 @@ import pytest
 
 from kiln_common.bus import keys
 from kiln_common.errors import RegistryUnavailable
-from kiln_trainer.domain.errors import ClaimLost, WeightsLost
+from kiln_common.pb import registry_pb2
+from kiln_trainer.domain.errors import ClaimLost, DeviceBroken, WeightsLost
 from kiln_trainer.jobs.worker import Worker
 from tests.support.jobs import ChainBackend, MemoryPublisher, grpo_request, wait_until
 
@@ -105,6 +106,80 @@ def test_a_cancel_takes_effect_at_the_next_step(store, publisher, tmp_path):
     assert job.status == "cancelled"
     assert backend.steps_taken == [1, 2]
     assert publisher.headers == []
+
+
+def test_a_cancel_that_comes_while_the_result_is_published_is_too_late(store, publisher, tmp_path):
+    """Otherwise a job would be called cancelled whose adapter answers requests."""
+    job_id = store.submit(grpo_request("helper", attach=True))
+    publisher.before_publish = lambda: store.cancel(job_id)
+    with working(store, ChainBackend(), publisher, tmp_path):
+        job = ended(store, job_id)
+    assert (job.status, job.result.version) == ("succeeded", 1)
+
+
+def test_a_cancel_before_publishing_is_in_time(store, publisher, tmp_path):
+    job_id = store.submit(grpo_request())
+    mine = store.claim_next(60.0, 0.0)
+    store.cancel(job_id)
+    assert store.write(mine, 1, {"is_publishing": "1"}, [])
+    store.release(mine)
+    with working(store, ChainBackend(), publisher, tmp_path):
+        assert ended(store, job_id).status == "cancelled"
+    assert publisher.headers == []
+
+
+def test_a_start_whose_rank_fits_no_slot_fails_before_a_step(store, publisher, tmp_path):
+    version = registry_pb2.AdapterVersion(name="wide", version=1, rank=65)
+    publisher.versions["wide"], publisher.max_rank = [version], 64
+    backend = ChainBackend()
+    job_id = store.submit(grpo_request("other", base_adapter="wide"))
+    with working(store, backend, publisher, tmp_path):
+        job = ended(store, job_id)
+    assert (job.status, job.error.code) == ("failed", "adapter_rank_too_high")
+    assert backend.steps_taken == []
+
+
+def test_an_idle_worker_has_the_weights_mapped(store, publisher, tmp_path):
+    backend = ChainBackend()
+    with working(store, backend, publisher, tmp_path):
+        wait_until(lambda: backend.num_idle_calls > 1)
+
+
+def test_a_broken_device_ends_the_worker_and_another_goes_on_with_the_job(
+    store, other_store, publisher, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(threading, "excepthook", lambda args: None)  # the process would print it and end
+
+    def before_step(step):
+        if step == 4:
+            raise DeviceBroken("illegal memory access")
+
+    job_id = store.submit(grpo_request())
+    broken, sound = ChainBackend(before_step=before_step), ChainBackend()
+    with working(store, broken, publisher, tmp_path) as worker:
+        wait_until(lambda: not worker.is_alive)
+    assert store.status(job_id) == "running"
+    with working(other_store, sound, publisher, tmp_path):
+        assert ended(store, job_id).status == "succeeded"
+    assert sound.steps_taken == [3, 4]
+
+
+def test_a_step_that_outlasts_the_stop_is_not_held_against_its_job(store, other_store, publisher, tmp_path):
+    began, go_on = threading.Event(), threading.Event()
+
+    def before_step(step):
+        began.set()
+        assert go_on.wait(10)
+
+    store.submit(grpo_request())
+    backend = ChainBackend(before_step=before_step)
+    with working(store, backend, publisher, tmp_path, claim_timeout_s=60.0) as worker:
+        assert began.wait(10)
+        worker.stop(0.05)
+        assert worker.is_alive
+        again = other_store.claim_next(60.0, 0.0)
+        assert (again.claim_epoch, again.num_crashes) == (2, 0)
+        go_on.set()
 
 
 @pytest.mark.parametrize(

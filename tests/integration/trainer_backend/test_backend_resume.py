@@ -9,7 +9,7 @@ import pytest
 
 from kiln_trainer.domain.errors import JobCancelled, WeightsLost
 from kiln_trainer.torch_backend.backend import TorchBackend
-from tests.support.training import RecordingHooks, grpo_request, rollout, sft_request, task
+from tests.support.training import RecordingHooks, grpo_request, rollout, served_model, sft_request, task
 
 RNG = random.Random(5)
 
@@ -110,6 +110,18 @@ def test_another_request_in_the_same_folder_starts_over(served, tmp_path):
     TorchBackend(served.locate).run(task(REQUESTS["sft"], tmp_path), RecordingHooks())
     hooks = RecordingHooks()
     TorchBackend(served.locate).run(task(REQUESTS["grpo"], tmp_path), hooks)
+    assert hooks.reports[0].step == 1
+
+
+def test_checkpoints_made_on_other_base_weights_are_not_gone_on_from(served, tmp_path):
+    """A job that names no base model, whose engine came back with another checkpoint."""
+    TorchBackend(served.locate).run(task(REQUESTS["sft"], tmp_path / "job"), RecordingHooks())
+    with served_model(tmp_path / "other", seed=9) as other:
+        assert other.loaded.manifest.model_hash != served.loaded.manifest.model_hash
+        hooks = RecordingHooks()
+        backend = TorchBackend(other.locate)
+        backend.run(task(REQUESTS["sft"], tmp_path / "job"), hooks)
+        backend.close()
     assert hooks.reports[0].step == 1
 
 

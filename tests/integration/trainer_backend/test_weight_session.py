@@ -14,9 +14,10 @@ import torch
 
 from kiln_common.pb import common_pb2, engine_pb2, engine_pb2_grpc
 from kiln_nn.sharing import WeightServer
-from kiln_trainer.domain.errors import WeightsLost
+from kiln_trainer.domain.errors import DeviceBroken, WeightsLost
 from kiln_trainer.torch_backend.backend import MappedModel, TorchBackend
 from kiln_trainer.torch_backend.errors import WeightsNotBorrowed
+from kiln_trainer.torch_backend.training_run import TrainingRun
 from kiln_trainer.torch_backend.weights import WeightLocation, WeightSession, engine_locator
 from tests.support.training import MODEL_ID, RecordingHooks, ServedModel, served_model, sft_request, task
 
@@ -94,8 +95,9 @@ def test_training_leaves_the_engines_bytes_alone(served, tmp_path):
 
 def test_an_engine_that_does_not_answer_is_a_loss_to_wait_out(tmp_path):
     locate = engine_locator(f"unix:{tmp_path}/nobody.sock", timeout_s=0.2)
-    with pytest.raises(WeightsLost, match="did not answer"):
+    with pytest.raises(WeightsLost, match="did not answer") as caught:
         TorchBackend(locate).run(task(sft_request([[1, 2]]), tmp_path), RecordingHooks())
+    assert "\n" not in str(caught.value)
 
 
 def test_an_engine_that_was_replaced_between_two_questions_is_a_loss(served):
@@ -143,6 +145,40 @@ def test_the_lease_ends_with_the_backend(served, tmp_path):
     assert served.server.wait_for_leases(num_before + 1, timeout_s=5)  # one mapping for both jobs
     backend.close()
     assert served.server.wait_for_leases(num_before, timeout_s=5)
+
+
+def test_weights_are_mapped_before_a_job_and_let_go_of_when_their_engine_has_gone(tmp_path):
+    with served_model(tmp_path) as engine:
+        is_up = False
+
+        def locate() -> WeightLocation:
+            if not is_up:
+                raise WeightsLost("not yet")
+            return engine.locate()
+
+        backend = TorchBackend(locate)
+        backend.keep_mapped()
+        assert backend.mapped_model == MappedModel()
+        is_up = True
+        for _ in range(2):
+            backend.keep_mapped()
+            assert backend.mapped_model.engine_boot_id == engine.loaded.manifest.boot_id
+            assert engine.server.num_leases == 1
+        engine.server.close()
+        is_up = False
+        backend.keep_mapped()  # its successor waits for this before it sizes its caches
+        assert backend.mapped_model == MappedModel()
+
+
+def test_a_failure_of_the_device_is_told_apart_from_one_of_the_job(served, tmp_path, monkeypatch):
+    def fail(*args: Any) -> None:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    backend = TorchBackend(served.locate)
+    monkeypatch.setattr(TrainingRun, "execute", fail)
+    with pytest.raises(DeviceBroken, match="illegal memory access"):
+        backend.run(task(sft_request([[1, 2]]), tmp_path), RecordingHooks())
+    backend.close()
 
 
 def test_the_number_of_threads_is_the_settings(tmp_path):

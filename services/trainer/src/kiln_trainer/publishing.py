@@ -31,7 +31,6 @@ class EngineDirectory:
     def __init__(self, addresses: Sequence[str], *, info_timeout_s: float, live_timeout_s: float) -> None:
         self._engines = [EngineClient(address, timeout_s=info_timeout_s) for address in addresses]
         self._live_timeout_s = live_timeout_s
-        self._boot_ids: dict[str, str] = {}
         self._info: engine_pb2.EngineInfo | None = None
         self._info_read_s = -math.inf
 
@@ -48,14 +47,14 @@ class EngineDirectory:
                 self._info = await engine.get_info()
             except KilnError:
                 continue
-            self._boot_ids[engine.address] = self._info.boot_id
             self._info_read_s = time.monotonic()
             break
         return self._info
 
     async def prepare(self, adapter: common_pb2.AdapterRef) -> tuple[str, ...]:
-        """Have every engine load the version; returns those that do not serve it, by boot id.
+        """Have every engine load the version; returns those that do not serve it.
 
+        They are named by boot id, or by address where they are away.
         An engine that is away is asked again for `live_timeout_s` seconds.
         """
         answers = await asyncio.gather(*(self._prepare_on(engine, adapter) for engine in self._engines))
@@ -70,10 +69,18 @@ class EngineDirectory:
                 is_final = error.kind is not ErrorKind.UNAVAILABLE
                 if is_final or time.monotonic() + _RETRY_S > deadline_s:
                     log.warning("adapter_not_live", engine=engine.address, code=error.code, reason=str(error))
-                    return self._boot_ids.get(engine.address, engine.address)
+                    return await _name(engine)
                 await asyncio.sleep(_RETRY_S)
             else:
                 return None
+
+
+async def _name(engine: EngineClient) -> str:
+    """The boot id of an engine that answers, else its address."""
+    try:
+        return (await engine.get_info()).boot_id
+    except KilnError:
+        return engine.address
 
 
 class GrpcPublisher:
@@ -102,6 +109,10 @@ class GrpcPublisher:
         self, header: registry_pb2.PublishHeader, safetensors_path: Path
     ) -> registry_pb2.AdapterVersion:
         return self._on_loop(self._registry.publish(header, safetensors_path))
+
+    def max_adapter_rank(self) -> int:
+        info = self._on_loop(self._engines.info())
+        return info.max_adapter_rank if info is not None else 0
 
     def make_live(self, version: registry_pb2.AdapterVersion) -> LiveReport:
         began_s = time.monotonic()

@@ -24,6 +24,10 @@ class WeightsLost(KilnError):
     kind = ErrorKind.UNAVAILABLE
 
 
+class DeviceBroken(Exception):
+    """The device failed in a way that lasts as long as this process; another one can go on."""
+
+
 class NoLearningSignal(InvalidRequest):
     """Every group's rewards are equal: every advantage would be zero."""
 

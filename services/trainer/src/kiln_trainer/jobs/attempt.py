@@ -17,7 +17,7 @@ from kiln_common.pb import registry_pb2, trainer_pb2
 from kiln_trainer.domain.errors import WeightsLost
 from kiln_trainer.domain.training import StartingPoint, TrainedAdapter, TrainingTask
 from kiln_trainer.jobs.claimed_job import ClaimedJob
-from kiln_trainer.jobs.errors import WorkerStopping
+from kiln_trainer.jobs.errors import StartRankTooHigh, WorkerStopping
 from kiln_trainer.jobs.hooks import JobHooks
 from kiln_trainer.jobs.ports import JobBackend, Publisher
 
@@ -58,12 +58,14 @@ class Attempt:
         """
         self._job.check()
         base = self._starting_version(request.config)
-        self._check_base_model(request, base)
+        if base is not None:
+            self._check_start(request, base)
         trained = self._train(request, base)
         if request.config.publish == "never":
             return {"adapter": "", "version": 0, "sha256": ""}
+        self._job.write({"is_publishing": "1"}, ("publishing", {"adapter": request.config.adapter}))
+        # Once this is recorded a cancel comes too late: what engines may serve is not called cancelled.
         self._job.sync()
-        self._job.write({}, ("publishing", {"adapter": request.config.adapter}))
         header = self._header(request, base, trained)
         path = trained.folder / "adapter_model.safetensors"
         version = self._wait_for(lambda: self._publisher.publish(header, path))
@@ -100,11 +102,13 @@ class Attempt:
                 return None
             raise
 
-    def _check_base_model(
-        self, request: trainer_pb2.SubmitRequest, base: registry_pb2.AdapterVersion | None
-    ) -> None:
+    def _check_start(self, request: trainer_pb2.SubmitRequest, base: registry_pb2.AdapterVersion) -> None:
+        """Refuse a starting version whose successor could not be served, before hours go into it."""
+        max_rank = self._publisher.max_adapter_rank()
+        if 0 < max_rank < base.rank:
+            raise StartRankTooHigh(f"{base.name}@{base.version}", base.rank, max_rank)
         wanted = request.base_model_hash
-        if base is not None and wanted and base.base_model_hash != wanted:
+        if wanted and base.base_model_hash != wanted:
             raise AdapterMismatch(
                 f"{base.name}@{base.version} was trained on base model {base.base_model_hash[:12]}, "
                 f"the job is for {wanted[:12]}"

@@ -12,7 +12,7 @@ class InvalidJobConfig(InvalidRequest):
 
 class InvalidReward(InvalidRequest):
     code = "invalid_reward"
-    hint = "Rewards are finite numbers."
+    hint = "Rewards are finite numbers of a reasonable size."
 
 
 class GroupTooSmall(InvalidRequest):
@@ -67,6 +67,16 @@ class TrainerOutOfMemory(KilnError):
 class JobFailedUnexpectedly(KilnError):
     code = "job_failed"
     hint = "The trainer's log has the traceback."
+
+
+class StartRankTooHigh(InvalidRequest):
+    """The adapter to start from fits no engine's slot any more."""
+
+    code = "adapter_rank_too_high"
+    hint = "Start from another adapter, or start the engine with a higher max_adapter_rank."
+
+    def __init__(self, reference: str, rank: int, limit: int) -> None:
+        super().__init__(f"{reference} has rank {rank}, the engine holds up to {limit}")
 
 
 class WorkerStopping(Exception):

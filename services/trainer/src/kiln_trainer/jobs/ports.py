@@ -29,6 +29,14 @@ class JobBackend(TrainingBackend, Protocol):
     @property
     def mapped_model(self) -> MappedModelView: ...
 
+    def keep_mapped(self) -> None:
+        """Called again and again while there is no job, so that the next one finds the weights.
+
+        Maps them unless they are mapped, and lets go of those whose engine has gone. Never raises
+        for an engine that is away.
+        """
+        ...
+
     def close(self) -> None:
         """Give the weights back."""
         ...
@@ -38,7 +46,7 @@ class JobBackend(TrainingBackend, Protocol):
 class LiveReport:
     """Which engines serve a version now."""
 
-    not_live: tuple[str, ...]  # boot ids, or addresses of engines that never answered
+    not_live: tuple[str, ...]  # boot ids, or addresses of engines that are away
     seconds: float
 
 
@@ -60,6 +68,10 @@ class Publisher(Protocol):
         self, header: registry_pb2.PublishHeader, safetensors_path: Path
     ) -> registry_pb2.AdapterVersion:
         """Publish a version; idempotent by header.publish_key."""
+        ...
+
+    def max_adapter_rank(self) -> int:
+        """Highest rank that the engines' slots hold; 0 while no engine has said. Never raises."""
         ...
 
     def make_live(self, version: registry_pb2.AdapterVersion) -> LiveReport:

@@ -107,15 +107,16 @@ return {{'ok', found[4] or ''}}
 """
 
 # Ends a job. With an empty claim_epoch it is a cancellation from outside: a queued job ends at
-# once, a running one is asked to.
+# once, a running one is asked to, one that publishes goes on.
 # KEYS job, events, queue, adapter list, queued, payload, idempotency
 # ARGV claim_epoch, job_id, status, now_s, group, retention_s, event data, (name, value)...
 FINISH = f"""{_FINAL}
-local found = redis.call('HMGET', KEYS[1], 'status', 'claim_epoch', 'entry_id')
+local found = redis.call('HMGET', KEYS[1], 'status', 'claim_epoch', 'entry_id', 'is_publishing')
 if not found[1] then return {{'gone'}} end
 if final[found[1]] then return {{'final', found[1], found[2]}} end
 if ARGV[1] == '' then
   if found[1] ~= 'queued' then
+    if found[4] then return {{'too_late'}} end
     redis.call('HSET', KEYS[1], 'cancel_requested', 1)
     return {{'requested'}}
   end

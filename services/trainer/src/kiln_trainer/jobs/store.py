@@ -84,18 +84,25 @@ class JobStore:
         return to_job(job_id, fields, position, downsample(events, _MAX_HISTORY_POINTS))
 
     def list_jobs(self, limit: int) -> list[trainer_pb2.Job]:
-        """The newest jobs first, without their histories; forgets ids whose jobs have expired."""
+        """The newest jobs first, without their histories."""
         ids = self._redis.zrevrange(keys.JOB_INDEX, 0, (limit or _DEFAULT_LIST_LIMIT) - 1)
         with self._redis.pipeline(transaction=False) as pipe:
             for job_id in ids:
                 pipe.hgetall(keys.job(job_id.decode()))
                 pipe.zrank(keys.JOB_QUEUED, job_id)
             answers = pipe.execute()
-        found = list(zip(ids, answers[::2], answers[1::2], strict=True))
-        expired = [job_id for job_id, fields, _ in found if not fields]
+        found = zip(ids, answers[::2], answers[1::2], strict=True)
+        return [to_job(job_id.decode(), fields, rank, []) for job_id, fields, rank in found if fields]
+
+    def forget_expired(self) -> None:
+        """Take ids off the index whose jobs have expired: ended for `retention_s`, so older than that."""
+        old = self._redis.zrangebyscore(keys.JOB_INDEX, 0, time.time() - self._retention_s)
+        with self._redis.pipeline(transaction=False) as pipe:
+            for job_id in old:
+                pipe.exists(keys.job(job_id.decode()))
+            expired = [job_id for job_id, exists in zip(old, pipe.execute(), strict=True) if not exists]
         if expired:
             self._redis.zrem(keys.JOB_INDEX, *expired)
-        return [to_job(job_id.decode(), fields, rank, []) for job_id, fields, rank in found if fields]
 
     def status(self, job_id: str) -> str | None:
         """A job's status, None when there is no such job (any more)."""
@@ -106,7 +113,11 @@ class JobStore:
         return self._redis.zcard(keys.JOB_QUEUED)
 
     def cancel(self, job_id: str) -> None:
-        """End a queued job, ask a running one to end, leave an ended one. Raises JobNotFound."""
+        """End a queued job, ask a running one to end, leave one that publishes or has ended.
+
+        Raises:
+            JobNotFound: there is no such job.
+        """
         outcome, *_ = self._end(job_id, "", "cancelled", {}, {})
         if outcome == b"gone":
             raise JobNotFound(f"there is no job {job_id[:80]!r}")

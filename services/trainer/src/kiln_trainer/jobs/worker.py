@@ -12,7 +12,7 @@ from typing import Any
 import structlog
 
 from kiln_common.errors import KilnError
-from kiln_trainer.domain.errors import ClaimLost, JobCancelled
+from kiln_trainer.domain.errors import ClaimLost, DeviceBroken, JobCancelled
 from kiln_trainer.jobs.attempt import Attempt
 from kiln_trainer.jobs.claimed_job import REDIS_FAILURES, ClaimedJob
 from kiln_trainer.jobs.errors import (
@@ -56,7 +56,7 @@ class Worker:
         self._claim_timeout_s = claim_timeout_s
         self._patience_s = patience_s
         self._stopping = threading.Event()
-        self._running_job_id = ""
+        self._claim: Claim | None = None
         # Log fields of the process, such as its service, go along.
         context = contextvars.copy_context()
         self._thread = threading.Thread(target=context.run, args=(self._run,), name="worker", daemon=True)
@@ -64,7 +64,8 @@ class Worker:
     @property
     def running_job_id(self) -> str:
         """Empty while idle. May be read from any thread."""
-        return self._running_job_id
+        claim = self._claim
+        return claim.job_id if claim is not None else ""
 
     @property
     def is_alive(self) -> bool:
@@ -74,9 +75,16 @@ class Worker:
         self._thread.start()
 
     def stop(self, timeout_s: float | None = None) -> None:
-        """Let go of the running job at its next step boundary, and end the thread."""
+        """Let go of the running job at its next step boundary, and end the thread.
+
+        A step that goes on for longer than `timeout_s` dies with the process, and is not held
+        against its job.
+        """
         self._stopping.set()
         self._thread.join(timeout_s)
+        claim = self._claim
+        if self._thread.is_alive() and claim is not None:
+            self._release(claim)
 
     def _run(self) -> None:
         self._jobs_dir.mkdir(parents=True, exist_ok=True)
@@ -86,6 +94,7 @@ class Worker:
                 try:
                     if not is_ready:
                         self._store.ensure_group()
+                        self._store.forget_expired()
                         self._remove_old_folders()
                         is_ready = True
                     claim = self._store.claim_next(
@@ -101,11 +110,14 @@ class Worker:
                     continue
                 if claim is not None:
                     self._carry_out(claim)
+                    is_ready = False  # there may be something to forget again
+                else:
+                    self._backend.keep_mapped()
         finally:
             self._backend.close()
 
     def _carry_out(self, claim: Claim) -> None:
-        self._running_job_id = claim.job_id
+        self._claim = claim
         folder = self._jobs_dir / claim.job_id
         try:
             with (
@@ -119,17 +131,23 @@ class Worker:
         except ClaimLost as error:
             log.warning("claim_lost", job_id=claim.job_id, reason=str(error))
         except WorkerStopping:
-            with contextlib.suppress(*REDIS_FAILURES):  # then the claim simply runs out
-                self._store.release(claim)
-            log.info("job_released", job_id=claim.job_id)
+            self._release(claim)
+        except DeviceBroken as error:
+            log.error("device_broken", job_id=claim.job_id, reason=str(error))
+            raise  # ends this thread, and so the process: the next one goes on with the job
         finally:
-            self._running_job_id = ""
+            self._claim = None
+
+    def _release(self, claim: Claim) -> None:
+        with contextlib.suppress(*REDIS_FAILURES):  # then the claim simply runs out
+            self._store.release(claim)
+        log.info("job_released", job_id=claim.job_id)
 
     def _end(self, job: ClaimedJob, folder: Path) -> str:
         """Carry the job to its end and record it; returns the status."""
         try:
             result = self._attempt(job, folder)
-        except (ClaimLost, WorkerStopping):
+        except (ClaimLost, WorkerStopping, DeviceBroken):
             raise
         except JobCancelled:
             job.finish(self._store.end_cancelled)

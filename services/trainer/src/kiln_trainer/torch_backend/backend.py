@@ -11,8 +11,10 @@ from pathlib import Path
 import structlog
 import torch
 
+from kiln_common.errors import KilnError
 from kiln_nn.errors import KilnNnError
 from kiln_nn.lora import write_adapter
+from kiln_trainer.domain.errors import DeviceBroken
 from kiln_trainer.domain.training import StepHooks, TrainedAdapter, TrainingTask
 from kiln_trainer.torch_backend.errors import ModelError, OutOfTrainingMemory
 from kiln_trainer.torch_backend.training_run import TrainingRun
@@ -45,6 +47,7 @@ class TorchBackend:
         self._num_threads = num_threads
         self._session: WeightSession | None = None
         self._mapped = MappedModel()
+        self._last_failure = ""  # so that one outage is one line in the log
 
     @classmethod
     def for_engine(cls, engine_address: str, *, num_threads: int = 1) -> TorchBackend:
@@ -53,7 +56,7 @@ class TorchBackend:
 
     @property
     def mapped_model(self) -> MappedModel:
-        """The mapping as of the last job."""
+        """The mapping there is now."""
         return self._mapped
 
     def run(self, task: TrainingTask, hooks: StepHooks) -> TrainedAdapter:
@@ -62,6 +65,7 @@ class TorchBackend:
         Raises:
             WeightsLost: the engine is away or went away; run again to go on from the checkpoint.
             KilnError: the job cannot succeed; code, message and hint say why.
+            DeviceBroken: nothing can be computed on the device any more in this process.
             Whatever the hooks raise.
         """
         # Per thread in OpenMP builds of torch, so it is set here and not at start-up.
@@ -72,6 +76,20 @@ class TorchBackend:
             training.execute(hooks)
             folder = _export(task.checkpoint_dir, training, session.model_id)
         return TrainedAdapter(folder, dict(training.latest_metrics))
+
+    def keep_mapped(self) -> None:
+        """Map the weights unless they are mapped, and let go of those whose engine has gone.
+
+        Tries once; a failure is logged, and told by the next job that needs the weights.
+        """
+        failure = ""
+        try:
+            self._open_session()
+        except (KilnError, KilnNnError) as error:
+            failure = str(error)
+            if failure != self._last_failure:
+                log.info("weights_not_mapped_yet", reason=failure)
+        self._last_failure = failure
 
     def close(self) -> None:
         """Give the weights back."""
@@ -105,14 +123,18 @@ class TorchBackend:
 @contextmanager
 def _translated_errors() -> Iterator[None]:
     """kiln_nn's and torch's errors as errors of this service; GPU memory goes back to the engine."""
+    is_usable = True
     try:
         yield
+    except torch.AcceleratorError as error:
+        is_usable = False
+        raise DeviceBroken(str(error)) from error
     except KilnNnError as error:
         raise ModelError(error) from error
     except torch.OutOfMemoryError as error:
         raise OutOfTrainingMemory(str(error)) from error
     finally:
-        if torch.cuda.is_initialized():
+        if is_usable and torch.cuda.is_initialized():
             torch.cuda.empty_cache()
 
 

@@ -81,8 +81,8 @@ def lora_spec(wire: trainer_pb2.LoraConfig) -> LoraSpec:
     return LoraSpec(rank, wire.alpha or 2.0 * rank, single)  # type: ignore[arg-type]
 
 
-def job_hash(task: TrainingTask) -> str:
-    """Identity of the computation: request and starting version. Checkpoints of another are not used."""
+def job_hash(task: TrainingTask, model_hash: str) -> str:
+    """Identity of the computation: request, starting version, base. Checkpoints of another are not used."""
     digest = hashlib.sha256(task.request.SerializeToString(deterministic=True))
-    digest.update((task.starting_point.reference if task.starting_point else "").encode())
+    digest.update(f"{task.starting_point.reference if task.starting_point else ''} {model_hash}".encode())
     return digest.hexdigest()

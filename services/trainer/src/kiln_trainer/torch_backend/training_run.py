@@ -71,7 +71,7 @@ class TrainingRun:
             WeightsLost: the engine is gone; the step it outlived was not applied.
         """
         checkpoints = CheckpointFolder(self._task.checkpoint_dir)
-        job_hash = setup.job_hash(self._task)
+        job_hash = setup.job_hash(self._task, self._session.model_hash)
         saved = checkpoints.newest(job_hash)
         if saved is None:
             self._score_old_policy()

@@ -48,7 +48,8 @@ def engine_locator(engine_address: str, timeout_s: float = _CALL_TIMEOUT_S) -> L
                 info = engine.GetInfo(engine_pb2.GetInfoRequest(), timeout=timeout_s)
                 share = engine.ShareWeights(engine_pb2.ShareWeightsRequest(), timeout=timeout_s)
             except grpc.RpcError as error:
-                raise WeightsLost(f"the engine at {engine_address} did not answer: {error}") from error
+                reason = error.details() or error.code().name.lower()  # type: ignore[attr-defined]
+                raise WeightsLost(f"the engine at {engine_address} did not answer: {reason}") from error
         return WeightLocation(share.socket_path, share.boot_id, share.model_hash, info.base_model.model_id)
 
     return locate
