@@ -167,6 +167,19 @@ async def test_a_published_version_is_fetched_before_anyone_asks(checkpoint, tmp
                 assert not (await client.prepare_adapter(ref)).was_loaded
 
 
+async def test_the_attached_default_is_fetched_without_any_event(checkpoint, tmp_path):
+    async with real_registry(tmp_path) as (address, registry):
+        settings = settings_for(checkpoint, tmp_path, registry_address=address, adapter_refresh_s=0.05)
+        async with real_engine(settings) as (engine, client):
+            model_hash = (await client.get_info()).base_model.model_hash
+            ref = await until_registered(registry, checkpoint, model_hash, seed=1)
+            await registry.set_default(f"style@{ref.version}")
+            async with asyncio.timeout(10):
+                while not engine.adapters.resident:
+                    await asyncio.sleep(0.02)
+            assert not (await client.prepare_adapter(ref)).was_loaded
+
+
 async def test_an_unknown_adapter_names_its_code(checkpoint, tmp_path):
     async with real_registry(tmp_path) as (address, _):
         settings = settings_for(checkpoint, tmp_path, registry_address=address)

@@ -16,6 +16,7 @@ from kiln_common.pb import engine_pb2, engine_pb2_grpc
 from kiln_common.rpc import RpcServer
 from kiln_engine.adapters.events import AdapterEvents
 from kiln_engine.adapters.manager import AdapterManager
+from kiln_engine.adapters.refresh import AdapterRefresh
 from kiln_engine.adapters.slots import AdapterSlots
 from kiln_engine.clock import MonotonicClock
 from kiln_engine.domain.ports import AdapterStore, BaseWeights, Runner
@@ -121,6 +122,8 @@ async def start_engine(settings: EngineSettings, parts: EngineParts) -> RunningE
     jobs: list[Coroutine[Any, Any, None]] = []
     if registry is not None:
         jobs.append(_announce_base_model(registry, parts.info))
+        model_hash = parts.info.base_model.model_hash
+        jobs.append(AdapterRefresh(registry, adapters, model_hash, settings.adapter_refresh_s).run())
         if settings.redis_url:
             jobs.append(AdapterEvents(settings.redis_url, adapters).run())
     background = [asyncio.create_task(_logged(job)) for job in jobs]

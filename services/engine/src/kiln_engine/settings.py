@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
@@ -29,18 +29,23 @@ class EngineSettings(BaseSettings):
 
     page_tokens: PositiveInt = Field(16, description="tokens in one KV page")
     max_model_len: NonNegativeInt = Field(
-        0, description="most tokens of prompt and completion; 0: the model's"
+        0, description="most tokens of prompt and completion; 0: the model's, or fewer if memory holds fewer"
     )
     kv_cache_tokens: NonNegativeInt = Field(
         0, description="tokens of KV cache; 0: 65,536 on a CPU, what memory leaves on a GPU"
     )
     gpu_memory_fraction: float = Field(
-        0.6, gt=0, le=1, description="share of a GPU's memory for this engine, weights included"
+        0.6,
+        gt=0,
+        le=1,
+        description="share of a GPU's memory for this engine, weights included; the rest is the trainer's",
     )
     max_running: NonNegativeInt = Field(
         0, description="most sequences in a step; 0: 32 on a CPU, 128 on a GPU"
     )
-    num_state_slots: NonNegativeInt = Field(0, description="recurrent states kept; 0: twice max_running")
+    num_state_slots: NonNegativeInt = Field(
+        0, description="recurrent states kept; 0: twice max_running, in half of what memory leaves at most"
+    )
     checkpoint_interval_tokens: PositiveInt = Field(
         1024, description="distance between the state checkpoints of a prompt made while there is room"
     )
@@ -51,6 +56,9 @@ class EngineSettings(BaseSettings):
     max_adapter_rank: PositiveInt = Field(64, description="highest LoRA rank that fits a slot")
     adapter_slot_wait_s: float = Field(
         30.0, ge=0, description="how long a request waits for an adapter slot while all are in use"
+    )
+    adapter_refresh_s: PositiveFloat = Field(
+        5.0, description="about how often adapters are compared with the registry's default and latest"
     )
 
     registry_address: str = Field(

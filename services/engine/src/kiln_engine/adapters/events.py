@@ -23,7 +23,7 @@ _RETRY_S = 1.0
 class AdapterEvents:
     """Follows the stream ADAPTER_EVENTS from the moment it starts.
 
-    A lost event costs a fetch at the first request, nothing else; without Redis the engine works.
+    A lost event costs freshness, nothing else: AdapterRefresh finds what the registry points at.
     """
 
     def __init__(self, redis_url: str, manager: AdapterManager) -> None:
