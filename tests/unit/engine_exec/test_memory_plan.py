@@ -21,6 +21,35 @@ REQUEST = MemoryRequest(
     max_adapter_rank=8,
 )
 CPU = torch.device("cpu")
+_DELTANET = {"linear_key_head_dim": 128, "linear_value_head_dim": 128, "linear_num_key_heads": 16}
+_PUBLISHED = {"vocab_size": 248_320, "head_dim": 256, "max_position_embeddings": 262_144, **_DELTANET}
+# Shape, and GiB of its weights in bfloat16.
+PUBLISHED = {
+    "4b": (
+        tiny_config(
+            **_PUBLISHED,
+            hidden_size=2560,
+            intermediate_size=9216,
+            num_attention_heads=16,
+            num_kv_heads=4,
+            linear_num_value_heads=32,
+            layer_types=(("linear_attention",) * 3 + ("full_attention",)) * 8,
+        ),
+        8.4,
+    ),
+    "27b": (
+        tiny_config(
+            **_PUBLISHED,
+            hidden_size=5120,
+            intermediate_size=17_408,
+            num_attention_heads=24,
+            num_kv_heads=4,
+            linear_num_value_heads=48,
+            layer_types=(("linear_attention",) * 3 + ("full_attention",)) * 16,
+        ),
+        54,
+    ),
+}
 
 
 @pytest.mark.parametrize("shape", list(SHAPES))
@@ -48,6 +77,41 @@ def test_pages_take_what_is_left_but_not_more_than_can_be_filled():
     assert tight.total_bytes <= plenty.total_bytes - 50 * page_bytes
 
 
+@pytest.mark.parametrize(
+    ("size", "device_gib", "least_running"), [("4b", 48, 16), ("4b", 141, 128), ("27b", 141, 16)]
+)
+def test_published_sizes_start_with_the_default_settings(size: str, device_gib: int, least_running: int):
+    """On a GPU of so many GiB, of which six tenths are the engine's."""
+    config, weights_gib = PUBLISHED[size]
+    request = MemoryRequest(
+        page_tokens=16,
+        max_model_len=262_144,
+        least_model_len=4096,
+        max_running=128,
+        step_token_budget=8192,
+        num_adapter_slots=8,
+        max_adapter_rank=64,
+    )
+    free_bytes = int((0.6 * device_gib - weights_gib) * 2**30)
+    plan = plan_memory(config, request, torch.bfloat16, free_bytes)
+    assert plan.total_bytes <= free_bytes
+    assert plan.num_state_slots >= least_running
+    assert plan.num_pages * 16 >= 50_000
+
+
+def test_a_context_is_cut_to_what_fits_but_not_below_what_is_asked_for():
+    config = tiny_config()
+    full = plan_memory(config, REQUEST, torch.float32, free_bytes=2**30)
+    page_bytes = full.kv_bytes // full.num_pages
+    request = dataclasses.replace(REQUEST, num_state_slots=2, max_model_len=4096, least_model_len=512)
+    plenty = plan_memory(config, request, torch.float32, free_bytes=2**30)
+    for num_pages in (300, 100, 32):
+        free_bytes = plenty.total_bytes - plenty.kv_bytes + num_pages * page_bytes
+        assert plan_memory(config, request, torch.float32, free_bytes).num_pages == num_pages
+    with pytest.raises(NotEnoughMemory, match="32 pages"):
+        plan_memory(config, request, torch.float32, free_bytes - 1)
+
+
 def test_given_numbers_are_kept():
     request = dataclasses.replace(REQUEST, num_state_slots=5, kv_cache_tokens=1000)
     plan = plan_memory(tiny_config(), request, torch.float32, free_bytes=2**30)
@@ -55,7 +119,7 @@ def test_given_numbers_are_kept():
 
 
 def test_too_little_memory_is_an_error_with_numbers():
-    with pytest.raises(NotEnoughMemory, match=r"1 MiB are free; 8 state slots"):
+    with pytest.raises(NotEnoughMemory, match=r"1 MiB are free; 2 state slots"):
         plan_memory(tiny_config(), REQUEST, torch.float32, free_bytes=2**20)
     wants_too_much = dataclasses.replace(REQUEST, kv_cache_tokens=10**9)
     with pytest.raises(NotEnoughMemory):

@@ -28,6 +28,8 @@ from kiln_nn.weights import LoadedModel, WeightArena, load_checkpoint
 log = structlog.get_logger()
 
 _CPU_KV_CACHE_TOKENS = 65_536
+# A shorter context than this is not worth starting with, unless the settings ask for it.
+_LEAST_MODEL_LEN = 4096
 _SOCKET_NAME = "weights.sock"
 _PROGRESS_INTERVAL_S = 2.0
 
@@ -38,6 +40,11 @@ class ModelNotLoaded(KilnError):
     def __init__(self, error: KilnNnError) -> None:
         super().__init__(error.message, hint=error.hint)
         self.code = error.code
+
+
+class SettingsContradict(KilnError):
+    code = "settings_contradict"
+    hint = "Change the KILN_ENGINE_ settings that the message names, or leave them to the engine."
 
 
 class SharedArena:
@@ -77,7 +84,7 @@ def load_device_side(settings: EngineSettings) -> DeviceSide:
     """Load the checkpoint, share its weights and allocate the pools. Takes as long as the disk does.
 
     Raises:
-        ModelNotLoaded, NotEnoughMemory: with what is wrong and what to do.
+        ModelNotLoaded, NotEnoughMemory, SettingsContradict: with what is wrong and what to do.
     """
     torch.set_num_threads(settings.num_threads)
     device = _choose_device(settings.device)
@@ -96,18 +103,21 @@ def load_device_side(settings: EngineSettings) -> DeviceSide:
     views = model.arena.views()
     dtype = views["model.embed_tokens.weight"].dtype
     request = _memory_request(settings, model.config, device)
-    free_bytes = _free_bytes(device, settings.gpu_memory_fraction)
+    free_bytes = _free_bytes(device, settings.gpu_memory_fraction, model.manifest.nbytes)
     memory = plan_memory(model.config, request, dtype, free_bytes)
-    _log_plan(model, memory, dtype)
-    limits = SchedulerLimits(
-        num_pages=memory.num_pages,
-        num_state_slots=memory.num_state_slots,
-        max_model_len=request.max_model_len,
-        max_running=request.max_running,
-        step_token_budget=request.step_token_budget,
-        page_tokens=memory.page_tokens,
-        checkpoint_interval_tokens=settings.checkpoint_interval_tokens,
-    )
+    try:
+        limits = SchedulerLimits(
+            num_pages=memory.num_pages,
+            num_state_slots=memory.num_state_slots,
+            max_model_len=request.max_model_len,
+            max_running=request.max_running,
+            step_token_budget=request.step_token_budget,
+            page_tokens=memory.page_tokens,
+            checkpoint_interval_tokens=settings.checkpoint_interval_tokens,
+        )
+    except ValueError as error:
+        raise SettingsContradict(str(error)) from error
+    _log_plan(model, memory, limits, dtype)
     info = engine_pb2.EngineInfo(
         base_model=_base_model(settings, folder, model, limits),
         boot_id=boot_id,
@@ -150,6 +160,7 @@ def _memory_request(settings: EngineSettings, config: ModelConfig, device: torch
     return MemoryRequest(
         page_tokens=settings.page_tokens,
         max_model_len=min(settings.max_model_len or longest, longest),
+        least_model_len=min(settings.max_model_len or _LEAST_MODEL_LEN, longest),
         max_running=settings.max_running or (32 if is_cpu else 128),
         step_token_budget=settings.step_token_budget or (512 if is_cpu else 8192),
         num_adapter_slots=settings.num_adapter_slots,
@@ -159,13 +170,15 @@ def _memory_request(settings: EngineSettings, config: ModelConfig, device: torch
     )
 
 
-def _free_bytes(device: torch.device, gpu_memory_fraction: float) -> int:
-    """What the pools may take: all that is free on a CPU, the engine's share on a GPU."""
+def _free_bytes(device: torch.device, gpu_memory_fraction: float, weights_bytes: int) -> int:
+    """What the pools may take: all that is free on a CPU; on a GPU the engine's share, less its weights.
+
+    The rest of a GPU is the trainer's, whether it has taken it already or not.
+    """
     if device.type == "cpu":
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") + _cached_file_bytes()
     free, total = torch.cuda.mem_get_info(device)
-    # The weights are loaded already and count as part of the share.
-    return max(0, free - int(total * (1 - gpu_memory_fraction)))
+    return max(0, min(free, int(total * gpu_memory_fraction) - weights_bytes))
 
 
 def _cached_file_bytes() -> int:
@@ -194,7 +207,7 @@ def _base_model(
     )
 
 
-def _log_plan(model: LoadedModel, memory: MemoryPlan, dtype: torch.dtype) -> None:
+def _log_plan(model: LoadedModel, memory: MemoryPlan, limits: SchedulerLimits, dtype: torch.dtype) -> None:
     log.info(
         "memory_plan",
         weights_mib=model.manifest.nbytes >> 20,
@@ -207,6 +220,8 @@ def _log_plan(model: LoadedModel, memory: MemoryPlan, dtype: torch.dtype) -> Non
         adapter_mib=memory.adapter_bytes >> 20,
         adapter_slots=memory.num_adapter_slots,
         workspace_mib=memory.workspace_bytes >> 20,
+        max_running=limits.num_most_running,
+        max_model_len=limits.max_num_tokens,
     )
 
 

@@ -9,19 +9,27 @@ import torch
 from kiln_common.errors import KilnError
 from kiln_engine.execution.adapter_store import adapter_slot_bytes
 from kiln_engine.model import kv_page_bytes, state_slot_bytes
+from kiln_engine.model.decode_layout import MOST_GATHERED_TOKENS
 from kiln_nn.config import ModelConfig
+from kiln_nn.kernels.paged_attention.reference import MOST_SCORES
 
 
 class NotEnoughMemory(KilnError):
     """What was asked for does not fit beside the weights."""
 
     code = "not_enough_memory"
-    hint = "Lower max_running, kv_cache_tokens, num_adapter_slots or max_adapter_rank, or free memory."
+    hint = (
+        "Lower step_token_budget, num_adapter_slots, max_adapter_rank, kv_cache_tokens or max_model_len,"
+        " raise gpu_memory_fraction, or free memory."
+    )
 
 
 @dataclass(frozen=True)
 class MemoryRequest:
-    """The settings that decide. Zero for `num_state_slots` or `kv_cache_tokens` leaves it to the plan."""
+    """The settings that decide. Zero for `num_state_slots` or `kv_cache_tokens` leaves it to the plan.
+
+    `least_model_len`: the shortest context worth starting with, where `max_model_len` does not fit.
+    """
 
     page_tokens: int
     max_model_len: int
@@ -31,6 +39,7 @@ class MemoryRequest:
     max_adapter_rank: int
     num_state_slots: int = 0
     kv_cache_tokens: int = 0
+    least_model_len: int = 1
     max_draft_tokens: int = 0
 
 
@@ -59,31 +68,31 @@ def plan_memory(
 ) -> MemoryPlan:
     """Cut `free_bytes` (what is free once the weights are loaded) into the pools.
 
-    Adapters and states come first, because their counts are given; pages take the rest, but never
-    more than every running sequence at full length could fill.
+    Adapters come first, because their count is given. Of the rest, states that nobody counted take
+    half at the most, and pages what is left then, but never more than every running sequence at
+    full length could fill. Fewer slots mean fewer running sequences, fewer pages a shorter context.
 
     Raises:
-        NotEnoughMemory: less is left than the pages of one sequence of full length.
+        NotEnoughMemory: less is left than two state slots and the pages of `least_model_len` tokens.
     """
-    # One live slot for each running sequence, and as many again for checkpoints.
-    num_slots = request.num_state_slots or 2 * request.max_running
     slot = state_slot_bytes(config, request.page_tokens, dtype, max_draft_tokens=request.max_draft_tokens)
     page = kv_page_bytes(config, request.page_tokens, dtype)
     adapters = request.num_adapter_slots * adapter_slot_bytes(config, request.max_adapter_rank, dtype)
-    workspace = _workspace_bytes(config, request, dtype)
-    left = free_bytes - num_slots * slot - adapters - workspace
-    pages_per_sequence = -(-request.max_model_len // request.page_tokens)
+    workspace = _workspace_bytes(config, request, dtype) + adapters  # a step stacks those it uses
+    left = free_bytes - adapters - workspace
+    num_slots = request.num_state_slots or _affordable_slots(request, slot, left)
+    left -= num_slots * slot
+    num_fillable = request.max_running * _num_pages(request, request.max_model_len)
     if request.kv_cache_tokens:
-        num_pages = max(1, request.kv_cache_tokens // request.page_tokens)
+        num_pages = num_least = max(1, request.kv_cache_tokens // request.page_tokens)
     else:
-        affordable = max(0, left) // page if page else request.max_running * pages_per_sequence
-        num_pages = min(affordable, request.max_running * pages_per_sequence)
-    if num_pages * page > left or (not request.kv_cache_tokens and num_pages < pages_per_sequence):
+        num_pages = min(max(0, left) // page, num_fillable) if page else num_fillable
+        num_least = _num_pages(request, request.least_model_len)
+    if num_pages * page > left or num_pages < num_least:
         raise NotEnoughMemory(
             f"{free_bytes / 2**20:.0f} MiB are free; {num_slots} state slots take"
             f" {num_slots * slot / 2**20:.0f} MiB, adapters {adapters / 2**20:.0f} MiB, a step"
-            f" {workspace / 2**20:.0f} MiB, and {max(num_pages, pages_per_sequence)} pages"
-            f" {max(num_pages, pages_per_sequence) * page / 2**20:.0f} MiB"
+            f" {workspace / 2**20:.0f} MiB, and {num_least} pages {num_least * page / 2**20:.0f} MiB"
         )
     return MemoryPlan(
         page_tokens=request.page_tokens,
@@ -98,6 +107,17 @@ def plan_memory(
     )
 
 
+def _num_pages(request: MemoryRequest, num_tokens: int) -> int:
+    return -(-num_tokens // request.page_tokens)
+
+
+def _affordable_slots(request: MemoryRequest, slot_bytes: int, left_bytes: int) -> int:
+    """A live slot for each running sequence and as many for checkpoints, or what fits in half of the rest."""
+    wanted = 2 * request.max_running
+    affordable = left_bytes // 2 // slot_bytes if slot_bytes else wanted
+    return max(2, min(wanted, affordable))
+
+
 def _workspace_bytes(config: ModelConfig, request: MemoryRequest, dtype: torch.dtype) -> int:
     """An upper estimate of one step's activations: the widest layer's, and the sampled rows' logits."""
     float32 = torch.float32.itemsize
@@ -108,5 +128,16 @@ def _workspace_bytes(config: ModelConfig, request: MemoryRequest, dtype: torch.d
     residual = 4 * config.hidden_size * dtype.itemsize
     state = config.linear_num_value_heads * config.linear_key_head_dim * config.linear_value_head_dim
     step = request.step_token_budget * (max(mixer + scores, mlp) + residual)
-    rows = request.max_running * (4 * config.vocab_size + 3 * state) * float32
-    return step + rows
+    # Logits, their copies, and in float64 those that top-k and top-p sort.
+    rows = request.max_running * (10 * config.vocab_size + 3 * state) * float32
+    return step + rows + _attention_bytes(config, request, dtype)
+
+
+def _attention_bytes(config: ModelConfig, request: MemoryRequest, dtype: torch.dtype) -> int:
+    """Keys and values copied out of their pages, and a block of scores with its mask and softmax."""
+    if not config.num_full_layers:
+        return 0
+    gathered = max(MOST_GATHERED_TOKENS, request.max_model_len)
+    keys_and_values = 2 * gathered * config.num_kv_heads * config.head_dim * dtype.itemsize
+    num_scores = request.step_token_budget * request.max_model_len * config.num_attention_heads
+    return keys_and_values + 3 * min(MOST_SCORES, num_scores) * torch.float32.itemsize
