@@ -89,7 +89,8 @@ class TrainerServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def CancelJob(self, request, context):
-        """Takes effect at the next step boundary; a queued job is cancelled at once.
+        """Takes effect at the next step boundary; a queued job is cancelled at once, and one that has
+        begun to publish goes on to its end.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
