@@ -341,7 +341,7 @@ def build_rig(folder: Path, *, redis: Any = None, max_model_len: int = 512, **se
     model_path = folder / "model"
     if not model_path.exists():
         write_model_folder(model_path)
-    options = {"enable_thinking_default": False, "allowed_hosts": ("localhost", "127.0.0.1"), **settings}
+    options = {"enable_thinking_default": False, **settings}
     gateway_settings = GatewaySettings(model_path=str(model_path), **options)
     tokenizer = TextTokenizer.load(model_path)
     engine, registry, trainer = (

@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kiln_common.errors import KilnError
 from kiln_common.ids import new_id
+from kiln_common.loopback import LOOPBACK_NAMES
 from kiln_gateway.errors import HostNotAllowed, OriginNotAllowed
 from kiln_gateway.http_errors import error_response, unexpected
 from kiln_gateway.metrics import GatewayMetrics
@@ -33,7 +34,7 @@ class EdgeMiddleware:
         metrics: GatewayMetrics,
     ) -> None:
         self._app = app
-        self._allowed_hosts = frozenset(host.lower() for host in allowed_hosts)
+        self._allowed_hosts = LOOPBACK_NAMES | {host.lower() for host in allowed_hosts}
         self._allowed_origins = frozenset(origin.lower().rstrip("/") for origin in allowed_origins)
         self._metrics = metrics
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from ipaddress import ip_address
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -15,6 +14,8 @@ from pydantic import (
     model_validator,
 )
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from kiln_common.loopback import is_loopback
 
 Scope = Literal["infer", "train", "admin"]
 CommaSeparated = Annotated[tuple[str, ...], NoDecode]
@@ -62,7 +63,7 @@ class GatewaySettings(BaseSettings):
 
     api_keys: tuple[ApiKey, ...] = Field((), description='JSON: [{"key": "…", "scopes": ["infer", "train"]}]')
     allowed_hosts: CommaSeparated = Field(
-        ("localhost", "127.0.0.1", "::1"), description="Host names answered to, comma separated; * is any"
+        (), description="Host names answered to besides localhost, comma separated; * is any"
     )
     allowed_origins: CommaSeparated = Field((), description="browser origins besides the server's own")
     log_level: str = "INFO"
@@ -81,18 +82,9 @@ class GatewaySettings(BaseSettings):
 
     @model_validator(mode="after")
     def _is_loopback_without_keys(self) -> Self:
-        if not self.api_keys and not self.allow_public_bind and not _is_loopback(self.host):
+        if not self.api_keys and not self.allow_public_bind and not is_loopback(self.host):
             raise ValueError(
                 f"host {self.host} is not loopback and no API keys are set: set KILN_GATEWAY_API_KEYS, "
                 "or KILN_GATEWAY_ALLOW_PUBLIC_BIND=true if every caller may do everything"
             )
         return self
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return False
