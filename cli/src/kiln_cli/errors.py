@@ -15,6 +15,27 @@ class StateDirInUse(KilnError):
     hint = "Stop the other kiln up, or give this one its own: kiln up --state-dir FOLDER --port PORT."
 
 
+class DemoFailed(KilnError):
+    """The demonstration could not be carried out to its end."""
+
+    code = "demo_failed"
+    hint = "Run it with --state-dir FOLDER to keep the services' logs."
+
+
+class StateDirUnusable(KilnError):
+    code = "state_dir_unusable"
+    kind = ErrorKind.CONFLICT
+    hint = "Remove the folder, or choose another: kiln up --state-dir FOLDER."
+
+
+class PublicHostWithoutKeys(InvalidRequest):
+    code = "public_host_without_keys"
+    hint = (
+        "Set KILN_GATEWAY_API_KEYS, or KILN_GATEWAY_ALLOW_PUBLIC_BIND=true if everyone who can reach "
+        "this machine may do everything."
+    )
+
+
 class ModelNotFound(InvalidRequest):
     code = "model_not_found"
     hint = "Give a folder with config.json and *.safetensors, or a hub id such as Qwen/Qwen3.5-4B."

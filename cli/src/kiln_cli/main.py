@@ -63,28 +63,25 @@ def up(
     Example: [bold]kiln up --model ~/models/Qwen3.5-4B --port 8420[/bold]
     """
     from kiln_cli.up.console import UpConsole
-    from kiln_cli.up.options import StateDirLock, build_options
+    from kiln_cli.up.options import StateDirLock, build_options, default_state_dir
     from kiln_cli.up.specs import build_specs
     from kiln_cli.up.supervisor import Supervisor
 
-    options = build_options(
-        model=model,
-        host=host,
-        port=port,
-        state_dir=state_dir,
-        served_model_name=served_model_name,
-        device=device,
-    )
-    lock = StateDirLock(options.state_dir)
-    log_dir = options.state_dir / "logs"
-    console = UpConsole(
-        f"http://{'localhost' if host == '127.0.0.1' else host}:{port}", log_dir, is_verbose=verbose
-    )
-    console.starting("the demo model" if options.is_demo_model else options.model, options.state_dir)
-    try:
-        code = asyncio.run(Supervisor(build_specs(options), options.state_dir, console).run())
-    finally:
-        lock.release()
+    folder = (state_dir or default_state_dir()).expanduser().resolve()
+    with StateDirLock(folder) as lock:
+        options = build_options(
+            model=model,
+            host=host,
+            port=port,
+            state_dir=folder,
+            served_model_name=served_model_name,
+            device=device,
+        )
+        url = f"http://{'localhost' if host == '127.0.0.1' else host}:{port}"
+        console = UpConsole(url, folder / "logs", is_verbose=verbose)
+        console.starting("the demo model" if options.is_demo_model else options.model, folder)
+        supervisor = Supervisor(build_specs(options), folder, console, inherited_fds=[lock.fd])
+        code = asyncio.run(supervisor.run_until_signal())
     raise typer.Exit(code)
 
 

@@ -1,19 +1,22 @@
 """The supervisor with small real processes in place of the services."""
 
 import asyncio
+import contextlib
 import io
 import os
 import signal
 import socket
+import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from kiln_cli.errors import PortInUse, StateDirInUse
+from kiln_cli.errors import PortInUse, PublicHostWithoutKeys, StateDirInUse, StateDirUnusable
 from kiln_cli.up.console import UpConsole
-from kiln_cli.up.options import StateDirLock, build_options, check_port, make_run_dir
+from kiln_cli.up.options import StateDirLock, build_options, check_host, check_port, make_run_dir
 from kiln_cli.up.specs import ServiceSpec, UpOptions, build_specs
 from kiln_cli.up.supervisor import Supervisor
 from kiln_common.model_folder import ModelFolderMissing
@@ -90,11 +93,80 @@ def test_a_port_in_use_is_refused_before_anything_starts():
 
 
 def test_one_state_folder_belongs_to_one_supervisor(tmp_path):
-    lock = StateDirLock(tmp_path)
-    with pytest.raises(StateDirInUse):
+    with StateDirLock(tmp_path), pytest.raises(StateDirInUse):
         StateDirLock(tmp_path)
-    lock.release()
-    StateDirLock(tmp_path).release()
+    with StateDirLock(tmp_path):
+        pass
+
+
+# A supervisor that dies at once and leaves a service that holds its lock; prints the service's pid.
+_KILLED_SUPERVISOR = """
+import os, pathlib, subprocess, sys
+from kiln_cli.up.options import StateDirLock
+lock = StateDirLock(pathlib.Path(sys.argv[1]))
+service = [sys.executable, "-c", "import sys; sys.stdin.read()"]
+print(subprocess.Popen(service, stdin=0, stdout=subprocess.DEVNULL, pass_fds=[lock.fd]).pid, flush=True)
+os._exit(9)
+"""
+
+
+def test_a_state_folder_is_free_once_the_services_of_a_killed_supervisor_have_gone(tmp_path):
+    command = [sys.executable, "-c", _KILLED_SUPERVISOR, str(tmp_path)]
+    read_end, write_end = os.pipe()
+    killed = subprocess.Popen(command, stdin=read_end, stdout=subprocess.PIPE)
+    os.close(read_end)
+    assert killed.stdout is not None
+    killed.stdout.readline()
+    killed.wait(20)
+    with pytest.raises(StateDirInUse):
+        StateDirLock(tmp_path, wait_s=0.2)
+    threading.Timer(0.3, os.close, [write_end]).start()  # now the service ends
+    with StateDirLock(tmp_path, wait_s=20):
+        pass
+    killed.stdout.close()
+
+
+async def test_a_stop_while_a_service_is_being_started_still_stops_it(tmp_path):
+    console, _ = _console(tmp_path)
+    supervisor = Supervisor([_spec(tmp_path / "a"), _spec(tmp_path / "b", "gateway")], tmp_path, console)
+    running = asyncio.create_task(supervisor.run())
+    await asyncio.sleep(0)
+    supervisor.request_stop()
+    assert await asyncio.wait_for(running, 20) == 0
+
+
+async def test_a_service_that_cannot_be_executed_ends_everything(tmp_path):
+    console, _ = _console(tmp_path)
+    missing = ServiceSpec("redis", (str(tmp_path / "nothing"),), _spec(tmp_path / "a").probe)
+    supervisor = Supervisor([missing, _spec(tmp_path / "a")], tmp_path, console)
+    with pytest.raises(FileNotFoundError):
+        await asyncio.wait_for(supervisor.run(), 20)
+    assert supervisor.processes["engine"].pid is not None
+    with pytest.raises(ProcessLookupError):
+        os.kill(supervisor.processes["engine"].pid, 0)
+
+
+@pytest.mark.parametrize(
+    ("host", "variable", "value", "is_refused"),
+    [
+        ("127.0.0.1", "", "", False),
+        ("localhost", "", "", False),
+        ("::1", "", "", False),
+        ("0.0.0.0", "", "", True),
+        ("192.168.1.7", "KILN_GATEWAY_API_KEYS", "[]", True),
+        ("0.0.0.0", "KILN_GATEWAY_API_KEYS", '[{"key": "0123456789abcdef"}]', False),
+        ("0.0.0.0", "KILN_GATEWAY_ALLOW_PUBLIC_BIND", "true", False),
+    ],
+)
+def test_a_public_address_without_keys_is_refused_before_anything_starts(
+    monkeypatch, host, variable, value, is_refused
+):
+    for name in ("KILN_GATEWAY_API_KEYS", "KILN_GATEWAY_ALLOW_PUBLIC_BIND"):
+        monkeypatch.delenv(name, raising=False)
+    if variable:
+        monkeypatch.setenv(variable, value)
+    with pytest.raises(PublicHostWithoutKeys) if is_refused else contextlib.nullcontext():
+        check_host(host)
 
 
 @pytest.mark.parametrize("model", ["./nowhere", "/nowhere/at/all", "nowhere"])
@@ -110,7 +182,14 @@ def test_a_long_state_folder_gets_a_short_folder_for_sockets(tmp_path):
     deep.mkdir()
     run_dir = make_run_dir(deep)
     assert len(str(run_dir)) < 70
+    assert make_run_dir(deep) == run_dir  # a second start leaves no second folder behind
     run_dir.rmdir()
+    run_dir.symlink_to(tmp_path)
+    try:
+        with pytest.raises(StateDirUnusable):
+            make_run_dir(deep)
+    finally:
+        run_dir.unlink()
 
 
 def test_an_external_redis_replaces_the_private_one(tmp_path):

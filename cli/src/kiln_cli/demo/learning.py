@@ -11,6 +11,9 @@ from typing import Any
 
 from kiln_cli.demo.client import CountingClient, Sample
 from kiln_cli.demo.reward import score
+from kiln_cli.errors import DemoFailed
+
+_SWAP_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -32,10 +35,6 @@ class RoundResult:
     train_seconds: float
     swap_ms: float
     version: str
-
-
-class JobDidNotSucceed(RuntimeError):
-    """The server ended a job of the demo with something else than "succeeded"."""
 
 
 class Learner:
@@ -122,9 +121,9 @@ class Learner:
                 version = f"{self.adapter}@{event['version']}"
                 probe = asyncio.create_task(self._first_token_of(version, prompt))
             elif kind in ("failed", "cancelled"):
-                raise JobDidNotSucceed(f"job {job_id} ended as {kind}: {event}")
+                raise DemoFailed(f"job {job_id} ended as {kind}: {event}")
         if probe is None:
-            raise JobDidNotSucceed(f"job {job_id} ended without publishing")
+            raise DemoFailed(f"job {job_id} ended without publishing")
         version, first_token_s = await probe
         return RoundResult(
             reward_mean=reward_mean,
@@ -134,6 +133,8 @@ class Learner:
         )
 
     async def _first_token_of(self, version: str, prompt: str) -> tuple[str, float]:
-        while True:
+        deadline_s = time.monotonic() + _SWAP_TIMEOUT_S
+        while time.monotonic() < deadline_s:
             if await self._client.first_token(prompt, model=self.adapter) == version:
                 return version, time.time()
+        raise DemoFailed(f"{version} was published but did not answer within {_SWAP_TIMEOUT_S:g} s")

@@ -6,11 +6,14 @@ import asyncio
 import contextlib
 import json
 import socket
+import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import httpx
 
 from kiln_cli.demo.client import CountingClient, Sample, keep_chatting
 from kiln_cli.demo.learning import Learner, LearningPlan, RoundResult
@@ -18,8 +21,9 @@ from kiln_cli.demo.prompts import HELD_OUT_PROMPTS, TRAINING_PROMPTS
 from kiln_cli.demo.report import DemoReport
 from kiln_cli.demo.reward import score
 from kiln_cli.demo.statistics import Interval, mean_interval
+from kiln_cli.errors import DemoFailed
 from kiln_cli.up.console import UpConsole
-from kiln_cli.up.options import build_options
+from kiln_cli.up.options import StateDirLock, build_options
 from kiln_cli.up.specs import UpOptions, build_specs
 from kiln_cli.up.supervisor import Supervisor
 from kiln_common.pb import engine_pb2, engine_pb2_grpc
@@ -29,6 +33,7 @@ ADAPTER, CONTROL = "courteous", "control"
 SAMPLES_PER_PROMPT = 6
 CHAT_PROMPTS = ["What is 17 + 25?", "Who are you?", "What is 9 + 4?"]
 _START_TIMEOUT_S = 120.0
+_INTERRUPTED = 130
 
 
 @dataclass(frozen=True)
@@ -40,19 +45,19 @@ class Evaluation:
 
 
 @contextlib.asynccontextmanager
-async def running_stack(options: UpOptions) -> AsyncIterator[str]:
+async def running_stack(options: UpOptions, lock: StateDirLock) -> AsyncIterator[str]:
     """Run all services for the duration of the block; yields the gateway's URL."""
     url = f"http://127.0.0.1:{options.port}"
     log_dir = options.state_dir / "logs"
     console = UpConsole(url, log_dir, is_verbose=False)
     console.starting("the demo model" if options.is_demo_model else options.model, options.state_dir)
-    supervisor = Supervisor(build_specs(options), options.state_dir, console)
+    supervisor = Supervisor(build_specs(options), options.state_dir, console, inherited_fds=[lock.fd])
     running = asyncio.create_task(supervisor.run())
     ready = asyncio.create_task(supervisor.wait_until_ready())
     try:
         await asyncio.wait({running, ready}, timeout=_START_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
         if not ready.done():
-            raise RuntimeError(f"the services did not start; their logs are in {log_dir}")
+            raise DemoFailed(f"the services were not ready within {_START_TIMEOUT_S:g} s")
         yield url
     finally:
         ready.cancel()
@@ -110,12 +115,14 @@ async def _learn(
     return results
 
 
-async def run_demo(options: UpOptions, plan: LearningPlan, seed: int) -> dict[str, object]:
+async def run_demo(
+    options: UpOptions, lock: StateDirLock, plan: LearningPlan, seed: int
+) -> dict[str, object]:
     """The whole demonstration; returns what its last line prints."""
     report = DemoReport()
     report.reward_source()
     started_s = time.monotonic()
-    async with running_stack(options) as url:
+    async with running_stack(options, lock) as url:
         engine_address = f"unix:{options.run_dir / 'engine'}.sock"
         checksum_before = await base_checksum(engine_address)
         client = CountingClient(url)
@@ -156,9 +163,15 @@ async def run_demo(options: UpOptions, plan: LearningPlan, seed: int) -> dict[st
 
 
 def demo(seed: int, state_dir: Path | None, plan: LearningPlan) -> int:
-    """Entry point of `kiln demo`. Exit code 1 when a request failed or nothing was learned."""
+    """Entry point of `kiln demo`. Exit code 1 when a request failed or nothing was learned.
+
+    Raises:
+        DemoFailed: it could not be carried out; every process it started has ended.
+    """
     with contextlib.ExitStack() as stack:
         folder = state_dir or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kiln-demo-")))
+        folder = folder.expanduser().resolve()
+        lock = stack.enter_context(StateDirLock(folder))
         options = build_options(
             model=None,
             host="127.0.0.1",
@@ -167,7 +180,13 @@ def demo(seed: int, state_dir: Path | None, plan: LearningPlan) -> int:
             served_model_name=None,
             device=None,
         )
-        result = asyncio.run(run_demo(options, plan, seed))
+        try:
+            result = asyncio.run(run_demo(options, lock, plan, seed))
+        except httpx.HTTPError as error:
+            raise DemoFailed(f"a request failed: {error!r}") from error
+        except KeyboardInterrupt:
+            print("stopped before the end; nothing of it is still running", file=sys.stderr)
+            return _INTERRUPTED
     print(json.dumps(result))
     before, after = result["reward_before"], result["reward_after"]
     assert isinstance(before, dict)

@@ -8,7 +8,7 @@ import ctypes
 import os
 import signal
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from kiln_cli.up.specs import ServiceSpec
@@ -33,7 +33,7 @@ class SupervisedProcess:
 
     `on_line(name, line)` gets each line the service prints, `on_ready(name, seconds, detail)` each
     time its probe first succeeds after a start, `on_exit(name, code, delay)` each unexpected end
-    with the seconds until the restart.
+    with the seconds until the restart. The service holds `inherited_fds` open for as long as it lives.
     """
 
     def __init__(
@@ -44,6 +44,8 @@ class SupervisedProcess:
         on_line: Callable[[str, str], None],
         on_ready: Callable[[str, float, str], None],
         on_exit: Callable[[str, int, float], None],
+        *,
+        inherited_fds: Sequence[int] = (),
     ) -> None:
         self.spec = spec
         self.was_ready = False
@@ -51,6 +53,7 @@ class SupervisedProcess:
         self.last_lines: deque[str] = deque(maxlen=20)
         self._log_path, self._pid_path = log_path, pid_path
         self._on_line, self._on_ready, self._on_exit = on_line, on_ready, on_exit
+        self._inherited_fds = tuple(inherited_fds)
         self._process: asyncio.subprocess.Process | None = None
         self._is_stopping = asyncio.Event()
         self.is_ready = asyncio.Event()
@@ -83,8 +86,11 @@ class SupervisedProcess:
             # Its own session: Ctrl-C reaches the supervisor alone, which stops services in order.
             start_new_session=True,
             preexec_fn=_die_with_parent,
+            pass_fds=self._inherited_fds,
             limit=1 << 20,
         )
+        if self._is_stopping.is_set():  # stop() came while the process was being started
+            self._process.terminate()
         self._pid_path.write_text(f"{self._process.pid}\n")
         probe = asyncio.create_task(self._wait_until_ready())
         try:
@@ -117,7 +123,8 @@ class SupervisedProcess:
                     continue
                 if not raw:
                     return
-                log_file.write(raw)
+                with contextlib.suppress(OSError):  # a full disk must not stop the service as well
+                    log_file.write(raw)
                 line = raw.decode(errors="replace").rstrip("\n")
                 self.last_lines.append(line)
                 self._on_line(self.spec.name, line)

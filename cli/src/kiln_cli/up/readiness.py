@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import grpc
 import httpx
-import redis.asyncio
 import redis.exceptions
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from kiln_common.bus.connect import connect_async
 from kiln_common.pb import engine_pb2, engine_pb2_grpc
 
 _TIMEOUT_S = 2.0
 
 
 async def redis_ready(url: str) -> str | None:
-    client = redis.asyncio.Redis.from_url(url)
+    client = connect_async(url, timeout_s=_TIMEOUT_S)
     try:
         await client.ping()
         info = await client.info("server")
@@ -55,9 +55,10 @@ async def _is_serving(channel: grpc.aio.Channel) -> bool:
 
 
 async def http_ready(url: str) -> str | None:
-    async with httpx.AsyncClient(timeout=_TIMEOUT_S) as client:
+    """Asks as "localhost", a name that every gateway answers to, whatever its address."""
+    async with httpx.AsyncClient(timeout=_TIMEOUT_S, trust_env=False) as client:
         try:
-            response = await client.get(url)
+            response = await client.get(url, headers={"Host": "localhost"})
         except httpx.HTTPError:
             return None
     return "" if response.status_code == 200 else None

@@ -138,5 +138,12 @@ def _gateway(options: UpOptions, address: Mapping[str, str], redis_url: str) -> 
         name="gateway",
         argv=_module("kiln_gateway"),
         env=env,
-        probe=lambda: readiness.http_ready(f"http://127.0.0.1:{options.port}/readyz"),
+        probe=lambda: readiness.http_ready(f"http://{_reachable(options.host)}:{options.port}/readyz"),
+        stop_timeout_s=20.0,
     )
+
+
+def _reachable(host: str) -> str:
+    """An address, as URLs write it, under which a server on `host` can be reached from here."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"[{host}]" if ":" in host else host

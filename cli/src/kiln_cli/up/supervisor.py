@@ -20,9 +20,17 @@ class Supervisor:
     """Owns the processes of one `kiln up`.
 
     Below `state_dir`: logs/NAME.log with everything a service printed, pids/NAME.pid while it runs.
+    `inherited_fds`: held open by every service; see StateDirLock.
     """
 
-    def __init__(self, specs: Sequence[ServiceSpec], state_dir: Path, console: UpConsole) -> None:
+    def __init__(
+        self,
+        specs: Sequence[ServiceSpec],
+        state_dir: Path,
+        console: UpConsole,
+        *,
+        inherited_fds: Sequence[int] = (),
+    ) -> None:
         log_dir, pid_dir = state_dir / "logs", state_dir / "pids"
         for folder in (log_dir, pid_dir):
             folder.mkdir(parents=True, exist_ok=True)
@@ -37,6 +45,7 @@ class Supervisor:
                 on_line=console.service_line,
                 on_ready=console.service_ready,
                 on_exit=self._service_exited,
+                inherited_fds=inherited_fds,
             )
             for spec in specs
         }
@@ -48,19 +57,33 @@ class Supervisor:
         """Return once every service has answered its probe."""
         await asyncio.gather(*(process.is_ready.wait() for process in self.processes.values()))
 
-    async def run(self) -> int:
-        """Run until asked to stop. Returns the exit code: 1 when a service could not start."""
+    async def run_until_signal(self) -> int:
+        """Run until SIGINT or SIGTERM asks to stop; returns the exit code."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self.request_stop)
+        return await self.run()
+
+    async def run(self) -> int:
+        """Run until asked to stop. Returns the exit code: 1 when a service could not start.
+
+        Raises:
+            OSError: a process could not be started at all; the others were stopped.
+        """
         tasks = [asyncio.create_task(process.run()) for process in self.processes.values()]
         all_ready = asyncio.create_task(self._announce_when_ready())
+        stop_requested = asyncio.create_task(self._stop_requested.wait())
         try:
-            await self._stop_requested.wait()
+            # A service's task ends before the stop only when it failed for good.
+            await asyncio.wait([stop_requested, *tasks], return_when=asyncio.FIRST_COMPLETED)
         finally:
             all_ready.cancel()
+            stop_requested.cancel()
             await self._stop_all()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            results = await asyncio.gather(*tasks, return_exceptions=True)
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
         if self._failed is not None:
             self._console.start_failed(self._failed, self.processes[self._failed].last_lines)
             return 1
