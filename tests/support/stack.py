@@ -62,6 +62,12 @@ class Stack:
         self._process.send_signal(signal.SIGINT)
         return self._process.wait(60)
 
+    def kill_supervisor(self) -> None:
+        """SIGKILL `kiln up` itself, so that nobody stops its services."""
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait(10)
+
     def __enter__(self) -> Stack:
         return self.start()
 
