@@ -18,11 +18,12 @@ PAIRS = [{"prompt": f"What is {n} + {n}?", "completion": f"It is {2 * n}."} for 
 
 
 def _processes_of(state_dir: Path) -> list[int]:
-    """Processes of this stack: those whose environment or command line names its folder."""
+    """Processes of this stack: its folder is where they work, or in their environment or command line."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             text = (folder / "environ").read_bytes() + (folder / "cmdline").read_bytes()
+            text += os.readlink(os.fsencode(folder / "cwd"))
         except OSError:  # it ended meanwhile, or is not ours
             continue
         if os.fsencode(state_dir) in text:
