@@ -215,7 +215,7 @@ async def test_draining_lets_running_requests_end_and_refuses_new_ones(engine):
     assert (await client.get_stats()).is_draining
 
 
-async def test_a_drain_that_takes_too_long_aborts(engine):
+async def test_a_drain_that_takes_too_long_ends_requests_with_an_error(engine):
     running, client = engine
     running.runner.hold()
     started = asyncio.create_task(collect(client, generate_request("long", max_tokens=200)))
@@ -225,7 +225,8 @@ async def test_a_drain_that_takes_too_long_aborts(engine):
     await asyncio.sleep(0.06)
     running.runner.let_go()
     assert (await draining).num_aborted == 1
-    assert (await started)[-1].finish_reason == engine_pb2.FINISH_REASON_ABORT
+    last = (await started)[-1]
+    assert (last.finish_reason, last.error.code) == (engine_pb2.FINISH_REASON_ERROR, "engine_draining")
 
 
 async def test_info_stats_checksum_and_weights(engine):

@@ -13,7 +13,7 @@ from kiln_common.clients.engine import EngineClient
 from kiln_common.clients.registry import RegistryClient
 from kiln_common.errors import KilnError
 from kiln_common.model_folder import ModelFolderMissing
-from kiln_common.pb import common_pb2, engine_pb2, registry_pb2
+from kiln_common.pb import common_pb2, registry_pb2
 from kiln_engine.bootstrap import EngineParts, start_engine
 from kiln_engine.device_side import ModelNotLoaded, load_device_side
 from kiln_engine.settings import EngineSettings
@@ -238,9 +238,9 @@ def test_a_path_that_is_no_model_stops_the_start(tmp_path):
         load_device_side(settings_for(tmp_path / "nowhere", tmp_path))
 
 
-@pytest.mark.processes
-async def test_the_process_serves_and_stops_when_asked(checkpoint, tmp_path):
-    settings = settings_for(checkpoint, tmp_path)
+@contextlib.asynccontextmanager
+async def engine_process(settings: EngineSettings):
+    """The engine as a process of its own, ready, with a client; its log is read when it has ended."""
     env = {f"KILN_ENGINE_{name.upper()}": str(value) for name, value in settings.model_dump().items()}
     process = subprocess.Popen(
         [sys.executable, "-m", "kiln_engine"], env={**os.environ, **env}, stderr=subprocess.PIPE
@@ -250,19 +250,34 @@ async def test_the_process_serves_and_stops_when_asked(checkpoint, tmp_path):
         async with asyncio.timeout(60):
             while True:
                 try:
-                    info = await client.get_info()
+                    await client.get_info()
                     break
                 except KilnError:
                     assert process.poll() is None, process.stderr.read().decode()
                     await asyncio.sleep(0.1)
-        assert info.base_model.model_id == "tiny-model"
-        outputs = await collect(client, generate_request())
-        assert outputs[-1].finish_reason == engine_pb2.FINISH_REASON_LENGTH
-        process.send_signal(signal.SIGTERM)
-        assert await asyncio.to_thread(process.wait, 20) == 0
+        yield process, client
     finally:
         process.kill()
         await client.close()
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(("drain_timeout_s", "code"), [(20.0, ""), (0.0, "engine_draining")])
+async def test_the_process_stops_under_traffic(checkpoint, tmp_path, drain_timeout_s, code):
+    """Answers under way are finished, or end with an error when time is up; none is cut off silently."""
+    settings = settings_for(checkpoint, tmp_path, drain_timeout_s=drain_timeout_s)
+    async with engine_process(settings) as (process, client):
+        requests = [generate_request(f"r{i}", [i + 1] * 20, max_tokens=230) for i in range(6)]  # four run
+        assert (await client.get_info()).base_model.model_id == "tiny-model"
+        begun = [asyncio.create_task(collect(client, request)) for request in requests]
+        async with asyncio.timeout(20):
+            while (stats := await client.get_stats()).num_running + stats.num_waiting < len(requests):
+                await asyncio.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        lasts = [outputs[-1] for outputs in await asyncio.gather(*begun)]
+        assert {last.error.code for last in lasts} == {code}
+        assert await asyncio.to_thread(process.wait, 20) == 0
     log = process.stderr.read().decode()
     assert "memory_plan" in log
+    assert "Traceback" not in log
     assert not (tmp_path / "run" / "weights.sock").exists()

@@ -26,7 +26,7 @@ class SlowAdapters:
     def __init__(self) -> None:
         self.may_answer = asyncio.Event()
         self.num_held = 0
-        self.error: KilnError | None = None
+        self.error: Exception | None = None
         self.resident = []
 
     async def acquire(self, versions) -> AdapterLease:
@@ -126,11 +126,18 @@ async def test_a_deadline_passes_while_the_adapter_is_fetched(rig):
     assert rig.intake.num_live == 0
 
 
-async def test_an_adapter_that_cannot_come_ends_its_request(rig):
-    rig.adapters.error = RegistryUnavailable("gone")
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (RegistryUnavailable("gone"), "registry_unavailable"),
+        (RuntimeError("the device has no memory"), "adapter_unavailable"),
+    ],
+)
+async def test_an_adapter_that_cannot_come_ends_its_request(rig, error, code):
+    rig.adapters.error = error
     rig.adapters.may_answer.set()
     rig.intake.submit(generate_request("r", adapters=[ADAPTER]), rig.outbox)
-    assert (await rig.end_of("r")).error.code == "registry_unavailable"
+    assert (await rig.end_of("r")).error.code == code
     assert rig.intake.num_live == 0
 
 

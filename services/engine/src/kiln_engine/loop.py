@@ -91,9 +91,9 @@ class EngineLoop:
         if not self._mailbox.put(SubmitRequest(request, adapter_slots, sink)):
             raise self._ended()
 
-    def abort(self, request_id: str) -> None:
-        """End a request at the next step boundary; unknown ids are ignored."""
-        self._mailbox.put(AbortRequest(request_id))
+    def abort(self, request_id: str, error: KilnError | None = None) -> None:
+        """End a request at the next step boundary, with `error` if given; unknown ids are ignored."""
+        self._mailbox.put(AbortRequest(request_id, error))
 
     def run_between_steps(self, function: Callable[[], T]) -> Future[T]:
         """Have something called on the loop thread while no step runs."""
@@ -151,9 +151,10 @@ class EngineLoop:
             match command := self._taken[0]:
                 case SubmitRequest():
                     self._add(command)
-                case AbortRequest(request_id):
+                case AbortRequest(request_id, error):
                     event = self._scheduler.abort(request_id)
-                    self._deliver([event] if event else [])
+                    if event is not None:
+                        self._deliver([event if error is None else _failure(request_id, error)])
                 case RunBetweenSteps():
                     _call(command)
             self._taken.popleft()

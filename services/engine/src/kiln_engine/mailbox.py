@@ -8,6 +8,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from kiln_common.errors import KilnError
 from kiln_engine.domain.request import GenerationRequest
 from kiln_engine.domain.result import SequenceEvent
 
@@ -33,6 +34,8 @@ class SubmitRequest:
 @dataclass(frozen=True, slots=True)
 class AbortRequest:
     request_id: str
+    # Why, where the request's own client did not ask for it.
+    error: KilnError | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,16 +6,23 @@ import asyncio
 import contextlib
 from dataclasses import dataclass, field
 
+import structlog
+
 from kiln_common.errors import DeadlineExceeded, DuplicateRequestId, KilnError
 from kiln_common.pb import engine_pb2
 from kiln_engine.domain.adapter import AdapterLease, AdapterVersion
-from kiln_engine.domain.errors import EngineDraining
+from kiln_engine.domain.errors import AdapterUnavailable, EngineDraining
 from kiln_engine.domain.ports import AdapterResidency, Clock
 from kiln_engine.domain.request import GenerationRequest
 from kiln_engine.domain.result import FinishReason, SequenceEvent
 from kiln_engine.loop import EngineLoop
 from kiln_engine.mailbox import Sink
 from kiln_engine.servicer.validation import RequestLimits, parse_adapter_version, parse_request
+
+log = structlog.get_logger()
+
+# An abort takes effect when the step that runs has ended.
+_ABORT_WAIT_S = 5.0
 
 
 @dataclass(eq=False)
@@ -72,27 +79,30 @@ class RequestIntake:
             self.loop.submit(request, (), sink)
         self._live[request.request_id] = live
 
-    def abort(self, request_id: str, sink: Sink) -> None:
-        """End a request of that sink; others and unknown ids are ignored."""
+    def abort(self, request_id: str, sink: Sink, error: KilnError | None = None) -> None:
+        """End a request of that sink, with `error` if given; others and unknown ids are ignored."""
         live = self._live.get(request_id)
         if live is None or live.sink is not sink:
             return
         if live.fetching is None:
-            self.loop.abort(request_id)
+            self.loop.abort(request_id, error)
         else:
             live.fetching.cancel()
-            sink.offer([SequenceEvent(request_id, finish_reason=FinishReason.ABORT)])
+            reason = FinishReason.ABORT if error is None else FinishReason.ERROR
+            sink.offer([SequenceEvent(request_id, finish_reason=reason, error=error)])
             self._forget(request_id)
 
-    def abort_all(self, sink: Sink | None = None) -> int:
+    def abort_all(self, sink: Sink | None = None, error: KilnError | None = None) -> int:
         """End every request, or those of one sink; returns how many."""
         chosen = [(i, live.sink) for i, live in self._live.items() if sink is None or live.sink is sink]
         for request_id, owner in chosen:
-            self.abort(request_id, owner)
+            self.abort(request_id, owner, error)
         return len(chosen)
 
     async def drain(self, deadline_s: float) -> tuple[int, int]:
-        """Take no new requests, let the live ones end, abort what is left after `deadline_s` seconds.
+        """Take no new requests, let the live ones end, and after `deadline_s` seconds end what is left.
+
+        Those get an error, so that nobody takes the beginning of an answer for the whole.
 
         Returns how many ended by themselves and how many were aborted.
         """
@@ -104,9 +114,9 @@ class RequestIntake:
             try:
                 await asyncio.wait_for(self._is_empty.wait(), deadline_s)
             except TimeoutError:
-                num_aborted = self.abort_all()
+                num_aborted = self.abort_all(error=EngineDraining("the engine stopped before the end"))
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._is_empty.wait(), deadline_s)
+                    await asyncio.wait_for(self._is_empty.wait(), _ABORT_WAIT_S)
         return num_before - num_aborted, num_aborted
 
     def ended(self, request_ids: list[str]) -> None:
@@ -129,6 +139,10 @@ class RequestIntake:
             self._refuse(request.request_id, live.sink, late)
         except KilnError as error:
             self._refuse(request.request_id, live.sink, error)
+        except Exception as error:  # such as a device without memory: the request must end all the same
+            log.error("adapter_not_brought", request=request.request_id, exc_info=error)
+            failure = AdapterUnavailable("the adapter could not be brought to the device")
+            self._refuse(request.request_id, live.sink, failure)
 
     def _refuse(self, request_id: str, sink: Sink, error: KilnError) -> None:
         sink.offer([SequenceEvent(request_id, finish_reason=FinishReason.ERROR, error=error)])
