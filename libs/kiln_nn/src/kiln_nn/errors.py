@@ -104,17 +104,6 @@ class InvalidLoraSpec(KilnNnError):
     hint = "targets is all, attention, mlp or a list of linear layer names; rank is at least 1."
 
 
-class ShapeMismatch(KilnNnError):
-    """A tensor handed to a kernel or block has another shape than its contract says."""
-
-    code = "shape_mismatch"
-    hint = "This is a bug in the caller: compare the shapes with the function's docstring."
-
-    def __init__(self, name: str, shape: Sequence[object], expected: Sequence[object]) -> None:
-        wanted = ", ".join("any" if size is None else str(size) for size in expected)
-        super().__init__(f"{name} has shape [{', '.join(map(str, shape))}], expected [{wanted}]")
-
-
 def name_list(names: Sequence[str], limit: int = 8) -> str:
     """Names joined for a message, the tail counted instead of listed."""
     shown = ", ".join(names[:limit])
