@@ -1,5 +1,6 @@
 """Two processes, one copy of the weights: what the reader sees, may not do, and learns of the other's end."""
 
+import faulthandler
 import fcntl
 import mmap
 import os
@@ -67,6 +68,18 @@ def test_writing_kills_the_writer_and_nobody_else(model, socket_path):
         assert model.arena.checksum() == checksum
         with attach(socket_path) as again:  # and the server serves on
             assert again.checksum() == checksum
+
+
+def test_the_owner_itself_cannot_write(model):
+    """An arena's tensors are the pages that fault, also in the engine that loaded them."""
+    checksum = model.arena.checksum()
+    child = os.fork()
+    if child == 0:
+        faulthandler.disable()
+        model.arena.views()[EMBEDDING][0, 0] = 1.0
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGSEGV
+    assert model.arena.checksum() == checksum
 
 
 def test_sealed_memory_takes_no_writer_at_all(model):
