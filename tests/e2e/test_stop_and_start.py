@@ -17,13 +17,17 @@ pytestmark = pytest.mark.processes
 PAIRS = [{"prompt": f"What is {n} + {n}?", "completion": f"It is {2 * n}."} for n in range(1, 5)]
 
 
+def _marked(state_dir: Path) -> dict[str, str]:
+    """An environment by which a stack's processes are known; all of them inherit it."""
+    return {**os.environ, "STACK_OF_A_TEST": str(state_dir)}
+
+
 def _processes_of(state_dir: Path) -> list[int]:
-    """Processes of this stack: its folder is where they work, or in their environment or command line."""
+    """Processes with this mark, and Redis, which overwrites it but works below the folder."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            text = (folder / "environ").read_bytes() + (folder / "cmdline").read_bytes()
-            text += os.readlink(os.fsencode(folder / "cwd"))
+            text = (folder / "environ").read_bytes() + os.readlink(os.fsencode(folder / "cwd"))
         except OSError:  # it ended meanwhile, or is not ours
             continue
         if os.fsencode(state_dir) in text:
@@ -40,13 +44,13 @@ def _long_stream(stack: Stack) -> list[str]:
 
 
 def test_a_kill_loses_nothing_and_ctrl_c_cuts_nothing_off(tmp_path):
-    stack = Stack(tmp_path / "state").start()
+    stack = Stack(tmp_path / "state", env=_marked(tmp_path / "state")).start()
     job = {"adapter": "kept", "examples": PAIRS, "epochs": 1, "lora": {"rank": 4, "alpha": 8}}
     job_id = stack.post("/v1/train/sft", job).json()["id"]
     assert stack.wait_for_job(job_id)["status"] == "succeeded"
 
     # Nobody is left to stop the services: they end by themselves.
-    assert len(_processes_of(stack.state_dir)) >= 6
+    assert len(_processes_of(stack.state_dir)) == 6
     stack.kill_supervisor()
     wait_for(lambda: _processes_of(stack.state_dir) == [] or None, "the services to end")
     stack.start()
@@ -77,11 +81,13 @@ def test_a_public_address_without_keys_is_refused_before_anything_starts(tmp_pat
 def test_ctrl_c_ends_the_demo_at_once_and_everything_it_started(tmp_path):
     state_dir = tmp_path / "demo"
     command = [sys.executable, "-m", "kiln_cli", "demo", "--state-dir", str(state_dir)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as demo:
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=_marked(state_dir), **options) as demo:
         assert demo.stdout is not None
         for line in demo.stdout:
             if "learning, with chat traffic" in line:
                 break
+        assert len(_processes_of(state_dir)) == 6
         demo.send_signal(signal.SIGINT)
         rest, errors = demo.communicate(timeout=60)
     assert demo.returncode == 130
