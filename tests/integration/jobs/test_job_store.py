@@ -11,6 +11,7 @@ from kiln_trainer.domain.errors import ClaimLost
 from kiln_trainer.jobs.durability import check_durable
 from kiln_trainer.jobs.errors import PayloadCorrupt
 from kiln_trainer.jobs.records import JobFailure
+from kiln_trainer.jobs.store import JobStore
 from tests.support.jobs import grpo_request, sft_request, wait_until
 
 NEVER_S = 3600.0  # claim timeout under which no job is taken over
@@ -193,6 +194,22 @@ def test_ended_jobs_expire_and_open_ones_never(store, redis_client):
     store.forget_expired()
     assert redis_client.zrange(keys.JOB_INDEX, 0, -1) == [open_.encode()]
     assert store.submit(request) != ended  # its key is free again
+
+
+def test_trainers_that_never_came_back_leave_the_group(store, redis_client):
+    store.submit(grpo_request())
+    held = claim(store)
+    for name in ("trainer_gone", "trainer_b"):
+        redis_client.xgroup_createconsumer(keys.JOB_QUEUE, keys.JOB_GROUP, name)
+    impatient = JobStore(redis_client, "trainer_c", retention_s=0)
+
+    def names():
+        return {c["name"] for c in redis_client.xinfo_consumers(keys.JOB_QUEUE, keys.JOB_GROUP)}
+
+    store.forget_expired()
+    assert names() == {b"trainer_a", b"trainer_b", b"trainer_gone"}
+    wait_until(lambda: impatient.forget_expired() or names() == {b"trainer_a"})  # it holds a job
+    store.heartbeat(held)
 
 
 def test_a_damaged_payload_is_noticed(store, redis_client):

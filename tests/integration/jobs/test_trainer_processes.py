@@ -13,7 +13,7 @@ import pytest
 from kiln_common.clients.trainer import TrainerClient
 from kiln_common.errors import KilnError
 from tests.support.fake_engine import running_engine
-from tests.support.jobs import grpo_request
+from tests.support.jobs import grpo_request, wait_until
 from tests.support.registry import running_registry
 
 pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("redis_client")]
@@ -92,7 +92,8 @@ async def test_a_killed_trainers_job_is_resumed_by_another_with_the_same_result(
             assert [v.version for v in versions] == [1, 2]
             assert versions[0].sha256 == versions[1].sha256 == done.result.sha256
             assert engine.prepared == ["helper@1", "helper@2"]
-            assert not any((tmp_path / "trainer" / "jobs").iterdir())
+            jobs_dir = tmp_path / "trainer" / "jobs"
+            await asyncio.to_thread(wait_until, lambda: not any(jobs_dir.iterdir()))
 
             second.send_signal(signal.SIGTERM)
             assert await asyncio.to_thread(second.wait, 20) == 0

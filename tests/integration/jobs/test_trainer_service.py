@@ -68,9 +68,11 @@ async def test_from_submit_to_the_engines(redis_server, tmp_path):
         again = await watch_all(client, job.id, events[3].id)
         assert again == events[4:]
         assert await watch_all(client, job.id, events[-1].id) == []
-        follow_up = await client.submit(grpo_request("helper"))
+        follow_up = await client.submit(grpo_request("helper", attach=False, metadata_json='{"run": 2}'))
         await asyncio.wait_for(watch_all(client, follow_up.id), 10)
-        assert (await client.get(follow_up.id)).resolved_base_adapter == "helper@1"
+        followed = await client.get(follow_up.id)
+        assert (followed.resolved_base_adapter, followed.config.metadata_json) == ("helper@1", '{"run": 2}')
+        assert (followed.result.version, await registry.get_default()) == (2, version)
         assert (await registry.resolve("helper")).parent_version == 1
         assert [found.id for found in await client.list()] == [follow_up.id, job.id]
         status = await client.status()

@@ -95,7 +95,11 @@ class JobStore:
         return [to_job(job_id.decode(), fields, rank, []) for job_id, fields, rank in found if fields]
 
     def forget_expired(self) -> None:
-        """Take ids off the index whose jobs have expired: ended for `retention_s`, so older than that."""
+        """Take ids of expired jobs off the index, and trainers not heard of for `retention_s` off the group."""
+        for consumer in self._redis.xinfo_consumers(keys.JOB_QUEUE, keys.JOB_GROUP):
+            if not consumer["pending"] and consumer["idle"] > 1000 * self._retention_s:
+                self._redis.xgroup_delconsumer(keys.JOB_QUEUE, keys.JOB_GROUP, consumer["name"])
+        # Ended jobs expire after retention_s, so only older ones can be gone.
         old = self._redis.zrangebyscore(keys.JOB_INDEX, 0, time.time() - self._retention_s)
         with self._redis.pipeline(transaction=False) as pipe:
             for job_id in old:
