@@ -14,7 +14,7 @@ from kiln_common.clients.registry import RegistryClient
 from kiln_common.errors import KilnError
 from kiln_common.model_folder import ModelFolderMissing
 from kiln_common.pb import common_pb2, registry_pb2
-from kiln_engine.bootstrap import EngineParts, start_engine
+from kiln_engine.bootstrap import start_engine
 from kiln_engine.device_side import ModelNotLoaded, load_device_side
 from kiln_engine.settings import EngineSettings
 from kiln_nn.config import ModelConfig
@@ -56,9 +56,7 @@ def settings_for(checkpoint, folder, **fields) -> EngineSettings:
 
 @contextlib.asynccontextmanager
 async def real_engine(settings: EngineSettings):
-    device = load_device_side(settings)
-    parts = EngineParts(device.runner, device.runner.adapters, device.weights, device.limits, device.info)
-    engine = await start_engine(settings, parts)
+    engine = await start_engine(settings, load_device_side(settings))
     client = EngineClient(settings.listen)
     try:
         yield engine, client

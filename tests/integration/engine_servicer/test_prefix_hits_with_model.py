@@ -4,7 +4,6 @@ import asyncio
 
 import pytest
 
-from kiln_engine.bootstrap import EngineParts
 from kiln_engine.device_side import load_device_side
 from kiln_engine.settings import EngineSettings
 from tests.support.engine_server import collect, generate_request, running_engine
@@ -25,9 +24,7 @@ def checkpoint(tmp_path_factory):
 async def client(checkpoint, tmp_path):
     sizes = {"max_model_len": 256, "kv_cache_tokens": 1024, "max_running": 4, "step_token_budget": 64}
     settings = EngineSettings(model_path=str(checkpoint), device="cpu", socket_dir=tmp_path / "run", **sizes)
-    device = load_device_side(settings)
-    parts = EngineParts(device.runner, device.runner.adapters, device.weights, device.limits, device.info)
-    async with running_engine(parts, tmp_path) as (_, client):
+    async with running_engine(load_device_side(settings), tmp_path) as (_, client):
         yield client
 
 

@@ -10,7 +10,7 @@ import structlog
 from kiln_common.errors import KilnError
 from kiln_common.logs import configure_logs
 from kiln_common.rpc.server import wait_for_stop_signal
-from kiln_engine.bootstrap import EngineParts, start_engine
+from kiln_engine.bootstrap import start_engine
 from kiln_engine.device_side import load_device_side
 from kiln_engine.settings import EngineSettings
 
@@ -19,9 +19,7 @@ log = structlog.get_logger()
 
 async def serve(settings: EngineSettings) -> int:
     """Serve until SIGTERM or SIGINT, or until the device fails; returns the exit code."""
-    device = load_device_side(settings)
-    parts = EngineParts(device.runner, device.runner.adapters, device.weights, device.limits, device.info)
-    engine = await start_engine(settings, parts)
+    engine = await start_engine(settings, load_device_side(settings))
     stopped = asyncio.create_task(wait_for_stop_signal())
     failed = asyncio.create_task(engine.has_failed.wait())
     try:

@@ -42,7 +42,7 @@ class ClosableWeights(BaseWeights, Protocol):
 
 @dataclass(frozen=True)
 class EngineParts:
-    """What stands on the device: the real ones come from device_side, tests bring their own."""
+    """What stands on the device: `load_device_side` makes it, tests bring their own."""
 
     runner: Runner
     adapter_store: AdapterStore

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import secrets
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import structlog
@@ -14,6 +13,7 @@ import torch
 from kiln_common.errors import KilnError
 from kiln_common.model_folder import find_model_folder
 from kiln_common.pb import common_pb2, engine_pb2
+from kiln_engine.bootstrap import EngineParts
 from kiln_engine.checkpoint_identity import model_name, stop_token_ids
 from kiln_engine.execution.memory_plan import MemoryPlan, MemoryRequest, plan_memory
 from kiln_engine.execution.runner import TorchRunner
@@ -70,17 +70,7 @@ class SharedArena:
         self._server.close()
 
 
-@dataclass(frozen=True)
-class DeviceSide:
-    """A loaded model ready to run steps."""
-
-    runner: TorchRunner
-    weights: SharedArena
-    limits: SchedulerLimits
-    info: engine_pb2.EngineInfo
-
-
-def load_device_side(settings: EngineSettings) -> DeviceSide:
+def load_device_side(settings: EngineSettings) -> EngineParts:
     """Load the checkpoint, share its weights and allocate the pools. Takes as long as the disk does.
 
     Raises:
@@ -130,7 +120,8 @@ def load_device_side(settings: EngineSettings) -> DeviceSide:
         max_adapter_rank=memory.max_adapter_rank,
         max_running=limits.num_most_running,
     )
-    return DeviceSide(TorchRunner(model.config, views, memory), weights, limits, info)
+    runner = TorchRunner(model.config, views, memory)
+    return EngineParts(runner, runner.adapters, weights, limits, info)
 
 
 class _LoadProgress:
