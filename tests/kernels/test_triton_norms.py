@@ -17,6 +17,7 @@ from tests.support.triton_kernels import (
     needs_triton,
     on_triton,
     only_outside_interpreter,
+    poison_new_memory,
     relative_error,
     run_under_interpreter,
 )
@@ -47,12 +48,7 @@ def test_the_kernels_in_the_interpreter():
 
 @pytest.fixture
 def poisoned(monkeypatch):
-    """Memory that nobody wrote is NaN."""
-
-    def new_empty(self, *args, **kwargs):
-        return torch.full_like(torch.empty(*args, dtype=self.dtype, device=self.device), float("nan"))
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+    poison_new_memory(monkeypatch)
 
 
 @on_triton

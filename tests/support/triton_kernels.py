@@ -21,7 +21,7 @@ import pytest
 import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 CAPABILITIES = (80, 86, 89, 90)
 SHARED_MEMORY_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}
@@ -54,6 +54,17 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
         return float("inf")
     actual, expected = actual.double().cpu(), expected.double().cpu()
     return float((actual - expected).norm() / expected.norm().clamp_min(1e-30))
+
+
+def poison_new_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make `Tensor.new_empty` hand out NaN, so that what a kernel does not write is seen."""
+    new_empty = torch.Tensor.new_empty
+
+    def poisoned(self: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        memory = new_empty(self, *args, **options)
+        return memory.fill_(float("nan")) if memory.is_floating_point() else memory
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
 
 
 @dataclass(frozen=True)

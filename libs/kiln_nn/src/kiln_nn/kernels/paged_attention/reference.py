@@ -33,11 +33,14 @@ def paged_decode_attention(
     page_table_RM: torch.Tensor,
     context_lengths_R: torch.Tensor,
     scale: float,
+    *,
+    gate_RHD: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attend from one new token per row to its sequence, the token itself included.
 
-    Its key and value are in the cache already and counted in `context_lengths_R` (at
-    least 1). Page ids behind a row's context may be any valid page.
+    Its key and value are in the cache already and counted in `context_lengths_R`. Page
+    ids behind a row's context may be any valid page. A row of length 0 is padding: its
+    output is zero. With a gate, the output is multiplied by its sigmoid.
 
     Returns: `[R, H, D]` in the format of `q_RHD`.
     """
@@ -58,7 +61,9 @@ def paged_decode_attention(
     # The query heads of one kv head stand where attention usually has query tokens.
     q = q_RHD.view(num_rows, num_kv_heads, num_heads // num_kv_heads, head_dim)
     out = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), attn_mask=in_context, scale=scale)
-    return out.reshape(num_rows, num_heads, head_dim)
+    out = out.reshape(num_rows, num_heads, head_dim)
+    out = out.masked_fill((context_lengths_R == 0)[:, None, None], 0)
+    return out if gate_RHD is None else out * torch.sigmoid(gate_RHD)
 
 
 def paged_prefill_attention(

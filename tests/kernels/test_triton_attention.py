@@ -1,0 +1,219 @@
+"""Paged decode attention in Triton against a softmax in float64, with nonsense behind every context."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kiln_nn.kernels.checks import ShapeMismatch
+from kiln_nn.kernels.paged_attention import paged_decode_attention, reference
+from tests.support.triton_kernels import (
+    DEVICE,
+    INTERPRETED,
+    SHARED_MEMORY_LIMIT,
+    compiling_instead_of_launching,
+    needs_triton,
+    on_triton,
+    only_outside_interpreter,
+    poison_new_memory,
+    relative_error,
+    run_under_interpreter,
+)
+
+# float32: sums in another order. bf16, fp16: roundings of the softmax's weights and of the output;
+# the interpreter cuts bf16 off instead of rounding it.
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3 if INTERPRETED else 4e-3}
+
+
+def _kernel():
+    from kiln_nn.kernels.paged_attention import triton_decode
+
+    return triton_decode
+
+
+class _Case:
+    """Rows of given context lengths in shuffled pages; whatever lies behind a context is NaN."""
+
+    def __init__(self, lengths, heads, kv_heads, head_dim, page_tokens=16, dtype=torch.float32) -> None:
+        draw = torch.Generator().manual_seed(sum(lengths) + heads)
+        self.lengths = torch.tensor(lengths, device=DEVICE)
+        self.q = torch.randn(len(lengths), heads, head_dim, generator=draw).to(DEVICE, dtype)
+        self.gate = torch.randn(len(lengths), heads, 2, head_dim, generator=draw).to(DEVICE, dtype)[:, :, 1]
+        pages_of = [-(-length // page_tokens) for length in lengths]
+        free = torch.randperm(sum(pages_of) + 2, generator=draw).tolist()
+        self.table = torch.full((len(lengths), max(pages_of) + 1), free.pop())
+        shape = (len(free) + 1, page_tokens, kv_heads, head_dim)
+        self.k, self.v = (torch.full(shape, float("nan")) for _ in range(2))
+        self.rows = []
+        for row, length in enumerate(lengths):
+            pages = torch.tensor([free.pop() for _ in range(pages_of[row])], dtype=torch.long)
+            self.table[row, : len(pages)] = pages
+            places = torch.arange(length)
+            slots = (pages[places // page_tokens], places % page_tokens)
+            for cache in (self.k, self.v):
+                cache[slots] = torch.randn(length, kv_heads, head_dim, generator=draw)
+            self.rows.append(slots)
+        self.table = self.table.to(DEVICE)
+        self.k, self.v = self.k.to(DEVICE, dtype), self.v.to(DEVICE, dtype)
+
+    def arguments(self):
+        return self.q, self.k, self.v, self.table, self.lengths, self.q.shape[2] ** -0.5
+
+    def expected(self, gated: bool) -> torch.Tensor:
+        q, gate = self.q.double().cpu(), self.gate.double().cpu()
+        group = self.q.shape[1] // self.k.shape[2]
+        out = torch.zeros_like(q)
+        for row, slots in enumerate(self.rows):
+            if len(slots[0]):
+                k, v = (x.double().cpu()[slots].repeat_interleave(group, 1) for x in (self.k, self.v))
+                scores = torch.einsum("hd,thd->ht", q[row], k) * q.shape[2] ** -0.5
+                out[row] = torch.einsum("ht,thd->hd", scores.softmax(1), v)
+        return out * torch.sigmoid(gate) if gated else out
+
+
+@only_outside_interpreter
+@needs_triton
+def test_the_kernels_in_the_interpreter():
+    run_under_interpreter(__file__)
+
+
+@pytest.fixture(autouse=True)
+def _poisoned(monkeypatch):
+    poison_new_memory(monkeypatch)
+
+
+@on_triton
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("gated", [False, True])
+def test_rows_of_all_lengths_at_the_released_head_shape(dtype, gated):
+    case = _Case((1, 15, 16, 17, 0, 65, 130, 300), 16, 4, 256, dtype=dtype)
+    gate = case.gate if gated else None
+    out = _kernel().paged_decode_attention(*case.arguments(), gate_RHD=gate)
+    assert out.dtype == dtype
+    assert relative_error(out, case.expected(gated)) < TOLERANCE[dtype]
+
+
+@on_triton
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "page_tokens"),
+    [(8, 2, 256, 16), (24, 4, 256, 16), (4, 2, 64, 8), (3, 3, 128, 64), (16, 1, 64, 32), (5, 1, 64, 1)],
+)
+def test_other_shapes(heads, kv_heads, head_dim, page_tokens):
+    case = _Case((3, 70), heads, kv_heads, head_dim, page_tokens)
+    out = _kernel().paged_decode_attention(*case.arguments(), gate_RHD=case.gate)
+    assert relative_error(out, case.expected(True)) < TOLERANCE[torch.float32]
+
+
+@on_triton
+@pytest.mark.parametrize("num_parts", [1, 2, 3, 8])
+@pytest.mark.parametrize("least_part_tokens", [16, 64])
+def test_any_number_of_parts_gives_the_same(num_parts, least_part_tokens):
+    kernel, case = _kernel(), _Case((1, 64, 65, 0, 200, 97), 4, 2, 64)
+    config = kernel.DecodeConfig(16, least_part_tokens, num_parts, num_warps=4, num_stages=1)
+    out = kernel.paged_decode_attention(*case.arguments(), gate_RHD=case.gate, config=config)
+    assert relative_error(out, case.expected(True)) < TOLERANCE[torch.float32]
+
+
+@on_triton
+def test_scores_far_apart_do_not_overflow():
+    case = _Case((90, 40), 4, 2, 64)
+    case.q *= 300
+    out = _kernel().paged_decode_attention(*case.arguments())
+    assert relative_error(out, case.expected(False)) < 1e-4  # exponents of hundreds lose digits
+
+
+@on_triton
+def test_strided_queries_and_narrow_index_types():
+    case = _Case((40, 21), 4, 2, 64)
+    expected = case.expected(False)
+    case.q = torch.stack((case.q, torch.full_like(case.q, float("nan"))), 2)[:, :, 0]
+    case.table, case.lengths = case.table.int(), case.lengths.int()
+    assert relative_error(_kernel().paged_decode_attention(*case.arguments()), expected) < 2e-6
+
+
+@on_triton
+@pytest.mark.skipif(INTERPRETED, reason="needs a graph")
+def test_one_graph_serves_every_context_length():
+    case = _Case((400, 5, 0, 33), 16, 4, 256, dtype=torch.bfloat16)
+    lengths, graph = case.lengths.clone(), torch.cuda.CUDAGraph()
+    case.lengths.fill_(1)
+    paged_decode_attention(*case.arguments(), gate_RHD=case.gate)
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        out = paged_decode_attention(*case.arguments(), gate_RHD=case.gate)
+    case.lengths.copy_(lengths)
+    graph.replay()
+    assert relative_error(out, case.expected(True)) < TOLERANCE[torch.bfloat16]
+
+
+@on_triton
+@pytest.mark.skipif(INTERPRETED, reason="fp8 as the GPU converts it")
+def test_an_fp8_cache():
+    case = _Case((1, 100, 300), 16, 4, 256, dtype=torch.bfloat16)
+    case.k, case.v = case.k.to(torch.float8_e4m3fn), case.v.to(torch.float8_e4m3fn)
+    out = paged_decode_attention(*case.arguments(), gate_RHD=case.gate)
+    assert relative_error(out, case.expected(True)) < TOLERANCE[torch.bfloat16]
+
+
+@on_triton
+@pytest.mark.skipif(INTERPRETED, reason="the choice is made by device")
+def test_the_public_function_chooses_the_kernel_on_a_gpu():
+    # Only the kernel leaves what lies behind a context unread.
+    case = _Case((3, 40), 4, 2, 64)
+    assert relative_error(paged_decode_attention(*case.arguments()), case.expected(False)) < 2e-6
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_the_reference_gates_and_zeroes_padding_rows(gated):
+    case = _Case((0, 7, 20), 4, 2, 8)
+    q, k, v, table, lengths, scale = (x.cpu() if torch.is_tensor(x) else x for x in case.arguments())
+    gate = case.gate.cpu() if gated else None
+    out = paged_decode_attention(q, k.nan_to_num(), v.nan_to_num(), table, lengths, scale, gate_RHD=gate)
+    assert relative_error(out, case.expected(gated)) < 1e-6
+
+
+def test_unfitting_shapes_are_refused():
+    case = _Case((4,), 4, 2, 8)
+    q, k, v, table, lengths, scale = case.arguments()
+    with pytest.raises(ShapeMismatch, match="context_lengths"):
+        paged_decode_attention(q, k, v, table, lengths.repeat(2), scale)
+    with pytest.raises(ShapeMismatch, match="gate"):
+        paged_decode_attention(q, k, v, table, lengths, scale, gate_RHD=case.gate[:, :2])
+    assert (
+        reference.paged_decode_attention(q, k.nan_to_num(), v.nan_to_num(), table, lengths, scale)
+        .isfinite()
+        .all()
+    )
+
+
+def _compile_case(num_rows: int, dtype: torch.dtype, cache_dtype: torch.dtype):
+    q_and_gate = torch.zeros(num_rows, 16, 2, 256, dtype=dtype)
+    cache = torch.zeros(4, 16, 4, 256, dtype=cache_dtype)
+    table, lengths = torch.zeros(num_rows, 256, dtype=torch.int32), torch.zeros(num_rows, dtype=torch.int32)
+    return (q_and_gate[:, :, 0].contiguous(), cache, cache, table, lengths, 1 / 16), q_and_gate[:, :, 1]
+
+
+@only_outside_interpreter
+@needs_triton
+@pytest.mark.parametrize(
+    ("cache_dtype", "capabilities"),
+    [(torch.bfloat16, (80, 86, 89, 90)), (torch.float8_e4m3fn, (89, 90)), (torch.float32, (80, 90))],
+)
+def test_it_compiles_for_every_supported_gpu(cache_dtype, capabilities):
+    dtype = torch.float32 if cache_dtype is torch.float32 else torch.bfloat16
+    arguments, gate = _compile_case(64, dtype, cache_dtype)
+    with compiling_instead_of_launching(capabilities) as compiled:
+        _kernel().paged_decode_attention(*arguments, gate_RHD=gate)
+    assert {one.name for one in compiled} == {"_decode_kernel", "_join_kernel"}
+    assert all(one.shared_memory_bytes <= SHARED_MEMORY_LIMIT[one.capability] for one in compiled)
+
+
+@only_outside_interpreter
+@needs_triton
+def test_the_released_shape_keeps_two_programs_on_a_multiprocessor():
+    # The launch loads two tiles ahead; a compiler that stops doing so shows here as less memory.
+    arguments, gate = _compile_case(64, torch.bfloat16, torch.bfloat16)
+    with compiling_instead_of_launching((90,)) as compiled:
+        _kernel().paged_decode_attention(*arguments, gate_RHD=gate)
+    shared = next(one.shared_memory_bytes for one in compiled if one.name == "_decode_kernel")
+    assert 64 * 1024 < shared <= 113 * 1024
