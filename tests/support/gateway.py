@@ -35,6 +35,7 @@ READABLE_TOKENS = [
     *("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
 ]
 BASE_MODEL_ID = "kiln/tiny"
+BASE_MODEL_HASH = "f" * 64
 _TEXTS = ["Hello there, thank you for the friendly email reply!", "What is the answer to this question?"] * 4
 
 
@@ -87,7 +88,7 @@ class FakeEngine:
         eos_ids = [tokenizer.id_of("<|endoftext|>"), self.end_id]
         self.base_model = common_pb2.BaseModel(
             model_id=BASE_MODEL_ID,
-            model_hash="f" * 64,
+            model_hash=BASE_MODEL_HASH,
             vocab_size=tokenizer.num_tokens,
             max_model_len=max_model_len,
             eos_token_ids=eos_ids,
@@ -179,11 +180,18 @@ class FakeRegistry:
         self.published: list[tuple[registry_pb2.PublishHeader, bytes]] = []
         self.publish_failure: KilnError | None = None
 
-    def add(self, name: str, *, attach: bool = False) -> registry_pb2.AdapterVersion:
+    def add(
+        self, name: str, *, attach: bool = False, model_hash: str = BASE_MODEL_HASH
+    ) -> registry_pb2.AdapterVersion:
         adapter = self.adapters.setdefault(name, registry_pb2.Adapter(name=name))
         number = len(adapter.versions) + 1
         version = adapter.versions.add(
-            name=name, version=number, sha256=f"{name}{number}", config_json='{"r": 8}', created_at_s=1.0
+            name=name,
+            version=number,
+            sha256=f"{name}{number}",
+            config_json='{"r": 8}',
+            created_at_s=1.0,
+            base_model_hash=model_hash,
         )
         self.blobs[version.sha256] = f"bytes of {name}@{number}".encode()
         adapter.latest_version = number

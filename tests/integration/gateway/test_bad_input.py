@@ -88,7 +88,7 @@ BODIES = [
     (GRPO, rollout(completion_id="chatcmpl_x"), 503, "queue_unavailable", None),  # this rig has no Redis
     (GRPO, {**SHORT, "adapter": "base"}, 400, "reserved_adapter_name", "adapter"),
     (GRPO, {**SHORT, "adapter": "../etc"}, 400, "invalid_adapter_name", "adapter"),
-    (GRPO, {**SHORT, "base_adapter": "nobody"}, 404, "adapter_not_found", "adapter"),
+    (GRPO, {**SHORT, "base_adapter": "nobody"}, 404, "adapter_not_found", "base_adapter"),
     (GRPO, {**SHORT, "learning_rate": 0}, 400, "invalid_value", "learning_rate"),
     (GRPO, {**SHORT, "lora": {"rank": 1000}}, 400, "invalid_value", "lora.rank"),
     (GRPO, {**SHORT, "lora": {"rnk": 8}}, 400, "unknown_field", "lora.rnk"),

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import structlog
 
 from kiln_common.adapter_names import BASE_NAME
-from kiln_common.errors import AdapterNotFound, KilnError, RegistryUnavailable
+from kiln_common.errors import AdapterMismatch, AdapterNotFound, KilnError, RegistryUnavailable
 from kiln_common.pb import common_pb2, registry_pb2
 from kiln_gateway.errors import ModelNotFound
 from kiln_gateway.ports import RegistryPort
@@ -44,12 +44,14 @@ class ModelResolver:
         self._registry = registry
         self._knows_default = False
         self._last_default: registry_pb2.AdapterVersion | None = None
+        self._ignored_default = ""
 
     async def resolve(
         self,
         model: str | None,
         *,
         base_ids: frozenset[str],
+        model_hash: str,
         adapter: str | None = None,
         is_adapter_given: bool = False,
         adapters: Sequence[WantedAdapter] | None = None,
@@ -57,16 +59,18 @@ class ModelResolver:
         """Turn what the request says into versions.
 
         `base_ids` are the names of the base model; its default adapter applies to them. The name
-        "base" and `adapter: null` mean the bare base model.
+        "base" and `adapter: null` mean the bare base model. `model_hash` is the served base model's:
+        adapters of another one are refused, and as the default ignored.
 
         Raises:
             ModelNotFound: `model` is neither the base model nor an adapter.
             AdapterNotFound: `adapter` or one of `adapters` does not exist.
+            AdapterMismatch: the version belongs to another base model.
             RegistryUnavailable: the registry has to be asked and does not answer.
         """
         if adapters is not None:
             versions = await asyncio.gather(
-                *(self._resolve_adapter(wanted.reference, "adapters") for wanted in adapters)
+                *(self.version(wanted.reference, model_hash, "adapters") for wanted in adapters)
             )
             return Target(
                 tuple(
@@ -76,29 +80,38 @@ class ModelResolver:
         if is_adapter_given:
             if adapter is None or adapter == BASE_NAME:
                 return Target()
-            return Target((_to_ref(await self._resolve_adapter(adapter, "adapter")),))
+            return Target((_to_ref(await self.version(adapter, model_hash, "adapter")),))
         if model == BASE_NAME:
             return Target()
         if model is None or model in base_ids:
-            default = await self._default()
+            default = await self._default(model_hash)
             return Target((_to_ref(default),)) if default is not None else Target()
         try:
-            return Target((_to_ref(await self._registry.resolve(model)),))
-        except KilnError as error:
-            if error.code in _NO_SUCH_ADAPTER:
-                raise ModelNotFound(f"there is no model {model!r}") from error
-            raise
+            return Target((_to_ref(await self.version(model, model_hash, "model")),))
+        except AdapterNotFound as error:
+            raise ModelNotFound(f"there is no model {model!r}") from error
 
-    async def _resolve_adapter(self, reference: str, param: str) -> registry_pb2.AdapterVersion:
+    async def version(self, reference: str, model_hash: str, param: str) -> registry_pb2.AdapterVersion:
+        """The version that `reference` means now. Raises AdapterNotFound, AdapterMismatch."""
         try:
-            return await self._registry.resolve(reference)
+            found = await self._registry.resolve(reference)
         except KilnError as error:
             if error.code in _NO_SUCH_ADAPTER:
                 raise AdapterNotFound(f"there is no adapter {reference!r}", param=param) from error
             raise
+        if found.base_model_hash != model_hash:
+            raise AdapterMismatch(
+                f"{found.name}@{found.version} was made for the base model {found.base_model_hash[:12]}, "
+                f"served is {model_hash[:12]}",
+                param=param,
+            )
+        return found
 
-    async def _default(self) -> registry_pb2.AdapterVersion | None:
-        """The attached version. While the registry is away nothing can be attached, so the last one holds."""
+    async def _default(self, model_hash: str) -> registry_pb2.AdapterVersion | None:
+        """The attached version, unless it belongs to another base model than the served one.
+
+        While the registry is away nothing can be attached, so the last one holds.
+        """
         try:
             self._last_default = await self._registry.get_default()
             self._knows_default = True
@@ -110,7 +123,19 @@ class ModelResolver:
                     param="model",
                 ) from error
             log.warning("registry_away_default_kept")
-        return self._last_default
+        default = self._last_default
+        if default is None or default.base_model_hash == model_hash:
+            return default
+        label = f"{default.name}@{default.version}"
+        if self._ignored_default != label:
+            self._ignored_default = label
+            log.warning(
+                "default_adapter_ignored",
+                adapter=label,
+                made_for=default.base_model_hash[:12],
+                served=model_hash[:12],
+            )
+        return None
 
 
 def _to_ref(version: registry_pb2.AdapterVersion, scale: float = 1.0) -> common_pb2.AdapterRef:

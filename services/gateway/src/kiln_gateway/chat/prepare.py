@@ -87,6 +87,7 @@ async def resolve_target(gateway: Gateway, body: CompletionFields) -> Target:
     return await gateway.resolver.resolve(
         body.model,
         base_ids=await gateway.base_ids(),
+        model_hash=(await gateway.engines.base_model()).model_hash,
         adapter=body.adapter,
         is_adapter_given=body.is_adapter_given,
         adapters=adapters,

@@ -51,8 +51,10 @@ async def attach_adapter(request: Request, name: str) -> Response:
     """Make a version the default that answers for the base model's id; the latest unless one is named."""
     gateway = gateway_of(request)
     body = await gateway.parse_optional(request, AttachBody)
-    reference = name if body.version is None else f"{name}@{body.version}"
-    attached = await gateway.clients.registry.set_default(reference)
+    base_model = await gateway.engines.base_model()
+    wanted = name if body.version is None else f"{name}@{body.version}"
+    found = await gateway.resolver.version(wanted, base_model.model_hash, "version")
+    attached = await gateway.clients.registry.set_default(f"{found.name}@{found.version}")
     return json_response({"attached": version_object(attached) if attached is not None else None})
 
 

@@ -179,8 +179,13 @@ async def _adapters_object(gateway: Gateway) -> dict[str, Any] | None:
         adapters = await gateway.clients.registry.list()
     except KilnError:
         return None
-    attached = next((a for a in adapters if a.attached_version), None)
+    attached = next((v for a in adapters for v in a.versions if v.version == a.attached_version), None)
+    hashes = {seat.info.base_model.model_hash for seat in gateway.engines.seats if seat.info is not None}
     return {
         "count": len(adapters),
-        "attached": f"{attached.name}@{attached.attached_version}" if attached is not None else None,
+        "attached": f"{attached.name}@{attached.version}" if attached is not None else None,
+        # Made for another base model than the served one: requests are answered without it.
+        "is_attached_ignored": attached is not None
+        and bool(hashes)
+        and attached.base_model_hash not in hashes,
     }

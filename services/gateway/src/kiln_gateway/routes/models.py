@@ -22,9 +22,10 @@ async def list_models(request: Request) -> Response:
     """Names that requests may put in `model`."""
     gateway = gateway_of(request)
     base = await _base_entry(gateway)
+    model_hash = (await gateway.engines.base_model()).model_hash
     entries = [base]
     for adapter in await gateway.clients.registry.list():
-        entries += _adapter_entries(adapter, base["id"])
+        entries += _adapter_entries(adapter, base["id"], model_hash)
     return json_response({"object": "list", "data": entries})
 
 
@@ -33,6 +34,7 @@ async def get_model(request: Request, model: str) -> Response:
     """One of them."""
     gateway = gateway_of(request)
     base = await _base_entry(gateway)
+    model_hash = (await gateway.engines.base_model()).model_hash
     if model in await gateway.base_ids() or model == "base":
         return json_response(base)
     try:
@@ -41,7 +43,7 @@ async def get_model(request: Request, model: str) -> Response:
         if error.kind.http_status < 500:
             raise ModelNotFound(f"there is no model {model!r}") from error
         raise
-    for entry in _adapter_entries(adapter, base["id"]):
+    for entry in _adapter_entries(adapter, base["id"], model_hash):
         if entry["id"] == model:
             return json_response(entry)
     raise ModelNotFound(f"there is no model {model!r}")
@@ -60,9 +62,11 @@ async def _base_entry(gateway: Gateway) -> dict[str, Any]:
     }
 
 
-def _adapter_entries(adapter: registry_pb2.Adapter, base_id: str) -> list[dict[str, Any]]:
-    """The name (its latest version), then "name@version" for each version."""
-    versions = {version.version: version for version in adapter.versions}
+def _adapter_entries(adapter: registry_pb2.Adapter, base_id: str, model_hash: str) -> list[dict[str, Any]]:
+    """The name (its latest version), then "name@version" for each; those for the served model only."""
+    versions = {
+        version.version: version for version in adapter.versions if version.base_model_hash == model_hash
+    }
     latest = versions.get(adapter.latest_version)
     named = [(adapter.name, latest)] if latest is not None else []
     named += [(f"{adapter.name}@{number}", version) for number, version in versions.items()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -9,6 +10,7 @@ from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import Response
 
 from kiln_common.adapter_names import check_adapter_name
+from kiln_common.errors import AdapterNotFound
 from kiln_common.pb import trainer_pb2
 from kiln_gateway import sse
 from kiln_gateway.auth import Caller, require, require_scope
@@ -68,11 +70,12 @@ async def _check_and_open(gateway: Gateway, body: JobFields, caller: Caller) -> 
     """What both recipes check before any text is touched; then the caller's rollouts."""
     body.refuse_unsupported()
     check_adapter_name(body.adapter, reserved=await gateway.base_ids())
-    if body.base_adapter is not None:
-        await gateway.resolver.resolve(
-            None, base_ids=frozenset(), adapter=body.base_adapter, is_adapter_given=True
-        )
     base_model = await gateway.engines.base_model()
+    if body.base_adapter is not None:
+        await gateway.resolver.version(body.base_adapter, base_model.model_hash, "base_adapter")
+    elif not body.starts_fresh:
+        with contextlib.suppress(AdapterNotFound):  # the first version of its name
+            await gateway.resolver.version(body.adapter, base_model.model_hash, "adapter")
     return KeptRollouts(gateway.rollouts, caller.owner, base_model.model_hash)
 
 
