@@ -13,12 +13,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 from kiln_nn.blocks.linear import LinearFn, Weights
 from kiln_nn.config import ModelConfig
-from kiln_nn.kernels.checks import accumulation_dtype
-from kiln_nn.kernels.rms_norm import gated_rms_norm, l2_normalise
+from kiln_nn.kernels.gated_delta import delta_rule_gates, delta_rule_heads
+from kiln_nn.kernels.rms_norm import gated_rms_norm
 
 
 class DeltaProjection(NamedTuple):
@@ -63,12 +62,14 @@ def conv_weight(weights: Weights, prefix: str) -> torch.Tensor:
 
 def delta_heads(config: ModelConfig, convolved_TC: torch.Tensor) -> DeltaHeads:
     """Cut the convolution's output into heads and normalise queries and keys."""
-    key_heads, value_heads = config.linear_num_key_heads, config.linear_num_value_heads
-    key_dim, value_dim = config.linear_key_head_dim, config.linear_value_head_dim
-    rows = convolved_TC.to(accumulation_dtype(convolved_TC))
-    pairs, v = rows.split((2 * config.key_dim, config.value_dim), dim=-1)
-    q, k = l2_normalise(pairs.reshape(-1, 2, key_heads, key_dim)).unbind(1)
-    return DeltaHeads(q * key_dim**-0.5, k, v.reshape(-1, value_heads, value_dim))
+    return DeltaHeads(
+        *delta_rule_heads(
+            convolved_TC,
+            config.linear_num_key_heads,
+            config.linear_key_head_dim,
+            config.linear_value_head_dim,
+        )
+    )
 
 
 def delta_gates(
@@ -78,10 +79,8 @@ def delta_gates(
 
     Returns: g and beta, each `[T, H]` in float32.
     """
-    path, dtype = f"{prefix}.linear_attn", accumulation_dtype(a_TH)
-    rate = weights[f"{path}.A_log"].to(dtype).exp()
-    g = -rate * F.softplus(a_TH.to(dtype) + weights[f"{path}.dt_bias"].to(dtype))
-    return g, torch.sigmoid(b_TH.to(dtype))
+    path = f"{prefix}.linear_attn"
+    return delta_rule_gates(a_TH, b_TH, weights[f"{path}.A_log"], weights[f"{path}.dt_bias"])
 
 
 def finish_deltanet(

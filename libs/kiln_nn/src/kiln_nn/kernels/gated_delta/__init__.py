@@ -6,6 +6,7 @@ consecutive value heads.
 """
 
 from kiln_nn.kernels.gated_delta.chunked import DeltaRun, gated_delta_chunked
+from kiln_nn.kernels.gated_delta.inputs import delta_rule_gates, delta_rule_heads
 from kiln_nn.kernels.gated_delta.recurrent import gated_delta_recurrent
 from kiln_nn.kernels.gated_delta.ring import (
     DeltaRing,
@@ -19,6 +20,8 @@ __all__ = [
     "DeltaRing",
     "DeltaRun",
     "RingStep",
+    "delta_rule_gates",
+    "delta_rule_heads",
     "gated_delta_chunked",
     "gated_delta_recurrent",
     "gated_delta_ring_commit",

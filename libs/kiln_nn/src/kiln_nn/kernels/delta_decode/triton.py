@@ -1,0 +1,141 @@
+"""The decode step of a DeltaNet layer in one Triton launch, written for memory bandwidth.
+
+Source: the page-committed form of gated_delta/ring.py (Yang et al. 2024, arXiv 2412.06464,
+unrolled over a page; the same idea is known as ReplaySSM). A step reads the state once and
+writes it once a page.
+
+Supported: K and V powers of two from 16 to 128 (the dot needs 16; a head's state must fit one
+program), any number of value heads per key head, convolution width 2 to 8, ring up to 64
+tokens, contiguous memory. State in float32 or bfloat16, ring in float32, the rest in float32,
+bfloat16 or float16. Everything else takes the reference.
+
+Error against the float64 reference (relative, norm-wise, after 40 tokens with commits): see
+tests/kernels/test_triton_delta_decode.py, which bounds it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+
+from kiln_nn.kernels.delta_decode.memory import DeltaDecodeWeights, DeltaMemory, DeltaRows
+from kiln_nn.kernels.delta_decode.triton_step import delta_decode_kernel
+from kiln_nn.kernels.dispatch import is_interpreted
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class StepConfig:
+    """How a program computes. The forms are those of `triton_step`."""
+
+    state_form: str
+    ring_form: str
+    commit_form: str
+    # Rows of the state a program reads at a time, and how many such blocks are in flight.
+    block_k: int
+    num_stages: int
+    # Rows of the state that a commit updates at a time.
+    commit_block_k: int
+    num_warps: int = 4
+
+
+# By the format of the committed state.
+CONFIGS = {
+    torch.bfloat16: StepConfig("split", "fma", "bf16x3", block_k=64, num_stages=2, commit_block_k=32),
+    torch.float32: StepConfig("fma", "fma", "tf32x3", block_k=16, num_stages=4, commit_block_k=16),
+}
+
+
+def supports(
+    memory: DeltaMemory,
+    weights: DeltaDecodeWeights,
+    mixed_RC: torch.Tensor,
+    a_RH: torch.Tensor,
+    b_RH: torch.Tensor,
+    z_RHV: torch.Tensor,
+) -> bool:
+    """Whether shapes, formats and strides are within what the kernel was written for."""
+    _, num_heads, key_dim, value_dim = memory.state_SHKV.shape
+    num_key_heads, capacity = memory.ring.k_RhPK.shape[1:3]
+    rings = (memory.ring.k_RhPK, memory.ring.u_RHPV, memory.ring.log_decay_RHP)
+    stored = (memory.state_SHKV, memory.conv_rows_SQC, *rings)
+    parameters = (weights.conv_CW, weights.A_log_H, weights.dt_bias_H, weights.norm_V)
+    inputs = (mixed_RC, a_RH, b_RH, z_RHV, memory.conv_rows_SQC)
+    return (
+        key_dim in (16, 32, 64, 128)
+        and value_dim in (16, 32, 64, 128)
+        and num_heads % num_key_heads == 0
+        and 2 <= weights.conv_CW.shape[1] <= 8
+        and capacity <= 64
+        and memory.state_SHKV.dtype in CONFIGS
+        and all(ring.dtype is torch.float32 for ring in rings)
+        and all(tensor.dtype in _FLOATS for tensor in (*parameters, *inputs))
+        and all(tensor.is_contiguous() for tensor in (*stored, *parameters))
+        and all(tensor.stride(-1) == 1 for tensor in inputs)
+        and z_RHV.stride(1) == value_dim
+    )
+
+
+def delta_decode(
+    memory: DeltaMemory,
+    rows: DeltaRows,
+    weights: DeltaDecodeWeights,
+    mixed_RC: torch.Tensor,
+    a_RH: torch.Tensor,
+    b_RH: torch.Tensor,
+    z_RHV: torch.Tensor,
+    config: StepConfig | None = None,
+) -> torch.Tensor:
+    """One launch; the arguments are those of the package's public function and within `supports`."""
+    _, num_heads, key_dim, value_dim = memory.state_SHKV.shape
+    num_key_heads, capacity = memory.ring.k_RhPK.shape[1:3]
+    config = config or CONFIGS[memory.state_SHKV.dtype]
+    out_RHV = torch.empty(z_RHV.shape, dtype=z_RHV.dtype, device=z_RHV.device)
+    if rows.num_rows == 0:
+        return out_RHV
+    delta_decode_kernel[(num_heads, rows.num_rows)](
+        memory.state_SHKV,
+        memory.ring.k_RhPK,
+        memory.ring.u_RHPV,
+        memory.ring.log_decay_RHP,
+        memory.conv_rows_SQC,
+        rows.read_slots_R,
+        rows.ring_slots_R,
+        rows.lengths_R,
+        rows.commit_slots_R,
+        mixed_RC,
+        a_RH,
+        b_RH,
+        z_RHV,
+        weights.conv_CW,
+        weights.A_log_H,
+        weights.dt_bias_H,
+        weights.norm_V,
+        out_RHV,
+        mixed_RC.stride(0),
+        a_RH.stride(0),
+        b_RH.stride(0),
+        z_RHV.stride(0),
+        weights.norm_eps,
+        H=num_heads,
+        HK=num_key_heads,
+        K=key_dim,
+        V=value_dim,
+        P=capacity,
+        ENTRIES=max(16, triton.next_power_of_2(capacity)),
+        W=weights.conv_CW.shape[1],
+        BLOCK_K=min(config.block_k, key_dim),
+        STAGES=config.num_stages,
+        COMMIT_BLOCK_K=min(config.commit_block_k, key_dim),
+        STATE_FORM=config.state_form,
+        RING_FORM=config.ring_form,
+        # The interpreter knows no bf16x3, and computes all products in float32.
+        COMMIT_FORM="ieee" if is_interpreted() else config.commit_form,
+        INTERPRETED=is_interpreted(),
+        num_warps=config.num_warps,
+        num_stages=1,
+    )
+    return out_RHV

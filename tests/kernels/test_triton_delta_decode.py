@@ -1,0 +1,307 @@
+"""The decode step in Triton against its float64 reference, with nonsense wherever nothing is kept."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kiln_nn.kernels.delta_decode import DeltaMemory, delta_decode
+from kiln_nn.kernels.delta_decode.reference import delta_decode_reference
+from tests.support.delta_decode import (
+    DeltaShape,
+    converted,
+    exact,
+    make_rows,
+    memory_tensors,
+    random_memory,
+    random_tokens,
+    random_weights,
+    tokens_to,
+    weights_to,
+)
+from tests.support.triton_kernels import (
+    DEVICE,
+    INTERPRETED,
+    SHARED_MEMORY_LIMIT,
+    compiling_instead_of_launching,
+    needs_triton,
+    on_triton,
+    only_outside_interpreter,
+    relative_error,
+    run_under_interpreter,
+)
+
+FORMATS = {  # state, everything else
+    "float32": (torch.float32, torch.float32),
+    "bf16 around float32": (torch.float32, torch.bfloat16),
+    "bf16": (torch.bfloat16, torch.bfloat16),
+}
+# float32: sums in another order. The output and the committed state round to bf16 where they are
+# bf16 (2^-9 at most, rms 1e-3); the interpreter cuts off instead of rounding.
+BF16 = 4e-3 if INTERPRETED else 2e-3
+OUT_TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: BF16}
+STATE_TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: BF16}
+# What meets a bf16 state is split into two bf16 numbers: 2^-17 (2^-16 cut off).
+RING_TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 1.5e-5}
+
+
+def _kernel():
+    from kiln_nn.kernels.delta_decode import triton
+
+    return triton
+
+
+@only_outside_interpreter
+@needs_triton
+def test_the_kernel_in_the_interpreter():
+    run_under_interpreter(__file__)
+
+
+@pytest.fixture(autouse=True)
+def _poisoned(monkeypatch):
+    """Memory that nobody wrote is NaN."""
+    empty = torch.empty
+
+    def poisoned(*args, **kwargs):
+        tensor = empty(*args, **kwargs)
+        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+
+
+def _compare(
+    before: DeltaMemory, after: DeltaMemory, expected: DeltaMemory, state_dtype: torch.dtype
+) -> None:
+    """Everything written is close to the reference's, everything else bit for bit what it was."""
+    reference_before = memory_tensors(exact(before))
+    for was, now, reference_was, reference in zip(
+        memory_tensors(before),
+        memory_tensors(after),
+        reference_before,
+        memory_tensors(expected),
+        strict=True,
+    ):
+        written = reference != reference_was
+        is_same = (now == was) | (now.isnan() & was.isnan())
+        assert is_same.cpu()[~written].all()
+        tolerances = STATE_TOLERANCE if now is after.state_SHKV else RING_TOLERANCE
+        assert relative_error(now.cpu()[written], reference[written]) < tolerances[state_dtype]
+
+
+def _run(shape: DeltaShape, rows: tuple, formats: str, config=None, seed: int = 0) -> None:
+    state_dtype, dtype = FORMATS[formats]
+    draw = torch.Generator().manual_seed(seed)
+    lengths = {row[1]: row[2] for row in rows if row is not None}
+    before = converted(random_memory(shape, lengths, draw), state_dtype, dtype, DEVICE)
+    weights = weights_to(random_weights(shape, draw), dtype, DEVICE)
+    tokens = tokens_to(random_tokens(shape, len(rows), draw), dtype, DEVICE)
+    memory = converted(before, state_dtype, dtype, DEVICE)
+    assert _kernel().supports(memory, weights, *tokens.all())
+    out = _kernel().delta_decode(memory, make_rows(*rows, device=DEVICE), weights, *tokens.all(), config)
+    expected_memory, in_float64 = exact(before), torch.float64
+    expected = delta_decode_reference(
+        expected_memory,
+        make_rows(*rows),
+        weights_to(weights, in_float64),
+        *tokens_to(tokens, in_float64).all(),
+    )
+    assert out.dtype == dtype
+    assert relative_error(out, expected) < OUT_TOLERANCE[dtype]
+    _compare(before, memory, expected_memory, state_dtype)
+
+
+# Every length of a page, commits in place and to another slot, a shared checkpoint, padding.
+ROWS = (
+    (3, 3, 0, None),
+    (0, 1, 1, None),
+    (0, 2, 2, None),
+    None,
+    (4, 4, 15, 4),
+    (5, 5, 15, 6),
+    (7, 7, 9, None),
+)
+
+
+@on_triton
+@pytest.mark.parametrize("formats", list(FORMATS))
+def test_rows_of_all_kinds(formats):
+    _run(DeltaShape(), ROWS, formats)
+
+
+@on_triton
+@pytest.mark.parametrize("formats", list(FORMATS))
+def test_the_released_head_shape(formats):
+    shape = DeltaShape(num_key_heads=1, num_heads=2, key_dim=128, value_dim=128, num_slots=5)
+    _run(shape, ((0, 0, 7, None), (1, 2, 15, 3)), formats)
+
+
+@on_triton
+@pytest.mark.parametrize(
+    "shape",
+    [
+        DeltaShape(num_key_heads=1, num_heads=3, capacity=19),
+        DeltaShape(num_key_heads=2, num_heads=2, key_dim=32, value_dim=16, conv_width=2),
+        DeltaShape(num_key_heads=1, num_heads=1, key_dim=64, value_dim=64, capacity=4),
+        DeltaShape(num_key_heads=1, num_heads=2, conv_width=3, capacity=40),
+    ],
+)
+def test_other_shapes(shape):
+    last = min(shape.capacity, 32) - 1
+    _run(shape, ((0, 1, last, 1), (2, 2, last // 2, None), (3, 4, 1, None)), "float32")
+
+
+@on_triton
+@pytest.mark.parametrize(
+    ("formats", "state_form", "ring_form", "commit_form"),
+    [
+        ("float32", "tf32x3", "tf32x3", "tf32x3"),
+        ("float32", "fma", "fma", "tf32x3"),
+        ("bf16", "split", "tf32x3", "bf16x3"),
+        ("bf16", "fma", "fma", "bf16x3"),
+    ],
+)
+def test_every_form_computes_the_same(formats, state_form, ring_form, commit_form):
+    config = _kernel().StepConfig(
+        state_form, ring_form, commit_form, block_k=16, num_stages=2, commit_block_k=16
+    )
+    _run(DeltaShape(key_dim=32), ROWS, formats, config)
+
+
+@on_triton
+@pytest.mark.parametrize("formats", ["float32", "bf16"])
+def test_decoding_over_three_pages(formats):
+    state_dtype, dtype = FORMATS[formats]
+    shape, num_steps = DeltaShape(num_key_heads=1, num_heads=2), 12 if INTERPRETED else 40
+    page = 4 if INTERPRETED else 16
+    draw = torch.Generator().manual_seed(1)
+    memory = converted(random_memory(shape, {}, draw), state_dtype, dtype, DEVICE)
+    expected_memory, weights = exact(memory), weights_to(random_weights(shape, draw), dtype, DEVICE)
+    outputs, expected = [], []
+    for t in range(num_steps):
+        tokens = tokens_to(random_tokens(shape, 2, draw), dtype, DEVICE)
+        # The first commits in place, the second to its other slot each time.
+        own = 2 + t // page % 2
+        rows = [(0, 0, t % page, None), (own, own, t % page, None)]
+        if t % page == page - 1:
+            rows = [(0, 0, t % page, 0), (own, own, t % page, 5 - own)]
+        outputs.append(
+            _kernel().delta_decode(memory, make_rows(*rows, device=DEVICE), weights, *tokens.all())
+        )
+        expected.append(
+            delta_decode_reference(
+                expected_memory,
+                make_rows(*rows),
+                weights_to(weights, torch.float64),
+                *tokens_to(tokens, torch.float64).all(),
+            )
+        )
+    error = relative_error(torch.stack(outputs[page:]), torch.stack(expected[page:]))
+    # Committed states were rounded two times by then.
+    assert error < (1e-5 if formats == "float32" else 3 * BF16)
+
+
+@on_triton
+def test_strided_projections_and_narrow_slot_numbers():
+    shape, draw = DeltaShape(), torch.Generator().manual_seed(2)
+    memory = converted(random_memory(shape, {1: 3}, draw), torch.float32, torch.float32, DEVICE)
+    expected_memory = exact(memory)
+    weights = weights_to(random_weights(shape, draw), torch.float32, DEVICE)
+    tokens = tokens_to(random_tokens(shape, 1, draw), torch.float32, DEVICE)
+    # One projection's output, cut into the four.
+    wide = torch.cat([x.flatten(1) for x in tokens.all()], 1).repeat(1, 2)
+    widths = [x[0].numel() for x in tokens.all()]
+    mixed, a, b, z = wide[:, : sum(widths)].split(widths, 1)
+    rows = make_rows((0, 1, 3, None), device=DEVICE)
+    narrow = type(rows)(*(x.int() for x in (rows.read_slots_R, rows.ring_slots_R, rows.lengths_R, rows.commit_slots_R)))  # fmt: skip
+    parts = (mixed, a, b, z.view(1, shape.num_heads, shape.value_dim))
+    assert _kernel().supports(memory, weights, *parts)
+    out = _kernel().delta_decode(memory, narrow, weights, *parts)
+    expected = delta_decode_reference(
+        expected_memory,
+        make_rows((0, 1, 3, None)),
+        weights_to(weights, torch.float64),
+        *tokens_to(tokens, torch.float64).all(),
+    )
+    assert relative_error(out, expected) < 3e-6
+
+
+@on_triton
+@pytest.mark.skipif(INTERPRETED, reason="needs a graph")
+def test_one_graph_serves_every_length_and_commit():
+    shape, draw = DeltaShape(num_key_heads=1, num_heads=2, key_dim=128, value_dim=128), torch.Generator()
+    stored = random_memory(shape, {1: 15, 2: 4}, draw.manual_seed(6))
+    memory = converted(stored, torch.bfloat16, torch.bfloat16, DEVICE)
+    expected_memory = exact(memory)
+    weights = weights_to(random_weights(shape, draw), torch.bfloat16, DEVICE)
+    tokens = tokens_to(random_tokens(shape, 3, draw), torch.bfloat16, DEVICE)
+    rows, graph = make_rows(None, None, None, device=DEVICE), torch.cuda.CUDAGraph()
+    delta_decode(memory, rows, weights, *tokens.all())
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        out = delta_decode(memory, rows, weights, *tokens.all())
+    real = make_rows((1, 1, 15, 3), None, (2, 2, 4, None))
+    for name in ("read_slots_R", "ring_slots_R", "lengths_R", "commit_slots_R"):
+        getattr(rows, name).copy_(getattr(real, name))
+    graph.replay()
+    expected = delta_decode_reference(
+        expected_memory,
+        real,
+        weights_to(weights, torch.float64),
+        *tokens_to(tokens, torch.float64).all(),
+    )
+    assert relative_error(out, expected) < OUT_TOLERANCE[torch.bfloat16]
+    assert relative_error(memory.state_SHKV[3], expected_memory.state_SHKV[3]) < BF16
+
+
+@on_triton
+def test_the_comparison_sees_a_wiped_state():
+    shape, draw = DeltaShape(), torch.Generator().manual_seed(8)
+    memory = converted(random_memory(shape, {1: 3}, draw), torch.float32, torch.float32, DEVICE)
+    expected_memory = exact(memory)
+    weights = weights_to(random_weights(shape, draw), torch.float32, DEVICE)
+    tokens = tokens_to(random_tokens(shape, 1, draw), torch.float32, DEVICE)
+    memory.state_SHKV[0] = 0
+    out = _kernel().delta_decode(memory, make_rows((0, 1, 3, None), device=DEVICE), weights, *tokens.all())
+    expected = delta_decode_reference(
+        expected_memory,
+        make_rows((0, 1, 3, None)),
+        weights_to(weights, torch.float64),
+        *tokens_to(tokens, torch.float64).all(),
+    )
+    assert relative_error(out, expected) > 0.05
+
+
+@only_outside_interpreter
+@needs_triton
+@pytest.mark.parametrize("formats", ["bf16 around float32", "bf16"])
+def test_it_compiles_for_every_supported_gpu(formats):
+    state_dtype, dtype = FORMATS[formats]
+    shape = DeltaShape(num_key_heads=16, num_heads=32, key_dim=128, value_dim=128, num_slots=1)
+    draw = torch.Generator().manual_seed(7)
+    memory = converted(random_memory(shape, {}, draw), state_dtype, dtype)
+    weights = weights_to(random_weights(shape, draw), dtype)
+    tokens = tokens_to(random_tokens(shape, 1, draw), dtype)
+    with compiling_instead_of_launching() as compiled:
+        _kernel().delta_decode(memory, make_rows((0, 0, 0, None)), weights, *tokens.all())
+    assert [one.capability for one in compiled] == [80, 86, 89, 90]
+    # A multiprocessor of 99 KB should hold at least three programs.
+    assert all(one.shared_memory_bytes <= SHARED_MEMORY_LIMIT[86] // 3 for one in compiled)
+
+
+@only_outside_interpreter
+@needs_triton
+def test_what_the_kernel_was_not_written_for_goes_to_the_reference():
+    draw = torch.Generator().manual_seed(9)
+
+    def is_supported(shape: DeltaShape, state: torch.dtype = torch.float32) -> bool:
+        memory = converted(random_memory(shape, {}, draw), state, torch.float32)
+        weights = weights_to(random_weights(shape, draw), torch.float32)
+        return _kernel().supports(
+            memory, weights, *tokens_to(random_tokens(shape, 1, draw), torch.float32).all()
+        )
+
+    assert is_supported(DeltaShape())
+    assert not is_supported(DeltaShape(key_dim=8))
+    assert not is_supported(DeltaShape(value_dim=24))
+    assert not is_supported(DeltaShape(capacity=65))
+    assert not is_supported(DeltaShape(), torch.float16)
