@@ -9,9 +9,11 @@ from typing import Any
 
 import grpc
 
-from kiln_common.errors import DuplicateRequestId, EngineUnavailable, KilnError
+from kiln_common.errors import DeadlineExceeded, DuplicateRequestId, EngineUnavailable, KilnError
 from kiln_common.pb import common_pb2, engine_pb2, engine_pb2_grpc
 from kiln_common.rpc import from_rpc_error, open_channel
+
+_Outputs = asyncio.Queue[engine_pb2.SequenceOutput | KilnError]
 
 
 class EngineClient:
@@ -43,6 +45,7 @@ class EngineClient:
 
         Raises:
             EngineUnavailable: the engine is away, or went away before the sequence ended.
+            DeadlineExceeded: nothing ended the sequence, `timeout_s` after its own deadline.
             DuplicateRequestId: this client already generates under that request id.
         """
         if self._session is None or self._session.is_broken:
@@ -50,15 +53,18 @@ class EngineClient:
         session = self._session
         outputs = session.submit(request)
         has_ended = False
+        late = self._end_late(request.timeout_s, outputs) if request.timeout_s > 0 else None
         try:
             while not has_ended:
                 output = await outputs.get()
                 if isinstance(output, KilnError):
-                    has_ended = True
+                    has_ended = session.is_broken
                     raise output
                 has_ended = output.finish_reason != engine_pb2.FINISH_REASON_UNSPECIFIED
                 yield output
         finally:
+            if late is not None:
+                late.cancel()
             session.forget(request.request_id, must_abort=not has_ended)
 
     async def get_info(self) -> engine_pb2.EngineInfo:
@@ -91,6 +97,11 @@ class EngineClient:
         request = engine_pb2.DrainRequest(deadline_s=deadline_s)
         return await self._call(self._stub.Drain, request, 2 * deadline_s + self._timeout_s)
 
+    def _end_late(self, timeout_s: float, outputs: _Outputs) -> asyncio.TimerHandle:
+        """End a request that outlives its deadline by far: the engine, which keeps it, hangs."""
+        error = DeadlineExceeded(f"the engine did not end the request within {timeout_s:g} s")
+        return asyncio.get_running_loop().call_later(timeout_s + self._timeout_s, outputs.put_nowait, error)
+
     async def _call(self, method: Any, request: Any, timeout_s: float) -> Any:
         try:
             return await method(request, timeout=timeout_s)
@@ -104,7 +115,7 @@ class _Session:
     def __init__(self, stub: engine_pb2_grpc.EngineStub) -> None:
         self._call = stub.Session()
         self._commands: asyncio.Queue[engine_pb2.SessionRequest] = asyncio.Queue()
-        self._outputs: dict[str, asyncio.Queue[engine_pb2.SequenceOutput | KilnError]] = {}
+        self._outputs: dict[str, _Outputs] = {}
         self._broken: KilnError | None = None
         self._tasks = [asyncio.create_task(self._write()), asyncio.create_task(self._read())]
 
@@ -112,13 +123,11 @@ class _Session:
     def is_broken(self) -> bool:
         return self._broken is not None
 
-    def submit(
-        self, request: engine_pb2.GenerateRequest
-    ) -> asyncio.Queue[engine_pb2.SequenceOutput | KilnError]:
+    def submit(self, request: engine_pb2.GenerateRequest) -> _Outputs:
         """Send a request; its outputs, or the error that broke the stream, go to the queue."""
         if request.request_id in self._outputs:
             raise DuplicateRequestId(request.request_id)
-        outputs: asyncio.Queue[engine_pb2.SequenceOutput | KilnError] = asyncio.Queue()
+        outputs: _Outputs = asyncio.Queue()
         self._outputs[request.request_id] = outputs
         self._commands.put_nowait(engine_pb2.SessionRequest(submit=request))
         return outputs
