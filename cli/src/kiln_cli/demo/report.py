@@ -26,19 +26,18 @@ class DemoReport:
         self.out.print(
             "[bold]The reward[/bold] (cli/src/kiln_cli/demo/reward.py), any Python function would do:\n"
         )
-        self.out.print(Syntax(inspect.getsource(reward).rstrip(), "python", background_color="default"))
+        source = inspect.getsource(reward).rstrip()
+        self.out.print(Syntax(source, "python", background_color="default", word_wrap=True))
         self.out.print()
 
     def step(self, text: str) -> None:
         self.out.print(f"  {text}")
 
     def round(self, label: str, number: int, num_rounds: int, result: RoundResult) -> None:
-        bar = "█" * round(20 * result.reward_mean)
+        bar = "█" * round(12 * result.reward_mean)
         self.out.print(
-            f"  {label:<8} round {number}/{num_rounds}  reward {result.reward_mean:.2f} "
-            f"[green]{bar:<20}[/green]  trained {result.train_seconds:.1f} s, "
-            f"{escape(result.version)} live in {result.swap_ms:.0f} ms",
-            soft_wrap=True,
+            f"  {label:<8} {number:>2}/{num_rounds}  reward {result.reward_mean:.2f} "
+            f"[green]{bar:<12}[/green] trained {result.train_seconds:.1f} s, live in {result.swap_ms:.0f} ms"
         )
 
     def table(self, before: Interval, after: Interval, control: Interval) -> None:

@@ -183,7 +183,8 @@ def demo(seed: int, state_dir: Path | None, plan: LearningPlan) -> int:
         try:
             result = asyncio.run(run_demo(options, lock, plan, seed))
         except httpx.HTTPError as error:
-            raise DemoFailed(f"a request failed: {error!r}") from error
+            answer = error.response.text if isinstance(error, httpx.HTTPStatusError) else repr(error)
+            raise DemoFailed(f"a request failed: {answer}") from error
         except KeyboardInterrupt:
             print("stopped before the end; nothing of it is still running", file=sys.stderr)
             return _INTERRUPTED
