@@ -12,7 +12,9 @@ parts return at once, so that one CUDA graph serves every context. The parts are
 second launch, which is left out where there is only one. Padding rows have length 0, read
 nothing and get zeros. What lies behind a context is never read.
 
-Measured against float64 under the interpreter, 1 to 700 tokens: 3e-7 relative in float32.
+Measured against float64 under the interpreter, 1 to 700 tokens: 2e-7 relative in float32, 3e-3
+in bf16 (there the interpreter cuts where a GPU rounds). Shared memory of a program: 75 KB in bf16,
+42 KB with an fp8 cache, 34 KB in float32.
 
 Legend: `R` rows, `M` pages of the longest row, `H` query heads, `h` kv heads, `D` head width,
 `B` parts of a context.
