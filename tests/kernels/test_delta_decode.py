@@ -23,8 +23,7 @@ from tests.support.delta_decode import (
 )
 from tests.support.delta_inputs import relative_error
 
-PAGE_TOKENS = 16
-SHAPE = DeltaShape(capacity=PAGE_TOKENS + 3)
+SHAPE = DeltaShape(capacity=16 + 3)
 FP64_TOLERANCE = 1e-12
 
 
@@ -38,16 +37,16 @@ def _packed(shape: DeltaShape, weights, tokens: list[Tokens], row: int) -> torch
     return gated_rms_norm(out, z, weights.norm_V, weights.norm_eps)
 
 
-def _decode(weights, tokens: list[Tokens], moves: bool) -> torch.Tensor:
+def _decode(shape: DeltaShape, weights, tokens: list[Tokens], moves: bool) -> torch.Tensor:
     """Row r begins r * 5 tokens late; with `moves` every commit goes to the row's other slot."""
-    memory, num_rows = empty_memory(SHAPE), tokens[0].mixed_RC.shape[0]
+    memory, num_rows = empty_memory(shape), tokens[0].mixed_RC.shape[0]
     slots, outputs = [2 * row for row in range(num_rows)], []
     for t, token in enumerate(tokens):
         rows = []
         for row in range(num_rows):
             age = t - 5 * row
-            length, target = age % PAGE_TOKENS, slots[row] ^ 1 if moves else slots[row]
-            is_last = length == PAGE_TOKENS - 1
+            length, target = age % shape.page_tokens, slots[row] ^ 1 if moves else slots[row]
+            is_last = length == shape.page_tokens - 1
             rows.append((slots[row], slots[row], length, target if is_last else None) if age >= 0 else None)
             if age >= 0 and is_last:
                 slots[row] = target
@@ -56,13 +55,15 @@ def _decode(weights, tokens: list[Tokens], moves: bool) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("moves", [False, True])
-def test_decoding_equals_the_packed_layer_across_pages(moves):
+@pytest.mark.parametrize("page_tokens", [16, 2])
+def test_decoding_equals_the_packed_layer_across_pages(page_tokens, moves):
+    shape = DeltaShape(capacity=page_tokens + 3, page_tokens=page_tokens)
     draw = torch.Generator().manual_seed(3)
-    weights = random_weights(SHAPE, draw)
-    tokens = [random_tokens(SHAPE, 3, draw) for _ in range(45)]
-    out = _decode(weights, tokens, moves)
+    weights = random_weights(shape, draw)
+    tokens = [random_tokens(shape, 3, draw) for _ in range(45)]
+    out = _decode(shape, weights, tokens, moves)
     for row in range(3):
-        expected = _packed(SHAPE, weights, tokens[5 * row :], row)
+        expected = _packed(shape, weights, tokens[5 * row :], row)
         assert relative_error(out[row, 5 * row :], expected) < FP64_TOLERANCE
         assert not out[row, : 5 * row].any()
 

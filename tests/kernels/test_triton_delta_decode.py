@@ -141,7 +141,7 @@ def test_the_released_head_shape(formats):
     [
         DeltaShape(num_key_heads=1, num_heads=3, capacity=19),
         DeltaShape(num_key_heads=2, num_heads=2, key_dim=32, value_dim=16, conv_width=2),
-        DeltaShape(num_key_heads=1, num_heads=1, key_dim=64, value_dim=64, capacity=4),
+        DeltaShape(num_key_heads=1, num_heads=1, key_dim=64, value_dim=64, capacity=4, page_tokens=4),
         DeltaShape(num_key_heads=1, num_heads=2, conv_width=3, capacity=40),
     ],
 )
@@ -304,4 +304,5 @@ def test_what_the_kernel_was_not_written_for_goes_to_the_reference():
     assert not is_supported(DeltaShape(key_dim=8))
     assert not is_supported(DeltaShape(value_dim=24))
     assert not is_supported(DeltaShape(capacity=65))
+    assert not is_supported(DeltaShape(page_tokens=3))
     assert not is_supported(DeltaShape(), torch.float16)

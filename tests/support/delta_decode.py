@@ -21,6 +21,7 @@ class DeltaShape:
     value_dim: int = 32
     conv_width: int = 4
     capacity: int = 16
+    page_tokens: int = 16
     num_slots: int = 8
 
     @property
@@ -56,6 +57,7 @@ def empty_memory(shape: DeltaShape) -> DeltaMemory:
             zeros(shape.num_heads, shape.capacity),
         ),
         zeros(shape.conv_width - 1 + shape.capacity, shape.num_channels),
+        shape.page_tokens,
     )
 
 
@@ -124,6 +126,7 @@ def converted(memory: DeltaMemory, state: torch.dtype, conv: torch.dtype, device
             *(x.to(device, ring_dtype, copy=True) for x in vars(memory.ring).values()),
         ),
         memory.conv_rows_SQC.to(device, conv, copy=True),
+        memory.page_tokens,
     )
 
 

@@ -9,7 +9,7 @@ from kiln_engine.model.decode_layout import MOST_GATHERED_TOKENS
 from kiln_engine.model.index_lists import StoreShape
 from kiln_engine.model.step_layout import build_layout
 
-SHAPE = StoreShape(page_tokens=16, num_tail_rows=3, ring_capacity=16, num_key_heads=1, num_heads=2)
+SHAPE = StoreShape(page_tokens=16, num_tail_rows=3, ring_capacity=16)
 
 
 def row(number: int, num_tokens: int) -> DecodeRow:

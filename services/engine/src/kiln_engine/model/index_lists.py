@@ -14,8 +14,6 @@ class StoreShape:
     page_tokens: int
     num_tail_rows: int  # J
     ring_capacity: int  # P
-    num_key_heads: int  # h
-    num_heads: int  # H
 
     @property
     def conv_rows_per_slot(self) -> int:

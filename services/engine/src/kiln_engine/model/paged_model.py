@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from kiln_engine.domain.plan import BatchPlan
-from kiln_engine.model.decode_layout import AttentionGroup, CommitLayout, DecodeLayout
+from kiln_engine.model.decode_layout import AttentionGroup
 from kiln_engine.model.index_lists import StoreShape
 from kiln_engine.model.kv_store import KvStore
 from kiln_engine.model.prefill_layout import PrefillLayout
@@ -33,7 +33,6 @@ from kiln_nn.blocks import (
     delta_heads,
     embed,
     finish_attention,
-    finish_deltanet,
     head_weight,
     input_norm,
     mlp,
@@ -42,13 +41,11 @@ from kiln_nn.blocks import (
     project_deltanet,
 )
 from kiln_nn.config import ModelConfig
-from kiln_nn.kernels.causal_conv import causal_conv, causal_conv_step
-from kiln_nn.kernels.gated_delta import (
-    gated_delta_chunked,
-    gated_delta_ring_commit,
-    gated_delta_ring_step,
-)
+from kiln_nn.kernels.causal_conv import causal_conv
+from kiln_nn.kernels.delta_decode import DeltaDecodeWeights, delta_decode
+from kiln_nn.kernels.gated_delta import gated_delta_chunked
 from kiln_nn.kernels.paged_attention import paged_decode_attention, paged_prefill_attention
+from kiln_nn.kernels.rms_norm import gated_rms_norm
 from kiln_nn.kernels.rotary import rotary_tables
 
 
@@ -68,12 +65,15 @@ class PagedModel:
             page_tokens=kv.page_tokens,
             num_tail_rows=states.num_tail_rows,
             ring_capacity=states.capacity,
-            num_key_heads=states.num_key_heads,
-            num_heads=states.num_heads,
         )
         # Place of each layer among those of its kind.
         kinds = config.layer_types
         self._index_in_kind = [kinds[:index].count(kind) for index, kind in enumerate(kinds)]
+        self._delta_weights = [
+            _delta_weights(config, weights, f"model.layers.{index}")
+            for index, kind in enumerate(kinds)
+            if kind == "linear_attention"
+        ]
 
     def layout(self, plan: BatchPlan) -> StepLayout:
         """The plan's index tensors, on the model's device."""
@@ -140,41 +140,17 @@ class PagedModel:
         self, prefix: str, state_layer: int, x_TD: torch.Tensor, layout: StepLayout, linear: LinearFn
     ) -> torch.Tensor:
         projected = project_deltanet(self.config, prefix, x_TD, linear)
-        gates = delta_gates(self.weights, prefix, projected.a_TH, projected.b_TH)
-        conv = conv_weight(self.weights, prefix)
-        memory, num_rows = self.states.layer(state_layer), layout.num_decode_rows
-        outputs = []
+        own, memory = self._delta_weights[state_layer], self.states.layer(state_layer)
+        num_rows, outputs = layout.num_decode_rows, []
         if layout.decode is not None:
-            part = (projected.mixed_TC[:num_rows], *(gate[:num_rows] for gate in gates))
-            outputs.append(self._decode_delta(layout.decode, memory, conv, *part))
+            mixed, z, b, a = (part[:num_rows] for part in projected)
+            outputs.append(delta_decode(memory.slots, layout.decode.delta, own, mixed, a, b, z))
         if layout.prefill is not None:
-            part = (projected.mixed_TC[num_rows:], *(gate[num_rows:] for gate in gates))
-            outputs.append(self._prefill_delta(layout.prefill, memory, conv, *part))
-        out = _joined(outputs)
-        return finish_deltanet(self.config, self.weights, prefix, out, projected.z_THV, linear)
-
-    def _decode_delta(
-        self,
-        layout: DecodeLayout,
-        memory: LayerState,
-        conv: torch.Tensor,
-        mixed_RC: torch.Tensor,
-        g_RH: torch.Tensor,
-        beta_RH: torch.Tensor,
-    ) -> torch.Tensor:
-        """One token per row against the state at its page boundary and the ring since."""
-        tails = memory.conv_rows_C.index_select(0, layout.tail_rows).view(
-            layout.num_rows, -1, mixed_RC.shape[1]
-        )
-        memory.conv_rows_C.index_copy_(0, layout.conv_targets_R, mixed_RC)
-        q, k, v = delta_heads(self.config, causal_conv_step(mixed_RC, tails, conv))
-        state = memory.state_SHKV.index_select(0, layout.read_slots_R)
-        ring = memory.ring_of(layout.ring_slots_R)
-        step = gated_delta_ring_step(state, ring, layout.ring_mask_R1P, q, k, v, g_RH, beta_RH)
-        memory.append(layout.key_entries, layout.value_entries, k, step.u_RHV, step.log_decay_RH)
-        if layout.commit is not None:
-            _commit(layout.commit, memory, state)
-        return step.out_RHV
+            mixed, z, b, a = (part[num_rows:] for part in projected)
+            gates = delta_gates(self.weights, prefix, a, b)
+            out = self._prefill_delta(layout.prefill, memory, own.conv_CW, mixed, *gates)
+            outputs.append(gated_rms_norm(out, z, own.norm_V, own.norm_eps))
+        return linear(f"{prefix}.linear_attn.out_proj", _joined(outputs).flatten(1))
 
     def _prefill_delta(
         self,
@@ -229,13 +205,15 @@ def _decode_attention(
     return out
 
 
-def _commit(commit: CommitLayout, memory: LayerState, state_RHKV: torch.Tensor) -> None:
-    """Fold the full rings into new states; the states they started from stay as they are."""
-    ring = memory.ring_of(commit.ring_slots)
-    states = gated_delta_ring_commit(state_RHKV.index_select(0, commit.rows), ring, commit.ring_lengths)
-    memory.state_SHKV.index_copy_(0, commit.to_slots, states)
-    tails = memory.conv_rows_C.index_select(0, commit.tail_sources)
-    memory.conv_rows_C.index_copy_(0, commit.tail_targets, tails)
+def _delta_weights(config: ModelConfig, weights: Weights, prefix: str) -> DeltaDecodeWeights:
+    path = f"{prefix}.linear_attn"
+    return DeltaDecodeWeights(
+        conv_CW=conv_weight(weights, prefix),
+        A_log_H=weights[f"{path}.A_log"],
+        dt_bias_H=weights[f"{path}.dt_bias"],
+        norm_V=weights[f"{path}.norm.weight"],
+        norm_eps=config.rms_norm_eps,
+    )
 
 
 def _first_states(

@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 
 from kiln_nn.config import ModelConfig
+from kiln_nn.kernels.delta_decode import DeltaMemory
 from kiln_nn.kernels.gated_delta import DeltaRing
 
 
@@ -31,41 +32,14 @@ def state_slot_bytes(
 
 
 class LayerState:
-    """One DeltaNet layer's part of the store, as views with flat row numbers."""
+    """One DeltaNet layer's part of the store: its slots, and its convolution rows under flat numbers."""
 
-    def __init__(self, state: torch.Tensor, ring: DeltaRing, conv_rows: torch.Tensor) -> None:
-        self.state_SHKV = state
-        self.ring = ring
+    def __init__(self, memory: DeltaMemory) -> None:
+        self.slots = memory
+        self.state_SHKV = memory.state_SHKV
+        self.ring = memory.ring
         # Row `slot * (J + P) + i`: tail for i < J, then the ring.
-        self.conv_rows_C = conv_rows.view(-1, conv_rows.shape[-1])
-        self._k_rows = ring.k_RhPK.view(-1, ring.k_RhPK.shape[-1])
-        self._u_rows = ring.u_RHPV.view(-1, ring.u_RHPV.shape[-1])
-        self._log_decays = ring.log_decay_RHP.view(-1)
-
-    def ring_of(self, slots_R: torch.Tensor) -> DeltaRing:
-        """A copy of the rings of the given slots."""
-        return DeltaRing(
-            self.ring.k_RhPK.index_select(0, slots_R),
-            self.ring.u_RHPV.index_select(0, slots_R),
-            self.ring.log_decay_RHP.index_select(0, slots_R),
-        )
-
-    def append(
-        self,
-        key_entries: torch.Tensor,
-        value_entries: torch.Tensor,
-        k_RhK: torch.Tensor,
-        u_RHV: torch.Tensor,
-        log_decay_RH: torch.Tensor,
-    ) -> None:
-        """Write one token per row into its ring.
-
-        `key_entries` [R * h] and `value_entries` [R * H] number the entries as
-        `(slot * heads + head) * P + place`.
-        """
-        self._k_rows.index_copy_(0, key_entries, k_RhK.flatten(0, 1))
-        self._u_rows.index_copy_(0, value_entries, u_RHV.flatten(0, 1))
-        self._log_decays.index_copy_(0, value_entries, log_decay_RH.flatten())
+        self.conv_rows_C = memory.conv_rows_SQC.view(-1, memory.conv_rows_SQC.shape[-1])
 
 
 class StateStore:
@@ -101,7 +75,7 @@ class StateStore:
         self._ring_log_decay = zeros(self.num_heads, self.capacity)
         self._conv_rows = zeros(self.num_tail_rows + self.capacity, config.conv_dim, dtype=dtype)
         self._layers = [
-            LayerState(state, DeltaRing(k, u, log_decay), conv_rows)
+            LayerState(DeltaMemory(state, DeltaRing(k, u, log_decay), conv_rows, page_tokens))
             for state, k, u, log_decay, conv_rows in zip(
                 self._state,
                 self._ring_k,

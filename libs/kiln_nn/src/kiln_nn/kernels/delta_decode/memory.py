@@ -22,12 +22,14 @@ class DeltaMemory:
     """One layer's slots: committed states, the rings since, and the convolution's rows.
 
     Row `i` of a slot's convolution rows is the tail before its page boundary for `i < J`, then
-    the ring. The ring's first dimension counts slots here.
+    the ring. The ring's first dimension counts slots here. A row commits when its ring holds
+    `page_tokens`.
     """
 
     state_SHKV: torch.Tensor
     ring: DeltaRing
     conv_rows_SQC: torch.Tensor
+    page_tokens: int = 16
 
 
 @dataclass(frozen=True)
@@ -47,9 +49,8 @@ class DeltaRows:
 
     A row reads the state committed in `read_slots`, keeps its ring of `lengths` tokens in
     `ring_slots`, and, where `commit_slots` is not NO_SLOT, folds the ring with this token into
-    a new state there. Such a row holds at least J tokens, so that its convolution no longer looks at
-    the tail it replaces. A row whose ring slot is NO_SLOT pads the batch: it touches nothing
-    and its output is zero.
+    a new state there. A row whose ring slot is NO_SLOT pads the batch: it touches nothing and its
+    output is zero.
     """
 
     read_slots_R: torch.Tensor
@@ -57,7 +58,7 @@ class DeltaRows:
     lengths_R: torch.Tensor
     commit_slots_R: torch.Tensor
     # What the reference derives from the above, once per step: by store shape.
-    _indices: dict[tuple[int, ...], RowIndices] = field(default_factory=dict, repr=False)
+    _indices: dict[tuple[int, ...], RowIndices] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def num_rows(self) -> int:
@@ -130,8 +131,6 @@ def _row_indices(
         for numbers in (rows.read_slots_R, rows.ring_slots_R, rows.lengths_R, rows.commit_slots_R)
     )
     num_tail_rows = num_conv_rows - capacity
-    places = lengths[:, None] + torch.arange(num_tail_rows, device=lengths.device)
-    window_slots = torch.where(places < num_tail_rows, reads[:, None], slots[:, None])
     return RowIndices(
         active=active,
         read_slots=reads,
@@ -139,13 +138,27 @@ def _row_indices(
         mask_R1P=ring_mask(lengths, capacity),
         key_entries=_ring_entries(slots, lengths, num_key_heads, capacity),
         value_entries=_ring_entries(slots, lengths, num_heads, capacity),
-        conv_window=(window_slots * num_conv_rows + places).flatten(),
+        conv_window=_conv_window(reads, slots, lengths, num_tail_rows, num_conv_rows),
         conv_targets=slots * num_conv_rows + num_tail_rows + lengths,
-        commit=_commit_indices(slots, lengths, commits, num_tail_rows, num_conv_rows),
+        commit=_commit_indices(reads, slots, lengths, commits, num_tail_rows, num_conv_rows),
     )
 
 
+def _conv_window(
+    reads: torch.Tensor,
+    slots: torch.Tensor,
+    lengths: torch.Tensor,
+    num_tail_rows: int,
+    num_conv_rows: int,
+) -> torch.Tensor:
+    """Convolution rows of the J tokens before ring place `length`; the tail belongs to the state."""
+    places = lengths[:, None] + torch.arange(num_tail_rows, device=lengths.device)
+    window_slots = torch.where(places < num_tail_rows, reads[:, None], slots[:, None])
+    return (window_slots * num_conv_rows + places).flatten()
+
+
 def _commit_indices(
+    reads: torch.Tensor,
     slots: torch.Tensor,
     lengths: torch.Tensor,
     commits: torch.Tensor,
@@ -155,14 +168,14 @@ def _commit_indices(
     rows = (commits >= 0).nonzero().flatten()
     if not rows.numel():
         return None
-    slots, lengths, commits = (x.index_select(0, rows) for x in (slots, lengths, commits))
+    reads, slots, lengths, commits = (x.index_select(0, rows) for x in (reads, slots, lengths, commits))
     tail = torch.arange(num_tail_rows, device=rows.device)
     return CommitIndices(
         rows=rows,
         ring_slots=slots,
         lengths=lengths + 1,
         to_slots=commits,
-        tail_sources=((slots * num_conv_rows + lengths + 1)[:, None] + tail).flatten(),
+        tail_sources=_conv_window(reads, slots, lengths + 1, num_tail_rows, num_conv_rows),
         tail_targets=((commits * num_conv_rows)[:, None] + tail).flatten(),
     )
 

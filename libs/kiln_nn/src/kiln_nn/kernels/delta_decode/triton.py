@@ -5,7 +5,8 @@ unrolled over a page; the same idea is known as ReplaySSM). A step reads the sta
 writes it once a page.
 
 Supported: K and V powers of two from 16 to 128 (the dot needs 16; a head's state must fit one
-program), any number of value heads per key head, convolution width 2 to 8, ring up to 64
+program), any number of value heads per key head, convolution width 2 to 8, pages of at least
+that many tokens (a row that commits no longer convolves over the tail it replaces), ring up to 64
 tokens, contiguous memory. State in float32 or bfloat16, ring in float32, the rest in float32,
 bfloat16 or float16. Everything else takes the reference.
 
@@ -69,7 +70,7 @@ def supports(
         and value_dim in (16, 32, 64, 128)
         and num_heads % num_key_heads == 0
         and 2 <= weights.conv_CW.shape[1] <= 8
-        and capacity <= 64
+        and weights.conv_CW.shape[1] <= memory.page_tokens <= capacity <= 64
         and memory.state_SHKV.dtype in CONFIGS
         and all(ring.dtype is torch.float32 for ring in rings)
         and all(tensor.dtype in _FLOATS for tensor in (*parameters, *inputs))
