@@ -24,7 +24,7 @@ class LearningPlan:
     prompts_per_round: int = 8
     rollouts_per_prompt: int = 8
     max_tokens: int = 90
-    learning_rate: float = 2e-3
+    learning_rate: float = 1.5e-3
     steps_per_round: int = 2
     lora_rank: int = 16
 
