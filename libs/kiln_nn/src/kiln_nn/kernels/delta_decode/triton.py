@@ -41,11 +41,17 @@ class StepConfig:
     # Rows of the state that a commit updates at a time.
     commit_block_k: int
     num_warps: int = 4
+    # Send for the state before the convolution, which its loop would otherwise wait for.
+    prefetch: bool = True
+    max_registers: int | None = None
 
 
 # By the format of the committed state.
 CONFIGS = {
-    torch.bfloat16: StepConfig("split", "fma", "bf16x3", block_k=64, num_stages=2, commit_block_k=32),
+    # 96 registers leave room for five programs on a multiprocessor, at 8 bytes of spill.
+    torch.bfloat16: StepConfig(
+        "split", "fma", "bf16x3", block_k=64, num_stages=2, commit_block_k=32, max_registers=96
+    ),
     torch.float32: StepConfig("fma", "fma", "tf32x3", block_k=16, num_stages=4, commit_block_k=16),
 }
 
@@ -135,8 +141,10 @@ def delta_decode(
         RING_FORM=config.ring_form,
         # The interpreter knows no bf16x3, and computes all products in float32.
         COMMIT_FORM="ieee" if is_interpreted() else config.commit_form,
+        PREFETCH=config.prefetch and not is_interpreted(),
         INTERPRETED=is_interpreted(),
         num_warps=config.num_warps,
         num_stages=1,
+        maxnreg=config.max_registers,
     )
     return out_RHV

@@ -29,6 +29,16 @@ def _silu(x):
 
 
 @triton.jit
+def _prefetch_state(state_head, K: tl.constexpr, V: tl.constexpr):
+    """Ask for a head's state to come to the L2 cache, while the program does something else."""
+    LINE: tl.constexpr = 128 // (state_head.dtype.element_ty.primitive_bitwidth // 8)
+    lines = (state_head + tl.arange(0, K * V // LINE) * LINE).to(tl.int64)
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [lines], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
 def _convolve(
     mixed, conv_rows, conv_weight, channels, read_slot, ring_slot, length,
     C: tl.constexpr, P: tl.constexpr, W: tl.constexpr,
@@ -166,7 +176,7 @@ def delta_decode_kernel(
     P: tl.constexpr, ENTRIES: tl.constexpr, W: tl.constexpr,
     BLOCK_K: tl.constexpr, STAGES: tl.constexpr, COMMIT_BLOCK_K: tl.constexpr,
     STATE_FORM: tl.constexpr, RING_FORM: tl.constexpr, COMMIT_FORM: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    PREFETCH: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Grid (H, R). K and V are powers of two, so only the ring's entries need masks."""
     C: tl.constexpr = 2 * HK * K + H * V
@@ -187,6 +197,8 @@ def delta_decode_kernel(
     length = tl.load(lengths + row).to(tl.int64)
 
     state_head = state + (read_slot * H + head) * K * V
+    if PREFETCH:
+        _prefetch_state(state_head, K, V)
     used = entries < length
     ring_k_base = ring_k + (ring_slot * HK + key_head) * P * K
     ring_u_base = ring_u + (ring_slot * H + head) * P * V
