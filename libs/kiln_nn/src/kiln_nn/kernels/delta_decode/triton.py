@@ -10,8 +10,9 @@ that many tokens (a row that commits no longer convolves over the tail it replac
 tokens, contiguous memory. State in float32 or bfloat16, ring in float32, the rest in float32,
 bfloat16 or float16. Everything else takes the reference.
 
-Error against the float64 reference (relative, norm-wise, after 40 tokens with commits): see
-tests/kernels/test_triton_delta_decode.py, which bounds it.
+Error of the output against the float64 reference (relative, norm-wise, after 40 tokens with
+commits): 2.1e-7 with a float32 state and 2.4e-3 with a bfloat16 one in the interpreter, which cuts
+bf16 off instead of rounding it. benchmarks/kernels/delta_decode.py measures it on a GPU.
 """
 
 from __future__ import annotations
