@@ -91,6 +91,7 @@ def main() -> None:
             before = engine.ChecksumWeights(engine_pb2.ChecksumWeightsRequest(), timeout=120).sha256
             sample(stack, 8)
             for batch in (1, 16, 64):
+                decode_rate(stack, batch, 32)  # compiles what this batch size needs
                 rate = decode_rate(stack, batch, 64)
                 row(f"decode over HTTP, {batch} at once, tok/s", f"{rate:.0f}")
             train_by_completion_id(stack)
