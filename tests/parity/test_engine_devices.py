@@ -105,6 +105,6 @@ def test_the_runner_executes_on_a_gpu(folder: Path):
     runner = TorchRunner(rig.config, rig.model.weights, memory)
     assert runner.num_bytes == memory.kv_bytes + memory.state_bytes + memory.adapter_bytes
     rig._slots, rig._pages = list(range(4)), list(range(32))
-    result = runner.execute(BatchPlan(7, prefill_chunks=(rig.chunk(rig.sequence(), TOKENS[:20]),)))
+    result = runner.launch(BatchPlan(7, prefill_chunks=(rig.chunk(rig.sequence(), TOKENS[:20]),))).wait()
     assert result.step_id == 7
     assert 0 <= result.rows[0].token_id < rig.config.vocab_size

@@ -83,7 +83,7 @@ class ScheduledEngine:
         """Step until there is no work; returns every request since the start."""
         while self.scheduler.has_work:
             plan = self.scheduler.plan(0.0)
-            result = self.runner.execute(plan)
+            result = self.runner.launch(plan).wait()
             logits = {row.sequence_id: self._logits[i] for i, row in enumerate(result.rows)}
             sequence_ids = {s.request.request_id: s.sequence_id for s in self.scheduler.running}
             for event in self.scheduler.commit(plan, result):
@@ -211,7 +211,7 @@ def test_sampled_log_probabilities_of_greedy_requests_are_zero(folder: Path):
     engine = ScheduledEngine(folder)
     engine.add("greedy", token_ids(20), temperature=0.0, max_tokens=5)
     plan = engine.scheduler.plan(0.0)
-    row = engine.runner.execute(plan).rows[0]
+    row = engine.runner.launch(plan).wait().rows[0]
     assert row.sampled_logprob == 0.0
     assert row.logprob < 0.0
     assert math.isfinite(row.logprob)
@@ -229,7 +229,7 @@ def test_a_request_whose_adapter_overflows_ends_with_an_error_and_no_other_does(
     engine.add("good", token_ids(30, seed=80))
     engine.add("bad", token_ids(30, seed=81), 1)
     plan = engine.scheduler.plan(0.0)
-    events = engine.scheduler.commit(plan, engine.runner.execute(plan))
+    events = engine.scheduler.commit(plan, engine.runner.launch(plan).wait())
     failed = [event for event in events if event.error is not None]
     assert [(event.request_id, event.error.code) for event in failed] == [("bad", "non_finite_logits")]
     assert engine.scheduler.stats().num_running == 1

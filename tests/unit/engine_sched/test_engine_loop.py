@@ -63,7 +63,7 @@ class Ended:
 
 
 class Rig:
-    def __init__(self) -> None:
+    def __init__(self, run_ahead: int) -> None:
         limits = SchedulerLimits(
             num_pages=64, num_state_slots=8, max_model_len=256, max_running=8, step_token_budget=64
         )
@@ -74,6 +74,7 @@ class Rig:
             Scheduler(limits, frozenset()),
             self.runner,
             MonotonicClock(),
+            run_ahead=run_ahead,
             on_ended=self.ended,
             on_unhealthy=self.unhealthy.set,
         )
@@ -81,8 +82,8 @@ class Rig:
 
 
 @pytest.fixture
-def rig():
-    rig = Rig()
+def rig(run_ahead):
+    rig = Rig(run_ahead)
     yield rig
     rig.runner.let_go()
     rig.loop.stop()
