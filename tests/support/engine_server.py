@@ -32,6 +32,7 @@ class StubbornRunner:
         self._changed = threading.Condition()
         # How many steps may run in all; None is any number.
         self._num_allowed: int | None = None
+        self._is_held = False
         self.num_failures_left = 0
         self.fails_at_launch = False
         self.plans: list[BatchPlan] = []
@@ -49,11 +50,19 @@ class StubbornRunner:
             self._num_allowed = None
             self._changed.notify_all()
 
+    def wait_until_held(self, timeout_s: float) -> bool:
+        """Wait for a step that is not allowed to run yet; False when none came."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._is_held, timeout_s)
+
     def launch(self, plan: BatchPlan) -> PendingStep:
         with self._changed:
+            self._is_held = self._num_allowed is not None and len(self.plans) >= self._num_allowed
+            self._changed.notify_all()
             self._changed.wait_for(
                 lambda: self._num_allowed is None or len(self.plans) < self._num_allowed, 30
             )
+            self._is_held = False
             self.plans.append(plan)
         if self.num_failures_left:
             self.num_failures_left -= 1

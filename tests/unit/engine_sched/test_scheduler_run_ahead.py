@@ -54,6 +54,21 @@ def test_prompt_chunks_follow_each_other_without_waiting():
     assert len(rig.tokens("r")) == 2
 
 
+def test_the_second_chunk_after_a_hit_goes_on_from_the_first():
+    rig = ahead(step_token_budget=16)
+    prefix = list(range(100, 120))
+    rig.generate(make_request("first", prefix, max_tokens=1, num_stable_prefix_tokens=20))
+    request = make_request("second", [*prefix, *range(30)], max_tokens=3)
+    rig.add(request)
+    first, second = (rig.launch().prefill_chunks[0] for _ in range(2))
+    assert first.start > 0
+    assert first.state_read_slot != first.state_slot
+    assert second.state_read_slot == second.state_slot == first.state_slot
+    rig.settle()
+    rig.run()
+    assert rig.tokens("second") == expected_completion(request, (), 3)
+
+
 def test_nothing_is_planned_past_the_last_token():
     for limits, request in (
         ({}, make_request(max_tokens=2)),
@@ -130,6 +145,17 @@ def test_a_last_page_that_is_not_finite_is_not_cached():
     nan = RowResult(row.sequence_id, 0, logprob=float("nan"), sampled_logprob=0.0)
     rig.scheduler.commit(plan, StepResult(plan.step_id, (nan,)))
     check_invariants(rig.scheduler)
+    assert max(map(len, cached_paths(rig))) <= len(request.prompt_token_ids)
+
+
+def test_a_failure_after_a_late_stop_leaves_nothing_of_the_answer():
+    rig = ahead()
+    request = stopping_request(2 * PAGE, prompt=range(20, 31))
+    rig.add(request)
+    while not rig.events.get("r") or rig.last("r").finish_reason is None:
+        rig.step()
+    rig.fail(KilnError("broken"))
+    assert [event.finish_reason for event in rig.events["r"] if event.finish_reason] == [FinishReason.STOP]
     assert max(map(len, cached_paths(rig))) <= len(request.prompt_token_ids)
 
 
