@@ -95,7 +95,7 @@ class Decoding:
             chunk = PrefillChunk(
                 row, tuple(tokens), 0, self._pages[row], None, row, (), self._adapters[row], None
             )
-            runner.execute(BatchPlan(0, prefill_chunks=(chunk,)))
+            runner.launch(BatchPlan(0, prefill_chunks=(chunk,))).wait()
         self._tokens = [7] * num_rows
 
     def plan(self) -> BatchPlan:
@@ -119,7 +119,7 @@ class Decoding:
         """One step's milliseconds in the runner."""
         plan = self.plan()
         start = time.thread_time()
-        result = self.runner.execute(plan)
+        result = self.runner.launch(plan).wait()
         elapsed = time.thread_time() - start
         self._tokens = [row.token_id for row in result.rows]
         self._positions = [position + 1 for position in self._positions]

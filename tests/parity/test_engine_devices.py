@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -89,10 +90,55 @@ def test_draws_are_the_same_on_a_gpu():
         assert [token for token, _ in theirs.top_logprobs] == [token for token, _ in ours.top_logprobs]
 
 
+ON_EACH_DEVICE = pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=[
+                pytest.mark.gpu,
+                pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+            ],
+        ),
+    ],
+)
+
+
+@ON_EACH_DEVICE
+def test_steps_launched_one_on_the_other_draw_what_steps_in_turn_do(folder: Path, device: str):
+    def drawn(is_ahead: bool) -> list[int]:
+        rig = EngineRig(folder, device=device)
+        runner = small_runner(rig, torch.float32)
+        rig._slots, rig._pages = list(range(4)), list(range(32))
+        sequence = rig.sequence()
+        steps = [runner.launch(BatchPlan(1, prefill_chunks=(rig.chunk(sequence, TOKENS[:20]),)))]
+        token_ids = [] if is_ahead else [steps[0].wait().rows[0].token_id]
+        for step_id in range(2, 15):  # over a commit
+            row = rig.decode(sequence, 0)
+            row = dataclasses.replace(row, token_id=None if is_ahead else token_ids[-1])
+            steps.append(runner.launch(BatchPlan(step_id, (row,))))
+            if not is_ahead:
+                token_ids.append(steps[-1].wait().rows[0].token_id)
+        return [step.wait().rows[0].token_id for step in steps] if is_ahead else token_ids
+
+    assert drawn(is_ahead=True) == drawn(is_ahead=False)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_runner_executes_on_a_gpu(folder: Path):
     rig = EngineRig(folder, device="cuda", dtype=torch.bfloat16)
+    runner = small_runner(rig, torch.bfloat16)
+    rig._slots, rig._pages = list(range(4)), list(range(32))
+    chunk = rig.chunk(rig.sequence(), TOKENS[:20])
+    result = runner.launch(BatchPlan(7, prefill_chunks=(chunk,))).wait()
+    assert result.step_id == 7
+    assert 0 <= result.rows[0].token_id < rig.config.vocab_size
+
+
+def small_runner(rig: EngineRig, dtype: torch.dtype) -> TorchRunner:
+    """A runner with stores of its own on the rig's weights."""
     request = MemoryRequest(
         page_tokens=16,
         max_model_len=256,
@@ -101,10 +147,7 @@ def test_the_runner_executes_on_a_gpu(folder: Path):
         num_adapter_slots=1,
         max_adapter_rank=4,
     )
-    memory = plan_memory(rig.config, request, torch.bfloat16, free_bytes=2**30)
+    memory = plan_memory(rig.config, request, dtype, free_bytes=2**30)
     runner = TorchRunner(rig.config, rig.model.weights, memory)
     assert runner.num_bytes == memory.kv_bytes + memory.state_bytes + memory.adapter_bytes
-    rig._slots, rig._pages = list(range(4)), list(range(32))
-    result = runner.execute(BatchPlan(7, prefill_chunks=(rig.chunk(rig.sequence(), TOKENS[:20]),)))
-    assert result.step_id == 7
-    assert 0 <= result.rows[0].token_id < rig.config.vocab_size
+    return runner

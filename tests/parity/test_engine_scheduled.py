@@ -7,6 +7,7 @@ of the finished sequence. Tolerance as in test_engine_paged_model.
 from __future__ import annotations
 
 import math
+from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from kiln_engine.domain import AdapterUse, GenerationRequest, SamplingParams
+from kiln_engine.domain import AdapterUse, BatchPlan, GenerationRequest, SamplingParams
+from kiln_engine.domain.ports import PendingStep
 from kiln_engine.execution.memory_plan import MemoryRequest, plan_memory
 from kiln_engine.execution.runner import TorchRunner
 from kiln_engine.scheduling import Scheduler, SchedulerLimits
@@ -37,9 +39,20 @@ class Finished:
 
 
 class ScheduledEngine:
-    """The real scheduler and runner, stepped by hand; keeps the logits behind every token."""
+    """The real scheduler and runner, stepped by hand; keeps the logits behind every token.
 
-    def __init__(self, folder: Path, *, num_pages: int = 64, budget: int = 64, max_running: int = 6) -> None:
+    With `run_ahead` 1 a step is launched before the one ahead of it is committed.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        num_pages: int = 64,
+        budget: int = 64,
+        max_running: int = 6,
+        run_ahead: int = 0,
+    ) -> None:
         config = ModelConfig.from_folder(folder)
         request = MemoryRequest(
             page_tokens=16,
@@ -62,6 +75,8 @@ class ScheduledEngine:
             ),
             eos_token_ids=frozenset(),
         )
+        self._run_ahead = run_ahead
+        self._launched: deque[tuple[BatchPlan, PendingStep, torch.Tensor]] = deque()
         self._logits = torch.empty(0)
         forward = self.runner.model.forward
 
@@ -81,20 +96,26 @@ class ScheduledEngine:
 
     def run(self) -> dict[str, Finished]:
         """Step until there is no work; returns every request since the start."""
-        while self.scheduler.has_work:
+        while self.scheduler.has_work or self._launched:
             plan = self.scheduler.plan(0.0)
-            result = self.runner.execute(plan)
-            logits = {row.sequence_id: self._logits[i] for i, row in enumerate(result.rows)}
-            sequence_ids = {s.request.request_id: s.sequence_id for s in self.scheduler.running}
-            for event in self.scheduler.commit(plan, result):
-                assert event.row is not None, event.error_message
-                into = self.finished[event.request_id]
-                into.drawn.append(event.row.token_id)
-                into.logprobs.append(event.row.logprob)
-                into.logits.append(logits[sequence_ids[event.request_id]])
-                if event.is_first:
-                    into.num_cached_tokens = event.num_cached_tokens
+            if not plan.is_empty:
+                self._launched.append((plan, self.runner.launch(plan), self._logits))
+            while len(self._launched) > (0 if plan.is_empty else self._run_ahead):
+                self._take_in(*self._launched.popleft())
         return self.finished
+
+    def _take_in(self, plan: BatchPlan, pending: PendingStep, logits_RV: torch.Tensor) -> None:
+        result = pending.wait()
+        logits = {row.sequence_id: logits_RV[i] for i, row in enumerate(result.rows)}
+        sequence_ids = {s.request.request_id: s.sequence_id for s in self.scheduler.running}
+        for event in self.scheduler.commit(plan, result):
+            assert event.row is not None, event.error
+            into = self.finished[event.request_id]
+            into.drawn.append(event.row.token_id)
+            into.logprobs.append(event.row.logprob)
+            into.logits.append(logits[sequence_ids[event.request_id]])
+            if event.is_first:
+                into.num_cached_tokens = event.num_cached_tokens
 
 
 def check(finished: Finished, oracle: Any, num_drawn: int = 40) -> None:
@@ -120,8 +141,9 @@ def oracle(folder: Path) -> Any:
     return hf_model(folder)
 
 
-def test_requests_that_share_steps_match(folder: Path, oracle: Any):
-    engine = ScheduledEngine(folder)
+@pytest.mark.parametrize("run_ahead", [0, 1])
+def test_requests_that_share_steps_match(folder: Path, oracle: Any, run_ahead: int):
+    engine = ScheduledEngine(folder, run_ahead=run_ahead)
     lengths = [1, 15, 16, 17, 90, 130, 33, 48]  # more than may run at once, some in several chunks
     for i, length in enumerate(lengths):
         engine.add(f"r{i}", token_ids(length, seed=20 + i), seed=i)
@@ -162,9 +184,10 @@ def test_a_damaged_checkpoint_shows_after_a_hit(folder: Path, oracle: Any):
     assert relative_error(torch.stack(again.logits), expected[len(prompt) - 1 : -1]) > 1e-2
 
 
-def test_preempted_requests_match(folder: Path, oracle: Any):
+@pytest.mark.parametrize("run_ahead", [0, 1])
+def test_preempted_requests_match(folder: Path, oracle: Any, run_ahead: int):
     """Pages for about two of the four: the later ones give way and resume."""
-    engine = ScheduledEngine(folder, num_pages=16)
+    engine = ScheduledEngine(folder, num_pages=16, run_ahead=run_ahead)
     for i in range(4):
         engine.add(f"r{i}", token_ids(50 + 7 * i, seed=50 + i), seed=i)
     finished = engine.run()
@@ -183,6 +206,25 @@ def test_a_seeded_answer_is_the_same_alone_and_in_company(folder: Path):
 
     assert answer(0) == answer(5)
     assert answer(0) == answer(0)
+
+
+def test_running_ahead_changes_no_answer(folder: Path):
+    """Greedy, seeded and penalised requests, with stops found one step late, and their next turns."""
+
+    def answers(run_ahead: int) -> dict[str, list[int]]:
+        engine = ScheduledEngine(folder, run_ahead=run_ahead)
+        kinds = [{"temperature": 0.0}, {"top_p": 0.9}, {"repetition_penalty": 1.2}, {"top_k": 20}]
+        for i, kind in enumerate(kinds * 2):
+            stops = frozenset(range(i % 3, 300, 37))
+            engine.add(f"r{i}", token_ids(20 + 9 * i, seed=90 + i), seed=i, stop_token_ids=stops, **kind)
+        first = dict(engine.run())
+        for name, finished in first.items():
+            engine.add(f"{name} next", finished.prompt + finished.drawn + token_ids(5, seed=99), max_tokens=9)
+        return {name: finished.drawn for name, finished in engine.run().items()}
+
+    in_turn, ahead = answers(0), answers(1)
+    assert ahead == in_turn
+    assert any(len(drawn) < 40 for name, drawn in in_turn.items() if "next" not in name)
 
 
 def test_adapters_in_company_match_peft(folder: Path, oracle: Any):
@@ -211,7 +253,7 @@ def test_sampled_log_probabilities_of_greedy_requests_are_zero(folder: Path):
     engine = ScheduledEngine(folder)
     engine.add("greedy", token_ids(20), temperature=0.0, max_tokens=5)
     plan = engine.scheduler.plan(0.0)
-    row = engine.runner.execute(plan).rows[0]
+    row = engine.runner.launch(plan).wait().rows[0]
     assert row.sampled_logprob == 0.0
     assert row.logprob < 0.0
     assert math.isfinite(row.logprob)
@@ -229,7 +271,7 @@ def test_a_request_whose_adapter_overflows_ends_with_an_error_and_no_other_does(
     engine.add("good", token_ids(30, seed=80))
     engine.add("bad", token_ids(30, seed=81), 1)
     plan = engine.scheduler.plan(0.0)
-    events = engine.scheduler.commit(plan, engine.runner.execute(plan))
+    events = engine.scheduler.commit(plan, engine.runner.launch(plan).wait())
     failed = [event for event in events if event.error is not None]
     assert [(event.request_id, event.error.code) for event in failed] == [("bad", "non_finite_logits")]
     assert engine.scheduler.stats().num_running == 1

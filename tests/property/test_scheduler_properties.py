@@ -26,9 +26,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_running=st.integers(1, 6),
         spare_budget=st.integers(4, 40),
         interval=st.sampled_from([4, 8, 64]),
+        run_ahead=st.integers(0, 1),
     )
-    def start(self, num_pages, num_state_slots, max_running, spare_budget, interval):
+    def start(self, num_pages, num_state_slots, max_running, spare_budget, interval, run_ahead):
         self.rig = SchedulerRig(
+            run_ahead=run_ahead,
             num_pages=num_pages,
             num_state_slots=num_state_slots,
             max_running=max_running,
@@ -51,10 +53,23 @@ class SchedulerMachine(RuleBasedStateMachine):
         priority=st.integers(-1, 1),
         seed=st.integers(0, 3),
         ignore_eos=st.booleans(),
+        penalty=st.sampled_from([0.0, 0.0, 0.5]),
         patience=st.sampled_from([None, 5.0, 40.0]),
     )
     def add(
-        self, blocks, tail, max_tokens, stable, shared, adapter, salt, priority, seed, ignore_eos, patience
+        self,
+        blocks,
+        tail,
+        max_tokens,
+        stable,
+        shared,
+        adapter,
+        salt,
+        priority,
+        seed,
+        ignore_eos,
+        penalty,
+        patience,
     ):
         prompt = [token for block in blocks for token in block] + [tail]
         adapters, slots = ADAPTERS[adapter]
@@ -69,6 +84,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             priority=priority,
             seed=seed,
             ignore_eos=ignore_eos,
+            presence_penalty=penalty,
             arrival_s=self.now,
             deadline_s=None if patience is None else self.now + patience,
         )
@@ -83,10 +99,10 @@ class SchedulerMachine(RuleBasedStateMachine):
     def step(self, count):
         for _ in range(count):
             self.now += 1.0
-            had_work = bool(self.rig.scheduler.has_work)
+            must_plan = self.rig.scheduler.has_work and not self.rig.launched
             plan = self.rig.step(self.now)
             # What expired may have been all the work there was.
-            assert not plan.is_empty or not had_work or not self.rig.scheduler.has_work
+            assert not plan.is_empty or not must_plan or not self.rig.scheduler.has_work
             self._check_plan(plan)
 
     @precondition(lambda self: self.requests)
@@ -101,16 +117,20 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def abort_between_plan_and_commit(self, data):
         request_id = data.draw(st.sampled_from(sorted(self.requests)))
-        plan = self.rig.scheduler.plan(self.now)
+        self._check_plan(self.rig.launch(self.now))
         event = self.rig.scheduler.abort(request_id)
         check_invariants(self.rig.scheduler)
         self.rig.record([event] if event else [])
-        self.rig.record(self.rig.scheduler.commit(plan, self.rig.runner.execute(plan)))
+        self.rig.settle(data.draw(st.integers(0, self.rig.run_ahead)))
 
     @rule()
-    def fail_a_step(self):
-        plan = self.rig.scheduler.plan(self.now)
-        self.rig.record(self.rig.scheduler.fail(plan, KilnError("broken")))
+    def fail_the_steps_under_way(self):
+        self.rig.launch(self.now)
+        self.rig.fail(KilnError("broken"))
+
+    @rule()
+    def settle(self):
+        self.rig.settle()
 
     @rule(sha256=st.sampled_from(["x", "y"]))
     def retire(self, sha256):
@@ -122,10 +142,10 @@ class SchedulerMachine(RuleBasedStateMachine):
             check_invariants(self.rig.scheduler)
 
     def _check_plan(self, plan):
+        assert len(self.rig.launched) <= self.rig.run_ahead + 1
         limits = self.rig.scheduler.limits
         assert plan.num_tokens <= limits.step_token_budget
-        ids = [row.sequence_id for row in plan.decode_rows]
-        ids += [chunk.sequence_id for chunk in plan.prefill_chunks]
+        ids = plan.sequence_ids
         assert len(ids) == len(set(ids)) <= limits.num_most_running
 
     def teardown(self):
@@ -133,6 +153,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             return
         while self.rig.scheduler.has_work:
             self.step(1)
+        self.rig.settle()
         for request_id, (request, slots) in self.requests.items():
             events = self.rig.events[request_id]
             reasons = [event.finish_reason for event in events]

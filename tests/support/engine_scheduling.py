@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections import deque
+
+from kiln_common.errors import KilnError
 from kiln_engine.domain import AdapterUse, BatchPlan, GenerationRequest, SamplingParams, SequenceEvent
 from kiln_engine.domain.plan import RowSampling
+from kiln_engine.domain.ports import PendingStep
 from kiln_engine.scheduling import Scheduler, SchedulerLimits, check_invariants
 from kiln_engine.simulation.runner import SimulatedRunner, expected_tokens
 
@@ -28,11 +32,15 @@ def make_request(
 
 
 class SchedulerRig:
-    """A real scheduler with the simulated runner; checks the invariants around every step."""
+    """A real scheduler with the simulated runner; checks the invariants around every step.
+
+    With `run_ahead` 1 a step is planned before the one that runs is committed, as the loop does it.
+    """
 
     def __init__(
         self,
         *,
+        run_ahead: int = 0,
         num_pages: int = 64,
         num_state_slots: int = 16,
         max_running: int = 8,
@@ -52,6 +60,8 @@ class SchedulerRig:
         )
         self.scheduler = Scheduler(limits, frozenset({EOS}))
         self.runner = SimulatedRunner(vocab_size=VOCAB_SIZE, page_tokens=page_tokens)
+        self.run_ahead = run_ahead
+        self.launched: deque[tuple[BatchPlan, PendingStep]] = deque()
         self.events: dict[str, list[SequenceEvent]] = {}
         self.plans: list[BatchPlan] = []
 
@@ -59,21 +69,43 @@ class SchedulerRig:
         self.scheduler.add(request, slots)
 
     def step(self, now: float = 0.0) -> BatchPlan:
-        """Expire, plan, execute and commit once."""
+        """Expire, plan and launch once, and commit what is due."""
         self.record(self.scheduler.expire(now))
+        plan = self.launch(now)
+        self.settle(0 if plan.is_empty else self.run_ahead)
+        return plan
+
+    def launch(self, now: float = 0.0) -> BatchPlan:
+        """Plan a step and start it, if there is anything to do."""
         plan = self.scheduler.plan(now)
         check_invariants(self.scheduler)
-        self.plans.append(plan)
-        self.record(self.scheduler.commit(plan, self.runner.execute(plan)))
-        check_invariants(self.scheduler)
+        if not plan.is_empty:
+            self.plans.append(plan)
+            self.launched.append((plan, self.runner.launch(plan)))
         return plan
+
+    def settle(self, num_left: int = 0) -> None:
+        """Commit launched steps until `num_left` are under way."""
+        while len(self.launched) > num_left:
+            plan, pending = self.launched.popleft()
+            self.record(self.scheduler.commit(plan, pending.wait()))
+            check_invariants(self.scheduler)
+
+    def fail(self, error: KilnError) -> None:
+        """Have every launched step fail."""
+        while self.launched:
+            plan, _ = self.launched.popleft()
+            self.record(self.scheduler.fail(plan, error))
+            check_invariants(self.scheduler)
 
     def run(self, most_steps: int = 1000) -> None:
         """Step until no work is left."""
         for _ in range(most_steps):
             if not self.scheduler.has_work:
+                self.settle()
                 return
-            assert not self.step().is_empty, "the scheduler has work but plans nothing"
+            is_waiting = bool(self.launched)
+            assert not self.step().is_empty or is_waiting, "the scheduler has work but plans nothing"
         raise AssertionError(f"work is left after {most_steps} steps")
 
     def generate(self, request: GenerationRequest, slots: tuple[tuple[int, float], ...] = ()) -> list[int]:

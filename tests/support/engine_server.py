@@ -12,6 +12,7 @@ from kiln_common.clients.engine import EngineClient
 from kiln_common.pb import common_pb2, engine_pb2
 from kiln_engine.bootstrap import EngineParts, RunningEngine, start_engine
 from kiln_engine.domain import BatchPlan, StepResult
+from kiln_engine.domain.ports import PendingStep
 from kiln_engine.scheduling import SchedulerLimits
 from kiln_engine.settings import EngineSettings
 from kiln_engine.simulation.runner import SimulatedRunner
@@ -21,14 +22,19 @@ EOS = 7
 
 
 class StubbornRunner:
-    """A SimulatedRunner that can be held before a step, or told to fail the next ones."""
+    """A SimulatedRunner that can be held before a step, or told to fail the next ones.
+
+    A step fails when it is waited for, as on a device, or with `fails_at_launch` before that.
+    """
 
     def __init__(self, page_tokens: int = 16) -> None:
         self._inner = SimulatedRunner(vocab_size=VOCAB_SIZE, page_tokens=page_tokens)
         self._changed = threading.Condition()
         # How many steps may run in all; None is any number.
         self._num_allowed: int | None = None
+        self._is_held = False
         self.num_failures_left = 0
+        self.fails_at_launch = False
         self.plans: list[BatchPlan] = []
 
     def hold(self) -> None:
@@ -44,16 +50,31 @@ class StubbornRunner:
             self._num_allowed = None
             self._changed.notify_all()
 
-    def execute(self, plan: BatchPlan) -> StepResult:
+    def wait_until_held(self, timeout_s: float) -> bool:
+        """Wait for a step that is not allowed to run yet; False when none came."""
         with self._changed:
+            return self._changed.wait_for(lambda: self._is_held, timeout_s)
+
+    def launch(self, plan: BatchPlan) -> PendingStep:
+        with self._changed:
+            self._is_held = self._num_allowed is not None and len(self.plans) >= self._num_allowed
+            self._changed.notify_all()
             self._changed.wait_for(
                 lambda: self._num_allowed is None or len(self.plans) < self._num_allowed, 30
             )
+            self._is_held = False
             self.plans.append(plan)
         if self.num_failures_left:
             self.num_failures_left -= 1
-            raise RuntimeError("the device is on fire")
-        return self._inner.execute(plan)
+            if self.fails_at_launch:
+                raise RuntimeError("the device is on fire")
+            return BurningStep()
+        return self._inner.launch(plan)
+
+
+class BurningStep:
+    def wait(self) -> StepResult:
+        raise RuntimeError("the device is on fire")
 
 
 class RecordingStore:

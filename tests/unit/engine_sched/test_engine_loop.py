@@ -63,7 +63,7 @@ class Ended:
 
 
 class Rig:
-    def __init__(self) -> None:
+    def __init__(self, run_ahead: int) -> None:
         limits = SchedulerLimits(
             num_pages=64, num_state_slots=8, max_model_len=256, max_running=8, step_token_budget=64
         )
@@ -74,6 +74,7 @@ class Rig:
             Scheduler(limits, frozenset()),
             self.runner,
             MonotonicClock(),
+            run_ahead=run_ahead,
             on_ended=self.ended,
             on_unhealthy=self.unhealthy.set,
         )
@@ -81,8 +82,8 @@ class Rig:
 
 
 @pytest.fixture
-def rig():
-    rig = Rig()
+def rig(run_ahead):
+    rig = Rig(run_ahead)
     yield rig
     rig.runner.let_go()
     rig.loop.stop()
@@ -124,6 +125,68 @@ def test_a_failed_step_ends_only_its_own_requests(rig):
     assert box.wait_for_ends(2)["works"].finish_reason is FinishReason.LENGTH
     assert rig.loop.is_healthy
     assert rig.loop.stats.num_pages_in_use == rig.loop.stats.num_pages_cached
+
+
+def test_a_step_that_cannot_be_launched_does_not_take_the_one_before_along(rig):
+    box = Box()
+    rig.runner.hold_after(1)
+    rig.loop.submit(make_request("a", max_tokens=5), (), box)
+    rig.runner.fails_at_launch = True
+    assert rig.runner.wait_until_held(WAIT_S)
+    rig.runner.num_failures_left = 1
+    rig.runner.let_go()
+    assert box.wait_for_ends(1)["a"].error.code == "engine_failed"
+    assert len([event for event in box.events if event.row]) == 1
+    rig.loop.submit(make_request("works"), (), box)
+    assert box.wait_for_ends(2)["works"].finish_reason is FinishReason.LENGTH
+
+
+def test_a_request_is_let_go_after_the_last_step_that_works_on_it(run_ahead):
+    history: list[str] = []
+    is_over = threading.Event()
+
+    class Witness(StubbornRunner):
+        def launch(self, plan):
+            pending = super().launch(plan)
+
+            class Step:
+                def wait(self):
+                    history.append(f"step {plan.step_id}")
+                    return pending.wait()
+
+            return Step()
+
+    class Client:
+        def offer(self, events):
+            history.extend("end" for event in events if event.finish_reason)
+            return True
+
+    def on_ended(request_ids):
+        history.append("let go")
+        is_over.set()
+
+    limits = SchedulerLimits(64, 8, max_model_len=256, max_running=8, step_token_budget=64)
+    loop = EngineLoop(
+        Scheduler(limits, frozenset()), Witness(), MonotonicClock(), run_ahead=run_ahead, on_ended=on_ended
+    )
+    loop.start()
+    loop.submit(make_request("a", max_tokens=50, stop_token_ids=frozenset(range(100))), (), Client())
+    assert is_over.wait(WAIT_S)
+    loop.stop()
+    in_turn = ["step 1", "end", "let go"]
+    assert history == (["step 1", "end", "step 2", "let go"] if run_ahead else in_turn)
+
+
+def test_what_runs_between_steps_finds_none_under_way(rig):
+    box = Box()
+    rig.runner.hold_after(3)
+    rig.loop.submit(make_request("a", max_tokens=30), (), box)
+    assert rig.runner.wait_until_held(WAIT_S)
+    # Step 4 is being launched, and what was launched before it has not been taken in at depth 1.
+    seen = rig.loop.run_between_steps(lambda: (len(rig.runner.plans), len(box.events)))
+    rig.runner.let_go()
+    assert seen.result(WAIT_S) == (4, 4)
+    box.wait_for_ends(1)
 
 
 def test_repeated_failures_make_the_engine_unhealthy(rig):

@@ -4,18 +4,18 @@ from kiln_common.errors import DuplicateRequestId, KilnError, PromptTooLong
 from kiln_engine.domain import FinishReason
 from kiln_engine.domain.errors import EmptyPrompt
 from kiln_engine.scheduling import SchedulerLimits, check_invariants
-from tests.support.engine_scheduling import EOS, SchedulerRig, expected_completion, make_request
+from tests.support.engine_scheduling import EOS, expected_completion, make_request
 
 
-def test_a_long_prompt_is_computed_in_chunks_within_the_budget():
-    rig = SchedulerRig(step_token_budget=16)
+def test_a_long_prompt_is_computed_in_chunks_within_the_budget(make_rig):
+    rig = make_rig(step_token_budget=16)
     rig.generate(make_request(prompt=range(45), max_tokens=1))
     sizes = [plan.num_tokens for plan in rig.plans]
     assert sizes == [16, 16, 13]
 
 
-def test_decode_rows_and_prefill_chunks_share_a_step():
-    rig = SchedulerRig(step_token_budget=16)
+def test_decode_rows_and_prefill_chunks_share_a_step(make_rig):
+    rig = make_rig(step_token_budget=16)
     rig.add(make_request("first", range(4), max_tokens=9))
     rig.step()
     rig.add(make_request("second", range(100, 130), max_tokens=2))
@@ -24,9 +24,9 @@ def test_decode_rows_and_prefill_chunks_share_a_step():
     assert [len(chunk.token_ids) for chunk in plan.prefill_chunks] == [12]
 
 
-def test_completions_do_not_depend_on_their_neighbours():
+def test_completions_do_not_depend_on_their_neighbours(make_rig):
     requests = [make_request(f"r{i}", range(i, i + 7 * i + 1), max_tokens=10, seed=i) for i in range(1, 7)]
-    rig = SchedulerRig()
+    rig = make_rig()
     for request in requests:
         rig.add(request)
     rig.run()
@@ -34,8 +34,8 @@ def test_completions_do_not_depend_on_their_neighbours():
         assert rig.tokens(request.request_id) == expected_completion(request, (), 10)
 
 
-def test_lower_priority_values_start_first_then_earlier_arrivals():
-    rig = SchedulerRig(max_running=1)
+def test_lower_priority_values_start_first_then_earlier_arrivals(make_rig):
+    rig = make_rig(max_running=1)
     rig.add(make_request("late", arrival_s=2.0))
     rig.add(make_request("early", arrival_s=1.0))
     rig.add(make_request("urgent", arrival_s=3.0, priority=-1))
@@ -43,45 +43,45 @@ def test_lower_priority_values_start_first_then_earlier_arrivals():
     assert list(rig.events) == ["urgent", "early", "late"]
 
 
-def test_a_stop_token_ends_the_completion_and_is_its_last_token():
+def test_a_stop_token_ends_the_completion_and_is_its_last_token(make_rig):
     request = make_request(max_tokens=200, ignore_eos=False, seed=3)
-    rig = SchedulerRig()
+    rig = make_rig()
     tokens = rig.generate(request)
     assert tokens[-1] == EOS
     assert EOS not in tokens[:-1]
     assert rig.last("r").finish_reason is FinishReason.STOP
 
 
-def test_own_stop_tokens_end_a_completion_that_ignores_eos():
+def test_own_stop_tokens_end_a_completion_that_ignores_eos(make_rig):
     request = make_request(max_tokens=200, stop_token_ids=frozenset(range(0, 50, 2)))
-    rig = SchedulerRig()
+    rig = make_rig()
     tokens = rig.generate(request)
     assert tokens[-1] % 2 == 0
     assert all(token % 2 for token in tokens[:-1])
 
 
-def test_no_stop_before_min_tokens():
+def test_no_stop_before_min_tokens(make_rig):
     request = make_request(max_tokens=20, min_tokens=5, stop_token_ids=frozenset(range(49)))
-    rig = SchedulerRig()
+    rig = make_rig()
     tokens = rig.generate(request)
     assert tokens[:5] == [49] * 5
     assert len(tokens) >= 6
     assert all(token == 49 for token in tokens[:-1])
 
 
-def test_the_context_ends_a_completion():
-    rig = SchedulerRig(max_model_len=32)
+def test_the_context_ends_a_completion(make_rig):
+    rig = make_rig(max_model_len=32)
     assert len(rig.generate(make_request(prompt=range(20), max_tokens=100))) == 12
     assert rig.last("r").finish_reason is FinishReason.LENGTH
 
 
-def test_a_pool_smaller_than_the_context_ends_a_completion_too():
-    rig = SchedulerRig(num_pages=6, max_model_len=512)
+def test_a_pool_smaller_than_the_context_ends_a_completion_too(make_rig):
+    rig = make_rig(num_pages=6, max_model_len=512)
     assert len(rig.generate(make_request(prompt=range(20), max_tokens=100))) == 4
 
 
-def test_impossible_requests_are_refused():
-    rig = SchedulerRig(max_model_len=32)
+def test_impossible_requests_are_refused(make_rig):
+    rig = make_rig(max_model_len=32)
     with pytest.raises(EmptyPrompt):
         rig.add(make_request(prompt=[]))
     with pytest.raises(PromptTooLong, match="32 tokens, the limit is 31"):
@@ -91,22 +91,23 @@ def test_impossible_requests_are_refused():
         rig.add(make_request())
 
 
-def test_an_abort_frees_everything_at_once():
-    rig = SchedulerRig()
+def test_an_abort_frees_everything_when_no_step_is_under_way(make_rig):
+    rig = make_rig()
     rig.add(make_request("running", range(40), max_tokens=50))
     for _ in range(10):
         rig.step()
     event = rig.scheduler.abort("running")
     assert event.finish_reason is FinishReason.ABORT
     check_invariants(rig.scheduler)
+    rig.settle()
     stats = rig.scheduler.stats()
     assert stats.num_running == 0
     assert stats.num_pages_in_use == stats.num_pages_cached
     assert rig.scheduler.abort("running") is None
 
 
-def test_an_aborted_answer_is_not_cached():
-    rig = SchedulerRig()
+def test_an_aborted_answer_is_not_cached(make_rig):
+    rig = make_rig()
     rig.add(make_request("r", range(8), max_tokens=50))
     for _ in range(20):
         rig.step()
@@ -114,8 +115,8 @@ def test_an_aborted_answer_is_not_cached():
     assert max(node.num_tokens for node in rig.scheduler.memory.tree.nodes()) == 8
 
 
-def test_a_deadline_ends_waiting_and_running_requests():
-    rig = SchedulerRig(max_running=1)
+def test_a_deadline_ends_waiting_and_running_requests(make_rig):
+    rig = make_rig(max_running=1)
     rig.add(make_request("running", max_tokens=100, deadline_s=5.0))
     rig.add(make_request("waiting", max_tokens=100, deadline_s=6.0))
     rig.step(now=1.0)
@@ -126,37 +127,40 @@ def test_a_deadline_ends_waiting_and_running_requests():
     assert not rig.scheduler.has_work
 
 
-def test_the_first_event_tells_queue_time_seed_and_cached_tokens():
-    rig = SchedulerRig(max_running=1)
+def test_the_first_event_tells_queue_time_seed_and_cached_tokens(make_rig):
+    rig = make_rig(max_running=1)
     rig.add(make_request("a", arrival_s=1.0, seed=11))
     rig.step(now=3.5)
+    rig.settle()
     first = rig.first("a")
     assert (first.queue_s, first.seed, first.num_cached_tokens) == (2.5, 11, 0)
 
 
-def test_a_failed_step_ends_its_sequences_and_frees_them():
-    rig = SchedulerRig(max_running=2)
-    for name in ("a", "b", "c"):
-        rig.add(make_request(name))
-    rig.step()
-    plan = rig.scheduler.plan(0.0)
-    events = rig.scheduler.fail(plan, KilnError("broken"))
-    check_invariants(rig.scheduler)
-    assert {event.request_id for event in events} == {"a", "b"}
+def test_a_failed_step_ends_its_sequences_and_frees_them(make_rig):
+    rig = make_rig(max_running=2)
+    for number, name in enumerate(("a", "b", "c")):
+        rig.add(make_request(name, [number] * 9, max_tokens=9))
+    for _ in range(3):
+        rig.step()
+    rig.launch()
+    rig.fail(KilnError("broken"))
+    for name in ("a", "b"):
+        assert [event.error.code for event in rig.events[name] if event.finish_reason] == ["internal_error"]
+    stats = rig.scheduler.stats()
+    assert stats.num_pages_in_use == stats.num_pages_cached
     rig.run()
     assert rig.last("c").finish_reason is FinishReason.LENGTH
 
 
-def test_rows_of_requests_that_ended_since_the_plan_are_ignored():
-    rig = SchedulerRig()
+def test_rows_of_requests_that_ended_since_the_plan_are_ignored(make_rig):
+    rig = make_rig()
     rig.add(make_request("a", range(30)))
     rig.add(make_request("b", range(100, 130)))
-    plan = rig.scheduler.plan(0.0)
+    rig.launch()
     rig.scheduler.abort("a")
     check_invariants(rig.scheduler)
-    events = rig.scheduler.commit(plan, rig.runner.execute(plan))
-    check_invariants(rig.scheduler)
-    assert [event.request_id for event in events] == ["b"]
+    rig.settle()
+    assert list(rig.events) == ["b"]
 
 
 @pytest.mark.parametrize(

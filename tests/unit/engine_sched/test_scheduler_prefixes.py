@@ -9,37 +9,37 @@ def cached(rig: SchedulerRig, request_id: str) -> int:
     return rig.first(request_id).num_cached_tokens
 
 
-def test_the_same_prompt_again_hits_up_to_its_last_page():
-    rig = SchedulerRig()
+def test_the_same_prompt_again_hits_up_to_its_last_page(make_rig):
+    rig = make_rig()
     for name in ("a", "b"):
         rig.generate(make_request(name, range(23)))
     assert cached(rig, "b") == 20
 
 
-def test_a_prompt_of_whole_pages_leaves_a_token_to_compute():
-    rig = SchedulerRig()
+def test_a_prompt_of_whole_pages_leaves_a_token_to_compute(make_rig):
+    rig = make_rig()
     for name in ("a", "b"):
         rig.generate(make_request(name, range(24)))
     assert cached(rig, "b") == 20
 
 
-def test_a_longer_prompt_hits_the_shorter_one():
-    rig = SchedulerRig()
+def test_a_longer_prompt_hits_the_shorter_one(make_rig):
+    rig = make_rig()
     rig.generate(make_request("a", range(23)))
     rig.generate(make_request("b", range(60)))
     assert cached(rig, "b") == 20
 
 
-def test_a_stable_prefix_is_where_the_next_turn_hits():
-    rig = SchedulerRig()
+def test_a_stable_prefix_is_where_the_next_turn_hits(make_rig):
+    rig = make_rig()
     history = list(range(30))
     rig.generate(make_request("turn1", [*history, 90, 91, 92, 93], num_stable_prefix_tokens=30))
     rig.generate(make_request("turn2", [*history, *range(60, 80)], num_stable_prefix_tokens=50))
     assert cached(rig, "turn2") == 28
 
 
-def test_the_third_request_hits_a_branch_that_the_second_one_found():
-    rig = SchedulerRig()
+def test_the_third_request_hits_a_branch_that_the_second_one_found(make_rig):
+    rig = make_rig()
     system = list(range(16))
     for index, name in enumerate(("a", "b", "c")):
         rig.generate(make_request(name, system + [40 + index] * 10, num_stable_prefix_tokens=26))
@@ -48,8 +48,8 @@ def test_the_third_request_hits_a_branch_that_the_second_one_found():
     assert cached(rig, "c") == 16
 
 
-def test_requests_that_arrive_together_compute_a_shared_prefix_once():
-    rig = SchedulerRig(step_token_budget=512)
+def test_requests_that_arrive_together_compute_a_shared_prefix_once(make_rig):
+    rig = make_rig(step_token_budget=512)
     system = list(range(16))
     for index in range(4):
         rig.add(make_request(f"r{index}", system + [40 + index] * 10, num_stable_prefix_tokens=26))
@@ -57,8 +57,8 @@ def test_requests_that_arrive_together_compute_a_shared_prefix_once():
     assert [cached(rig, f"r{index}") for index in range(4)] == [0, 16, 16, 16]
 
 
-def test_a_group_on_one_prompt_computes_it_once():
-    rig = SchedulerRig(step_token_budget=512)
+def test_a_group_on_one_prompt_computes_it_once(make_rig):
+    rig = make_rig(step_token_budget=512)
     for index in range(5):
         rig.add(make_request(f"r{index}", range(30), seed=index))
     rig.run()
@@ -68,8 +68,8 @@ def test_a_group_on_one_prompt_computes_it_once():
         assert rig.tokens(request.request_id) == expected_completion(request, (), 4)
 
 
-def test_a_finished_answer_can_be_continued():
-    rig = SchedulerRig()
+def test_a_finished_answer_can_be_continued(make_rig):
+    rig = make_rig()
     prompt = list(range(10))
     answer = rig.generate(make_request("a", prompt, max_tokens=13))
     rig.generate(make_request("b", [*prompt, *answer, 3]))
@@ -77,16 +77,16 @@ def test_a_finished_answer_can_be_continued():
     assert cached(rig, "b") == 20
 
 
-def test_an_answer_after_an_unstable_prompt_keeps_no_state():
-    rig = SchedulerRig()
+def test_an_answer_after_an_unstable_prompt_keeps_no_state(make_rig):
+    rig = make_rig()
     prompt = list(range(10))
     answer = rig.generate(make_request("a", prompt, max_tokens=13, num_stable_prefix_tokens=8))
     rig.generate(make_request("b", [*prompt, *answer, 3]))
     assert cached(rig, "b") == 8
 
 
-def test_adapters_scales_and_salts_do_not_share():
-    rig = SchedulerRig()
+def test_adapters_scales_and_salts_do_not_share(make_rig):
+    rig = make_rig()
     uses = {
         "base": ((), ()),
         "one": ((AdapterUse("x"),), ((1, 1.0),)),
@@ -101,19 +101,19 @@ def test_adapters_scales_and_salts_do_not_share():
     assert cached(rig, "again") == 28
 
 
-def test_interval_checkpoints_are_made_only_while_there_is_room():
-    roomy = SchedulerRig(checkpoint_interval_tokens=8, num_state_slots=16)
+def test_interval_checkpoints_are_made_only_while_there_is_room(make_rig):
+    roomy = make_rig(checkpoint_interval_tokens=8, num_state_slots=16)
     roomy.generate(make_request("a", range(40)))
     roomy.generate(make_request("b", [*range(18), 99, 98]))
     assert cached(roomy, "b") == 16
-    tight = SchedulerRig(checkpoint_interval_tokens=8, num_state_slots=2, max_running=2)
+    tight = make_rig(checkpoint_interval_tokens=8, num_state_slots=2, max_running=2)
     tight.generate(make_request("a", range(40)))
     tight.generate(make_request("b", [*range(18), 99, 98]))
     assert cached(tight, "b") == 0
 
 
-def test_two_slots_are_enough_to_start_from_a_checkpoint():
-    rig = SchedulerRig(num_state_slots=2, max_running=2)
+def test_two_slots_are_enough_to_start_from_a_checkpoint(make_rig):
+    rig = make_rig(num_state_slots=2, max_running=2)
     for name in ("a", "b", "c"):
         rig.generate(make_request(name, range(23)))
     assert cached(rig, "b") == 20
@@ -160,8 +160,8 @@ def test_boundaries_that_later_requests_start_from(num_prompt, num_stable, num_s
     assert found == expected
 
 
-def test_a_shared_prefix_already_serves_the_second_conversation():
-    rig = SchedulerRig()
+def test_a_shared_prefix_already_serves_the_second_conversation(make_rig):
+    rig = make_rig()
     system = list(range(18))
     for index, name in enumerate(("a", "b", "c")):
         prompt = system + [40 + index] * 10
@@ -171,8 +171,8 @@ def test_a_shared_prefix_already_serves_the_second_conversation():
     assert rig.scheduler.counters.num_tokens_lost_for_want_of_checkpoint == 0
 
 
-def test_the_next_turn_still_hits_where_the_conversation_is_stable():
-    rig = SchedulerRig()
+def test_the_next_turn_still_hits_where_the_conversation_is_stable(make_rig):
+    rig = make_rig()
     history = list(range(30))
     hints = {"num_shared_prefix_tokens": 9}
     rig.generate(make_request("turn1", [*history, 90, 91, 92, 93], num_stable_prefix_tokens=30, **hints))
@@ -180,15 +180,15 @@ def test_the_next_turn_still_hits_where_the_conversation_is_stable():
     assert cached(rig, "turn2") == 28
 
 
-def test_a_repeated_prompt_hits_when_its_stable_part_is_shorter_than_a_page():
-    rig = SchedulerRig()
+def test_a_repeated_prompt_hits_when_its_stable_part_is_shorter_than_a_page(make_rig):
+    rig = make_rig()
     for name in ("a", "b"):
         rig.generate(make_request(name, range(23), num_stable_prefix_tokens=3))
     assert cached(rig, "b") == 20
 
 
-def test_choices_of_a_prompt_that_is_hardly_stable_share_one_prefill():
-    rig = SchedulerRig(step_token_budget=16)
+def test_choices_of_a_prompt_that_is_hardly_stable_share_one_prefill(make_rig):
+    rig = make_rig(step_token_budget=16)
     for index in range(4):
         rig.add(make_request(f"r{index}", range(60), num_stable_prefix_tokens=10, seed=index))
     rig.run()
@@ -197,8 +197,8 @@ def test_choices_of_a_prompt_that_is_hardly_stable_share_one_prefill():
     assert sum(prefilled) == 60 + 3 * 4
 
 
-def test_a_tool_answer_extends_a_prompt_that_is_hardly_stable():
-    rig = SchedulerRig()
+def test_a_tool_answer_extends_a_prompt_that_is_hardly_stable(make_rig):
+    rig = make_rig()
     prompt = list(range(40))
     rig.generate(make_request("call", prompt, num_stable_prefix_tokens=10))
     rig.generate(make_request("answer", [*prompt, *range(60, 80)], num_stable_prefix_tokens=10))

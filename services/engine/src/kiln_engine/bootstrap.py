@@ -92,6 +92,7 @@ async def start_engine(settings: EngineSettings, parts: EngineParts) -> RunningE
         scheduler,
         parts.runner,
         clock,
+        run_ahead=_run_ahead(settings, parts.info.device),
         on_ended=ended,
         on_unhealthy=_on_this_loop(has_failed.set),
     )
@@ -139,6 +140,12 @@ async def start_engine(settings: EngineSettings, parts: EngineParts) -> RunningE
         has_failed,
         settings.drain_timeout_s,
     )
+
+
+def _run_ahead(settings: EngineSettings, device: str) -> int:
+    if settings.run_ahead is not None:
+        return settings.run_ahead
+    return int(device.startswith("cuda"))
 
 
 class _LateCallback:

@@ -1,11 +1,13 @@
-"""The engine's one writer: a thread that plans, runs and commits steps, and answers the mailbox."""
+"""The engine's one writer: a thread that plans, launches and commits steps, and answers the mailbox."""
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import structlog
@@ -13,7 +15,7 @@ import structlog
 from kiln_common.errors import KilnError
 from kiln_engine.domain.errors import EngineDraining, EngineFailed
 from kiln_engine.domain.plan import BatchPlan
-from kiln_engine.domain.ports import Clock, Runner
+from kiln_engine.domain.ports import Clock, PendingStep, Runner
 from kiln_engine.domain.request import GenerationRequest
 from kiln_engine.domain.result import FinishReason, SequenceEvent
 from kiln_engine.mailbox import AbortRequest, Command, Mailbox, RunBetweenSteps, Sink, SubmitRequest
@@ -28,13 +30,24 @@ _MOST_FAILURES = 3
 _STUCK_WAIT_S = 0.1
 
 
+@dataclass(frozen=True, slots=True)
+class _LaunchedStep:
+    plan: BatchPlan
+    pending: PendingStep
+
+
 class EngineLoop:
     """Runs the scheduler and the runner on a thread of its own.
 
+    With `run_ahead` 1 the next step is planned and launched while one runs, and results are taken in
+    one step late, so that the device never waits for the host; with 0 each step is taken in before
+    the next is planned.
+
     Every submitted request gets events in its sink until the one with a finish reason; and its id
-    goes once to `on_ended`, also when nobody listens to the sink any more. A failed step ends the
-    requests that were part of it; after several in a row, or a failure of the scheduler itself, all
-    requests end, the loop ends and `on_unhealthy` is called: the process should be started again.
+    goes once to `on_ended`, when no step works on it any more, also when nobody listens to the sink.
+    A failed step ends the requests that were part of it or of those launched after it; after several
+    failures in a row, or a failure of the scheduler itself, all requests end, the loop ends and
+    `on_unhealthy` is called: the process should be started again.
 
     `on_ended` and `on_unhealthy` are called on the loop thread and must not wait.
     """
@@ -45,18 +58,24 @@ class EngineLoop:
         runner: Runner,
         clock: Clock,
         *,
+        run_ahead: int = 0,
         on_ended: Callable[[list[str]], None] = lambda _: None,
         on_unhealthy: Callable[[], None] = lambda: None,
     ) -> None:
         self._scheduler = scheduler
         self._runner = runner
         self._clock = clock
+        self._run_ahead = run_ahead
         self._on_ended = on_ended
         self._on_unhealthy = on_unhealthy
         self._mailbox = Mailbox()
         # Out of the mailbox and not yet carried out.
         self._taken: deque[Command] = deque()
+        # Steps under way, in the order of their launch.
+        self._launched: deque[_LaunchedStep] = deque()
         self._sinks: dict[str, Sink] = {}
+        # Requests that had their last event, each with the last step that may still work on it.
+        self._ended_ids: deque[tuple[int, str]] = deque()
         self._num_failures = 0
         self._is_healthy = True
         self._stats = scheduler.stats()
@@ -75,7 +94,7 @@ class EngineLoop:
         self._thread.start()
 
     def stop(self) -> None:
-        """End every request with "engine_draining" and the thread with them; waits for the step."""
+        """End every request with "engine_draining" and the thread with them; waits for the steps."""
         self._mailbox.close()
         if self._thread.is_alive():
             self._thread.join()
@@ -123,12 +142,13 @@ class EngineLoop:
         """Step until the mailbox closes, then end every request."""
         has_plan = True
         while not self._mailbox.is_closed:
-            is_idle = not self._scheduler.has_work
+            is_idle = not self._scheduler.has_work and not self._launched
             timeout_s = None if is_idle else _STUCK_WAIT_S
             self._taken.extend(self._mailbox.take_all(wait=is_idle or not has_plan, timeout_s=timeout_s))
             self._handle_taken()
-            has_plan = self._step()
+            has_plan = self._is_healthy and self._step()
             self._stats = self._scheduler.stats()
+        self._settle(num_left=0)
         if self._is_healthy:
             self._deliver(self._scheduler.fail_all(EngineDraining("the engine is stopping")))
             self._stats = self._scheduler.stats()
@@ -147,7 +167,7 @@ class EngineLoop:
                     pass  # it has ended
 
     def _handle_taken(self) -> None:
-        while self._taken:
+        while self._taken and self._is_healthy:
             match command := self._taken[0]:
                 case SubmitRequest():
                     self._add(command)
@@ -156,6 +176,9 @@ class EngineLoop:
                     if event is not None:
                         self._deliver([event if error is None else _failure(request_id, error)])
                 case RunBetweenSteps():
+                    self._settle(num_left=0)
+                    if not self._is_healthy:
+                        return
                     _call(command)
             self._taken.popleft()
 
@@ -171,28 +194,51 @@ class EngineLoop:
             self._sinks[request.request_id] = command.sink
 
     def _step(self) -> bool:
-        """Run one step; False when there was nothing to plan."""
+        """Launch the next step and take in those that are due; False when there was neither."""
         now = self._clock.now()
         self._deliver(self._scheduler.expire(now))
-        if not self._scheduler.has_work:
-            return True
-        plan = self._scheduler.plan(now)
-        if plan.is_empty:
+        plan = self._scheduler.plan(now) if self._scheduler.has_work else None
+        if plan is not None and not plan.is_empty:
+            self._launch(plan)
+            self._settle(num_left=self._run_ahead)
+        elif self._launched:
+            self._settle(num_left=0)
+        elif plan is not None:
             log.error("scheduler_stuck", waiting=self._scheduler.stats().num_waiting)
             return False
-        try:
-            result = self._runner.execute(plan)
-        except Exception as error:  # noqa: BLE001 whatever the device did, other requests go on
-            self._fail_step(plan, error)
-        else:
-            self._deliver(self._scheduler.commit(plan, result))
-            self._num_failures = 0
         return True
 
-    def _fail_step(self, plan: BatchPlan, error: Exception) -> None:
-        log.error("step_failed", step=plan.step_id, tokens=plan.num_tokens, exc_info=error)
+    def _launch(self, plan: BatchPlan) -> None:
+        try:
+            pending = self._runner.launch(plan)
+        except Exception as error:  # noqa: BLE001 whatever the device did, other requests go on
+            self._settle(num_left=0)  # the steps before are none of its business
+            if self._is_healthy:
+                self._fail_steps([plan], error)
+        else:
+            self._launched.append(_LaunchedStep(plan, pending))
+
+    def _settle(self, num_left: int) -> None:
+        """Wait for steps and take in their results, until `num_left` are under way."""
+        while len(self._launched) > num_left:
+            step = self._launched[0]
+            try:
+                result = step.pending.wait()
+            except Exception as error:  # noqa: BLE001 as above
+                plans = [launched.plan for launched in self._launched]
+                self._launched.clear()
+                self._fail_steps(plans, error)
+            else:
+                self._launched.popleft()
+                self._deliver(self._scheduler.commit(step.plan, result))
+                self._num_failures = 0
+
+    def _fail_steps(self, plans: list[BatchPlan], error: Exception) -> None:
+        """End what was part of a step that failed, or of one that was launched on top of it."""
+        log.error("step_failed", step=plans[0].step_id, tokens=plans[0].num_tokens, exc_info=error)
         failure = error if isinstance(error, KilnError) else EngineFailed("the model's step failed")
-        self._deliver(self._scheduler.fail(plan, failure))
+        for plan in plans:
+            self._deliver(self._scheduler.fail(plan, failure))
         self._num_failures += 1
         if self._num_failures >= _MOST_FAILURES:
             self._give_up()
@@ -201,6 +247,7 @@ class EngineLoop:
         """End every request and the loop, without the scheduler: its books may be wrong."""
         self._is_healthy = False
         self._mailbox.close()
+        self._launched.clear()
         log.error("engine_unhealthy", failures=self._num_failures)
         try:
             self._deliver([_failure(request_id, self._ended()) for request_id in self._sinks])
@@ -211,18 +258,26 @@ class EngineLoop:
         """Give each sink its events at once; abort the requests of sinks that are full."""
         while events:
             by_sink: dict[Sink, list[SequenceEvent]] = {}
-            ended = []
+            last_step_id = self._launched[-1].plan.step_id if self._launched else 0
             for event in events:
                 by_sink.setdefault(self._sinks[event.request_id], []).append(event)
                 if event.finish_reason is not None:
                     del self._sinks[event.request_id]
-                    ended.append(event.request_id)
+                    self._ended_ids.append((last_step_id, event.request_id))
             full = {sink for sink, batch in by_sink.items() if not sink.offer(batch)}
-            if ended:
-                self._on_ended(ended)
             cut_off = [request_id for request_id, sink in self._sinks.items() if sink in full] if full else []
             aborted = [self._scheduler.abort(request_id) for request_id in cut_off]
             events = [event for event in aborted if event is not None]
+        self._report_ended()
+
+    def _report_ended(self) -> None:
+        """Name the requests whose last event came before the oldest step under way was launched."""
+        oldest = self._launched[0].plan.step_id if self._launched else math.inf
+        ended = []
+        while self._ended_ids and self._ended_ids[0][0] < oldest:
+            ended.append(self._ended_ids.popleft()[1])
+        if ended:
+            self._on_ended(ended)
 
 
 def _failure(request_id: str, error: KilnError) -> SequenceEvent:

@@ -52,6 +52,13 @@ class EngineSettings(BaseSettings):
     step_token_budget: NonNegativeInt = Field(
         0, description="most tokens in one forward pass; 0: 512 on a CPU, 8,192 on a GPU"
     )
+    run_ahead: int | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="steps launched before the results of the one that runs are read;"
+        " unset: 1 on a GPU, 0 on a CPU, where a step runs as it is launched",
+    )
     num_adapter_slots: PositiveInt = Field(8, description="adapter versions on the device at once")
     max_adapter_rank: PositiveInt = Field(64, description="highest LoRA rank that fits a slot")
     adapter_slot_wait_s: float = Field(

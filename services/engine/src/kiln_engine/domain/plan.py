@@ -6,6 +6,10 @@ slots: it reads the committed state from `state_read_slot` (its own slot, or a s
 has not yet moved away from), keeps its ring in `state_slot` (the one live slot it owns), and, when
 its token completes a page, commits the new state to `state_commit_slot`. After a commit the ring is
 empty. The checkpoint a row reads from is never written.
+
+Steps take effect in the order of their launch: a plan may name what an earlier one, still under way,
+writes. The token a step draws for a row stays with the row's live slot (the one it commits to, if it
+commits), so that a row planned before anybody has read that token can be fed from there.
 """
 
 from __future__ import annotations
@@ -31,10 +35,13 @@ class RowSampling:
 
 @dataclass(frozen=True, slots=True)
 class DecodeRow:
-    """One sequence's next token: feed `token_id` at `position`, sample the one after it."""
+    """One sequence's next token: feed `token_id` at `position`, sample the one after it.
+
+    A `token_id` of None is the one that the step before drew for `state_slot`.
+    """
 
     sequence_id: int
-    token_id: int
+    token_id: int | None
     # Tokens before this one; the ring holds position % page_tokens of them.
     position: int
     # Pages in order, covering positions 0..position.
@@ -95,6 +102,12 @@ class BatchPlan:
     @property
     def is_empty(self) -> bool:
         return not self.decode_rows and not self.prefill_chunks
+
+    @property
+    def sequence_ids(self) -> tuple[int, ...]:
+        """Whom the step works for, decode rows first."""
+        rows = tuple(row.sequence_id for row in self.decode_rows)
+        return rows + tuple(chunk.sequence_id for chunk in self.prefill_chunks)
 
     @property
     def num_tokens(self) -> int:

@@ -10,11 +10,19 @@ from kiln_engine.domain.plan import BatchPlan
 from kiln_engine.domain.result import StepResult
 
 
-class Runner(Protocol):
-    """Carries out plans on the device and decides nothing."""
+class PendingStep(Protocol):
+    """A step on its way through the device."""
 
-    def execute(self, plan: BatchPlan) -> StepResult:
-        """Run one step. Called from the loop thread only."""
+    def wait(self) -> StepResult:
+        """Wait for what the step drew. Once for each step, in the order of their launch."""
+        ...
+
+
+class Runner(Protocol):
+    """Carries out plans on the device, in the order of their launch, and decides nothing."""
+
+    def launch(self, plan: BatchPlan) -> PendingStep:
+        """Start one step; the ones before may still be under way. Called from the loop thread only."""
         ...
 
 

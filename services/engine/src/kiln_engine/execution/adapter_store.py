@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 from kiln_common.errors import InvalidRequest
 from kiln_engine.domain.plan import BatchPlan
+from kiln_engine.model import to_device
 from kiln_nn.blocks import LinearFn
 from kiln_nn.config import ModelConfig
 from kiln_nn.errors import KilnNnError
@@ -249,6 +250,6 @@ class _Factors:
             columns = columns.repeat_interleave(torch.tensor([self._ranks[slot] for slot in slots]), dim=1)
         is_unused = columns == 0
         return (
-            columns.to(self._device, self._dtype),
-            is_unused.to(self._device) if bool(is_unused.any()) else None,
+            to_device(columns.to(self._dtype), self._device),
+            to_device(is_unused, self._device) if bool(is_unused.any()) else None,
         )

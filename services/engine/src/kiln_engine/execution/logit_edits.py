@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import torch
 
 from kiln_engine.domain.plan import RowSampling
+from kiln_engine.model import to_device
 
 
 def changes_logits(sampling: RowSampling) -> bool:
@@ -79,5 +80,5 @@ class _Edits:
             logits_RV[places] = torch.where(logits > 0, logits / penalties, logits * penalties)
 
     def _tensors(self, device: torch.device) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
-        rows, tokens = torch.tensor([self.rows, self.tokens], device=device).unbind()
-        return (rows, tokens), torch.tensor(self.numbers, dtype=torch.float32, device=device)
+        rows, tokens = to_device([self.rows, self.tokens], device).unbind()
+        return (rows, tokens), to_device(self.numbers, device, torch.float32)

@@ -9,17 +9,45 @@ from kiln_engine.domain.result import RowResult, StepResult
 from kiln_engine.execution.adapter_store import AdapterStore
 from kiln_engine.execution.host_allocator import keep_freed_memory
 from kiln_engine.execution.memory_plan import MemoryPlan
-from kiln_engine.execution.sampler import sample
+from kiln_engine.execution.sampled_ids import SampledIds
+from kiln_engine.execution.sampler import PendingDraws, sample
 from kiln_engine.model import KvStore, PagedModel, StateStore
 from kiln_nn.blocks import Weights
 from kiln_nn.config import ModelConfig
 
 
+class TorchStep:
+    """A launched step whose tokens are on their way to the host."""
+
+    def __init__(self, step_id: int, sequence_ids: list[int], draws: PendingDraws | None) -> None:
+        self._step_id = step_id
+        self._sequence_ids = sequence_ids
+        self._draws = draws
+
+    def wait(self) -> StepResult:
+        """One row for each decode row and each chunk with sampling."""
+        draws = self._draws.wait() if self._draws else []
+        return StepResult(
+            self._step_id,
+            tuple(
+                RowResult(
+                    sequence_id=sequence_id,
+                    token_id=draw.token_id,
+                    logprob=draw.logprob,
+                    sampled_logprob=draw.sampled_logprob,
+                    top_logprobs=draw.top_logprobs,
+                )
+                for sequence_id, draw in zip(self._sequence_ids, draws, strict=True)
+            ),
+        )
+
+
 class TorchRunner:
-    """The model, its memory, its adapters and its sampler behind `execute`.
+    """The model, its memory, its adapters and its sampler behind `launch`.
 
     Allocates what the memory plan says at once. `weights` are borrowed and never written. Called
-    from the loop thread only; `adapters.stage` is the one exception.
+    from the loop thread only; `adapters.stage` is the one exception. On a GPU everything goes into
+    one stream, so steps take effect in the order of their launch; on a CPU `launch` does the work.
     """
 
     def __init__(self, config: ModelConfig, weights: Weights, memory: MemoryPlan) -> None:
@@ -46,6 +74,7 @@ class TorchRunner:
             device=device,
         )
         self.model = PagedModel(config, weights, self.kv, self.states)
+        self._sampled_ids = SampledIds(memory.num_state_slots, device)
 
     @property
     def num_bytes(self) -> int:
@@ -53,27 +82,19 @@ class TorchRunner:
         return self.kv.num_bytes + self.states.num_bytes + self.adapters.num_bytes
 
     @torch.inference_mode()
-    def execute(self, plan: BatchPlan) -> StepResult:
-        """Run one step: one row of the result for each decode row and each chunk with sampling."""
+    def launch(self, plan: BatchPlan) -> TorchStep:
+        """Start one step; on a GPU it returns as soon as the work is queued."""
         linear = self.adapters.linear_for(plan, self.model.base_linear)
         layout = self.model.layout(plan)
+        self._sampled_ids.feed_(plan, layout)
         logits_RV = self.model.forward(layout, linear)
         rows = [(row.sequence_id, row.sampling) for row in plan.decode_rows]
         rows += [(c.sequence_id, c.sampling) for c in plan.prefill_chunks if c.sampling is not None]
-        draws = sample(logits_RV, [sampling for _, sampling in rows]).wait() if rows else []
-        return StepResult(
-            plan.step_id,
-            tuple(
-                RowResult(
-                    sequence_id=sequence_id,
-                    token_id=draw.token_id,
-                    logprob=draw.logprob,
-                    sampled_logprob=draw.sampled_logprob,
-                    top_logprobs=draw.top_logprobs,
-                )
-                for (sequence_id, _), draw in zip(rows, draws, strict=True)
-            ),
-        )
+        draws = None
+        if rows:
+            draws = sample(logits_RV, [sampling for _, sampling in rows])
+            self._sampled_ids.keep(layout, draws.token_ids_R)
+        return TorchStep(plan.step_id, [sequence_id for sequence_id, _ in rows], draws)
 
 
 def _place_of(weights: Weights) -> tuple[torch.device, torch.dtype]:

@@ -17,6 +17,7 @@ from kiln_engine.domain.plan import RowSampling
 from kiln_engine.execution.draws import uniform_draw
 from kiln_engine.execution.logit_edits import changes_logits, edit_logits_
 from kiln_engine.execution.truncation import thresholds, truncates
+from kiln_engine.model import to_device
 
 _BLOCK = 256
 # Below this the division by the temperature would leave float32; the best token has all the mass anyway.
@@ -34,14 +35,25 @@ class DrawnRow:
 
 
 class PendingDraws:
-    """Drawn rows still on the device; `wait` brings them over in one copy."""
+    """Drawn rows on their way to the host, in one copy; `token_ids_R` stay on the device."""
 
-    def __init__(self, packed: torch.Tensor, rows: Sequence[RowSampling]) -> None:
-        self._packed = packed
+    def __init__(self, token_ids_R: torch.Tensor, packed: torch.Tensor, rows: Sequence[RowSampling]) -> None:
+        self.token_ids_R = token_ids_R
         self._num_top = [row.params.num_top_logprobs for row in rows]
+        self._arrived: torch.cuda.Event | None = None
+        if packed.device.type == "cuda":
+            pinned = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
+            self._packed = pinned.copy_(packed, non_blocking=True)
+            # Sleeps in `wait` instead of spinning: the device has its next step already.
+            self._arrived = torch.cuda.Event(blocking=True)
+            self._arrived.record()
+        else:
+            self._packed = packed
 
     def wait(self) -> list[DrawnRow]:
         """The rows, in order."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
         drawn = []
         for num_top, (token, logprob, sampled, *top) in zip(
             self._num_top, self._packed.tolist(), strict=True
@@ -70,14 +82,14 @@ def sample(logits_RV: torch.Tensor, rows: Sequence[RowSampling]) -> PendingDraws
     else:
         token_R1, sampled_R1 = _draw(edited, rows)
         if any(is_greedy):
-            greedy_R1 = torch.tensor(is_greedy, device=logits_RV.device)[:, None]
+            greedy_R1 = to_device(is_greedy, logits_RV.device)[:, None]
             token_R1 = torch.where(greedy_R1, edited.argmax(dim=-1, keepdim=True), token_R1)
             sampled_R1 = sampled_R1.masked_fill(greedy_R1, 0.0)
     logprob_R1 = logits_RV.gather(1, token_R1) - log_total_R1
     columns = [token_R1.double(), logprob_R1.double(), sampled_R1.double()]
     if any(row.params.num_top_logprobs for row in rows):
         columns.extend(_top_logprobs(logits_RV, log_total_R1, rows))
-    return PendingDraws(torch.cat(columns, dim=1), rows)
+    return PendingDraws(token_R1[:, 0], torch.cat(columns, dim=1), rows)
 
 
 def _draw(edited_RV: torch.Tensor, rows: Sequence[RowSampling]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -90,7 +102,7 @@ def _draw(edited_RV: torch.Tensor, rows: Sequence[RowSampling]) -> tuple[torch.T
         )
         for row in rows
     ]
-    inverse_temperature_R1, u_R1 = torch.tensor(settings, dtype=torch.float64).to(device).split(1, dim=1)
+    inverse_temperature_R1, u_R1 = to_device(settings, device, torch.float64).split(1, dim=1)
     best = edited_RV.amax(dim=-1, keepdim=True)
     scaled = (edited_RV - best).mul_(inverse_temperature_R1.to(edited_RV.dtype))
     cut = [i for i, row in enumerate(rows) if row.params.temperature > 0 and truncates(row.params)]
@@ -108,7 +120,7 @@ def _cut_(scaled_RV: torch.Tensor, cut: list[int], rows: Sequence[RowSampling]) 
     if len(cut) == len(rows):
         scaled_RV.masked_fill_(scaled_RV < thresholds(scaled_RV, params), -torch.inf)
         return
-    index = torch.tensor(cut, device=scaled_RV.device)
+    index = to_device(cut, scaled_RV.device)
     part = scaled_RV.index_select(0, index)
     part.masked_fill_(part < thresholds(part, params), -torch.inf)
     scaled_RV.index_copy_(0, index, part)
@@ -147,7 +159,7 @@ def _top_logprobs(
     """Ids and log-probabilities of the most likely tokens, each `[R, most wanted]`; unwanted rows are 0."""
     wanting = [i for i, row in enumerate(rows) if row.params.num_top_logprobs]
     most = min(max(row.params.num_top_logprobs for row in rows), logits_RV.shape[1])
-    index = torch.tensor(wanting, device=logits_RV.device)
+    index = to_device(wanting, logits_RV.device)
     values, ids = logits_RV.index_select(0, index).topk(most, dim=-1)
     columns = torch.zeros(2, len(rows), most, dtype=torch.float64, device=logits_RV.device)
     columns[0, index] = ids.double()

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import torch
 
 from kiln_engine.domain.request import SamplingParams
+from kiln_engine.model import to_device
 
 # Most rows of text keep their top-p mass within this many tokens; sorting more costs more.
 _FIRST_CANDIDATES = 1024
@@ -36,12 +37,12 @@ def thresholds(scaled_RV: torch.Tensor, rows: Sequence[SamplingParams]) -> torch
     lowest = torch.full_like(best, -torch.inf)
     if any(params.min_p > 0.0 for params in rows):
         log_min_p = [math.log(params.min_p) if params.min_p > 0.0 else -math.inf for params in rows]
-        lowest = best + torch.tensor(log_min_p, dtype=best.dtype, device=device)[:, None]
+        lowest = best + to_device(log_min_p, device, best.dtype)[:, None]
     sorting = [i for i, params in enumerate(rows) if params.top_k > 0 or params.top_p < 1.0]
     if sorting:
         top_k = [rows[i].top_k if 0 < rows[i].top_k < vocab_size else vocab_size for i in sorting]
         top_p = [rows[i].top_p for i in sorting]
-        index = torch.tensor(sorting, device=device)
+        index = to_device(sorting, device)
         sorted_lowest = _smallest_of_best(scaled_RV.index_select(0, index), top_k, top_p)
         lowest[index] = torch.maximum(lowest[index], sorted_lowest)
     return lowest
@@ -54,8 +55,8 @@ def _smallest_of_best(scaled_RV: torch.Tensor, top_k: list[int], top_p: list[flo
     num_candidates = max(bounded, default=0)
     if len(bounded) < len(top_k):
         num_candidates = min(vocab_size, max(num_candidates, _FIRST_CANDIDATES))
-    k_R1 = torch.tensor(top_k, device=device)[:, None]
-    p_R1 = torch.tensor(top_p, dtype=torch.float64, device=device)[:, None]
+    k_R1 = to_device(top_k, device)[:, None]
+    p_R1 = to_device(top_p, device, torch.float64)[:, None]
     # Mass of what top-k leaves, for rows where it leaves everything; the others' is in the candidates.
     best = scaled_RV.amax(dim=-1, keepdim=True)
     whole = (scaled_RV - best).exp().sum(dim=-1, keepdim=True, dtype=torch.float64)

@@ -4,5 +4,14 @@ from kiln_engine.model.kv_store import KvStore, kv_page_bytes
 from kiln_engine.model.paged_model import PagedModel
 from kiln_engine.model.state_store import StateStore, state_slot_bytes
 from kiln_engine.model.step_layout import StepLayout
+from kiln_engine.model.transfers import to_device
 
-__all__ = ["KvStore", "PagedModel", "StateStore", "StepLayout", "kv_page_bytes", "state_slot_bytes"]
+__all__ = [
+    "KvStore",
+    "PagedModel",
+    "StateStore",
+    "StepLayout",
+    "kv_page_bytes",
+    "state_slot_bytes",
+    "to_device",
+]

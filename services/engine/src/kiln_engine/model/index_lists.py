@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from kiln_engine.model.transfers import to_device
+
 
 @dataclass(frozen=True)
 class StoreShape:
@@ -33,4 +35,4 @@ class IndexLists:
 
     def to_device(self, device: torch.device) -> tuple[torch.Tensor, ...]:
         numbers = torch.tensor([number for part in self._lists for number in part], dtype=torch.long)
-        return numbers.to(device, non_blocking=True).split([len(part) for part in self._lists])
+        return to_device(numbers, device).split([len(part) for part in self._lists])

@@ -24,12 +24,15 @@ class StepLayout:
 
     num_tokens: int
     num_decode_rows: int
+    # -1 where the token is the one drawn last for the row's live slot: `SampledIds.feed_` puts it in.
     token_ids_T: torch.Tensor
     positions_T: torch.Tensor
     token_slots_T: torch.Tensor
     # The tokens whose next one is sampled, in the order of StepResult.rows.
     sample_tokens: torch.Tensor
     num_samples: int
+    # The live slots their tokens stay with.
+    sample_slots: torch.Tensor
     begun_pages: torch.Tensor
     moved_to_slots: torch.Tensor
     decode: DecodeLayout | None
@@ -42,9 +45,12 @@ def build_layout(plan: BatchPlan, shape: StoreShape, device: torch.device) -> St
     decode = DecodeLists(lists, plan.decode_rows, shape) if plan.decode_rows else None
     prefill = PrefillLists(lists, plan.prefill_chunks, shape) if plan.prefill_chunks else None
     num_rows = len(plan.decode_rows)
-    token_ids = [row.token_id for row in plan.decode_rows]
+    token_ids = [-1 if row.token_id is None else row.token_id for row in plan.decode_rows]
     positions = [row.position for row in plan.decode_rows]
     samples = list(range(num_rows))
+    slots_after = [
+        row.state_slot if row.state_commit_slot is None else row.state_commit_slot for row in plan.decode_rows
+    ]
     num_tokens = num_rows
     for chunk in plan.prefill_chunks:
         token_ids.extend(chunk.token_ids)
@@ -52,10 +58,12 @@ def build_layout(plan: BatchPlan, shape: StoreShape, device: torch.device) -> St
         num_tokens += len(chunk.token_ids)
         if chunk.sampling is not None:
             samples.append(num_tokens - 1)
+            slots_after.append(chunk.state_slot)
     ids = lists.add(token_ids)
     places = lists.add(positions)
     slots = lists.add(_token_slots(plan, shape.page_tokens))
     sampled = lists.add(samples)
+    sampled_to = lists.add(slots_after)
     begun = lists.add(_begun_pages(plan, shape.page_tokens))
     moved = lists.add(
         [
@@ -73,6 +81,7 @@ def build_layout(plan: BatchPlan, shape: StoreShape, device: torch.device) -> St
         token_slots_T=parts[slots],
         sample_tokens=parts[sampled],
         num_samples=len(samples),
+        sample_slots=parts[sampled_to],
         begun_pages=parts[begun],
         moved_to_slots=parts[moved],
         decode=decode.layout(parts) if decode else None,

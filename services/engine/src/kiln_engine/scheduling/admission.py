@@ -22,7 +22,7 @@ def is_about_to_hit(sequence: Sequence, running: Iterable[Sequence], memory: Seq
     """
     best = 0
     for other in running:
-        if other.is_prefilling:
+        if other.pending_checkpoints or other.wanted_checkpoints:
             reach = min(num_common_pages(sequence, other) * memory.page_tokens, len(sequence.tokens) - 1)
             coming = [checkpoint.num_tokens for checkpoint in other.pending_checkpoints]
             coming += other.wanted_checkpoints

@@ -16,7 +16,7 @@ def check_invariants(scheduler: Scheduler) -> None:
         AssertionError: the pools, the tree and the sequences disagree.
     """
     memory = scheduler.memory
-    sequences = scheduler.running + scheduler.waiting
+    sequences = scheduler.running + scheduler.waiting + scheduler.ending
     page_refs: Counter[int] = Counter()
     slot_refs: Counter[int] = Counter()
     for sequence in sequences:
@@ -45,17 +45,22 @@ def _slots_of(sequence: Sequence) -> list[int]:
 
 def _check_sequence(sequence: Sequence, scheduler: Scheduler) -> None:
     page_tokens = scheduler.limits.page_tokens
-    if not sequence.is_running:
+    if sequence in scheduler.waiting:
         assert not sequence.page_ids, "a waiting sequence holds pages"
         assert not _slots_of(sequence), "a waiting sequence holds slots"
+        assert not sequence.num_steps_under_way, "a waiting sequence is in a step"
         return
     states = scheduler.memory.states
     assert sequence.state_slot is not None, "a running sequence has no live slot"
     assert states.num_references(sequence.state_slot) == 1, "a live slot is shared"
-    assert sequence.num_computed < len(sequence.tokens)
-    assert len(sequence.page_ids) * page_tokens >= sequence.num_computed
+    assert sequence.is_running or sequence.num_steps_under_way, "an ended sequence was not let go"
+    assert (sequence.num_computed < sequence.num_planned) == (sequence.num_steps_under_way > 0)
+    assert len(sequence.page_ids) * page_tokens >= sequence.num_planned
     assert len(set(sequence.page_ids)) == len(sequence.page_ids)
-    if not sequence.is_prefilling:
+    if sequence.is_running:
+        assert sequence.num_computed < len(sequence.tokens)
+        assert sequence.num_planned <= len(sequence.tokens) + 1
+    if not sequence.is_prefilling and not sequence.num_steps_under_way:
         assert sequence.num_computed == len(sequence.tokens) - 1
         assert sequence.read_slot is None
     path = []

@@ -54,7 +54,7 @@ class SequenceMemory:
             return None
         sequence.state_slot = live_slot
         sequence.tree_node = match.nodes[-1] if match.nodes else None
-        sequence.num_computed = match.num_hit_tokens
+        sequence.num_computed = sequence.num_planned = match.num_hit_tokens
         has_pages = self.add_pages(sequence, num_own_pages)
         assert has_pages
         return match.num_matched_tokens
@@ -89,16 +89,20 @@ class SequenceMemory:
             sequence.tree_node = node
 
     def keep_checkpoints(self, sequence: Sequence) -> None:
-        """Hand the checkpoints that the step wrote over to the tree."""
-        for checkpoint in sequence.pending_checkpoints:
-            self._give_to_tree(sequence, checkpoint)
-        sequence.pending_checkpoints = ()
+        """Hand the checkpoints within what is computed over to the tree."""
+        pending = sequence.pending_checkpoints
+        for checkpoint in pending:
+            if checkpoint.num_tokens <= sequence.num_computed:
+                self._give_to_tree(sequence, checkpoint)
+        sequence.pending_checkpoints = tuple(c for c in pending if c.num_tokens > sequence.num_computed)
 
     def keep_live_state(self, sequence: Sequence) -> None:
         """Let go of the live slot: what it has committed becomes a checkpoint of the tree.
 
-        The committed state is the one at the last page boundary computed.
+        The committed state is the one at the last page boundary computed: no step may be under way
+        that takes it further.
         """
+        assert sequence.num_steps_under_way == 0
         boundary = sequence.num_computed // self.page_tokens * self.page_tokens
         self.keep_computed(sequence, boundary)
         if boundary > 0 and sequence.read_slot is None and sequence.state_slot is not None:
@@ -108,7 +112,7 @@ class SequenceMemory:
     def release(self, sequence: Sequence) -> None:
         """Take back everything a sequence holds; it can start again later."""
         self._release(sequence)
-        sequence.num_computed = 0
+        sequence.num_computed = sequence.num_planned = 0
         sequence.tree_node = None
         sequence.wanted_checkpoints = []
         sequence.optional_checkpoints = []

@@ -4,25 +4,44 @@ from __future__ import annotations
 
 from kiln_engine.domain.plan import DecodeRow, PrefillChunk, RowSampling
 from kiln_engine.scheduling.sequence import Sequence
-from kiln_engine.scheduling.stopping import banned_ids
+from kiln_engine.scheduling.stopping import banned_ids, is_at_length
+
+
+def can_decode(sequence: Sequence, max_num_tokens: int) -> bool:
+    """Whether a running sequence decodes in the next step.
+
+    While its newest token is being drawn, all that is known is that there will be one: the sequence
+    goes on unless that one is the last by length, or the next draw depends on which one it is.
+    """
+    if sequence.is_prefilling:
+        return False
+    if sequence.is_next_token_known:
+        return True
+    params = sequence.request.sampling
+    is_last = is_at_length(params, sequence.num_outputs + 1, len(sequence.tokens) + 1, max_num_tokens)
+    is_one_ahead = sequence.num_planned == len(sequence.tokens)
+    return is_one_ahead and not is_last and not params.needs_history
 
 
 def decode_row(sequence: Sequence, page_tokens: int, eos_token_ids: frozenset[int]) -> DecodeRow:
-    """The row that feeds the sequence's newest token. Its page must be there already."""
+    """The row after what is planned: it feeds the newest token, or the one that is being drawn.
+
+    Its page must be there already.
+    """
     assert sequence.state_slot is not None
-    position = sequence.num_computed
-    assert position == len(sequence.tokens) - 1
+    position = sequence.num_planned
+    assert position in (len(sequence.tokens) - 1, len(sequence.tokens))
     completes_page = (position + 1) % page_tokens == 0
     return DecodeRow(
         sequence_id=sequence.sequence_id,
-        token_id=sequence.tokens[position],
+        token_id=sequence.tokens[position] if sequence.is_next_token_known else None,
         position=position,
         page_ids=tuple(sequence.page_ids),
         state_read_slot=sequence.state_slot,
         state_slot=sequence.state_slot,
         state_commit_slot=sequence.state_slot if completes_page else None,
         adapter_slots=sequence.adapter_slots,
-        sampling=row_sampling(sequence, eos_token_ids),
+        sampling=row_sampling(sequence, position + 1, eos_token_ids),
     )
 
 
@@ -31,31 +50,35 @@ def prefill_chunk(
 ) -> PrefillChunk:
     """The chunk that computes the next `num_tokens` tokens, with the checkpoints taken for it."""
     assert sequence.state_slot is not None
-    start = sequence.num_computed
+    start = sequence.num_planned
     end = start + num_tokens
     is_last = end == len(sequence.tokens)
+    # The checkpoint that was hit serves the first chunk; the others go on from where it ends.
+    is_hit = sequence.read_slot is not None and sequence.num_steps_under_way == 0
     own_state = sequence.state_slot if start > 0 else None
     return PrefillChunk(
         sequence_id=sequence.sequence_id,
         token_ids=tuple(sequence.tokens[start:end]),
         start=start,
         page_ids=tuple(sequence.page_ids[: -(-end // page_tokens)]),
-        state_read_slot=own_state if sequence.read_slot is None else sequence.read_slot,
+        state_read_slot=sequence.read_slot if is_hit else own_state,
         state_slot=sequence.state_slot,
-        checkpoints=sequence.pending_checkpoints,
+        checkpoints=tuple(c for c in sequence.pending_checkpoints if c.num_tokens > start),
         adapter_slots=sequence.adapter_slots,
-        sampling=row_sampling(sequence, eos_token_ids) if is_last else None,
+        sampling=row_sampling(sequence, end, eos_token_ids) if is_last else None,
     )
 
 
-def row_sampling(sequence: Sequence, eos_token_ids: frozenset[int]) -> RowSampling:
-    """How the sequence's next token is drawn."""
+def row_sampling(sequence: Sequence, num_tokens: int, eos_token_ids: frozenset[int]) -> RowSampling:
+    """How the token after the first `num_tokens` is drawn."""
     params = sequence.request.sampling
     needs_history = params.needs_history
+    assert not needs_history or num_tokens == len(sequence.tokens)
+    output_index = num_tokens - sequence.num_prompt_tokens
     return RowSampling(
         params=params,
-        output_index=sequence.num_outputs,
+        output_index=output_index,
         prompt_token_ids=sequence.request.prompt_token_ids if needs_history else (),
         output_token_ids=tuple(sequence.output_token_ids) if needs_history else (),
-        banned_token_ids=banned_ids(params, eos_token_ids, sequence.num_outputs),
+        banned_token_ids=banned_ids(params, eos_token_ids, output_index),
     )

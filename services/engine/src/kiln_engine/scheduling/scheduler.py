@@ -17,7 +17,7 @@ from kiln_engine.scheduling.checkpoints import is_turn_end_useful, plan_checkpoi
 from kiln_engine.scheduling.limits import SchedulerLimits
 from kiln_engine.scheduling.memory import SequenceMemory
 from kiln_engine.scheduling.prefix_tree import Namespace
-from kiln_engine.scheduling.rows import decode_row, prefill_chunk
+from kiln_engine.scheduling.rows import can_decode, decode_row, prefill_chunk
 from kiln_engine.scheduling.sequence import Sequence, hash_pages
 from kiln_engine.scheduling.stats import SchedulerCounters, SchedulerStats
 from kiln_engine.scheduling.stopping import finish_reason
@@ -26,11 +26,17 @@ from kiln_engine.scheduling.stopping import finish_reason
 class Scheduler:
     """Owns every sequence from `add` to its last event.
 
-    A step is `plan(now)`, carried out by a runner, then `commit(plan, result)`. Running sequences
-    that have their prompt behind them decode one token each; what is left of the token budget goes
-    to prompts in chunks, running ones first, then waiting ones, by priority and arrival. When pages
-    run out, the last in that order gives way: its pages go to the prefix tree, it waits, and later
-    computes again what was evicted meanwhile.
+    A step is `plan(now)`, carried out by a runner, then `commit(plan, result)` (or `fail`). Running
+    sequences that have their prompt behind them decode one token each; what is left of the token
+    budget goes to prompts in chunks, running ones first, then waiting ones, by priority and arrival.
+    When pages run out, the last in that order gives way: its pages go to the prefix tree, it waits,
+    and later computes again what was evicted meanwhile.
+
+    The next step may be planned while one is under way, which takes every sequence in it to go on.
+    One that is known to end there, or whose next draw depends on the token drawn there, sits out.
+    One that turns out to have ended has computed a token in vain: its row is ignored, and what it
+    holds is let go when no step under way has a row for it any more. Steps are committed in the order
+    of their plans.
 
     Not safe for threads: the engine's loop is its only caller. `eos_token_ids` end a completion
     unless its request ignores them.
@@ -53,6 +59,8 @@ class Scheduler:
         self._by_request_id: dict[str, Sequence] = {}
         self._running: dict[int, Sequence] = {}
         self._waiting: list[Sequence] = []
+        # Ended, with rows in steps under way.
+        self._ending: dict[int, Sequence] = {}
 
     @property
     def has_work(self) -> bool:
@@ -67,6 +75,11 @@ class Scheduler:
     def waiting(self) -> list[Sequence]:
         """By priority, then arrival."""
         return list(self._waiting)
+
+    @property
+    def ending(self) -> list[Sequence]:
+        """Sequences that have ended and hold memory until the steps under way are committed."""
+        return list(self._ending.values())
 
     def add(self, request: GenerationRequest, adapter_slots: tuple[tuple[int, float], ...] = ()) -> None:
         """Accept a request; its adapters must be resident in `adapter_slots` until it ends.
@@ -98,7 +111,7 @@ class Scheduler:
         sequence = self._by_request_id.get(request_id)
         if sequence is None:
             return None
-        self._remove(sequence)
+        self._end(sequence)
         return SequenceEvent(request_id, finish_reason=FinishReason.ABORT)
 
     def expire(self, now: float) -> list[SequenceEvent]:
@@ -111,12 +124,16 @@ class Scheduler:
         return [self._fail(sequence, _deadline_error(sequence, now)) for sequence in late]
 
     def plan(self, now: float) -> BatchPlan:
-        """Decide the next step; empty only when there is no work.
+        """Decide the next step.
 
-        Takes pages and slots for it, preempts if needed, and starts waiting sequences.
+        Takes pages and slots for it, preempts if needed, and starts waiting sequences. Empty when
+        there is no work, or none until the steps under way are committed.
         """
         num_preemptions = self.counters.num_preemptions
-        decode_rows = self._plan_decodes()
+        decoding = self._make_room()
+        if decoding is None:
+            return BatchPlan(next(self._step_ids))
+        decode_rows = [self._plan_decode(sequence) for sequence in decoding]
         budget = self.limits.step_token_budget - len(decode_rows)
         chunks: list[PrefillChunk] = []
         for sequence in self.running:
@@ -135,24 +152,38 @@ class Scheduler:
         drawn = {row.sequence_id: row for row in result.rows}
         events: list[SequenceEvent] = []
         for decode in plan.decode_rows:
-            sequence = self._running.get(decode.sequence_id)
-            if sequence is not None:
-                sequence.num_computed += 1
-                events.append(self._append(sequence, drawn[decode.sequence_id]))
+            row = drawn[decode.sequence_id]
+            sequence = self._land(decode.sequence_id, num_computed=decode.position + 1)
+            if sequence.is_running:
+                events.append(self._append(sequence, row))
+            else:
+                # It computed its last token, and nobody will look at what was drawn after it.
+                sequence.is_answer_useful &= math.isfinite(row.logprob)
+                self._let_go(sequence)
         for chunk in plan.prefill_chunks:
-            sequence = self._running.get(chunk.sequence_id)
-            if sequence is not None:
-                self._commit_chunk(sequence, chunk)
-                if chunk.sampling is not None:
-                    sequence.is_prefilling = False
-                    events.append(self._append(sequence, drawn[chunk.sequence_id]))
+            sequence = self._land(chunk.sequence_id, num_computed=chunk.start + len(chunk.token_ids))
+            if not sequence.is_running:
+                self._let_go(sequence)
+                continue
+            self.memory.keep_computed(sequence, sequence.num_prompt_tokens)
+            self.memory.keep_checkpoints(sequence)
+            self.memory.release_read_slot(sequence)
+            if chunk.sampling is not None:
+                events.append(self._append(sequence, drawn[chunk.sequence_id]))
         self.counters.num_steps += 1
         return events
 
     def fail(self, plan: BatchPlan, error: KilnError) -> list[SequenceEvent]:
         """End every sequence of a plan that could not be carried out."""
-        ids = [row.sequence_id for row in plan.decode_rows] + [c.sequence_id for c in plan.prefill_chunks]
-        return [self._fail(self._running[i], error) for i in ids if i in self._running]
+        events = []
+        for sequence_id in plan.sequence_ids:
+            sequence = self._land(sequence_id)
+            if sequence.is_running:
+                events.append(self._fail(sequence, error))
+            else:
+                sequence.is_answer_useful = False
+                self._let_go(sequence)
+        return events
 
     def fail_all(self, error: KilnError) -> list[SequenceEvent]:
         """End every sequence, running or waiting."""
@@ -176,31 +207,44 @@ class Scheduler:
             **asdict(self.counters),
         )
 
-    def _plan_decodes(self) -> list[DecodeRow]:
-        rows = []
-        for sequence in self.running:
-            if sequence.is_running and not sequence.is_prefilling and self._has_next_page(sequence):
-                rows.append(decode_row(sequence, self.limits.page_tokens, self._eos_token_ids))
-        return rows
+    def _make_room(self) -> list[Sequence] | None:
+        """The sequences that decode now, each with a page for its token.
 
-    def _has_next_page(self, sequence: Sequence) -> bool:
-        """Make sure the next token has a page; False when the sequence itself had to give way."""
-        count = self.memory.num_pages_for(sequence.num_computed + 1) - len(sequence.page_ids)
-        if count == 0:  # fifteen steps in sixteen
-            return True
-        while sequence.is_running and not self.memory.add_pages(sequence, count):
-            self._preempt(self.running[-1])
-        return sequence.is_running
+        None when somebody has to give way for it whose row is under way: there is no room before
+        that step is committed.
+        """
+        decoding = []
+        for sequence in self.running:
+            if not sequence.is_running or not can_decode(sequence, self.limits.max_num_tokens):
+                continue
+            count = self.memory.num_pages_for(sequence.num_planned + 1) - len(sequence.page_ids)
+            while count and sequence.is_running and not self.memory.add_pages(sequence, count):
+                last = self.running[-1]
+                if last.num_steps_under_way:
+                    return None
+                self._preempt(last)
+            if sequence.is_running:
+                decoding.append(sequence)
+        return decoding
+
+    def _plan_decode(self, sequence: Sequence) -> DecodeRow:
+        row = decode_row(sequence, self.limits.page_tokens, self._eos_token_ids)
+        sequence.num_planned += 1
+        sequence.num_steps_under_way += 1
+        return row
 
     def _plan_chunk(self, sequence: Sequence, budget: int, chunks: list[PrefillChunk]) -> int:
         """Append the sequence's next chunk if the budget holds one; returns the budget left."""
         page_tokens = self.limits.page_tokens
-        num_left = len(sequence.tokens) - sequence.num_computed
+        num_left = len(sequence.tokens) - sequence.num_planned
         num_tokens = num_left if num_left <= budget else budget // page_tokens * page_tokens
         if num_tokens == 0:
             return budget
-        self._take_checkpoints(sequence, sequence.num_computed + num_tokens)
+        self._take_checkpoints(sequence, sequence.num_planned + num_tokens)
         chunks.append(prefill_chunk(sequence, num_tokens, page_tokens, self._eos_token_ids))
+        sequence.num_planned += num_tokens
+        sequence.num_steps_under_way += 1
+        sequence.is_prefilling = num_tokens < num_left
         return budget - num_tokens
 
     def _take_checkpoints(self, sequence: Sequence, end: int) -> None:
@@ -215,7 +259,8 @@ class Scheduler:
                 slot = self.memory.take_slot(may_evict=may_evict)
                 if slot is not None:
                     taken.append(StateCheckpoint(boundary, slot))
-        sequence.pending_checkpoints = tuple(sorted(taken, key=lambda checkpoint: checkpoint.num_tokens))
+        taken.sort(key=lambda checkpoint: checkpoint.num_tokens)
+        sequence.pending_checkpoints += tuple(taken)
 
     def _plan_admissions(self, budget: int, chunks: list[PrefillChunk], now: float) -> None:
         """Start waiting sequences in order, until one does not fit."""
@@ -258,11 +303,12 @@ class Scheduler:
             self.counters.num_cached_tokens += num_hit
         return True
 
-    def _commit_chunk(self, sequence: Sequence, chunk: PrefillChunk) -> None:
-        sequence.num_computed = chunk.start + len(chunk.token_ids)
-        self.memory.keep_computed(sequence, sequence.num_prompt_tokens)
-        self.memory.keep_checkpoints(sequence)
-        self.memory.release_read_slot(sequence)
+    def _land(self, sequence_id: int, num_computed: int = 0) -> Sequence:
+        """The sequence of a row whose step has ended, `num_computed` tokens behind it if it went well."""
+        sequence = self._running.get(sequence_id) or self._ending[sequence_id]
+        sequence.num_steps_under_way -= 1
+        sequence.num_computed = max(sequence.num_computed, num_computed)
+        return sequence
 
     def _append(self, sequence: Sequence, row: RowResult) -> SequenceEvent:
         if not math.isfinite(row.logprob):
@@ -280,9 +326,10 @@ class Scheduler:
             max_num_tokens=self.limits.max_num_tokens,
         )
         if reason is not None:
-            if is_turn_end_useful(sequence.num_prompt_tokens, request.num_stable_prefix_tokens):
-                self.memory.keep_live_state(sequence)
-            self._remove(sequence)
+            sequence.is_answer_useful = is_turn_end_useful(
+                sequence.num_prompt_tokens, request.num_stable_prefix_tokens
+            )
+            self._end(sequence)
         if not is_first:
             return SequenceEvent(request.request_id, row=row, finish_reason=reason)
         assert sequence.first_scheduled_s is not None
@@ -309,17 +356,27 @@ class Scheduler:
         bisect.insort(self._waiting, sequence, key=lambda waiting: waiting.rank)
 
     def _fail(self, sequence: Sequence, error: KilnError) -> SequenceEvent:
-        self._remove(sequence)
+        self._end(sequence)
         return SequenceEvent(sequence.request.request_id, finish_reason=FinishReason.ERROR, error=error)
 
-    def _remove(self, sequence: Sequence) -> None:
-        self.memory.release(sequence)
+    def _end(self, sequence: Sequence) -> None:
         del self._by_request_id[sequence.request.request_id]
         if sequence.is_running:
             del self._running[sequence.sequence_id]
             sequence.is_running = False
+            self._ending[sequence.sequence_id] = sequence
+            self._let_go(sequence)
         else:
             self._waiting.remove(sequence)
+
+    def _let_go(self, sequence: Sequence) -> None:
+        """Take back what an ended sequence holds, once no step under way has a row for it."""
+        if sequence.num_steps_under_way:
+            return
+        if sequence.is_answer_useful:
+            self.memory.keep_live_state(sequence)
+        self.memory.release(sequence)
+        del self._ending[sequence.sequence_id]
 
 
 def _deadline_error(sequence: Sequence, now: float) -> DeadlineExceeded:

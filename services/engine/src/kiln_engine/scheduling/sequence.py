@@ -14,9 +14,12 @@ class Sequence:
     """A request's tokens and everything it holds. Only the loop thread changes it.
 
     `tokens` are the prompt and what was drawn so far; the first `num_computed` of them have their K
-    and V in `page_ids` and are part of the state. While waiting (new, or preempted) a sequence holds
-    nothing. While running it owns `state_slot`, and until its first chunk is committed it may read
-    its starting state from `read_slot`, a checkpoint it has a reference on.
+    and V in `page_ids` and are part of the state. `num_planned` counts those of the steps under way
+    too: it passes the last known token when a step is planned before the one that draws its input has
+    been committed. While waiting (new, or preempted) a sequence holds nothing. While running it owns
+    `state_slot`, and until its first chunk is committed it may read its starting state from
+    `read_slot`, a checkpoint it has a reference on. A sequence that ends while steps under way have
+    rows for it keeps what it holds until the last of them is committed.
     """
 
     sequence_id: int
@@ -29,8 +32,14 @@ class Sequence:
     tokens: list[int]
 
     num_computed: int = 0
+    num_planned: int = 0
+    # Steps under way that have a row or a chunk for this sequence.
+    num_steps_under_way: int = 0
     is_running: bool = False
+    # Until its last chunk is planned.
     is_prefilling: bool = False
+    # Ended, and later requests can start from its answer.
+    is_answer_useful: bool = False
     page_ids: list[int] = field(default_factory=list)
     state_slot: int | None = None
     read_slot: int | None = None
@@ -40,7 +49,7 @@ class Sequence:
     # those made only while a slot is free.
     wanted_checkpoints: list[int] = field(default_factory=list)
     optional_checkpoints: list[int] = field(default_factory=list)
-    # Slots taken for the step that is under way.
+    # Slots taken for the steps under way, ascending.
     pending_checkpoints: tuple[StateCheckpoint, ...] = ()
 
     first_scheduled_s: float | None = None
@@ -55,6 +64,11 @@ class Sequence:
     @property
     def num_prompt_tokens(self) -> int:
         return len(self.request.prompt_token_ids)
+
+    @property
+    def is_next_token_known(self) -> bool:
+        """Whether the token to compute next has been read from the device."""
+        return self.num_planned < len(self.tokens)
 
     @property
     def num_outputs(self) -> int:

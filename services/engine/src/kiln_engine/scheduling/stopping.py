@@ -33,6 +33,11 @@ def finish_reason(
     """
     if token_id in stop_ids(params, eos_token_ids) and num_outputs > params.min_tokens:
         return FinishReason.STOP
-    if num_outputs >= params.max_tokens or num_tokens >= max_num_tokens:
+    if is_at_length(params, num_outputs, num_tokens, max_num_tokens):
         return FinishReason.LENGTH
     return None
+
+
+def is_at_length(params: SamplingParams, num_outputs: int, num_tokens: int, max_num_tokens: int) -> bool:
+    """Whether a completion of `num_outputs` tokens goes no further, whatever they are."""
+    return num_outputs >= params.max_tokens or num_tokens >= max_num_tokens

@@ -18,6 +18,7 @@ def main() -> None:
     parser.add_argument("--state-slots", type=int, default=48)
     parser.add_argument("--max-running", type=int, default=32)
     parser.add_argument("--step-token-budget", type=int, default=512)
+    parser.add_argument("--run-ahead", type=int, choices=(0, 1), default=0)
     parser.add_argument("--check", action="store_true", help="check every invariant after each step")
     options = parser.parse_args()
     shape = WorkloadShape(num_requests=options.requests)
@@ -33,6 +34,7 @@ def main() -> None:
         limits,
         StepCosts(),
         vocab_size=shape.vocab_size,
+        run_ahead=options.run_ahead,
         is_checking=options.check,
     )
     for name, value in table(summary):

@@ -21,6 +21,16 @@ class _Slot:
     ring: list[int] = field(default_factory=list)
 
 
+@dataclass(frozen=True, slots=True)
+class SimulatedStep:
+    """A step that the simulated device has carried out; `wait` is where its tokens are read."""
+
+    result: StepResult
+
+    def wait(self) -> StepResult:
+        return self.result
+
+
 class SimulatedRunner:
     """Draws pseudo tokens that depend on every earlier token, the adapters and the seed.
 
@@ -35,8 +45,10 @@ class SimulatedRunner:
         self._page_tokens = page_tokens
         self._pages: dict[tuple[int, int], int] = {}
         self._slots: dict[int, _Slot] = {}
+        # The token drawn last for each live slot.
+        self._drawn: dict[int, int] = {}
 
-    def execute(self, plan: BatchPlan) -> StepResult:
+    def launch(self, plan: BatchPlan) -> SimulatedStep:
         """Carry out a plan. Raises WrongPlan when it breaks the contract of domain/plan.py."""
         written: set[int] = set()
         rows = [self._decode(row, written) for row in plan.decode_rows]
@@ -46,7 +58,7 @@ class SimulatedRunner:
             result = self._prefill(chunk, digest, written)
             if result is not None:
                 rows.append(result)
-        return StepResult(plan.step_id, tuple(rows))
+        return SimulatedStep(StepResult(plan.step_id, tuple(rows)))
 
     def _decode(self, row: DecodeRow, written: set[int]) -> RowResult:
         read = self._slots[row.state_read_slot]
@@ -56,8 +68,9 @@ class SimulatedRunner:
                 f"row at {row.position} reads a state of {read.num_tokens} and {len(ring)} ring tokens"
             )
         self._check_pages(row.page_ids, row.position, _digest_all(read.digest, ring), row.adapter_slots)
-        self._write_token(row.page_ids, row.position, row.token_id)
-        ring.append(row.token_id)
+        token = self._drawn[row.state_slot] if row.token_id is None else row.token_id
+        self._write_token(row.page_ids, row.position, token)
+        ring.append(token)
         digest = _digest_all(read.digest, ring)
         completes_page = (row.position + 1) % self._page_tokens == 0
         if completes_page != (row.state_commit_slot is not None):
@@ -66,7 +79,8 @@ class SimulatedRunner:
             self._write_slot(row.state_commit_slot, _Slot(row.position + 1, digest), written)
         else:
             self._claim(row.state_slot, written)
-        return self._draw(row.sequence_id, digest, row.sampling)
+        slot = row.state_slot if row.state_commit_slot is None else row.state_commit_slot
+        return self._draw(row.sequence_id, slot, digest, row.sampling)
 
     def _read_start(self, chunk: PrefillChunk) -> int:
         if chunk.start % self._page_tokens:
@@ -100,7 +114,7 @@ class SimulatedRunner:
         self._write_slot(chunk.state_slot, committed, written)
         if chunk.sampling is None:
             return None
-        return self._draw(chunk.sequence_id, digest, chunk.sampling)
+        return self._draw(chunk.sequence_id, chunk.state_slot, digest, chunk.sampling)
 
     def _write_token(self, page_ids: tuple[int, ...], position: int, token: int) -> None:
         page_index, offset = divmod(position, self._page_tokens)
@@ -129,8 +143,9 @@ class SimulatedRunner:
         if pages != digest:
             raise WrongPlan(f"pages and state disagree about the first {num_tokens} tokens")
 
-    def _draw(self, sequence_id: int, digest: int, sampling: RowSampling) -> RowResult:
+    def _draw(self, sequence_id: int, slot: int, digest: int, sampling: RowSampling) -> RowResult:
         token = _draw_token(digest, sampling, self._vocab_size)
+        self._drawn[slot] = token
         top = tuple((token, -1.0) for _ in range(sampling.params.num_top_logprobs))
         return RowResult(sequence_id, token, logprob=-1.0, sampled_logprob=-1.0, top_logprobs=top)
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from kiln_engine.domain.plan import BatchPlan
+from kiln_engine.domain.ports import PendingStep
 from kiln_engine.domain.request import GenerationRequest
 from kiln_engine.domain.result import SequenceEvent, StepResult
 from kiln_engine.loop import EngineLoop
@@ -35,6 +37,19 @@ class Summary:
     queue_s: list[float] = field(default_factory=list)
 
 
+@dataclass(frozen=True, slots=True)
+class _TimedStep:
+    """A step that is there when the simulated device has come to its end."""
+
+    step: PendingStep
+    end_s: float
+    wait_until: Callable[[float], None]
+
+    def wait(self) -> StepResult:
+        self.wait_until(self.end_s)
+        return self.step.wait()
+
+
 class SimulationFailed(Exception):
     """The loop gave up; its log says why."""
 
@@ -45,14 +60,17 @@ def simulate(
     costs: StepCosts,
     *,
     vocab_size: int,
+    run_ahead: int = 0,
     is_checking: bool = False,
 ) -> Summary:
     """Run the requests to their ends. `is_checking` counts every reference again before each step.
 
+    The host takes no simulated time: what running ahead costs shows, and not what it gains.
+
     Raises:
         SimulationFailed: a step failed, or an invariant did not hold.
     """
-    return _Simulation(requests, limits, costs, vocab_size, is_checking).run()
+    return _Simulation(requests, limits, costs, vocab_size, run_ahead, is_checking).run()
 
 
 class _Simulation:
@@ -68,6 +86,7 @@ class _Simulation:
         limits: SchedulerLimits,
         costs: StepCosts,
         vocab_size: int,
+        run_ahead: int,
         is_checking: bool,
     ) -> None:
         self._scheduler = Scheduler(limits, frozenset())
@@ -76,11 +95,18 @@ class _Simulation:
         self._is_checking = is_checking
         self._coming = sorted(requests, key=lambda request: request.arrival_s, reverse=True)
         self._now = 0.0
+        # When the device is through with everything launched.
+        self._device_free_s = 0.0
         self._num_live = 0
         self._is_done = threading.Event()
         self._summary = Summary(self._scheduler.stats())
         self._loop = EngineLoop(
-            self._scheduler, self, self, on_ended=self._ended, on_unhealthy=self._is_done.set
+            self._scheduler,
+            self,
+            self,
+            run_ahead=run_ahead,
+            on_ended=self._ended,
+            on_unhealthy=self._is_done.set,
         )
 
     def run(self) -> Summary:
@@ -98,20 +124,25 @@ class _Simulation:
         """The clock."""
         return self._now
 
-    def execute(self, plan: BatchPlan) -> StepResult:
-        """The device: takes simulated time, in which requests may arrive."""
+    def launch(self, plan: BatchPlan) -> PendingStep:
+        """The device: one step after the other."""
         if self._is_checking:
             check_invariants(self._scheduler)
-        result = self._runner.execute(plan)
+        pending = self._runner.launch(plan)
         num_rows = len(plan.decode_rows)
         costs = self._costs
-        self._now += costs.step_s + costs.decode_row_s * num_rows
-        self._now += costs.prefill_token_s * (plan.num_tokens - num_rows)
+        step_s = costs.step_s + costs.decode_row_s * num_rows
+        step_s += costs.prefill_token_s * (plan.num_tokens - num_rows)
+        self._device_free_s = max(self._now, self._device_free_s) + step_s
         self._summary.step_tokens.append(plan.num_tokens)
         if num_rows:
             self._summary.decode_batch_sizes.append(num_rows)
+        return _TimedStep(pending, self._device_free_s, self._wait_until)
+
+    def _wait_until(self, time_s: float) -> None:
+        """Let simulated time pass, in which requests may arrive."""
+        self._now = max(self._now, time_s)
         self._submit_arrived()
-        return result
 
     def offer(self, events: list[SequenceEvent]) -> bool:
         """The client."""
