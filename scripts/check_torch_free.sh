@@ -3,7 +3,7 @@
 # their own, and imports every module of theirs there. Torch must be neither installed nor imported.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-export UV_LINK_MODE=${UV_LINK_MODE:-copy}
+. scripts/uv_environment.sh
 environment=.venv-torch-free
 [ -x $environment/bin/python ] || .venv/bin/uv venv --quiet --python .venv/bin/python $environment
 .venv/bin/uv pip install --quiet --python $environment/bin/python -c requirements/runtime.txt \

@@ -2,6 +2,7 @@
 # Pins every third-party package for all supported Pythons, without recording where they come from.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+. scripts/uv_environment.sh
 lock() {
   .venv/bin/uv pip compile --quiet --universal --python-version 3.11 --no-emit-index-url \
     --no-emit-find-links --no-header --no-annotate --override requirements/overrides.txt "$@"

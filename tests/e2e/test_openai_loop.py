@@ -1,5 +1,8 @@
 """The loop of the README, with the real clients and real processes."""
 
+import re
+from pathlib import Path
+
 import openai
 import pytest
 import requests
@@ -44,3 +47,13 @@ def test_the_openai_loop_is_answered_by_the_version_it_trained(stack):
         model="Qwen/Qwen3.5-4B", messages=[{"role": "user", "content": prompt}], max_tokens=8
     )
     assert answer.headers["X-Kiln-Adapter"] == f"helpful-v3@{job['result']['version']}"
+
+
+def test_the_readmes_loop_runs_as_it_stands(stack, capsys):
+    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text()
+    code = re.search(r"```python\n(import openai.*?)```", readme, re.DOTALL)[1]
+    exec(compile(code.replace("http://localhost:8420", stack.url), "README.md", "exec"), {})
+    printed = capsys.readouterr().out
+    assert [f"step {step}:" in printed for step in range(10)] == [True] * 10
+    assert stack.get("/v1/adapters/helpful")["versions"][-1]["version"] == 10
+    assert stack.chat("Hello", max_tokens=1).headers["X-Kiln-Adapter"] == "helpful@10"
