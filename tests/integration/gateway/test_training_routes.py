@@ -140,6 +140,30 @@ async def test_rollouts_from_a_distribution_nobody_can_score_are_refused(rig, sa
     assert rig.trainer.submitted == []
 
 
+@pytest.mark.parametrize("temperatures", [(0.7, 0), (0, 0.7), (0, 0.7, 0)])
+async def test_a_greedy_rollout_of_the_same_text_does_not_hide_a_sampled_one(rig, temperatures):
+    ids = {t: (await rig.chat(temperature=t)).json()["id"] for t in temperatures}
+    response = await grpo(rig, prompt="Hi", completions=["answer 0", "x"], rewards=[1, 0])
+    assert response.status_code == 202
+    found = submitted(rig)[0]
+    assert (found.source, found.completion_id, found.temperature) == ("rollout", ids[0.7], 0.7)
+
+
+async def test_text_known_only_from_untrainable_rollouts_is_tokenised_again(rig):
+    await rig.chat(temperature=0)
+    await rig.chat(presence_penalty=1)
+    await rig.chat(top_p=0.9)
+    completions = ["answer 0", "answer 0", "x"]
+    fields = {"prompt": "Hi", "completions": completions, "rewards": [1, 1, 0]}
+    assert (await grpo(rig, **fields)).status_code == 202
+    assert [rollout.source for rollout in submitted(rig)] == ["rollout", "retokenised", "retokenised"]
+    uncorrected = await grpo(rig, **fields, loss={"importance": {"mode": "none"}})
+    assert uncorrected.json()["sources"] == {"retokenised": 3}
+    again = submitted(rig)[0]
+    assert rig.tokenizer.decode(list(again.completion_token_ids)) == "answer 0<|im_end|>"
+    assert (again.completion_id, list(again.behaviour_logprobs)) == ("", [])
+
+
 async def test_truncated_rollouts_are_corrected_or_refused(rig):
     answer = (await rig.chat(n=2, top_p=0.9)).json()
     groups = groups_of(answer, [1, 0])

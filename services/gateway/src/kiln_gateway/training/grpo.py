@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import Any
 
 from kiln_common.pb import trainer_pb2
@@ -11,7 +12,7 @@ from kiln_gateway.chat.prompt import check_token_ids
 from kiln_gateway.schemas.training import GroupFields, GrpoBody, RolloutFields
 from kiln_gateway.training.documents import DocumentBuilder
 from kiln_gateway.training.job_config import grpo_loss
-from kiln_gateway.training.kept_rollouts import KeptRollouts, to_grpo
+from kiln_gateway.training.kept_rollouts import KeptRollouts, check_on_policy, is_on_policy, to_grpo
 from kiln_gateway.training.sft import user_message
 
 
@@ -45,7 +46,8 @@ class GrpoSpecBuilder:
         for rollout in group.rollouts or ():
             if rollout.completion_id is not None:
                 kept = await self._rollouts.by_id(rollout.completion_id, rollout.index)
-                rollouts.append(to_grpo(kept, rollout.reward, corrects_importance=self._corrects_importance))
+                check_on_policy(kept, corrects_importance=self._corrects_importance)
+                rollouts.append(to_grpo(kept, rollout.reward))
             else:
                 rollouts.append(await self._from_tokens(messages, tools, rollout))
         return trainer_pb2.GrpoGroup(rollouts=rollouts)
@@ -53,9 +55,15 @@ class GrpoSpecBuilder:
     async def _from_text(
         self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, text: str, reward: float
     ) -> trainer_pb2.GrpoRollout:
-        kept = await self._rollouts.by_text(messages, text)
+        """The kept rollout with this text, or the text's own tokens where none can be trained on.
+
+        A caller who sends text does not say which sampling of it he means, so one that cannot be
+        trained on is passed over, not refused.
+        """
+        is_wanted = partial(is_on_policy, corrects_importance=self._corrects_importance)
+        kept = await self._rollouts.by_text(messages, text, is_wanted)
         if kept is not None:
-            return to_grpo(kept, reward, corrects_importance=self._corrects_importance)
+            return to_grpo(kept, reward)
         turn = await asyncio.to_thread(self._builder.completion_turn, messages, text, tools)
         return trainer_pb2.GrpoRollout(
             prompt_token_ids=turn.prompt_token_ids,

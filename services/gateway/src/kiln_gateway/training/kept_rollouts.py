@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from kiln_common.pb import trainer_pb2
@@ -31,8 +31,13 @@ class KeptRollouts:
             )
         return found
 
-    async def by_text(self, messages: Sequence[dict[str, Any]], text: str) -> Rollout | None:
-        """A rollout of this conversation with this content that was not given out yet, newest first."""
+    async def by_text(
+        self,
+        messages: Sequence[dict[str, Any]],
+        text: str,
+        is_wanted: Callable[[Rollout], bool] = lambda rollout: True,
+    ) -> Rollout | None:
+        """The newest wanted rollout of this conversation with this content that was not given out yet."""
         key = match_key(self._owner, messages, text)
         if key not in self._matches:
             found = await self._store.find_matches(key)
@@ -42,11 +47,12 @@ class KeptRollouts:
                 if rollout.owner == self._owner and rollout.model_hash == self._model_hash
             ]
         matches = self._matches[key]
-        return matches.pop(0) if matches else None
+        place = next((i for i, rollout in enumerate(matches) if is_wanted(rollout)), None)
+        return matches.pop(place) if place is not None else None
 
 
-def to_grpo(rollout: Rollout, reward: float, *, corrects_importance: bool) -> trainer_pb2.GrpoRollout:
-    """The rollout as the trainer takes it, scored at the temperature it was drawn at.
+def check_on_policy(rollout: Rollout, *, corrects_importance: bool) -> None:
+    """Refuse a rollout that was not drawn from a distribution training can score.
 
     `corrects_importance`: whether the loss weighs tokens by importance, which makes up for
     truncation (top_p, top_k, min_p, min_tokens).
@@ -66,12 +72,25 @@ def to_grpo(rollout: Rollout, reward: float, *, corrects_importance: bool) -> tr
             hint='Leave loss.importance out or use mode "token" or "sequence".',
             param="loss.importance.mode",
         )
+
+
+def is_on_policy(rollout: Rollout, *, corrects_importance: bool) -> bool:
+    """Whether check_on_policy would let it pass."""
+    try:
+        check_on_policy(rollout, corrects_importance=corrects_importance)
+    except OffPolicyRollout:
+        return False
+    return True
+
+
+def to_grpo(rollout: Rollout, reward: float) -> trainer_pb2.GrpoRollout:
+    """The rollout as the trainer takes it, scored at the temperature it was drawn at."""
     return trainer_pb2.GrpoRollout(
         prompt_token_ids=rollout.prompt_token_ids,
         completion_token_ids=rollout.completion_token_ids,
         reward=reward,
         behaviour_logprobs=rollout.sampled_logprobs,
-        temperature=sampling.temperature,
+        temperature=rollout.sampling.temperature,
         source="rollout",
         adapter_version=rollout.adapter_version,
         completion_id=rollout.completion_id,
