@@ -10,6 +10,7 @@ import structlog
 from kiln_common.errors import KilnError
 from kiln_common.logs import configure_logs
 from kiln_common.rpc.server import wait_for_stop_signal
+from kiln_common.settings import ConfigurationError, exit_for_configuration, read_settings
 from kiln_engine.bootstrap import start_engine
 from kiln_engine.device_side import load_device_side
 from kiln_engine.settings import EngineSettings
@@ -32,10 +33,12 @@ async def serve(settings: EngineSettings) -> int:
 
 
 def main() -> None:
-    settings = EngineSettings()  # type: ignore[call-arg]  # fields come from the environment
+    settings = read_settings(EngineSettings)
     configure_logs("engine", settings.log_level)
     try:
         code = asyncio.run(serve(settings))
+    except ConfigurationError as error:
+        exit_for_configuration(error)
     except KilnError as error:
         log.error("engine_not_started", code=error.code, reason=str(error), hint=error.hint)
         code = 1

@@ -13,6 +13,7 @@ import torch
 from kiln_common.errors import KilnError
 from kiln_common.model_folder import find_model_folder
 from kiln_common.pb import common_pb2, engine_pb2
+from kiln_common.settings import ConfigurationError
 from kiln_engine.bootstrap import EngineParts
 from kiln_engine.checkpoint_identity import model_name, stop_token_ids
 from kiln_engine.execution.memory_plan import MemoryPlan, MemoryRequest, plan_memory
@@ -42,7 +43,14 @@ class ModelNotLoaded(KilnError):
         self.code = error.code
 
 
-class SettingsContradict(KilnError):
+class DeviceNotAvailable(ConfigurationError):
+    """The device that was asked for is not there."""
+
+    code = "device_not_available"
+    hint = "Leave --device (KILN_ENGINE_DEVICE) out to use the CPU."
+
+
+class SettingsContradict(ConfigurationError):
     code = "settings_contradict"
     hint = "Change the KILN_ENGINE_ settings that the message names, or leave them to the engine."
 
@@ -74,7 +82,7 @@ def load_device_side(settings: EngineSettings) -> EngineParts:
     """Load the checkpoint, share its weights and allocate the pools. Takes as long as the disk does.
 
     Raises:
-        ModelNotLoaded, NotEnoughMemory, SettingsContradict: with what is wrong and what to do.
+        ModelNotLoaded, NotEnoughMemory, DeviceNotAvailable, SettingsContradict: with what is wrong and what to do.
     """
     torch.set_num_threads(settings.num_threads)
     device = _choose_device(settings.device)
@@ -142,6 +150,9 @@ class _LoadProgress:
 def _choose_device(choice: str) -> torch.device:
     if choice == "cpu" or (choice == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
+    if not torch.cuda.is_available():
+        why = "PyTorch sees no GPU" if torch.version.cuda else "the installed PyTorch is built for CPUs only"
+        raise DeviceNotAvailable(f"the device {choice} was asked for, but {why}")
     return torch.device("cuda", 0)
 
 

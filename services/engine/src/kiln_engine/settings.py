@@ -10,6 +10,8 @@ from typing import Literal
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from kiln_common.settings import LogLevel
+
 
 def _default_socket_dir() -> Path:
     return Path(tempfile.gettempdir()) / f"kiln-{os.getuid()}"
@@ -80,4 +82,4 @@ class EngineSettings(BaseSettings):
     )
     drain_timeout_s: float = Field(30.0, ge=0, description="time running requests get when the engine stops")
     outbox_steps: PositiveInt = Field(1024, description="steps a client may lag behind before it is cut off")
-    log_level: str = "INFO"
+    log_level: LogLevel = "INFO"

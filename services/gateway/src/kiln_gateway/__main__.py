@@ -6,10 +6,10 @@ import asyncio
 import sys
 
 import structlog
-from pydantic import ValidationError
 
 from kiln_common.errors import KilnError
 from kiln_common.logs import configure_logs
+from kiln_common.settings import read_settings
 from kiln_gateway.app import create_app
 from kiln_gateway.bootstrap import open_clients
 from kiln_gateway.server import GatewayServer
@@ -36,11 +36,7 @@ async def serve(settings: GatewaySettings) -> None:
 
 
 def main() -> int:
-    try:
-        settings = GatewaySettings()  # type: ignore[call-arg]
-    except ValidationError as error:
-        print(f"kiln_gateway: {error}", file=sys.stderr)
-        return 2
+    settings = read_settings(GatewaySettings)
     configure_logs("gateway", settings.log_level)
     try:
         asyncio.run(serve(settings))

@@ -16,6 +16,7 @@ from pydantic import (
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from kiln_common.loopback import is_loopback
+from kiln_common.settings import LogLevel
 
 Scope = Literal["infer", "train", "admin"]
 CommaSeparated = Annotated[tuple[str, ...], NoDecode]
@@ -66,7 +67,7 @@ class GatewaySettings(BaseSettings):
         (), description="Host names answered to besides localhost, comma separated; * is any"
     )
     allowed_origins: CommaSeparated = Field((), description="browser origins besides the server's own")
-    log_level: str = "INFO"
+    log_level: LogLevel = "INFO"
 
     @field_validator("engine_addresses", "allowed_hosts", "allowed_origins", mode="before")
     @classmethod

@@ -10,6 +10,7 @@ import structlog
 from kiln_common.errors import KilnError
 from kiln_common.logs import configure_logs
 from kiln_common.rpc.server import wait_for_stop_signal
+from kiln_common.settings import read_settings
 from kiln_registry.bootstrap import start_registry
 from kiln_registry.settings import RegistrySettings
 
@@ -26,7 +27,7 @@ async def serve(settings: RegistrySettings) -> None:
 
 
 def main() -> None:
-    settings = RegistrySettings()  # type: ignore[call-arg]  # fields come from the environment
+    settings = read_settings(RegistrySettings)
     configure_logs("registry", settings.log_level)
     try:
         asyncio.run(serve(settings))

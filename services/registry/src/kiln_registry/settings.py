@@ -7,6 +7,8 @@ from pathlib import Path
 from pydantic import Field, PositiveInt
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from kiln_common.settings import LogLevel
+
 
 class RegistrySettings(BaseSettings):
     """Registry process settings, read once from KILN_REGISTRY_*."""
@@ -19,4 +21,4 @@ class RegistrySettings(BaseSettings):
     redis_url: str = Field("", description="where changes are announced; empty announces nothing")
     max_adapter_bytes: PositiveInt = Field(2 * 1024**3, description="largest adapter accepted")
     stop_grace_s: float = Field(5.0, ge=0, description="time running calls get when the process stops")
-    log_level: str = "INFO"
+    log_level: LogLevel = "INFO"

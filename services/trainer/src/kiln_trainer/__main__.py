@@ -11,6 +11,7 @@ import torch
 
 from kiln_common.logs import configure_logs
 from kiln_common.rpc.server import wait_for_stop_signal
+from kiln_common.settings import read_settings
 from kiln_trainer.bootstrap import RunningTrainer, start_trainer
 from kiln_trainer.settings import TrainerSettings
 
@@ -40,7 +41,7 @@ async def _worker_death(trainer: RunningTrainer) -> None:
 
 
 def main() -> None:
-    settings = TrainerSettings()  # type: ignore[call-arg]  # fields come from the environment
+    settings = read_settings(TrainerSettings)
     configure_logs("trainer", settings.log_level)
     if not torch.cuda.is_available():
         os.nice(settings.cpu_niceness)  # threads started from here on inherit it

@@ -8,6 +8,8 @@ from typing import Annotated
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from kiln_common.settings import LogLevel
+
 
 class TrainerSettings(BaseSettings):
     """Trainer process settings, read once from KILN_TRAINER_*."""
@@ -39,7 +41,7 @@ class TrainerSettings(BaseSettings):
     stop_grace_s: NonNegativeFloat = Field(
         15.0, description="time a running step gets to end when the process stops"
     )
-    log_level: str = "INFO"
+    log_level: LogLevel = "INFO"
 
     @field_validator("engine_addresses", mode="before")
     @classmethod

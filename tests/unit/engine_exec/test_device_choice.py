@@ -1,0 +1,19 @@
+"""A device that is not there is an error of the configuration, said before anything is loaded."""
+
+import pytest
+import torch
+
+from kiln_common.settings import ConfigurationError
+from kiln_engine.device_side import DeviceNotAvailable, load_device_side
+from kiln_engine.settings import EngineSettings
+
+
+@pytest.mark.parametrize(("cuda_version", "reason"), [("12.8", "sees no GPU"), (None, "built for CPUs only")])
+def test_cuda_without_a_gpu_is_refused(monkeypatch, cuda_version, reason):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", cuda_version)
+    with pytest.raises(DeviceNotAvailable, match=reason) as refused:
+        load_device_side(EngineSettings(model_path="/nowhere", device="cuda"))
+    assert isinstance(refused.value, ConfigurationError)
+    assert refused.value.code == "device_not_available"
+    assert "out to use the CPU" in refused.value.hint
