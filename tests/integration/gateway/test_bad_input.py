@@ -90,6 +90,8 @@ BODIES = [
     (GRPO, {**SHORT, "adapter": "../etc"}, 400, "invalid_adapter_name", "adapter"),
     (GRPO, {**SHORT, "base_adapter": "nobody"}, 404, "adapter_not_found", "base_adapter"),
     (GRPO, {**SHORT, "learning_rate": 0}, 400, "invalid_value", "learning_rate"),
+    (GRPO, {**SHORT, "learning_rate": 1e9}, 400, "invalid_value", "learning_rate"),
+    (SFT, {"adapter": "a", "examples": [], "learning_rate": 1.01}, 400, "invalid_value", "learning_rate"),
     (GRPO, {**SHORT, "lora": {"rank": 1000}}, 400, "invalid_value", "lora.rank"),
     (GRPO, {**SHORT, "lora": {"rnk": 8}}, 400, "unknown_field", "lora.rnk"),
     (GRPO, {**SHORT, "lora": {"dropout": 0.1}}, 501, "not_implemented", "lora.dropout"),
@@ -122,6 +124,55 @@ async def test_the_nearest_known_field_is_named(rig):
     assert (error["code"], error["hint"]) == ("unknown_field", "Did you mean `messages`?")
     error = (await rig.post(GRPO, {**SHORT, "loss": {"kl": {"coeff": 1}}})).json()["error"]
     assert (error["param"], error["hint"]) == ("loss.kl.coeff", "Did you mean `coef`?")
+    error = (await rig.post(GRPO, {**SHORT, "lr": 1e-4})).json()["error"]
+    assert error["hint"] == "Did you mean `learning_rate`?"
+
+
+async def test_a_field_near_no_other_gets_the_list_of_fields(rig):
+    for path, body, known in (
+        (GRPO, {**SHORT, "foo": 1}, "rewards"),
+        (CHAT, {"messages": [USER], "lr": 1}, "seed"),
+    ):
+        error = (await rig.post(path, body)).json()["error"]
+        assert error["hint"].startswith("Leave it out."), error
+        assert known in error["hint"]
+
+
+async def test_a_learning_rate_that_ruins_the_adapter_is_refused_with_its_number(rig):
+    error = (await rig.post(GRPO, {**SHORT, "learning_rate": 1e9})).json()["error"]
+    assert "1000000000.0" in error["message"]
+    assert "1e-3" in error["hint"]
+
+
+async def test_the_message_alone_says_what_to_do_about_an_unknown_name(rig):
+    for field, route in (("model", "/v1/models"), ("adapter", "/v1/adapters")):
+        error = (await rig.chat(**{field: "nobody"})).json()["error"]
+        assert "'nobody'" in error["message"]
+        assert route in error["message"]
+
+
+async def test_equal_rewards_are_counted_in_words_that_fit(rig):
+    error = (await rig.post(GRPO, {**SHORT, "rewards": [1, 1]})).json()["error"]
+    assert error["message"] == "the rewards are equal within the group"
+    same = {"prompt": "p", "completions": [{"text": "x", "reward": 1}, {"text": "y", "reward": 1}]}
+    error = (await rig.post(GRPO, {"adapter": "a", "groups": [same, same]})).json()["error"]
+    assert error["message"] == "the rewards are equal within each of the 2 groups"
+
+
+async def test_clients_are_told_when_trying_again_is_no_use(rig):
+    hopeless = [
+        ("POST", "/v1/embeddings", 501),
+        ("GET", "/v1/nothing", 404),
+        ("GET", CHAT, 405),
+        ("GET", "/v1/adapters/x", 404),
+    ]
+    for method, path, status in hopeless:
+        response = await rig.http.request(method, path)
+        assert (response.status_code, response.headers["x-should-retry"]) == (status, "false"), path
+    rig.trainer.is_up = False
+    response = await rig.post(GRPO, SHORT)
+    assert (response.status_code, response.headers["Retry-After"]) == (503, "1")
+    assert "x-should-retry" not in response.headers
 
 
 @pytest.mark.parametrize(

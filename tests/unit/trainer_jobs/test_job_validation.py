@@ -55,6 +55,7 @@ def test_zeros_mean_the_defaults():
         ({"optimizer": trainer_pb2.OptimizerConfig(learning_rate=-1)}, "invalid_job_config"),
         ({"optimizer": trainer_pb2.OptimizerConfig(learning_rate=math.nan)}, "invalid_job_config"),
         ({"optimizer": trainer_pb2.OptimizerConfig(learning_rate=math.inf)}, "invalid_job_config"),
+        ({"optimizer": trainer_pb2.OptimizerConfig(learning_rate=1.01)}, "invalid_job_config"),
         ({"optimizer": trainer_pb2.OptimizerConfig(learning_rate=1, warmup_ratio=2)}, "invalid_job_config"),
         ({"optimizer": trainer_pb2.OptimizerConfig(learning_rate=1, weight_decay=-1)}, "invalid_value"),
         ({"optimizer": trainer_pb2.OptimizerConfig(learning_rate=1, adam_beta1=1)}, "invalid_job_config"),

@@ -41,6 +41,15 @@ HINTS = {
     "unsupported_content": "This model reads text: send a string or parts of type text.",
     "missing_field": "Add the field; GET /openapi.json says what each route needs.",
 }
+# What to do about a value outside its range, where the range alone does not say it.
+_FIELD_HINTS = {"learning_rate": "Adapters mostly learn well between 1e-5 and 1e-3."}
+# Names other trainers and servers use, and the field meant here.
+_ALIASES = {
+    "lr": "learning_rate",
+    "num_epochs": "epochs",
+    "num_train_epochs": "epochs",
+    "max_new_tokens": "max_tokens",
+}
 _DEFAULT_HINT = "GET /openapi.json has every field with its type and range."
 
 
@@ -134,13 +143,14 @@ def _to_invalid_field(problems: list[ErrorDetails], schema: type[BaseModel]) -> 
         )
     shown = _shown(problem["input"])
     message = f"`{param}`: {problem['msg'][:1].lower()}{problem['msg'][1:]}, got {shown}"
-    return InvalidField("invalid_value", message, param=param, hint=_DEFAULT_HINT)
+    return InvalidField("invalid_value", message, param=param, hint=_FIELD_HINTS.get(param, _DEFAULT_HINT))
 
 
 def _unknown_field(problem: ErrorDetails, param: str, schema: type[BaseModel]) -> InvalidField:
     name = str(problem["loc"][-1])
     known = _fields_at(schema, problem["loc"][:-1])
-    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    alias = _ALIASES.get(name)
+    nearest = [alias] if alias in known else difflib.get_close_matches(name, known, n=1, cutoff=0.7)
     hint = (
         f"Did you mean `{nearest[0]}`?"
         if nearest

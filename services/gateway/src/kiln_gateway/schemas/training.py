@@ -60,7 +60,7 @@ class JobFields(Body):
     adapter: Reference
     base_adapter: Reference | None = None
     lora: LoraFields = Field(default_factory=LoraFields)
-    learning_rate: PositiveFloat = 1e-4
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 1e-4
     epochs: Annotated[int, Field(ge=1, le=1000)] | None = None
     batch_tokens: Annotated[int, Field(ge=16, le=2**20)] | None = None
     gradient_accumulation: Annotated[int, Field(ge=0, lt=2**31)] | None = None
@@ -268,10 +268,11 @@ class GrpoBody(JobFields):
             self._check_short_form()
         rewards = [group.rewards for group in self.groups or ()] or [self.rewards or []]
         if all(len(set(group)) == 1 for group in rewards):
+            where = f"within each of the {len(rewards)} groups" if len(rewards) > 1 else "within the group"
             raise PydanticCustomError(
                 "no_learning_signal",
-                "the rewards are equal within each of the {count} groups",
-                {"count": len(rewards), "param": "groups" if self.groups is not None else "rewards"},
+                "the rewards are equal {where}",
+                {"where": where, "param": "groups" if self.groups is not None else "rewards"},
             )
         return self
 

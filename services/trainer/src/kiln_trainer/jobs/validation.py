@@ -24,6 +24,7 @@ from kiln_trainer.recipes.options import GrpoOptions, OptimizerOptions, RunOptio
 
 MAX_RANK = 256
 _MAX_EPOCHS = 1000
+_MAX_LEARNING_RATE = 1.0  # AdamW moves each weight by about this much a step
 _MAX_REWARD = 1e9  # float32 advantages, and their products with gradients, stay finite
 _TARGET_GROUPS = frozenset({"all", "attention", "mlp"})
 
@@ -91,9 +92,11 @@ def _check_config(
             raise InvalidJobConfig("start_fresh and base_adapter exclude each other", param="base_adapter")
     _check_lora(config.lora, base_model, max_rank)
     optimizer = config.optimizer
-    if not 0 < optimizer.learning_rate < math.inf:
+    if not 0 < optimizer.learning_rate <= _MAX_LEARNING_RATE:
         raise InvalidJobConfig(
-            f"learning_rate is {optimizer.learning_rate}, it must be positive and finite",
+            f"learning_rate is {optimizer.learning_rate}, "
+            f"it must be above 0 and at most {_MAX_LEARNING_RATE}",
+            hint="Adapters mostly learn well between 1e-5 and 1e-3.",
             param="learning_rate",
         )
     for name in ("adam_beta1", "adam_beta2"):
