@@ -77,6 +77,23 @@ async def test_errors_arrive_as_the_clients_own_exceptions(rig_and_client):
         _ = [chunk async for chunk in stream]
 
 
+async def test_the_client_does_not_repeat_a_request_that_is_not_built(rig_and_client):
+    _, client = rig_and_client
+    seen = []
+    raw = client.with_options(max_retries=2)
+    raw._client.event_hooks["response"].append(_remember(seen))
+    with pytest.raises(openai.InternalServerError):
+        await raw.embeddings.create(model="base", input="Hi")
+    assert seen == [501]
+
+
+def _remember(seen):
+    async def on_response(response):
+        seen.append(response.status_code)
+
+    return on_response
+
+
 async def test_completions_and_models(rig_and_client):
     _, client = rig_and_client
     answer = await client.completions.create(model="base", prompt="Hi", logprobs=2)

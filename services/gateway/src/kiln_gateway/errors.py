@@ -53,6 +53,10 @@ class ModelNotFound(KilnError):
     param = "model"
     hint = "GET /v1/models lists the base model and every adapter."
 
+    def __init__(self, model: str) -> None:
+        # Clients of OpenAI's API show only the message.
+        super().__init__(f"there is no model {model!r}; GET /v1/models lists those there are")
+
 
 class GatewayStopping(Unavailable):
     """The gateway was told to stop before the answer was complete."""

@@ -33,14 +33,16 @@ def error_body(error: KilnError, request_id: str) -> dict[str, Any]:
 
 def error_response(error: KilnError, request_id: str, status: int | None = None) -> JSONResponse:
     """The whole answer; `status` overrides the kind's own (405 has no kind)."""
+    status = status or error.kind.http_status
     headers = {}
     if error.retry_after_s > 0:
         headers["Retry-After"] = str(math.ceil(error.retry_after_s))
-    if error.kind.http_status == 401:
+    elif status < 500 or status == 501:
+        # OpenAI's clients would try a 409 or 501 again by themselves; this tells them not to.
+        headers["x-should-retry"] = "false"
+    if status == 401:
         headers["WWW-Authenticate"] = "Bearer"
-    return JSONResponse(
-        error_body(error, request_id), status_code=status or error.kind.http_status, headers=headers
-    )
+    return JSONResponse(error_body(error, request_id), status_code=status, headers=headers)
 
 
 def request_id_of(request: Request) -> str:

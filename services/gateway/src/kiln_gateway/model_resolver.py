@@ -89,7 +89,7 @@ class ModelResolver:
         try:
             return Target((_to_ref(await self.version(model, model_hash, "model")),))
         except AdapterNotFound as error:
-            raise ModelNotFound(f"there is no model {model!r}") from error
+            raise ModelNotFound(model) from error
 
     async def version(self, reference: str, model_hash: str, param: str) -> registry_pb2.AdapterVersion:
         """The version that `reference` means now. Raises AdapterNotFound, AdapterMismatch."""
@@ -97,7 +97,11 @@ class ModelResolver:
             found = await self._registry.resolve(reference)
         except KilnError as error:
             if error.code in _NO_SUCH_ADAPTER:
-                raise AdapterNotFound(f"there is no adapter {reference!r}", param=param) from error
+                # Clients of OpenAI's API show only the message.
+                raise AdapterNotFound(
+                    f"there is no adapter {reference!r}; GET /v1/adapters lists those there are",
+                    param=param,
+                ) from error
             raise
         if found.base_model_hash != model_hash:
             raise AdapterMismatch(

@@ -41,12 +41,12 @@ async def get_model(request: Request, model: str) -> Response:
         adapter = await gateway.clients.registry.get(model.partition("@")[0])
     except KilnError as error:
         if error.kind.http_status < 500:
-            raise ModelNotFound(f"there is no model {model!r}") from error
+            raise ModelNotFound(model) from error
         raise
     for entry in _adapter_entries(adapter, base["id"], model_hash):
         if entry["id"] == model:
             return json_response(entry)
-    raise ModelNotFound(f"there is no model {model!r}")
+    raise ModelNotFound(model)
 
 
 async def _base_entry(gateway: Gateway) -> dict[str, Any]:
