@@ -145,3 +145,13 @@ async def test_attach_and_detach_change_what_answers(rig):
     assert [version["version"] for version in listed[0]["versions"]] == [1, 2]
     assert (await rig.http.delete("/v1/adapters/mine")).json()["versions"] == 2
     assert (await rig.http.get("/v1/adapters/mine")).status_code == 404
+
+
+async def test_attaching_what_is_not_there_names_the_part_at_fault(rig):
+    rig.registry.add("mine")
+    cases = [("nobody", {}, "name"), ("nobody", {"version": 1}, "name"), ("mine", {"version": 9}, "version")]
+    for name, body, param in cases:
+        response = await rig.post(f"/v1/adapters/{name}/attach", body)
+        error = response.json()["error"]
+        assert (response.status_code, error["code"], error["param"]) == (404, "adapter_not_found", param)
+    assert rig.registry.default is None

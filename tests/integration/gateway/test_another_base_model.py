@@ -32,7 +32,7 @@ async def test_naming_one_is_refused_wherever_it_would_be_used(rig):
         ("/v1/chat/completions", {"model": "old"}, "model"),
         ("/v1/chat/completions", {"adapter": "old@1"}, "adapter"),
         ("/v1/chat/completions", {"adapters": [{"name": "old"}]}, "adapters"),
-        ("/v1/adapters/old/attach", None, "version"),
+        ("/v1/adapters/old/attach", None, "name"),
         ("/v1/train/grpo", {**GRPO, "adapter": "new", "base_adapter": "old"}, "base_adapter"),
         ("/v1/train/grpo", {**GRPO, "adapter": "old"}, "adapter"),
     ):

@@ -12,7 +12,7 @@ from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import Response
 
 from kiln_common.adapter_names import check_adapter_name, parse_reference
-from kiln_common.errors import IdempotencyConflict, InvalidValue, KilnError
+from kiln_common.errors import AdapterNotFound, IdempotencyConflict, InvalidValue, KilnError
 from kiln_common.pb import registry_pb2
 from kiln_gateway.adapters.adapter_view import adapter_object, version_object
 from kiln_gateway.adapters.archive import pack_adapter
@@ -52,8 +52,10 @@ async def attach_adapter(request: Request, name: str) -> Response:
     gateway = gateway_of(request)
     body = await gateway.parse_optional(request, AttachBody)
     base_model = await gateway.engines.base_model()
-    wanted = name if body.version is None else f"{name}@{body.version}"
-    found = await gateway.resolver.version(wanted, base_model.model_hash, "version")
+    if body.version is None:
+        found = await gateway.resolver.version(name, base_model.model_hash, "name")
+    else:
+        found = await _certain_version(gateway, name, body.version, base_model.model_hash)
     attached = await gateway.clients.registry.set_default(f"{found.name}@{found.version}")
     return json_response({"attached": version_object(attached) if attached is not None else None})
 
@@ -117,6 +119,18 @@ async def upload_adapter(request: Request, caller: Caller = _TRAIN) -> Response:
             f"the Idempotency-Key {key!r} was used for {version.name}@{version.version}"
         )
     return json_response(version_object(version), status=201)
+
+
+async def _certain_version(
+    gateway: Gateway, name: str, version: int, model_hash: str
+) -> registry_pb2.AdapterVersion:
+    """Raises AdapterNotFound, AdapterMismatch: `param` is the one at fault of name and version."""
+    try:
+        return await gateway.resolver.version(f"{name}@{version}", model_hash, "version")
+    except AdapterNotFound as error:
+        if all(adapter.name != name for adapter in await gateway.clients.registry.list()):
+            error.param = "name"
+        raise
 
 
 def _file_sha256(path: Path) -> str:
