@@ -25,7 +25,10 @@ class ReservedAdapterName(InvalidRequest):
 
     code = "reserved_adapter_name"
     kind = ErrorKind.INVALID_REQUEST
-    hint = "Choose another name: 'base' and the base model's id always mean the base model."
+    hint = (
+        "Choose another name: 'base' always means the bare base model, and the base model's id "
+        "means its attached adapter, or the bare base model while none is attached."
+    )
 
 
 @dataclass(frozen=True, slots=True)
