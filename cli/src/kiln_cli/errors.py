@@ -6,26 +6,29 @@ from kiln_common.errors import ErrorKind, InvalidRequest, KilnError
 class PortInUse(KilnError):
     code = "port_in_use"
     kind = ErrorKind.CONFLICT
-    hint = "Stop what uses it, or choose another: kiln up --port 8421."
+    hint = "Stop what uses it, or choose another: kiln up --port 8421, or make up PORT=8421."
 
 
 class StateDirInUse(KilnError):
     code = "state_dir_in_use"
     kind = ErrorKind.CONFLICT
-    hint = "Stop the other kiln up, or give this one its own: kiln up --state-dir FOLDER --port PORT."
+    hint = (
+        "Stop the other kiln up, or give this one its own: kiln up --state-dir FOLDER --port PORT, "
+        "or make up STATE_DIR=FOLDER PORT=PORT."
+    )
 
 
 class DemoFailed(KilnError):
     """The demonstration could not be carried out to its end."""
 
     code = "demo_failed"
-    hint = "Run it with --state-dir FOLDER to keep the services' logs."
+    hint = "Keep the services' logs: kiln demo --state-dir FOLDER, or make demo ARGS='--state-dir FOLDER'."
 
 
 class StateDirUnusable(KilnError):
     code = "state_dir_unusable"
     kind = ErrorKind.CONFLICT
-    hint = "Remove the folder, or choose another: kiln up --state-dir FOLDER."
+    hint = "Remove the folder, or choose another: kiln up --state-dir FOLDER, or make up STATE_DIR=FOLDER."
 
 
 class PublicHostWithoutKeys(InvalidRequest):

@@ -23,8 +23,19 @@ app = typer.Typer(
 )
 
 
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(kiln_cli.__version__)
+        raise typer.Exit()
+
+
 @app.callback()
-def _root() -> None:
+def _root(
+    show_version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version and end.", callback=_print_version, is_eager=True),
+    ] = False,
+) -> None:
     """Serve Qwen3.5 through the OpenAI API, and let it learn from rewards while it serves."""
 
 
@@ -97,6 +108,10 @@ def demo(
     """Start a stack of its own, let the demo model learn courtesy from a reward, and measure it.
 
     Takes a few minutes; the last line is JSON. Example: [bold]kiln demo | tail -1[/bold]
+
+    Exit code 0: it learned and every request was answered. 1: it ran to its end, but did not learn or
+    a request failed, and the line before the JSON says which. 2: it could not be carried out.
+    130: it was interrupted.
     """
     from kiln_cli.demo.learning import LearningPlan
     from kiln_cli.demo.run import demo as run

@@ -84,6 +84,36 @@ async def test_a_service_that_cannot_start_ends_everything_with_its_last_lines(t
         os.kill(int((tmp_path / "a" / "pid").read_text()), 0)
 
 
+async def test_a_service_with_bad_settings_is_not_tried_again(tmp_path):
+    console, out = _console(tmp_path)
+    code = "import sys; print('KILN_ENGINE_X: bad', file=sys.stderr); sys.exit(78)"
+    supervisor = Supervisor(
+        [_spec(tmp_path / "a", "redis"), _spec(tmp_path / "b", code=code)], tmp_path, console
+    )
+    assert await asyncio.wait_for(supervisor.run(), 30) == 78
+    assert (tmp_path / "logs" / "engine.log").read_text() == "KILN_ENGINE_X: bad\n"
+    assert "engine cannot start with these settings:\n  KILN_ENGINE_X: bad" in out.getvalue()
+    assert out.getvalue().count("KILN_ENGINE_X") == 1
+    assert "starting it again" not in out.getvalue()
+
+
+async def test_a_service_that_was_ready_is_started_again_whatever_its_exit_code(tmp_path):
+    console, out = _console(tmp_path)
+    code = _SERVICE.replace("stop.wait()", "stop.wait(); os._exit(78)")
+    supervisor = Supervisor([_spec(tmp_path / "a", code=code)], tmp_path, console)
+    running = asyncio.create_task(supervisor.run())
+    process = supervisor.processes["engine"]
+    await asyncio.wait_for(process.is_ready.wait(), 20)
+    first_pid = process.pid
+    (tmp_path / "a" / "ready").unlink()
+    os.kill(first_pid, signal.SIGTERM)
+    while process.pid == first_pid or not process.is_ready.is_set():
+        await asyncio.sleep(0.02)
+    supervisor.request_stop()
+    assert await asyncio.wait_for(running, 20) == 0
+    assert "ended with code 78; starting it again" in out.getvalue()
+
+
 def test_a_port_in_use_is_refused_before_anything_starts():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

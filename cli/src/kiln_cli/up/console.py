@@ -52,6 +52,11 @@ class UpConsole:
             self._out.print(f"  {escape(_readable(line)[1])}")
         self._out.print(f"  The whole log: {escape(str(self._log_dir / (name + '.log')))}", style="dim")
 
+    def settings_refused(self, name: str, lines: Iterable[str]) -> None:
+        self._out.print(f"\n[red]{name} cannot start with these settings:[/red]")
+        for line in lines:
+            self._out.print(f"  {escape(_readable(line)[1])}", soft_wrap=True)
+
     def stopping(self) -> None:
         self._out.print("  stopping …", style="dim")
 

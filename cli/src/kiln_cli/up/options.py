@@ -41,7 +41,8 @@ def demo_model_dir() -> Path:
     folder = Path(__file__).resolve().parents[4] / "demo" / "model"
     if not (folder / "config.json").is_file():
         raise ModelNotFound(
-            f"the demo model is not at {folder}", hint="Name a model: kiln up --model FOLDER."
+            f"the demo model is not at {folder}",
+            hint="Name a model: kiln up --model FOLDER, or make up MODEL=FOLDER.",
         )
     return folder
 

@@ -63,7 +63,7 @@ class SupervisedProcess:
         return self._process.pid if self._process is not None else None
 
     async def run(self) -> None:
-        """Start and restart the service; returns after `stop()`."""
+        """Start and restart the service; returns after `stop()` or `give_up()`."""
         loop = asyncio.get_running_loop()
         while not self._is_stopping.is_set():
             started_at = loop.time()
@@ -128,6 +128,10 @@ class SupervisedProcess:
                 line = raw.decode(errors="replace").rstrip("\n")
                 self.last_lines.append(line)
                 self._on_line(self.spec.name, line)
+
+    def give_up(self) -> None:
+        """From `on_exit`: the service has ended, and is not started again."""
+        self._is_stopping.set()
 
     async def stop(self) -> None:
         """End the service: SIGTERM, and SIGKILL when it has not gone within its stop time."""

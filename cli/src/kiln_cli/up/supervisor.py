@@ -11,6 +11,7 @@ from pathlib import Path
 from kiln_cli.up.console import UpConsole
 from kiln_cli.up.process import SupervisedProcess
 from kiln_cli.up.specs import ServiceSpec
+from kiln_common.settings import EXIT_CONFIG
 
 # A service that dies this often before it was ever ready will not become ready by trying again.
 _MAX_FAILED_STARTS = 3
@@ -36,6 +37,7 @@ class Supervisor:
             folder.mkdir(parents=True, exist_ok=True)
         self._console = console
         self._failed: str | None = None
+        self._is_misconfigured = False
         self._stop_requested = asyncio.Event()
         self.processes = {
             spec.name: SupervisedProcess(
@@ -65,7 +67,9 @@ class Supervisor:
         return await self.run()
 
     async def run(self) -> int:
-        """Run until asked to stop. Returns the exit code: 1 when a service could not start.
+        """Run until asked to stop. Returns the exit code: 0, 1 or EXIT_CONFIG.
+
+        1 when a service could not start, EXIT_CONFIG when that was because of its settings.
 
         Raises:
             OSError: a process could not be started at all; the others were stopped.
@@ -85,7 +89,11 @@ class Supervisor:
             if isinstance(result, BaseException):
                 raise result
         if self._failed is not None:
-            self._console.start_failed(self._failed, self.processes[self._failed].last_lines)
+            last_lines = self.processes[self._failed].last_lines
+            if self._is_misconfigured:
+                self._console.settings_refused(self._failed, last_lines)
+                return EXIT_CONFIG
+            self._console.start_failed(self._failed, last_lines)
             return 1
         self._console.stopped()
         return 0
@@ -96,8 +104,11 @@ class Supervisor:
 
     def _service_exited(self, name: str, code: int, delay_s: float) -> None:
         process = self.processes[name]
-        if not process.was_ready and process.num_crashes >= _MAX_FAILED_STARTS:
-            self._failed = name
+        is_misconfigured = code == EXIT_CONFIG
+        if not process.was_ready and (is_misconfigured or process.num_crashes >= _MAX_FAILED_STARTS):
+            process.give_up()
+            if self._failed is None:
+                self._failed, self._is_misconfigured = name, is_misconfigured
             self.request_stop()
             return
         self._console.service_exited(name, code, delay_s)

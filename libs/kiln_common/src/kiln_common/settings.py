@@ -104,5 +104,9 @@ def _not_json(settings_class: type[BaseSettings], error: SettingsError) -> str:
         return str(error)
     field = match.group(1)
     info = settings_class.model_fields.get(field)
-    expected = f"; expected {info.description}" if info is not None and info.description else ""
+    expected = (
+        f"; expected {info.description.removeprefix('JSON: ')}"
+        if info is not None and info.description
+        else ""
+    )
     return f"{_variable(settings_class, field)}: the value is not valid JSON{expected}"

@@ -187,7 +187,7 @@ class PrivateRedis:
             os.close(lock_fd)
             raise RedisServerFailed(
                 f"another Redis server already uses {self._folder}",
-                hint="Stop the other `kiln up`, or give this one its own --state-dir.",
+                hint="Stop the other `kiln up`, or give this one its own --state-dir (make up STATE_DIR=FOLDER).",
             ) from None
         return lock_fd
 
