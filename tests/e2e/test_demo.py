@@ -19,7 +19,8 @@ def test_the_demo_learns_from_the_reward_and_not_from_shuffled_ones(tmp_path):
     assert 0.2 < before["mean"] < 0.7
     assert after["mean"] >= before["mean"] + 0.1
     assert after["low"] > before["high"]
-    assert control["low"] <= before["high"]
+    # Noise moves the control as far as noise can; a signal would move it like the adapter.
+    assert control["mean"] - before["mean"] < (after["mean"] - before["mean"]) / 2
     assert min(entry["samples"] for entry in (before, after, control)) >= 64
     assert result["requests_failed"] == 0
     assert result["requests_total"] > 100

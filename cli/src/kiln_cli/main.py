@@ -99,7 +99,7 @@ def up(
 @app.command()
 def demo(
     seed: Annotated[int, typer.Option(help="Order of prompts and shuffling.")] = 0,
-    rounds: Annotated[int, typer.Option(help="Sample, score, train: how often.", min=1)] = 8,
+    rounds: Annotated[int, typer.Option(help="Sample, score, train: how often.", min=1)] = 16,
     state_dir: Annotated[
         Path | None,
         typer.Option(help="Keep state and logs here. A temporary folder when left out.", show_default=False),

@@ -20,12 +20,12 @@ _SWAP_TIMEOUT_S = 60.0
 class LearningPlan:
     """How much is sampled and how hard each round pulls."""
 
-    num_rounds: int = 8
+    num_rounds: int = 16
     prompts_per_round: int = 8
     rollouts_per_prompt: int = 8
     max_tokens: int = 90
-    learning_rate: float = 1.5e-3
-    steps_per_round: int = 2
+    learning_rate: float = 1.2e-3
+    steps_per_round: int = 1
     lora_rank: int = 16
 
 
