@@ -22,6 +22,7 @@ from kiln_engine.scheduling import SchedulerLimits
 from kiln_engine.settings import EngineSettings
 from kiln_nn.config import ModelConfig
 from kiln_nn.errors import KilnNnError
+from kiln_nn.kernels.dispatch import has_triton
 from kiln_nn.lora import adapter_table
 from kiln_nn.sharing import WeightServer, wait_for_old_leases
 from kiln_nn.weights import LoadedModel, WeightArena, load_checkpoint
@@ -129,6 +130,8 @@ def load_device_side(settings: EngineSettings) -> EngineParts:
         max_running=limits.num_most_running,
     )
     runner = TorchRunner(model.config, views, memory)
+    if settings.cuda_graphs:
+        runner.capture()
     return EngineParts(runner, runner.adapters, weights, limits, info)
 
 
@@ -169,6 +172,9 @@ def _memory_request(settings: EngineSettings, config: ModelConfig, device: torch
         max_adapter_rank=settings.max_adapter_rank,
         num_state_slots=settings.num_state_slots,
         kv_cache_tokens=settings.kv_cache_tokens or (_CPU_KV_CACHE_TOKENS if is_cpu else 0),
+        state_dtype=torch.bfloat16 if settings.state_dtype == "bfloat16" else torch.float32,
+        kv_dtype=torch.float8_e4m3fn if settings.kv_dtype == "fp8" else None,
+        has_kernels=not is_cpu and has_triton(),
     )
 
 
@@ -218,7 +224,8 @@ def _log_plan(model: LoadedModel, memory: MemoryPlan, limits: SchedulerLimits, d
         kv_tokens=memory.num_pages * memory.page_tokens,
         state_mib=memory.state_bytes >> 20,
         state_slots=memory.num_state_slots,
-        state_dtype="float32",
+        state_dtype=str(memory.state_dtype).removeprefix("torch."),
+        kv_dtype=str(memory.kv_dtype).removeprefix("torch."),
         adapter_mib=memory.adapter_bytes >> 20,
         adapter_slots=memory.num_adapter_slots,
         workspace_mib=memory.workspace_bytes >> 20,

@@ -27,6 +27,13 @@ class EngineSettings(BaseSettings):
     listen: str = Field("127.0.0.1:8430", description="gRPC address: host:port or unix:/path")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    kv_dtype: Literal["auto", "fp8"] = Field(
+        "auto", description="format of cached keys and values; auto: the model's; fp8 (e4m3) needs a GPU"
+    )
+    state_dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="format of committed recurrent states; auto: float32"
+    )
+    cuda_graphs: bool = Field(True, description="capture steps as CUDA graphs at start (GPU)")
     num_threads: PositiveInt = Field(1, description="CPU threads of a step")
 
     page_tokens: PositiveInt = Field(16, description="tokens in one KV page")

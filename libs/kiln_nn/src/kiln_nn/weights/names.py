@@ -23,7 +23,7 @@ _FP32_SUFFIXES = ("norm.weight", ".A_log", ".dt_bias")
 
 # Linear layers that read the same input: their rows are laid out back to back, so that one
 # matrix product can cover them all.
-_FUSED_GROUPS = {
+FUSED_GROUPS = {
     "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "linear_attn.in_proj": (
         "linear_attn.in_proj_qkv",
@@ -33,7 +33,7 @@ _FUSED_GROUPS = {
     ),
     "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
 }
-_FUSED_OF = {part: fused for fused, parts in _FUSED_GROUPS.items() for part in parts}
+_FUSED_OF = {part: fused for fused, parts in FUSED_GROUPS.items() for part in parts}
 
 
 @dataclass(frozen=True)

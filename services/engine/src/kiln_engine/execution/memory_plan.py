@@ -8,10 +8,9 @@ import torch
 
 from kiln_common.errors import KilnError
 from kiln_engine.execution.adapter_store import adapter_slot_bytes
-from kiln_engine.model import kv_page_bytes, state_slot_bytes
-from kiln_engine.model.decode_layout import MOST_GATHERED_TOKENS
+from kiln_engine.model import kv_page_bytes, page_table_bytes, state_slot_bytes
 from kiln_nn.config import ModelConfig
-from kiln_nn.kernels.paged_attention.reference import MOST_SCORES
+from kiln_nn.kernels.paged_attention.reference import MOST_GATHERED_TOKENS, MOST_SCORES
 
 
 class NotEnoughMemory(KilnError):
@@ -41,13 +40,22 @@ class MemoryRequest:
     kv_cache_tokens: int = 0
     least_model_len: int = 1
     max_draft_tokens: int = 0
+    state_dtype: torch.dtype = torch.float32
+    # None is the model's own format.
+    kv_dtype: torch.dtype | None = None
+    # Whether the step runs on kernels, which keep less aside than the references do.
+    has_kernels: bool = False
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What start-up allocates, in counts and bytes."""
+    """What start-up allocates, in counts, formats and bytes."""
 
     page_tokens: int
+    max_model_len: int
+    max_running: int
+    state_dtype: torch.dtype
+    kv_dtype: torch.dtype
     num_pages: int
     num_state_slots: int
     num_adapter_slots: int
@@ -75,13 +83,21 @@ def plan_memory(
     Raises:
         NotEnoughMemory: less is left than two state slots and the pages of `least_model_len` tokens.
     """
-    slot = state_slot_bytes(config, request.page_tokens, dtype, max_draft_tokens=request.max_draft_tokens)
-    page = kv_page_bytes(config, request.page_tokens, dtype)
+    kv_dtype = request.kv_dtype or dtype
+    slot = state_slot_bytes(
+        config,
+        request.page_tokens,
+        dtype,
+        state_dtype=request.state_dtype,
+        max_draft_tokens=request.max_draft_tokens,
+    )
+    page = kv_page_bytes(config, request.page_tokens, kv_dtype)
     adapters = request.num_adapter_slots * adapter_slot_bytes(config, request.max_adapter_rank, dtype)
-    workspace = _workspace_bytes(config, request, dtype) + adapters  # a step stacks those it uses
+    workspace = _workspace_bytes(config, request, dtype)
     left = free_bytes - adapters - workspace
     num_slots = request.num_state_slots or _affordable_slots(request, slot, left)
-    left -= num_slots * slot
+    table = page_table_bytes(num_slots, request.max_model_len, request.page_tokens)
+    left -= num_slots * slot + table
     num_fillable = request.max_running * _num_pages(request, request.max_model_len)
     if request.kv_cache_tokens:
         num_pages = num_least = max(1, request.kv_cache_tokens // request.page_tokens)
@@ -96,11 +112,15 @@ def plan_memory(
         )
     return MemoryPlan(
         page_tokens=request.page_tokens,
+        max_model_len=request.max_model_len,
+        max_running=min(request.max_running, num_slots),
+        state_dtype=request.state_dtype,
+        kv_dtype=kv_dtype,
         num_pages=num_pages,
         num_state_slots=num_slots,
         num_adapter_slots=request.num_adapter_slots,
         max_adapter_rank=request.max_adapter_rank,
-        kv_bytes=num_pages * page,
+        kv_bytes=num_pages * page + table,
         state_bytes=num_slots * slot,
         adapter_bytes=adapters,
         workspace_bytes=workspace,
@@ -128,6 +148,10 @@ def _workspace_bytes(config: ModelConfig, request: MemoryRequest, dtype: torch.d
     residual = 4 * config.hidden_size * dtype.itemsize
     state = config.linear_num_value_heads * config.linear_key_head_dim * config.linear_value_head_dim
     step = request.step_token_budget * (max(mixer + scores, mlp) + residual)
+    if request.has_kernels:
+        # Logits and one copy to edit; graphs keep what a decode step makes on the way.
+        rows = request.max_running * (2 * config.vocab_size * float32 + 4 * (mixer + mlp + residual))
+        return step + rows
     # Logits, their copies, and in float64 those that top-k and top-p sort.
     rows = request.max_running * (10 * config.vocab_size + 3 * state) * float32
     return step + rows + _attention_bytes(config, request, dtype)

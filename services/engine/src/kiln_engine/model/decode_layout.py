@@ -1,6 +1,9 @@
 """Where the decode rows of a step find and leave what they remember.
 
-Legend: `R` decode rows, `M` most pages of any row of a group.
+Everything a row looks up is one number, so a step's rows are one small matrix `[fields, R]`: it
+travels in one copy, and a captured graph reads it where the copy before its launch has put it.
+
+Legend: `R` decode rows (padding included), `M` pages of a line of the page table.
 """
 
 from __future__ import annotations
@@ -8,79 +11,105 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from kiln_engine.domain.plan import DecodeRow
-from kiln_engine.model.index_lists import IndexLists, StoreShape
+from kiln_engine.model.store_shape import StoreShape
 from kiln_nn.kernels.delta_decode import NO_SLOT, DeltaRows
 
-# Most tokens whose keys and values attention copies out of the pages at once (padding included)
-# for decode rows: without a bound, one long row would pad all of its neighbours to its length.
-MOST_GATHERED_TOKENS = 65_536
-
-
-@dataclass(frozen=True)
-class AttentionGroup:
-    """Decode rows whose pages are read together, each line padded to the longest."""
-
-    rows: torch.Tensor  # among the decode rows
-    page_table_RM: torch.Tensor
-    context_lengths_R: torch.Tensor
+# The rows of the matrix, in order.
+_FIELDS = (
+    "token_ids",
+    "positions",
+    "token_slots",
+    "context_lengths",
+    "table_lines",
+    "table_places",
+    "page_ids",
+    "read_slots",
+    "ring_slots",
+    "lengths",
+    "commit_slots",
+    "kept_slots",
+)
+NUM_DECODE_FIELDS = len(_FIELDS)
 
 
 @dataclass(frozen=True)
 class DecodeLayout:
-    """Everything the decode rows look up."""
+    """Views of one `[fields, R]` int64 matrix on the device."""
 
-    # Every row is in one of them; a single group has the rows in their order.
-    attention: tuple[AttentionGroup, ...]
+    # -1 where the token is the one drawn last for the row's live slot.
+    token_ids_R: torch.Tensor
+    positions_R: torch.Tensor
+    # Where the token's key and value go; -1 for a padding row.
+    token_slots_R: torch.Tensor
+    # The token included; 0 for a padding row.
+    context_lengths_R: torch.Tensor
+    # The row's line of the page table, and the place in it of the page that its token lies in.
+    table_lines_R: torch.Tensor
+    table_places_R: torch.Tensor
+    page_ids_R: torch.Tensor
     delta: DeltaRows
+    # The live slot after the step, with which the token drawn stays; -1 for a padding row.
+    kept_slots_R: torch.Tensor
+
+    @property
+    def num_rows(self) -> int:
+        return self.token_ids_R.shape[0]
 
 
-class DecodeLists:
-    """Collects the decode rows' numbers, and makes their layout once they are on the device."""
+def decode_layout(fields_FR: torch.Tensor) -> DecodeLayout:
+    """The layout that a matrix made by `decode_fields` describes."""
+    field = dict(zip(_FIELDS, fields_FR.unbind(0), strict=True))
+    return DecodeLayout(
+        token_ids_R=field["token_ids"],
+        positions_R=field["positions"],
+        token_slots_R=field["token_slots"],
+        context_lengths_R=field["context_lengths"],
+        table_lines_R=field["table_lines"],
+        table_places_R=field["table_places"],
+        page_ids_R=field["page_ids"],
+        delta=DeltaRows(field["read_slots"], field["ring_slots"], field["lengths"], field["commit_slots"]),
+        kept_slots_R=field["kept_slots"],
+    )
 
-    def __init__(self, lists: IndexLists, rows: Sequence[DecodeRow], shape: StoreShape) -> None:
-        self._groups = [
+
+def decode_fields(rows: Sequence[DecodeRow], shape: StoreShape, capacity: int | None = None) -> np.ndarray:
+    """The rows' numbers as int64 `[fields, capacity]`; rows behind the last one touch nothing."""
+    capacity = len(rows) if capacity is None else capacity
+    page_tokens, num_line_pages = shape.page_tokens, shape.num_line_pages
+    numbers = []
+    for row in rows:
+        page, place = divmod(row.position, page_tokens)
+        page_id, slot, commit = row.page_ids[page], row.state_slot, row.state_commit_slot
+        numbers.append(
             (
-                lists.add(group),
-                lists.add(_padded_pages([rows[i] for i in group], shape.page_tokens)),
-                lists.add([rows[i].position + 1 for i in group]),
+                -1 if row.token_id is None else row.token_id,
+                row.position,
+                page_id * page_tokens + place,
+                row.position + 1,
+                slot,
+                slot * num_line_pages + page,
+                page_id,
+                row.state_read_slot,
+                slot,
+                place,
+                NO_SLOT if commit is None else commit,
+                slot if commit is None else commit,
             )
-            for group in _attention_groups([row.position + 1 for row in rows])
-        ]
-        commits = [NO_SLOT if row.state_commit_slot is None else row.state_commit_slot for row in rows]
-        self._delta = [
-            lists.add([row.state_read_slot for row in rows]),
-            lists.add([row.state_slot for row in rows]),
-            lists.add([row.position % shape.page_tokens for row in rows]),
-            lists.add(commits),
-        ]
-
-    def layout(self, parts: Sequence[torch.Tensor]) -> DecodeLayout:
-        return DecodeLayout(
-            attention=tuple(
-                AttentionGroup(parts[rows], parts[table].view(len(parts[rows]), -1), parts[contexts])
-                for rows, table, contexts in self._groups
-            ),
-            delta=DeltaRows(*(parts[number] for number in self._delta)),
         )
+    spare = shape.spare_line
+    padding = (0, 0, -1, 0, spare, spare * num_line_pages, 0, NO_SLOT, NO_SLOT, 0, NO_SLOT, NO_SLOT)
+    numbers.extend([padding] * (capacity - len(rows)))
+    return np.ascontiguousarray(np.array(numbers, dtype=np.int64).reshape(capacity, NUM_DECODE_FIELDS).T)
 
 
-def _attention_groups(context_lengths: Sequence[int]) -> list[list[int]]:
-    """Rows whose padded contexts together stay within `MOST_GATHERED_TOKENS`, or one longer row."""
-    by_length = sorted(range(len(context_lengths)), key=lambda row: -context_lengths[row])
-    groups: list[list[int]] = []
-    first = 0
-    while first < len(by_length):
-        num_rows = max(1, MOST_GATHERED_TOKENS // context_lengths[by_length[first]])
-        groups.append(sorted(by_length[first : first + num_rows]))
-        first += num_rows
-    return groups
-
-
-def _padded_pages(rows: Sequence[DecodeRow], page_tokens: int) -> list[int]:
-    """Page ids line by line; a row's own page pads its line, because another's might hold anything."""
-    lines = [row.page_ids[: row.position // page_tokens + 1] for row in rows]
-    longest = max(map(len, lines))
-    return [page for line in lines for page in (*line, *line[:1] * (longest - len(line)))]
+def moved_lines(rows: Sequence[DecodeRow]) -> list[tuple[int, int]]:
+    """(from, to) of the rows that go on in another slot after this step."""
+    return [
+        (row.state_slot, row.state_commit_slot)
+        for row in rows
+        if row.state_commit_slot is not None and row.state_commit_slot != row.state_slot
+    ]

@@ -1,136 +1,155 @@
 """Where the prefill chunks of a step find and leave what they remember.
 
-Legend: `N` chunks, `J` rows of convolution tail, `P` ring capacity.
+All numbers of a step's chunks are one flat list with a section for each purpose. With a capacity
+the sections have the same places in every step, so that a captured graph finds them; chunks, tokens
+and tiles behind the last one are empty.
+
+Legend: `T` tokens, `N` chunks, `P` pages of all chunks, `B` tiles.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
+import numpy as np
 import torch
 
 from kiln_engine.domain.plan import PrefillChunk
-from kiln_engine.model.index_lists import IndexLists, StoreShape
+from kiln_engine.model.store_shape import StoreShape
+from kiln_nn.kernels.delta_decode import NO_SLOT
+from kiln_nn.kernels.delta_prefill import TILE_TOKENS as DELTA_TILE_TOKENS
+from kiln_nn.kernels.delta_prefill import DeltaChunks
+from kiln_nn.kernels.paged_attention import TILE_TOKENS as ATTENTION_TILE_TOKENS
+from kiln_nn.kernels.paged_attention import PromptChunks
+
+_NO_TILE = -1
+
+
+@dataclass(frozen=True)
+class PrefillCapacity:
+    """Most tokens and chunks of a step's prefill, as a captured graph counts them."""
+
+    num_tokens: int
+    num_chunks: int
+
+    def num_tiles(self, tile_tokens: int) -> int:
+        """Tiles of at most `tile_tokens` tokens of one chunk each."""
+        return -(-self.num_tokens // tile_tokens) + self.num_chunks
+
+
+@dataclass(frozen=True)
+class PrefillNumbers:
+    """The numbers of all sections, one after the other, and the sections' lengths."""
+
+    flat: np.ndarray
+    section_sizes: tuple[int, ...]
+    # Of the chunks, for references that work on the host; None where a graph decides.
+    cu_seqlens: tuple[int, ...] | None
+    context_lengths: tuple[int, ...] | None
 
 
 @dataclass(frozen=True)
 class PrefillLayout:
-    """Everything the chunks look up; token numbers count from the first chunk's first token."""
+    """Views of one flat int64 tensor on the device; token numbers count from the first chunk's first."""
 
-    num_tokens: int
-    cu_seqlens: tuple[int, ...]
-    page_tables: tuple[torch.Tensor, ...]
-    context_lengths: tuple[int, ...]
-    # Slot of each chunk's first state; `fresh_N` marks those that start from zeros instead.
-    read_slots_N: torch.Tensor
-    fresh_N: torch.Tensor | None
-    all_fresh: bool
-    initial_tail_rows: torch.Tensor  # [N * J]
-    # Offsets within each chunk where the state is written, and the slots they go to, in order.
-    boundaries: tuple[tuple[int, ...], ...]
-    boundary_slots: torch.Tensor
-    # Chunks that reach no boundary hand their first state on.
-    unmoved: torch.Tensor
-    unmoved_slots: torch.Tensor
-    # Rows of [initial tails | tokens] that become convolution tails, and where they go.
-    tail_sources: torch.Tensor
-    tail_targets: torch.Tensor
-    # Ring of each chunk: its tokens since the last boundary, padded with `num_tokens`.
-    ring_slots_N: torch.Tensor
-    ring_tokens: torch.Tensor  # [N * P]
-    # The same tokens' convolution rows.
-    ring_conv_tokens: torch.Tensor
-    ring_conv_targets: torch.Tensor
+    token_ids_T: torch.Tensor
+    positions_T: torch.Tensor
+    # Where each token's key and value go; -1 for padding.
+    token_slots_T: torch.Tensor
+    # The last tokens of the chunks whose next one is sampled, and the live slots it stays with (-1: none).
+    sample_tokens_N: torch.Tensor
+    kept_slots_N: torch.Tensor
+    delta: DeltaChunks
+    attention: PromptChunks
+
+    @property
+    def num_tokens(self) -> int:
+        return self.token_ids_T.shape[0]
 
 
-class PrefillLists:
-    """Collects the chunks' numbers, and makes their layout once they are on the device."""
-
-    def __init__(self, lists: IndexLists, chunks: Sequence[PrefillChunk], shape: StoreShape) -> None:
-        self._chunks = chunks
-        self._shape = shape
-        tail, per_slot = shape.num_tail_rows, shape.conv_rows_per_slot
-        bounds = [0]
-        for chunk in chunks:
-            bounds.append(bounds[-1] + len(chunk.token_ids))
-        self._bounds = tuple(bounds)
-        num_tokens = bounds[-1]
-        ends = [len(chunk.token_ids) // shape.page_tokens * shape.page_tokens for chunk in chunks]
-        writes = [_boundary_writes(chunk, end) for chunk, end in zip(chunks, ends, strict=True)]
-        self._boundaries = tuple(tuple(offset for offset, _ in of_chunk if offset) for of_chunk in writes)
-        reads = [chunk.state_read_slot or 0 for chunk in chunks]
-        ring = [
-            list(range(first + end, last)) for first, last, end in zip(bounds, bounds[1:], ends, strict=False)
-        ]
-        self._lists = {
-            "reads": lists.add(reads),
-            "fresh": lists.add([int(chunk.state_read_slot is None) for chunk in chunks]),
-            "initial_tails": lists.add([slot * per_slot + place for slot in reads for place in range(tail)]),
-            "boundary_slots": lists.add([slot for of in writes for offset, slot in of if offset]),
-            "unmoved": lists.add([n for n, of in enumerate(writes) for offset, _ in of if not offset]),
-            "unmoved_slots": lists.add([slot for of in writes for offset, slot in of if not offset]),
-            "tail_sources": lists.add(
-                [
-                    # Token i of chunk n is row N * J + bounds[n] + i of [initial tails | tokens].
-                    n * tail + place if place < tail else len(chunks) * tail + bounds[n] + place - tail
-                    for n, of in enumerate(writes)
-                    for offset, _ in of
-                    for place in range(offset, offset + tail)
-                ]
-            ),
-            "tail_targets": lists.add(
-                [slot * per_slot + place for of in writes for _, slot in of for place in range(tail)]
-            ),
-            "ring_slots": lists.add([chunk.state_slot for chunk in chunks]),
-            "ring_tokens": lists.add(
-                [
-                    token
-                    for of in ring
-                    for token in (*of, *(num_tokens for _ in range(shape.ring_capacity - len(of))))
-                ]
-            ),
-            "ring_conv_tokens": lists.add([token for of in ring for token in of]),
-            "ring_conv_targets": lists.add(
-                [
-                    chunk.state_slot * per_slot + tail + place
-                    for chunk, of in zip(chunks, ring, strict=True)
-                    for place in range(len(of))
-                ]
-            ),
-        }
-        self._tables = [
-            lists.add(list(chunk.page_ids[: -(-(chunk.start + len(chunk.token_ids)) // shape.page_tokens)]))
-            for chunk in chunks
-        ]
-
-    def layout(self, parts: Sequence[torch.Tensor]) -> PrefillLayout:
-        index = {name: parts[number] for name, number in self._lists.items()}
-        num_fresh = sum(chunk.state_read_slot is None for chunk in self._chunks)
-        return PrefillLayout(
-            num_tokens=self._bounds[-1],
-            cu_seqlens=self._bounds,
-            page_tables=tuple(parts[number] for number in self._tables),
-            context_lengths=tuple(chunk.start + len(chunk.token_ids) for chunk in self._chunks),
-            read_slots_N=index["reads"],
-            fresh_N=index["fresh"].bool() if num_fresh else None,
-            all_fresh=num_fresh == len(self._chunks),
-            initial_tail_rows=index["initial_tails"],
-            boundaries=self._boundaries,
-            boundary_slots=index["boundary_slots"],
-            unmoved=index["unmoved"],
-            unmoved_slots=index["unmoved_slots"],
-            tail_sources=index["tail_sources"],
-            tail_targets=index["tail_targets"],
-            ring_slots_N=index["ring_slots"],
-            ring_tokens=index["ring_tokens"],
-            ring_conv_tokens=index["ring_conv_tokens"],
-            ring_conv_targets=index["ring_conv_targets"],
-        )
+def prefill_numbers(
+    chunks: Sequence[PrefillChunk], shape: StoreShape, capacity: PrefillCapacity | None = None
+) -> PrefillNumbers:
+    """Work out the chunks' numbers on the host; without a capacity, for exactly these chunks."""
+    lengths = [len(chunk.token_ids) for chunk in chunks]
+    sampled = [i for i, chunk in enumerate(chunks) if chunk.sampling is not None]
+    ends = list(accumulate(lengths))
+    num_tokens = ends[-1] if capacity is None else capacity.num_tokens
+    num_chunks = len(chunks) if capacity is None else capacity.num_chunks
+    num_samples = len(sampled) if capacity is None else num_chunks
+    of_tokens = [
+        _padded([token for chunk in chunks for token in chunk.token_ids], num_tokens, 0),
+        _padded(_positions(chunks), num_tokens, 0),
+        _padded(_token_slots(chunks, shape.page_tokens), num_tokens, -1),
+        _padded([ends[i] - 1 for i in sampled], num_samples, 0),
+        _padded([chunks[i].state_slot for i in sampled], num_samples, NO_SLOT),
+    ]
+    delta = chunk_lists(
+        [_chunk_slots(chunk) for chunk in chunks],
+        shape.page_tokens,
+        None if capacity is None else ChunkCapacity.of(num_chunks, num_tokens, shape.page_tokens),
+    )
+    ...
+    sections = [*of_tokens, *(np.array(numbers, dtype=np.int64) for numbers in (*delta.values(),))]
+    return PrefillNumbers(np.concatenate(sections), tuple(len(section) for section in sections))
 
 
-def _boundary_writes(chunk: PrefillChunk, last_boundary: int) -> list[tuple[int, int]]:
-    """(offset within the chunk, slot) of every state the chunk leaves behind."""
-    writes = [(checkpoint.num_tokens - chunk.start, checkpoint.slot) for checkpoint in chunk.checkpoints]
-    writes.append((last_boundary, chunk.state_slot))
-    return writes
+def _chunk_slots(chunk: PrefillChunk) -> ChunkSlots:
+    return ChunkSlots(
+        num_tokens=len(chunk.token_ids),
+        read_slot=NO_SLOT if chunk.state_read_slot is None else chunk.state_read_slot,
+        live_slot=chunk.state_slot,
+        checkpoints=tuple((c.num_tokens - chunk.start, c.slot) for c in chunk.checkpoints),
+    )
+
+
+def _padded(numbers: Sequence[int], size: int, padding: int) -> np.ndarray:
+    section = np.full(size, padding, dtype=np.int64)
+    section[: len(numbers)] = numbers
+    return section
+
+
+def _bounds(lengths: Sequence[int], num_chunks: int) -> np.ndarray:
+    """`[0, l0, l0 + l1, ...]`; chunks that are not there are empty."""
+    bounds = np.zeros(num_chunks + 1, dtype=np.int64)
+    bounds[1 : len(lengths) + 1] = np.cumsum(lengths, dtype=np.int64)
+    bounds[len(lengths) + 1 :] = bounds[len(lengths)]
+    return bounds
+
+
+def _positions(chunks: Sequence[PrefillChunk]) -> list[int]:
+    return [place for c in chunks for place in range(c.start, c.start + len(c.token_ids))]
+
+
+def _token_slots(chunks: Sequence[PrefillChunk], page_tokens: int) -> list[int]:
+    slots: list[int] = []
+    for chunk in chunks:
+        end = chunk.start + len(chunk.token_ids)
+        for first in range(chunk.start, end, page_tokens):
+            base = chunk.page_ids[first // page_tokens] * page_tokens
+            slots.extend(range(base, base + min(page_tokens, end - first)))
+    return slots
+
+
+def _checkpoint_slots(
+    chunks: Sequence[PrefillChunk], num_pages: Sequence[int], page_tokens: int
+) -> list[int]:
+    """For each page of each chunk the slot that also gets the state after it."""
+    slots: list[int] = []
+    for chunk, count in zip(chunks, num_pages, strict=True):
+        of_chunk = [NO_SLOT] * count
+        for checkpoint in chunk.checkpoints:
+            of_chunk[(checkpoint.num_tokens - chunk.start) // page_tokens - 1] = checkpoint.slot
+        slots.extend(of_chunk)
+    return slots
+
+
+def _tiles(
+    lengths: Sequence[int], tile_tokens: int, capacity: PrefillCapacity | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Chunk and first token (within it) of every tile."""
+    tiles = [(n, start) for n, length in enumerate(lengths) for start in range(0, length, tile_tokens)]
+    size = len(tiles) if capacity is None else capacity.num_tiles(tile_tokens)
+    return _padded([n for n, _ in tiles], size, _NO_TILE), _padded([start for _, start in tiles], size, 0)

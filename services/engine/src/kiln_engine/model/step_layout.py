@@ -1,9 +1,8 @@
 """Where everything of one step lies: a BatchPlan turned into index tensors.
 
-The step's tokens are flat: first one per decode row, then the prefill chunks, end to end. All
-index lists travel to the device as one tensor, once per step; the layers only look things up.
+The step's tokens are flat: first one per decode row, then the prefill chunks, end to end.
 
-Legend: `T` tokens.
+Legend: `T` tokens, `R` decode rows.
 """
 
 from __future__ import annotations
@@ -13,9 +12,10 @@ from dataclasses import dataclass
 import torch
 
 from kiln_engine.domain.plan import BatchPlan
-from kiln_engine.model.decode_layout import DecodeLayout, DecodeLists
-from kiln_engine.model.index_lists import IndexLists, StoreShape
-from kiln_engine.model.prefill_layout import PrefillLayout, PrefillLists
+from kiln_engine.model.decode_layout import DecodeLayout, decode_fields, decode_layout, moved_lines
+from kiln_engine.model.prefill_layout import PrefillLayout, prefill_layout, prefill_numbers
+from kiln_engine.model.store_shape import StoreShape
+from kiln_engine.model.transfers import to_device
 
 
 @dataclass(frozen=True)
@@ -28,82 +28,115 @@ class StepLayout:
     token_ids_T: torch.Tensor
     positions_T: torch.Tensor
     token_slots_T: torch.Tensor
-    # The tokens whose next one is sampled, in the order of StepResult.rows.
-    sample_tokens: torch.Tensor
-    num_samples: int
+    # The tokens whose next one is sampled, in the order of StepResult.rows; None is every one.
+    sample_tokens: torch.Tensor | None
     # The live slots their tokens stay with.
-    sample_slots: torch.Tensor
-    begun_pages: torch.Tensor
-    moved_to_slots: torch.Tensor
+    kept_slots: torch.Tensor
     decode: DecodeLayout | None
     prefill: PrefillLayout | None
 
 
+@dataclass(frozen=True)
+class StepPreparation:
+    """What has to be done to the stores before a step that is not replayed from a graph."""
+
+    # Places and page ids of the page table's lines that the chunks write whole.
+    line_places: torch.Tensor | None
+    line_page_ids: torch.Tensor | None
+    # (from, to) slots of sequences that go on in another slot.
+    moved_from: torch.Tensor | None
+    moved_to: torch.Tensor | None
+    # Pages that this step begins without filling them.
+    begun_pages: torch.Tensor
+
+
 def build_layout(plan: BatchPlan, shape: StoreShape, device: torch.device) -> StepLayout:
     """Work out one step's indices on the host and send them to the device."""
-    lists = IndexLists()
-    decode = DecodeLists(lists, plan.decode_rows, shape) if plan.decode_rows else None
-    prefill = PrefillLists(lists, plan.prefill_chunks, shape) if plan.prefill_chunks else None
-    num_rows = len(plan.decode_rows)
-    token_ids = [-1 if row.token_id is None else row.token_id for row in plan.decode_rows]
-    positions = [row.position for row in plan.decode_rows]
-    samples = list(range(num_rows))
-    slots_after = [
-        row.state_slot if row.state_commit_slot is None else row.state_commit_slot for row in plan.decode_rows
-    ]
-    num_tokens = num_rows
-    for chunk in plan.prefill_chunks:
-        token_ids.extend(chunk.token_ids)
-        positions.extend(range(chunk.start, chunk.start + len(chunk.token_ids)))
-        num_tokens += len(chunk.token_ids)
-        if chunk.sampling is not None:
-            samples.append(num_tokens - 1)
-            slots_after.append(chunk.state_slot)
-    ids = lists.add(token_ids)
-    places = lists.add(positions)
-    slots = lists.add(_token_slots(plan, shape.page_tokens))
-    sampled = lists.add(samples)
-    sampled_to = lists.add(slots_after)
-    begun = lists.add(_begun_pages(plan, shape.page_tokens))
-    moved = lists.add(
-        [
-            row.state_commit_slot
-            for row in plan.decode_rows
-            if row.state_commit_slot not in (None, row.state_slot)
-        ]
-    )
-    parts = lists.to_device(device)
+    decode = prefill = None
+    if plan.decode_rows:
+        fields = decode_fields(plan.decode_rows, shape)
+        decode = decode_layout(to_device(torch.from_numpy(fields), device))
+    if plan.prefill_chunks:
+        numbers = prefill_numbers(plan.prefill_chunks, shape)
+        prefill = prefill_layout(numbers, to_device(torch.from_numpy(numbers.flat), device))
+    return join_layouts(decode, prefill)
+
+
+def join_layouts(decode: DecodeLayout | None, prefill: PrefillLayout | None) -> StepLayout:
+    """One layout of the rows and the chunks of a step."""
+    if prefill is None:
+        assert decode is not None
+        return StepLayout(
+            num_tokens=decode.num_rows,
+            num_decode_rows=decode.num_rows,
+            token_ids_T=decode.token_ids_R,
+            positions_T=decode.positions_R,
+            token_slots_T=decode.token_slots_R,
+            sample_tokens=None,
+            kept_slots=decode.kept_slots_R,
+            decode=decode,
+            prefill=None,
+        )
+    if decode is None:
+        return StepLayout(
+            num_tokens=prefill.num_tokens,
+            num_decode_rows=0,
+            token_ids_T=prefill.token_ids_T,
+            positions_T=prefill.positions_T,
+            token_slots_T=prefill.token_slots_T,
+            sample_tokens=prefill.sample_tokens_N,
+            kept_slots=prefill.kept_slots_N,
+            decode=None,
+            prefill=prefill,
+        )
+    num_rows = decode.num_rows
+    rows = torch.arange(num_rows, device=decode.token_ids_R.device)
     return StepLayout(
-        num_tokens=num_tokens,
+        num_tokens=num_rows + prefill.num_tokens,
         num_decode_rows=num_rows,
-        token_ids_T=parts[ids],
-        positions_T=parts[places],
-        token_slots_T=parts[slots],
-        sample_tokens=parts[sampled],
-        num_samples=len(samples),
-        sample_slots=parts[sampled_to],
-        begun_pages=parts[begun],
-        moved_to_slots=parts[moved],
-        decode=decode.layout(parts) if decode else None,
-        prefill=prefill.layout(parts) if prefill else None,
+        token_ids_T=torch.cat((decode.token_ids_R, prefill.token_ids_T)),
+        positions_T=torch.cat((decode.positions_R, prefill.positions_T)),
+        token_slots_T=torch.cat((decode.token_slots_R, prefill.token_slots_T)),
+        sample_tokens=torch.cat((rows, prefill.sample_tokens_N + num_rows)),
+        kept_slots=torch.cat((decode.kept_slots_R, prefill.kept_slots_N)),
+        decode=decode,
+        prefill=prefill,
     )
 
 
-def _token_slots(plan: BatchPlan, page_tokens: int) -> list[int]:
-    slots = [
-        row.page_ids[row.position // page_tokens] * page_tokens + row.position % page_tokens
-        for row in plan.decode_rows
-    ]
+def prepare_step(plan: BatchPlan, shape: StoreShape, device: torch.device) -> StepPreparation:
+    """What `plan` needs done to the stores before its forward pass, sent to the device."""
+    places, page_ids = _written_lines(plan, shape)
+    moved = moved_lines(plan.decode_rows)
+    sent = to_device(
+        [*places, *page_ids, *(pair[0] for pair in moved), *(pair[1] for pair in moved), *_begun(plan, shape)],
+        device,
+        torch.long,
+    )
+    sizes = [len(places), len(places), len(moved), len(moved)]
+    parts = sent.split([*sizes, sent.shape[0] - sum(sizes)])
+    return StepPreparation(
+        line_places=parts[0] if places else None,
+        line_page_ids=parts[1] if places else None,
+        moved_from=parts[2] if moved else None,
+        moved_to=parts[3] if moved else None,
+        begun_pages=parts[4],
+    )
+
+
+def _written_lines(plan: BatchPlan, shape: StoreShape) -> tuple[list[int], list[int]]:
+    places: list[int] = []
+    page_ids: list[int] = []
     for chunk in plan.prefill_chunks:
-        end = chunk.start + len(chunk.token_ids)
-        for first in range(chunk.start, end, page_tokens):
-            base = chunk.page_ids[first // page_tokens] * page_tokens
-            slots.extend(range(base, base + min(page_tokens, end - first)))
-    return slots
+        num_pages = -(-(chunk.start + len(chunk.token_ids)) // shape.page_tokens)
+        first = chunk.state_slot * shape.num_line_pages
+        places.extend(range(first, first + num_pages))
+        page_ids.extend(chunk.page_ids[:num_pages])
+    return places, page_ids
 
 
-def _begun_pages(plan: BatchPlan, page_tokens: int) -> list[int]:
-    """Pages that this step begins without filling them."""
+def _begun(plan: BatchPlan, shape: StoreShape) -> list[int]:
+    page_tokens = shape.page_tokens
     pages = [
         row.page_ids[row.position // page_tokens]
         for row in plan.decode_rows

@@ -19,3 +19,9 @@ def to_device(
     if device.type == "cpu":
         return host
     return host.pin_memory().to(device, non_blocking=True)
+
+
+def copy_to(target: torch.Tensor, host: torch.Tensor) -> None:
+    """Overwrite a tensor on the device, once the steps launched before have read it."""
+    source = host if target.device.type == "cpu" else host.pin_memory()
+    target.copy_(source, non_blocking=True)

@@ -1,0 +1,93 @@
+"""The linear layers of a step: those that read one input as one matrix, adapters on top.
+
+Legend: `T` tokens, `I`/`O` inputs and outputs of a linear layer, `F` feed-forward width, `V` vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+
+from kiln_nn.blocks import Weights, head_weight
+from kiln_nn.config import ModelConfig
+from kiln_nn.kernels.linear import linear, linear_swiglu
+from kiln_nn.kernels.swiglu import swiglu
+from kiln_nn.weights.names import FUSED_GROUPS
+
+_ALONE = ("linear_attn.out_proj", "self_attn.o_proj", "mlp.down_proj")
+
+AddAdapters = Callable[[str, torch.Tensor, torch.Tensor], None]
+"""Adds what a step's adapters make of `x [T, I]` to `y [T, O]`, in place, by the layer's fused path."""
+
+
+class BaseMatrices:
+    """The base model's matrices by fused path, such as `model.layers.0.mlp.gate_up_proj`.
+
+    Parts that lie back to back in the weight arena are one view of it; others stay apart. Nothing is
+    copied either way.
+    """
+
+    def __init__(self, config: ModelConfig, weights: Weights) -> None:
+        self._parts: dict[str, tuple[torch.Tensor, ...]] = {}
+        for index, kind in enumerate(config.layer_types):
+            mixer = "linear_attn." if kind == "linear_attention" else "self_attn."
+            groups = {**FUSED_GROUPS, **{name: (name,) for name in _ALONE}}
+            for name, parts in groups.items():
+                if name.startswith((mixer, "mlp.")):
+                    prefix = f"model.layers.{index}"
+                    self._parts[f"{prefix}.{name}"] = _joined(
+                        [weights[f"{prefix}.{part}.weight"] for part in parts]
+                    )
+        self.head_VD = head_weight(config, weights)
+
+    def parts(self, path: str) -> tuple[torch.Tensor, ...]:
+        """The layer's matrices `[O, I]`, to be read as one on top of the other."""
+        return self._parts[path]
+
+
+@dataclass(frozen=True)
+class Linears:
+    """The linear layers of one step, with each row's adapters where there are any."""
+
+    base: BaseMatrices
+    add_adapters: AddAdapters | None = None
+
+    def apply(self, path: str, x_TI: torch.Tensor) -> torch.Tensor:
+        """Outputs of all the layers fused under `path`, side by side: `[T, O]`."""
+        parts = self.base.parts(path)
+        y_TO = linear(x_TI, parts[0]) if len(parts) == 1 else _side_by_side(x_TI, parts)
+        if self.add_adapters is not None:
+            self.add_adapters(path, x_TI, y_TO)
+        return y_TO
+
+    def gated(self, path: str, x_TI: torch.Tensor) -> torch.Tensor:
+        """`silu(gate(x)) * up(x)` of the layers fused under `path`, `[T, F]`."""
+        parts = self.base.parts(path)
+        if self.add_adapters is None and len(parts) == 1:
+            return linear_swiglu(x_TI, parts[0])
+        return swiglu(*self.apply(path, x_TI).chunk(2, dim=1))
+
+    def head(self, x_TD: torch.Tensor) -> torch.Tensor:
+        """Logits `[T, V]` in float32."""
+        return linear(x_TD, self.base.head_VD, out_dtype=torch.float32)
+
+
+def _side_by_side(x_TI: torch.Tensor, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    return torch.cat([linear(x_TI, part) for part in parts], dim=1)
+
+
+def _joined(parts: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """One view over matrices that lie back to back, or the matrices themselves."""
+    is_adjacent = all(
+        first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
+        and first.data_ptr() + first.nbytes == second.data_ptr()
+        and first.dtype == second.dtype
+        for first, second in pairwise(parts)
+    )
+    if len(parts) == 1 or not is_adjacent:
+        return tuple(parts)
+    num_rows, num_columns = sum(part.shape[0] for part in parts), parts[0].shape[1]
+    return (parts[0].as_strided((num_rows, num_columns), (num_columns, 1)),)
