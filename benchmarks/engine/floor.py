@@ -27,19 +27,22 @@ class Yardsticks:
 
     @classmethod
     def measure(cls, device: str) -> Yardsticks:
-        is_gpu = device.startswith("cuda")
-        source = torch.empty(2**31 if is_gpu else 2**24, dtype=torch.uint8, device=device)
-        target = torch.empty_like(source)
-        copy_s = _fastest_s(lambda: target.copy_(source), device)
-        num_bytes = 2 * source.nbytes
-        del source, target
-        width, dtype = (8192, torch.bfloat16) if is_gpu else (256, torch.float32)
-        left, right = (torch.randn(width, width, device=device, dtype=dtype) for _ in range(2))
-        matmul_s = _fastest_s(lambda: left @ right, device)
-        return cls(num_bytes / copy_s, 2 * width**3 / matmul_s)
+        return cls(_copy_rate(device), _matmul_rate(device))
 
 
-def _fastest_s(call: Callable[[], object], device: str) -> float:
+def _copy_rate(device: str) -> float:
+    source = torch.empty(2**31 if device.startswith("cuda") else 2**24, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / _median_s(lambda: target.copy_(source), device)
+
+
+def _matmul_rate(device: str) -> float:
+    width, dtype = (8192, torch.bfloat16) if device.startswith("cuda") else (256, torch.float32)
+    left, right = (torch.randn(width, width, device=device, dtype=dtype) for _ in range(2))
+    return 2 * width**3 / _median_s(lambda: left @ right, device)
+
+
+def _median_s(call: Callable[[], object], device: str) -> float:
     """Median seconds of some calls, each waited for."""
     times = []
     for _ in range(12):

@@ -9,6 +9,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
 
+from benchmarks.engine.recording import Recorder, Recording
 from kiln_engine.clock import MonotonicClock
 from kiln_engine.device_side import load_device_side
 from kiln_engine.domain import GenerationRequest
@@ -16,8 +17,6 @@ from kiln_engine.loop import EngineLoop
 from kiln_engine.scheduling import Scheduler, SchedulerStats
 from kiln_engine.settings import EngineSettings
 from kiln_nn.config import ModelConfig
-
-from benchmarks.engine.recording import Recorder, Recording
 
 T = TypeVar("T")
 _MOST_SECONDS = 300.0
