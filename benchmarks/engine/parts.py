@@ -152,6 +152,27 @@ def waves(bench: Bench) -> None:
         )
 
 
+def clients(bench: Bench) -> None:
+    """The workload of the HTTP benchmark without HTTP: what a gateway's figure is compared with."""
+    sizes = bench.sizes
+    count, num_clients = sizes.client_requests, sizes.num_clients
+    bench.spine.run(random_requests(num_clients, 64, 8, bench.vocab_size, bench.new_seed()))  # warms up
+    rates = []
+    for _ in range(sizes.repeats):
+        requests = random_requests(
+            count, sizes.wave_prompt, sizes.wave_output, bench.vocab_size, bench.new_seed()
+        )
+        run = bench.spine.run_clients(requests, num_clients)
+        rates.append(run.num_tokens / run.duration_s)
+    bench.results.add(
+        f"{num_clients} clients, {count} requests, {sizes.wave_prompt} -> {sizes.wave_output}",
+        bench.settings,
+        tok_per_s=statistics.median(rates),
+        num_samples=len(rates),
+        note=f"no HTTP; {_range(rates)} tok/s",
+    )
+
+
 def prefill(bench: Bench) -> None:
     """One prompt by itself: the time to its first token."""
     for length in bench.sizes.prefill_lengths:
@@ -248,6 +269,7 @@ PARTS: dict[str, Callable[[Bench], None]] = {
     "prefill": prefill,
     "waves": waves,
     "prefix": prefix,
+    "clients": clients,
     "adapters": adapters,
     "idle": idle,
 }

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from benchmarks.percentiles import percentile
 from kiln_engine.domain import FinishReason, SequenceEvent
 
 # Rows that began together commit their states together once in so many steps: a mean over whole
@@ -46,16 +47,8 @@ class Distribution:
         if not durations_s:
             raise TooFewSteps("nothing was measured")
         ordered = sorted(durations_s)
-        p50, p90, p99 = (1e3 * _percentile(ordered, share) for share in (0.5, 0.9, 0.99))
+        p50, p90, p99 = (1e3 * percentile(ordered, share) for share in (0.5, 0.9, 0.99))
         return cls(p50, p90, p99, 1e3 * statistics.fmean(ordered), len(ordered))
-
-
-def _percentile(ordered: Sequence[float], share: float) -> float:
-    """With linear interpolation between neighbours."""
-    place = share * (len(ordered) - 1)
-    below = int(place)
-    above = min(below + 1, len(ordered) - 1)
-    return ordered[below] + (place - below) * (ordered[above] - ordered[below])
 
 
 @dataclass(frozen=True)
@@ -147,8 +140,15 @@ class Recording:
 class Recorder:
     """The client of a batch of requests, as the loop sees it: a sink that keeps everything."""
 
-    def __init__(self, num_requests: int, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self,
+        num_requests: int,
+        clock: Callable[[], float] = time.perf_counter,
+        on_ends: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        """`on_ends` is told on the loop's thread how many requests a step has ended."""
         self._clock = clock
+        self._on_ends = on_ends
         self._num_left = num_requests
         self._all_ended = threading.Event()
         self.recording = Recording(clock(), num_requests)
@@ -156,9 +156,12 @@ class Recorder:
     def offer(self, events: list[SequenceEvent]) -> bool:
         """Take a step's events; called on the loop's thread, so the rest of the work comes later."""
         self.recording.arrivals.append((self._clock(), events))
-        self._num_left -= sum(event.finish_reason is not None for event in events)
+        num_ended = sum(event.finish_reason is not None for event in events)
+        self._num_left -= num_ended
         if self._num_left == 0:
             self._all_ended.set()
+        elif num_ended:
+            self._on_ends(num_ended)
         return True
 
     def wait(self, timeout_s: float) -> Recording:

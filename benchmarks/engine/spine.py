@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -83,6 +84,22 @@ class Spine:
         recorder = Recorder(len(requests))
         for request, own_slots in zip(requests, slots, strict=True):
             self.loop.submit(request, own_slots, recorder)
+        return recorder.wait(_MOST_SECONDS)
+
+    def run_clients(self, requests: Sequence[GenerationRequest], num_clients: int) -> Recording:
+        """A closed loop: whenever a request ends, the next one is submitted.
+
+        Raises:
+            RequestFailed: one of them did not run to its length.
+        """
+        coming = iter(requests)
+
+        def submit(count: int) -> None:
+            for request in itertools.islice(coming, count):
+                self.loop.submit(request, (), recorder)
+
+        recorder = Recorder(len(requests), on_ends=submit)
+        submit(num_clients)
         return recorder.wait(_MOST_SECONDS)
 
     def upload_adapter(self, slot: int, adapter_bytes: bytes, config_json: str) -> None:

@@ -17,6 +17,8 @@ class Sizes:
     wave_counts: tuple[int, ...]
     wave_prompt: int
     wave_output: int
+    num_clients: int
+    client_requests: int
     prefill_lengths: tuple[int, ...]
     shared_prefix: int
     after_prefix: int
@@ -29,7 +31,7 @@ class Sizes:
     @property
     def most_running(self) -> int:
         batches = [batch for _, batch in self.decode_batches]
-        return max(*batches, *self.wave_counts, self.adapter_batch[1])
+        return max(*batches, *self.wave_counts, self.adapter_batch[1], self.num_clients)
 
 
 TABLE = Sizes(
@@ -40,6 +42,8 @@ TABLE = Sizes(
     wave_counts=(16, 64, 256),
     wave_prompt=1024,
     wave_output=256,
+    num_clients=64,
+    client_requests=256,
     prefill_lengths=(8192, 32768),
     shared_prefix=4096,
     after_prefix=64,
@@ -58,6 +62,8 @@ TINY = Sizes(
     wave_counts=(2, 3),
     wave_prompt=24,
     wave_output=6,
+    num_clients=2,
+    client_requests=5,
     prefill_lengths=(40,),
     shared_prefix=48,
     after_prefix=8,
