@@ -24,18 +24,22 @@ def make_request(
     seed: int = 0,
     adapter: str | None = None,
     temperature: float = 1.0,
-    num_top_logprobs: int = 0,
+    salt: str = "",
 ) -> GenerationRequest:
-    """A request that runs to `max_tokens`, drawing with its own seed from the whole vocabulary."""
+    """A request that runs to `max_tokens`, drawing with its own seed from the whole vocabulary.
+
+    Requests of different `salt` share nothing through the prefix cache.
+    """
     sampling = SamplingParams(
         max_tokens=max_tokens,
         temperature=temperature,
         seed=seed,
         ignore_eos=True,
-        num_top_logprobs=num_top_logprobs,
     )
     adapters = (AdapterUse(adapter),) if adapter else ()
-    return GenerationRequest(f"bench-{next(_request_numbers)}", tuple(prompt), sampling, adapters=adapters)
+    return GenerationRequest(
+        f"bench-{next(_request_numbers)}", tuple(prompt), sampling, adapters=adapters, cache_salt=salt
+    )
 
 
 def random_requests(
