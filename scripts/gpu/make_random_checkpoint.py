@@ -4,7 +4,8 @@
 
 Weights follow Hugging Face's initialisation, except A_log: memory half-lives are log-uniform from
 1 to 4,096 tokens, because the usual draw forgets within a token and hides every state bug. The
-tokenizer and the chat template are the demo model's, so the text it writes means nothing.
+tokenizer is the demo model's with made-up words for the other ids, so the text it writes means
+nothing.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -24,21 +26,23 @@ from kiln_nn.weights.names import TensorSpec, expected_tensors
 DEMO_MODEL = Path(__file__).resolve().parents[2] / "demo" / "model"
 SHARD_BYTES = 4 << 30
 
-# hidden, intermediate, layers, (heads, kv heads), (key heads, value heads), tied
+# hidden, intermediate, layers, (heads, kv heads), (key heads, value heads), tied, vocabulary
 SHAPES = {
-    "0.8b": (1024, 3584, 24, (8, 2), (16, 16), True),
-    "4b": (2560, 9216, 32, (16, 4), (16, 32), True),
-    "9b": (4096, 12288, 32, (16, 4), (16, 32), False),
+    "0.8b": (1024, 3584, 24, (8, 2), (16, 16), True, 248_320),
+    "4b": (2560, 9216, 32, (16, 4), (16, 32), True, 248_320),
+    "9b": (4096, 12288, 32, (16, 4), (16, 32), False, 248_320),
+    # The 4B's layers, few of them and with few words, for tools that slow everything down.
+    "4b-short": (2560, 9216, 4, (16, 4), (16, 32), True, 5003),
 }
 
 
 def shape_config(name: str) -> dict[str, object]:
     """config.json of the named shape (figures of the published checkpoints)."""
-    hidden, intermediate, num_layers, heads, linear_heads, tied = SHAPES[name]
+    hidden, intermediate, num_layers, heads, linear_heads, tied, vocab = SHAPES[name]
     return {
         "architectures": ["Qwen3_5ForCausalLM"],
         "model_type": "qwen3_5_text",
-        "vocab_size": 248_320,
+        "vocab_size": vocab,
         "hidden_size": hidden,
         "intermediate_size": intermediate,
         "num_hidden_layers": num_layers,
@@ -80,6 +84,51 @@ def draw(name: str, spec: TensorSpec, device: str) -> torch.Tensor:
     return torch.randn(spec.shape, device=device) * 0.02
 
 
+def write_checkpoint(folder: Path, shape: str, seed: int, device: str) -> int:
+    """Draw the weights on `device` and write everything a service needs; returns how many tensors.
+
+    What is there already is left as it is when its config.json, which is written last, is the same.
+    """
+    eos_id = json.loads((DEMO_MODEL / "config.json").read_text())["eos_token_id"]
+    config = {**shape_config(shape), "eos_token_id": eos_id, "kiln_random_seed": seed}
+    specs = expected_tensors(ModelConfig.from_dict(config), include_mtp=False)
+    config_path = folder / "config.json"
+    if config_path.exists() and json.loads(config_path.read_text()) == config:
+        return len(specs)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(DEMO_MODEL / name, folder)
+    (folder / "tokenizer.json").write_text(json.dumps(_tokenizer(config["vocab_size"])))
+
+    torch.manual_seed(seed)
+    shards: list[dict[str, torch.Tensor]] = [{}]
+    num_bytes = 0
+    for name, spec in specs.items():
+        tensor = draw(name, spec, device).to(torch.bfloat16).cpu()
+        if num_bytes + tensor.nbytes > SHARD_BYTES:
+            shards.append({})
+            num_bytes = 0
+        shards[-1][name] = tensor
+        num_bytes += tensor.nbytes
+    weight_map = {}
+    for index, shard in enumerate(shards, 1):
+        file_name = f"model-{index:05d}-of-{len(shards):05d}.safetensors"
+        save_file(shard, folder / file_name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(shard, file_name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    config_path.write_text(json.dumps(config, indent=2))
+    return len(specs)
+
+
+def _tokenizer(vocab_size: Any) -> dict[str, Any]:
+    """The demo model's tokenizer with made-up words for every further id, so that all of them are text."""
+    tokenizer = json.loads((DEMO_MODEL / "tokenizer.json").read_text())
+    vocab = tokenizer["model"]["vocab"]
+    for token_id in range(len(vocab), vocab_size):
+        vocab[f"\u0120w{token_id}"] = token_id
+    return tokenizer
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -89,31 +138,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
-
-    torch.manual_seed(arguments.seed)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    for path in (*DEMO_MODEL.glob("token*"), DEMO_MODEL / "chat_template.jinja"):
-        shutil.copy(path, arguments.out)
-    eos_id = json.loads((DEMO_MODEL / "config.json").read_text())["eos_token_id"]
-    config = {**shape_config(arguments.shape), "eos_token_id": eos_id}
-    (arguments.out / "config.json").write_text(json.dumps(config, indent=2))
-
-    shards: list[dict[str, torch.Tensor]] = [{}]
-    num_bytes = 0
-    for name, spec in expected_tensors(ModelConfig.from_dict(config), include_mtp=False).items():
-        tensor = draw(name, spec, arguments.device).to(torch.bfloat16).cpu()
-        if num_bytes + tensor.nbytes > SHARD_BYTES:
-            shards.append({})
-            num_bytes = 0
-        shards[-1][name] = tensor
-        num_bytes += tensor.nbytes
-    weight_map = {}
-    for index, shard in enumerate(shards, 1):
-        file_name = f"model-{index:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, arguments.out / file_name, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(shard, file_name)
-    (arguments.out / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    print(f"{len(weight_map)} tensors in {len(shards)} files under {arguments.out}")
+    num_tensors = write_checkpoint(arguments.out, arguments.shape, arguments.seed, arguments.device)
+    print(f"{num_tensors} tensors under {arguments.out}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,71 @@
-"""Low-rank update of one linear layer."""
+"""Low-rank updates of linear layers: one adapter, or many at once over the tables that hold them."""
 
-from kiln_nn.kernels.lora.reference import lora_delta
+from __future__ import annotations
 
-__all__ = ["lora_delta"]
+from collections.abc import Sequence
+
+import torch
+
+from kiln_nn.kernels.checks import ShapeMismatch, check_shape
+from kiln_nn.kernels.dispatch import takes_triton
+from kiln_nn.kernels.lora.reference import lora_add_reference_, lora_add_stacked_, lora_delta
+from kiln_nn.kernels.lora.rows import (
+    DECODE_TILE_TOKENS,
+    NO_TOKEN,
+    PREFILL_TILE_TOKENS,
+    AdapterUse,
+    LoraRows,
+    RowsShape,
+    TokenRun,
+    pack_exactly,
+    pack_runs,
+)
+
+__all__ = [
+    "DECODE_TILE_TOKENS",
+    "NO_TOKEN",
+    "PREFILL_TILE_TOKENS",
+    "AdapterUse",
+    "LoraRows",
+    "RowsShape",
+    "TokenRun",
+    "lora_add_",
+    "lora_add_stacked_",
+    "lora_delta",
+    "pack_exactly",
+    "pack_runs",
+]
+
+
+def lora_add_(
+    y_TO: torch.Tensor,
+    x_TI: torch.Tensor,
+    a_SQI: torch.Tensor,
+    b_SRO: torch.Tensor,
+    rows: LoraRows,
+    module_bounds: Sequence[int],
+) -> None:
+    """`y += scale * B (A x)` for each token and each adapter it uses, in place, in a fixed order.
+
+    A linear layer may be several modules side by side that read the same x: module n has outputs
+    `module_bounds[n]` to `[n + 1]` and the rows `n * R` to `(n + 1) * R` of A, of which an adapter
+    uses the first `rank`. B is stored rank by rank, `[S, R, O]`. Tokens without an adapter are
+    not touched, and nothing of an adapter reaches tokens that do not use it, NaN included.
+    On the Triton path there is no host synchronisation.
+
+    Raises:
+        ShapeMismatch: a tensor does not fit the others.
+    """
+    num_modules = len(module_bounds) - 1
+    check_shape("x", x_TI, (y_TO.shape[0], a_SQI.shape[2]))
+    check_shape("lora_B", b_SRO, (a_SQI.shape[0], None, y_TO.shape[1]))
+    check_shape("lora_A", a_SQI, (None, num_modules * b_SRO.shape[1], None))
+    if num_modules < 1 or module_bounds[0] != 0 or module_bounds[-1] != y_TO.shape[1]:
+        raise ShapeMismatch("module_bounds", tuple(module_bounds), (0, "...", y_TO.shape[1]))
+    if takes_triton(y_TO, x_TI, a_SQI, b_SRO, rows.counts):
+        from kiln_nn.kernels.lora import triton
+
+        if triton.supports(y_TO, x_TI, a_SQI, b_SRO, num_modules):
+            triton.lora_add_(y_TO, x_TI, a_SQI, b_SRO, rows, module_bounds)
+            return
+    lora_add_reference_(y_TO, x_TI, a_SQI, b_SRO, rows, module_bounds)

@@ -1,16 +1,21 @@
 """Low-rank adaptation in plain torch.
 
-Legend: `T` tokens, `I` inputs, `O` outputs, `r` rank.
+Legend: `T` tokens, `I` inputs, `O` outputs, `r` rank, `R` the tables' rank, `S` adapters in the
+tables, `Q` rows of A (of all modules side by side), `N` modules, `M` tokens of a tile.
 
 Paper: Hu et al. 2021, LoRA (arXiv 2106.09685).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 
-from kiln_nn.kernels.checks import check_shape
+from kiln_nn.kernels.checks import accumulation_dtype, check_shape
+from kiln_nn.kernels.lora.rows import LoraRows
 
 
 def lora_delta(x_TI: torch.Tensor, a_rI: torch.Tensor, b_Or: torch.Tensor, scale: float) -> torch.Tensor:
@@ -19,3 +24,61 @@ def lora_delta(x_TI: torch.Tensor, a_rI: torch.Tensor, b_Or: torch.Tensor, scale
     check_shape("lora_B", b_Or, (None, rank))
     check_shape("x", x_TI, (None, num_inputs))
     return F.linear(F.linear(x_TI.to(a_rI.dtype), a_rI) * scale, b_Or)
+
+
+def lora_add_reference_(
+    y_TO: torch.Tensor,
+    x_TI: torch.Tensor,
+    a_SQI: torch.Tensor,
+    b_SRO: torch.Tensor,
+    rows: LoraRows,
+    module_bounds: Sequence[int],
+) -> None:
+    """`y += scale * B (A x)` for each token and each adapter it uses, in place.
+
+    Written to be read: one adapter of one tile at a time, its counts read on the host.
+    """
+    dtype = accumulation_dtype(x_TI, y_TO)
+    num_tiles, _ = rows.counts.tolist()
+    firsts = rows.first_entries_B1.tolist()
+    a_SNRI = a_SQI.unflatten(1, (len(module_bounds) - 1, -1))
+    for tile in range(num_tiles):
+        tokens_M = rows.tokens_BM[tile].long()
+        total = torch.zeros(len(tokens_M), y_TO.shape[1], dtype=dtype, device=y_TO.device)
+        for entry in range(firsts[tile], firsts[tile + 1]):
+            adapter, rank = int(rows.adapters_E[entry]), int(rows.ranks_E[entry])
+            scale_M = rows.scales_EM[entry].to(dtype)
+            is_used_M = (scale_M != 0) & (tokens_M >= 0)
+            x_MI = x_TI[tokens_M[is_used_M]].to(dtype)
+            for module, (start, end) in enumerate(pairwise(module_bounds)):
+                h_Mr = F.linear(x_MI, a_SNRI[adapter, module, :rank].to(dtype))
+                h_Mr = h_Mr * scale_M[is_used_M, None]
+                total[is_used_M, start:end] += h_Mr @ b_SRO[adapter, :rank, start:end].to(dtype)
+        is_any_M = tokens_M >= 0
+        tokens = tokens_M[is_any_M]
+        y_TO[tokens] = (y_TO[tokens].to(dtype) + total[is_any_M]).to(y_TO.dtype)
+
+
+def lora_add_stacked_(
+    y_TO: torch.Tensor,
+    x_TI: torch.Tensor,
+    a_NQI: torch.Tensor,
+    b_QO: torch.Tensor,
+    factors_TQ: torch.Tensor,
+    is_unused_TQ: torch.Tensor | None,
+    module_bounds: Sequence[int],
+) -> None:
+    """The same with the step's adapters side by side: few products whatever the mixture, in place.
+
+    Where no kernel runs this is the fast way. `Q` are here the ranks of all adapters in the
+    stack, `a_NQI` is that of one module after the other; the factors are the scales of the
+    adapter that a rank belongs to. B must be finite.
+    """
+    num_modules, num_ranks, _ = a_NQI.shape
+    h_TNQ = F.linear(x_TI, a_NQI.flatten(0, 1)).unflatten(1, (num_modules, num_ranks))
+    if is_unused_TQ is not None:
+        # Not by a product: an adapter's overflow times zero would be a NaN for those without it.
+        h_TNQ.masked_fill_(is_unused_TQ[:, None], 0.0)
+    h_TNQ.mul_(factors_TQ[:, None])
+    for module, (start, end) in enumerate(pairwise(module_bounds)):
+        y_TO[:, start:end].addmm_(h_TNQ[:, module], b_QO[:, start:end])

@@ -34,9 +34,13 @@ def add_rms_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Add `x` to the residual stream and normalise the sum as `rms_norm` does.
 
+    `x_D` may have one more dimension in front: partial sums (`linear_partials`), added in their
+    order in float32.
+
     Returns: the normed sum and the sum itself, both in the format of `residual_D`.
     """
-    check_shape("x", x_D, tuple(residual_D.shape))
+    partials = (None,) if x_D.dim() > residual_D.dim() else ()
+    check_shape("x", x_D, (*partials, *residual_D.shape))
     check_shape("weight", weight_D, (x_D.shape[-1],))
     if takes_triton(x_D, residual_D, weight_D):
         from kiln_nn.kernels.rms_norm import triton

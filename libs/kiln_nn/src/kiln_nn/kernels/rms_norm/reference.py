@@ -36,8 +36,13 @@ def add_rms_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Add `x` to the residual stream and normalise the sum as `rms_norm` does.
 
+    `x_D` may have one more dimension in front: partial sums, added in their order in float32.
+
     Returns: the normed sum and the sum itself, both in the format of `residual_D`.
     """
+    if x_D.dim() > residual_D.dim():
+        first, *others = x_D.to(accumulation_dtype(x_D))
+        x_D = sum(others, start=first)
     total = (residual_D + x_D).to(residual_D.dtype)
     return rms_norm(total, weight_D, eps, offset=offset), total
 

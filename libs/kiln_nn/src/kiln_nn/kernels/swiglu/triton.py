@@ -16,14 +16,31 @@ import torch
 import triton
 import triton.language as tl
 
+from kiln_nn.kernels.dependent_launch import (
+    launch_options,
+    start_dependents,
+    supports_dependent_launch,
+    wait_for_producers,
+)
+
 _BLOCK = 1024
 _FORMATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @triton.jit
 def _swiglu_kernel(
-    gate_ptr, up_ptr, out_ptr, gate_stride, up_stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+    gate_ptr,
+    up_ptr,
+    out_ptr,
+    gate_stride,
+    up_stride,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
+    if DEPENDENT:
+        start_dependents()
+        wait_for_producers()
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = cols < WIDTH
@@ -47,6 +64,14 @@ def swiglu(gate_TF: torch.Tensor, up_TF: torch.Tensor) -> torch.Tensor:
     block = min(_BLOCK, triton.next_power_of_2(width))
     grid = (num_tokens, triton.cdiv(width, block))
     _swiglu_kernel[grid](
-        gate_TF, up_TF, out, gate_TF.stride(0), up_TF.stride(0), WIDTH=width, BLOCK=block, num_warps=4
+        gate_TF,
+        up_TF,
+        out,
+        gate_TF.stride(0),
+        up_TF.stride(0),
+        WIDTH=width,
+        BLOCK=block,
+        num_warps=4,
+        **launch_options(supports_dependent_launch(gate_TF.device)),
     )
     return out

@@ -1,0 +1,92 @@
+"""Linear layers: own kernels while few tokens share the reading of the weights, the library beyond."""
+
+from __future__ import annotations
+
+import torch
+
+from kiln_nn.kernels.checks import check_shape
+from kiln_nn.kernels.dispatch import device_limits, takes_triton
+from kiln_nn.kernels.linear import reference
+from kiln_nn.kernels.linear.config import LinearConfig, LinearKind, choose, fit, invariant_config
+
+__all__ = ["LinearConfig", "invariant_config", "linear", "linear_partials", "linear_swiglu"]
+
+
+def linear(
+    x_TI: torch.Tensor,
+    w_OI: torch.Tensor,
+    *,
+    out_dtype: torch.dtype | None = None,
+    config: LinearConfig | None = None,
+) -> torch.Tensor:
+    """`x Wᵀ` in `out_dtype` (by default that of `x`).
+
+    The rows of `x` may lie apart (a slice of a wider tensor). `config` fixes the tiling whatever
+    `T` is: with `invariant_config` a row's result has the same bits in every batch.
+
+    Returns: `[T, O]`.
+
+    Raises:
+        ShapeMismatch: the inputs of `x` and `w` differ.
+    """
+    check_shape("x", x_TI, (None, w_OI.shape[-1]))
+    tiling = _tiling(x_TI, w_OI, config, LinearKind.PLAIN)
+    if tiling is None:
+        return reference.linear(x_TI, w_OI, out_dtype=out_dtype)
+    from kiln_nn.kernels.linear import triton
+
+    return triton.linear(x_TI, w_OI, tiling, out_dtype=out_dtype)
+
+
+def linear_swiglu(
+    x_TI: torch.Tensor, gate_up_OI: torch.Tensor, *, config: LinearConfig | None = None
+) -> torch.Tensor:
+    """`silu(x Wgᵀ) · (x Wuᵀ)` where the first half of the weight's rows is Wg.
+
+    Returns: `[T, O / 2]` in the format of `x`.
+
+    Raises:
+        ShapeMismatch: the inputs of `x` and the weight differ, or its rows are not two halves.
+    """
+    num_outputs, num_inputs = gate_up_OI.shape
+    check_shape("x", x_TI, (None, num_inputs))
+    check_shape("gate_up", gate_up_OI, (num_outputs // 2 * 2, num_inputs))
+    tiling = _tiling(x_TI, gate_up_OI, config, LinearKind.GATED)
+    if tiling is None:
+        return reference.linear_swiglu(x_TI, gate_up_OI)
+    from kiln_nn.kernels.linear import triton
+
+    return triton.linear_swiglu(x_TI, gate_up_OI, tiling)
+
+
+def linear_partials(
+    x_TI: torch.Tensor, w_OI: torch.Tensor, *, config: LinearConfig | None = None
+) -> torch.Tensor:
+    """`x Wᵀ` as partial sums for `add_rms_norm`, which adds them up in their order.
+
+    Returns: `[S, T, O]` in float32; where the library computes it, `[1, T, O]` in the format of `x`.
+
+    Raises:
+        ShapeMismatch: the inputs of `x` and `w` differ.
+    """
+    check_shape("x", x_TI, (None, w_OI.shape[-1]))
+    tiling = _tiling(x_TI, w_OI, config, LinearKind.PARTIAL)
+    if tiling is None:
+        return reference.linear_partials(x_TI, w_OI)
+    from kiln_nn.kernels.linear import triton
+
+    return triton.linear_partials(x_TI, w_OI, tiling)
+
+
+def _tiling(
+    x_TI: torch.Tensor, w_OI: torch.Tensor, config: LinearConfig | None, kind: LinearKind
+) -> LinearConfig | None:
+    """The kernel's configuration, or None where the library computes this product."""
+    if not takes_triton(x_TI, w_OI):
+        return None
+    from kiln_nn.kernels.linear import triton
+
+    if not triton.takes(x_TI, w_OI):
+        return None
+    tiling = config or choose(x_TI.shape[0], w_OI.shape[0], w_OI.shape[1], kind)
+    return tiling and fit(tiling, kind, device_limits(x_TI.device).shared_memory_bytes)

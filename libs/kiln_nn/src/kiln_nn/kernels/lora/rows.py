@@ -1,0 +1,211 @@
+"""Which tokens of a step use which adapters, in the form the kernels walk over.
+
+Tokens with the same adapters share a *tile* of up to `M` tokens; each adapter of a tile is an
+*entry*. A token stands in one tile, so whoever computes a tile owns its outputs, and several
+adapters of one token add up in a fixed order. All numbers lie in one buffer, so that one copy
+brings them to the device, and the counts are among them, so that a captured graph serves any step.
+
+Legend: `B` tiles, `M` tokens of a tile, `E` entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+NO_TOKEN = -1
+DECODE_TILE_TOKENS = 16
+PREFILL_TILE_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class AdapterUse:
+    """One adapter of a token: its place in the tables, its rank and the factor on `B A x`."""
+
+    table_index: int
+    rank: int
+    scale: float
+
+
+@dataclass(frozen=True)
+class TokenRun:
+    """Consecutive tokens with the same adapters, no adapter twice."""
+
+    first_token: int
+    num_tokens: int
+    uses: tuple[AdapterUse, ...]
+
+
+@dataclass(frozen=True)
+class RowsShape:
+    """How many tiles and entries a buffer has room for."""
+
+    tile_tokens: int
+    num_tiles: int
+    num_entries: int
+
+    @classmethod
+    def for_any(cls, num_tokens: int, num_adapters: int, tile_tokens: int = DECODE_TILE_TOKENS) -> RowsShape:
+        """Room for any mixture of `num_adapters` adapters over so many tokens."""
+        num_full = -(-num_tokens // tile_tokens)
+        num_tiles = min(num_tokens, num_full + num_adapters)
+        return cls(tile_tokens, num_tiles, max(num_tiles, num_full * num_adapters))
+
+    @property
+    def num_words(self) -> int:
+        """Size of the buffer in 4-byte words."""
+        return self.words_used(self.num_entries)
+
+    def words_used(self, num_entries: int) -> int:
+        """How far the buffer is written for so many entries; the scales come last."""
+        return (
+            3
+            + self.num_tiles * (1 + self.tile_tokens)
+            + 3 * self.num_entries
+            + num_entries * self.tile_tokens
+        )
+
+
+@dataclass(frozen=True)
+class LoraRows:
+    """Views into one int32 buffer on the device; what lies beyond the counts is never read.
+
+    `counts`: tiles and entries in use.
+    `tokens_BM`: places in x and y, NO_TOKEN behind the last one of a tile.
+    `first_entries_B1`: tile b has the entries from `[b]` to `[b + 1]`.
+    `tiles_E`, `adapters_E`, `ranks_E`: an entry's tile, place in the tables, and rank.
+    `scales_EM`: float32 factors of each token of the entry's tile, 0 for one that does not use it.
+    """
+
+    shape: RowsShape
+    counts: torch.Tensor
+    tokens_BM: torch.Tensor
+    first_entries_B1: torch.Tensor
+    tiles_E: torch.Tensor
+    adapters_E: torch.Tensor
+    ranks_E: torch.Tensor
+    scales_EM: torch.Tensor
+
+    @classmethod
+    def over(cls, buffer: torch.Tensor, shape: RowsShape) -> LoraRows:
+        """Views into a buffer of `shape.num_words` int32 words."""
+        parts = _split(buffer, shape)
+        counts, tokens_BM, firsts_B1, tiles_E, adapters_E, ranks_E, scales = parts
+        scales_EM = scales.view(torch.float32).view(-1, shape.tile_tokens)
+        return cls(shape, counts, tokens_BM, firsts_B1, tiles_E, adapters_E, ranks_E, scales_EM)
+
+    @classmethod
+    def of(cls, runs: Sequence[TokenRun], tile_tokens: int, device: torch.device | str = "cpu") -> LoraRows:
+        """Rows of exactly these runs, copied to the device."""
+        words, shape = pack_exactly(runs, tile_tokens)
+        return cls.over(torch.from_numpy(words).to(device), shape)
+
+
+def pack_exactly(runs: Sequence[TokenRun], tile_tokens: int) -> tuple[np.ndarray, RowsShape]:
+    """The words of a buffer for exactly these runs."""
+    tiles = _make_tiles(runs, tile_tokens)
+    shape = RowsShape(tile_tokens, len(tiles), _num_entries(tiles))
+    return _pack_tiles(tiles, shape), shape
+
+
+def pack_runs(runs: Sequence[TokenRun], shape: RowsShape) -> np.ndarray:
+    """The words of a buffer of the given shape, as far as it is used.
+
+    A shape `for_any` step has room for every mixture: where tiles of tokens with the same adapters
+    are too many, tokens with different adapters share them.
+    """
+    tiles = _make_tiles(runs, shape.tile_tokens)
+    if len(tiles) > shape.num_tiles or _num_entries(tiles) > shape.num_entries:
+        tiles = _make_few_tiles(runs, shape.tile_tokens)
+    return _pack_tiles(tiles, shape)
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """Up to M tokens; `scales_EM` are their factors for each of the adapters."""
+
+    tokens: np.ndarray
+    uses: tuple[AdapterUse, ...]
+    scales_EM: np.ndarray
+
+
+def _make_tiles(runs: Iterable[TokenRun], tile_tokens: int) -> list[_Tile]:
+    """Tiles of tokens that have exactly the same adapters, though each with its own scales."""
+    groups: dict[tuple[int, ...], list[TokenRun]] = {}
+    for run in runs:
+        if run.uses and run.num_tokens:
+            groups.setdefault(tuple(use.table_index for use in run.uses), []).append(run)
+    tiles: list[_Tile] = []
+    for key in sorted(groups):
+        tiles += _cut(groups[key], groups[key][0].uses, tile_tokens)
+    return tiles
+
+
+def _make_few_tiles(runs: Iterable[TokenRun], tile_tokens: int) -> list[_Tile]:
+    """As few tiles as the tokens fill, whatever adapters meet in one."""
+    using = sorted((run for run in runs if run.uses), key=lambda run: [use.table_index for use in run.uses])
+    all_uses = {use.table_index: use for run in using for use in run.uses}
+    tiles = _cut(using, tuple(all_uses[index] for index in sorted(all_uses)), tile_tokens)
+    return [_without_unused(tile) for tile in tiles]
+
+
+def _cut(runs: Sequence[TokenRun], uses: tuple[AdapterUse, ...], tile_tokens: int) -> list[_Tile]:
+    if not runs:
+        return []
+    place = {use.table_index: number for number, use in enumerate(uses)}
+    scales_ER = np.zeros((len(uses), len(runs)), np.float32)
+    for number, run in enumerate(runs):
+        for use in run.uses:
+            scales_ER[place[use.table_index], number] = use.scale
+    lengths = [run.num_tokens for run in runs]
+    tokens = np.concatenate([np.arange(run.first_token, run.first_token + run.num_tokens) for run in runs])
+    scales = np.repeat(scales_ER, lengths, axis=1)
+    return [
+        _Tile(tokens[start : start + tile_tokens], uses, scales[:, start : start + tile_tokens])
+        for start in range(0, len(tokens), tile_tokens)
+    ]
+
+
+def _without_unused(tile: _Tile) -> _Tile:
+    used = [number for number in range(len(tile.uses)) if tile.scales_EM[number].any()]
+    return _Tile(tile.tokens, tuple(tile.uses[number] for number in used), tile.scales_EM[used])
+
+
+def _pack_tiles(tiles: Sequence[_Tile], shape: RowsShape) -> np.ndarray:
+    num_entries = _num_entries(tiles)
+    assert len(tiles) <= shape.num_tiles, len(tiles)
+    assert num_entries <= shape.num_entries, num_entries
+    words = np.zeros(shape.words_used(num_entries), np.int32)
+    counts, tokens, firsts, of_tile, adapters, ranks, scales = _split(words, shape)
+    tokens[:] = NO_TOKEN
+    scales_EM = scales.view(np.float32).reshape(-1, shape.tile_tokens)
+    counts[:] = len(tiles), num_entries
+    entry = 0
+    for number, tile in enumerate(tiles):
+        tokens[number, : len(tile.tokens)] = tile.tokens
+        end = entry + len(tile.uses)
+        of_tile[entry:end] = number
+        adapters[entry:end] = [use.table_index for use in tile.uses]
+        ranks[entry:end] = [use.rank for use in tile.uses]
+        scales_EM[entry:end, : len(tile.tokens)] = tile.scales_EM
+        firsts[number + 1] = entry = end
+    firsts[len(tiles) + 1 :] = entry
+    return words
+
+
+def _num_entries(tiles: Sequence[_Tile]) -> int:
+    return sum(len(tile.uses) for tile in tiles)
+
+
+def _split(words, shape: RowsShape) -> list:
+    """The parts of a buffer, an array or a tensor, in the order in which LoraRows names them."""
+    sizes = (2, shape.num_tiles * shape.tile_tokens, shape.num_tiles + 1, *[shape.num_entries] * 3)
+    parts, start = [], 0
+    for size in sizes:
+        parts.append(words[start : start + size])
+        start += size
+    parts[1] = parts[1].reshape(shape.num_tiles, shape.tile_tokens)
+    return [*parts, words[start:]]

@@ -1,0 +1,237 @@
+"""Linear layers in Triton against float64: odd sizes, strided inputs, poisoned outputs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kiln_nn.kernels.checks import ShapeMismatch
+from kiln_nn.kernels.linear import (
+    LinearConfig,
+    invariant_config,
+    linear,
+    linear_partials,
+    linear_swiglu,
+    reference,
+)
+from kiln_nn.kernels.linear.config import LinearKind, choose, fit
+from kiln_nn.kernels.rms_norm import add_rms_norm
+from tests.support.triton_kernels import (
+    DEVICE,
+    INTERPRETED,
+    SHARED_MEMORY_LIMIT,
+    compiling_instead_of_launching,
+    needs_triton,
+    on_triton,
+    only_outside_interpreter,
+    poison_new_memory,
+    relative_error,
+    run_under_interpreter,
+)
+
+# One rounding to bf16 (the interpreter cuts off instead), or the order of float32 sums.
+TOLERANCE = {torch.bfloat16: 5e-3 if INTERPRETED else 2.5e-3, torch.float32: 2e-6}
+SMALL = LinearConfig(16, 32, 64, splits=2, warps=4, stages=3)
+TOKENS = [1, 17] if INTERPRETED else [1, 2, 3, 5, 7, 8, 15, 16, 17, 31, 33, 64, 65, 128]
+SIZES = (
+    [(96, 192), (33, 51), (1, 8)]
+    if INTERPRETED
+    else [(96, 192), (33, 51), (1, 8), (2560, 4096), (12352, 2560)]
+)
+
+
+def _draw(*shape: int, seed: int = 0) -> torch.Tensor:
+    values = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return values.bfloat16().to(DEVICE)
+
+
+def _kernel():
+    from kiln_nn.kernels.linear import triton
+
+    return triton
+
+
+def _config(num_tokens: int, num_outputs: int, num_inputs: int, kind: LinearKind) -> LinearConfig:
+    """A small one in the interpreter, on a GPU the chosen one (128 tokens: the invariant one)."""
+    if INTERPRETED:
+        return SMALL
+    chosen = choose(num_tokens, num_outputs, num_inputs, kind)
+    return chosen or invariant_config(num_outputs, num_inputs)
+
+
+@only_outside_interpreter
+@needs_triton
+def test_the_kernels_in_the_interpreter():
+    run_under_interpreter(__file__)
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    poison_new_memory(monkeypatch)
+
+
+@on_triton
+@pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("num_tokens", TOKENS)
+def test_linear(num_tokens, size, out_dtype, poisoned):
+    x, w = _draw(num_tokens, size[1]), _draw(*size, seed=1)
+    config = _config(num_tokens, *size, LinearKind.PLAIN)
+    out = _kernel().linear(x, w, config, out_dtype=out_dtype)
+    assert out.shape == (num_tokens, size[0])
+    assert out.dtype == out_dtype
+    assert relative_error(out, x.double() @ w.double().t()) < TOLERANCE[out_dtype]
+
+
+@on_triton
+def test_rows_that_lie_apart(poisoned):
+    wide, many = _draw(5, 200), _draw(90, 128, seed=1)
+    x, w = wide[:, 40:168], many[10:71]
+    out = _kernel().linear(x, w, SMALL)
+    assert relative_error(out, x.double() @ w.double().t()) < TOLERANCE[torch.bfloat16]
+
+
+@on_triton
+@pytest.mark.parametrize("size", [(2 * rows, inputs) for rows, inputs in SIZES])
+@pytest.mark.parametrize("num_tokens", TOKENS)
+def test_the_gated_form(num_tokens, size, poisoned):
+    x, w = _draw(num_tokens, size[1]), _draw(*size, seed=1)
+    gate, up = (x.double() @ (w.double() * 0.1).t()).chunk(2, dim=1)
+    config = _config(num_tokens, *size, LinearKind.GATED)
+    out = _kernel().linear_swiglu(x, (w * 0.1).bfloat16(), config)
+    gate, up = (x.double() @ (w * 0.1).bfloat16().double().t()).chunk(2, dim=1)
+    assert out.dtype == torch.bfloat16
+    assert relative_error(out, F.silu(gate) * up) < TOLERANCE[torch.bfloat16]
+
+
+@on_triton
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("num_tokens", TOKENS)
+def test_partial_sums(num_tokens, size, poisoned):
+    x, w = _draw(num_tokens, size[1]), _draw(*size, seed=1)
+    config = _config(num_tokens, *size, LinearKind.PARTIAL)
+    out = _kernel().linear_partials(x, w, config)
+    assert out.dtype == torch.float32
+    assert out.shape == (config.splits, num_tokens, size[0])
+    assert relative_error(out.double().sum(0), x.double() @ w.double().t()) < TOLERANCE[torch.float32]
+
+
+@on_triton
+@pytest.mark.parametrize("num_tokens", [129] if INTERPRETED else [129, 300])
+def test_many_tokens_fold_their_partial_sums_to_the_same_bits(num_tokens, poisoned):
+    size = (40, 192) if INTERPRETED else (2560, 9216)
+    config = SMALL if INTERPRETED else invariant_config(*size)
+    x, w = _draw(num_tokens, size[1]), _draw(*size, seed=1)
+    folded = _kernel().linear_partials(x, w, config)
+    apart = _kernel().linear_partials(x[:3], w, config)
+    assert folded.shape[0] == 1
+    assert apart.shape[0] == config.splits > 1
+    total = apart[0]
+    for part in apart[1:]:
+        total = total + part
+    assert torch.equal(folded[0, :3], total)
+
+
+@on_triton
+@pytest.mark.parametrize("kind", list(LinearKind))
+def test_an_invariant_row_does_not_depend_on_its_batch(kind, poisoned):
+    size = (64, 192) if INTERPRETED else (2560, 4096)
+    config = SMALL if INTERPRETED else invariant_config(*size)
+    w = _draw(*size, seed=1)
+    compute = {
+        LinearKind.PLAIN: _kernel().linear,
+        LinearKind.GATED: _kernel().linear_swiglu,
+        LinearKind.PARTIAL: _kernel().linear_partials,
+    }[kind]
+    x = _draw(70, size[1])
+    alone = torch.cat([compute(row[None], w, config) for row in x[[0, 5, 69]]], dim=-2)
+    for num_tokens in (6, 70):
+        together = compute(x[:num_tokens], w, config)
+        assert torch.equal(together[..., :6:5, :], alone[..., :2, :])
+    assert torch.equal(together[..., 69, :], alone[..., 2, :])
+
+
+@on_triton
+@pytest.mark.parametrize("num_tokens", [1, 5])
+def test_the_norm_adds_partial_sums(num_tokens, poisoned):
+    from kiln_nn.kernels.rms_norm import triton as norms
+
+    parts = torch.randn(3, num_tokens, 96, generator=torch.Generator().manual_seed(3)).to(DEVICE)
+    residual, weight = _draw(num_tokens, 96), _draw(96, seed=1)
+    out, total = norms.add_rms_norm(parts, residual, weight, 1e-6, offset=1.0)
+    assert relative_error(total, parts.double().sum(0) + residual.double()) < TOLERANCE[torch.bfloat16]
+    expected, same = add_rms_norm(parts.cpu(), residual.cpu(), weight.cpu(), 1e-6, offset=1.0)
+    assert relative_error(total, same) < TOLERANCE[torch.bfloat16]
+    assert relative_error(out, expected) < 2 * TOLERANCE[torch.bfloat16]
+
+
+def test_the_norm_of_partial_sums_is_that_of_their_sum():
+    parts, residual, weight = torch.randn(4, 3, 8), torch.randn(3, 8), torch.randn(8)
+    out, total = add_rms_norm(parts, residual, weight, 1e-6, offset=1.0)
+    expected, same = add_rms_norm(parts.sum(0), residual, weight, 1e-6, offset=1.0)
+    assert torch.allclose(total, same, atol=1e-6)
+    assert torch.allclose(out, expected, atol=1e-5)
+    with pytest.raises(ShapeMismatch):
+        add_rms_norm(parts[:, :2], residual, weight, 1e-6, offset=1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_other_formats_and_devices_use_the_library(dtype):
+    x, w = torch.randn(5, 24).to(dtype), torch.randn(14, 24).to(dtype)
+    assert torch.equal(linear(x, w), F.linear(x, w))
+    assert torch.equal(linear(x, w, out_dtype=torch.float32), F.linear(x, w).float())
+    assert torch.equal(linear_partials(x, w), F.linear(x, w)[None])
+    gate, up = F.linear(x, w).chunk(2, dim=1)
+    assert torch.equal(linear_swiglu(x, w), F.silu(gate) * up)
+    assert linear(x[:0], w).shape == (0, 14)
+
+
+def test_gradients_pass_through_the_library():
+    x, w = torch.randn(5, 24, requires_grad=True), torch.randn(14, 24)
+    reference.linear(x, w, out_dtype=torch.float64).sum().backward()
+    assert x.grad is not None
+
+
+def test_unequal_shapes_are_refused():
+    x = torch.zeros(2, 3)
+    for call in (linear, linear_swiglu, linear_partials):
+        with pytest.raises(ShapeMismatch):
+            call(x, torch.zeros(4, 5))
+    with pytest.raises(ShapeMismatch):
+        linear_swiglu(x, torch.zeros(5, 3))
+
+
+def test_stages_shrink_to_the_shared_memory():
+    config = LinearConfig(64, 64, 128, stages=8)
+    fitted = fit(config, LinearKind.GATED, 99 * 1024)
+    assert 2 <= fitted.stages < 8
+    assert fitted.shared_memory_bytes(LinearKind.GATED) <= 99 * 1024 or fitted.stages == 2
+
+
+@only_outside_interpreter
+@needs_triton
+@pytest.mark.parametrize("capability", [80, 86, 89, 90])
+def test_they_compile_for_every_supported_gpu(capability):
+    limit = SHARED_MEMORY_LIMIT[capability]
+    kinds = {
+        LinearKind.PLAIN: (12352, 2560),
+        LinearKind.GATED: (18432, 2560),
+        LinearKind.PARTIAL: (2560, 9216),
+    }
+    with compiling_instead_of_launching((capability,)) as compiled:
+        for kind, size in kinds.items():
+            w = torch.empty(size, dtype=torch.bfloat16)
+            for num_tokens in (16, 32, 64):
+                config = choose(num_tokens, *size, kind)
+                out = torch.zeros(8, num_tokens, size[0], dtype=torch.float32)
+                _kernel().launch(
+                    torch.zeros(num_tokens, size[1]).bfloat16(),
+                    w,
+                    out,
+                    fit(config, kind, limit),
+                    is_gated=kind is LinearKind.GATED,
+                    is_dependent=capability >= 90,
+                )
+    assert len(compiled) == 9
+    assert all(one.shared_memory_bytes <= limit for one in compiled)
