@@ -179,7 +179,7 @@ def main() -> None:
         traces = []
         for number, variant in enumerate(options.variants):
             path = Path(folder) / f"{number}.json"
-            if run_variant(options.model, variant, path, flags + ["--short"] * (number > 0)):
+            if run_variant(options.model, variant, path, flags + ["--short"] * (number > 0 or options.short)):
                 traces.append(str(path))
         out = Path(folder) / "scores.json"
         command = [sys.executable, str(HERE / "twins_reference.py"), "--model", str(options.model)]
@@ -206,6 +206,7 @@ def _options() -> argparse.Namespace:
         default=["defaults"],
         help="settings to compare, NAME=VALUE[,NAME=VALUE]; the first one runs everything",
     )
+    parser.add_argument("--short", action="store_true", help="the scored batch only, of every variant")
     parser.add_argument("--tiny", action="store_true", help="sizes that run on a CPU in seconds")
     return parser.parse_args()
 

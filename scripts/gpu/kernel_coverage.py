@@ -1,0 +1,117 @@
+"""Which tests launch which Triton kernels: a pytest plugin, and a choice of tests that launches all.
+
+    KILN_KERNEL_COVERAGE=coverage.json python -m pytest -m gpu -p scripts.gpu.kernel_coverage tests/kernels
+    python scripts/gpu/kernel_coverage.py coverage.json    # the tests, one a line
+
+The choice takes, for each kernel, the quickest tests that launch it. Kernels that no test launched are
+named on standard error, and the exit status is 1.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import pkgutil
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+_PACKAGES = ("kiln_nn", "kiln_engine")
+# Functions that are launched; the other @triton.jit functions become part of them.
+_ENTRY_SUFFIX = "_kernel"
+_TESTS_PER_KERNEL = 2
+# Recording a graph needs the caching allocator, which is switched off to see every byte out of bounds.
+_UNFIT = ("graph",)
+
+
+class KernelCoverage:
+    """Notes, for each test, the kernels it launched and the seconds it took."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._launched: set[str] = set()
+        self.tests: dict[str, dict[str, Any]] = {}
+
+    def watch_launches(self) -> None:
+        from triton.runtime.jit import JITFunction
+
+        launch, launched = JITFunction.run, self._launched
+
+        def watched(kernel: Any, *args: Any, **options: Any) -> Any:
+            # Called under the class's name, so that tests may put something else in its place.
+            launched.add(kernel.fn.__name__)
+            return launch(kernel, *args, **options)
+
+        JITFunction.run = watched
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_call(self, item: pytest.Item) -> Iterator[None]:
+        self._launched.clear()
+        started_s = time.perf_counter()
+        yield
+        self.tests[item.nodeid] = {
+            "kernels": sorted(self._launched),
+            "seconds": time.perf_counter() - started_s,
+        }
+
+    def pytest_sessionfinish(self) -> None:
+        self._path.write_text(json.dumps(self.tests, indent=1))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    path = os.environ.get("KILN_KERNEL_COVERAGE")
+    if path:
+        coverage = KernelCoverage(Path(path))
+        coverage.watch_launches()
+        config.pluginmanager.register(coverage)
+
+
+def entry_kernels() -> set[str]:
+    """Names of all kernels in Kiln's packages."""
+    from triton.runtime.jit import JITFunction
+
+    names = set()
+    for package_name in _PACKAGES:
+        package = importlib.import_module(package_name)
+        for module in pkgutil.walk_packages(package.__path__, f"{package_name}."):
+            if module.name.endswith("__main__"):
+                continue
+            members = vars(importlib.import_module(module.name)).values()
+            functions = (member for member in members if isinstance(member, JITFunction))
+            names |= {function.fn.__name__ for function in functions}
+    return {name for name in names if name.endswith(_ENTRY_SUFFIX)}
+
+
+def choose_tests(tests: Mapping[str, Mapping[str, Any]], kernels: set[str]) -> tuple[list[str], set[str]]:
+    """The tests to run, and the kernels that none of them launches."""
+    chosen: set[str] = set()
+    missing: set[str] = set()
+    for kernel in sorted(kernels):
+        able = [
+            name
+            for name, test in tests.items()
+            if kernel in test["kernels"] and not any(word in name.lower() for word in _UNFIT)
+        ]
+        quickest = sorted(able, key=lambda name: tests[name]["seconds"])[:_TESTS_PER_KERNEL]
+        chosen.update(quickest)
+        if not quickest:
+            missing.add(kernel)
+    return sorted(chosen), missing
+
+
+def main() -> None:
+    tests = json.loads(Path(sys.argv[1]).read_text())
+    chosen, missing = choose_tests(tests, entry_kernels())
+    print("\n".join(chosen))
+    if missing:
+        print(f"no test launched: {', '.join(sorted(missing))}", file=sys.stderr)
+    sys.exit(bool(missing))
+
+
+if __name__ == "__main__":
+    main()
