@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from kiln_engine.domain import StateCheckpoint
-from kiln_engine.model import decode_layout
+from kiln_nn.kernels.paged_attention import reference
 from tests.support.engine_plans import EngineRig, relative_error, token_ids
 from tests.support.tiny_models import SHAPES, hf_model, make_checkpoint
 
@@ -83,7 +83,7 @@ def test_prompts_that_end_anywhere_in_a_page_go_on_right(case: Case, rig: Engine
     rig.free(sequence)
 
 
-@pytest.mark.parametrize("most_gathered", [1, 80, decode_layout.MOST_GATHERED_TOKENS])
+@pytest.mark.parametrize("most_gathered", [1, 80, reference.MOST_GATHERED_TOKENS])
 def test_rows_in_one_batch_match_each_alone(
     case: Case, rig: EngineRig, monkeypatch: pytest.MonkeyPatch, most_gathered: int
 ):
@@ -91,7 +91,7 @@ def test_rows_in_one_batch_match_each_alone(
 
     However many of them attention reads at once.
     """
-    monkeypatch.setattr(decode_layout, "MOST_GATHERED_TOKENS", most_gathered)
+    monkeypatch.setattr(reference, "MOST_GATHERED_TOKENS", most_gathered)
     documents = [token_ids(length, seed=10 + length) for length in (5, 16, 31, 48, 70, 20)]
     lengths = [3, 16, 30, 33, 50, 1]
     sequences = [rig.sequence() for _ in documents]

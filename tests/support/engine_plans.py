@@ -11,6 +11,7 @@ import itertools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from kiln_engine.domain import (
     StateCheckpoint,
 )
 from kiln_engine.execution.adapter_store import AdapterStore
-from kiln_engine.model import KvStore, PagedModel, StateStore
+from kiln_engine.model import KvStore, Linears, PagedModel, StateStore
 from kiln_nn.config import ModelConfig
 from kiln_nn.weights.names import expected_tensors
 from tests.support.tiny_models import read_tensors
@@ -64,7 +65,13 @@ class EngineRig:
         self.page_tokens = page_tokens
         placed: dict[str, Any] = {"dtype": dtype, "device": torch.device(device)}
         common = {"page_tokens": page_tokens, **placed}
-        self.kv = KvStore(self.config, num_pages=num_pages, **common)
+        self.kv = KvStore(
+            self.config,
+            num_pages=num_pages,
+            num_state_slots=num_slots,
+            max_model_len=num_pages * page_tokens,
+            **common,
+        )
         self.states = StateStore(
             self.config, num_slots=num_slots, max_draft_tokens=max_draft_tokens, **common
         )
@@ -149,15 +156,12 @@ class EngineRig:
     def step(self, rows: Sequence[DecodeRow] = (), chunks: Sequence[PrefillChunk] = ()) -> list[torch.Tensor]:
         """Run one step: logits of every token, one [tokens, vocabulary] per row, then per chunk."""
         plan = BatchPlan(0, tuple(rows), tuple(chunks))
-        layout = self.model.layout(plan)
-        every_token = dataclasses.replace(
-            layout,
-            sample_tokens=torch.arange(layout.num_tokens, device=self.model.device),
-            num_samples=layout.num_tokens,
-        )
         with torch.inference_mode():
-            linear = self.adapters.linear_for(plan, self.model.base_linear)
-            logits = self.model.forward(every_token, linear).cpu()
+            self.model.prepare(plan)
+            every_token = dataclasses.replace(self.model.layout(plan), sample_tokens=None)
+            adapter_rows = self.adapters.rows_for(plan)
+            add = None if adapter_rows is None else partial(self.adapters.add_, rows=adapter_rows)
+            logits = self.model.forward(every_token, Linears(self.model.matrices, add)).cpu()
         return list(logits.split([1] * len(rows) + [len(chunk.token_ids) for chunk in chunks]))
 
     def prefill(self, sequence: HandSequence, token_ids: Sequence[int], splits: Sequence[int] = ()):

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import partial
 
-import structlog
 import torch
 
 from kiln_engine.domain.plan import BatchPlan, RowSampling
@@ -14,27 +13,18 @@ from kiln_engine.execution.adapter_store import AdapterStore
 from kiln_engine.execution.host_allocator import keep_freed_memory
 from kiln_engine.execution.memory_plan import MemoryPlan
 from kiln_engine.execution.sampled_ids import SampledIds
-from kiln_engine.execution.sampler import PendingDraws, Sampler
-from kiln_engine.execution.step_graphs import PassParts, StepGraphs
-from kiln_engine.model import KvStore, PagedModel, StateStore, StepLayout
+from kiln_engine.execution.sampler import PendingDraws, sample
+from kiln_engine.model import KvStore, Linears, PagedModel, StateStore
 from kiln_nn.blocks import Weights
 from kiln_nn.config import ModelConfig
 
-log = structlog.get_logger()
-
-
-@dataclass(frozen=True)
-class DrawnPart:
-    """Sequences whose tokens are on their way to the host, in order."""
-
-    sequence_ids: tuple[int, ...]
-    draws: PendingDraws
+_Rows = Sequence[tuple[int, RowSampling]]
 
 
 class TorchStep:
-    """A launched step."""
+    """A launched step: for each of its parts the sequences, and their tokens on the way to the host."""
 
-    def __init__(self, step_id: int, parts: Sequence[DrawnPart]) -> None:
+    def __init__(self, step_id: int, parts: Sequence[tuple[_Rows, PendingDraws]]) -> None:
         self._step_id = step_id
         self._parts = parts
 
@@ -42,8 +32,8 @@ class TorchStep:
         """One row for each decode row and each chunk with sampling."""
         rows = [
             RowResult(sequence_id, draw.token_id, draw.logprob, draw.sampled_logprob, draw.top_logprobs)
-            for part in self._parts
-            for sequence_id, draw in zip(part.sequence_ids, part.draws.wait(), strict=True)
+            for drawn, pending in self._parts
+            for (sequence_id, _), draw in zip(drawn, pending.wait(), strict=True)
         ]
         return StepResult(self._step_id, tuple(rows))
 
@@ -54,9 +44,6 @@ class TorchRunner:
     Allocates what the memory plan says at once. `weights` are borrowed and never written. Called
     from the loop thread only; `adapters.stage` is the one exception. On a GPU everything goes into
     one stream, so steps take effect in the order of their launch; on a CPU `launch` does the work.
-
-    A step's decode rows and its chunks each run as a captured graph where there is one that holds
-    them; otherwise they go through the layers together, kernel by kernel.
     """
 
     def __init__(self, config: ModelConfig, weights: Weights, memory: MemoryPlan) -> None:
@@ -69,7 +56,7 @@ class TorchRunner:
             config,
             num_pages=memory.num_pages,
             page_tokens=memory.page_tokens,
-            dtype=memory.kv_dtype or dtype,
+            dtype=memory.kv_dtype,
             device=device,
             num_state_slots=memory.num_state_slots,
             max_model_len=memory.max_model_len,
@@ -90,41 +77,32 @@ class TorchRunner:
             device=device,
         )
         self.model = PagedModel(config, weights, self.kv, self.states)
-        self._sampler = Sampler(memory.max_running, config.vocab_size, device)
         self._sampled_ids = SampledIds(memory.num_state_slots, device)
-        self._graphs: StepGraphs | None = None
 
     @property
     def num_bytes(self) -> int:
         """Device bytes held beside the weights."""
         return self.kv.num_bytes + self.states.num_bytes + self.adapters.num_bytes
 
-    def capture(self) -> None:
-        """Capture the step's graphs, where the device and the model's shape allow it.
-
-        Raises:
-            KernelsUnavailable: they do not; the runner works without them.
-        """
-        if self.device.type != "cuda":
-            return
-        logits_RV = torch.empty(
-            (self._sampler.max_rows, self.config.vocab_size), dtype=torch.float32, device=self.device
-        )
-        parts = PassParts(self.model, self.adapters, self._sampled_ids, self._sampler, logits_RV)
-        self._graphs = StepGraphs(parts)
-
     @torch.inference_mode()
     def launch(self, plan: BatchPlan) -> TorchStep:
         """Start one step; on a GPU it returns as soon as the work is queued."""
-        self.model.prepare(plan)
         rows = [(row.sequence_id, row.sampling) for row in plan.decode_rows]
-        samples = [(c.sequence_id, c.sampling) for c in plan.prefill_chunks if c.sampling is not None]
-        passes = self._graphs.passes_for(plan) if self._graphs else None
-        if passes is None:
-            return TorchStep(plan.step_id, [self._run_piecewise(plan, rows + samples)])
-        parts = []
-        if passes.decode is not None:
-            parts.append(_drawn(rows, passes.decode.run(plan, [sampling for _, sampling in rows])))
-        if passes.prefill is not None:
-            parts.append(_drawn(samples, passes.prefill.run(plan, [sampling for _, sampling in samples])))
-        return TorchStep(plan.step_id, parts)
+        rows += [(c.sequence_id, c.sampling) for c in plan.prefill_chunks if c.sampling is not None]
+        self.model.prepare(plan)
+        layout = self.model.layout(plan)
+        self._sampled_ids.feed_(plan, layout)
+        adapter_rows = self.adapters.rows_for(plan)
+        add = None if adapter_rows is None else partial(self.adapters.add_, rows=adapter_rows)
+        logits_RV = self.model.forward(layout, Linears(self.model.matrices, add))
+        if not rows:
+            return TorchStep(plan.step_id, [])
+        draws = sample(logits_RV, [sampling for _, sampling in rows])
+        self._sampled_ids.keep(layout, draws.token_ids_R)
+        return TorchStep(plan.step_id, [(rows, draws)])
+
+
+def _place_of(weights: Weights) -> tuple[torch.device, torch.dtype]:
+    """Device and number format of the model: those of its embedding."""
+    embedding = weights["model.embed_tokens.weight"]
+    return embedding.device, embedding.dtype

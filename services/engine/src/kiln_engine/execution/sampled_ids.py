@@ -27,4 +27,4 @@ class SampledIds:
 
     def keep(self, layout: StepLayout, token_ids_N: torch.Tensor) -> None:
         """Remember what a step drew, in the order of its samples."""
-        self._ids_S.index_copy_(0, layout.sample_slots, token_ids_N)
+        self._ids_S.index_copy_(0, layout.kept_slots, token_ids_N)

@@ -23,6 +23,7 @@ from kiln_nn.kernels.delta_prefill import delta_prefill
 from kiln_nn.kernels.paged_attention import paged_decode_attention, paged_prefill_attention
 from kiln_nn.kernels.qk_norm_rope_write import qk_norm_rope_write
 from kiln_nn.kernels.rms_norm import add_rms_norm, rms_norm
+from kiln_nn.kernels.rotary import rotary_tables
 
 
 class PagedModel:
@@ -75,12 +76,15 @@ class PagedModel:
         linears = linears or Linears(self.matrices)
         if layout.decode is not None:
             self.kv.write_lines(layout.decode.table_places_R, layout.decode.page_ids_R)
+        rotary = rotary_tables(layout.positions_T, self.config)
         residual = embed(self.weights, layout.token_ids_T)
         x = self._norm(residual, "model.layers.0.input_layernorm.weight")
         for index, kind in enumerate(self.config.layer_types):
             prefix, place = f"model.layers.{index}", self._index_in_kind[index]
-            mix = self._deltanet if kind == "linear_attention" else self._attention
-            mixed = mix(prefix, place, x, layout, linears)
+            if kind == "linear_attention":
+                mixed = self._deltanet(prefix, place, x, layout, linears)
+            else:
+                mixed = self._attention(prefix, place, x, layout, rotary, linears)
             x, residual = self._add_norm(mixed, residual, f"{prefix}.post_attention_layernorm.weight")
             grown = linears.gated(f"{prefix}.mlp.gate_up_proj", x)
             fed = linears.apply(f"{prefix}.mlp.down_proj", grown)
@@ -98,7 +102,13 @@ class PagedModel:
         return add_rms_norm(x_TD, residual_TD, self.weights[name], self.config.rms_norm_eps, offset=1.0)
 
     def _attention(
-        self, prefix: str, kv_layer: int, x_TD: torch.Tensor, layout: StepLayout, linears: Linears
+        self,
+        prefix: str,
+        kv_layer: int,
+        x_TD: torch.Tensor,
+        layout: StepLayout,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        linears: Linears,
     ) -> torch.Tensor:
         config, path = self.config, f"{prefix}.self_attn"
         num_heads, num_kv_heads, width = config.num_attention_heads, config.num_kv_heads, config.head_dim
@@ -113,8 +123,8 @@ class PagedModel:
             v.view(-1, num_kv_heads, width),
             self.weights[f"{path}.q_norm.weight"],
             self.weights[f"{path}.k_norm.weight"],
-            config,
-            layout.positions_T,
+            config.rms_norm_eps,
+            *rotary,
             layout.token_slots_T,
             *caches,
         )

@@ -4,7 +4,7 @@ All numbers of a step's chunks are one flat list with a section for each purpose
 the sections have the same places in every step, so that a captured graph finds them; chunks, tokens
 and tiles behind the last one are empty.
 
-Legend: `T` tokens, `N` chunks, `P` pages of all chunks, `B` tiles.
+Legend: `T` tokens, `N` chunks.
 """
 
 from __future__ import annotations
@@ -18,11 +18,8 @@ import torch
 
 from kiln_engine.domain.plan import PrefillChunk
 from kiln_engine.model.store_shape import StoreShape
-from kiln_nn.kernels.delta_decode import NO_SLOT
-from kiln_nn.kernels.delta_prefill import TILE_TOKENS as DELTA_TILE_TOKENS
-from kiln_nn.kernels.delta_prefill import DeltaChunks
-from kiln_nn.kernels.paged_attention import TILE_TOKENS as ATTENTION_TILE_TOKENS
-from kiln_nn.kernels.paged_attention import PromptChunks
+from kiln_nn.kernels.delta_prefill import NO_SLOT, ChunkCapacity, ChunkSlots, DeltaChunks, chunk_lists
+from kiln_nn.kernels.paged_attention import TILE_TOKENS, PromptChunks
 
 _NO_TILE = -1
 
@@ -33,21 +30,6 @@ class PrefillCapacity:
 
     num_tokens: int
     num_chunks: int
-
-    def num_tiles(self, tile_tokens: int) -> int:
-        """Tiles of at most `tile_tokens` tokens of one chunk each."""
-        return -(-self.num_tokens // tile_tokens) + self.num_chunks
-
-
-@dataclass(frozen=True)
-class PrefillNumbers:
-    """The numbers of all sections, one after the other, and the sections' lengths."""
-
-    flat: np.ndarray
-    section_sizes: tuple[int, ...]
-    # Of the chunks, for references that work on the host; None where a graph decides.
-    cu_seqlens: tuple[int, ...] | None
-    context_lengths: tuple[int, ...] | None
 
 
 @dataclass(frozen=True)
@@ -69,31 +51,66 @@ class PrefillLayout:
         return self.token_ids_T.shape[0]
 
 
+@dataclass(frozen=True)
+class PrefillNumbers:
+    """The numbers of all sections, one after the other, and the sections' sizes."""
+
+    flat: np.ndarray
+    section_sizes: tuple[int, ...]
+
+    def layout(self, flat: torch.Tensor) -> PrefillLayout:
+        """The layout of a tensor that holds these numbers, or others with the same capacity."""
+        tokens, places, slots, samples, kept, *rest = flat.split(list(self.section_sizes))
+        *delta, contexts, lines, tile_chunks, tile_starts = rest
+        chunks = DeltaChunks(*delta)
+        return PrefillLayout(
+            token_ids_T=tokens,
+            positions_T=places,
+            token_slots_T=slots,
+            sample_tokens_N=samples,
+            kept_slots_N=kept,
+            delta=chunks,
+            attention=PromptChunks(chunks.cu_seqlens_N1, contexts, lines, tile_chunks, tile_starts),
+        )
+
+
 def prefill_numbers(
     chunks: Sequence[PrefillChunk], shape: StoreShape, capacity: PrefillCapacity | None = None
 ) -> PrefillNumbers:
     """Work out the chunks' numbers on the host; without a capacity, for exactly these chunks."""
     lengths = [len(chunk.token_ids) for chunk in chunks]
-    sampled = [i for i, chunk in enumerate(chunks) if chunk.sampling is not None]
     ends = list(accumulate(lengths))
-    num_tokens = ends[-1] if capacity is None else capacity.num_tokens
-    num_chunks = len(chunks) if capacity is None else capacity.num_chunks
-    num_samples = len(sampled) if capacity is None else num_chunks
-    of_tokens = [
+    sampled = [i for i, chunk in enumerate(chunks) if chunk.sampling is not None]
+    num_samples = len(sampled)
+    delta_capacity = None
+    if capacity is None:
+        num_tokens, num_chunks = ends[-1], len(chunks)
+    else:
+        num_tokens, num_chunks = capacity.num_tokens, capacity.num_chunks
+        num_samples = num_chunks
+        delta_capacity = ChunkCapacity.of(num_chunks, num_tokens, shape.page_tokens)
+    delta = chunk_lists([_chunk_slots(chunk) for chunk in chunks], shape.page_tokens, delta_capacity)
+    tiles = [(n, start) for n, length in enumerate(lengths) for start in range(0, length, TILE_TOKENS)]
+    num_tiles = len(tiles) if capacity is None else num_tokens // TILE_TOKENS + num_chunks
+    sections = [
         _padded([token for chunk in chunks for token in chunk.token_ids], num_tokens, 0),
         _padded(_positions(chunks), num_tokens, 0),
         _padded(_token_slots(chunks, shape.page_tokens), num_tokens, -1),
         _padded([ends[i] - 1 for i in sampled], num_samples, 0),
         _padded([chunks[i].state_slot for i in sampled], num_samples, NO_SLOT),
+        *(np.array(numbers, dtype=np.int64) for numbers in delta.values()),
+        _padded([c.start + length for c, length in zip(chunks, lengths, strict=True)], num_chunks, 0),
+        _padded([chunk.state_slot for chunk in chunks], num_chunks, shape.spare_line),
+        _padded([n for n, _ in tiles], num_tiles, _NO_TILE),
+        _padded([start for _, start in tiles], num_tiles, 0),
     ]
-    delta = chunk_lists(
-        [_chunk_slots(chunk) for chunk in chunks],
-        shape.page_tokens,
-        None if capacity is None else ChunkCapacity.of(num_chunks, num_tokens, shape.page_tokens),
-    )
-    ...
-    sections = [*of_tokens, *(np.array(numbers, dtype=np.int64) for numbers in (*delta.values(),))]
     return PrefillNumbers(np.concatenate(sections), tuple(len(section) for section in sections))
+
+
+def _padded(numbers: Sequence[int], size: int, padding: int) -> np.ndarray:
+    section = np.full(size, padding, dtype=np.int64)
+    section[: len(numbers)] = numbers
+    return section
 
 
 def _chunk_slots(chunk: PrefillChunk) -> ChunkSlots:
@@ -103,20 +120,6 @@ def _chunk_slots(chunk: PrefillChunk) -> ChunkSlots:
         live_slot=chunk.state_slot,
         checkpoints=tuple((c.num_tokens - chunk.start, c.slot) for c in chunk.checkpoints),
     )
-
-
-def _padded(numbers: Sequence[int], size: int, padding: int) -> np.ndarray:
-    section = np.full(size, padding, dtype=np.int64)
-    section[: len(numbers)] = numbers
-    return section
-
-
-def _bounds(lengths: Sequence[int], num_chunks: int) -> np.ndarray:
-    """`[0, l0, l0 + l1, ...]`; chunks that are not there are empty."""
-    bounds = np.zeros(num_chunks + 1, dtype=np.int64)
-    bounds[1 : len(lengths) + 1] = np.cumsum(lengths, dtype=np.int64)
-    bounds[len(lengths) + 1 :] = bounds[len(lengths)]
-    return bounds
 
 
 def _positions(chunks: Sequence[PrefillChunk]) -> list[int]:
@@ -131,25 +134,3 @@ def _token_slots(chunks: Sequence[PrefillChunk], page_tokens: int) -> list[int]:
             base = chunk.page_ids[first // page_tokens] * page_tokens
             slots.extend(range(base, base + min(page_tokens, end - first)))
     return slots
-
-
-def _checkpoint_slots(
-    chunks: Sequence[PrefillChunk], num_pages: Sequence[int], page_tokens: int
-) -> list[int]:
-    """For each page of each chunk the slot that also gets the state after it."""
-    slots: list[int] = []
-    for chunk, count in zip(chunks, num_pages, strict=True):
-        of_chunk = [NO_SLOT] * count
-        for checkpoint in chunk.checkpoints:
-            of_chunk[(checkpoint.num_tokens - chunk.start) // page_tokens - 1] = checkpoint.slot
-        slots.extend(of_chunk)
-    return slots
-
-
-def _tiles(
-    lengths: Sequence[int], tile_tokens: int, capacity: PrefillCapacity | None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Chunk and first token (within it) of every tile."""
-    tiles = [(n, start) for n, length in enumerate(lengths) for start in range(0, length, tile_tokens)]
-    size = len(tiles) if capacity is None else capacity.num_tiles(tile_tokens)
-    return _padded([n for n, _ in tiles], size, _NO_TILE), _padded([start for _, start in tiles], size, 0)

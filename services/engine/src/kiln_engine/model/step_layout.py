@@ -13,7 +13,7 @@ import torch
 
 from kiln_engine.domain.plan import BatchPlan
 from kiln_engine.model.decode_layout import DecodeLayout, decode_fields, decode_layout, moved_lines
-from kiln_engine.model.prefill_layout import PrefillLayout, prefill_layout, prefill_numbers
+from kiln_engine.model.prefill_layout import PrefillLayout, prefill_numbers
 from kiln_engine.model.store_shape import StoreShape
 from kiln_engine.model.transfers import to_device
 
@@ -58,7 +58,7 @@ def build_layout(plan: BatchPlan, shape: StoreShape, device: torch.device) -> St
         decode = decode_layout(to_device(torch.from_numpy(fields), device))
     if plan.prefill_chunks:
         numbers = prefill_numbers(plan.prefill_chunks, shape)
-        prefill = prefill_layout(numbers, to_device(torch.from_numpy(numbers.flat), device))
+        prefill = numbers.layout(to_device(torch.from_numpy(numbers.flat), device))
     return join_layouts(decode, prefill)
 
 

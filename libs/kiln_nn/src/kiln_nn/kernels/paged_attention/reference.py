@@ -13,10 +13,14 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from kiln_nn.kernels.checks import ShapeMismatch, check_cu_seqlens, check_shape
+from kiln_nn.kernels.checks import check_shape
+from kiln_nn.kernels.paged_attention.chunks import PromptChunks
 
 # Most scores of a prompt chunk at once: 256 MiB of float32 where they are really stored.
 MOST_SCORES = 2**26
+# Most tokens whose keys and values decode copies out of the pages at once (padding included):
+# without a bound, one long row would pad all of its neighbours to its length.
+MOST_GATHERED_TOKENS = 65_536
 
 
 def write_kv(cache_PShD: torch.Tensor, token_slots_T: torch.Tensor, x_ThD: torch.Tensor) -> None:
@@ -30,82 +34,93 @@ def paged_decode_attention(
     q_RHD: torch.Tensor,
     k_cache_PShD: torch.Tensor,
     v_cache_PShD: torch.Tensor,
-    page_table_RM: torch.Tensor,
+    page_table_LM: torch.Tensor,
     context_lengths_R: torch.Tensor,
     scale: float,
     *,
+    table_rows_R: torch.Tensor,
     gate_RHD: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attend from one new token per row to its sequence, the token itself included.
+    """See the package's public function. Waits for the device."""
+    out = torch.zeros_like(q_RHD, memory_format=torch.contiguous_format)
+    for rows, num_tokens in _row_groups(context_lengths_R.tolist()):
+        index = torch.tensor(rows, device=q_RHD.device)
+        num_pages = -(-num_tokens // k_cache_PShD.shape[1])
+        pages_RM = page_table_LM[:, :num_pages].index_select(0, table_rows_R.index_select(0, index))
+        contexts = context_lengths_R.index_select(0, index)
+        q = q_RHD.index_select(0, index)
+        out.index_copy_(0, index, _attend_rows(q, k_cache_PShD, v_cache_PShD, pages_RM, contexts, scale))
+    return out if gate_RHD is None else out * torch.sigmoid(gate_RHD)
 
-    Its key and value are in the cache already and counted in `context_lengths_R`. Page
-    ids behind a row's context may be any valid page. A row of length 0 is padding: its
-    output is zero. With a gate, the output is multiplied by its sigmoid.
 
-    Returns: `[R, H, D]` in the format of `q_RHD`.
-    """
+def _row_groups(context_lengths: Sequence[int]) -> list[tuple[list[int], int]]:
+    """Rows whose contexts, padded to the longest, stay within `MOST_GATHERED_TOKENS`, or one longer row."""
+    used = [row for row, length in enumerate(context_lengths) if length]
+    by_length = sorted(used, key=lambda row: -context_lengths[row])
+    groups = []
+    first = 0
+    while first < len(by_length):
+        longest = context_lengths[by_length[first]]
+        num_rows = max(1, MOST_GATHERED_TOKENS // longest)
+        groups.append((sorted(by_length[first : first + num_rows]), longest))
+        first += num_rows
+    return groups
+
+
+def _attend_rows(
+    q_RHD: torch.Tensor,
+    k_cache_PShD: torch.Tensor,
+    v_cache_PShD: torch.Tensor,
+    pages_RM: torch.Tensor,
+    context_lengths_R: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
     num_rows, num_heads, head_dim = q_RHD.shape
-    num_kv_heads, page_tokens = k_cache_PShD.shape[2], k_cache_PShD.shape[1]
-    check_shape("k_cache", k_cache_PShD, (None, None, num_kv_heads, head_dim))
-    check_shape("v_cache", v_cache_PShD, tuple(k_cache_PShD.shape))
-    check_shape("page_table", page_table_RM, (num_rows, None))
-    num_places = page_table_RM.shape[1] * page_tokens
+    page_tokens, num_kv_heads = k_cache_PShD.shape[1:3]
+    num_places = pages_RM.shape[1] * page_tokens
+    places = torch.arange(num_places, device=q_RHD.device)
+    # A row's first page stands in behind its context: another might hold NaN, which no mask stops.
+    is_own = places[::page_tokens] < context_lengths_R[:, None]
+    pages = torch.where(is_own, pages_RM, pages_RM[:, :1]).flatten()
     k, v = (
-        cache.index_select(0, page_table_RM.flatten())
-        .view(num_rows, num_places, num_kv_heads, head_dim)
-        .transpose(1, 2)
+        cache.index_select(0, pages).view(num_rows, num_places, num_kv_heads, head_dim).transpose(1, 2)
         for cache in (k_cache_PShD, v_cache_PShD)
     )
-    places = torch.arange(num_places, device=q_RHD.device)
     in_context = (places < context_lengths_R[:, None])[:, None, None]
     # The query heads of one kv head stand where attention usually has query tokens.
-    q = q_RHD.view(num_rows, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    q = q_RHD.reshape(num_rows, num_kv_heads, num_heads // num_kv_heads, head_dim)
     out = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), attn_mask=in_context, scale=scale)
-    out = out.reshape(num_rows, num_heads, head_dim)
-    out = out.masked_fill((context_lengths_R == 0)[:, None, None], 0)
-    return out if gate_RHD is None else out * torch.sigmoid(gate_RHD)
+    return out.reshape(num_rows, num_heads, head_dim)
 
 
 def paged_prefill_attention(
     q_THD: torch.Tensor,
     k_cache_PShD: torch.Tensor,
     v_cache_PShD: torch.Tensor,
-    page_tables: Sequence[torch.Tensor],
-    cu_seqlens: Sequence[int],
-    context_lengths: Sequence[int],
+    page_table_LM: torch.Tensor,
+    chunks: PromptChunks,
     scale: float,
+    *,
+    gate_THD: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attend from chunks of several sequences to their pasts and causally to themselves.
-
-    Sequence n brings tokens `cu_seqlens[n]:cu_seqlens[n + 1]`, the last of its
-    `context_lengths[n]` tokens, whose keys and values are all in the cache already.
-
-    Returns: `[T, H, D]` in the format of `q_THD`.
-    """
-    bounds = check_cu_seqlens(cu_seqlens, q_THD.shape[0])
-    if not len(page_tables) == len(context_lengths) == len(bounds) - 1:
-        raise ShapeMismatch("page_tables", (len(page_tables), len(context_lengths)), (len(bounds) - 1,) * 2)
-    outputs = []
-    for n, context_length in enumerate(context_lengths):
-        q_nHD = q_THD[bounds[n] : bounds[n + 1]]
-        num_new = q_nHD.shape[0]
-        if num_new == 0:
+    """See the package's public function. Waits for the device."""
+    bounds, contexts = chunks.cu_seqlens_N1.tolist(), chunks.context_lengths_N.tolist()
+    out = torch.zeros_like(q_THD, memory_format=torch.contiguous_format)
+    for n, line in enumerate(chunks.table_rows_N.tolist()):
+        first, last, context_length = bounds[n], bounds[n + 1], contexts[n]
+        if first == last:
             continue
-        if not num_new <= context_length <= page_tables[n].shape[0] * k_cache_PShD.shape[1]:
-            raise ShapeMismatch("context", (context_length,), (f"{num_new} or more, within its pages",))
+        pages = page_table_LM[line, : -(-context_length // k_cache_PShD.shape[1])]
         k_hCD, v_hCD = (
-            cache.index_select(0, page_tables[n])
-            .flatten(0, 1)[:context_length]
-            .transpose(0, 1)
-            .to(q_nHD.dtype)
+            cache.index_select(0, pages).flatten(0, 1)[:context_length].transpose(0, 1).to(q_THD.dtype)
             for cache in (k_cache_PShD, v_cache_PShD)
         )
-        block = max(1, MOST_SCORES // (q_nHD.shape[1] * context_length))
-        for first in range(0, num_new, block):
-            q = q_nHD[first : first + block]
-            end = context_length - num_new + first + q.shape[0]
-            outputs.append(_attend_to_past(q, k_hCD[:, :end], v_hCD[:, :end], scale))
-    return torch.cat(outputs) if outputs else torch.zeros_like(q_THD)
+        block = max(1, MOST_SCORES // (q_THD.shape[1] * context_length))
+        for start in range(first, last, block):
+            q = q_THD[start : min(start + block, last)]
+            end = context_length - last + start + q.shape[0]
+            out[start : start + q.shape[0]] = _attend_to_past(q, k_hCD[:, :end], v_hCD[:, :end], scale)
+    return out if gate_THD is None else out * torch.sigmoid(gate_THD)
 
 
 def _attend_to_past(
@@ -116,7 +131,7 @@ def _attend_to_past(
     num_kv_heads, context_length = k_hCD.shape[:2]
     group = num_heads // num_kv_heads
     # The query heads of one kv head stand side by side, so that keys need not be repeated for them.
-    q = q_nHD.view(num_new, num_kv_heads, group, head_dim).transpose(0, 1).flatten(1, 2)
+    q = q_nHD.reshape(num_new, num_kv_heads, group, head_dim).transpose(0, 1).flatten(1, 2)
     places = torch.arange(context_length, device=q.device)
     visible = (places <= places[context_length - num_new :, None]).repeat_interleave(group, dim=0)
     out = F.scaled_dot_product_attention(q[None], k_hCD[None], v_hCD[None], attn_mask=visible, scale=scale)[0]
