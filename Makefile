@@ -5,6 +5,7 @@ SHELL := /bin/bash
 MODEL ?=
 PORT ?=
 STATE_DIR ?=
+PARTS ?=
 ARGS ?=
 up_options = $(if $(MODEL),--model '$(MODEL)') $(if $(PORT),--port $(PORT)) $(if $(STATE_DIR),--state-dir '$(STATE_DIR)') $(ARGS)
 
@@ -35,6 +36,10 @@ test: setup-dev check ## Check the code and run all tests that need no GPU
 .PHONY: test-gpu
 test-gpu: setup-dev ## Run the tests that need a CUDA device
 	.venv/bin/python -m pytest -m gpu $(ARGS)
+
+.PHONY: bench
+bench: setup-dev ## Measure everything on a GPU host; PARTS="decode waves" chooses
+	.venv/bin/python -m benchmarks $(PARTS) $(ARGS)
 
 .PHONY: check
 check: setup-dev ## Lint, types, import contracts, generated code, compose file and Dockerfiles

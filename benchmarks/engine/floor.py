@@ -1,5 +1,6 @@
-"""The least a step must cost: its bytes at the rate of a copy, or its arithmetic at the rate of a matmul.
+"""The least a step must cost: its bytes at the rate of a copy, its arithmetic at the rate of a matmul.
 
+The linear layers cost the larger of the two; what sequences remember is read beside them.
 A decode step reads every weight once, the keys and values of each sequence's context, and each
 sequence's recurrent state with the part of its ring that is in use; every sixteenth step it writes
 the state back. Caches, activations and logits are left out: they are what an engine could save.
@@ -61,15 +62,24 @@ def _synchronize(device: str) -> None:
 
 @dataclass(frozen=True)
 class StepCost:
-    """Bytes and floating-point operations that a piece of work cannot do without."""
+    """Bytes and floating-point operations that a piece of work cannot do without.
 
-    num_bytes: float
+    `memory_bytes` are those of keys, values and states.
+    """
+
+    weight_bytes: float
+    memory_bytes: float
     num_flops: float
 
+    @property
+    def num_bytes(self) -> float:
+        return self.weight_bytes + self.memory_bytes
+
     def floor_s(self, yardsticks: Yardsticks) -> float:
-        return max(
-            self.num_bytes / yardsticks.copy_bytes_per_s, self.num_flops / yardsticks.matmul_flops_per_s
+        products_s = max(
+            self.weight_bytes / yardsticks.copy_bytes_per_s, self.num_flops / yardsticks.matmul_flops_per_s
         )
+        return products_s + self.memory_bytes / yardsticks.copy_bytes_per_s
 
 
 @dataclass(frozen=True)
@@ -121,7 +131,7 @@ class ModelCosts:
         memory += self.ring_bytes_per_token * (_PAGE_TOKENS - 1) / 2
         per_sequence = memory + self.kv_bytes_per_token * context_tokens
         flops = 2 * self.num_weights * batch + batch * self._attention_flops(context_tokens)
-        return StepCost(self.weight_bytes + batch * per_sequence, flops)
+        return StepCost(self.weight_bytes, batch * per_sequence, flops)
 
     def prefill(self, num_tokens: int, num_cached_tokens: int = 0) -> StepCost:
         """`num_tokens` new tokens of one prompt; the head counts for the last of them only."""
@@ -129,8 +139,8 @@ class ModelCosts:
         flops = 2 * (self.num_weights - head) * num_tokens + 2 * head
         mean_context = num_cached_tokens + num_tokens / 2
         flops += num_tokens * self._attention_flops(mean_context)
-        num_bytes = self.weight_bytes + self.kv_bytes_per_token * (2 * num_tokens + num_cached_tokens)
-        return StepCost(num_bytes, flops)
+        memory_bytes = self.kv_bytes_per_token * (2 * num_tokens + num_cached_tokens)
+        return StepCost(self.weight_bytes, memory_bytes, flops)
 
     def _attention_flops(self, context_tokens: float) -> float:
         """Scores and their sum over values, for one token."""

@@ -32,16 +32,13 @@ BATCHES = (1, 16, 64, 256)
 CHECKED_ROWS, CHECKED_TOKENS = 4, 200
 TUNE = {
     torch.bfloat16: [
-        StepConfig("split", "fma", "bf16x3", 64, 2, 32, prefetch=False, max_registers=96),
-        StepConfig("split", "fma", "bf16x3", 64, 2, 32),
-        StepConfig("split", "fma", "bf16x3", 64, 2, 32, max_registers=80),
-        StepConfig("split", "fma", "bf16x3", 128, 1, 32),
-        StepConfig("split", "tf32", "bf16x3", 32, 4, 32),
-        StepConfig("fma", "fma", "bf16x3", 16, 4, 16),
+        StepConfig("split", "bf16x3", 1, 64, 3, 32, max_registers=96, is_dependent=False),
+        StepConfig("split", "bf16x3", 2, 64, 3, 16, 8, max_registers=96),
+        StepConfig("split", "bf16x3", 1, 32, 4, 32, max_registers=96),
     ],
     torch.float32: [
-        StepConfig("fma", "fma", "tf32x3", 16, 4, 16, prefetch=False),
-        StepConfig("tf32x3", "fma", "tf32x3", 32, 3, 16),
+        StepConfig("fma", "tf32x3", 1, 16, 4, 16, is_dependent=False),
+        StepConfig("fma", "tf32x3", 2, 16, 4, 16, 8),
     ],
 }
 

@@ -1,28 +1,31 @@
-"""LoRA adapters on the device, and the linear layers of a step in which each row has its own.
+"""LoRA adapters on the device, and what they add to the linear layers of a step.
 
-All adapters of a step run together: for a linear layer, `h = x A^T` over the stacked A of every
-adapter in the batch, `h` kept where the row uses the adapter (times its scale), `y += h B^T` over
-the stacked B. Rows may use several adapters, which then add up. Two products a layer whatever the
-mix; none at all for a batch without adapters.
+Each row of a step may use other adapters, several of them add up. Where the kernel runs, two
+launches a linear layer serve any mixture, inside a captured graph too; elsewhere the step's
+adapters are stacked into few products. Nothing runs for a batch without adapters.
 
-Legend: `S` slots, `T` tokens, `I`/`O` inputs and outputs of a linear layer, `r` rank, `Q` ranks of
-all adapters of the step side by side.
+Legend: `T` tokens, `I`/`O` inputs and outputs of a linear layer.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
-import torch.nn.functional as F
 
 from kiln_common.errors import InvalidRequest
 from kiln_engine.domain.plan import BatchPlan
-from kiln_engine.model import to_device
+from kiln_engine.execution.adapter_rows import ResidentAdapter, StaticLoraRows, lora_rows, runs_of
+from kiln_engine.execution.adapter_stacks import AdapterStacks, StackedRows
+from kiln_engine.execution.adapter_tables import AdapterTables, adapter_slot_bytes
 from kiln_nn.blocks import LinearFn
 from kiln_nn.config import ModelConfig
 from kiln_nn.errors import KilnNnError
-from kiln_nn.lora import adapter_table, parse_adapter
+from kiln_nn.kernels.lora import LoraRows, TokenRun, lora_add_
+from kiln_nn.lora import parse_adapter
+
+__all__ = ["AdapterRankTooHigh", "AdapterRejected", "AdapterRows", "AdapterStore", "adapter_slot_bytes"]
+
+# Which adapters the tokens of one step use, as the device at hand wants it.
+AdapterRows = LoraRows | StackedRows
 
 
 class AdapterRejected(InvalidRequest):
@@ -43,28 +46,11 @@ class AdapterRankTooHigh(InvalidRequest):
         super().__init__(f"the adapter has rank {rank}, this engine holds up to {limit}")
 
 
-def adapter_slot_bytes(config: ModelConfig, max_rank: int, dtype: torch.dtype) -> int:
-    """Bytes of one adapter slot."""
-    widths = sum(inputs + outputs for inputs, outputs in adapter_table(config).values())
-    return max_rank * widths * dtype.itemsize
-
-
-@dataclass(frozen=True)
-class _Resident:
-    rank: int
-    scaling: float
-    module_paths: frozenset[str]
-
-
-# (A [Q, I], B [O, Q]) of the step's adapters that have the layer, and those adapters' slots.
-_Stack = tuple[torch.Tensor, torch.Tensor, tuple[int, ...]]
-
-
 class AdapterStore:
-    """Stacked A and B of `num_slots` adapters for every linear layer; slot 0 is the base model.
+    """A and B of `num_slots` adapters for every linear layer; slot 0 is the base model.
 
     Slots are numbered 1 to `num_slots`. `stage` may run on any thread because it writes only to a
-    slot that no step reads; `activate`, `clear` and `linear_for` belong to the loop thread.
+    slot that no step reads; everything else belongs to the loop thread.
     """
 
     def __init__(
@@ -79,23 +65,15 @@ class AdapterStore:
         self.num_slots = num_slots
         self.max_rank = max_rank
         self._config = config
-        self._tables = {
-            path: (
-                torch.zeros(num_slots, max_rank, inputs, dtype=dtype, device=device),
-                torch.zeros(num_slots, outputs, max_rank, dtype=dtype, device=device),
-            )
-            for path, (inputs, outputs) in adapter_table(config).items()
-        }
         self._device = device
-        self._staged: dict[int, _Resident] = {}
-        self._resident: dict[int, _Resident] = {}
-        # Stacks of the last combination of slots; a batch usually has the one before it had.
-        self._stacked_slots: tuple[int, ...] = ()
-        self._stacks: dict[str, _Stack] = {}
+        self._tables = AdapterTables(config, num_slots, max_rank, dtype, device)
+        self._stacks = AdapterStacks(self._tables)
+        self._staged: dict[int, ResidentAdapter] = {}
+        self._resident: dict[int, ResidentAdapter] = {}
 
     @property
     def num_bytes(self) -> int:
-        return sum(a.nbytes + b.nbytes for a, b in self._tables.values())
+        return self._tables.num_bytes
 
     @property
     def active_slots(self) -> frozenset[int]:
@@ -120,22 +98,50 @@ class AdapterStore:
         rank = adapter.spec.rank
         if rank > self.max_rank:
             raise AdapterRankTooHigh(rank, self.max_rank)
-        for path, (a_rI, b_Or) in adapter.tensors.items():
-            a_table, b_table = self._tables[path]
-            a_table[slot - 1, :rank].copy_(a_rI)
-            b_table[slot - 1, :, :rank].copy_(b_Or)
-        self._staged[slot] = _Resident(rank, adapter.spec.scaling, frozenset(adapter.tensors))
+        self._tables.write(slot - 1, adapter.tensors)
+        self._staged[slot] = ResidentAdapter(rank, adapter.spec.scaling, frozenset(adapter.tensors))
 
     def activate(self, slot: int) -> None:
         """Let rows name the slot, with what was staged last."""
         self._resident[slot] = self._staged.pop(slot)
-        self._forget_stacks(slot)
+        self._stacks.forget(slot)
 
     def clear(self, slot: int) -> None:
         """Forget the slot; the next `stage` overwrites its numbers."""
         self._staged.pop(slot, None)
         if self._resident.pop(slot, None):
-            self._forget_stacks(slot)
+            self._stacks.forget(slot)
+
+    def rows_for(self, plan: BatchPlan) -> AdapterRows | None:
+        """Which adapters the plan's tokens use, decode rows first, brought to the device in one copy.
+
+        None if no token uses any: then there is nothing to add.
+        """
+        runs = self._runs_of(plan)
+        if not runs:
+            return None
+        if self._tables.uses_kernel:
+            return lora_rows(runs, self._device)
+        place = (self._device, self._tables.dtype)
+        return StackedRows(plan.num_tokens, runs, self._stacks, self._resident, place)
+
+    def static_rows(self, num_tokens: int) -> StaticLoraRows:
+        """Rows in fixed device memory for CUDA graphs of up to so many tokens; they begin empty."""
+        return StaticLoraRows(num_tokens, self.num_slots, self._device, self._runs_of)
+
+    def add_(self, path: str, x_TI: torch.Tensor, y_TO: torch.Tensor, rows: AdapterRows) -> None:
+        """Add to y what each token's adapters make of x, in place.
+
+        `path` is a fused linear layer's (`model.layers.3.self_attn.qkv_proj`) or a single module's
+        (`....q_proj`, y being that module's outputs). Nothing happens for a layer that cannot be
+        adapted. y may have a row stride and another format than x.
+        """
+        if isinstance(rows, StackedRows):
+            rows.add_(path, x_TI, y_TO)
+            return
+        linear = self._tables.get(path)
+        if linear is not None:
+            lora_add_(y_TO, x_TI, linear.a_SQI, linear.b_SRO, rows, linear.bounds)
 
     def linear_for(self, plan: BatchPlan, base_linear: LinearFn) -> LinearFn:
         """The linear layers of one step, each token with its row's adapters on top of `base_linear`.
@@ -143,113 +149,16 @@ class AdapterStore:
         `base_linear` must give outputs that may be added to in place. Without adapters it is returned
         as it is.
         """
-        uses = _adapter_uses(plan)
-        if not uses:
+        rows = self.rows_for(plan)
+        if rows is None:
             return base_linear
-        slots = tuple(sorted(uses))
-        if slots != self._stacked_slots:
-            self._stacked_slots, self._stacks = slots, {}
-        factors = _Factors(
-            plan.num_tokens,
-            {slot: _scaled(use, self._resident[slot].scaling) for slot, use in uses.items()},
-            {slot: self._resident[slot].rank for slot in slots},
-            next(iter(self._tables.values()))[0].dtype,
-            self._device,
-        )
 
-        def linear(module_path: str, x_TI: torch.Tensor) -> torch.Tensor:
-            y_TO = base_linear(module_path, x_TI)
-            stack = self._stacks.get(module_path) or self._stack(module_path, slots)
-            a_QI, b_OQ, having = stack
-            if not having:
-                return y_TO
-            return y_TO.addmm_(factors.apply_(F.linear(x_TI, a_QI), having), b_OQ.t())
+        def linear(path: str, x_TI: torch.Tensor) -> torch.Tensor:
+            y_TO = base_linear(path, x_TI)
+            self.add_(path, x_TI, y_TO, rows)
+            return y_TO
 
         return linear
 
-    def _stack(self, module_path: str, slots: tuple[int, ...]) -> _Stack:
-        having = tuple(slot for slot in slots if module_path in self._resident[slot].module_paths)
-        a_table, b_table = self._tables[module_path]
-        ranks = [self._resident[slot].rank for slot in having]
-        a_parts = [a_table[slot - 1, :rank] for slot, rank in zip(having, ranks, strict=True)]
-        b_parts = [b_table[slot - 1, :, :rank] for slot, rank in zip(having, ranks, strict=True)]
-        stack: _Stack
-        if len(having) == 1:
-            stack = a_parts[0], b_parts[0], having
-        elif having:
-            stack = torch.cat(a_parts), torch.cat(b_parts, dim=1), having
-        else:
-            stack = a_table[0, :0], b_table[0, :, :0], having
-        self._stacks[module_path] = stack
-        return stack
-
-    def _forget_stacks(self, slot: int) -> None:
-        if slot in self._stacked_slots:
-            self._stacked_slots, self._stacks = (), {}
-
-
-# (token, scale) pairs of one slot.
-_Use = list[tuple[int, float]]
-
-
-def _adapter_uses(plan: BatchPlan) -> dict[int, _Use]:
-    """Which tokens of the step use which slot, decode rows first as everywhere."""
-    uses: dict[int, _Use] = {}
-    for token, row in enumerate(plan.decode_rows):
-        for slot, scale in row.adapter_slots:
-            uses.setdefault(slot, []).append((token, scale))
-    token = len(plan.decode_rows)
-    for chunk in plan.prefill_chunks:
-        end = token + len(chunk.token_ids)
-        for slot, scale in chunk.adapter_slots:
-            uses.setdefault(slot, []).extend((t, scale) for t in range(token, end))
-        token = end
-    uses.pop(0, None)  # slot 0 adds nothing
-    return uses
-
-
-def _scaled(use: _Use, scaling: float) -> _Use:
-    return [(token, scale * scaling) for token, scale in use]
-
-
-class _Factors:
-    """How much of each adapter each token gets, as factors on the columns of `h`."""
-
-    def __init__(
-        self,
-        num_tokens: int,
-        uses: dict[int, _Use],
-        ranks: dict[int, int],
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        self._ranks = ranks
-        self._columns = {}
-        for slot, use in uses.items():
-            # A row may name one adapter twice: then its scales add up.
-            column = [0.0] * num_tokens
-            for token, scale in use:
-                column[token] += scale
-            self._columns[slot] = column
-        self._dtype, self._device = dtype, device
-        self._by_slots: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor | None]] = {}
-
-    def apply_(self, h_TQ: torch.Tensor, slots: tuple[int, ...]) -> torch.Tensor:
-        """Scale in place the columns of the given slots' ranks, zero where a token does not use them."""
-        if slots not in self._by_slots:
-            self._by_slots[slots] = self._make(slots)
-        factor, is_unused = self._by_slots[slots]
-        if is_unused is not None:
-            # Not by a product: another row's overflow times zero would be a NaN here.
-            h_TQ.masked_fill_(is_unused, 0.0)
-        return h_TQ.mul_(factor)
-
-    def _make(self, slots: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        columns = torch.tensor([self._columns[slot] for slot in slots], dtype=torch.float32).t()
-        if len(slots) > 1:
-            columns = columns.repeat_interleave(torch.tensor([self._ranks[slot] for slot in slots]), dim=1)
-        is_unused = columns == 0
-        return (
-            to_device(columns.to(self._dtype), self._device),
-            to_device(is_unused, self._device) if bool(is_unused.any()) else None,
-        )
+    def _runs_of(self, plan: BatchPlan) -> list[TokenRun]:
+        return runs_of(plan, self._resident)

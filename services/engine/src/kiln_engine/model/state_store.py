@@ -18,17 +18,21 @@ from kiln_nn.kernels.gated_delta import DeltaRing
 
 
 def state_slot_bytes(
-    config: ModelConfig, page_tokens: int, dtype: torch.dtype, *, max_draft_tokens: int = 0
+    config: ModelConfig,
+    page_tokens: int,
+    dtype: torch.dtype,
+    *,
+    state_dtype: torch.dtype = torch.float32,
+    max_draft_tokens: int = 0,
 ) -> int:
     """Bytes of one slot across all DeltaNet layers; `dtype` is that of the convolution's rows."""
     capacity = page_tokens + max_draft_tokens
     heads, key_heads = config.linear_num_value_heads, config.linear_num_key_heads
     key_width, value_width = config.linear_key_head_dim, config.linear_value_head_dim
-    num_float32 = heads * key_width * value_width
-    num_float32 += capacity * (key_heads * key_width + heads * value_width + heads)
-    conv_rows = config.linear_conv_kernel_dim - 1 + capacity
-    per_layer = num_float32 * torch.float32.itemsize + conv_rows * config.conv_dim * dtype.itemsize
-    return config.num_linear_layers * per_layer
+    state = heads * key_width * value_width * state_dtype.itemsize
+    ring = capacity * (key_heads * key_width + heads * value_width + heads) * torch.float32.itemsize
+    conv_rows = (config.linear_conv_kernel_dim - 1 + capacity) * config.conv_dim * dtype.itemsize
+    return config.num_linear_layers * (state + ring + conv_rows)
 
 
 class LayerState:
@@ -43,7 +47,10 @@ class LayerState:
 
 
 class StateStore:
-    """All slots of all DeltaNet layers: state and ring in float32, convolution rows in `dtype`."""
+    """All slots of all DeltaNet layers: states in `state_dtype`, rings in float32, convolution rows in `dtype`.
+
+    bfloat16 states halve what a decode step reads; they are rounded once per page.
+    """
 
     def __init__(
         self,
@@ -53,6 +60,7 @@ class StateStore:
         page_tokens: int,
         dtype: torch.dtype,
         device: torch.device,
+        state_dtype: torch.dtype = torch.float32,
         max_draft_tokens: int = 0,
     ) -> None:
         self.num_slots = num_slots
@@ -69,7 +77,7 @@ class StateStore:
         def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
             return torch.zeros((layers, num_slots, *shape), dtype=dtype, device=device)
 
-        self._state = zeros(self.num_heads, key_width, value_width)
+        self._state = zeros(self.num_heads, key_width, value_width, dtype=state_dtype)
         self._ring_k = zeros(self.num_key_heads, self.capacity, key_width)
         self._ring_u = zeros(self.num_heads, self.capacity, value_width)
         self._ring_log_decay = zeros(self.num_heads, self.capacity)

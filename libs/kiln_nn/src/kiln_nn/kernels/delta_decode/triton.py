@@ -17,6 +17,7 @@ bf16 off instead of rounding it. benchmarks/kernels/delta_decode.py measures it 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,7 @@ import triton
 
 from kiln_nn.kernels.delta_decode.memory import DeltaDecodeWeights, DeltaMemory, DeltaRows
 from kiln_nn.kernels.delta_decode.triton_step import delta_decode_kernel
+from kiln_nn.kernels.dependent_launch import launch_options, supports_dependent_launch
 from kiln_nn.kernels.dispatch import is_interpreted
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -34,8 +36,9 @@ class StepConfig:
     """How a program computes. The forms are those of `triton_step`."""
 
     state_form: str
-    ring_form: str
     commit_form: str
+    # Value heads that share a key head and a program; fewer where a key head has fewer.
+    heads: int
     # Rows of the state a program reads at a time, and how many such blocks are in flight.
     block_k: int
     num_stages: int
@@ -45,15 +48,20 @@ class StepConfig:
     # Send for the state before the convolution, which its loop would otherwise wait for.
     prefetch: bool = True
     max_registers: int | None = None
+    # Start before the launch before has ended, where the device can.
+    is_dependent: bool = True
+
+    def heads_of(self, group: int) -> int:
+        """Heads of a program among `group` that share a key head: a power of two that divides them."""
+        return math.gcd(self.heads, group)
 
 
 # By the format of the committed state.
 CONFIGS = {
-    # 96 registers leave room for five programs on a multiprocessor, at 8 bytes of spill.
     torch.bfloat16: StepConfig(
-        "split", "fma", "bf16x3", block_k=64, num_stages=2, commit_block_k=32, max_registers=96
+        "split", "bf16x3", heads=1, block_k=64, num_stages=2, commit_block_k=32, max_registers=96
     ),
-    torch.float32: StepConfig("fma", "fma", "tf32x3", block_k=16, num_stages=4, commit_block_k=16),
+    torch.float32: StepConfig("fma", "tf32x3", heads=1, block_k=16, num_stages=4, commit_block_k=16),
 }
 
 
@@ -104,7 +112,9 @@ def delta_decode(
     out_RHV = torch.empty(z_RHV.shape, dtype=z_RHV.dtype, device=z_RHV.device)
     if rows.num_rows == 0:
         return out_RHV
-    delta_decode_kernel[(num_heads, rows.num_rows)](
+    heads = config.heads_of(num_heads // num_key_heads)
+    is_dependent = config.is_dependent and supports_dependent_launch(mixed_RC.device)
+    delta_decode_kernel[(num_heads // heads, rows.num_rows)](
         memory.state_SHKV,
         memory.ring.k_RhPK,
         memory.ring.u_RHPV,
@@ -127,6 +137,7 @@ def delta_decode(
         a_RH.stride(0),
         b_RH.stride(0),
         z_RHV.stride(0),
+        memory.state_SHKV.shape[0],
         weights.norm_eps,
         H=num_heads,
         HK=num_key_heads,
@@ -135,14 +146,15 @@ def delta_decode(
         P=capacity,
         ENTRIES=max(16, triton.next_power_of_2(capacity)),
         W=weights.conv_CW.shape[1],
+        HEADS=heads,
         BLOCK_K=min(config.block_k, key_dim),
         STAGES=config.num_stages,
         COMMIT_BLOCK_K=min(config.commit_block_k, key_dim),
         STATE_FORM=config.state_form,
-        RING_FORM=config.ring_form,
         # The interpreter knows no bf16x3, and computes all products in float32.
         COMMIT_FORM="ieee" if is_interpreted() else config.commit_form,
-        PREFETCH=config.prefetch and not is_interpreted(),
+        PREFETCH=config.prefetch and not is_dependent and not is_interpreted(),
+        **launch_options(is_dependent),
         INTERPRETED=is_interpreted(),
         num_warps=config.num_warps,
         num_stages=1,

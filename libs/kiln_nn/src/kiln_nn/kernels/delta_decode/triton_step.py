@@ -1,10 +1,12 @@
 """The decode step's device code; `triton.py` launches it and states what it supports.
 
-One program takes one value head of one row: the convolution of that head's q, k and v channels,
-the ring, then the whole width of the `[K, V]` state, a few rows in flight at a time.
-Value heads that share a key head convolve its q and k channels each for themselves (a few
-kilobytes from the cache); the first of them alone writes what they share. Nothing another
-program of the same launch reads is written, so one launch does it all.
+One program takes one row and HEADS value heads that share a key head: the convolution of their q,
+k and v channels, the ring, then the whole width of their `[K, V]` states, a few rows in flight at a
+time. Everything small is asked for at the start, together with the state's way into the L2 cache, so
+that a program waits for memory twice: for its slots, and for everything they name.
+Programs that share a key head convolve its q and k channels each for themselves; the first of
+them alone writes what they share. Nothing another program of the same launch reads is written, so
+one launch does it all.
 """
 
 from __future__ import annotations
@@ -12,56 +14,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _softplus(x):
-    """`log(1 + e^x)`; small results keep their relative precision, which slow decays need."""
-    y = tl.exp(tl.minimum(x, 20.0))
-    s = y / (2.0 + y)
-    s2 = s * s
-    series = 2.0 * s * (1.0 + s2 * (1.0 / 3 + s2 * (0.2 + s2 * (1.0 / 7 + s2 / 9))))
-    return tl.where(x > 20.0, x, tl.where(y < 0.25, series, tl.log(1.0 + y)))
-
-
-@triton.jit
-def _silu(x):
-    return x / (1.0 + tl.exp(-x))
-
-
-@triton.jit
-def _prefetch_state(state_head, K: tl.constexpr, V: tl.constexpr):
-    """Ask for a head's state to come to the L2 cache, while the program does something else."""
-    LINE: tl.constexpr = 128 // (state_head.dtype.element_ty.primitive_bitwidth // 8)
-    lines = (state_head + tl.arange(0, K * V // LINE) * LINE).to(tl.int64)
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [lines], dtype=tl.int32, is_pure=False, pack=1
-    )
-
-
-@triton.jit
-def _convolve(
-    mixed, conv_rows, conv_weight, channels, read_slot, ring_slot, length,
-    C: tl.constexpr, P: tl.constexpr, W: tl.constexpr,
-):  # fmt: skip
-    """Convolution and SiLU of one token's channels; the J rows before it come from tail and ring."""
-    J: tl.constexpr = W - 1
-    y = tl.load(mixed + channels).to(tl.float32) * tl.load(conv_weight + channels * W + J).to(tl.float32)
-    for tap in tl.static_range(J):
-        place = length + tap
-        slot = tl.where(place < J, read_slot, ring_slot)
-        row = tl.load(conv_rows + (slot * (J + P) + place) * C + channels).to(tl.float32)
-        y += row * tl.load(conv_weight + channels * W + tap).to(tl.float32)
-    return _silu(y)
+from kiln_nn.kernels.delta_decode.triton_parts import convolve, prefetch_lines, silu, softplus, unit
+from kiln_nn.kernels.dependent_launch import start_dependents, wait_for_producers
 
 
 @triton.jit
 def _keep_conv_rows(
-    mixed, conv_rows, channels, ring_slot, length, commit_slot,
+    token, conv_rows, channels, ring_slot, length, commit_slot,
     C: tl.constexpr, P: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     """Append the token's channels to the ring; on a commit the last J rows become the new tail."""
     J: tl.constexpr = W - 1
-    x = tl.load(mixed + channels).to(conv_rows.dtype.element_ty)
+    x = token.to(conv_rows.dtype.element_ty)
     tl.store(conv_rows + (ring_slot * (J + P) + J + length) * C + channels, x)
     if commit_slot >= 0:
         tail = conv_rows + commit_slot * (J + P) * C + channels
@@ -72,45 +36,52 @@ def _keep_conv_rows(
 
 
 @triton.jit
+def _state_places(rows, K: tl.constexpr, V: tl.constexpr, HEADS: tl.constexpr):
+    """Offsets `[rows, HEADS * V]` of some rows of neighbouring heads' states."""
+    column = tl.arange(0, HEADS * V)
+    return (column // V * (K * V) + column % V)[None, :] + rows[:, None] * V
+
+
+@triton.jit
+def _split_pair(k, q, line):
+    """k and q as the live rows of a 16-row bf16 operand, each as a sum of two bf16 numbers."""
+    pair = tl.where(line % 2 == 0, k[None, :], q[None, :])
+    high = pair.to(tl.bfloat16)
+    low = (pair - high.to(tl.float32)).to(tl.bfloat16)
+    return tl.where(line < 2, high, tl.where(line < 4, low, tl.zeros_like(low)))
+
+
+@triton.jit
 def _read_state(
-    state_head, k, q,
-    K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    states, k, q,
+    K: tl.constexpr, V: tl.constexpr, HEADS: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
     FORM: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """`S^T k` and `S^T q`, each [V], in float32; BLOCK_K rows of S at a time, STAGES copies in flight.
+    """`S^T k` and `S^T q` of HEADS heads, each [HEADS * V] in float32.
 
-    "split": k and q as the live rows of a 16-row bf16 product, each as a sum of two bf16 numbers,
-    so that only the state's own format rounds. "tf32x3": float32 through three tf32 products.
+    BLOCK_K rows of S at a time, STAGES copies in flight.
+    "split": k and q as rows of a tensor-core product, so that only the state's own format rounds.
     "fma": without tensor cores.
     """
-    value = tl.arange(0, V)
     line = tl.arange(0, 16)[:, None]
     if FORM == "fma":
-        all_k = tl.zeros((BLOCK_K, V), tl.float32)
-        all_q = tl.zeros((BLOCK_K, V), tl.float32)
+        all_k = tl.zeros((BLOCK_K, HEADS * V), tl.float32)
+        all_q = tl.zeros((BLOCK_K, HEADS * V), tl.float32)
     else:
-        both = tl.zeros((16, V), tl.float32)
+        both = tl.zeros((16, HEADS * V), tl.float32)
     for first in tl.range(0, K, BLOCK_K, num_stages=STAGES):
         row = first + tl.arange(0, BLOCK_K)
-        block = tl.load(state_head + row[:, None] * V + value[None, :])
+        block = tl.load(states + _state_places(row, K, V, HEADS), eviction_policy="evict_first")
         k_part = tl.gather(k, row, 0)
         q_part = tl.gather(q, row, 0)
         if FORM == "fma":
             all_k += block.to(tl.float32) * k_part[:, None]
             all_q += block.to(tl.float32) * q_part[:, None]
+        elif INTERPRETED:
+            parts = _split_pair(k_part, q_part, line).to(tl.float32)
+            both = tl.dot(parts, block.to(tl.float32), both)
         else:
-            pair = tl.where(line % 2 == 0, k_part[None, :], q_part[None, :])
-            if FORM == "tf32x3":
-                pair = tl.where(line < 2, pair, 0.0)
-                both = tl.dot(pair, block.to(tl.float32), both, input_precision="tf32x3")
-            else:
-                high = pair.to(tl.bfloat16)
-                low = (pair - high.to(tl.float32)).to(tl.bfloat16)
-                parts = tl.where(line < 2, high, tl.where(line < 4, low, tl.zeros_like(low)))
-                if INTERPRETED:
-                    both = tl.dot(parts.to(tl.float32), block.to(tl.float32), both)
-                else:
-                    both = tl.dot(parts, block, both)
+            both = tl.dot(_split_pair(k_part, q_part, line), block, both)
     if FORM == "fma":
         return tl.sum(all_k, 0), tl.sum(all_q, 0)
     else:
@@ -120,37 +91,25 @@ def _read_state(
 
 
 @triton.jit
-def _read_ring(ring_k, ring_u, weight, k, q, FORM: tl.constexpr):
-    """`sum_i weight_i (k_i . k) u_i` and the same for q, each [V]; a ring is [entries, width]."""
-    if FORM == "fma":
-        with_k = tl.sum(ring_k * k[None, :], 1) * weight
-        with_q = tl.sum(ring_k * q[None, :], 1) * weight
-        return tl.sum(ring_u * with_k[:, None], 0), tl.sum(ring_u * with_q[:, None], 0)
-    else:
-        line = tl.arange(0, 16)[:, None]
-        pair = tl.where(line == 0, k[None, :], tl.where(line == 1, q[None, :], 0.0))
-        dots = tl.dot(pair, tl.trans(ring_k), input_precision=FORM) * weight[None, :]
-        both = tl.dot(dots, ring_u, input_precision=FORM)
-        with_k = tl.sum(tl.where(line == 0, both, 0.0), 0)
-        with_q = tl.sum(tl.where(line == 1, both, 0.0), 0)
-        return with_k, with_q
-
-
-@triton.jit
 def _commit_state(
-    source, target, ring_k_base, ring_u_base, k, u, weight, entries, length, decay,
-    K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, FORM: tl.constexpr,
+    sources, targets, ring_k_base, ring_u_base, k, u, weight, length, decay,
+    K: tl.constexpr, V: tl.constexpr, HEADS: tl.constexpr, P: tl.constexpr, ENTRIES: tl.constexpr,
+    BLOCK_K: tl.constexpr, FORM: tl.constexpr,
 ):  # fmt: skip
     """`S <- decay S + sum_i weight_i k_i u_i^T`, this token last, BLOCK_K rows of S at a time.
 
     State and ring are read again, from the cache: keeping them for the one step in sixteen that
-    commits would cost every step its registers.
+    commits would cost every step its registers. `u` is [HEADS, V], `weight` [ENTRIES, HEADS].
     """
+    entries = tl.arange(0, ENTRIES)
+    head = tl.arange(0, HEADS)
     value = tl.arange(0, V)
-    u_old = tl.load(
-        ring_u_base + entries[:, None] * V + value[None, :], mask=(entries < length)[:, None], other=0.0
-    ).to(tl.float32)
-    u_all = tl.where((entries == length)[:, None], u[None, :], u_old)
+    u_places = (head[:, None] * (P * V) + value[None, :])[None, :, :] + entries[:, None, None] * V
+    u_old = tl.load(ring_u_base + u_places, mask=(entries < length)[:, None, None], other=0.0)
+    u_old = u_old.to(tl.float32) * weight[:, :, None]
+    u_all = tl.where((entries == length)[:, None, None], u[None, :, :], u_old)
+    u_all = tl.reshape(u_all, (ENTRIES, HEADS * V))
+    decays = tl.reshape(tl.broadcast_to(decay[:, None], (HEADS, V)), (HEADS * V,))
     for first in tl.range(0, K, BLOCK_K, num_stages=1, loop_unroll_factor=1):
         row = first + tl.arange(0, BLOCK_K)
         k_old = tl.load(
@@ -158,93 +117,119 @@ def _commit_state(
         ).to(tl.float32)
         # This token's key is not read back: another program writes it.
         k_own = tl.gather(k, row, 0)
-        k_all = tl.where((entries == length)[None, :], k_own[:, None], k_old * weight[None, :])
-        places = row[:, None] * V + value[None, :]
-        old = tl.load(source + places).to(tl.float32)
-        new = decay * old + tl.dot(k_all, u_all, input_precision=FORM)
-        tl.store(target + places, new.to(target.dtype.element_ty))
+        k_all = tl.where((entries == length)[None, :], k_own[:, None], k_old)
+        places = _state_places(row, K, V, HEADS)
+        old = tl.load(sources + places).to(tl.float32)
+        new = decays[None, :] * old + tl.dot(k_all, u_all, input_precision=FORM)
+        tl.store(targets + places, new.to(targets.dtype.element_ty))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_slots"])
 def delta_decode_kernel(
     state, ring_k, ring_u, ring_log_decay, conv_rows,
     read_slots, ring_slots, lengths, commit_slots,
     mixed, a, b, z, conv_weight, A_log, dt_bias, norm_weight, out,
     mixed_stride, a_stride, b_stride, z_stride,
-    norm_eps,
+    num_slots, norm_eps,
     H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    P: tl.constexpr, ENTRIES: tl.constexpr, W: tl.constexpr,
+    P: tl.constexpr, ENTRIES: tl.constexpr, W: tl.constexpr, HEADS: tl.constexpr,
     BLOCK_K: tl.constexpr, STAGES: tl.constexpr, COMMIT_BLOCK_K: tl.constexpr,
-    STATE_FORM: tl.constexpr, RING_FORM: tl.constexpr, COMMIT_FORM: tl.constexpr,
-    PREFETCH: tl.constexpr, INTERPRETED: tl.constexpr,
+    STATE_FORM: tl.constexpr, COMMIT_FORM: tl.constexpr,
+    PREFETCH: tl.constexpr, DEPENDENT: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """Grid (H, R). K and V are powers of two, so only the ring's entries need masks."""
+    """Grid (H / HEADS, R). K, V and HEADS are powers of two, so only the ring's entries need masks."""
     C: tl.constexpr = 2 * HK * K + H * V
     GROUP: tl.constexpr = H // HK
-    head = tl.program_id(0)
+    first_head = tl.program_id(0) * HEADS
     row = tl.program_id(1)
-    key_head = head // GROUP
-    key = tl.arange(0, K)
-    value = tl.arange(0, V)
-    entries = tl.arange(0, ENTRIES)
-    out_row = out + (row * H + head) * V + value
+    key_head = first_head // GROUP
+    if DEPENDENT:
+        start_dependents()
+        # Where the producers are about to write this number, some other slot comes to the cache.
+        early_slot = tl.load(read_slots + row, volatile=True).to(tl.int64)
+        early_slot = tl.minimum(tl.maximum(early_slot, 0), num_slots - 1)
+        prefetch_lines(state + (early_slot * H + first_head) * (K * V), HEADS * K * V)
+        wait_for_producers()
     ring_slot = tl.load(ring_slots + row).to(tl.int64)
-    if ring_slot < 0:
-        tl.store(out_row, tl.zeros((V,), out.dtype.element_ty))
-        return
     read_slot = tl.load(read_slots + row).to(tl.int64)
     commit_slot = tl.load(commit_slots + row).to(tl.int64)
     length = tl.load(lengths + row).to(tl.int64)
+    key = tl.arange(0, K)
+    value = tl.arange(0, V)
+    entries = tl.arange(0, ENTRIES)
+    heads = first_head + tl.arange(0, HEADS)
+    outputs = heads[:, None] * V + value[None, :]
+    if ring_slot < 0:
+        tl.store(out + row * (H * V) + outputs, tl.zeros((HEADS, V), out.dtype.element_ty))
+        return
 
-    state_head = state + (read_slot * H + head) * K * V
+    states = state + (read_slot * H + first_head) * (K * V)
     if PREFETCH:
-        _prefetch_state(state_head, K, V)
+        prefetch_lines(states, HEADS * K * V)
     used = entries < length
-    ring_k_base = ring_k + (ring_slot * HK + key_head) * P * K
-    ring_u_base = ring_u + (ring_slot * H + head) * P * V
-    log_decay_base = ring_log_decay + (ring_slot * H + head) * P
+    ring_k_base = ring_k + (ring_slot * HK + key_head) * (P * K)
+    ring_u_base = ring_u + (ring_slot * H + first_head) * (P * V)
+    log_decay_places = (ring_slot * H + heads) * P
     k_old = tl.load(ring_k_base + entries[:, None] * K + key[None, :], mask=used[:, None], other=0.0)
-    u_old = tl.load(ring_u_base + entries[:, None] * V + value[None, :], mask=used[:, None], other=0.0)
-    log_decays = tl.load(log_decay_base + entries, mask=used, other=0.0)
-    k_old, u_old = k_old.to(tl.float32), u_old.to(tl.float32)
+    u_places = (tl.arange(0, HEADS)[:, None] * (P * V) + value[None, :])[None, :, :] + entries[
+        :, None, None
+    ] * V
+    u_old = tl.load(ring_u_base + u_places, mask=used[:, None, None], other=0.0)
+    log_decays = tl.load(
+        ring_log_decay + log_decay_places[None, :] + entries[:, None], mask=used[:, None], other=0.0
+    )
+    gates_in = tl.load(z + row * z_stride + outputs)
+    norm_in = tl.load(norm_weight + value)
+    a_in = tl.load(a + row * a_stride + heads).to(tl.float32) + tl.load(dt_bias + heads).to(tl.float32)
+    rate = tl.exp(tl.load(A_log + heads).to(tl.float32))
+    beta = 1.0 / (1.0 + tl.exp(-tl.load(b + row * b_stride + heads).to(tl.float32)))
 
     mixed += row * mixed_stride
     q_channels = key_head * K + key
     k_channels = HK * K + q_channels
-    v_channels = 2 * HK * K + head * V + value
-    q = _convolve(mixed, conv_rows, conv_weight, q_channels, read_slot, ring_slot, length, C, P, W)
-    k = _convolve(mixed, conv_rows, conv_weight, k_channels, read_slot, ring_slot, length, C, P, W)
-    v = _convolve(mixed, conv_rows, conv_weight, v_channels, read_slot, ring_slot, length, C, P, W)
-    q *= tl.rsqrt(tl.sum(q * q, 0) + 1e-6) * (K**-0.5)
-    k *= tl.rsqrt(tl.sum(k * k, 0) + 1e-6)
+    v_channels = 2 * HK * K + outputs
+    q_token = tl.load(mixed + q_channels)
+    k_token = tl.load(mixed + k_channels)
+    v_token = tl.load(mixed + v_channels)
+    q = convolve(q_token, conv_rows, conv_weight, q_channels, read_slot, ring_slot, length, C, P, W)
+    k = convolve(k_token, conv_rows, conv_weight, k_channels, read_slot, ring_slot, length, C, P, W)
+    v = convolve(v_token, conv_rows, conv_weight, v_channels, read_slot, ring_slot, length, C, P, W)
+    v = silu(v)
+    q = unit(silu(q)) * (K**-0.5)
+    k = unit(silu(k))
 
-    rate = tl.exp(tl.load(A_log + head).to(tl.float32))
-    a_and_bias = tl.load(a + row * a_stride + head).to(tl.float32) + tl.load(dt_bias + head).to(tl.float32)
-    beta = 1.0 / (1.0 + tl.exp(-tl.load(b + row * b_stride + head).to(tl.float32)))
     # The sum of log-decays only falls: its last entry is its smallest, and it starts at 0.
-    log_decay = tl.min(log_decays, 0) - rate * _softplus(a_and_bias)
-    weight = tl.where(used, tl.exp(log_decay - log_decays), 0.0)
+    log_decay = tl.min(log_decays, 0) - rate * softplus(a_in)
+    weight = tl.where(used[:, None], tl.exp(log_decay[None, :] - log_decays), 0.0)
     decay = tl.exp(log_decay)
 
-    ring_predicted, ring_read = _read_ring(k_old, u_old, weight, k, q, RING_FORM)
-    predicted, read = _read_state(state_head, k, q, K, V, BLOCK_K, STAGES, STATE_FORM, INTERPRETED)
-    u = beta * (v - decay * predicted - ring_predicted)
-    o = decay * read + ring_read + tl.sum(k * q, 0) * u
+    k_old, u_old = k_old.to(tl.float32), u_old.to(tl.float32)
+    with_k = tl.sum(k_old * k[None, :], 1)[:, None] * weight
+    with_q = tl.sum(k_old * q[None, :], 1)[:, None] * weight
+    ring_predicted = tl.sum(u_old * with_k[:, :, None], 0)
+    ring_read = tl.sum(u_old * with_q[:, :, None], 0)
+    own = tl.sum(k * q, 0)
+    predicted, read = _read_state(states, k, q, K, V, HEADS, BLOCK_K, STAGES, STATE_FORM, INTERPRETED)
+    predicted = tl.reshape(predicted, (HEADS, V))
+    read = tl.reshape(read, (HEADS, V))
+    u = beta[:, None] * (v - decay[:, None] * predicted - ring_predicted)
+    o = decay[:, None] * read + ring_read + own * u
 
-    gate = _silu(tl.load(z + row * z_stride + head * V + value).to(tl.float32))
-    norm = tl.load(norm_weight + value).to(tl.float32) * tl.rsqrt(tl.sum(o * o, 0) / V + norm_eps)
-    tl.store(out_row, (o * norm * gate).to(out.dtype.element_ty))
+    norm = tl.rsqrt(tl.sum(o * o, 1) / V + norm_eps)[:, None] * norm_in.to(tl.float32)[None, :]
+    o = o * norm * silu(gates_in.to(tl.float32))
+    tl.store(out + row * (H * V) + outputs, o.to(out.dtype.element_ty))
 
-    tl.store(ring_u_base + length * V + value, u.to(ring_u.dtype.element_ty))
-    tl.store(log_decay_base + length, log_decay.to(ring_log_decay.dtype.element_ty))
-    _keep_conv_rows(mixed, conv_rows, v_channels, ring_slot, length, commit_slot, C, P, W)
-    if head % GROUP == 0:
+    u_target = ring_u_base + tl.arange(0, HEADS)[:, None] * (P * V) + length * V + value[None, :]
+    tl.store(u_target, u.to(ring_u.dtype.element_ty))
+    tl.store(ring_log_decay + log_decay_places + length, log_decay.to(ring_log_decay.dtype.element_ty))
+    _keep_conv_rows(v_token, conv_rows, v_channels, ring_slot, length, commit_slot, C, P, W)
+    if first_head % GROUP == 0:
         tl.store(ring_k_base + length * K + key, k.to(ring_k.dtype.element_ty))
-        _keep_conv_rows(mixed, conv_rows, q_channels, ring_slot, length, commit_slot, C, P, W)
-        _keep_conv_rows(mixed, conv_rows, k_channels, ring_slot, length, commit_slot, C, P, W)
+        _keep_conv_rows(q_token, conv_rows, q_channels, ring_slot, length, commit_slot, C, P, W)
+        _keep_conv_rows(k_token, conv_rows, k_channels, ring_slot, length, commit_slot, C, P, W)
     if commit_slot >= 0:
-        target = state + (commit_slot * H + head) * K * V
+        targets = state + (commit_slot * H + first_head) * (K * V)
         _commit_state(
-            state_head, target, ring_k_base, ring_u_base, k, u, weight, entries, length, decay,
-            K, V, COMMIT_BLOCK_K, COMMIT_FORM,
+            states, targets, ring_k_base, ring_u_base, k, u, weight, length, decay,
+            K, V, HEADS, P, ENTRIES, COMMIT_BLOCK_K, COMMIT_FORM,
         )  # fmt: skip

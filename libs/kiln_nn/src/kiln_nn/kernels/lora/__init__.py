@@ -8,7 +8,7 @@ import torch
 
 from kiln_nn.kernels.checks import ShapeMismatch, check_shape
 from kiln_nn.kernels.dispatch import takes_triton
-from kiln_nn.kernels.lora.reference import lora_add_reference_, lora_add_stacked_, lora_delta
+from kiln_nn.kernels.lora.reference import AdapterStack, lora_add_reference_, lora_add_stacked_, lora_delta
 from kiln_nn.kernels.lora.rows import (
     DECODE_TILE_TOKENS,
     NO_TOKEN,
@@ -25,6 +25,7 @@ __all__ = [
     "DECODE_TILE_TOKENS",
     "NO_TOKEN",
     "PREFILL_TILE_TOKENS",
+    "AdapterStack",
     "AdapterUse",
     "LoraRows",
     "RowsShape",

@@ -9,6 +9,7 @@ Paper: Hu et al. 2021, LoRA (arXiv 2106.09685).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -59,26 +60,38 @@ def lora_add_reference_(
         y_TO[tokens] = (y_TO[tokens].to(dtype) + total[is_any_M]).to(y_TO.dtype)
 
 
+@dataclass(frozen=True)
+class AdapterStack:
+    """Adapters side by side: A of all of them for the first module, for the second and so on.
+
+    `b_parts`: each module's B, `[Q / N, outputs]` in one stretch of memory.
+    """
+
+    a_QI: torch.Tensor
+    b_parts: tuple[torch.Tensor, ...]
+    bounds: tuple[int, ...]
+
+
 def lora_add_stacked_(
     y_TO: torch.Tensor,
     x_TI: torch.Tensor,
-    a_NQI: torch.Tensor,
-    b_QO: torch.Tensor,
+    stack: AdapterStack,
     factors_TQ: torch.Tensor,
     is_unused_TQ: torch.Tensor | None,
-    module_bounds: Sequence[int],
 ) -> None:
     """The same with the step's adapters side by side: few products whatever the mixture, in place.
 
-    Where no kernel runs this is the fast way. `Q` are here the ranks of all adapters in the
-    stack, `a_NQI` is that of one module after the other; the factors are the scales of the
-    adapter that a rank belongs to. B must be finite.
+    Where no kernel runs this is the fast way. The factors are the scales of the adapter that a
+    row of A belongs to. B must be finite.
     """
-    num_modules, num_ranks, _ = a_NQI.shape
-    h_TNQ = F.linear(x_TI, a_NQI.flatten(0, 1)).unflatten(1, (num_modules, num_ranks))
+    h_TQ = F.linear(x_TI, stack.a_QI)
     if is_unused_TQ is not None:
         # Not by a product: an adapter's overflow times zero would be a NaN for those without it.
-        h_TNQ.masked_fill_(is_unused_TQ[:, None], 0.0)
-    h_TNQ.mul_(factors_TQ[:, None])
-    for module, (start, end) in enumerate(pairwise(module_bounds)):
-        y_TO[:, start:end].addmm_(h_TNQ[:, module], b_QO[:, start:end])
+        h_TQ.masked_fill_(is_unused_TQ, 0.0)
+    h_TQ.mul_(factors_TQ)
+    if len(stack.b_parts) == 1:
+        y_TO.addmm_(h_TQ, stack.b_parts[0])
+        return
+    parts = zip(h_TQ.chunk(len(stack.b_parts), dim=1), stack.b_parts, pairwise(stack.bounds), strict=True)
+    for h, b, (start, end) in parts:
+        y_TO[:, start:end].addmm_(h, b)

@@ -1,0 +1,167 @@
+"""What the adapter store adds to a linear layer, fused or module by module, eager or for a graph."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from kiln_engine.domain import BatchPlan, DecodeRow, PrefillChunk, RowSampling, SamplingParams
+from kiln_engine.execution.adapter_store import AdapterRows, AdapterStore
+from kiln_nn.lora import adapter_table, serialize_adapter
+from kiln_nn.lora.parameters import LoraParameters
+from tests.support.lora_builders import random_lora
+from tests.support.tiny_models import tiny_config
+
+AdapterSlots = tuple[tuple[int, float], ...]
+GREEDY = RowSampling(params=SamplingParams(temperature=0.0), output_index=0)
+ADAPTERS: dict[int, dict[str, Any]] = {
+    1: {"rank": 3, "seed": 5},
+    2: {"rank": 8, "seed": 6, "targets": "attention"},
+    3: {"rank": 1, "seed": 7, "targets": ("down_proj", "in_proj_b", "k_proj")},
+}
+FUSED = {
+    "model.layers.0.linear_attn.in_proj": ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"),
+    "model.layers.3.self_attn.qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "model.layers.3.mlp.gate_up_proj": ("gate_proj", "up_proj"),
+    "model.layers.0.mlp.down_proj": ("down_proj",),
+    "model.layers.0.linear_attn.out_proj": ("out_proj",),
+}
+
+
+def row(adapter_slots: AdapterSlots = ()) -> DecodeRow:
+    return DecodeRow(0, 1, 0, (0,), 0, 0, None, adapter_slots, GREEDY)
+
+
+def chunk(num_tokens: int, adapter_slots: AdapterSlots = ()) -> PrefillChunk:
+    return PrefillChunk(0, (1,) * num_tokens, 0, (0,), None, 0, (), adapter_slots, None)
+
+
+PLAN = BatchPlan(
+    0,
+    (row(((2, 1.0),)), row(), row(((1, 0.5), (2, -2.0))), row(((3, 1.0), (1, 1.0), (3, 0.5)))),
+    (chunk(5), chunk(7, ((1, 1.0),)), chunk(20, ((3, 2.0),))),
+)
+# The same by token.
+SLOTS: list[AdapterSlots] = [
+    ((2, 1.0),), (), ((1, 0.5), (2, -2.0)), ((3, 1.5), (1, 1.0)), *[()] * 5, *[((1, 1.0),)] * 7, *[((3, 2.0),)] * 20
+]  # fmt: skip
+
+
+class Loaded:
+    """A store with three adapters, and their values."""
+
+    def __init__(self) -> None:
+        self.config = tiny_config(layer_types=(("linear_attention",) * 3 + ("full_attention",)))
+        self.store = AdapterStore(
+            self.config, num_slots=4, max_rank=8, dtype=torch.float32, device=torch.device("cpu")
+        )
+        self.loras = {slot: random_lora(self.config, **fields) for slot, fields in ADAPTERS.items()}
+        for slot, lora in self.loras.items():
+            self.upload(slot, lora)
+
+    def upload(self, slot: int, lora: LoraParameters) -> None:
+        config_json, adapter_bytes = serialize_adapter(lora.tensors(), lora.spec, "tiny")
+        self.store.stage(slot, adapter_bytes, config_json)
+        self.store.activate(slot)
+
+    def expected(self, path: str, x_TI: torch.Tensor, slots: list[AdapterSlots]) -> torch.Tensor:
+        """What is added, from the adapters themselves, one token at a time in float64."""
+        num_outputs = adapter_table(self.config)[path][1]
+        out = torch.zeros(len(slots), num_outputs, dtype=torch.float64)
+        for token, uses in enumerate(slots):
+            for slot, scale in uses:
+                pair = self.loras[slot].tensors().get(path)
+                if pair is not None:
+                    a, b = (values.detach().double() for values in pair)
+                    out[token] += scale * self.loras[slot].spec.scaling * b @ (a @ x_TI[token].double())
+        return out
+
+
+@pytest.fixture(scope="module")
+def loaded() -> Loaded:
+    return Loaded()
+
+
+def check(loaded: Loaded, rows: AdapterRows, slots: list[AdapterSlots]) -> None:
+    """All fused layers, whole and module by module; float32 sums in another order stay below 1e-5."""
+    generator = torch.Generator().manual_seed(1)
+    table = adapter_table(loaded.config)
+    for fused_path, names in FUSED.items():
+        paths = [f"{fused_path.rpartition('.')[0]}.{name}" for name in names]
+        x_TI = torch.randn(len(slots), table[paths[0]][0], generator=generator)
+        wanted = [loaded.expected(path, x_TI, slots) for path in paths]
+        whole = torch.randn(len(slots), sum(part.shape[1] for part in wanted), generator=generator)
+        before = whole.clone()
+        loaded.store.add_(fused_path, x_TI, whole, rows)
+        torch.testing.assert_close(whole, before + torch.cat(wanted, 1).float(), rtol=1e-5, atol=1e-5)
+        idle = [token for token, uses in enumerate(slots) if not uses]
+        assert torch.equal(whole[idle], before[idle])
+        for path, part in zip(paths, wanted, strict=True):
+            y_TO = torch.ones(len(slots), part.shape[1] + 3)[:, :-3]
+            loaded.store.add_(path, x_TI, y_TO, rows)
+            torch.testing.assert_close(y_TO, 1 + part.float(), rtol=1e-5, atol=1e-5)
+
+
+def test_rows_of_one_step(loaded: Loaded):
+    rows = loaded.store.rows_for(PLAN)
+    assert rows is not None
+    check(loaded, rows, SLOTS)
+
+
+def test_rows_that_stay_in_place_serve_one_step_after_the_other(loaded: Loaded):
+    static = loaded.store.static_rows(40)
+    for plan, slots in (
+        (PLAN, SLOTS),
+        (BatchPlan(0, PLAN.decode_rows), SLOTS[:4]),
+        (BatchPlan(0, (row(),)), []),
+        (BatchPlan(0, (row(), row(((2, 3.0),)))), [(), ((2, 3.0),)]),
+    ):
+        assert static.fill_(plan) == any(slots)
+        check(loaded, static.rows, slots + [()] * (40 - len(slots)))
+
+
+def test_any_mixture_fits_into_rows_that_stay_in_place(loaded: Loaded):
+    static = loaded.store.static_rows(33)
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(3):
+        slots: list[AdapterSlots] = []
+        for _ in range(33):
+            chosen = torch.randperm(3, generator=generator)[: int(torch.randint(4, (), generator=generator))]
+            slots.append(tuple((int(slot) + 1, 1.0 + int(slot)) for slot in chosen))
+        static.fill_(BatchPlan(0, tuple(row(uses) for uses in slots)))
+        check(loaded, static.rows, slots)
+
+
+def test_without_adapters_there_is_nothing_to_add(loaded: Loaded):
+    plan = BatchPlan(0, (row(), row(((0, 1.0),))), (chunk(4),))
+    assert loaded.store.rows_for(plan) is None
+
+    def base(path: str, x_TI: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+    assert loaded.store.linear_for(plan, base) is base
+
+
+def test_a_layer_that_cannot_be_adapted_stays_as_it_is(loaded: Loaded):
+    rows = loaded.store.rows_for(PLAN)
+    assert rows is not None
+    y_TO = torch.randn(len(SLOTS), 10)
+    before = y_TO.clone()
+    loaded.store.add_("lm_head", torch.randn(len(SLOTS), 10), y_TO, rows)
+    assert torch.equal(y_TO, before)
+
+
+def test_a_slot_keeps_nothing_of_the_adapter_before():
+    """A lower rank, and modules that the new adapter lacks."""
+    loaded = Loaded()
+    loaded.store.clear(1)
+    loaded.loras[1] = random_lora(loaded.config, rank=2, seed=9, targets=("k_proj", "in_proj_z"))
+    loaded.upload(1, loaded.loras[1])
+    rows = loaded.store.rows_for(PLAN)
+    assert rows is not None
+    check(loaded, rows, SLOTS)
+    static = loaded.store.static_rows(len(SLOTS))
+    static.fill_(PLAN)
+    check(loaded, static.rows, SLOTS)
