@@ -149,5 +149,5 @@ def small_runner(rig: EngineRig, dtype: torch.dtype) -> TorchRunner:
     )
     memory = plan_memory(rig.config, request, dtype, free_bytes=2**30)
     runner = TorchRunner(rig.config, rig.model.weights, memory)
-    assert runner.num_bytes == memory.kv_bytes + memory.state_bytes + memory.adapter_bytes
+    assert runner.num_bytes == memory.total_bytes - memory.workspace_bytes
     return runner

@@ -65,13 +65,7 @@ class EngineRig:
         self.page_tokens = page_tokens
         placed: dict[str, Any] = {"dtype": dtype, "device": torch.device(device)}
         common = {"page_tokens": page_tokens, **placed}
-        self.kv = KvStore(
-            self.config,
-            num_pages=num_pages,
-            num_state_slots=num_slots,
-            max_model_len=num_pages * page_tokens,
-            **common,
-        )
+        self.kv = KvStore(self.config, num_pages=num_pages, **common)
         self.states = StateStore(
             self.config, num_slots=num_slots, max_draft_tokens=max_draft_tokens, **common
         )
@@ -80,7 +74,9 @@ class EngineRig:
             name: tensor.to(device, torch.float32 if specs[name].keeps_fp32 else dtype)
             for name, tensor in read_tensors(folder).items()
         }
-        self.model = PagedModel(self.config, weights, self.kv, self.states)
+        self.model = PagedModel(
+            self.config, weights, self.kv, self.states, max_model_len=num_pages * page_tokens
+        )
         self.adapters = AdapterStore(self.config, num_slots=4, max_rank=8, **placed)
         shuffled = random.Random(0)
         self._pages = shuffled.sample(range(num_pages), num_pages)

@@ -10,6 +10,8 @@ import torch
 from kiln_engine.execution.adapter_store import AdapterStore
 from kiln_engine.execution.memory_plan import MemoryRequest, NotEnoughMemory, plan_memory
 from kiln_engine.model import KvStore, StateStore
+from kiln_engine.model.page_table import PageTable
+from kiln_engine.model.store_shape import StoreShape
 from tests.support.tiny_models import SHAPES, tiny_config
 
 REQUEST = MemoryRequest(
@@ -64,6 +66,8 @@ def test_the_plan_counts_the_bytes_that_are_allocated(shape: str, dtype: torch.d
     assert plan.kv_bytes == pages.num_bytes
     assert plan.state_bytes == states.num_bytes
     assert plan.adapter_bytes == adapters.num_bytes
+    shape = StoreShape.of(page_tokens=16, max_model_len=512, num_state_slots=plan.num_state_slots)
+    assert plan.page_table_bytes == PageTable(shape, CPU).num_bytes
 
 
 def test_pages_take_what_is_left_but_not_more_than_can_be_filled():

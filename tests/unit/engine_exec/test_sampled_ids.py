@@ -6,10 +6,10 @@ import torch
 
 from kiln_engine.domain import BatchPlan, DecodeRow, PrefillChunk, RowSampling, SamplingParams
 from kiln_engine.execution.sampled_ids import SampledIds
-from kiln_engine.model.index_lists import StoreShape
+from kiln_engine.model.store_shape import StoreShape
 from kiln_engine.model.step_layout import build_layout
 
-SHAPE = StoreShape(page_tokens=16, num_tail_rows=3, ring_capacity=16)
+SHAPE = StoreShape(page_tokens=16, num_line_pages=4, num_state_slots=8)
 SAMPLING = RowSampling(SamplingParams(), 0)
 
 
@@ -26,5 +26,5 @@ def test_rows_without_a_token_are_fed_what_was_drawn_for_their_slot_and_the_othe
     # The first row moved on to the slot that it committed to.
     second = BatchPlan(2, (row(6, None), row(3, 77), row(5, None)))
     layout = build_layout(second, SHAPE, torch.device("cpu"))
-    ids.feed_(second, layout)
+    ids.feed_(layout)
     assert layout.token_ids_T.tolist() == [100, 77, 102]

@@ -16,7 +16,7 @@ from kiln_common.pb import common_pb2, engine_pb2
 from kiln_common.settings import ConfigurationError
 from kiln_engine.bootstrap import EngineParts
 from kiln_engine.checkpoint_identity import model_name, stop_token_ids
-from kiln_engine.execution.memory_plan import MemoryPlan, MemoryRequest, plan_memory
+from kiln_engine.execution.memory_plan import MemoryPlan, MemoryRequest, NotEnoughMemory, plan_memory
 from kiln_engine.execution.runner import TorchRunner
 from kiln_engine.scheduling import SchedulerLimits
 from kiln_engine.settings import EngineSettings
@@ -130,9 +130,27 @@ def load_device_side(settings: EngineSettings) -> EngineParts:
         max_running=limits.num_most_running,
     )
     runner = TorchRunner(model.config, views, memory)
-    if settings.cuda_graphs:
-        runner.capture()
+    if request.has_kernels and settings.cuda_graphs:
+        _capture(runner)
     return EngineParts(runner, runner.adapters, weights, limits, info)
+
+
+def _capture(runner: TorchRunner) -> None:
+    """Capture the steps' graphs; an engine whose model or GPU does not allow it is slow, not broken."""
+    try:
+        started_s = time.monotonic()
+        num_bytes = runner.capture()
+    except torch.cuda.OutOfMemoryError as error:
+        raise NotEnoughMemory(f"no memory is left for CUDA graphs: {error}") from error
+    except Exception as error:  # noqa: BLE001 whatever a kernel or the driver has against it
+        log.warning("cuda_graphs_unavailable", reason=str(error), exc_info=error)
+    else:
+        log.info(
+            "cuda_graphs",
+            sizes=runner.graph_sizes,
+            mib=num_bytes >> 20,
+            seconds=round(time.monotonic() - started_s, 1),
+        )
 
 
 class _LoadProgress:

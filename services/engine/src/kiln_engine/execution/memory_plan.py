@@ -63,12 +63,14 @@ class MemoryPlan:
     kv_bytes: int
     state_bytes: int
     adapter_bytes: int
+    page_table_bytes: int
     # Left alone for the activations of one step.
     workspace_bytes: int
 
     @property
     def total_bytes(self) -> int:
-        return self.kv_bytes + self.state_bytes + self.adapter_bytes + self.workspace_bytes
+        stores = self.kv_bytes + self.state_bytes + self.adapter_bytes + self.page_table_bytes
+        return stores + self.workspace_bytes
 
 
 def plan_memory(
@@ -120,7 +122,8 @@ def plan_memory(
         num_state_slots=num_slots,
         num_adapter_slots=request.num_adapter_slots,
         max_adapter_rank=request.max_adapter_rank,
-        kv_bytes=num_pages * page + table,
+        kv_bytes=num_pages * page,
+        page_table_bytes=table,
         state_bytes=num_slots * slot,
         adapter_bytes=adapters,
         workspace_bytes=workspace,

@@ -13,7 +13,8 @@ from kiln_engine.execution.adapter_store import AdapterStore
 from kiln_engine.execution.host_allocator import keep_freed_memory
 from kiln_engine.execution.memory_plan import MemoryPlan
 from kiln_engine.execution.sampled_ids import SampledIds
-from kiln_engine.execution.sampler import PendingDraws, sample
+from kiln_engine.execution.sampler import PendingDraws, Sampler, sample
+from kiln_engine.execution.step_graphs import GraphParts, StepGraphs
 from kiln_engine.model import KvStore, Linears, PagedModel, StateStore
 from kiln_nn.blocks import Weights
 from kiln_nn.config import ModelConfig
@@ -44,6 +45,9 @@ class TorchRunner:
     Allocates what the memory plan says at once. `weights` are borrowed and never written. Called
     from the loop thread only; `adapters.stage` is the one exception. On a GPU everything goes into
     one stream, so steps take effect in the order of their launch; on a CPU `launch` does the work.
+
+    After `capture` a step's decode rows and its chunks each run as a graph where one holds them;
+    otherwise they go through the layers together, kernel by kernel.
     """
 
     def __init__(self, config: ModelConfig, weights: Weights, memory: MemoryPlan) -> None:
@@ -58,8 +62,6 @@ class TorchRunner:
             page_tokens=memory.page_tokens,
             dtype=memory.kv_dtype,
             device=device,
-            num_state_slots=memory.num_state_slots,
-            max_model_len=memory.max_model_len,
         )
         self.states = StateStore(
             config,
@@ -76,30 +78,72 @@ class TorchRunner:
             dtype=dtype,
             device=device,
         )
-        self.model = PagedModel(config, weights, self.kv, self.states)
+        self.model = PagedModel(config, weights, self.kv, self.states, memory.max_model_len)
         self._sampled_ids = SampledIds(memory.num_state_slots, device)
+        self._max_rows = memory.max_running
+        self._graphs: StepGraphs | None = None
 
     @property
     def num_bytes(self) -> int:
         """Device bytes held beside the weights."""
-        return self.kv.num_bytes + self.states.num_bytes + self.adapters.num_bytes
+        stores = (self.kv, self.states, self.adapters, self.model.pages)
+        return sum(store.num_bytes for store in stores)
+
+    @property
+    def graph_sizes(self) -> str:
+        """Batch sizes and prompt lengths that have graphs, for people."""
+        if self._graphs is None:
+            return "none"
+        sizes = ",".join(map(str, self._graphs.decode_sizes))
+        return f"{sizes} rows; prompts of {','.join(map(str, self._graphs.prefill_sizes))} tokens"
+
+    def capture(self) -> int:
+        """Capture the steps that fit a CUDA graph, before the first `launch`; returns their bytes.
+
+        Raises: whatever a kernel raises that cannot run on this device or shape.
+        """
+        free_bytes, _ = torch.cuda.mem_get_info(self.device)
+        logits_RV = torch.empty(
+            (self._max_rows, self.config.vocab_size), dtype=torch.float32, device=self.device
+        )
+        sampler = Sampler(self._max_rows, self.config.vocab_size, self.device)
+        pool = torch.cuda.graph_pool_handle()
+        parts = GraphParts(self.model, self.adapters, sampler, self._sampled_ids, logits_RV, pool)
+        self._graphs = StepGraphs(parts)
+        torch.cuda.synchronize(self.device)
+        return free_bytes - torch.cuda.mem_get_info(self.device)[0]
 
     @torch.inference_mode()
     def launch(self, plan: BatchPlan) -> TorchStep:
         """Start one step; on a GPU it returns as soon as the work is queued."""
         rows = [(row.sequence_id, row.sampling) for row in plan.decode_rows]
-        rows += [(c.sequence_id, c.sampling) for c in plan.prefill_chunks if c.sampling is not None]
+        samples = [(c.sequence_id, c.sampling) for c in plan.prefill_chunks if c.sampling is not None]
+        parts = []
+        rows_graph = self._graphs.for_rows(plan) if self._graphs and plan.decode_rows else None
+        chunks_graph = self._graphs.for_chunks(plan) if self._graphs and plan.prefill_chunks else None
+        if (plan.decode_rows and rows_graph is None) or (plan.prefill_chunks and chunks_graph is None):
+            parts.append((rows + samples, self._launch_kernels(plan, rows + samples)))
+        else:
+            self.model.prepare(plan, has_clean_memory=False)
+            if rows_graph is not None:
+                parts.append((rows, rows_graph.run(plan, [sampling for _, sampling in rows])))
+            if chunks_graph is not None:
+                parts.append((samples, chunks_graph.run(plan, [sampling for _, sampling in samples])))
+        return TorchStep(plan.step_id, [(drawn, draws) for drawn, draws in parts if draws is not None])
+
+    def _launch_kernels(self, plan: BatchPlan, rows: _Rows) -> PendingDraws | None:
+        """The whole step, kernel by kernel."""
         self.model.prepare(plan)
         layout = self.model.layout(plan)
-        self._sampled_ids.feed_(plan, layout)
+        self._sampled_ids.feed_(layout)
         adapter_rows = self.adapters.rows_for(plan)
         add = None if adapter_rows is None else partial(self.adapters.add_, rows=adapter_rows)
         logits_RV = self.model.forward(layout, Linears(self.model.matrices, add))
         if not rows:
-            return TorchStep(plan.step_id, [])
+            return None
         draws = sample(logits_RV, [sampling for _, sampling in rows])
-        self._sampled_ids.keep(layout, draws.token_ids_R)
-        return TorchStep(plan.step_id, [(rows, draws)])
+        self._sampled_ids.keep_rows(layout.kept_slots, draws.token_ids_R)
+        return draws
 
 
 def _place_of(weights: Weights) -> tuple[torch.device, torch.dtype]:

@@ -1,28 +1,32 @@
-"""Forward passes captured as CUDA graphs: one launch instead of hundreds.
+"""Steps captured as CUDA graphs: two launches instead of hundreds.
 
 A graph reads its rows from buffers that stay where they are; a step copies its numbers there and
-replays the smallest graph that holds them, the places left over touch nothing. Graphs share one pool
-of memory because only one runs at a time. What varies beyond that (a long prompt, a row that moves
-to another slot) is launched piece by piece.
+replays the smallest graph that holds them, the places left over touch nothing. The forward pass and
+the drawing of tokens are two graphs, because some rows are drawn in a way that no graph holds.
+Graphs share one pool of memory, since only one runs at a time. What varies beyond that (a long
+prompt, a row that moves to another slot) is launched piece by piece.
 
-Legend: `R` decode rows of a graph, `T`/`N` prefill tokens and chunks of one, `V` vocabulary.
+Legend: `R` rows, `V` vocabulary.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import structlog
 import torch
 
-from kiln_engine.domain.plan import BatchPlan, DecodeRow, PrefillChunk
+from kiln_engine.domain.plan import BatchPlan, RowSampling
 from kiln_engine.execution.adapter_store import AdapterStore
 from kiln_engine.execution.sampled_ids import SampledIds
+from kiln_engine.execution.sampler import PendingDraws, Sampler, sample
 from kiln_engine.model import Linears, PagedModel, PrefillCapacity, StepLayout, copy_to
 from kiln_engine.model.decode_layout import decode_fields, decode_layout
-from kiln_engine.model.prefill_layout import prefill_layout, prefill_numbers
+from kiln_engine.model.prefill_layout import prefill_numbers
 from kiln_engine.model.step_layout import join_layouts
 
 log = structlog.get_logger()
@@ -38,116 +42,119 @@ def decode_ladder(max_rows: int) -> list[int]:
     return [*(size for size in sizes if size < max_rows), max_rows]
 
 
-class CapturedPass:
-    """One forward pass over fixed buffers; logits go to the first rows of a tensor all passes share."""
+@dataclass(frozen=True)
+class GraphParts:
+    """What every captured step is made of. All of them write their logits to one place."""
 
-    def __init__(self, layout: StepLayout, forward: Callable[[], None], pool: Any) -> None:
-        self.layout = layout
-        forward()  # compiles what is not compiled yet, and tells what cannot run
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
-            forward()
-
-    def replay(self) -> None:
-        self._graph.replay()
+    model: PagedModel
+    adapters: AdapterStore
+    sampler: Sampler
+    sampled_ids: SampledIds
+    logits_RV: torch.Tensor
+    pool: Any
 
 
-class DecodePass:
-    """The pass for up to `capacity` decode rows, with or without adapters."""
+class CapturedStep:
+    """One forward pass over fixed buffers, and the drawing of its samples."""
 
-    def __init__(self, parts: PassParts, capacity: int, *, has_adapters: bool) -> None:
-        self._shape = parts.model.kv.shape
+    def __init__(self, parts: GraphParts, layout: StepLayout, linears: Linears) -> None:
+        self._parts = parts
+        self._layout = layout
+        self._capacity = layout.kept_slots.shape[0]
+        self._logits_RV = parts.logits_RV[: self._capacity]
+        self._tables = parts.sampler.prepare((), self._capacity)
+        self._forward = _captured(partial(self._run_forward, linears), parts.pool)
+        self._draw = _captured(self._run_draw, parts.pool)
+
+    def replay(self, rows: Sequence[RowSampling]) -> PendingDraws | None:
+        """Run the pass for what is in the buffers and draw the rows' tokens."""
+        self._forward.replay()
+        if not rows:
+            return None
+        sampler = self._parts.sampler
+        if sampler.needs_eager(rows):
+            draws = sample(self._logits_RV[: len(rows)], rows)
+            self._parts.sampled_ids.keep_rows(self._layout.kept_slots[: len(rows)], draws.token_ids_R)
+            return draws
+        sampler.prepare(rows, self._capacity)
+        self._draw.replay()
+        return sampler.pending(rows)
+
+    def _run_forward(self, linears: Linears) -> None:
+        self._parts.sampled_ids.feed_(self._layout)
+        self._parts.model.forward(self._layout, linears, out=self._logits_RV)
+
+    def _run_draw(self) -> None:
+        token_ids_R = self._parts.sampler.launch(self._logits_RV, self._tables)
+        self._parts.sampled_ids.keep_rows(self._layout.kept_slots, token_ids_R)
+
+
+class DecodeGraph:
+    """The step of up to `capacity` decode rows, with or without adapters."""
+
+    def __init__(self, parts: GraphParts, capacity: int, *, has_adapters: bool) -> None:
+        self._shape = parts.model.shape
         self._capacity = capacity
         padding = torch.from_numpy(decode_fields((), self._shape, capacity))
         self._fields_FR = padding.to(parts.model.device)
-        layout = join_layouts(decode_layout(self._fields_FR), None)
         self._adapter_rows = parts.adapters.static_rows(capacity) if has_adapters else None
-        linears = parts.linears(self._adapter_rows)
-        self._captured = CapturedPass(layout, parts.forward(layout, linears, capacity), parts.pool)
-
-    def run(self, plan: BatchPlan) -> StepLayout:
-        """Replay for the plan's decode rows; returns where they lie."""
-        copy_to(
-            self._fields_FR, torch.from_numpy(decode_fields(plan.decode_rows, self._shape, self._capacity))
-        )
+        add = None
         if self._adapter_rows is not None:
-            self._adapter_rows.fill_(plan)
-        self._captured.replay()
-        return self._captured.layout
+            add = partial(parts.adapters.add_, rows=self._adapter_rows.rows)
+        layout = join_layouts(decode_layout(self._fields_FR), None)
+        self._step = CapturedStep(parts, layout, Linears(parts.model.matrices, add))
+
+    def run(self, plan: BatchPlan, rows: Sequence[RowSampling]) -> PendingDraws | None:
+        """Run the plan's decode rows."""
+        fields = decode_fields(plan.decode_rows, self._shape, self._capacity)
+        copy_to(self._fields_FR, torch.from_numpy(fields))
+        if self._adapter_rows is not None:
+            self._adapter_rows.fill_(BatchPlan(plan.step_id, plan.decode_rows))
+        return self._step.replay(rows)
 
 
-class PrefillPass:
-    """The pass for chunks of up to `capacity` tokens in all, without adapters."""
+class PrefillGraph:
+    """The step of chunks of up to `capacity` tokens in all, without adapters."""
 
-    def __init__(self, parts: PassParts, capacity: PrefillCapacity) -> None:
-        self._shape = parts.model.kv.shape
+    def __init__(self, parts: GraphParts, capacity: PrefillCapacity) -> None:
+        self._shape = parts.model.shape
         self._capacity = capacity
         padding = prefill_numbers((), self._shape, capacity)
         self._flat = torch.from_numpy(padding.flat).to(parts.model.device)
-        layout = join_layouts(None, prefill_layout(padding, self._flat))
-        forward = parts.forward(layout, parts.linears(None), capacity.num_chunks)
-        self._captured = CapturedPass(layout, forward, parts.pool)
+        layout = join_layouts(None, padding.layout(self._flat))
+        self._step = CapturedStep(parts, layout, Linears(parts.model.matrices))
 
-    def run(self, chunks: Sequence[PrefillChunk]) -> StepLayout:
-        """Replay for the chunks; returns where they lie."""
-        numbers = prefill_numbers(chunks, self._shape, self._capacity)
+    def run(self, plan: BatchPlan, rows: Sequence[RowSampling]) -> PendingDraws | None:
+        """Run the plan's chunks."""
+        numbers = prefill_numbers(plan.prefill_chunks, self._shape, self._capacity)
         copy_to(self._flat, torch.from_numpy(numbers.flat))
-        self._captured.replay()
-        return self._captured.layout
-
-
-class PassParts:
-    """What every captured pass is made of."""
-
-    def __init__(
-        self, model: PagedModel, adapters: AdapterStore, sampled_ids: SampledIds, logits_RV: torch.Tensor
-    ) -> None:
-        self.model = model
-        self.adapters = adapters
-        self.pool = torch.cuda.graph_pool_handle()
-        self._sampled_ids = sampled_ids
-        self._logits_RV = logits_RV
-
-    def linears(self, adapter_rows: Any) -> Linears:
-        return self.adapters.linears_for(self.model.matrices, adapter_rows)
-
-    def forward(self, layout: StepLayout, linears: Linears, num_samples: int) -> Callable[[], None]:
-        """The pass as one function of nothing, to be captured."""
-
-        def run() -> None:
-            self._sampled_ids.feed_(layout)
-            self.model.forward(layout, linears, self._logits_RV[:num_samples])
-
-        return run
+        return self._step.replay(rows)
 
 
 class StepGraphs:
-    """The captured passes of one model, by kind and size.
+    """The captured steps of one model, by kind and size.
 
     Raises (at construction): whatever a kernel raises that cannot run on this device or shape.
     """
 
-    def __init__(self, parts: PassParts, max_rows: int) -> None:
+    def __init__(self, parts: GraphParts) -> None:
         self._parts = parts
-        self.decode_sizes = decode_ladder(max_rows)
+        self.decode_sizes = decode_ladder(parts.logits_RV.shape[0])
         self.prefill_sizes = _PREFILL_TOKENS
-        self._decode: dict[tuple[int, bool], DecodePass] = {}
-        self._prefill: dict[int, PrefillPass] = {}
+        self._decode: dict[tuple[int, bool], DecodeGraph] = {}
+        self._prefill: dict[int, PrefillGraph] = {}
         self._capture()
 
-    @property
-    def num_graphs(self) -> int:
-        return len(self._decode) + len(self._prefill)
-
-    def decode_pass(self, plan: BatchPlan) -> DecodePass | None:
-        """The smallest pass that holds the plan's decode rows, if one does."""
-        size = next((size for size in self.decode_sizes if size >= len(plan.decode_rows)), None)
-        if size is None or any(_moves(row) for row in plan.decode_rows):
+    def for_rows(self, plan: BatchPlan) -> DecodeGraph | None:
+        """The smallest graph that holds the plan's decode rows, if one does."""
+        rows = plan.decode_rows
+        size = next((size for size in self.decode_sizes if size >= len(rows)), None)
+        if size is None or any(row.state_commit_slot not in (None, row.state_slot) for row in rows):
             return None
-        return self._decode.get((size, any(row.adapter_slots for row in plan.decode_rows)))
+        return self._decode.get((size, any(row.adapter_slots for row in rows)))
 
-    def prefill_pass(self, plan: BatchPlan) -> PrefillPass | None:
-        """The smallest pass that holds the plan's chunks, if one does."""
+    def for_chunks(self, plan: BatchPlan) -> PrefillGraph | None:
+        """The smallest graph that holds the plan's chunks, if one does."""
         chunks = plan.prefill_chunks
         if len(chunks) > _PREFILL_CHUNKS or any(chunk.adapter_slots for chunk in chunks):
             return None
@@ -157,28 +164,33 @@ class StepGraphs:
 
     @torch.inference_mode()
     def _capture(self) -> None:
-        """Largest first, so that the smaller ones find their memory in the pool."""
-        wanted: list[tuple[dict[Any, Any], Any, Callable[[], Any]]] = []
+        """Largest first, so that the others find their memory in the pool."""
+        parts, started_s = self._parts, time.monotonic()
+        wanted: list[Callable[[], None]] = []
         for size in reversed(self.prefill_sizes):
-            capacity = PrefillCapacity(size, _PREFILL_CHUNKS)
-            wanted.append((self._prefill, size, lambda capacity=capacity: PrefillPass(self._parts, capacity)))
-        for has_adapters in (False, True) if self._parts.adapters.num_slots else (False,):
+            wanted.append(partial(self._capture_prefill, parts, size))
+        for has_adapters in (False, True) if parts.adapters.num_slots else (False,):
             for size in reversed(self.decode_sizes):
-                wanted.append(
-                    (
-                        self._decode,
-                        (size, has_adapters),
-                        lambda size=size, has=has_adapters: DecodePass(self._parts, size, has_adapters=has),
-                    )
-                )
-        started_s = logged_s = time.monotonic()
-        for number, (into, key, make) in enumerate(wanted, start=1):
-            into[key] = make()
+                wanted.append(partial(self._capture_decode, parts, size, has_adapters))
+        logged_s = started_s
+        for number, capture in enumerate(wanted, start=1):
+            capture()
             now = time.monotonic()
             if number == len(wanted) or now - logged_s >= _PROGRESS_INTERVAL_S:
                 logged_s = now
                 log.info("capturing_graphs", done=number, of=len(wanted), seconds=round(now - started_s, 1))
 
+    def _capture_prefill(self, parts: GraphParts, size: int) -> None:
+        self._prefill[size] = PrefillGraph(parts, PrefillCapacity(size, _PREFILL_CHUNKS))
 
-def _moves(row: DecodeRow) -> bool:
-    return row.state_commit_slot not in (None, row.state_slot)
+    def _capture_decode(self, parts: GraphParts, size: int, has_adapters: bool) -> None:
+        self._decode[size, has_adapters] = DecodeGraph(parts, size, has_adapters=has_adapters)
+
+
+def _captured(run: Callable[[], None], pool: Any) -> torch.cuda.CUDAGraph:
+    """A graph of what `run` launches, after a first run that compiles what is not compiled yet."""
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        run()
+    return graph

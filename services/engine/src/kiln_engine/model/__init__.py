@@ -1,7 +1,8 @@
 """The model as the engine runs it: over KV pages and state slots."""
 
-from kiln_engine.model.kv_store import KvStore, kv_page_bytes, page_table_bytes
+from kiln_engine.model.kv_store import KvStore, kv_page_bytes
 from kiln_engine.model.linears import AddAdapters, Linears
+from kiln_engine.model.page_table import page_table_bytes
 from kiln_engine.model.paged_model import PagedModel
 from kiln_engine.model.prefill_layout import PrefillCapacity
 from kiln_engine.model.state_store import StateStore, state_slot_bytes

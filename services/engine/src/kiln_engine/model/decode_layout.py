@@ -3,7 +3,7 @@
 Everything a row looks up is one number, so a step's rows are one small matrix `[fields, R]`: it
 travels in one copy, and a captured graph reads it where the copy before its launch has put it.
 
-Legend: `R` decode rows (padding included), `M` pages of a line of the page table.
+Legend: `R` decode rows (padding included).
 """
 
 from __future__ import annotations
@@ -24,9 +24,7 @@ _FIELDS = (
     "positions",
     "token_slots",
     "context_lengths",
-    "table_lines",
-    "table_places",
-    "page_ids",
+    "table_rows",
     "read_slots",
     "ring_slots",
     "lengths",
@@ -47,10 +45,8 @@ class DecodeLayout:
     token_slots_R: torch.Tensor
     # The token included; 0 for a padding row.
     context_lengths_R: torch.Tensor
-    # The row's line of the page table, and the place in it of the page that its token lies in.
-    table_lines_R: torch.Tensor
-    table_places_R: torch.Tensor
-    page_ids_R: torch.Tensor
+    # The row's line of the page table.
+    table_rows_R: torch.Tensor
     delta: DeltaRows
     # The live slot after the step, with which the token drawn stays; -1 for a padding row.
     kept_slots_R: torch.Tensor
@@ -68,9 +64,7 @@ def decode_layout(fields_FR: torch.Tensor) -> DecodeLayout:
         positions_R=field["positions"],
         token_slots_R=field["token_slots"],
         context_lengths_R=field["context_lengths"],
-        table_lines_R=field["table_lines"],
-        table_places_R=field["table_places"],
-        page_ids_R=field["page_ids"],
+        table_rows_R=field["table_rows"],
         delta=DeltaRows(field["read_slots"], field["ring_slots"], field["lengths"], field["commit_slots"]),
         kept_slots_R=field["kept_slots"],
     )
@@ -79,20 +73,17 @@ def decode_layout(fields_FR: torch.Tensor) -> DecodeLayout:
 def decode_fields(rows: Sequence[DecodeRow], shape: StoreShape, capacity: int | None = None) -> np.ndarray:
     """The rows' numbers as int64 `[fields, capacity]`; rows behind the last one touch nothing."""
     capacity = len(rows) if capacity is None else capacity
-    page_tokens, num_line_pages = shape.page_tokens, shape.num_line_pages
     numbers = []
     for row in rows:
-        page, place = divmod(row.position, page_tokens)
-        page_id, slot, commit = row.page_ids[page], row.state_slot, row.state_commit_slot
+        page, place = divmod(row.position, shape.page_tokens)
+        slot, commit = row.state_slot, row.state_commit_slot
         numbers.append(
             (
                 -1 if row.token_id is None else row.token_id,
                 row.position,
-                page_id * page_tokens + place,
+                row.page_ids[page] * shape.page_tokens + place,
                 row.position + 1,
                 slot,
-                slot * num_line_pages + page,
-                page_id,
                 row.state_read_slot,
                 slot,
                 place,
@@ -100,16 +91,6 @@ def decode_fields(rows: Sequence[DecodeRow], shape: StoreShape, capacity: int | 
                 slot if commit is None else commit,
             )
         )
-    spare = shape.spare_line
-    padding = (0, 0, -1, 0, spare, spare * num_line_pages, 0, NO_SLOT, NO_SLOT, 0, NO_SLOT, NO_SLOT)
+    padding = (0, 0, -1, 0, shape.spare_line, NO_SLOT, NO_SLOT, 0, NO_SLOT, NO_SLOT)
     numbers.extend([padding] * (capacity - len(rows)))
     return np.ascontiguousarray(np.array(numbers, dtype=np.int64).reshape(capacity, NUM_DECODE_FIELDS).T)
-
-
-def moved_lines(rows: Sequence[DecodeRow]) -> list[tuple[int, int]]:
-    """(from, to) of the rows that go on in another slot after this step."""
-    return [
-        (row.state_slot, row.state_commit_slot)
-        for row in rows
-        if row.state_commit_slot is not None and row.state_commit_slot != row.state_slot
-    ]

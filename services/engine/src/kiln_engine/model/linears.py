@@ -70,9 +70,9 @@ class Linears:
             return linear_swiglu(x_TI, parts[0])
         return swiglu(*self.apply(path, x_TI).chunk(2, dim=1))
 
-    def head(self, x_TD: torch.Tensor) -> torch.Tensor:
-        """Logits `[T, V]` in float32."""
-        return linear(x_TD, self.base.head_VD, out_dtype=torch.float32)
+    def head(self, x_TD: torch.Tensor, out_TV: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits `[T, V]` in float32, in `out_TV` if it is given."""
+        return linear(x_TD, self.base.head_VD, out_dtype=torch.float32, out=out_TV)
 
 
 def _side_by_side(x_TI: torch.Tensor, parts: Sequence[torch.Tensor]) -> torch.Tensor:

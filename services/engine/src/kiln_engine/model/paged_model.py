@@ -14,8 +14,11 @@ import torch
 from kiln_engine.domain.plan import BatchPlan
 from kiln_engine.model.kv_store import KvStore
 from kiln_engine.model.linears import BaseMatrices, Linears
+from kiln_engine.model.page_table import PageTable
 from kiln_engine.model.state_store import StateStore
-from kiln_engine.model.step_layout import StepLayout, build_layout, prepare_step
+from kiln_engine.model.step_layout import StepLayout, begun_pages, build_layout, moved_to_slots
+from kiln_engine.model.store_shape import StoreShape
+from kiln_engine.model.transfers import to_device
 from kiln_nn.blocks import Weights, conv_weight, embed
 from kiln_nn.config import ModelConfig
 from kiln_nn.kernels.delta_decode import DeltaDecodeWeights, delta_decode
@@ -29,12 +32,18 @@ from kiln_nn.kernels.rotary import rotary_tables
 class PagedModel:
     """The model and its memory. `forward` is called by one thread, one step after the other."""
 
-    def __init__(self, config: ModelConfig, weights: Weights, kv: KvStore, states: StateStore) -> None:
+    def __init__(
+        self, config: ModelConfig, weights: Weights, kv: KvStore, states: StateStore, max_model_len: int
+    ) -> None:
         self.config = config
         self.weights = weights
         self.kv = kv
         self.states = states
         self.device = weights["model.norm.weight"].device
+        self.shape = StoreShape.of(
+            page_tokens=kv.page_tokens, max_model_len=max_model_len, num_state_slots=states.num_slots
+        )
+        self.pages = PageTable(self.shape, self.device)
         self.matrices = BaseMatrices(config, weights)
         # Place of each layer among those of its kind.
         kinds = config.layer_types
@@ -51,31 +60,33 @@ class PagedModel:
 
     def layout(self, plan: BatchPlan) -> StepLayout:
         """The plan's index tensors, on the model's device."""
-        return build_layout(plan, self.kv.shape, self.device)
+        return build_layout(plan, self.shape, self.device)
 
-    def prepare(self, plan: BatchPlan) -> None:
-        """Bring the stores to where the plan's forward pass expects them."""
-        preparation = prepare_step(plan, self.kv.shape, self.device)
-        if preparation.line_places is not None:
-            assert preparation.line_page_ids is not None
-            self.kv.write_lines(preparation.line_places, preparation.line_page_ids)
-        if preparation.moved_from is not None:
-            assert preparation.moved_to is not None
-            self.kv.move_lines(preparation.moved_from, preparation.moved_to)
-            self.states.clear_rings(preparation.moved_to)
-        if preparation.begun_pages.numel():
-            self.kv.begin_pages(preparation.begun_pages)
+    def prepare(self, plan: BatchPlan, *, has_clean_memory: bool = True) -> None:
+        """Bring the stores to where the plan's forward pass expects them.
 
-    def forward(self, layout: StepLayout, linears: Linears | None = None) -> torch.Tensor:
+        With `has_clean_memory`, nothing that an earlier owner left behind is where the pass looks: the
+        references need that, the kernels do not.
+        """
+        self.pages.update(plan)
+        if not has_clean_memory:
+            return
+        if pages := begun_pages(plan, self.shape.page_tokens):
+            self.kv.begin_pages(to_device(pages, self.device))
+        if slots := moved_to_slots(plan):
+            self.states.clear_rings(to_device(slots, self.device))
+
+    def forward(
+        self, layout: StepLayout, linears: Linears | None = None, *, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Run one step and write what it leaves in the stores, which `prepare` has made ready.
 
-        `linears` are the linear layers with each row's adapters; None is the bare base model.
+        `linears` are the linear layers with each row's adapters; None is the bare base model. The
+        logits go to `out` if it is given.
 
         Returns: float32 logits `[samples, vocabulary]` of the tokens that are sampled after.
         """
         linears = linears or Linears(self.matrices)
-        if layout.decode is not None:
-            self.kv.write_lines(layout.decode.table_places_R, layout.decode.page_ids_R)
         rotary = rotary_tables(layout.positions_T, self.config)
         residual = embed(self.weights, layout.token_ids_T)
         x = self._norm(residual, "model.layers.0.input_layernorm.weight")
@@ -91,7 +102,7 @@ class PagedModel:
             x, residual = self._add_norm(fed, residual, self._end_norms[index])
         if layout.sample_tokens is not None:
             x = x.index_select(0, layout.sample_tokens)
-        return linears.head(x)
+        return linears.head(x, out)
 
     def _norm(self, x_TD: torch.Tensor, name: str) -> torch.Tensor:
         return rms_norm(x_TD, self.weights[name], self.config.rms_norm_eps, offset=1.0)
@@ -135,11 +146,11 @@ class PagedModel:
                 paged_decode_attention(
                     q[:num_rows],
                     *caches,
-                    self.kv.page_table_SM,
+                    self.pages.lines_SM,
                     decode.context_lengths_R,
                     scale,
                     gate_RHD=gate[:num_rows],
-                    table_rows_R=decode.table_lines_R,
+                    table_rows_R=decode.table_rows_R,
                 )
             )
         if layout.prefill is not None:
@@ -147,7 +158,7 @@ class PagedModel:
                 paged_prefill_attention(
                     q[num_rows:],
                     *caches,
-                    self.kv.page_table_SM,
+                    self.pages.lines_SM,
                     layout.prefill.attention,
                     scale,
                     gate_THD=gate[num_rows:],

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from kiln_engine.domain.plan import BatchPlan
-from kiln_engine.model.decode_layout import DecodeLayout, decode_fields, decode_layout, moved_lines
+from kiln_engine.model.decode_layout import DecodeLayout, decode_fields, decode_layout
 from kiln_engine.model.prefill_layout import PrefillLayout, prefill_numbers
 from kiln_engine.model.store_shape import StoreShape
 from kiln_engine.model.transfers import to_device
@@ -34,20 +34,6 @@ class StepLayout:
     kept_slots: torch.Tensor
     decode: DecodeLayout | None
     prefill: PrefillLayout | None
-
-
-@dataclass(frozen=True)
-class StepPreparation:
-    """What has to be done to the stores before a step that is not replayed from a graph."""
-
-    # Places and page ids of the page table's lines that the chunks write whole.
-    line_places: torch.Tensor | None
-    line_page_ids: torch.Tensor | None
-    # (from, to) slots of sequences that go on in another slot.
-    moved_from: torch.Tensor | None
-    moved_to: torch.Tensor | None
-    # Pages that this step begins without filling them.
-    begun_pages: torch.Tensor
 
 
 def build_layout(plan: BatchPlan, shape: StoreShape, device: torch.device) -> StepLayout:
@@ -104,39 +90,8 @@ def join_layouts(decode: DecodeLayout | None, prefill: PrefillLayout | None) -> 
     )
 
 
-def prepare_step(plan: BatchPlan, shape: StoreShape, device: torch.device) -> StepPreparation:
-    """What `plan` needs done to the stores before its forward pass, sent to the device."""
-    places, page_ids = _written_lines(plan, shape)
-    moved = moved_lines(plan.decode_rows)
-    sent = to_device(
-        [*places, *page_ids, *(pair[0] for pair in moved), *(pair[1] for pair in moved), *_begun(plan, shape)],
-        device,
-        torch.long,
-    )
-    sizes = [len(places), len(places), len(moved), len(moved)]
-    parts = sent.split([*sizes, sent.shape[0] - sum(sizes)])
-    return StepPreparation(
-        line_places=parts[0] if places else None,
-        line_page_ids=parts[1] if places else None,
-        moved_from=parts[2] if moved else None,
-        moved_to=parts[3] if moved else None,
-        begun_pages=parts[4],
-    )
-
-
-def _written_lines(plan: BatchPlan, shape: StoreShape) -> tuple[list[int], list[int]]:
-    places: list[int] = []
-    page_ids: list[int] = []
-    for chunk in plan.prefill_chunks:
-        num_pages = -(-(chunk.start + len(chunk.token_ids)) // shape.page_tokens)
-        first = chunk.state_slot * shape.num_line_pages
-        places.extend(range(first, first + num_pages))
-        page_ids.extend(chunk.page_ids[:num_pages])
-    return places, page_ids
-
-
-def _begun(plan: BatchPlan, shape: StoreShape) -> list[int]:
-    page_tokens = shape.page_tokens
+def begun_pages(plan: BatchPlan, page_tokens: int) -> list[int]:
+    """Pages that a step begins without filling them."""
     pages = [
         row.page_ids[row.position // page_tokens]
         for row in plan.decode_rows
@@ -147,3 +102,9 @@ def _begun(plan: BatchPlan, shape: StoreShape) -> list[int]:
         if end % page_tokens:
             pages.append(chunk.page_ids[end // page_tokens])
     return pages
+
+
+def moved_to_slots(plan: BatchPlan) -> list[int]:
+    """Live slots in which rows go on after a step, other than the ones they had."""
+    slots = [(row.state_slot, row.state_commit_slot) for row in plan.decode_rows]
+    return [to for slot, to in slots if to is not None and to != slot]

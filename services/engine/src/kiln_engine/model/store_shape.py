@@ -9,13 +9,17 @@ from dataclasses import dataclass
 class StoreShape:
     """Sizes that a plan's ids are turned into places with.
 
-    The page table has a line for each state slot, whose sequence it belongs to, and a spare one for
-    rows that only fill up a batch.
+    The page table has a line of `num_line_pages` for each state slot, and a spare one for rows that only
+    fill up a batch.
     """
 
     page_tokens: int
-    num_line_pages: int  # M, of the longest sequence
+    num_line_pages: int
     num_state_slots: int
+
+    @classmethod
+    def of(cls, *, page_tokens: int, max_model_len: int, num_state_slots: int) -> StoreShape:
+        return cls(page_tokens, -(-max_model_len // page_tokens), num_state_slots)
 
     @property
     def spare_line(self) -> int:

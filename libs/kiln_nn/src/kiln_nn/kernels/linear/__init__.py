@@ -17,9 +17,10 @@ def linear(
     w_OI: torch.Tensor,
     *,
     out_dtype: torch.dtype | None = None,
+    out: torch.Tensor | None = None,
     config: LinearConfig | None = None,
 ) -> torch.Tensor:
-    """`x Wᵀ` in `out_dtype` (by default that of `x`).
+    """`x Wᵀ` in `out_dtype` (by default that of `x`), in `out` if it is given (contiguous, of that format).
 
     The rows of `x` may lie apart (a slice of a wider tensor). `config` fixes the tiling whatever
     `T` is: with `invariant_config` a row's result has the same bits in every batch.
@@ -32,10 +33,10 @@ def linear(
     check_shape("x", x_TI, (None, w_OI.shape[-1]))
     tiling = _tiling(x_TI, w_OI, config, LinearKind.PLAIN)
     if tiling is None:
-        return reference.linear(x_TI, w_OI, out_dtype=out_dtype)
+        return reference.linear(x_TI, w_OI, out_dtype=out_dtype, out=out)
     from kiln_nn.kernels.linear import triton
 
-    return triton.linear(x_TI, w_OI, tiling, out_dtype=out_dtype)
+    return triton.linear(x_TI, w_OI, tiling, out_dtype=out_dtype, out=out)
 
 
 def linear_swiglu(

@@ -11,8 +11,16 @@ import torch.nn.functional as F
 from kiln_nn.kernels.swiglu import swiglu
 
 
-def linear(x_TI: torch.Tensor, w_OI: torch.Tensor, *, out_dtype: torch.dtype | None = None) -> torch.Tensor:
+def linear(
+    x_TI: torch.Tensor,
+    w_OI: torch.Tensor,
+    *,
+    out_dtype: torch.dtype | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
     """`x Wᵀ`; on a GPU a wider `out_dtype` is what the sums are rounded to, not a later conversion."""
+    if out is not None:
+        return out.copy_(linear(x_TI, w_OI, out_dtype=out_dtype))
     if out_dtype is None or out_dtype == x_TI.dtype:
         return F.linear(x_TI, w_OI)
     needs_gradient = torch.is_grad_enabled() and (x_TI.requires_grad or w_OI.requires_grad)

@@ -180,10 +180,17 @@ def takes(x_TI: torch.Tensor, w_OI: torch.Tensor) -> bool:
 
 
 def linear(
-    x_TI: torch.Tensor, w_OI: torch.Tensor, config: LinearConfig, *, out_dtype: torch.dtype | None = None
+    x_TI: torch.Tensor,
+    w_OI: torch.Tensor,
+    config: LinearConfig,
+    *,
+    out_dtype: torch.dtype | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """As the reference, for inputs that `takes` accepts; `config.splits` programs' sums are folded into one."""
-    out_TO = x_TI.new_empty((x_TI.shape[0], w_OI.shape[0]), dtype=out_dtype or x_TI.dtype)
+    out_TO = out
+    if out_TO is None:
+        out_TO = x_TI.new_empty((x_TI.shape[0], w_OI.shape[0]), dtype=out_dtype or x_TI.dtype)
     launch(x_TI, w_OI, out_TO, config, is_folded=True)
     return out_TO
 
