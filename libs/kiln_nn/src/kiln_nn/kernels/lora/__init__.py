@@ -16,9 +16,9 @@ from kiln_nn.kernels.lora.rows import (
     AdapterUse,
     LoraRows,
     RowsShape,
-    TokenRun,
+    TokenGroup,
     pack_exactly,
-    pack_runs,
+    pack_groups,
 )
 
 __all__ = [
@@ -29,12 +29,12 @@ __all__ = [
     "AdapterUse",
     "LoraRows",
     "RowsShape",
-    "TokenRun",
+    "TokenGroup",
     "lora_add_",
     "lora_add_stacked_",
     "lora_delta",
     "pack_exactly",
-    "pack_runs",
+    "pack_groups",
 ]
 
 

@@ -10,7 +10,7 @@ Legend: `B` tiles, `M` tokens of a tile, `E` entries.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,11 +31,10 @@ class AdapterUse:
 
 
 @dataclass(frozen=True)
-class TokenRun:
-    """Consecutive tokens with the same adapters, no adapter twice."""
+class TokenGroup:
+    """Tokens that use the same adapters with the same scales; no adapter twice."""
 
-    first_token: int
-    num_tokens: int
+    tokens: Sequence[int]
     uses: tuple[AdapterUse, ...]
 
 
@@ -98,28 +97,30 @@ class LoraRows:
         return cls(shape, counts, tokens_BM, firsts_B1, tiles_E, adapters_E, ranks_E, scales_EM)
 
     @classmethod
-    def of(cls, runs: Sequence[TokenRun], tile_tokens: int, device: torch.device | str = "cpu") -> LoraRows:
-        """Rows of exactly these runs, copied to the device."""
-        words, shape = pack_exactly(runs, tile_tokens)
+    def of(
+        cls, groups: Sequence[TokenGroup], tile_tokens: int, device: torch.device | str = "cpu"
+    ) -> LoraRows:
+        """Rows of exactly these groups, copied to the device."""
+        words, shape = pack_exactly(groups, tile_tokens)
         return cls.over(torch.from_numpy(words).to(device), shape)
 
 
-def pack_exactly(runs: Sequence[TokenRun], tile_tokens: int) -> tuple[np.ndarray, RowsShape]:
-    """The words of a buffer for exactly these runs."""
-    tiles = _make_tiles(runs, tile_tokens)
+def pack_exactly(groups: Sequence[TokenGroup], tile_tokens: int) -> tuple[np.ndarray, RowsShape]:
+    """The words of a buffer for exactly these groups."""
+    tiles = _make_tiles(groups, tile_tokens)
     shape = RowsShape(tile_tokens, len(tiles), _num_entries(tiles))
     return _pack_tiles(tiles, shape), shape
 
 
-def pack_runs(runs: Sequence[TokenRun], shape: RowsShape) -> np.ndarray:
+def pack_groups(groups: Sequence[TokenGroup], shape: RowsShape) -> np.ndarray:
     """The words of a buffer of the given shape, as far as it is used.
 
     A shape `for_any` step has room for every mixture: where tiles of tokens with the same adapters
     are too many, tokens with different adapters share them.
     """
-    tiles = _make_tiles(runs, shape.tile_tokens)
+    tiles = _make_tiles(groups, shape.tile_tokens)
     if len(tiles) > shape.num_tiles or _num_entries(tiles) > shape.num_entries:
-        tiles = _make_few_tiles(runs, shape.tile_tokens)
+        tiles = _make_few_tiles(groups, shape.tile_tokens)
     return _pack_tiles(tiles, shape)
 
 
@@ -132,37 +133,37 @@ class _Tile:
     scales_EM: np.ndarray
 
 
-def _make_tiles(runs: Iterable[TokenRun], tile_tokens: int) -> list[_Tile]:
+def _make_tiles(groups: Sequence[TokenGroup], tile_tokens: int) -> list[_Tile]:
     """Tiles of tokens that have exactly the same adapters, though each with its own scales."""
-    groups: dict[tuple[int, ...], list[TokenRun]] = {}
-    for run in runs:
-        if run.uses and run.num_tokens:
-            groups.setdefault(tuple(use.table_index for use in run.uses), []).append(run)
+    by_adapters: dict[tuple[int, ...], list[TokenGroup]] = {}
+    for group in groups:
+        if group.uses and group.tokens:
+            by_adapters.setdefault(tuple(use.table_index for use in group.uses), []).append(group)
     tiles: list[_Tile] = []
-    for key in sorted(groups):
-        tiles += _cut(groups[key], groups[key][0].uses, tile_tokens)
+    for key in sorted(by_adapters):
+        tiles += _cut(by_adapters[key], by_adapters[key][0].uses, tile_tokens)
     return tiles
 
 
-def _make_few_tiles(runs: Iterable[TokenRun], tile_tokens: int) -> list[_Tile]:
+def _make_few_tiles(groups: Sequence[TokenGroup], tile_tokens: int) -> list[_Tile]:
     """As few tiles as the tokens fill, whatever adapters meet in one."""
-    using = sorted((run for run in runs if run.uses), key=lambda run: [use.table_index for use in run.uses])
-    all_uses = {use.table_index: use for run in using for use in run.uses}
+    using = sorted(
+        (group for group in groups if group.uses and group.tokens),
+        key=lambda group: [use.table_index for use in group.uses],
+    )
+    all_uses = {use.table_index: use for group in using for use in group.uses}
     tiles = _cut(using, tuple(all_uses[index] for index in sorted(all_uses)), tile_tokens)
     return [_without_unused(tile) for tile in tiles]
 
 
-def _cut(runs: Sequence[TokenRun], uses: tuple[AdapterUse, ...], tile_tokens: int) -> list[_Tile]:
-    if not runs:
-        return []
+def _cut(groups: Sequence[TokenGroup], uses: tuple[AdapterUse, ...], tile_tokens: int) -> list[_Tile]:
     place = {use.table_index: number for number, use in enumerate(uses)}
-    scales_ER = np.zeros((len(uses), len(runs)), np.float32)
-    for number, run in enumerate(runs):
-        for use in run.uses:
-            scales_ER[place[use.table_index], number] = use.scale
-    lengths = [run.num_tokens for run in runs]
-    tokens = np.concatenate([np.arange(run.first_token, run.first_token + run.num_tokens) for run in runs])
-    scales = np.repeat(scales_ER, lengths, axis=1)
+    scales_EG = np.zeros((len(uses), len(groups)), np.float32)
+    for number, group in enumerate(groups):
+        for use in group.uses:
+            scales_EG[place[use.table_index], number] = use.scale
+    tokens = np.array([token for group in groups for token in group.tokens], np.int32)
+    scales = np.repeat(scales_EG, [len(group.tokens) for group in groups], axis=1)
     return [
         _Tile(tokens[start : start + tile_tokens], uses, scales[:, start : start + tile_tokens])
         for start in range(0, len(tokens), tile_tokens)
