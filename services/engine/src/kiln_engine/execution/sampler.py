@@ -1,31 +1,30 @@
 """From logits to tokens and log-probabilities, every row by its own rules.
 
-A row that asks for nothing special costs one pass over its logits; nothing is sorted for it.
+Order: bias, penalties and bans, temperature, top-k, top-p, min-p, then one uniform number of the
+row's own through the inverse distribution function. The work itself is `kiln_nn.kernels.sample`.
 
-Legend: `R` rows, `V` vocabulary, `B` blocks of the vocabulary, `E` entries of a block.
+Legend: `R` rows, `V` vocabulary, `F` fields.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 from kiln_engine.domain.plan import RowSampling
-from kiln_engine.execution.draws import uniform_draw
-from kiln_engine.execution.logit_edits import changes_logits, edit_logits_
-from kiln_engine.execution.truncation import thresholds, truncates
+from kiln_engine.execution.logit_edits import logit_edits, most_logit_edits
+from kiln_engine.execution.sampling_tables import SamplingTables, StaticTables, exact_tables
 from kiln_engine.model import to_device
+from kiln_nn.kernels.sample import draw_tokens
+from kiln_nn.kernels.sample.settings import NUM_DRAWN_FIELDS
 
-_BLOCK = 256
-# Below this the division by the temperature would leave float32; the best token has all the mass anyway.
-_LOWEST_TEMPERATURE = 1e-6
+# Room for edits in a graph. Rows that name more go around the graph.
+MAX_EDITS = 8192
 
 
-@dataclass(frozen=True)
-class DrawnRow:
+class DrawnRow(NamedTuple):
     """One row's token; log-probabilities as in RowResult. NaN logits give a NaN `logprob`."""
 
     token_id: int
@@ -48,120 +47,94 @@ class PendingDraws:
             self._arrived = torch.cuda.Event(blocking=True)
             self._arrived.record()
         else:
-            self._packed = packed
+            self._packed = packed.clone()
 
     def wait(self) -> list[DrawnRow]:
         """The rows, in order."""
         if self._arrived is not None:
             self._arrived.synchronize()
+        packed = self._packed.tolist()
+        if not any(self._num_top):
+            return [DrawnRow(int(token), logprob, sampled, ()) for token, logprob, sampled, *_ in packed]
         drawn = []
-        for num_top, (token, logprob, sampled, *top) in zip(
-            self._num_top, self._packed.tolist(), strict=True
-        ):
+        for num_top, (token, logprob, sampled, *top) in zip(self._num_top, packed, strict=True):
             ids, logprobs = top[: len(top) // 2], top[len(top) // 2 :]
             pairs = tuple((int(i), p) for i, p in zip(ids[:num_top], logprobs[:num_top], strict=True))
             drawn.append(DrawnRow(int(token), logprob, sampled, pairs))
         return drawn
 
 
+class Sampler:
+    """Draws the rows of a step in a form that a CUDA graph can hold.
+
+    `prepare` sends the rows' settings, `launch` draws, `pending` sends the results: all of it into
+    the current stream, one step after the other, at fixed places on the device. Only `launch` goes
+    into the graph. On a CPU the same calls do the work at once.
+    """
+
+    def __init__(
+        self, max_rows: int, vocab_size: int, device: torch.device, max_edits: int = MAX_EDITS
+    ) -> None:
+        self.max_rows = max_rows
+        self._vocab_size = vocab_size
+        self._device = device
+        self._max_edits = max_edits
+        self._tables = StaticTables(max_rows, max_edits, device)
+        self._token_ids_R = torch.zeros(max_rows, dtype=torch.long, device=device)
+        self._drawn_RF = torch.zeros(max_rows, NUM_DRAWN_FIELDS, dtype=torch.float64, device=device)
+
+    def needs_eager(self, rows: Sequence[RowSampling]) -> bool:
+        """Whether a graph has no room for what these rows ask for: too many edits, or top log-probabilities.
+
+        Such a step goes through `sample`, which draws the same tokens.
+        """
+        if len(rows) > self.max_rows or any(row.params.num_top_logprobs for row in rows):
+            return True
+        if sum(map(most_logit_edits, rows)) <= self._max_edits:
+            return False
+        return sum(len(logit_edits(row)) for row in rows) > self._max_edits
+
+    def prepare(self, rows: Sequence[RowSampling], capacity: int | None = None) -> SamplingTables:
+        """Send the settings of these rows, padded to the `capacity` of a graph.
+
+        Padding rows take the best token. A step's settings must be sent after the launch of the step
+        before, and hold until the next are sent.
+        """
+        return self._tables.put(rows, len(rows) if capacity is None else capacity)
+
+    def launch(self, logits_RV: torch.Tensor, tables: SamplingTables) -> torch.Tensor:
+        """Draw one token per row of `tables` from float32 logits `[R, V]`, which come back unchanged.
+
+        Returns: token ids int64 `[R]`, at a fixed place that the next launch overwrites.
+        """
+        num_rows = tables.rows_RF.shape[0]
+        assert logits_RV.shape[1] == self._vocab_size
+        token_ids_R = self._token_ids_R[:num_rows]
+        draw_tokens(logits_RV, tables.rows_RF, tables.edits_EF, out=(token_ids_R, self._drawn_RF[:num_rows]))
+        return token_ids_R
+
+    def pending(self, rows: Sequence[RowSampling]) -> PendingDraws:
+        """The results of the last launch for its first rows, on their way to the host."""
+        return PendingDraws(self._token_ids_R[: len(rows)], self._drawn_RF[: len(rows)], rows)
+
+
 def sample(logits_RV: torch.Tensor, rows: Sequence[RowSampling]) -> PendingDraws:
-    """Draw one token per row from float32 logits, which are not changed.
-
-    Order: bias, penalties and bans (`edit_logits_`), temperature, top-k, top-p, min-p, then one
-    uniform number of the row's own through the inverse distribution function.
-    """
-    log_total_R1 = logits_RV.logsumexp(dim=-1, keepdim=True)
-    edited = logits_RV
-    if any(changes_logits(row) for row in rows):
-        edited = logits_RV.clone()
-        edit_logits_(edited, rows)
-    is_greedy = [row.params.temperature <= 0.0 for row in rows]
-    if all(is_greedy):
-        token_R1 = edited.argmax(dim=-1, keepdim=True)
-        sampled_R1 = torch.zeros_like(log_total_R1)
-    else:
-        token_R1, sampled_R1 = _draw(edited, rows)
-        if any(is_greedy):
-            greedy_R1 = to_device(is_greedy, logits_RV.device)[:, None]
-            token_R1 = torch.where(greedy_R1, edited.argmax(dim=-1, keepdim=True), token_R1)
-            sampled_R1 = sampled_R1.masked_fill(greedy_R1, 0.0)
-    logprob_R1 = logits_RV.gather(1, token_R1) - log_total_R1
-    columns = [token_R1.double(), logprob_R1.double(), sampled_R1.double()]
+    """Draw one token per row from float32 logits, which are not changed, whatever the rows ask for."""
+    tables = exact_tables(rows, logits_RV.device)
+    token_ids_R, drawn_RF = draw_tokens(logits_RV, tables.rows_RF, tables.edits_EF)
     if any(row.params.num_top_logprobs for row in rows):
-        columns.extend(_top_logprobs(logits_RV, log_total_R1, rows))
-    return PendingDraws(token_R1[:, 0], torch.cat(columns, dim=1), rows)
+        drawn_RF = torch.cat([drawn_RF, _top_logprobs(logits_RV, rows)], dim=1)
+    return PendingDraws(token_ids_R, drawn_RF, rows)
 
 
-def _draw(edited_RV: torch.Tensor, rows: Sequence[RowSampling]) -> tuple[torch.Tensor, torch.Tensor]:
-    """A token per row and its log-probability under what it was drawn from, each `[R, 1]`."""
-    device = edited_RV.device
-    settings = [
-        (
-            1.0 / max(row.params.temperature, _LOWEST_TEMPERATURE) if row.params.temperature > 0 else 1.0,
-            uniform_draw(row.params.seed, row.output_index),
-        )
-        for row in rows
-    ]
-    inverse_temperature_R1, u_R1 = to_device(settings, device, torch.float64).split(1, dim=1)
-    best = edited_RV.amax(dim=-1, keepdim=True)
-    scaled = (edited_RV - best).mul_(inverse_temperature_R1.to(edited_RV.dtype))
-    cut = [i for i, row in enumerate(rows) if row.params.temperature > 0 and truncates(row.params)]
-    if cut:
-        _cut_(scaled, cut, rows)
-    weights = scaled.exp_()
-    token_R1, total_R1 = inverse_distribution(weights, u_R1)
-    sampled = weights.gather(1, token_R1).double().log() - total_R1.log()
-    return token_R1, sampled
-
-
-def _cut_(scaled_RV: torch.Tensor, cut: list[int], rows: Sequence[RowSampling]) -> None:
-    """Leave out, in place, what the given rows' top-k, top-p and min-p leave out."""
-    params = [rows[i].params for i in cut]
-    if len(cut) == len(rows):
-        scaled_RV.masked_fill_(scaled_RV < thresholds(scaled_RV, params), -torch.inf)
-        return
-    index = to_device(cut, scaled_RV.device)
-    part = scaled_RV.index_select(0, index)
-    part.masked_fill_(part < thresholds(part, params), -torch.inf)
-    scaled_RV.index_copy_(0, index, part)
-
-
-def inverse_distribution(weights_RV: torch.Tensor, u_R1: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The first token whose cumulative weight exceeds `u` times the total, and the total.
-
-    Goes by blocks: sums of blocks first, then the entries of one block, so that only one pass
-    reads the vocabulary. A token of weight 0 is never chosen.
-
-    Returns: tokens int64 and totals float64, each `[R, 1]`.
-    """
-    num_rows, vocab_size = weights_RV.shape
-    blocks_RBE = F.pad(weights_RV, (0, -vocab_size % _BLOCK)).view(num_rows, -1, _BLOCK)
-    upto_RB = blocks_RBE.sum(dim=-1).double().cumsum(dim=-1)
-    total_R1 = upto_RB[:, -1:]
-    target_R1 = u_R1 * total_R1
-    block_R1 = _first_above(upto_RB, target_R1)
-    before_R1 = torch.where(block_R1 > 0, upto_RB.gather(1, (block_R1 - 1).clamp(min=0)), 0.0)
-    entries_RE = blocks_RBE.gather(1, block_R1[..., None].expand(-1, -1, _BLOCK)).squeeze(1)
-    entry_R1 = _first_above(entries_RE.double().cumsum(dim=-1), target_R1 - before_R1)
-    return block_R1 * _BLOCK + entry_R1, total_R1
-
-
-def _first_above(cumulative_RN: torch.Tensor, target_R1: torch.Tensor) -> torch.Tensor:
-    """Index of the first entry above the target, `[R, 1]`; where rounding left none, of the last rise."""
-    first = (cumulative_RN <= target_R1).sum(dim=-1, keepdim=True)
-    last_rise = (cumulative_RN < cumulative_RN[:, -1:]).sum(dim=-1, keepdim=True)
-    return torch.minimum(first, last_rise).clamp_(max=cumulative_RN.shape[1] - 1)
-
-
-def _top_logprobs(
-    logits_RV: torch.Tensor, log_total_R1: torch.Tensor, rows: Sequence[RowSampling]
-) -> list[torch.Tensor]:
-    """Ids and log-probabilities of the most likely tokens, each `[R, most wanted]`; unwanted rows are 0."""
+def _top_logprobs(logits_RV: torch.Tensor, rows: Sequence[RowSampling]) -> torch.Tensor:
+    """Ids, then log-probabilities, of the most likely tokens, `[R, 2 · most wanted]`; unwanted ones are 0."""
     wanting = [i for i, row in enumerate(rows) if row.params.num_top_logprobs]
     most = min(max(row.params.num_top_logprobs for row in rows), logits_RV.shape[1])
     index = to_device(wanting, logits_RV.device)
-    values, ids = logits_RV.index_select(0, index).topk(most, dim=-1)
-    columns = torch.zeros(2, len(rows), most, dtype=torch.float64, device=logits_RV.device)
-    columns[0, index] = ids.double()
-    columns[1, index] = (values - log_total_R1.index_select(0, index)).double()
-    return list(columns.unbind(0))
+    wanted = logits_RV.index_select(0, index)
+    values, ids = wanted.topk(most, dim=-1)
+    columns = torch.zeros(len(rows), 2, most, dtype=torch.float64, device=logits_RV.device)
+    columns[index, 0] = ids.double()
+    columns[index, 1] = (values - wanted.logsumexp(dim=-1, keepdim=True)).double()
+    return columns.view(len(rows), 2 * most)
