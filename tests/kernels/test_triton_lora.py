@@ -201,9 +201,9 @@ def test_a_buffer_with_room_is_read_as_far_as_it_counts():
 
 
 @on_triton
-@pytest.mark.parametrize("blocks_per_piece", [1, 2, 5])
-def test_pieces_of_the_inputs(blocks_per_piece):
-    config = _kernel().LoraConfig(32, blocks_per_piece, 32, stages=2)
+@pytest.mark.parametrize(("inputs", "blocks_per_piece"), [(32, 1), (32, 2), (32, 5), (64, None), (256, None)])
+def test_pieces_of_the_inputs(inputs, blocks_per_piece):
+    config = _kernel().LoraConfig(inputs, 32, blocks_per_piece, stages=2)
     case = Case(12, 150, FUSED, torch.float32)
     case.check(LoraRows.of(MIXED, 16, DEVICE), USED, torch.float32, config)
 
@@ -242,6 +242,9 @@ def test_compiles_for_every_gpu(tile_tokens, num_inputs, bounds, monkeypatch):
         monkeypatch.setattr(kernel, "supports_dependent_launch", lambda _, wanted=is_dependent: wanted)
         with compiling_instead_of_launching(capabilities) as compiled:
             kernel.lora_add_(y, x, a, b, rows, bounds)
-        assert {one.name for one in compiled} == {"shrink_kernel", "expand_kernel"}
+        assert {one.name for one in compiled} == {
+            "shrink_few_kernel" if tile_tokens == 16 else "shrink_many_kernel",
+            "expand_kernel",
+        }
         for one in compiled:
             assert one.shared_memory_bytes <= SHARED_MEMORY_LIMIT[one.capability], one

@@ -63,7 +63,7 @@ def lora_add_(
     check_shape("lora_A", a_SQI, (None, num_modules * b_SRO.shape[1], None))
     if num_modules < 1 or module_bounds[0] != 0 or module_bounds[-1] != y_TO.shape[1]:
         raise ShapeMismatch("module_bounds", tuple(module_bounds), (0, "...", y_TO.shape[1]))
-    if takes_triton(y_TO, x_TI, a_SQI, b_SRO, rows.counts):
+    if takes_triton(y_TO, x_TI, a_SQI, b_SRO, rows.tiles_B4):
         from kiln_nn.kernels.lora import triton
 
         if triton.supports(y_TO, x_TI, a_SQI, b_SRO, num_modules):

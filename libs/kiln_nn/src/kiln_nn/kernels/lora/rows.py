@@ -3,7 +3,7 @@
 Tokens with the same adapters share a *tile* of up to `M` tokens; each adapter of a tile is an
 *entry*. A token stands in one tile, so whoever computes a tile owns its outputs, and several
 adapters of one token add up in a fixed order. All numbers lie in one buffer, so that one copy
-brings them to the device, and the counts are among them, so that a captured graph serves any step.
+brings them to the device, and what is not in use says so, so that a captured graph serves any step.
 
 Legend: `B` tiles, `M` tokens of a tile, `E` entries.
 """
@@ -59,42 +59,38 @@ class RowsShape:
         return self.words_used(self.num_entries)
 
     def words_used(self, num_entries: int) -> int:
-        """How far the buffer is written for so many entries; the scales come last."""
+        """How far the buffer is written for so many entries; what is theirs alone comes last."""
         return (
-            3
-            + self.num_tiles * (1 + self.tile_tokens)
-            + 3 * self.num_entries
-            + num_entries * self.tile_tokens
+            (4 + self.tile_tokens) * self.num_tiles
+            + 2 * self.num_entries
+            + 2 * self.tile_tokens * num_entries
         )
 
 
 @dataclass(frozen=True)
 class LoraRows:
-    """Views into one int32 buffer on the device; what lies beyond the counts is never read.
+    """Views into one int32 buffer on the device.
 
-    `counts`: tiles and entries in use.
+    `tiles_B4`: a tile's first entry, the one behind its last, and of the first entry adapter and
+    rank, which saves the kernel a step on its way to B. A tile that is not in use has no entries.
     `tokens_BM`: places in x and y, NO_TOKEN behind the last one of a tile.
-    `first_entries_B1`: tile b has the entries from `[b]` to `[b + 1]`.
-    `tiles_E`, `adapters_E`, `ranks_E`: an entry's tile, place in the tables, and rank.
-    `scales_EM`: float32 factors of each token of the entry's tile, 0 for one that does not use it.
+    `adapters_E`, `ranks_E`: an entry's place in the tables, and its rank; 0 for one not in use.
+    `entries_E2M`: the tokens of the entry's tile once more, and the float32 bits of each one's
+    factor, 0 for a token that does not use the adapter; nonsense behind the last entry.
     """
 
     shape: RowsShape
-    counts: torch.Tensor
+    tiles_B4: torch.Tensor
     tokens_BM: torch.Tensor
-    first_entries_B1: torch.Tensor
-    tiles_E: torch.Tensor
     adapters_E: torch.Tensor
     ranks_E: torch.Tensor
-    scales_EM: torch.Tensor
+    entries_E2M: torch.Tensor
 
     @classmethod
     def over(cls, buffer: torch.Tensor, shape: RowsShape) -> LoraRows:
         """Views into a buffer of `shape.num_words` int32 words."""
-        parts = _split(buffer, shape)
-        counts, tokens_BM, firsts_B1, tiles_E, adapters_E, ranks_E, scales = parts
-        scales_EM = scales.view(torch.float32).view(-1, shape.tile_tokens)
-        return cls(shape, counts, tokens_BM, firsts_B1, tiles_E, adapters_E, ranks_E, scales_EM)
+        tiles_B4, tokens_BM, adapters_E, ranks_E, entries_E2M = _split(buffer, shape)
+        return cls(shape, tiles_B4, tokens_BM, adapters_E, ranks_E, entries_E2M)
 
     @classmethod
     def of(
@@ -103,6 +99,10 @@ class LoraRows:
         """Rows of exactly these groups, copied to the device."""
         words, shape = pack_exactly(groups, tile_tokens)
         return cls.over(torch.from_numpy(words).to(device), shape)
+
+    @property
+    def scales_EM(self) -> torch.Tensor:
+        return self.entries_E2M[:, 1].view(torch.float32)
 
 
 def pack_exactly(groups: Sequence[TokenGroup], tile_tokens: int) -> tuple[np.ndarray, RowsShape]:
@@ -153,7 +153,7 @@ def _make_few_tiles(groups: Sequence[TokenGroup], tile_tokens: int) -> list[_Til
     )
     all_uses = {use.table_index: use for group in using for use in group.uses}
     tiles = _cut(using, tuple(all_uses[index] for index in sorted(all_uses)), tile_tokens)
-    return [_without_unused(tile) for tile in tiles]
+    return [_without_unused(tile) for tile in tiles if tile.scales_EM.any()]
 
 
 def _cut(groups: Sequence[TokenGroup], uses: tuple[AdapterUse, ...], tile_tokens: int) -> list[_Tile]:
@@ -180,20 +180,20 @@ def _pack_tiles(tiles: Sequence[_Tile], shape: RowsShape) -> np.ndarray:
     assert len(tiles) <= shape.num_tiles, len(tiles)
     assert num_entries <= shape.num_entries, num_entries
     words = np.zeros(shape.words_used(num_entries), np.int32)
-    counts, tokens, firsts, of_tile, adapters, ranks, scales = _split(words, shape)
-    tokens[:] = NO_TOKEN
-    scales_EM = scales.view(np.float32).reshape(-1, shape.tile_tokens)
-    counts[:] = len(tiles), num_entries
-    entry = 0
+    tiles_B4, tokens_BM, adapters, ranks, entries_E2M = _split(words, shape)
+    tokens_BM[:] = NO_TOKEN
+    entries_E2M[:, 0] = NO_TOKEN
+    scales_EM = entries_E2M[:, 1].view(np.float32)
+    first = 0
     for number, tile in enumerate(tiles):
-        tokens[number, : len(tile.tokens)] = tile.tokens
-        end = entry + len(tile.uses)
-        of_tile[entry:end] = number
-        adapters[entry:end] = [use.table_index for use in tile.uses]
-        ranks[entry:end] = [use.rank for use in tile.uses]
-        scales_EM[entry:end, : len(tile.tokens)] = tile.scales_EM
-        firsts[number + 1] = entry = end
-    firsts[len(tiles) + 1 :] = entry
+        end, num_tokens = first + len(tile.uses), len(tile.tokens)
+        tiles_B4[number] = first, end, tile.uses[0].table_index, tile.uses[0].rank
+        tokens_BM[number, :num_tokens] = tile.tokens
+        adapters[first:end] = [use.table_index for use in tile.uses]
+        ranks[first:end] = [use.rank for use in tile.uses]
+        entries_E2M[first:end, 0, :num_tokens] = tile.tokens
+        scales_EM[first:end, :num_tokens] = tile.scales_EM
+        first = end
     return words
 
 
@@ -203,10 +203,16 @@ def _num_entries(tiles: Sequence[_Tile]) -> int:
 
 def _split(words, shape: RowsShape) -> list:
     """The parts of a buffer, an array or a tensor, in the order in which LoraRows names them."""
-    sizes = (2, shape.num_tiles * shape.tile_tokens, shape.num_tiles + 1, *[shape.num_entries] * 3)
+    sizes = (4 * shape.num_tiles, shape.num_tiles * shape.tile_tokens, shape.num_entries, shape.num_entries)
     parts, start = [], 0
     for size in sizes:
         parts.append(words[start : start + size])
         start += size
-    parts[1] = parts[1].reshape(shape.num_tiles, shape.tile_tokens)
-    return [*parts, words[start:]]
+    tiles, tokens, adapters, ranks = parts
+    return [
+        tiles.reshape(shape.num_tiles, 4),
+        tokens.reshape(shape.num_tiles, shape.tile_tokens),
+        adapters,
+        ranks,
+        words[start:].reshape(-1, 2, shape.tile_tokens),
+    ]
