@@ -15,16 +15,19 @@ import os
 import pkgutil
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
+T = TypeVar("T")
 _PACKAGES = ("kiln_nn", "kiln_engine")
 # Functions that are launched; the other @triton.jit functions become part of them.
 _ENTRY_SUFFIX = "_kernel"
 _TESTS_PER_KERNEL = 2
+# Of a test with many parameters, so many are run, spread evenly over them.
+_CASES_PER_TEST = 3
 # Recording a graph needs the caching allocator, which is switched off to see every byte out of bounds.
 _UNFIT = ("graph",)
 
@@ -49,6 +52,15 @@ class KernelCoverage:
 
         JITFunction.run = watched
 
+    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
+        """Leave out most cases of tests that have many: a kernel's code does not depend on them all."""
+        by_test: dict[str, list[pytest.Item]] = {}
+        for item in items:
+            by_test.setdefault(item.nodeid.partition("[")[0], []).append(item)
+        kept = [item for cases in by_test.values() for item in spread(cases, _CASES_PER_TEST)]
+        config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
+        items[:] = kept
+
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item: pytest.Item) -> Iterator[None]:
         self._launched.clear()
@@ -69,6 +81,13 @@ def pytest_configure(config: pytest.Config) -> None:
         coverage = KernelCoverage(Path(path))
         coverage.watch_launches()
         config.pluginmanager.register(coverage)
+
+
+def spread(cases: Sequence[T], count: int) -> list[T]:
+    """At most `count` of the cases, the first and the last among them."""
+    if len(cases) <= count:
+        return list(cases)
+    return [cases[round(i * (len(cases) - 1) / (count - 1))] for i in range(count)]
 
 
 def entry_kernels() -> set[str]:

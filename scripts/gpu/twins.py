@@ -206,7 +206,7 @@ def _options() -> argparse.Namespace:
         default=["defaults"],
         help="settings to compare, NAME=VALUE[,NAME=VALUE]; the first one runs everything",
     )
-    parser.add_argument("--short", action="store_true", help="the scored batch only, of every variant")
+    parser.add_argument("--short", action="store_true", help="without spoilt checkpoints and the long answer")
     parser.add_argument("--tiny", action="store_true", help="sizes that run on a CPU in seconds")
     return parser.parse_args()
 

@@ -213,7 +213,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="fields of EngineSettings")
     parser.add_argument("--tiny", action="store_true", help="sizes that run on a CPU in seconds")
-    parser.add_argument("--short", action="store_true", help="the scored batch only")
+    parser.add_argument("--short", action="store_true", help="without spoilt checkpoints and the long answer")
     options = parser.parse_args()
     overrides = dict(pair.split("=", 1) for pair in options.set)
     sizes = TINY if options.tiny else TwinSizes()
@@ -225,8 +225,8 @@ def main() -> None:
     with Spine(settings) as spine:
         twin = Twin(spine, sizes, ", ".join(options.set) or "defaults")
         twin.score_batch()
+        twin.compare_alone()
         if not options.short:
-            twin.compare_alone()
             twin.spoil_checkpoints()
             twin.run_long()
     options.out.write_text(json.dumps(asdict(twin.report)))

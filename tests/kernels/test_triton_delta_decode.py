@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kiln_nn.kernels.delta_decode import DeltaMemory, delta_decode
+from kiln_nn.kernels.delta_decode import delta_decode
 from kiln_nn.kernels.delta_decode.reference import delta_decode_reference
 from tests.support.delta_decode import (
     DeltaShape,
+    assert_written_alike,
     converted,
     exact,
     make_rows,
-    memory_tensors,
     random_memory,
     random_tokens,
     random_weights,
@@ -69,25 +69,6 @@ def _poisoned(monkeypatch):
     monkeypatch.setattr(torch, "empty", poisoned)
 
 
-def _compare(
-    before: DeltaMemory, after: DeltaMemory, expected: DeltaMemory, state_dtype: torch.dtype
-) -> None:
-    """Everything written is close to the reference's, everything else bit for bit what it was."""
-    reference_before = memory_tensors(exact(before))
-    for was, now, reference_was, reference in zip(
-        memory_tensors(before),
-        memory_tensors(after),
-        reference_before,
-        memory_tensors(expected),
-        strict=True,
-    ):
-        written = reference != reference_was
-        is_same = (now == was) | (now.isnan() & was.isnan())
-        assert is_same.cpu()[~written].all()
-        tolerances = STATE_TOLERANCE if now is after.state_SHKV else RING_TOLERANCE
-        assert relative_error(now.cpu()[written], reference[written]) < tolerances[state_dtype]
-
-
 def _run(shape: DeltaShape, rows: tuple, formats: str, config=None, seed: int = 0) -> None:
     state_dtype, dtype = FORMATS[formats]
     draw = torch.Generator().manual_seed(seed)
@@ -107,7 +88,9 @@ def _run(shape: DeltaShape, rows: tuple, formats: str, config=None, seed: int = 
     )
     assert out.dtype == dtype
     assert relative_error(out, expected) < OUT_TOLERANCE[dtype]
-    _compare(before, memory, expected_memory, state_dtype)
+    assert_written_alike(
+        before, memory, expected_memory, STATE_TOLERANCE[state_dtype], RING_TOLERANCE[state_dtype]
+    )
 
 
 # Every length of a page, commits in place and to another slot, a shared checkpoint, padding.

@@ -11,9 +11,9 @@ from kiln_nn.kernels.lora import (
     AdapterUse,
     LoraRows,
     RowsShape,
-    TokenRun,
+    TokenGroup,
     lora_add_,
-    pack_runs,
+    pack_groups,
 )
 from kiln_nn.kernels.lora.reference import lora_add_reference_
 from tests.support.triton_kernels import (
@@ -60,8 +60,10 @@ def _poisoned(monkeypatch):
     monkeypatch.setattr(torch, "empty", poisoned)
 
 
-def run_of(first: int, count: int, *adapters: tuple[int, float]) -> TokenRun:
-    return TokenRun(first, count, tuple(AdapterUse(index, RANKS[index], s) for index, s in adapters))
+def group_of(first: int, count: int, *adapters: tuple[int, float]) -> TokenGroup:
+    return TokenGroup(
+        range(first, first + count), tuple(AdapterUse(index, RANKS[index], s) for index, s in adapters)
+    )
 
 
 class Case:
@@ -118,14 +120,14 @@ class Case:
 
 FUSED = (0, 96, 128, 144, 160)
 MIXED = (
-    run_of(0, 1, (0, 2.0)),
-    run_of(2, 1, (3, -0.5)),
-    run_of(3, 1, (0, 1.0)),
-    run_of(4, 2, (5, 1.5)),
-    run_of(6, 1, (2, 0.25)),
-    run_of(7, 1, (0, 1.0), (3, 0.5)),
-    run_of(8, 1, (0, 3.0), (3, -2.0)),
-    run_of(9, 1, (2, 0.5), (3, 0.5), (5, 0.5)),
+    group_of(0, 1, (0, 2.0)),
+    group_of(2, 1, (3, -0.5)),
+    group_of(3, 1, (0, 1.0)),
+    group_of(4, 2, (5, 1.5)),
+    group_of(6, 1, (2, 0.25)),
+    group_of(7, 1, (0, 1.0), (3, 0.5)),
+    group_of(8, 1, (0, 3.0), (3, -2.0)),
+    group_of(9, 1, (2, 0.5), (3, 0.5), (5, 0.5)),
 )
 USED = {0, 2, 3, 4, 5, 6, 7, 8, 9}
 
@@ -152,7 +154,7 @@ def test_adapters_that_share_a_tile_stay_apart():
     case.b_SRO[5, 1] = float("inf")
     case.a_SQI[3, 0] = float("inf")
     shape = RowsShape(16, 1, 4)
-    rows = LoraRows.over(torch.from_numpy(pack_runs(MIXED, shape)).to(DEVICE), shape)
+    rows = LoraRows.over(torch.from_numpy(pack_groups(MIXED, shape)).to(DEVICE), shape)
     y, before = case.y(torch.float32), case.y(torch.float32)
     _kernel().lora_add_(y, case.x_TI, case.a_SQI, case.b_SRO, rows, FUSED)
     expected = case.expected(before, rows)
@@ -166,10 +168,15 @@ def test_adapters_that_share_a_tile_stay_apart():
 @on_triton
 @pytest.mark.parametrize("tile_tokens", [16, 64])
 def test_a_prefill_of_many_tokens(tile_tokens):
-    runs = (run_of(0, 1, (0, 1.0)), run_of(1, 1, (3, 1.0)), run_of(5, 75, (3, 2.0)), run_of(90, 18, (2, 1.0)))
+    groups = (
+        group_of(0, 1, (0, 1.0)),
+        group_of(1, 1, (3, 1.0)),
+        group_of(5, 75, (3, 2.0)),
+        group_of(90, 18, (2, 1.0)),
+    )
     used = {0, 1, *range(5, 80), *range(90, 108)}
     case = Case(110, 144, FUSED, torch.bfloat16)
-    case.check(LoraRows.of(runs, tile_tokens, DEVICE), used, torch.bfloat16)
+    case.check(LoraRows.of(groups, tile_tokens, DEVICE), used, torch.bfloat16)
 
 
 @on_triton
@@ -178,8 +185,8 @@ def test_a_buffer_with_room_is_read_as_far_as_it_counts():
     case = Case(12, 80, FUSED, torch.bfloat16)
     shape = RowsShape.for_any(12, 6)
     buffer = torch.full((shape.num_words,), 2**30, dtype=torch.int32)
-    for runs, used in ((MIXED, USED), (MIXED[:1], {0}), ((), set())):
-        words = torch.from_numpy(pack_runs(runs, shape))
+    for groups, used in ((MIXED, USED), (MIXED[:1], {0}), ((), set())):
+        words = torch.from_numpy(pack_groups(groups, shape))
         buffer[: len(words)] = words
         rows = LoraRows.over(buffer.to(DEVICE), shape)
         before, y = case.y(torch.float32), case.y(torch.float32)
@@ -194,9 +201,9 @@ def test_a_buffer_with_room_is_read_as_far_as_it_counts():
 
 
 @on_triton
-@pytest.mark.parametrize("blocks_per_piece", [1, 2, 5])
-def test_pieces_of_the_inputs(blocks_per_piece):
-    config = _kernel().LoraConfig(32, blocks_per_piece, 32, stages=2)
+@pytest.mark.parametrize(("inputs", "blocks_per_piece"), [(32, 1), (32, 2), (32, 5), (64, None), (256, None)])
+def test_pieces_of_the_inputs(inputs, blocks_per_piece):
+    config = _kernel().LoraConfig(inputs, 32, blocks_per_piece, stages=2)
     case = Case(12, 150, FUSED, torch.float32)
     case.check(LoraRows.of(MIXED, 16, DEVICE), USED, torch.float32, config)
 
@@ -230,11 +237,14 @@ def test_compiles_for_every_gpu(tile_tokens, num_inputs, bounds, monkeypatch):
     )
     a = torch.empty(2, (len(bounds) - 1) * 64, num_inputs, dtype=torch.bfloat16)
     b = torch.empty(2, 64, bounds[-1], dtype=torch.bfloat16)
-    rows = LoraRows.of([TokenRun(0, 64, (AdapterUse(0, 16, 1.0),))], tile_tokens)
+    rows = LoraRows.of([TokenGroup(range(64), (AdapterUse(0, 16, 1.0),))], tile_tokens)
     for is_dependent, capabilities in ((False, (80, 86, 89, 90)), (True, (90,))):
         monkeypatch.setattr(kernel, "supports_dependent_launch", lambda _, wanted=is_dependent: wanted)
         with compiling_instead_of_launching(capabilities) as compiled:
             kernel.lora_add_(y, x, a, b, rows, bounds)
-        assert {one.name for one in compiled} == {"shrink_kernel", "expand_kernel"}
+        assert {one.name for one in compiled} == {
+            "shrink_few_kernel" if tile_tokens == 16 else "shrink_many_kernel",
+            "expand_kernel",
+        }
         for one in compiled:
             assert one.shared_memory_bytes <= SHARED_MEMORY_LIMIT[one.capability], one

@@ -9,6 +9,7 @@ import torch
 
 from kiln_nn.kernels.delta_decode import NO_SLOT, DeltaDecodeWeights, DeltaMemory, DeltaRows
 from kiln_nn.kernels.gated_delta import DeltaRing
+from tests.support.triton_kernels import relative_error
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,11 @@ def random_tokens(shape: DeltaShape, num_rows: int, draw: torch.Generator) -> To
     )
 
 
+def stacked(lines: list[Tokens]) -> Tokens:
+    """Several new tokens of every row, `[R, N, ...]`."""
+    return Tokens(*(torch.stack(parts, 1) for parts in zip(*(line.all() for line in lines), strict=True)))
+
+
 def make_rows(*rows: tuple[int, int, int, int | None] | None, device: str = "cpu") -> DeltaRows:
     """Rows of (read slot, ring slot, length, commit slot or None); None is a padding row."""
     numbers = [(NO_SLOT, NO_SLOT, 0, None) if row is None else row for row in rows]
@@ -157,3 +163,26 @@ def weights_to(weights: DeltaDecodeWeights, dtype: torch.dtype, device: str = "c
 
 def tokens_to(tokens: Tokens, dtype: torch.dtype, device: str = "cpu") -> Tokens:
     return Tokens(*(x.to(device, dtype) for x in tokens.all()))
+
+
+def assert_written_alike(
+    before: DeltaMemory,
+    after: DeltaMemory,
+    expected: DeltaMemory,
+    state_tolerance: float,
+    ring_tolerance: float,
+) -> None:
+    """Everything written is close to the reference's, everything else bit for bit what it was."""
+    reference_before = memory_tensors(exact(before))
+    for was, now, reference_was, reference in zip(
+        memory_tensors(before),
+        memory_tensors(after),
+        reference_before,
+        memory_tensors(expected),
+        strict=True,
+    ):
+        written = reference != reference_was
+        is_same = (now == was) | (now.isnan() & was.isnan())
+        assert is_same.cpu()[~written].all()
+        tolerance = state_tolerance if now is after.state_SHKV else ring_tolerance
+        assert relative_error(now.cpu()[written], reference[written]) < tolerance

@@ -117,6 +117,7 @@ def _compile(kernel: Any, args: tuple, options: dict[str, Any], capability: int)
 
 
 _POINTEE = {
+    torch.float64: "fp64",
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
     torch.float16: "fp16",

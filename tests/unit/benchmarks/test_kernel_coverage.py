@@ -4,7 +4,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from scripts.gpu.kernel_coverage import choose_tests, entry_kernels
+from scripts.gpu.kernel_coverage import choose_tests, entry_kernels, spread
 
 TESTS = {
     "slow": {"kernels": ["a_kernel", "b_kernel"], "seconds": 9.0},
@@ -22,6 +22,11 @@ def test_the_quickest_tests_of_each_kernel_are_chosen():
 
 def test_kernels_without_a_fit_test_are_named():
     assert choose_tests(TESTS, {"c_kernel", "d_kernel"}) == ([], {"c_kernel", "d_kernel"})
+
+
+def test_cases_are_spread_from_the_first_to_the_last():
+    assert spread(range(11), 3) == [0, 5, 10]
+    assert spread([1, 2], 3) == [1, 2]
 
 
 def test_kernels_are_found_in_the_packages():

@@ -19,9 +19,9 @@ from kiln_nn.kernels.lora import (
     AdapterUse,
     LoraRows,
     RowsShape,
-    TokenRun,
+    TokenGroup,
     pack_exactly,
-    pack_runs,
+    pack_groups,
 )
 
 # From here on larger tiles, which read A and B less often, still fill the device.
@@ -39,25 +39,20 @@ class ResidentAdapter:
     module_paths: frozenset[str]
 
 
-def runs_of(plan: BatchPlan, resident: Mapping[int, ResidentAdapter]) -> list[TokenRun]:
+def groups_of(plan: BatchPlan, resident: Mapping[int, ResidentAdapter]) -> list[TokenGroup]:
     """The plan's tokens that use adapters, decode rows first as everywhere; slot 0 adds nothing."""
-    uses_of: dict[tuple[tuple[int, float], ...], tuple[AdapterUse, ...]] = {(): ()}
-    runs = []
-
-    def add(first_token: int, num_tokens: int, adapter_slots: tuple[tuple[int, float], ...]) -> None:
-        uses = uses_of.get(adapter_slots)
-        if uses is None:
-            uses = uses_of[adapter_slots] = _uses(adapter_slots, resident)
-        if uses:
-            runs.append(TokenRun(first_token, num_tokens, uses))
-
+    tokens_of: dict[tuple[tuple[int, float], ...], list[int]] = {}
     for token, row in enumerate(plan.decode_rows):
-        add(token, 1, row.adapter_slots)
+        if row.adapter_slots:
+            tokens_of.setdefault(row.adapter_slots, []).append(token)
     token = len(plan.decode_rows)
     for chunk in plan.prefill_chunks:
-        add(token, len(chunk.token_ids), chunk.adapter_slots)
-        token += len(chunk.token_ids)
-    return runs
+        end = token + len(chunk.token_ids)
+        if chunk.adapter_slots:
+            tokens_of.setdefault(chunk.adapter_slots, []).extend(range(token, end))
+        token = end
+    groups = [TokenGroup(tokens, _uses(slots, resident)) for slots, tokens in tokens_of.items()]
+    return [group for group in groups if group.uses]
 
 
 def _uses(
@@ -75,11 +70,11 @@ def _uses(
     )
 
 
-def lora_rows(runs: list[TokenRun], device: torch.device) -> LoraRows:
-    """Rows of exactly these runs."""
-    num_tokens = sum(run.num_tokens for run in runs)
+def lora_rows(groups: list[TokenGroup], device: torch.device) -> LoraRows:
+    """Rows of exactly these groups."""
+    num_tokens = sum(len(group.tokens) for group in groups)
     words, shape = pack_exactly(
-        runs, DECODE_TILE_TOKENS if num_tokens < _MANY_TOKENS else PREFILL_TILE_TOKENS
+        groups, DECODE_TILE_TOKENS if num_tokens < _MANY_TOKENS else PREFILL_TILE_TOKENS
     )
     return LoraRows.over(to_device(torch.from_numpy(words), device), shape)
 
@@ -96,10 +91,10 @@ class StaticLoraRows:
         num_tokens: int,
         num_slots: int,
         device: torch.device,
-        runs_of: Callable[[BatchPlan], list[TokenRun]],
+        groups_of: Callable[[BatchPlan], list[TokenGroup]],
     ) -> None:
         self._num_tokens = num_tokens
-        self._runs_of = runs_of
+        self._groups_of = groups_of
         self._shape = RowsShape.for_any(num_tokens, num_slots)
         # Zeros count no tiles.
         self._buffer = torch.zeros(self._shape.num_words, dtype=torch.int32, device=device)
@@ -118,8 +113,8 @@ class StaticLoraRows:
         Returns: whether any token uses an adapter.
         """
         assert plan.num_tokens <= self._num_tokens, (plan.num_tokens, self._num_tokens)
-        runs = self._runs_of(plan)
-        words = pack_runs(runs, self._shape)
+        groups = self._groups_of(plan)
+        words = pack_groups(groups, self._shape)
         number, self._next = self._next, (self._next + 1) % len(self._host)
         copied = self._copied[number]
         if copied is not None:
@@ -130,4 +125,4 @@ class StaticLoraRows:
         if host.is_pinned():
             self._copied[number] = copied or torch.cuda.Event()
             self._copied[number].record()  # type: ignore[union-attr]
-        return bool(runs)
+        return bool(groups)

@@ -17,7 +17,7 @@ import torch
 from kiln_engine.execution.adapter_rows import ResidentAdapter
 from kiln_engine.execution.adapter_tables import AdaptedLinear, AdapterTables
 from kiln_engine.model import to_device
-from kiln_nn.kernels.lora import AdapterStack, TokenRun, lora_add_stacked_
+from kiln_nn.kernels.lora import AdapterStack, TokenGroup, lora_add_stacked_
 
 
 @dataclass(frozen=True)
@@ -73,19 +73,19 @@ class StackedRows:
     def __init__(
         self,
         num_tokens: int,
-        runs: Sequence[TokenRun],
+        groups: Sequence[TokenGroup],
         stacks: AdapterStacks,
         resident: Mapping[int, ResidentAdapter],
         place: tuple[torch.device, torch.dtype],
     ) -> None:
         self._stacks, self._resident, self._place = stacks, resident, place
         self._columns: dict[int, torch.Tensor] = {}
-        for run in runs:
-            for use in run.uses:
+        for group in groups:
+            for use in group.uses:
                 slot = use.table_index + 1
                 if slot not in self._columns:
                     self._columns[slot] = torch.zeros(num_tokens)
-                self._columns[slot][run.first_token : run.first_token + run.num_tokens] = use.scale
+                self._columns[slot][group.tokens] = use.scale
         self._slots = tuple(sorted(self._columns))
         self._factors: dict[tuple[tuple[int, ...], int], tuple[torch.Tensor, torch.Tensor | None]] = {}
 

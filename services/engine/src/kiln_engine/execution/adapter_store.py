@@ -13,13 +13,13 @@ import torch
 
 from kiln_common.errors import InvalidRequest
 from kiln_engine.domain.plan import BatchPlan
-from kiln_engine.execution.adapter_rows import ResidentAdapter, StaticLoraRows, lora_rows, runs_of
+from kiln_engine.execution.adapter_rows import ResidentAdapter, StaticLoraRows, groups_of, lora_rows
 from kiln_engine.execution.adapter_stacks import AdapterStacks, StackedRows
 from kiln_engine.execution.adapter_tables import AdapterTables, adapter_slot_bytes
 from kiln_nn.blocks import LinearFn
 from kiln_nn.config import ModelConfig
 from kiln_nn.errors import KilnNnError
-from kiln_nn.kernels.lora import LoraRows, TokenRun, lora_add_
+from kiln_nn.kernels.lora import LoraRows, TokenGroup, lora_add_
 from kiln_nn.lora import parse_adapter
 
 __all__ = ["AdapterRankTooHigh", "AdapterRejected", "AdapterRows", "AdapterStore", "adapter_slot_bytes"]
@@ -117,17 +117,17 @@ class AdapterStore:
 
         None if no token uses any: then there is nothing to add.
         """
-        runs = self._runs_of(plan)
-        if not runs:
+        groups = self._groups_of(plan)
+        if not groups:
             return None
         if self._tables.uses_kernel:
-            return lora_rows(runs, self._device)
+            return lora_rows(groups, self._device)
         place = (self._device, self._tables.dtype)
-        return StackedRows(plan.num_tokens, runs, self._stacks, self._resident, place)
+        return StackedRows(plan.num_tokens, groups, self._stacks, self._resident, place)
 
     def static_rows(self, num_tokens: int) -> StaticLoraRows:
         """Rows in fixed device memory for CUDA graphs of up to so many tokens; they begin empty."""
-        return StaticLoraRows(num_tokens, self.num_slots, self._device, self._runs_of)
+        return StaticLoraRows(num_tokens, self.num_slots, self._device, self._groups_of)
 
     def add_(self, path: str, x_TI: torch.Tensor, y_TO: torch.Tensor, rows: AdapterRows) -> None:
         """Add to y what each token's adapters make of x, in place.
@@ -160,5 +160,5 @@ class AdapterStore:
 
         return linear
 
-    def _runs_of(self, plan: BatchPlan) -> list[TokenRun]:
-        return runs_of(plan, self._resident)
+    def _groups_of(self, plan: BatchPlan) -> list[TokenGroup]:
+        return groups_of(plan, self._resident)

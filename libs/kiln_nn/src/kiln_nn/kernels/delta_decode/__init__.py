@@ -1,10 +1,13 @@
-"""One decode step of a DeltaNet layer against its slots, in place: convolution to gated norm."""
+"""Decoding with a DeltaNet layer against its slots, in place: convolution to gated norm.
+
+`delta_decode` takes one token per row, `delta_verify` the last sampled token and drafts behind it.
+"""
 
 from __future__ import annotations
 
 import torch
 
-from kiln_nn.kernels.checks import check_shape
+from kiln_nn.kernels.checks import ShapeMismatch, check_shape
 from kiln_nn.kernels.delta_decode.memory import (
     NO_SLOT,
     DeltaDecodeWeights,
@@ -13,9 +16,10 @@ from kiln_nn.kernels.delta_decode.memory import (
     check_memory,
 )
 from kiln_nn.kernels.delta_decode.reference import delta_decode_reference
+from kiln_nn.kernels.delta_decode.verify_reference import delta_verify_reference
 from kiln_nn.kernels.dispatch import takes_triton
 
-__all__ = ["NO_SLOT", "DeltaDecodeWeights", "DeltaMemory", "DeltaRows", "delta_decode"]
+__all__ = ["NO_SLOT", "DeltaDecodeWeights", "DeltaMemory", "DeltaRows", "delta_decode", "delta_verify"]
 
 
 def delta_decode(
@@ -51,3 +55,62 @@ def delta_decode(
         if triton.supports(memory, weights, mixed_RC, a_RH, b_RH, z_RHV):
             return triton.delta_decode(memory, rows, weights, mixed_RC, a_RH, b_RH, z_RHV)
     return delta_decode_reference(memory, rows, weights, mixed_RC, a_RH, b_RH, z_RHV)
+
+
+def delta_verify(
+    memory: DeltaMemory,
+    rows: DeltaRows,
+    num_new_R: torch.Tensor,
+    weights: DeltaDecodeWeights,
+    mixed_RNC: torch.Tensor,
+    a_RNH: torch.Tensor,
+    b_RNH: torch.Tensor,
+    z_RNHV: torch.Tensor,
+) -> torch.Tensor:
+    """Take up to N new tokens per row, of which the caller accepts a prefix afterwards.
+
+    Line j of a row is its j-th new token (the last sampled one, then drafts); of `num_new_R`
+    lines, at least 1, the rest is ignored and its output zero. Every token attends to those before it
+    as if each had been a step of its own. The protocol, with `n` the page's tokens:
+
+    - `lengths` counts the accepted tokens in the ring of `ring_slots`, since the boundary of the
+      state in `read_slots`. The new tokens are appended behind them, over whatever was
+      there. Nothing of them is committed in this launch.
+    - The caller then accepts m of the new tokens, 1 <= m <= num_new, by counting them in the
+      row's next length. Nothing is copied: rejected entries are overwritten by the next step.
+    - If that made the length n or more, the next step folds the page before anything else:
+      `commit_slots` (otherwise NO_SLOT) then names the slot for the state at the boundary inside
+      the ring. The row lives in that slot from then on: the length - n tokens behind the boundary
+      move to the front of its ring, their sums of log-decays begin anew there, its
+      convolution tail is that of the boundary, and the new tokens follow. The next
+      length counts from length - n. The slot may be the row's own or a second one; then
+      the state in `read_slots` and the old ring stay as they are, and may serve as checkpoint.
+    - A row whose length is below n may go on with `delta_decode`, and come back.
+
+    So a ring of n + max_draft_tokens entries serves N = max_draft_tokens + 1 new tokens.
+
+    Returns: `[R, N, H, V]` in the format of `z`.
+
+    Raises:
+        ShapeMismatch: a tensor does not fit the others, or the ring cannot hold N new tokens.
+    """
+    check_memory(memory, weights)
+    num_heads, value_dim = memory.state_SHKV.shape[1], memory.state_SHKV.shape[3]
+    num_new_tokens, capacity = mixed_RNC.shape[1], memory.ring.k_RhPK.shape[2]
+    check_shape("mixed", mixed_RNC, (rows.num_rows, None, memory.conv_rows_SQC.shape[2]))
+    check_shape("num_new", num_new_R, (rows.num_rows,))
+    check_shape("a", a_RNH, (rows.num_rows, num_new_tokens, num_heads))
+    check_shape("b", b_RNH, (rows.num_rows, num_new_tokens, num_heads))
+    check_shape("z", z_RNHV, (rows.num_rows, num_new_tokens, num_heads, value_dim))
+    if not 1 <= num_new_tokens <= min(memory.page_tokens, capacity - memory.page_tokens + 1):
+        most = f"1 to {min(memory.page_tokens, capacity - memory.page_tokens + 1)}"
+        raise ShapeMismatch("mixed", mixed_RNC.shape, (rows.num_rows, most, mixed_RNC.shape[2]))
+    if takes_triton(memory.state_SHKV, mixed_RNC, rows.ring_slots_R):
+        from kiln_nn.kernels.delta_decode import triton, triton_verify
+
+        lines = (mixed_RNC[:, 0], a_RNH[:, 0], b_RNH[:, 0], z_RNHV[:, 0])
+        if num_new_tokens <= triton_verify.MOST_NEW_TOKENS and triton.supports(memory, weights, *lines):
+            return triton_verify.delta_verify(
+                memory, rows, num_new_R, weights, mixed_RNC, a_RNH, b_RNH, z_RNHV
+            )
+    return delta_verify_reference(memory, rows, num_new_R, weights, mixed_RNC, a_RNH, b_RNH, z_RNHV)

@@ -30,26 +30,33 @@ _NORM_ROWS = 32
 
 @dataclass(frozen=True)
 class PrefillConfig:
-    """How the programs compute: operands of products, tile kernel, state pass."""
+    """How the programs compute; a form is "bf16" or the precision of float32 products."""
 
-    form: str = "bf16"
+    tile_form: str = "bf16"
     inverse_form: str = "tf32"
     tile_warps: int = 4
     # A program takes one value head, instead of all that share a key head.
     splits_groups: bool = False
-    # Value columns of a state that one program carries, and tiles in flight before it.
+    pass_form: str = "bf16"
+    # Value columns of a state that one program carries, and its loop's stages.
     block_v: int = 64
-    pass_stages: int = 2
     pass_warps: int = 4
+    pass_stages: int = 3
     # Tiles that are looked through for checkpoints at a time.
     span: int = 256
 
 
-CONFIG_BF16 = PrefillConfig()
-# Where a tile's operands fit into shared memory only once.
-CONFIG_BF16_SMALL = PrefillConfig(pass_stages=1)
-CONFIG_FLOAT32 = PrefillConfig("tf32x3", "tf32x3", tile_warps=8, block_v=32, pass_stages=1)
-_SHARED_MEMORY_FOR_TWO = 160 * 1024
+# By format of the inputs and whether a program may have 200 KB of shared memory, or only 99.
+CONFIGS = {
+    (torch.bfloat16, True): PrefillConfig(),
+    (torch.bfloat16, False): PrefillConfig(pass_stages=2),
+    (torch.float32, True): PrefillConfig(
+        "tf32x3", "tf32x3", tile_warps=8, pass_form="tf32x3", block_v=32, pass_stages=1
+    ),
+    (torch.float32, False): PrefillConfig(
+        "ieee", "ieee", tile_warps=8, pass_form="tf32x3", block_v=32, pass_stages=1
+    ),
+}
 
 
 def supports(
@@ -86,10 +93,7 @@ def supports(
 
 def config_for(dtype: torch.dtype, device: torch.device) -> PrefillConfig:
     """The configuration for inputs of this format."""
-    if dtype is torch.float32:
-        return CONFIG_FLOAT32
-    has_room = device_limits(device).shared_memory_bytes >= _SHARED_MEMORY_FOR_TWO
-    return CONFIG_BF16 if has_room else CONFIG_BF16_SMALL
+    return CONFIGS[dtype, device_limits(device).shared_memory_bytes >= 200 * 1024]
 
 
 @dataclass(frozen=True)
@@ -191,7 +195,7 @@ def _launch_tiles(
     shape = _shape(memory, weights)
     heads_per_program = 1 if config.splits_groups else shape["H"] // shape["HK"]
     # The interpreter computes all products in float32.
-    form, inverse_form = ("ieee", "ieee") if is_interpreted() else (config.form, config.inverse_form)
+    form, inverse_form = ("ieee", "ieee") if is_interpreted() else (config.tile_form, config.inverse_form)
     delta_tiles_kernel[(shape["H"] // heads_per_program, chunks.tile_chunks_B.shape[0])](
         memory.ring.k_RhPK,
         memory.ring.log_decay_RHP,
@@ -248,7 +252,7 @@ def _launch_pass(
         BLOCK_V=block_v,
         SPAN=config.span,
         STAGES=config.pass_stages,
-        FORM="ieee" if is_interpreted() else config.form,
+        FORM="ieee" if is_interpreted() else config.pass_form,
         INTERPRETED=is_interpreted(),
         num_warps=config.pass_warps,
         num_stages=config.pass_stages,

@@ -16,9 +16,9 @@ from kiln_nn.kernels.lora.rows import (
     AdapterUse,
     LoraRows,
     RowsShape,
-    TokenRun,
+    TokenGroup,
     pack_exactly,
-    pack_runs,
+    pack_groups,
 )
 
 __all__ = [
@@ -29,12 +29,12 @@ __all__ = [
     "AdapterUse",
     "LoraRows",
     "RowsShape",
-    "TokenRun",
+    "TokenGroup",
     "lora_add_",
     "lora_add_stacked_",
     "lora_delta",
     "pack_exactly",
-    "pack_runs",
+    "pack_groups",
 ]
 
 
@@ -63,7 +63,7 @@ def lora_add_(
     check_shape("lora_A", a_SQI, (None, num_modules * b_SRO.shape[1], None))
     if num_modules < 1 or module_bounds[0] != 0 or module_bounds[-1] != y_TO.shape[1]:
         raise ShapeMismatch("module_bounds", tuple(module_bounds), (0, "...", y_TO.shape[1]))
-    if takes_triton(y_TO, x_TI, a_SQI, b_SRO, rows.counts):
+    if takes_triton(y_TO, x_TI, a_SQI, b_SRO, rows.tiles_B4):
         from kiln_nn.kernels.lora import triton
 
         if triton.supports(y_TO, x_TI, a_SQI, b_SRO, num_modules):

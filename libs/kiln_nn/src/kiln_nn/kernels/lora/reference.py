@@ -37,27 +37,25 @@ def lora_add_reference_(
 ) -> None:
     """`y += scale * B (A x)` for each token and each adapter it uses, in place.
 
-    Written to be read: one adapter of one tile at a time, its counts read on the host.
+    Written to be read: one adapter of one tile at a time, their numbers read on the host.
     """
     dtype = accumulation_dtype(x_TI, y_TO)
-    num_tiles, _ = rows.counts.tolist()
-    firsts = rows.first_entries_B1.tolist()
     a_SNRI = a_SQI.unflatten(1, (len(module_bounds) - 1, -1))
-    for tile in range(num_tiles):
+    for tile, (first, end, _, _) in enumerate(rows.tiles_B4.tolist()):
         tokens_M = rows.tokens_BM[tile].long()
-        total = torch.zeros(len(tokens_M), y_TO.shape[1], dtype=dtype, device=y_TO.device)
-        for entry in range(firsts[tile], firsts[tile + 1]):
+        total_MO = torch.zeros(len(tokens_M), y_TO.shape[1], dtype=dtype, device=y_TO.device)
+        for entry in range(first, end):
             adapter, rank = int(rows.adapters_E[entry]), int(rows.ranks_E[entry])
             scale_M = rows.scales_EM[entry].to(dtype)
-            is_used_M = (scale_M != 0) & (tokens_M >= 0)
+            is_used_M = scale_M != 0
             x_MI = x_TI[tokens_M[is_used_M]].to(dtype)
-            for module, (start, end) in enumerate(pairwise(module_bounds)):
+            for module, (start, stop) in enumerate(pairwise(module_bounds)):
                 h_Mr = F.linear(x_MI, a_SNRI[adapter, module, :rank].to(dtype))
                 h_Mr = h_Mr * scale_M[is_used_M, None]
-                total[is_used_M, start:end] += h_Mr @ b_SRO[adapter, :rank, start:end].to(dtype)
-        is_any_M = tokens_M >= 0
-        tokens = tokens_M[is_any_M]
-        y_TO[tokens] = (y_TO[tokens].to(dtype) + total[is_any_M]).to(y_TO.dtype)
+                total_MO[is_used_M, start:stop] += h_Mr @ b_SRO[adapter, :rank, start:stop].to(dtype)
+        is_used_M = (tokens_M >= 0) & (end > first)
+        tokens = tokens_M[is_used_M]
+        y_TO[tokens] = (y_TO[tokens].to(dtype) + total_MO[is_used_M]).to(y_TO.dtype)
 
 
 @dataclass(frozen=True)

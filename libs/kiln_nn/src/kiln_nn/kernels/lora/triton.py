@@ -5,10 +5,12 @@ Source: grouped shrink and expand as in Punica (Chen et al. 2023, arXiv 2310.185
 that read one x in one launch, several adapters of a token summed in a register, no atomics.
 
 Takes x, A and B in one of bfloat16, float16 and float32, y in any of them with any row stride, tiles
-of 16 or 64 tokens, one to four modules, any rank. Only what an adapter's rank covers is read.
-Sums are float32; `A x` is rounded to the format of B before the second product, y once.
+of 16 tokens or a larger power of two, one to four modules, any rank. Only what an adapter's rank
+covers is read. Sums are float32; `A x` is rounded to the format of B before the second product, y
+once.
 
-Error against the float64 reference (relative, norm-wise, of what is added): 1.7e-3 in bfloat16, 3e-7 in float32 under the interpreter.
+Error of what is added against the float64 reference (relative, norm-wise) at the 4B shapes on an
+H200: 1.7e-3 in bfloat16; 3e-7 in float32 in the interpreter.
 
 Legend: `T` tokens, `I` inputs, `O` outputs, `S` adapters in the tables, `R` the tables' rank, `Q`
 rows of A, `E` entries, `N` modules.
@@ -18,18 +20,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 
 from kiln_nn.kernels.dependent_launch import launch_options, supports_dependent_launch
 from kiln_nn.kernels.dispatch import is_interpreted
-from kiln_nn.kernels.lora.rows import LoraRows
-from kiln_nn.kernels.lora.triton_kernels import expand_kernel, shrink_kernel
+from kiln_nn.kernels.lora.rows import DECODE_TILE_TOKENS, LoraRows
+from kiln_nn.kernels.lora.triton_kernels import expand_kernel, shrink_few_kernel, shrink_many_kernel
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _MOST_MODULES = 4
-_MOST_PIECES = 64
 
 
 @dataclass(frozen=True)
@@ -37,29 +39,31 @@ class LoraConfig:
     """How the two launches are cut.
 
     `inputs`: of x and A that a program holds at a time. `blocks_per_piece`: such blocks that one
-    program sums; more pieces occupy more of the GPU and leave more partial sums. `outputs`: a
-    program's columns of B and y.
+    program sums; None for all at once, which needs tiles of few tokens. `outputs`: a program's
+    columns of B and y.
     """
 
     inputs: int
-    blocks_per_piece: int
     outputs: int
+    blocks_per_piece: int | None = None
     shrink_warps: int = 4
     expand_warps: int = 4
-    stages: int = 1
-    expand_stages: int = 1
-    prefetch: bool = True
+    stages: int = 3
+
+    def num_pieces(self, num_inputs: int) -> int:
+        return triton.cdiv(num_inputs, self.inputs * (self.blocks_per_piece or 1))
 
 
 def choose(
     tile_tokens: int, num_inputs: int, num_outputs: int, num_modules: int, num_tiles: int
 ) -> LoraConfig:
-    """Short pieces where few tiles would leave most of the GPU idle."""
-    if tile_tokens == 16:
-        return LoraConfig(256 if num_inputs <= 4096 else 512, 1, 128 if num_outputs > 4096 else 64)
-    num_blocks = -(-num_inputs // 64)
-    wanted = max(1, 256 // max(1, num_tiles * num_modules))
-    return LoraConfig(64, -(-num_blocks // min(wanted, 8, num_blocks)), 128, stages=3, prefetch=False)
+    """Pieces that fit the registers with few tokens; with many only as many as occupy the GPU."""
+    if tile_tokens == DECODE_TILE_TOKENS:
+        widest = min(512 if num_inputs <= 4096 else 1024, triton.next_power_of_2(num_inputs))
+        return LoraConfig(max(64, widest), 128 if num_outputs > 4096 else 64)
+    num_blocks = triton.cdiv(num_inputs, 64)
+    pieces = min(8, num_blocks, max(1, 256 // max(1, num_tiles * num_modules)))
+    return LoraConfig(64, 128, triton.cdiv(num_blocks, pieces))
 
 
 def supports(
@@ -98,46 +102,47 @@ def lora_add_(
 def shrink(
     x_TI: torch.Tensor, a_SQI: torch.Tensor, rows: LoraRows, num_modules: int, config: LoraConfig
 ) -> torch.Tensor:
-    """Partial sums of `A x`, `[E, N, blocks of 16 ranks, pieces, tokens of a tile, 16]`."""
+    """Partial sums of `A x`, `[E, N, blocks of 16 ranks, tokens of a tile, 16, pieces]`, in room for a power of two."""
     shape, num_inputs = rows.shape, x_TI.shape[1]
     table_rank = a_SQI.shape[1] // num_modules
-    num_blocks = -(-num_inputs // config.inputs)
-    per_piece = max(config.blocks_per_piece, -(-num_blocks // _MOST_PIECES))
-    num_pieces = -(-num_blocks // per_piece)
-    rank_blocks = -(-table_rank // 16)
+    num_pieces, rank_blocks = config.num_pieces(num_inputs), triton.cdiv(table_rank, 16)
+    piece_room = triton.next_power_of_2(num_pieces)
     h = torch.empty(
-        (shape.num_entries, num_modules, rank_blocks, num_pieces, shape.tile_tokens, 16),
+        (shape.num_entries, num_modules, rank_blocks, shape.tile_tokens, 16, piece_room),
         dtype=torch.float32,
         device=x_TI.device,
     )
-    shrink_kernel[(num_modules * num_pieces, shape.num_tiles)](
+    own: dict[str, Any]
+    if config.blocks_per_piece is None:
+        kernel, own = shrink_few_kernel, {"WAYS": config.shrink_warps}
+    else:
+        kernel = shrink_many_kernel
+        own = {"BLOCKS_PER_PIECE": config.blocks_per_piece, "STAGES": config.stages}
+    kernel[(num_modules * num_pieces, shape.num_entries)](
         x_TI,
         a_SQI,
         h,
-        rows.counts,
-        rows.tokens_BM,
-        rows.tiles_E,
         rows.adapters_E,
         rows.ranks_E,
+        rows.entries_E2M,
         num_inputs,
-        num_pieces,
         x_TI.stride(0),
         a_SQI.stride(0),
         a_SQI.stride(1),
         NUM_MODULES=num_modules,
+        NUM_PIECES=num_pieces,
+        PIECE_ROOM=piece_room,
         TABLE_RANK=table_rank,
         RANK_BLOCKS=rank_blocks,
         TOKENS=shape.tile_tokens,
         INPUTS=config.inputs,
-        BLOCKS_PER_PIECE=per_piece,
-        STAGES=config.stages,
-        PREFETCH=config.prefetch and _can_prefetch(a_SQI),
         INTERPRETED=is_interpreted(),
         num_warps=config.shrink_warps,
         num_stages=1,
+        **own,
         **launch_options(supports_dependent_launch(x_TI.device)),
     )
-    return h
+    return h[..., :num_pieces]
 
 
 def expand_(
@@ -149,44 +154,31 @@ def expand_(
     config: LoraConfig,
 ) -> None:
     """`y += B h`, each token's adapters one after the other."""
-    shape, (_, num_modules, rank_blocks, num_pieces, _, _) = rows.shape, h.shape
+    shape, (_, num_modules, rank_blocks, _, _, num_pieces) = rows.shape, h.shape
     ends = [*module_bounds[1:], *[module_bounds[-1]] * (_MOST_MODULES - num_modules)]
     widths = [end - start for start, end in zip([0, *ends], ends, strict=False)]
-    is_aligned = all(end % 16 == 0 for end in ends)
-    expand_kernel[(sum(-(-width // config.outputs) for width in widths), shape.num_tiles)](
+    expand_kernel[(sum(triton.cdiv(width, config.outputs) for width in widths), shape.num_tiles)](
         y_TO,
         b_SRO,
         h,
-        rows.counts,
+        rows.tiles_B4,
         rows.tokens_BM,
-        rows.first_entries_B1,
         rows.adapters_E,
         rows.ranks_E,
-        rows.scales_EM,
-        num_pieces,
+        rows.entries_E2M,
         *ends,
         y_TO.stride(0),
         b_SRO.stride(0),
         b_SRO.stride(1),
         NUM_MODULES=num_modules,
+        NUM_PIECES=num_pieces,
+        PIECE_ROOM=h.stride(-2),
         RANK_BLOCKS=rank_blocks,
         TOKENS=shape.tile_tokens,
         OUTPUTS=config.outputs,
-        PIECES=triton.next_power_of_2(num_pieces),
-        ALIGNED=is_aligned,
-        PREFETCH=config.prefetch and is_aligned and _can_prefetch(b_SRO),
+        ALIGNED=all(end % 16 == 0 for end in ends),
         INTERPRETED=is_interpreted(),
         num_warps=config.expand_warps,
-        num_stages=config.expand_stages,
+        num_stages=1,
         **launch_options(supports_dependent_launch(y_TO.device)),
-    )
-
-
-def _can_prefetch(table: torch.Tensor) -> bool:
-    """Whether every piece of the table's rows begins and ends at a multiple of 16 bytes."""
-    strides = (*table.stride()[:-1], table.shape[-1])
-    return (
-        table.dtype.itemsize == 2
-        and table.data_ptr() % 16 == 0
-        and all(stride % 8 == 0 for stride in strides)
     )

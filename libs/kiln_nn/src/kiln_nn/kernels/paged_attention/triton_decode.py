@@ -112,6 +112,7 @@ def _decode_kernel(
     k_ptr,
     v_ptr,
     page_table_ptr,
+    table_rows_ptr,
     context_ptr,
     gate_ptr,
     out_ptr,
@@ -156,7 +157,7 @@ def _decode_kernel(
         q,
         k_ptr,
         v_ptr,
-        page_table_ptr + row * table_stride,
+        page_table_ptr + tl.load(table_rows_ptr + row).to(tl.int64) * table_stride,
         kv_head,
         first,
         last,
@@ -274,10 +275,11 @@ def paged_decode_attention(
     q_RHD: torch.Tensor,
     k_cache_PShD: torch.Tensor,
     v_cache_PShD: torch.Tensor,
-    page_table_RM: torch.Tensor,
+    page_table_LM: torch.Tensor,
     context_lengths_R: torch.Tensor,
     scale: float,
     *,
+    table_rows_R: torch.Tensor,
     gate_RHD: torch.Tensor | None = None,
     config: DecodeConfig | None = None,
 ) -> torch.Tensor:
@@ -285,7 +287,7 @@ def paged_decode_attention(
     num_rows, num_heads, head_dim = q_RHD.shape
     page_tokens, num_kv_heads = k_cache_PShD.shape[1:3]
     config = config or choose_config(num_rows, num_kv_heads, q_RHD.dtype, q_RHD.device)
-    most_tokens = page_table_RM.shape[1] * page_tokens
+    most_tokens = page_table_LM.shape[1] * page_tokens
     num_parts = max(1, min(config.num_parts, triton.cdiv(most_tokens, config.least_part_tokens)))
     is_joined = num_parts > 1
     out = q_RHD.new_empty(q_RHD.shape)
@@ -300,7 +302,8 @@ def paged_decode_attention(
         q_RHD,
         k_cache_PShD,
         v_cache_PShD,
-        page_table_RM,
+        page_table_LM,
+        table_rows_R,
         context_lengths_R,
         gate,
         out,
@@ -309,7 +312,7 @@ def paged_decode_attention(
         scale * 1.4426950408889634,
         *q_RHD.stride()[:2],
         *gate.stride()[:2],
-        page_table_RM.stride(0),
+        page_table_LM.stride(0),
         num_parts,
         KV_HEADS=num_kv_heads,
         GROUP=group,
