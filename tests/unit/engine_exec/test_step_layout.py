@@ -79,7 +79,7 @@ def test_a_batch_with_a_capacity_lists_the_same_chunks_as_one_without():
     assert many.kept_slots_N.tolist() == [1, 5, *[-1] * 6]
     assert many.delta.cu_seqlens_N1.tolist() == [0, 40, 56, *[59] * 6]
     assert few.attention.context_lengths_N.tolist() == [72, 16, 3]
-    assert few.attention.table_rows_N.tolist() == [1, 2, 5]
+    assert few.table_rows_N.tolist() == [1, 2, 5]
     # The state after the first page of the first chunk is kept.
     assert few.delta.checkpoint_slots_G.tolist() == [8, -1, -1, -1, -1]
 

@@ -162,6 +162,7 @@ class PagedModel:
                     layout.prefill.attention,
                     scale,
                     gate_THD=gate[num_rows:],
+                    table_rows_N=layout.prefill.table_rows_N,
                 )
             )
         return linears.apply(f"{path}.o_proj", _joined(outputs).flatten(1))

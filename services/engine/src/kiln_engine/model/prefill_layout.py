@@ -19,9 +19,10 @@ import torch
 from kiln_engine.domain.plan import PrefillChunk
 from kiln_engine.model.store_shape import StoreShape
 from kiln_nn.kernels.delta_prefill import NO_SLOT, ChunkCapacity, ChunkSlots, DeltaChunks, chunk_lists
-from kiln_nn.kernels.paged_attention import TILE_TOKENS, PromptChunks
+from kiln_nn.kernels.paged_attention import AttentionChunks, choose_tile_tokens, chunk_tiles, most_tiles
 
-_NO_TILE = -1
+# Query tokens of an attention tile in the steps that graphs serve.
+_GRAPH_TILE_TOKENS = 16
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,9 @@ class PrefillLayout:
     sample_tokens_N: torch.Tensor
     kept_slots_N: torch.Tensor
     delta: DeltaChunks
-    attention: PromptChunks
+    attention: AttentionChunks
+    # Each chunk's line of the page table.
+    table_rows_N: torch.Tensor
 
     @property
     def num_tokens(self) -> int:
@@ -57,11 +60,12 @@ class PrefillNumbers:
 
     flat: np.ndarray
     section_sizes: tuple[int, ...]
+    tile_tokens: int
 
     def layout(self, flat: torch.Tensor) -> PrefillLayout:
         """The layout of a tensor that holds these numbers, or others with the same capacity."""
         tokens, places, slots, samples, kept, *rest = flat.split(list(self.section_sizes))
-        *delta, contexts, lines, tile_chunks, tile_starts = rest
+        *delta, lines, contexts, tile_chunks, tile_starts = rest
         chunks = DeltaChunks(*delta)
         return PrefillLayout(
             token_ids_T=tokens,
@@ -70,7 +74,10 @@ class PrefillNumbers:
             sample_tokens_N=samples,
             kept_slots_N=kept,
             delta=chunks,
-            attention=PromptChunks(chunks.cu_seqlens_N1, contexts, lines, tile_chunks, tile_starts),
+            attention=AttentionChunks(
+                chunks.cu_seqlens_N1, contexts, tile_chunks, tile_starts, self.tile_tokens
+            ),
+            table_rows_N=lines,
         )
 
 
@@ -82,16 +89,19 @@ def prefill_numbers(
     ends = list(accumulate(lengths))
     sampled = [i for i, chunk in enumerate(chunks) if chunk.sampling is not None]
     num_samples = len(sampled)
-    delta_capacity = None
+    delta_capacity = tile_capacity = None
     if capacity is None:
         num_tokens, num_chunks = ends[-1], len(chunks)
+        tile_tokens = choose_tile_tokens(lengths)
     else:
         num_tokens, num_chunks = capacity.num_tokens, capacity.num_chunks
         num_samples = num_chunks
+        tile_tokens = _GRAPH_TILE_TOKENS
+        tile_capacity = most_tiles(num_chunks, num_tokens, tile_tokens)
         delta_capacity = ChunkCapacity.of(num_chunks, num_tokens, shape.page_tokens)
     delta = chunk_lists([_chunk_slots(chunk) for chunk in chunks], shape.page_tokens, delta_capacity)
-    tiles = [(n, start) for n, length in enumerate(lengths) for start in range(0, length, TILE_TOKENS)]
-    num_tiles = len(tiles) if capacity is None else num_tokens // TILE_TOKENS + num_chunks
+    contexts = [chunk.start + length for chunk, length in zip(chunks, lengths, strict=True)]
+    tiles = chunk_tiles(lengths, contexts, tile_tokens, tile_capacity)
     sections = [
         _padded([token for chunk in chunks for token in chunk.token_ids], num_tokens, 0),
         _padded(_positions(chunks), num_tokens, 0),
@@ -99,12 +109,12 @@ def prefill_numbers(
         _padded([ends[i] - 1 for i in sampled], num_samples, 0),
         _padded([chunks[i].state_slot for i in sampled], num_samples, NO_SLOT),
         *(np.array(numbers, dtype=np.int64) for numbers in delta.values()),
-        _padded([c.start + length for c, length in zip(chunks, lengths, strict=True)], num_chunks, 0),
         _padded([chunk.state_slot for chunk in chunks], num_chunks, shape.spare_line),
-        _padded([n for n, _ in tiles], num_tiles, _NO_TILE),
-        _padded([start for _, start in tiles], num_tiles, 0),
+        _padded(contexts, num_chunks, 0),
+        *(np.array(numbers, dtype=np.int64) for numbers in tiles),
     ]
-    return PrefillNumbers(np.concatenate(sections), tuple(len(section) for section in sections))
+    sizes = tuple(len(section) for section in sections)
+    return PrefillNumbers(np.concatenate(sections), sizes, tile_tokens)
 
 
 def _padded(numbers: Sequence[int], size: int, padding: int) -> np.ndarray:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from kiln_nn.kernels.checks import check_shape
-from kiln_nn.kernels.paged_attention.chunks import PromptChunks
+from kiln_nn.kernels.paged_attention.chunks import AttentionChunks
 
 # Most scores of a prompt chunk at once: 256 MiB of float32 where they are really stored.
 MOST_SCORES = 2**26
@@ -34,19 +34,20 @@ def paged_decode_attention(
     q_RHD: torch.Tensor,
     k_cache_PShD: torch.Tensor,
     v_cache_PShD: torch.Tensor,
-    page_table_LM: torch.Tensor,
+    page_table_SM: torch.Tensor,
     context_lengths_R: torch.Tensor,
     scale: float,
     *,
-    table_rows_R: torch.Tensor,
     gate_RHD: torch.Tensor | None = None,
+    table_rows_R: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See the package's public function. Waits for the device."""
     out = torch.zeros_like(q_RHD, memory_format=torch.contiguous_format)
     for rows, num_tokens in _row_groups(context_lengths_R.tolist()):
         index = torch.tensor(rows, device=q_RHD.device)
         num_pages = -(-num_tokens // k_cache_PShD.shape[1])
-        pages_RM = page_table_LM[:, :num_pages].index_select(0, table_rows_R.index_select(0, index))
+        lines = index if table_rows_R is None else table_rows_R.index_select(0, index)
+        pages_RM = page_table_SM[:, :num_pages].index_select(0, lines)
         contexts = context_lengths_R.index_select(0, index)
         q = q_RHD.index_select(0, index)
         out.index_copy_(0, index, _attend_rows(q, k_cache_PShD, v_cache_PShD, pages_RM, contexts, scale))
@@ -97,20 +98,22 @@ def paged_prefill_attention(
     q_THD: torch.Tensor,
     k_cache_PShD: torch.Tensor,
     v_cache_PShD: torch.Tensor,
-    page_table_LM: torch.Tensor,
-    chunks: PromptChunks,
+    page_table_SM: torch.Tensor,
+    chunks: AttentionChunks,
     scale: float,
     *,
     gate_THD: torch.Tensor | None = None,
+    table_rows_N: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See the package's public function. Waits for the device."""
     bounds, contexts = chunks.cu_seqlens_N1.tolist(), chunks.context_lengths_N.tolist()
+    lines = range(chunks.num_chunks) if table_rows_N is None else table_rows_N.tolist()
     out = torch.zeros_like(q_THD, memory_format=torch.contiguous_format)
-    for n, line in enumerate(chunks.table_rows_N.tolist()):
+    for n, line in enumerate(lines):
         first, last, context_length = bounds[n], bounds[n + 1], contexts[n]
         if first == last:
             continue
-        pages = page_table_LM[line, : -(-context_length // k_cache_PShD.shape[1])]
+        pages = page_table_SM[line, : -(-context_length // k_cache_PShD.shape[1])]
         k_hCD, v_hCD = (
             cache.index_select(0, pages).flatten(0, 1)[:context_length].transpose(0, 1).to(q_THD.dtype)
             for cache in (k_cache_PShD, v_cache_PShD)

@@ -37,6 +37,7 @@ _MOST_PAGE_TOKENS = 64
 _LEAST_PARTS = 4
 _MOST_PARTS = 64
 _LEAST_MMA_ROWS = 16
+LOG2_E = 1.4426950408889634
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,17 @@ def _part_of_context(context, part, num_parts, LEAST: tl.constexpr, TILE: tl.con
     length = tl.maximum(tl.cdiv(tl.cdiv(context, num_parts), TILE) * TILE, LEAST)
     first = part * length
     return first, tl.minimum(first + length, context)
+
+
+@triton.jit
+def _context_and_line(context_ptr, table_row_ptr, row, HAS_TABLE_ROWS: tl.constexpr):
+    """Tokens of a row and its line of the page table; a row without a line has no token."""
+    context = tl.load(context_ptr + row).to(tl.int32)
+    table_row = row
+    if HAS_TABLE_ROWS:
+        table_row = tl.load(table_row_ptr + row).to(tl.int64)
+        context = tl.where(table_row < 0, 0, context)
+    return context, table_row
 
 
 @triton.jit
@@ -112,7 +124,7 @@ def _decode_kernel(
     k_ptr,
     v_ptr,
     page_table_ptr,
-    table_rows_ptr,
+    table_row_ptr,
     context_ptr,
     gate_ptr,
     out_ptr,
@@ -133,15 +145,16 @@ def _decode_kernel(
     TILE: tl.constexpr,
     LEAST: tl.constexpr,
     IS_JOINED_LATER: tl.constexpr,
+    HAS_TABLE_ROWS: tl.constexpr,
     HAS_GATE: tl.constexpr,
-    UPCAST: tl.constexpr,
+    FORMAT: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     kv_head = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     part = tl.program_id(2)
-    context = tl.load(context_ptr + row).to(tl.int32)
+    context, table_row = _context_and_line(context_ptr, table_row_ptr, row, HAS_TABLE_ROWS)
     first, last = _part_of_context(context, part, num_parts, LEAST, TILE)
     if IS_JOINED_LATER and first >= context:
         return
@@ -150,14 +163,12 @@ def _decode_kernel(
     heads = kv_head * GROUP + grouped
     columns = tl.arange(0, HEAD_DIM)
     q_places = row * q_row_stride + heads[:, None] * q_head_stride + columns[None, :]
-    q = tl.load(q_ptr + q_places, mask=is_head[:, None], other=0.0)
-    if UPCAST:
-        q = q.to(tl.float32)
+    q = tl.load(q_ptr + q_places, mask=is_head[:, None], other=0.0).to(FORMAT)
     mixed, total, highest = _attend(
         q,
         k_ptr,
         v_ptr,
-        page_table_ptr + tl.load(table_rows_ptr + row).to(tl.int64) * table_stride,
+        page_table_ptr + table_row * table_stride,
         kv_head,
         first,
         last,
@@ -188,6 +199,7 @@ def _decode_kernel(
 def _join_kernel(
     part_out_ptr,
     part_lse_ptr,
+    table_row_ptr,
     context_ptr,
     gate_ptr,
     out_ptr,
@@ -199,12 +211,13 @@ def _join_kernel(
     PARTS_BLOCK: tl.constexpr,
     TILE: tl.constexpr,
     LEAST: tl.constexpr,
+    HAS_TABLE_ROWS: tl.constexpr,
     HAS_GATE: tl.constexpr,
 ):
     """Weigh the parts of one row and head by their share of the softmax, and gate the sum."""
     head = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
-    context = tl.load(context_ptr + row).to(tl.int32)
+    context, _ = _context_and_line(context_ptr, table_row_ptr, row, HAS_TABLE_ROWS)
     parts = tl.arange(0, PARTS_BLOCK)
     first, _ = _part_of_context(context, parts, num_parts, LEAST, TILE)
     is_part = (parts < num_parts) & (first < context)
@@ -223,13 +236,8 @@ def _join_kernel(
     tl.store(out_ptr + (row * HEADS + head) * HEAD_DIM + columns, out.to(out_ptr.dtype.element_ty))
 
 
-def takes(
-    q_RHD: torch.Tensor,
-    k_cache_PShD: torch.Tensor,
-    v_cache_PShD: torch.Tensor,
-    gate_RHD: torch.Tensor | None,
-) -> bool:
-    """Whether the kernel computes these shapes, formats and strides."""
+def takes_cache(q_RHD: torch.Tensor, k_cache_PShD: torch.Tensor, v_cache_PShD: torch.Tensor) -> bool:
+    """Whether the attention kernels compute with these queries and this cache."""
     num_rows, num_heads, head_dim = q_RHD.shape
     page_tokens, num_kv_heads = k_cache_PShD.shape[1:3]
     cache_format = k_cache_PShD.dtype
@@ -248,8 +256,17 @@ def takes(
         and k_cache_PShD.is_contiguous()
         and v_cache_PShD.is_contiguous()
         and q_RHD.stride(2) == 1
-        and (gate_RHD is None or gate_RHD.stride(2) == 1)
     )
+
+
+def takes(
+    q_RHD: torch.Tensor,
+    k_cache_PShD: torch.Tensor,
+    v_cache_PShD: torch.Tensor,
+    gate_RHD: torch.Tensor | None,
+) -> bool:
+    """Whether the kernel computes these shapes, formats and strides."""
+    return takes_cache(q_RHD, k_cache_PShD, v_cache_PShD) and (gate_RHD is None or gate_RHD.stride(2) == 1)
 
 
 def choose_config(
@@ -275,19 +292,19 @@ def paged_decode_attention(
     q_RHD: torch.Tensor,
     k_cache_PShD: torch.Tensor,
     v_cache_PShD: torch.Tensor,
-    page_table_LM: torch.Tensor,
+    page_table_SM: torch.Tensor,
     context_lengths_R: torch.Tensor,
     scale: float,
     *,
-    table_rows_R: torch.Tensor,
     gate_RHD: torch.Tensor | None = None,
+    table_rows_R: torch.Tensor | None = None,
     config: DecodeConfig | None = None,
 ) -> torch.Tensor:
     """As the reference, for inputs that `takes` accepts; rows of length 0 give zeros."""
     num_rows, num_heads, head_dim = q_RHD.shape
     page_tokens, num_kv_heads = k_cache_PShD.shape[1:3]
     config = config or choose_config(num_rows, num_kv_heads, q_RHD.dtype, q_RHD.device)
-    most_tokens = page_table_LM.shape[1] * page_tokens
+    most_tokens = page_table_SM.shape[1] * page_tokens
     num_parts = max(1, min(config.num_parts, triton.cdiv(most_tokens, config.least_part_tokens)))
     is_joined = num_parts > 1
     out = q_RHD.new_empty(q_RHD.shape)
@@ -296,23 +313,29 @@ def paged_decode_attention(
     )
     lse = q_RHD.new_empty((num_rows, num_heads, num_parts), dtype=torch.float32) if is_joined else out
     gate = q_RHD if gate_RHD is None else gate_RHD
-    cut = {"TILE": config.tile_tokens, "LEAST": config.least_part_tokens, "HAS_GATE": gate_RHD is not None}
+    table_rows = context_lengths_R if table_rows_R is None else table_rows_R
+    cut = {
+        "TILE": config.tile_tokens,
+        "LEAST": config.least_part_tokens,
+        "HAS_TABLE_ROWS": table_rows_R is not None,
+        "HAS_GATE": gate_RHD is not None,
+    }
     group = num_heads // num_kv_heads
     _decode_kernel[(num_kv_heads, num_rows, num_parts)](
         q_RHD,
         k_cache_PShD,
         v_cache_PShD,
-        page_table_LM,
-        table_rows_R,
+        page_table_SM,
+        table_rows,
         context_lengths_R,
         gate,
         out,
         parts,
         lse,
-        scale * 1.4426950408889634,
+        scale * LOG2_E,
         *q_RHD.stride()[:2],
         *gate.stride()[:2],
-        page_table_LM.stride(0),
+        page_table_SM.stride(0),
         num_parts,
         KV_HEADS=num_kv_heads,
         GROUP=group,
@@ -320,7 +343,7 @@ def paged_decode_attention(
         HEAD_DIM=head_dim,
         PAGE_TOKENS=page_tokens,
         IS_JOINED_LATER=is_joined,
-        UPCAST=is_interpreted(),
+        FORMAT=product_format(q_RHD.dtype, k_cache_PShD.dtype),
         PRECISION="ieee" if q_RHD.dtype is torch.float32 else "tf32",
         STAGES=config.num_stages,
         num_warps=config.num_warps,
@@ -330,6 +353,7 @@ def paged_decode_attention(
         _join_kernel[(num_heads, num_rows)](
             parts,
             lse,
+            table_rows,
             context_lengths_R,
             gate,
             out,
@@ -342,3 +366,13 @@ def paged_decode_attention(
             **cut,
         )
     return out
+
+
+_TRITON_FORMATS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+def product_format(q_dtype: torch.dtype, cache_dtype: torch.dtype) -> tl.dtype:
+    """What queries, keys and values are converted to before they are multiplied."""
+    if is_interpreted():
+        return tl.float32
+    return tl.float16 if cache_dtype is torch.float8_e4m3fn else _TRITON_FORMATS[q_dtype]
