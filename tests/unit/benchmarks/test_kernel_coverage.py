@@ -8,6 +8,7 @@ from scripts.gpu.kernel_coverage import choose_tests, entry_kernels, spread
 
 TESTS = {
     "slow": {"kernels": ["a_kernel", "b_kernel"], "seconds": 9.0},
+    "slower_a": {"kernels": ["a_kernel"], "seconds": 9.5},
     "quick_a": {"kernels": ["a_kernel"], "seconds": 1.0},
     "quicker_a": {"kernels": ["a_kernel"], "seconds": 0.5},
     "test_in_a_graph": {"kernels": ["c_kernel"], "seconds": 0.1},
