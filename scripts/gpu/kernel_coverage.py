@@ -11,10 +11,10 @@ Kernels that no test launched are named on standard error, and the exit status i
 
 from __future__ import annotations
 
-import importlib
+import ast
+import importlib.util
 import json
 import os
-import pkgutil
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -96,18 +96,15 @@ def spread(cases: Sequence[T], count: int) -> list[T]:
 
 
 def entry_kernels() -> set[str]:
-    """Names of all kernels in Kiln's packages."""
-    from triton.runtime.jit import JITFunction
-
+    """Names of all kernels in Kiln's packages, read from their sources."""
     names = set()
     for package_name in _PACKAGES:
-        package = importlib.import_module(package_name)
-        for module in pkgutil.walk_packages(package.__path__, f"{package_name}."):
-            if module.name.endswith("__main__"):
-                continue
-            members = vars(importlib.import_module(module.name)).values()
-            functions = (member for member in members if isinstance(member, JITFunction))
-            names |= {function.fn.__name__ for function in functions}
+        spec = importlib.util.find_spec(package_name)
+        assert spec is not None and spec.origin is not None, package_name
+        for path in Path(spec.origin).parent.rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.FunctionDef) and node.decorator_list:
+                    names.add(node.name)
     return {name for name in names if name.endswith(_ENTRY_SUFFIX)}
 
 

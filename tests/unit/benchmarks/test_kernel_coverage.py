@@ -1,9 +1,5 @@
 """The choice of tests that launch every kernel."""
 
-import pytest
-
-pytest.importorskip("triton")
-
 from scripts.gpu.kernel_coverage import choose_tests, entry_kernels, spread
 
 TESTS = {
