@@ -100,12 +100,19 @@ def entry_kernels() -> set[str]:
     names = set()
     for package_name in _PACKAGES:
         spec = importlib.util.find_spec(package_name)
-        assert spec is not None and spec.origin is not None, package_name
+        assert spec is not None, package_name
+        assert spec.origin is not None, package_name
         for path in Path(spec.origin).parent.rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-                if isinstance(node, ast.FunctionDef) and node.decorator_list:
+                if isinstance(node, ast.FunctionDef) and "jit" in map(_decorator_name, node.decorator_list):
                     names.add(node.name)
     return {name for name in names if name.endswith(_ENTRY_SUFFIX)}
+
+
+def _decorator_name(decorator: ast.expr) -> str:
+    """Of `@triton.jit` and of `@triton.jit(…)`: jit."""
+    called = decorator.func if isinstance(decorator, ast.Call) else decorator
+    return called.attr if isinstance(called, ast.Attribute) else getattr(called, "id", "")
 
 
 def choose_tests(tests: Mapping[str, Mapping[str, Any]], kernels: set[str]) -> tuple[list[str], set[str]]:
