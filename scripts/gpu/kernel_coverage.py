@@ -1,18 +1,20 @@
 """Which tests launch which Triton kernels: a pytest plugin, and a choice of tests that launches all.
 
-    KILN_KERNEL_COVERAGE=coverage.json python -m pytest -m gpu -p scripts.gpu.kernel_coverage tests/kernels
-    python scripts/gpu/kernel_coverage.py coverage.json    # the tests, one a line
+    KILN_KERNEL_COVERAGE=coverage.json TRITON_INTERPRET=1 \
+        python -m pytest -p scripts.gpu.kernel_coverage tests/kernels/test_triton_*.py
+    python scripts/gpu/kernel_coverage.py coverage.json …    # the tests, one a line
 
-The choice takes, for each kernel, the quickest tests that launch it. Kernels that no test launched are
-named on standard error, and the exit status is 1.
+In Triton's interpreter nothing is compiled and no GPU is needed; on a GPU (`-m gpu` and no
+TRITON_INTERPRET) it works too. The choice takes, for each kernel, the quickest tests that launch it.
+Kernels that no test launched are named on standard error, and the exit status is 1.
 """
 
 from __future__ import annotations
 
-import importlib
+import ast
+import importlib.util
 import json
 import os
-import pkgutil
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,7 +27,7 @@ T = TypeVar("T")
 _PACKAGES = ("kiln_nn", "kiln_engine")
 # Functions that are launched; the other @triton.jit functions become part of them.
 _ENTRY_SUFFIX = "_kernel"
-_TESTS_PER_KERNEL = 2
+_TESTS_PER_KERNEL = 3
 # Of a test with many parameters, so many are run, spread evenly over them.
 _CASES_PER_TEST = 3
 # Recording a graph needs the caching allocator, which is switched off to see every byte out of bounds.
@@ -41,16 +43,21 @@ class KernelCoverage:
         self.tests: dict[str, dict[str, Any]] = {}
 
     def watch_launches(self) -> None:
+        from triton.runtime.interpreter import InterpretedFunction
         from triton.runtime.jit import JITFunction
 
-        launch, launched = JITFunction.run, self._launched
+        self._watch(JITFunction)
+        self._watch(InterpretedFunction)
+
+    def _watch(self, kind: Any) -> None:
+        launch, launched = kind.run, self._launched
 
         def watched(kernel: Any, *args: Any, **options: Any) -> Any:
             # Called under the class's name, so that tests may put something else in its place.
             launched.add(kernel.fn.__name__)
             return launch(kernel, *args, **options)
 
-        JITFunction.run = watched
+        kind.run = watched
 
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
         """Leave out most cases of tests that have many: a kernel's code does not depend on them all."""
@@ -70,9 +77,7 @@ class KernelCoverage:
             "kernels": sorted(self._launched),
             "seconds": time.perf_counter() - started_s,
         }
-
-    def pytest_sessionfinish(self) -> None:
-        self._path.write_text(json.dumps(self.tests, indent=1))
+        self._path.write_text(json.dumps(self.tests, indent=1))  # also where the run is cut short
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -91,19 +96,23 @@ def spread(cases: Sequence[T], count: int) -> list[T]:
 
 
 def entry_kernels() -> set[str]:
-    """Names of all kernels in Kiln's packages."""
-    from triton.runtime.jit import JITFunction
-
+    """Names of all kernels in Kiln's packages, read from their sources."""
     names = set()
     for package_name in _PACKAGES:
-        package = importlib.import_module(package_name)
-        for module in pkgutil.walk_packages(package.__path__, f"{package_name}."):
-            if module.name.endswith("__main__"):
-                continue
-            members = vars(importlib.import_module(module.name)).values()
-            functions = (member for member in members if isinstance(member, JITFunction))
-            names |= {function.fn.__name__ for function in functions}
+        spec = importlib.util.find_spec(package_name)
+        assert spec is not None, package_name
+        assert spec.origin is not None, package_name
+        for path in Path(spec.origin).parent.rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.FunctionDef) and "jit" in map(_decorator_name, node.decorator_list):
+                    names.add(node.name)
     return {name for name in names if name.endswith(_ENTRY_SUFFIX)}
+
+
+def _decorator_name(decorator: ast.expr) -> str:
+    """Of `@triton.jit` and of `@triton.jit(…)`: jit."""
+    called = decorator.func if isinstance(decorator, ast.Call) else decorator
+    return called.attr if isinstance(called, ast.Attribute) else getattr(called, "id", "")
 
 
 def choose_tests(tests: Mapping[str, Mapping[str, Any]], kernels: set[str]) -> tuple[list[str], set[str]]:
@@ -124,7 +133,9 @@ def choose_tests(tests: Mapping[str, Mapping[str, Any]], kernels: set[str]) -> t
 
 
 def main() -> None:
-    tests = json.loads(Path(sys.argv[1]).read_text())
+    tests = {}
+    for path in sys.argv[1:]:
+        tests |= json.loads(Path(path).read_text())
     chosen, missing = choose_tests(tests, entry_kernels())
     print("\n".join(chosen))
     if missing:

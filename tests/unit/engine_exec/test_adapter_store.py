@@ -52,10 +52,10 @@ SLOTS: list[AdapterSlots] = [
 class Loaded:
     """A store with three adapters, and their values."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "cpu") -> None:
         self.config = tiny_config(layer_types=(("linear_attention",) * 3 + ("full_attention",)))
         self.store = AdapterStore(
-            self.config, num_slots=4, max_rank=8, dtype=torch.float32, device=torch.device("cpu")
+            self.config, num_slots=4, max_rank=8, dtype=torch.float32, device=torch.device(device)
         )
         self.loras = {slot: random_lora(self.config, **fields) for slot, fields in ADAPTERS.items()}
         for slot, lora in self.loras.items():
@@ -165,3 +165,38 @@ def test_a_slot_keeps_nothing_of_the_adapter_before():
     static = loaded.store.static_rows(len(SLOTS))
     static.fill_(PLAN)
     check(loaded, static.rows, SLOTS)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_one_captured_graph_serves_any_mixture():
+    loaded = Loaded("cuda")
+    path = "model.layers.3.self_attn.qkv_proj"
+    paths = [f"{path.rpartition('.')[0]}.{name}" for name in FUSED[path]]
+    static = loaded.store.static_rows(40)
+    x_TI = torch.randn(40, adapter_table(loaded.config)[paths[0]][0], device="cuda")
+    y_TO = torch.zeros(40, sum(adapter_table(loaded.config)[each][1] for each in paths), device="cuda")
+    loaded.store.add_(path, x_TI, y_TO, static.rows)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y_TO.zero_()
+        loaded.store.add_(path, x_TI, y_TO, static.rows)
+    seen = []
+    for _ in range(4):  # more steps than there are buffers on the host, none waited for
+        for plan, slots in (
+            (PLAN, SLOTS),
+            (BatchPlan(0, PLAN.decode_rows), SLOTS[:4]),
+            (BatchPlan(0, (row(),)), []),
+        ):
+            static.fill_(plan)
+            graph.replay()
+            seen.append((slots + [()] * (40 - len(slots)), y_TO.clone()))
+    for slots, got in seen:
+        wanted = torch.cat([loaded.expected(each, x_TI.cpu(), slots) for each in paths], 1)
+        # Products of the GPU in float32, not in tf32.
+        torch.testing.assert_close(got.cpu(), wanted.float(), rtol=1e-5, atol=1e-5)
+    eager = torch.zeros_like(y_TO)[: len(SLOTS)]
+    rows = loaded.store.rows_for(PLAN)
+    assert rows is not None
+    loaded.store.add_(path, x_TI[: len(SLOTS)], eager, rows)
+    assert torch.equal(eager, seen[0][1][: len(SLOTS)])

@@ -142,18 +142,18 @@ def _gather_candidates(
     num_blocks = tl.sum(is_chosen.to(tl.int32), axis=0)
     tl.debug_barrier()
     num_candidates = num_blocks * 0
+    entries = tl.arange(0, STEP)
     for start in range(0, num_blocks, 64):
-        entries = tl.arange(0, STEP)
         block = start + entries // BLOCK
         is_there = block < num_blocks
         ids = tl.load(blocks_ptr + block, mask=is_there, other=0) * BLOCK + entries % BLOCK
         is_there = is_there & (ids < VOCAB)
         scaled = (tl.load(logits_row_ptr + ids, mask=is_there, other=float("-inf")) - best) * inverse
         is_near = is_there & (distance_bits(scaled) < border)
-        places = num_candidates + tl.cumsum(is_near.to(tl.int32), axis=0) - 1
-        is_kept = is_near & (places < MOST_CANDIDATES)
-        tl.store(scaled_ptr + places, scaled, mask=is_kept)
-        tl.store(ids_ptr + places, ids, mask=is_kept)
+        rooms = num_candidates + tl.cumsum(is_near.to(tl.int32), axis=0) - 1
+        is_kept = is_near & (rooms < MOST_CANDIDATES)
+        tl.store(scaled_ptr + rooms, scaled, mask=is_kept)
+        tl.store(ids_ptr + rooms, ids, mask=is_kept)
         num_candidates += tl.sum(is_near.to(tl.int32), axis=0)
     tl.debug_barrier()
     return num_candidates
