@@ -139,7 +139,8 @@ def test_the_ladder_of_batch_sizes_ends_at_the_largest():
     assert decode_ladder(256)[-3:] == [192, 224, 256]
     for most in range(1, 300):
         sizes = decode_ladder(most)
-        assert sizes == sorted(set(sizes)) and sizes[-1] == most
+        assert sizes == sorted(set(sizes))
+        assert sizes[-1] == most
 
 
 @pytest.mark.gpu

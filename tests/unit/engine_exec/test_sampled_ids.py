@@ -6,8 +6,8 @@ import torch
 
 from kiln_engine.domain import BatchPlan, DecodeRow, PrefillChunk, RowSampling, SamplingParams
 from kiln_engine.execution.sampled_ids import SampledIds
-from kiln_engine.model.store_shape import StoreShape
 from kiln_engine.model.step_layout import build_layout
+from kiln_engine.model.store_shape import StoreShape
 
 SHAPE = StoreShape(page_tokens=16, num_line_pages=4, num_state_slots=8)
 SAMPLING = RowSampling(SamplingParams(), 0)

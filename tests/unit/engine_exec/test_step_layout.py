@@ -70,11 +70,12 @@ def test_a_batch_with_a_capacity_lists_the_same_chunks_as_one_without():
     exact, padded = prefill_numbers(chunks, SHAPE), prefill_numbers(chunks, SHAPE, PrefillCapacity(128, 8))
     few = exact.layout(torch.from_numpy(exact.flat))
     many = padded.layout(torch.from_numpy(padded.flat))
-    assert few.num_tokens == 59 and many.num_tokens == 128
+    assert (few.num_tokens, many.num_tokens) == (59, 128)
     for name in ("token_ids_T", "positions_T", "token_slots_T"):
         assert getattr(many, name)[:59].tolist() == getattr(few, name).tolist()
     assert many.token_slots_T[59:].eq(-1).all()
-    assert few.sample_tokens_N.tolist() == [39, 58] and few.kept_slots_N.tolist() == [1, 5]
+    assert few.sample_tokens_N.tolist() == [39, 58]
+    assert few.kept_slots_N.tolist() == [1, 5]
     assert many.sample_tokens_N.tolist() == [39, 58, *[0] * 6]
     assert many.kept_slots_N.tolist() == [1, 5, *[-1] * 6]
     assert many.delta.cu_seqlens_N1.tolist() == [0, 40, 56, *[59] * 6]
@@ -111,7 +112,13 @@ def test_pages_that_gave_way_to_others_are_found_where_they_are_now():
     other = dataclasses.replace(row(3, 49), page_ids=(20, 7, 22, 23))
     lines = lines_after(BatchPlan(1, (row(3, 48),)), BatchPlan(2, (other,)))
     assert lines[3][:4] == [20, 7, 22, 23]
-    assert lines_after(BatchPlan(1, (row(3, 48),)), BatchPlan(2, (row(3, 64),)))[3][:5] == [20, 21, 22, 23, 24]
+    assert lines_after(BatchPlan(1, (row(3, 48),)), BatchPlan(2, (row(3, 64),)))[3][:5] == [
+        20,
+        21,
+        22,
+        23,
+        24,
+    ]
 
 
 def test_a_row_that_goes_on_in_another_slot_takes_its_line_along():

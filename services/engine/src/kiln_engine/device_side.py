@@ -142,7 +142,7 @@ def _capture(runner: TorchRunner) -> None:
         num_bytes = runner.capture()
     except torch.cuda.OutOfMemoryError as error:
         raise NotEnoughMemory(f"no memory is left for CUDA graphs: {error}") from error
-    except Exception as error:  # noqa: BLE001 whatever a kernel or the driver has against it
+    except Exception as error:  # whatever a kernel or the driver has against it
         log.warning("cuda_graphs_unavailable", reason=str(error), exc_info=error)
     else:
         log.info(

@@ -13,7 +13,7 @@ import torch
 
 from kiln_nn.blocks import Weights, head_weight
 from kiln_nn.config import ModelConfig
-from kiln_nn.kernels.linear import linear, linear_swiglu
+from kiln_nn.kernels.linear import linear, linear_partials, linear_swiglu
 from kiln_nn.kernels.swiglu import swiglu
 from kiln_nn.weights.names import FUSED_GROUPS
 
@@ -69,6 +69,13 @@ class Linears:
         if self.add_adapters is None and len(parts) == 1:
             return linear_swiglu(x_TI, parts[0])
         return swiglu(*self.apply(path, x_TI).chunk(2, dim=1))
+
+    def partials(self, path: str, x_TI: torch.Tensor) -> torch.Tensor:
+        """Outputs for `add_rms_norm`: `[T, O]`, or `[S, T, O]` whose sum they are."""
+        if self.add_adapters is None:
+            (weight_OI,) = self.base.parts(path)
+            return linear_partials(x_TI, weight_OI)
+        return self.apply(path, x_TI)
 
     def head(self, x_TD: torch.Tensor, out_TV: torch.Tensor | None = None) -> torch.Tensor:
         """Logits `[T, V]` in float32, in `out_TV` if it is given."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from kiln_engine.domain.plan import BatchPlan
+from kiln_engine.domain.plan import BatchPlan, DecodeRow, PrefillChunk
 from kiln_engine.model.store_shape import StoreShape
 from kiln_engine.model.transfers import to_device
 
@@ -41,7 +41,8 @@ class PageTable:
         """Let every row and chunk of the plan find its pages."""
         places: list[int] = []
         page_ids: list[int] = []
-        for part in (*plan.decode_rows, *plan.prefill_chunks):
+        parts: list[DecodeRow | PrefillChunk] = [*plan.decode_rows, *plan.prefill_chunks]
+        for part in parts:
             pages, known = part.page_ids, self._known.get(part.state_slot, ())
             if pages == known:
                 continue

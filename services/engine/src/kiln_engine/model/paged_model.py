@@ -98,7 +98,7 @@ class PagedModel:
                 mixed = self._attention(prefix, place, x, layout, rotary, linears)
             x, residual = self._add_norm(mixed, residual, f"{prefix}.post_attention_layernorm.weight")
             grown = linears.gated(f"{prefix}.mlp.gate_up_proj", x)
-            fed = linears.apply(f"{prefix}.mlp.down_proj", grown)
+            fed = linears.partials(f"{prefix}.mlp.down_proj", grown)
             x, residual = self._add_norm(fed, residual, self._end_norms[index])
         if layout.sample_tokens is not None:
             x = x.index_select(0, layout.sample_tokens)
@@ -124,7 +124,9 @@ class PagedModel:
         config, path = self.config, f"{prefix}.self_attn"
         num_heads, num_kv_heads, width = config.num_attention_heads, config.num_kv_heads, config.head_dim
         qkv = linears.apply(f"{path}.qkv_proj", x_TD)
-        q_and_gate, k, v = qkv.split((2 * num_heads * width, num_kv_heads * width, num_kv_heads * width), dim=1)
+        q_and_gate, k, v = qkv.split(
+            (2 * num_heads * width, num_kv_heads * width, num_kv_heads * width), dim=1
+        )
         # q_proj's rows lie head by head as [query | gate].
         q, gate = q_and_gate.view(-1, num_heads, 2, width).unbind(2)
         caches = self.kv.layer(kv_layer)
@@ -165,7 +167,7 @@ class PagedModel:
                     table_rows_N=layout.prefill.table_rows_N,
                 )
             )
-        return linears.apply(f"{path}.o_proj", _joined(outputs).flatten(1))
+        return linears.partials(f"{path}.o_proj", _joined(outputs).flatten(1))
 
     def _deltanet(
         self, prefix: str, state_layer: int, x_TD: torch.Tensor, layout: StepLayout, linears: Linears
@@ -183,7 +185,7 @@ class PagedModel:
         if layout.prefill is not None:
             tokens = (part[num_rows:] for part in (mixed, a, b, z))
             outputs.append(delta_prefill(slots, layout.prefill.delta, own, *tokens))
-        return linears.apply(f"{path}.out_proj", _joined(outputs).flatten(1))
+        return linears.partials(f"{path}.out_proj", _joined(outputs).flatten(1))
 
 
 def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
