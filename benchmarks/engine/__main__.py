@@ -40,16 +40,15 @@ def main() -> None:
         print(f"skipped: this engine has no setting {error}")
         return
     torch.set_grad_enabled(False)
-    label = ", ".join(f"{name} {value}" for name, value in overrides.items()) or "defaults"
     device = "cuda" if torch.cuda.is_available() else "cpu"
     yardsticks = Yardsticks.measure(device)
     with Spine(settings) as spine:
         costs = model_costs(spine)
+        label = settings_label(spine, overrides)
         print(
-            f"{device_name()}: a large copy moves {yardsticks.copy_bytes_per_s / 1e12:.3f} TB/s, a matmul"
+            f"{label} on {device_name()}: a large copy moves {yardsticks.copy_bytes_per_s / 1e12:.3f} TB/s, a matmul"
             f" does {yardsticks.matmul_flops_per_s / 1e12:.1f} TFLOP/s; device side in {spine.loaded_s:.1f} s;"
-            f" {costs.weight_bytes / 1e9:.2f} GB of weights, state {costs.state_itemsize} and KV"
-            f" {costs.kv_itemsize} bytes a number; {spine.parts.limits}",
+            f" {costs.weight_bytes / 1e9:.2f} GB of weights; {spine.parts.limits}",
             flush=True,
         )
         bench = Bench(spine, sizes, costs, yardsticks, ResultFile("engine", device_name()), label)
@@ -81,6 +80,17 @@ def model_costs(spine: Spine) -> ModelCosts:
         ring_itemsize=layer.ring.u_RHPV.element_size(),
         activation_itemsize=_weight_itemsize(spine),
     )
+
+
+def settings_label(spine: Spine, overrides: dict[str, str]) -> str:
+    """The number formats in use, whoever chose them, and what else was overridden."""
+    formats = {
+        "state": spine.runner.states.layer(0).state_SHKV.dtype,
+        "KV": spine.runner.kv.layer(0)[0].dtype,
+    }
+    named = [f"{name} {str(dtype).removeprefix('torch.')}" for name, dtype in formats.items()]
+    others = [f"{k} {v}" for k, v in overrides.items() if k not in ("state_dtype", "kv_dtype")]
+    return ", ".join(named + others)
 
 
 def _weight_itemsize(spine: Spine) -> int:
