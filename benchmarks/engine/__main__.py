@@ -34,6 +34,8 @@ def main() -> None:
         counts = tuple(count for count in sizes.wave_counts if count in options.batches)
         sizes = dataclasses.replace(sizes, decode_batches=kept, wave_counts=counts)
     overrides = dict(pair.split("=", 1) for pair in options.set)
+    if options.cap_gib:
+        overrides["gpu_memory_fraction"] = cap_gpu_memory(options.model, options.cap_gib)
     try:
         settings = make_settings(options.model, **_fields(sizes, overrides))
     except UnknownSetting as error:
@@ -61,8 +63,24 @@ def main() -> None:
                 print(f"{part} failed: {type(error).__name__}: {error}", flush=True)
             if not spine.loop.is_healthy:
                 break
+        if torch.cuda.is_available():
+            free, total = torch.cuda.mem_get_info()
+            print(f"GPU memory in use on this card: {(total - free) / 2**30:.2f} GiB")
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}")
+
+
+def cap_gpu_memory(model: Path, cap_gib: float) -> str:
+    """Hold torch's allocator to what the cap leaves beside weights and context; returns the engine's share.
+
+    The weights lie outside torch's allocator, in an arena of their own.
+    """
+    total_bytes = torch.cuda.mem_get_info()[1]
+    weight_bytes = sum(path.stat().st_size for path in model.glob("*.safetensors"))
+    context_bytes = total_bytes - torch.cuda.mem_get_info()[0]
+    left_bytes = cap_gib * 2**30 - weight_bytes - context_bytes
+    torch.cuda.set_per_process_memory_fraction(left_bytes / total_bytes)
+    return f"{(cap_gib * 2**30 - context_bytes) / total_bytes:.4f}"
 
 
 def model_costs(spine: Spine) -> ModelCosts:
@@ -113,6 +131,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="fields of EngineSettings")
     parser.add_argument("--batches", nargs="+", type=int, help="only these batch sizes of decode and waves")
     parser.add_argument("--repeats", type=int, default=0, help="0: three, or one when tiny")
+    parser.add_argument("--cap-gib", type=float, help="let the whole engine have this much GPU memory")
     parser.add_argument("--tiny", action="store_true", help="sizes that run on a CPU in seconds")
     return parser.parse_args()
 
