@@ -3,7 +3,8 @@
 A cache is `[P, S, h, D]`: pages, tokens in a page, kv heads, head width. Token `i` of a
 sequence lies in page `page_table[i // S]` at place `i % S`.
 
-Legend: `R` rows, `T` tokens, `M` most pages of any row, `H` query heads, `h` kv heads.
+Legend: `R` rows, `T` tokens, `S` lines of the page table, `M` most pages of any line, `H` query
+heads, `h` kv heads, `N` chunks.
 """
 
 from __future__ import annotations
@@ -14,36 +15,58 @@ import torch
 import torch.nn.functional as F
 
 from kiln_nn.kernels.checks import ShapeMismatch, check_cu_seqlens, check_shape
+from kiln_nn.kernels.paged_attention.chunks import AttentionChunks
 
 # Most scores of a prompt chunk at once: 256 MiB of float32 where they are really stored.
 MOST_SCORES = 2**26
 
 
 def write_kv(cache_PShD: torch.Tensor, token_slots_T: torch.Tensor, x_ThD: torch.Tensor) -> None:
-    """Store one row per token in place; a token's slot is `page_id * S + place in the page`."""
+    """Store one row per token in place; a token's slot is `page_id * S + place in the page`.
+
+    What an fp8 cache cannot hold becomes the largest number it can.
+    """
     flat = cache_PShD.view(-1, *cache_PShD.shape[2:])
     check_shape("x", x_ThD, (token_slots_T.shape[0], *flat.shape[1:]))
-    flat.index_copy_(0, token_slots_T, x_ThD.to(cache_PShD.dtype))
+    if cache_PShD.dtype.itemsize > 1:
+        flat.index_copy_(0, token_slots_T, x_ThD.to(cache_PShD.dtype))
+        return
+    most = torch.finfo(cache_PShD.dtype).max
+    stored = x_ThD.clamp(-most, most).to(cache_PShD.dtype)
+    flat.view(torch.uint8).index_copy_(0, token_slots_T, stored.view(torch.uint8))
+
+
+def _pages(cache_PShD: torch.Tensor, page_ids: torch.Tensor) -> torch.Tensor:
+    """Copies of some pages; torch selects single bytes only as integers."""
+    if cache_PShD.dtype.itemsize > 1:
+        return cache_PShD.index_select(0, page_ids)
+    return cache_PShD.view(torch.uint8).index_select(0, page_ids).view(cache_PShD.dtype)
 
 
 def paged_decode_attention(
     q_RHD: torch.Tensor,
     k_cache_PShD: torch.Tensor,
     v_cache_PShD: torch.Tensor,
-    page_table_RM: torch.Tensor,
+    page_table_SM: torch.Tensor,
     context_lengths_R: torch.Tensor,
     scale: float,
     *,
     gate_RHD: torch.Tensor | None = None,
+    table_rows_R: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attend from one new token per row to its sequence, the token itself included.
 
     Its key and value are in the cache already and counted in `context_lengths_R`. Page
-    ids behind a row's context may be any valid page. A row of length 0 is padding: its
-    output is zero. With a gate, the output is multiplied by its sigmoid.
+    ids behind a row's context may be any valid page. Row `r` reads line `table_rows[r]` of the
+    page table, or line `r`. A row of length 0 or line -1 is padding: its output is zero. With a
+    gate, the output is multiplied by its sigmoid.
 
     Returns: `[R, H, D]` in the format of `q_RHD`.
     """
+    page_table_RM = page_table_SM
+    if table_rows_R is not None:
+        page_table_RM = page_table_SM.index_select(0, table_rows_R.clamp_min(0))
+        context_lengths_R = context_lengths_R.masked_fill(table_rows_R < 0, 0)
     num_rows, num_heads, head_dim = q_RHD.shape
     num_kv_heads, page_tokens = k_cache_PShD.shape[2], k_cache_PShD.shape[1]
     check_shape("k_cache", k_cache_PShD, (None, None, num_kv_heads, head_dim))
@@ -51,7 +74,7 @@ def paged_decode_attention(
     check_shape("page_table", page_table_RM, (num_rows, None))
     num_places = page_table_RM.shape[1] * page_tokens
     k, v = (
-        cache.index_select(0, page_table_RM.flatten())
+        _pages(cache, page_table_RM.flatten())
         .view(num_rows, num_places, num_kv_heads, head_dim)
         .transpose(1, 2)
         for cache in (k_cache_PShD, v_cache_PShD)
@@ -66,6 +89,43 @@ def paged_decode_attention(
     return out if gate_RHD is None else out * torch.sigmoid(gate_RHD)
 
 
+def paged_chunk_attention(
+    q_THD: torch.Tensor,
+    k_cache_PShD: torch.Tensor,
+    v_cache_PShD: torch.Tensor,
+    page_table_SM: torch.Tensor,
+    chunks: AttentionChunks,
+    scale: float,
+    *,
+    gate_THD: torch.Tensor | None = None,
+    table_rows_N: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attend from chunks of several sequences to their pasts and causally to themselves.
+
+    Reads the lengths on the host; the division into tiles does not matter here.
+
+    Returns: `[T, H, D]` in the format of `q_THD`; tokens of no chunk are zero.
+    """
+    bounds, contexts = chunks.cu_seqlens_N1.tolist(), chunks.context_lengths_N.tolist()
+    lines = list(range(chunks.num_chunks)) if table_rows_N is None else table_rows_N.tolist()
+    used = [n for n in range(chunks.num_chunks) if bounds[n + 1] > bounds[n]]
+    if not used:
+        return torch.zeros_like(q_THD)
+    page_tokens, num_tokens = k_cache_PShD.shape[1], bounds[-1]
+    attended = paged_prefill_attention(
+        q_THD[:num_tokens],
+        k_cache_PShD,
+        v_cache_PShD,
+        [page_table_SM[lines[n], : -(-contexts[n] // page_tokens)] for n in used],
+        [bounds[n] for n in used] + [num_tokens],
+        [contexts[n] for n in used],
+        scale,
+    )
+    if gate_THD is not None:
+        attended = attended * torch.sigmoid(gate_THD[:num_tokens])
+    return F.pad(attended, (0, 0, 0, 0, 0, q_THD.shape[0] - num_tokens))
+
+
 def paged_prefill_attention(
     q_THD: torch.Tensor,
     k_cache_PShD: torch.Tensor,
@@ -75,7 +135,7 @@ def paged_prefill_attention(
     context_lengths: Sequence[int],
     scale: float,
 ) -> torch.Tensor:
-    """Attend from chunks of several sequences to their pasts and causally to themselves.
+    """As `paged_chunk_attention`, with the lengths and every sequence's page numbers on the host.
 
     Sequence n brings tokens `cu_seqlens[n]:cu_seqlens[n + 1]`, the last of its
     `context_lengths[n]` tokens, whose keys and values are all in the cache already.
@@ -94,10 +154,7 @@ def paged_prefill_attention(
         if not num_new <= context_length <= page_tables[n].shape[0] * k_cache_PShD.shape[1]:
             raise ShapeMismatch("context", (context_length,), (f"{num_new} or more, within its pages",))
         k_hCD, v_hCD = (
-            cache.index_select(0, page_tables[n])
-            .flatten(0, 1)[:context_length]
-            .transpose(0, 1)
-            .to(q_nHD.dtype)
+            _pages(cache, page_tables[n]).flatten(0, 1)[:context_length].transpose(0, 1).to(q_nHD.dtype)
             for cache in (k_cache_PShD, v_cache_PShD)
         )
         block = max(1, MOST_SCORES // (q_nHD.shape[1] * context_length))
