@@ -49,10 +49,12 @@ def _attend(
     in_tile = tl.arange(0, KEYS)
     for start in tl.range(first, last, KEYS, num_stages=STAGES):
         keys = start + in_tile
-        is_key = keys < last if MASKED else None
+        is_key = keys < last
         mask = is_key[:, None] if MASKED else None
         other = 0.0 if MASKED else None
-        pages = tl.load(page_row_ptr + keys // PAGE_TOKENS, mask=is_key, other=0 if MASKED else None)
+        pages = tl.load(
+            page_row_ptr + keys // PAGE_TOKENS, mask=is_key if MASKED else None, other=0 if MASKED else None
+        )
         slots = (pages.to(tl.int64) * PAGE_TOKENS + keys % PAGE_TOKENS) * KV_HEADS + kv_head
         places = slots[:, None] * HEAD_DIM + columns[None, :]
         k = tl.load(k_ptr + places, mask=mask, other=other)
