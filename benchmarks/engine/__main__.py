@@ -34,22 +34,23 @@ def main() -> None:
         counts = tuple(count for count in sizes.wave_counts if count in options.batches)
         sizes = dataclasses.replace(sizes, decode_batches=kept, wave_counts=counts)
     overrides = dict(pair.split("=", 1) for pair in options.set)
+    if options.cap_gib:
+        overrides["gpu_memory_fraction"] = cap_gpu_memory(options.model, options.cap_gib)
     try:
         settings = make_settings(options.model, **_fields(sizes, overrides))
     except UnknownSetting as error:
         print(f"skipped: this engine has no setting {error}")
         return
     torch.set_grad_enabled(False)
-    label = ", ".join(f"{name} {value}" for name, value in overrides.items()) or "defaults"
     device = "cuda" if torch.cuda.is_available() else "cpu"
     yardsticks = Yardsticks.measure(device)
     with Spine(settings) as spine:
         costs = model_costs(spine)
+        label = settings_label(spine, overrides)
         print(
-            f"{device_name()}: a large copy moves {yardsticks.copy_bytes_per_s / 1e12:.3f} TB/s, a matmul"
+            f"{label} on {device_name()}: a large copy moves {yardsticks.copy_bytes_per_s / 1e12:.3f} TB/s, a matmul"
             f" does {yardsticks.matmul_flops_per_s / 1e12:.1f} TFLOP/s; device side in {spine.loaded_s:.1f} s;"
-            f" {costs.weight_bytes / 1e9:.2f} GB of weights, state {costs.state_itemsize} and KV"
-            f" {costs.kv_itemsize} bytes a number; {spine.parts.limits}",
+            f" {costs.weight_bytes / 1e9:.2f} GB of weights; {spine.parts.limits}",
             flush=True,
         )
         bench = Bench(spine, sizes, costs, yardsticks, ResultFile("engine", device_name()), label)
@@ -62,8 +63,24 @@ def main() -> None:
                 print(f"{part} failed: {type(error).__name__}: {error}", flush=True)
             if not spine.loop.is_healthy:
                 break
+        if torch.cuda.is_available():
+            free, total = torch.cuda.mem_get_info()
+            print(f"GPU memory in use on this card: {(total - free) / 2**30:.2f} GiB")
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}")
+
+
+def cap_gpu_memory(model: Path, cap_gib: float) -> str:
+    """Hold torch's allocator to what the cap leaves beside weights and context; returns the engine's share.
+
+    The weights lie outside torch's allocator, in an arena of their own.
+    """
+    total_bytes = torch.cuda.mem_get_info()[1]
+    weight_bytes = sum(path.stat().st_size for path in model.glob("*.safetensors"))
+    context_bytes = total_bytes - torch.cuda.mem_get_info()[0]
+    left_bytes = cap_gib * 2**30 - weight_bytes - context_bytes
+    torch.cuda.set_per_process_memory_fraction(left_bytes / total_bytes)
+    return f"{(cap_gib * 2**30 - context_bytes) / total_bytes:.4f}"
 
 
 def model_costs(spine: Spine) -> ModelCosts:
@@ -81,6 +98,17 @@ def model_costs(spine: Spine) -> ModelCosts:
         ring_itemsize=layer.ring.u_RHPV.element_size(),
         activation_itemsize=_weight_itemsize(spine),
     )
+
+
+def settings_label(spine: Spine, overrides: dict[str, str]) -> str:
+    """The number formats in use, whoever chose them, and what else was overridden."""
+    formats = {
+        "state": spine.runner.states.layer(0).state_SHKV.dtype,
+        "KV": spine.runner.kv.layer(0)[0].dtype,
+    }
+    named = [f"{name} {str(dtype).removeprefix('torch.')}" for name, dtype in formats.items()]
+    others = [f"{k} {v}" for k, v in overrides.items() if k not in ("state_dtype", "kv_dtype")]
+    return ", ".join(named + others)
 
 
 def _weight_itemsize(spine: Spine) -> int:
@@ -103,6 +131,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="fields of EngineSettings")
     parser.add_argument("--batches", nargs="+", type=int, help="only these batch sizes of decode and waves")
     parser.add_argument("--repeats", type=int, default=0, help="0: three, or one when tiny")
+    parser.add_argument("--cap-gib", type=float, help="let the whole engine have this much GPU memory")
     parser.add_argument("--tiny", action="store_true", help="sizes that run on a CPU in seconds")
     return parser.parse_args()
 

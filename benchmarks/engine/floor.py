@@ -28,7 +28,10 @@ class Yardsticks:
 
     @classmethod
     def measure(cls, device: str) -> Yardsticks:
-        return cls(_copy_rate(device), _matmul_rate(device))
+        measured = cls(_copy_rate(device), _matmul_rate(device))
+        if device.startswith("cuda"):
+            torch.cuda.empty_cache()  # the engine plans with what is free
+        return measured
 
 
 def _copy_rate(device: str) -> float:

@@ -6,7 +6,7 @@ import contextlib
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import httpx
@@ -20,26 +20,40 @@ _READY_TIMEOUT_S = 60.0
 def more_gateways(stack: Stack, model: Path, count: int) -> Iterator[list[str]]:
     """Base URLs of `count` further gateways of the stack's engine; they end with the context."""
     run_dir = stack.state_dir / "run"
-    processes, urls = [], []
+    environment = {
+        "KILN_GATEWAY_MODEL_PATH": str(model),
+        "KILN_GATEWAY_ENGINE_ADDRESSES": f"unix:{run_dir}/engine.sock",
+        "KILN_GATEWAY_REGISTRY_ADDRESS": f"unix:{run_dir}/registry.sock",
+        "KILN_GATEWAY_TRAINER_ADDRESS": f"unix:{run_dir}/trainer.sock",
+        "KILN_GATEWAY_REDIS_URL": f"unix://{run_dir}/redis.sock",
+    }
+    with running_gateways([environment] * count, stack.state_dir) as gateways:
+        yield [url for url, _ in gateways]
+
+
+@contextlib.contextmanager
+def running_gateways(
+    environments: Sequence[Mapping[str, str]], log_dir: Path
+) -> Iterator[list[tuple[str, int]]]:
+    """(base URL, process id) of a gateway for each environment, on free ports, once all are ready."""
+    processes: list[subprocess.Popen[bytes]] = []
+    urls = []
     try:
-        for number in range(count):
+        for number, environment in enumerate(environments):
             port = free_port()
-            environment = {
-                **os.environ,
-                "KILN_GATEWAY_PORT": str(port),
-                "KILN_GATEWAY_MODEL_PATH": str(model),
-                "KILN_GATEWAY_ENGINE_ADDRESSES": f"unix:{run_dir}/engine.sock",
-                "KILN_GATEWAY_REGISTRY_ADDRESS": f"unix:{run_dir}/registry.sock",
-                "KILN_GATEWAY_TRAINER_ADDRESS": f"unix:{run_dir}/trainer.sock",
-                "KILN_GATEWAY_REDIS_URL": f"unix://{run_dir}/redis.sock",
-            }
-            with (stack.state_dir / f"gateway-{number + 2}.log").open("ab") as log:
-                command = [sys.executable, "-m", "kiln_gateway"]
-                processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
+            with (log_dir / f"gateway-{number + 2}.log").open("ab") as log:
+                processes.append(
+                    subprocess.Popen(
+                        [sys.executable, "-m", "kiln_gateway"],
+                        env={**os.environ, **environment, "KILN_GATEWAY_PORT": str(port)},
+                        stdout=log,
+                        stderr=log,
+                    )
+                )
             urls.append(f"http://127.0.0.1:{port}")
         for url in urls:
             wait_for(lambda url=url: _is_ready(url), f"{url}/readyz", _READY_TIMEOUT_S)
-        yield urls
+        yield list(zip(urls, (process.pid for process in processes), strict=True))
     finally:
         for process in processes:
             process.terminate()

@@ -32,13 +32,13 @@ BATCHES = (1, 16, 64, 256)
 CHECKED_ROWS, CHECKED_TOKENS = 4, 200
 TUNE = {
     torch.bfloat16: [
-        StepConfig("split", "bf16x3", 1, 64, 3, 32, max_registers=96, is_dependent=False),
-        StepConfig("split", "bf16x3", 2, 64, 3, 16, 8, max_registers=96),
-        StepConfig("split", "bf16x3", 1, 32, 4, 32, max_registers=96),
+        StepConfig("wide", "bf16x3", 64, 3, 32, is_dependent=False),
+        StepConfig("tall", "bf16x3", 64, 3, 32),
+        StepConfig("wide", "bf16x3", 32, 3, 32, num_warps=2),
     ],
     torch.float32: [
-        StepConfig("fma", "tf32x3", 1, 16, 4, 16, is_dependent=False),
-        StepConfig("fma", "tf32x3", 2, 16, 4, 16, 8),
+        StepConfig("fma", "tf32x3", 16, 4, 16, is_dependent=False),
+        StepConfig("fma", "tf32x3", 16, 4, 16, num_warps=2),
     ],
 }
 

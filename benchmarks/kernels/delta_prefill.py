@@ -31,14 +31,13 @@ KEY_HEADS, HEADS, WIDTH, CONV_WIDTH, PAGE_TOKENS = 16, 32, 128, 4, 16
 CHANNELS = 2 * KEY_HEADS * WIDTH + HEADS * WIDTH
 PROMPTS = ((8192,), (2048,) * 4, (64,), (200,), (1024,) * 8, (32768,))
 TUNE = (
-    {"tile_warps": 8},
-    {"splits_groups": True},
+    {"keys_warps": 8},
+    {"values_warps": 8},
     {"inverse_form": "bf16"},
     {"inverse_form": "tf32x3"},
     {"pass_stages": 2},
+    {"block_v": 64},
     {"block_v": 128, "pass_warps": 8},
-    {"block_v": 32},
-    {"pass_warps": 8},
 )
 
 

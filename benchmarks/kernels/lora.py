@@ -20,7 +20,6 @@ from measure import ResultTable, Timing, relative_error, time_calls
 
 from kiln_nn.kernels.lora import AdapterUse, LoraRows, RowsShape, TokenGroup, lora_add_, pack_groups
 from kiln_nn.kernels.lora.reference import lora_add_reference_
-from kiln_nn.kernels.lora.rows import PREFILL_TILE_TOKENS
 
 NUM_LAYERS, HIDDEN, INTERMEDIATE, MIXED = 32, 2560, 9216, 4096
 # Inputs, ends of the modules' outputs.
@@ -70,7 +69,7 @@ class Adapters:
         return LoraRows.over(buffer.cuda(), shape)
 
     def prefill_rows(self, num_tokens: int) -> LoraRows:
-        return LoraRows.of(self.groups(num_tokens), PREFILL_TILE_TOKENS, "cuda")
+        return LoraRows.of(self.groups(num_tokens), is_prefill=True, device="cuda")
 
     def num_bytes(self, num_tokens: int) -> int:
         """Tables, x once, y once in and once out."""

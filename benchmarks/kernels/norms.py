@@ -31,7 +31,7 @@ def _draw(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 
 def _attention_inputs(num_rows: int) -> tuple:
-    angles = torch.rand(num_rows, 32, device="cuda").repeat(1, 2)
+    frequencies = 1e7 ** -(torch.arange(0, 64, 2, device="cuda") / 64)
     caches = [torch.zeros(num_rows + 1, 16, 4, 256, device="cuda", dtype=torch.bfloat16) for _ in "kv"]
     return (
         _draw(num_rows, 16, 2, 256)[:, :, 0],
@@ -40,8 +40,8 @@ def _attention_inputs(num_rows: int) -> tuple:
         _draw(256),
         _draw(256),
         EPS,
-        angles.cos(),
-        angles.sin(),
+        torch.randint(2**15, (num_rows,), device="cuda"),
+        frequencies,
         torch.randperm(16 * num_rows, device="cuda")[:num_rows],
         *caches,
     )
@@ -96,7 +96,8 @@ def _cases(num_rows: int) -> list[tuple[str, int, int, Callable, Callable, Calla
 
 def _write_without_padding(*arguments) -> torch.Tensor:
     """The reference without its look at padding, which a graph cannot hold."""
-    q, k, v, q_weight, k_weight, eps, cos, sin, slots, k_cache, v_cache = arguments
+    q, k, v, q_weight, k_weight, eps, positions, frequencies, slots, k_cache, v_cache = arguments
+    cos, sin = write_reference.cos_and_sin(positions, frequencies)
     rotated = [
         write_reference.apply_rotary(norm_reference.rms_norm(x, weight, eps, offset=1.0), cos, sin)
         for x, weight in ((q, q_weight), (k, k_weight))

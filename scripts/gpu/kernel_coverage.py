@@ -133,7 +133,7 @@ def choose_tests(tests: Mapping[str, Mapping[str, Any]], kernels: set[str]) -> t
 
 
 def main() -> None:
-    tests = {}
+    tests: dict[str, dict[str, Any]] = {}
     for path in sys.argv[1:]:
         tests |= json.loads(Path(path).read_text())
     chosen, missing = choose_tests(tests, entry_kernels())

@@ -7,7 +7,7 @@ import torch
 
 from kiln_nn.kernels.causal_conv import causal_conv
 from kiln_nn.kernels.checks import ShapeMismatch
-from kiln_nn.kernels.delta_decode import delta_decode
+from kiln_nn.kernels.delta_decode import delta_commit, delta_decode
 from kiln_nn.kernels.gated_delta import delta_rule_gates, delta_rule_heads, gated_delta_recurrent
 from kiln_nn.kernels.rms_norm import gated_rms_norm
 from tests.support.delta_decode import (
@@ -15,6 +15,7 @@ from tests.support.delta_decode import (
     Tokens,
     empty_memory,
     exact,
+    layers_stacked,
     make_rows,
     memory_tensors,
     random_memory,
@@ -95,3 +96,20 @@ def test_unfitting_shapes_are_refused():
     short = random_weights(DeltaShape(capacity=SHAPE.capacity, conv_width=3), draw)
     with pytest.raises(ShapeMismatch, match="conv_rows"):
         delta_decode(memory, rows, short, *tokens)
+
+
+def test_committing_after_the_step_equals_committing_in_it():
+    draw = torch.Generator().manual_seed(12)
+    weights = [random_weights(SHAPE, draw) for _ in range(2)]
+    at_once = [exact(random_memory(SHAPE, {1: 15, 2: 15, 3: 4}, draw)) for _ in range(2)]
+    layers, tokens = layers_stacked(at_once), random_tokens(SHAPE, 4, draw).all()
+    rows = make_rows((1, 1, 15, 1), None, (0, 2, 15, 5), (3, 3, 4, None))
+    for index, memory in enumerate(at_once):
+        out = delta_decode(memory, rows, weights[index], *tokens)
+        later = delta_decode(layers.layer(index), rows, weights[index], *tokens, commits=False)
+        assert torch.equal(out, later)
+        assert not torch.equal(layers.state_SHKV[index, 1], memory.state_SHKV[1])
+    delta_commit(layers, rows)
+    for index, memory in enumerate(at_once):
+        for now, expected in zip(memory_tensors(layers.layer(index)), memory_tensors(memory), strict=True):
+            assert torch.equal(now, expected)

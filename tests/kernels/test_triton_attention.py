@@ -134,6 +134,37 @@ def test_strided_queries_and_narrow_index_types():
     )
 
 
+def _by_line(case):
+    """The case's table with its lines in another order; the row of length 0 has none."""
+    lines = torch.tensor([5, 0, 3, -1, 2], device=DEVICE)
+    table = torch.full((7, case.table.shape[1]), int(case.table[0, -1]), device=DEVICE, dtype=torch.int32)
+    for row, line in enumerate(lines.tolist()):
+        if line >= 0:
+            table[line] = case.table[row].int()
+    case.lengths[3] = 50  # of whoever had the row before
+    q, k, v, _, lengths, scale = case.arguments()
+    return (q, k, v, table, lengths, scale), {"gate_RHD": case.gate, "table_rows_R": lines}
+
+
+@on_triton
+def test_rows_find_their_lines_of_the_page_table():
+    case = _Case((70, 1, 16, 0, 200), 4, 2, 64)
+    expected = case.expected(True)
+    arguments, options = _by_line(case)
+    out = _kernel().paged_decode_attention(*arguments, **options)
+    assert relative_error(out, expected) < TOLERANCE[torch.float32]
+    assert (out[3] == 0).all()
+
+
+def test_the_reference_finds_them_too():
+    case = _Case((70, 1, 16, 0, 200), 4, 2, 64)
+    expected = case.expected(True)
+    (q, k, v, *rest), options = _by_line(case)
+    arguments = (q, k.nan_to_num(), v.nan_to_num(), *rest)
+    out = reference.paged_decode_attention(*arguments, **options)
+    assert relative_error(out, expected) < TOLERANCE[torch.float32]
+
+
 @on_triton
 @pytest.mark.skipif(INTERPRETED, reason="needs a graph")
 def test_one_graph_serves_every_context_length():
@@ -210,7 +241,7 @@ def test_it_compiles_for_every_supported_gpu(cache_dtype, capabilities):
     arguments, gate = _compile_case(64, dtype, cache_dtype)
     with compiling_instead_of_launching(capabilities) as compiled:
         _kernel().paged_decode_attention(*arguments, gate_RHD=gate)
-    assert {one.name for one in compiled} == {"_decode_kernel", "_join_kernel"}
+    assert {one.name for one in compiled} == {"decode_kernel", "join_kernel"}
     assert all(one.shared_memory_bytes <= SHARED_MEMORY_LIMIT[one.capability] for one in compiled)
 
 
@@ -221,5 +252,5 @@ def test_the_released_shape_keeps_two_programs_on_a_multiprocessor():
     arguments, gate = _compile_case(64, torch.bfloat16, torch.bfloat16)
     with compiling_instead_of_launching((90,)) as compiled:
         _kernel().paged_decode_attention(*arguments, gate_RHD=gate)
-    shared = next(one.shared_memory_bytes for one in compiled if one.name == "_decode_kernel")
+    shared = next(one.shared_memory_bytes for one in compiled if one.name == "decode_kernel")
     assert 64 * 1024 < shared <= 113 * 1024

@@ -40,14 +40,16 @@ def _inputs(num_tokens, heads, kv_heads, head_dim, rotary_dim, page_tokens=16, d
 
     q = random(num_tokens, heads, 2, head_dim)[:, :, 0]
     k, v = random(num_tokens, 2 * kv_heads, head_dim).split(kv_heads, dim=1)
-    angles = torch.rand(num_tokens, rotary_dim // 2, generator=draw).repeat(1, 2).to(DEVICE) * 7
+    positions = torch.randint(2**18, (num_tokens,), generator=draw).to(DEVICE)
+    frequencies = (1e7 ** -(torch.arange(0, rotary_dim, 2) / rotary_dim)).to(DEVICE)
     slots = torch.randperm(NUM_PAGES * page_tokens, generator=draw)[:num_tokens].to(DEVICE)
     caches = [torch.full((NUM_PAGES, page_tokens, kv_heads, head_dim), 7.0).to(DEVICE, dtype) for _ in "kv"]
-    return [q, k, v, random(head_dim), random(head_dim), EPS, angles.cos(), angles.sin(), slots, *caches]
+    return [q, k, v, random(head_dim), random(head_dim), EPS, positions, frequencies, slots, *caches]
 
 
 def _in_float64(arguments):
     exact = [x.double() if torch.is_tensor(x) and x.is_floating_point() else x for x in arguments]
+    exact[7] = arguments[7]  # angles are float32 numbers, their cosines and sines exact
     return (reference.qk_norm_rope_write(*exact), *exact[-2:])
 
 
@@ -94,6 +96,56 @@ def test_padding_tokens_are_not_stored():
     for actual, wanted in zip((q, *arguments[-2:]), expected, strict=True):
         assert torch.allclose(actual.double(), wanted.double(), rtol=1e-5, atol=1e-6)
     assert (arguments[-1].flatten(0, 1) != 7.0).any(-1).any(-1).sum() == 3
+
+
+@on_triton
+def test_angles_are_right_at_every_position():
+    positions = torch.tensor([0, 1, 2, 3, 1000, 65_535, 65_537, 131_071, 200_001, 262_143], device=DEVICE)
+    arguments = _inputs(len(positions), 1, 1, 64, 64)
+    arguments[6] = positions
+    ones, zeros = torch.ones_like(arguments[0]), torch.zeros_like(arguments[3])
+    arguments[0][..., :32], arguments[0][..., 32:] = 1, 0  # q is then [cos | sin] but for its norm
+    arguments[3] = zeros
+    q = _kernel().qk_norm_rope_write(*arguments)
+    angles = (positions.float()[:, None] * arguments[7]).double()
+    expected = torch.cat((angles.cos(), angles.sin()), 1)[:, None] * ones
+    assert (q.double() * 0.5**0.5 - expected).abs().max() < 2e-6
+
+
+@on_triton
+@pytest.mark.skipif(INTERPRETED, reason="fp8 as the GPU converts it")
+def test_an_fp8_cache_saturates():
+    arguments = _inputs(2, 4, 2, 64, 16, dtype=torch.bfloat16)
+    arguments[2] = torch.full_like(arguments[2], 1e4)
+    arguments[2][1] = -1e4
+    arguments[-2:] = [cache.to(torch.float8_e4m3fn) for cache in arguments[-2:]]
+    _kernel().qk_norm_rope_write(*arguments)
+    stored = arguments[-1].float().flatten(0, 1)[arguments[8]]
+    assert (stored[0] == 448).all()
+    assert (stored[1] == -448).all()
+
+
+def test_the_reference_saturates_an_fp8_cache():
+    arguments = [x.cpu() if torch.is_tensor(x) else x for x in _inputs(2, 4, 2, 64, 16)]
+    arguments[2] = torch.full_like(arguments[2], 1e4)
+    arguments[-2:] = [cache.to(torch.float8_e4m3fn) for cache in arguments[-2:]]
+    qk_norm_rope_write(*arguments)
+    assert (arguments[-1].float().flatten(0, 1)[arguments[8]] == 448).all()
+
+
+@on_triton
+def test_queries_and_keys_inside_one_projection():
+    arguments = _inputs(5, 4, 2, 64, 16)
+    expected = _in_float64(arguments)
+    # Rows of [query | gate per head][keys][values], as one fused layer makes them.
+    fused = torch.full((5, 4 * 2 * 64 + 2 * 2 * 64), float("nan"), device=DEVICE)
+    q = fused[:, : 4 * 2 * 64].view(5, 4, 2, 64)[:, :, 0]
+    k, v = fused[:, 4 * 2 * 64 :].view(5, 4, 64).split(2, dim=1)
+    for inside, alone in zip((q, k, v), arguments[:3], strict=True):
+        inside.copy_(alone)
+    q = _kernel().qk_norm_rope_write(q, k, v, *arguments[3:])
+    for actual, wanted in zip((q, *arguments[-2:]), expected, strict=True):
+        assert torch.allclose(actual.double(), wanted.double(), rtol=1e-5, atol=1e-6)
 
 
 @on_triton

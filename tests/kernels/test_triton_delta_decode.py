@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from kiln_nn.kernels.delta_decode import delta_decode
-from kiln_nn.kernels.delta_decode.reference import delta_decode_reference
+from kiln_nn.kernels.delta_decode.reference import delta_commit_reference, delta_decode_reference
 from tests.support.delta_decode import (
     DeltaShape,
     assert_written_alike,
     converted,
     exact,
+    layers_stacked,
     make_rows,
     random_memory,
     random_tokens,
@@ -49,6 +50,12 @@ def _kernel():
     from kiln_nn.kernels.delta_decode import triton
 
     return triton
+
+
+def _kernel_of_commits():
+    from kiln_nn.kernels.delta_decode import triton_commit
+
+    return triton_commit
 
 
 @only_outside_interpreter
@@ -134,13 +141,17 @@ def test_other_shapes(shape):
 
 
 @on_triton
-@pytest.mark.parametrize("heads", [1, 2])
 @pytest.mark.parametrize(
     ("formats", "state_form", "commit_form"),
-    [("float32", "fma", "tf32x3"), ("bf16", "split", "bf16x3"), ("bf16", "fma", "bf16x3")],
+    [
+        ("float32", "fma", "tf32x3"),
+        ("bf16", "wide", "bf16x3"),
+        ("bf16", "tall", "bf16x3"),
+        ("bf16", "fma", "bf16x3"),
+    ],
 )
-def test_every_form_computes_the_same(formats, state_form, commit_form, heads):
-    config = _kernel().StepConfig(state_form, commit_form, heads, block_k=16, num_stages=2, commit_block_k=16)
+def test_every_form_computes_the_same(formats, state_form, commit_form):
+    config = _kernel().StepConfig(state_form, commit_form, block_k=16, num_stages=2, commit_block_k=16)
     _run(DeltaShape(key_dim=32), ROWS, formats, config)
 
 
@@ -264,7 +275,8 @@ def test_it_compiles_for_every_supported_gpu(monkeypatch, formats, is_dependent,
     tokens = tokens_to(random_tokens(shape, 1, draw), dtype)
     with compiling_instead_of_launching(capabilities) as compiled:
         _kernel().delta_decode(memory, make_rows((0, 0, 0, None)), weights, *tokens.all())
-    assert tuple(one.capability for one in compiled) == capabilities
+        _kernel_of_commits().delta_commit(layers_stacked([memory]), make_rows((0, 0, 0, None)))
+    assert tuple(one.capability for one in compiled) == capabilities * 3
     # A multiprocessor of 99 KB should hold at least two programs.
     assert all(one.shared_memory_bytes <= SHARED_MEMORY_LIMIT[86] // 2 for one in compiled)
 
@@ -287,3 +299,20 @@ def test_what_the_kernel_was_not_written_for_goes_to_the_reference():
     assert not is_supported(DeltaShape(capacity=65))
     assert not is_supported(DeltaShape(page_tokens=3))
     assert not is_supported(DeltaShape(), torch.float16)
+
+
+@on_triton
+@pytest.mark.parametrize("formats", list(FORMATS))
+def test_committing_all_layers_after_the_step(formats):
+    state_dtype, dtype = FORMATS[formats]
+    shape, draw = DeltaShape(), torch.Generator().manual_seed(11)
+    rows = make_rows(*ROWS)
+    lengths = {row[1]: row[2] + 1 for row in ROWS if row is not None}
+    before = [converted(random_memory(shape, lengths, draw), state_dtype, dtype, DEVICE) for _ in range(3)]
+    layers, expected = layers_stacked(before), layers_stacked([exact(one) for one in before])
+    _kernel_of_commits().delta_commit(layers, make_rows(*ROWS, device=DEVICE))
+    delta_commit_reference(expected, rows)
+    for index, one in enumerate(before):
+        tolerances = STATE_TOLERANCE[state_dtype], RING_TOLERANCE[state_dtype]
+        assert_written_alike(one, layers.layer(index), expected.layer(index), *tolerances)
+    assert not torch.equal(layers.state_SHKV[2, 4], before[2].state_SHKV[4])

@@ -44,6 +44,7 @@ def test_the_kernels_in_the_interpreter():
 def poisoned(monkeypatch):
     poison_new_memory(monkeypatch)
     if INTERPRETED:  # where sorting a thousand candidates takes a second
+        monkeypatch.setattr(_kernels(), "FEW_CANDIDATES", 64)
         monkeypatch.setattr(_kernels(), "MOST_CANDIDATES", 128)
 
 
@@ -217,13 +218,15 @@ def test_the_reference_on_every_shape_of_row(shape):
 @only_outside_interpreter
 @needs_triton
 def test_they_compile_for_every_supported_gpu():
+    # One chunk, as the tests' small models have; the published vocabulary, alone and in a batch.
+    shapes = [(5, 300), (1, 248_320), (256, 248_320)]
     with compiling_instead_of_launching() as compiled:
-        for num_rows in (1, 256):
+        for num_rows, vocab_size in shapes:
             _draw_with(
                 _kernels(),
-                torch.zeros(num_rows, 248_320),
+                torch.zeros(num_rows, vocab_size),
                 torch.zeros(num_rows, settings.NUM_ROW_FIELDS, dtype=torch.float64),
                 torch.zeros(64, settings.NUM_EDIT_FIELDS, dtype=torch.float64),
             )
-    assert len(compiled) == 2 * 4 * 4
+    assert len(compiled) == 4 * len(shapes) * 4
     assert all(one.shared_memory_bytes <= SHARED_MEMORY_LIMIT[one.capability] for one in compiled)

@@ -149,6 +149,12 @@ def memory_tensors(memory: DeltaMemory) -> tuple[torch.Tensor, ...]:
     return memory.state_SHKV, ring.k_RhPK, ring.u_RHPV, ring.log_decay_RHP, memory.conv_rows_SQC
 
 
+def layers_stacked(layers: list[DeltaMemory]) -> DeltaMemory:
+    """One memory whose tensors have the layers as their first dimension; a copy."""
+    state, *ring, conv_rows = (torch.stack(parts) for parts in zip(*map(memory_tensors, layers), strict=True))
+    return DeltaMemory(state, DeltaRing(*ring), conv_rows, layers[0].page_tokens)
+
+
 def weights_to(weights: DeltaDecodeWeights, dtype: torch.dtype, device: str = "cpu") -> DeltaDecodeWeights:
     """The large ones in `dtype`; A_log and dt_bias in float32, unless everything is float64."""
     gates = torch.float64 if dtype is torch.float64 else torch.float32

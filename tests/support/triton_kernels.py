@@ -124,6 +124,7 @@ _POINTEE = {
     torch.float8_e4m3fn: "fp8e4nv",
     torch.int64: "i64",
     torch.int32: "i32",
+    torch.int16: "i16",
     torch.int8: "i8",
     torch.uint8: "u8",
     torch.bool: "i1",
@@ -134,6 +135,8 @@ def _specialise(value: Any, is_constexpr: bool) -> tuple[str, bool]:
     """Type in the kernel's signature, and whether the compiler may count on 16 dividing it."""
     if is_constexpr or value is None or (isinstance(value, int) and value == 1):
         return "constexpr", False
+    if hasattr(value, "block_shape"):  # a TensorDescriptor
+        return f"tensordesc<{_POINTEE[value.base.dtype]}{list(value.block_shape)}>", False
     if isinstance(value, torch.Tensor):
         return "*" + _POINTEE[value.dtype], value.data_ptr() % 16 == 0
     if isinstance(value, int):

@@ -140,7 +140,7 @@ def test_one_long_row_does_not_pad_its_neighbours_to_its_length(
 ):
     monkeypatch.setattr(reference, "MOST_GATHERED_TOKENS", most_gathered)
     lengths = [700, 250_000, 0, 900, *[1000 + i for i in range(125)]]
-    groups = reference._row_groups(lengths)
+    groups = reference.row_groups(lengths)
     assert sorted(r for rows, _ in groups for r in rows) == [i for i, length in enumerate(lengths) if length]
     for rows, longest in groups:
         assert longest == max(lengths[r] for r in rows)

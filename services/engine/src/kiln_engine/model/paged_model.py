@@ -23,10 +23,10 @@ from kiln_nn.blocks import Weights, conv_weight, embed
 from kiln_nn.config import ModelConfig
 from kiln_nn.kernels.delta_decode import DeltaDecodeWeights, delta_decode
 from kiln_nn.kernels.delta_prefill import delta_prefill
-from kiln_nn.kernels.paged_attention import paged_decode_attention, paged_prefill_attention
+from kiln_nn.kernels.paged_attention import paged_chunk_attention, paged_decode_attention
 from kiln_nn.kernels.qk_norm_rope_write import qk_norm_rope_write
 from kiln_nn.kernels.rms_norm import add_rms_norm, rms_norm
-from kiln_nn.kernels.rotary import rotary_tables
+from kiln_nn.kernels.rotary import inverse_frequencies
 
 
 class PagedModel:
@@ -45,6 +45,7 @@ class PagedModel:
         )
         self.pages = PageTable(self.shape, self.device)
         self.matrices = BaseMatrices(config, weights)
+        self._inverse_frequencies = inverse_frequencies(config, self.device)
         # Place of each layer among those of its kind.
         kinds = config.layer_types
         self._index_in_kind = [kinds[:index].count(kind) for index, kind in enumerate(kinds)]
@@ -87,15 +88,12 @@ class PagedModel:
         Returns: float32 logits `[samples, vocabulary]` of the tokens that are sampled after.
         """
         linears = linears or Linears(self.matrices)
-        rotary = rotary_tables(layout.positions_T, self.config)
         residual = embed(self.weights, layout.token_ids_T)
         x = self._norm(residual, "model.layers.0.input_layernorm.weight")
         for index, kind in enumerate(self.config.layer_types):
             prefix, place = f"model.layers.{index}", self._index_in_kind[index]
-            if kind == "linear_attention":
-                mixed = self._deltanet(prefix, place, x, layout, linears)
-            else:
-                mixed = self._attention(prefix, place, x, layout, rotary, linears)
+            mix = self._deltanet if kind == "linear_attention" else self._attention
+            mixed = mix(prefix, place, x, layout, linears)
             x, residual = self._add_norm(mixed, residual, f"{prefix}.post_attention_layernorm.weight")
             grown = linears.gated(f"{prefix}.mlp.gate_up_proj", x)
             fed = linears.partials(f"{prefix}.mlp.down_proj", grown)
@@ -113,13 +111,7 @@ class PagedModel:
         return add_rms_norm(x_TD, residual_TD, self.weights[name], self.config.rms_norm_eps, offset=1.0)
 
     def _attention(
-        self,
-        prefix: str,
-        kv_layer: int,
-        x_TD: torch.Tensor,
-        layout: StepLayout,
-        rotary: tuple[torch.Tensor, torch.Tensor],
-        linears: Linears,
+        self, prefix: str, kv_layer: int, x_TD: torch.Tensor, layout: StepLayout, linears: Linears
     ) -> torch.Tensor:
         config, path = self.config, f"{prefix}.self_attn"
         num_heads, num_kv_heads, width = config.num_attention_heads, config.num_kv_heads, config.head_dim
@@ -137,7 +129,8 @@ class PagedModel:
             self.weights[f"{path}.q_norm.weight"],
             self.weights[f"{path}.k_norm.weight"],
             config.rms_norm_eps,
-            *rotary,
+            layout.positions_T,
+            self._inverse_frequencies,
             layout.token_slots_T,
             *caches,
         )
@@ -157,7 +150,7 @@ class PagedModel:
             )
         if layout.prefill is not None:
             outputs.append(
-                paged_prefill_attention(
+                paged_chunk_attention(
                     q[num_rows:],
                     *caches,
                     self.pages.lines_SM,

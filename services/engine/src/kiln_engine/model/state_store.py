@@ -82,17 +82,10 @@ class StateStore:
         self._ring_u = zeros(self.num_heads, self.capacity, value_width)
         self._ring_log_decay = zeros(self.num_heads, self.capacity)
         self._conv_rows = zeros(self.num_tail_rows + self.capacity, config.conv_dim, dtype=dtype)
-        self._layers = [
-            LayerState(DeltaMemory(state, DeltaRing(k, u, log_decay), conv_rows, page_tokens))
-            for state, k, u, log_decay, conv_rows in zip(
-                self._state,
-                self._ring_k,
-                self._ring_u,
-                self._ring_log_decay,
-                self._conv_rows,
-                strict=True,
-            )
-        ]
+        ring = DeltaRing(self._ring_k, self._ring_u, self._ring_log_decay)
+        # Every tensor with the layers as its first dimension.
+        self.all_layers = DeltaMemory(self._state, ring, self._conv_rows, page_tokens)
+        self._layers = [LayerState(self.all_layers.layer(index)) for index in range(layers)]
 
     @property
     def num_bytes(self) -> int:

@@ -1,6 +1,7 @@
 """Decoding with a DeltaNet layer against its slots, in place: convolution to gated norm.
 
-`delta_decode` takes one token per row, `delta_verify` the last sampled token and drafts behind it.
+`delta_decode` takes one token per row, `delta_verify` the last sampled token and drafts behind it;
+`delta_commit` writes the states of full pages for all layers together.
 """
 
 from __future__ import annotations
@@ -15,11 +16,19 @@ from kiln_nn.kernels.delta_decode.memory import (
     DeltaRows,
     check_memory,
 )
-from kiln_nn.kernels.delta_decode.reference import delta_decode_reference
+from kiln_nn.kernels.delta_decode.reference import delta_commit_reference, delta_decode_reference
 from kiln_nn.kernels.delta_decode.verify_reference import delta_verify_reference
 from kiln_nn.kernels.dispatch import takes_triton
 
-__all__ = ["NO_SLOT", "DeltaDecodeWeights", "DeltaMemory", "DeltaRows", "delta_decode", "delta_verify"]
+__all__ = [
+    "NO_SLOT",
+    "DeltaDecodeWeights",
+    "DeltaMemory",
+    "DeltaRows",
+    "delta_commit",
+    "delta_decode",
+    "delta_verify",
+]
 
 
 def delta_decode(
@@ -30,6 +39,8 @@ def delta_decode(
     a_RH: torch.Tensor,
     b_RH: torch.Tensor,
     z_RHV: torch.Tensor,
+    *,
+    commits: bool = True,
 ) -> torch.Tensor:
     """Advance every row by one token and write what it leaves behind into `memory`.
 
@@ -37,6 +48,9 @@ def delta_decode(
     projections. Each row convolves its token with the J rows before it, normalises q and k,
     reads its committed state and its ring, appends the token to the ring, commits where asked
     to, and leaves through the gated norm. No host synchronisation on the Triton path.
+
+    Without `commits` nothing is committed yet: `delta_commit` does it for all layers, once their
+    steps are done and before the rows' next step. That is faster on a GPU.
 
     Returns: `[R, H, V]` in the format of `z`, ready for the output projection.
 
@@ -53,8 +67,34 @@ def delta_decode(
         from kiln_nn.kernels.delta_decode import triton
 
         if triton.supports(memory, weights, mixed_RC, a_RH, b_RH, z_RHV):
-            return triton.delta_decode(memory, rows, weights, mixed_RC, a_RH, b_RH, z_RHV)
-    return delta_decode_reference(memory, rows, weights, mixed_RC, a_RH, b_RH, z_RHV)
+            return triton.delta_decode(memory, rows, weights, mixed_RC, a_RH, b_RH, z_RHV, commits=commits)
+    return delta_decode_reference(memory, rows, weights, mixed_RC, a_RH, b_RH, z_RHV, commits=commits)
+
+
+def delta_commit(layers: DeltaMemory, rows: DeltaRows) -> None:
+    """Fold the rings of the rows that commit into new states, in all layers at once.
+
+    `layers` has the layers as first dimension of every tensor; each layer's `delta_decode` of these
+    rows has run without commits. No host synchronisation on the Triton path.
+
+    Raises:
+        ShapeMismatch: the layers' tensors do not fit each other.
+    """
+    num_layers, num_slots, num_heads, key_dim, value_dim = layers.state_SHKV.shape
+    num_key_heads, capacity = layers.ring.k_RhPK.shape[2:4]
+    in_ring = (num_layers, num_slots, num_heads, capacity)
+    keys = (num_layers, num_slots, num_key_heads, capacity, key_dim)
+    check_shape("ring.k", layers.ring.k_RhPK, keys)
+    check_shape("ring.u", layers.ring.u_RHPV, (*in_ring, value_dim))
+    check_shape("ring.log_decay", layers.ring.log_decay_RHP, in_ring)
+    check_shape("conv_rows", layers.conv_rows_SQC, (num_layers, num_slots, None, None))
+    if takes_triton(layers.state_SHKV, rows.ring_slots_R):
+        from kiln_nn.kernels.delta_decode import triton, triton_commit
+
+        is_small = rows.num_rows <= triton_commit.MOST_ROWS
+        if is_small and triton.supports_memory(layers.layer(0)):
+            return triton_commit.delta_commit(layers, rows)
+    return delta_commit_reference(layers, rows)
 
 
 def delta_verify(

@@ -31,6 +31,11 @@ class DeltaMemory:
     conv_rows_SQC: torch.Tensor
     page_tokens: int = 16
 
+    def layer(self, index: int) -> DeltaMemory:
+        """One layer of a memory whose tensors have all layers as their first dimension."""
+        ring = DeltaRing(self.ring.k_RhPK[index], self.ring.u_RHPV[index], self.ring.log_decay_RHP[index])
+        return DeltaMemory(self.state_SHKV[index], ring, self.conv_rows_SQC[index], self.page_tokens)
+
 
 @dataclass(frozen=True)
 class DeltaDecodeWeights:
@@ -94,6 +99,7 @@ class CommitIndices:
     """Those among the rows in use whose state is committed."""
 
     rows: torch.Tensor
+    read_slots: torch.Tensor
     ring_slots: torch.Tensor
     lengths: torch.Tensor  # this step's token included
     to_slots: torch.Tensor
@@ -172,6 +178,7 @@ def _commit_indices(
     tail = torch.arange(num_tail_rows, device=rows.device)
     return CommitIndices(
         rows=rows,
+        read_slots=reads,
         ring_slots=slots,
         lengths=lengths + 1,
         to_slots=commits,

@@ -32,6 +32,8 @@ def delta_decode_reference(
     a_RH: torch.Tensor,
     b_RH: torch.Tensor,
     z_RHV: torch.Tensor,
+    *,
+    commits: bool = True,
 ) -> torch.Tensor:
     """See `delta_decode`; float64 throughout if the memory and the inputs are float64."""
     index = rows.indices(memory)
@@ -53,12 +55,22 @@ def delta_decode_reference(
     _put(memory.ring.k_RhPK, 3, index.key_entries, k)
     _put(memory.ring.u_RHPV, 3, index.value_entries, step.u_RHV)
     _put(memory.ring.log_decay_RHP, 3, index.value_entries, step.log_decay_RH)
-    if index.commit is not None:
-        _commit(memory, index.commit, state)
+    if commits and index.commit is not None:
+        _commit(memory, index.commit, state.index_select(0, index.commit.rows))
     out = gated_rms_norm(step.out_RHV, z_RHV, weights.norm_V, weights.norm_eps)
     if index.active is None:
         return out
     return torch.zeros_like(padded).index_copy_(0, index.active, out)
+
+
+def delta_commit_reference(layers: DeltaMemory, rows: DeltaRows) -> None:
+    """See `delta_commit`."""
+    for layer in range(layers.state_SHKV.shape[0]):
+        memory = layers.layer(layer)
+        index = rows.indices(memory)
+        if index.commit is None:
+            return
+        _commit(memory, index.commit, memory.state_SHKV.index_select(0, index.commit.read_slots))
 
 
 def _rings_of(ring: DeltaRing, slots: torch.Tensor) -> DeltaRing:
@@ -74,11 +86,9 @@ def _put(ring: torch.Tensor, num_entry_dims: int, entries: torch.Tensor, values:
     ring.flatten(0, num_entry_dims - 1).index_copy_(0, entries, values.flatten(0, 1).to(ring.dtype))
 
 
-def _commit(memory: DeltaMemory, commit: CommitIndices, state_RHKV: torch.Tensor) -> None:
+def _commit(memory: DeltaMemory, commit: CommitIndices, state_NHKV: torch.Tensor) -> None:
     """Fold the rings into new states; the states they started from stay as they are."""
-    states = gated_delta_ring_commit(
-        state_RHKV.index_select(0, commit.rows), _rings_of(memory.ring, commit.ring_slots), commit.lengths
-    )
+    states = gated_delta_ring_commit(state_NHKV, _rings_of(memory.ring, commit.ring_slots), commit.lengths)
     memory.state_SHKV.index_copy_(0, commit.to_slots, states.to(memory.state_SHKV.dtype))
     conv_rows = memory.conv_rows_SQC.view(-1, memory.conv_rows_SQC.shape[-1])
     conv_rows.index_copy_(0, commit.tail_targets, conv_rows.index_select(0, commit.tail_sources))

@@ -1,4 +1,4 @@
-"""The decode step of a DeltaNet layer in one Triton launch, written for memory bandwidth.
+"""The decode step of a DeltaNet layer in two Triton launches, written for memory bandwidth.
 
 Source: the page-committed form of gated_delta/ring.py (Yang et al. 2024, arXiv 2412.06464,
 unrolled over a page; the same idea is known as ReplaySSM). A step reads the state once and
@@ -17,14 +17,13 @@ bf16 off instead of rounding it. benchmarks/kernels/delta_decode.py measures it 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 import triton
 
 from kiln_nn.kernels.delta_decode.memory import DeltaDecodeWeights, DeltaMemory, DeltaRows
-from kiln_nn.kernels.delta_decode.triton_step import delta_decode_kernel
+from kiln_nn.kernels.delta_decode.triton_step import delta_keys_kernel, delta_values_kernel
 from kiln_nn.kernels.dependent_launch import launch_options, supports_dependent_launch
 from kiln_nn.kernels.dispatch import is_interpreted
 
@@ -33,35 +32,30 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class StepConfig:
-    """How a program computes. The forms are those of `triton_step`."""
+    """How the programs compute. The forms are those of `triton_step`."""
 
     state_form: str
     commit_form: str
-    # Value heads that share a key head and a program; fewer where a key head has fewer.
-    heads: int
-    # Rows of the state a program reads at a time, and how many such blocks are in flight.
+    # Rows of the state a program reads at a time; one copy less than stages is in flight.
     block_k: int
     num_stages: int
     # Rows of the state that a commit updates at a time.
     commit_block_k: int
     num_warps: int = 4
-    # Send for the state before the convolution, which its loop would otherwise wait for.
-    prefetch: bool = True
+    num_key_warps: int = 4
+    # Send for the state ahead of the loop that reads it.
+    prefetch: bool = False
     max_registers: int | None = None
     # Start before the launch before has ended, where the device can.
     is_dependent: bool = True
-
-    def heads_of(self, group: int) -> int:
-        """Heads of a program among `group` that share a key head: a power of two that divides them."""
-        return math.gcd(self.heads, group)
 
 
 # By the format of the committed state.
 CONFIGS = {
     torch.bfloat16: StepConfig(
-        "split", "bf16x3", heads=1, block_k=64, num_stages=2, commit_block_k=32, max_registers=96
+        "wide", "bf16x3", block_k=64, num_stages=3, commit_block_k=16, num_warps=2, num_key_warps=2
     ),
-    torch.float32: StepConfig("fma", "tf32x3", heads=1, block_k=16, num_stages=4, commit_block_k=16),
+    torch.float32: StepConfig("fma", "tf32x3", block_k=16, num_stages=4, commit_block_k=16),
 }
 
 
@@ -74,24 +68,33 @@ def supports(
     z_RHV: torch.Tensor,
 ) -> bool:
     """Whether shapes, formats and strides are within what the kernel was written for."""
+    parameters = (weights.conv_CW, weights.A_log_H, weights.dt_bias_H, weights.norm_V)
+    inputs = (mixed_RC, a_RH, b_RH, z_RHV)
+    return (
+        supports_memory(memory)
+        and all(tensor.dtype in _FLOATS for tensor in (*parameters, *inputs))
+        and all(tensor.is_contiguous() for tensor in parameters)
+        and all(tensor.stride(-1) == 1 for tensor in inputs)
+        and z_RHV.stride(1) == memory.state_SHKV.shape[3]
+    )
+
+
+def supports_memory(memory: DeltaMemory) -> bool:
+    """Whether one layer's slots are within what the kernels were written for."""
     _, num_heads, key_dim, value_dim = memory.state_SHKV.shape
     num_key_heads, capacity = memory.ring.k_RhPK.shape[1:3]
+    conv_width = memory.conv_rows_SQC.shape[1] - capacity + 1
     rings = (memory.ring.k_RhPK, memory.ring.u_RHPV, memory.ring.log_decay_RHP)
-    stored = (memory.state_SHKV, memory.conv_rows_SQC, *rings)
-    parameters = (weights.conv_CW, weights.A_log_H, weights.dt_bias_H, weights.norm_V)
-    inputs = (mixed_RC, a_RH, b_RH, z_RHV, memory.conv_rows_SQC)
     return (
         key_dim in (16, 32, 64, 128)
         and value_dim in (16, 32, 64, 128)
         and num_heads % num_key_heads == 0
-        and 2 <= weights.conv_CW.shape[1] <= 8
-        and weights.conv_CW.shape[1] <= memory.page_tokens <= capacity <= 64
+        and 2 <= conv_width <= 8
+        and conv_width <= memory.page_tokens <= capacity <= 64
         and memory.state_SHKV.dtype in CONFIGS
         and all(ring.dtype is torch.float32 for ring in rings)
-        and all(tensor.dtype in _FLOATS for tensor in (*parameters, *inputs))
-        and all(tensor.is_contiguous() for tensor in (*stored, *parameters))
-        and all(tensor.stride(-1) == 1 for tensor in inputs)
-        and z_RHV.stride(1) == value_dim
+        and memory.conv_rows_SQC.dtype in _FLOATS
+        and all(x.is_contiguous() for x in (memory.state_SHKV, memory.conv_rows_SQC, *rings))
     )
 
 
@@ -104,26 +107,53 @@ def delta_decode(
     b_RH: torch.Tensor,
     z_RHV: torch.Tensor,
     config: StepConfig | None = None,
+    *,
+    commits: bool = True,
 ) -> torch.Tensor:
-    """One launch; the arguments are those of the package's public function and within `supports`."""
+    """Two launches; the arguments are those of the package's public function and within `supports`."""
     _, num_heads, key_dim, value_dim = memory.state_SHKV.shape
     num_key_heads, capacity = memory.ring.k_RhPK.shape[1:3]
     config = config or CONFIGS[memory.state_SHKV.dtype]
-    out_RHV = torch.empty(z_RHV.shape, dtype=z_RHV.dtype, device=z_RHV.device)
-    if rows.num_rows == 0:
+    num_rows, device = rows.num_rows, z_RHV.device
+    out_RHV = torch.empty(z_RHV.shape, dtype=z_RHV.dtype, device=device)
+    if num_rows == 0:
         return out_RHV
-    heads = config.heads_of(num_heads // num_key_heads)
-    is_dependent = config.is_dependent and supports_dependent_launch(mixed_RC.device)
-    delta_decode_kernel[(num_heads // heads, rows.num_rows)](
+    num_entries = max(16, triton.next_power_of_2(capacity))
+    is_split = config.state_form != "fma"
+    pairs = torch.empty(
+        (num_rows, num_key_heads, 4 if is_split else 2, key_dim),
+        dtype=torch.bfloat16 if is_split else torch.float32,
+        device=device,
+    )
+    dots = torch.empty((num_rows, num_key_heads, 2, num_entries), device=device)
+    dependent = launch_options(config.is_dependent and supports_dependent_launch(device))
+    where = (rows.read_slots_R, rows.ring_slots_R, rows.lengths_R, rows.commit_slots_R)
+    sizes = {"HK": num_key_heads, "K": key_dim, "P": capacity, "ENTRIES": num_entries}
+    sizes["COMMITS"] = commits
+    sizes["W"] = weights.conv_CW.shape[1]
+    delta_keys_kernel[(num_key_heads, num_rows)](
+        memory.ring.k_RhPK,
+        memory.conv_rows_SQC,
+        *where,
+        mixed_RC,
+        weights.conv_CW,
+        pairs,
+        dots,
+        mixed_RC.stride(0),
+        memory.state_SHKV.shape[0],
+        C=mixed_RC.shape[1],
+        SPLIT=is_split,
+        num_warps=config.num_key_warps,
+        **sizes,
+        **dependent,
+    )
+    delta_values_kernel[(num_heads, num_rows)](
         memory.state_SHKV,
         memory.ring.k_RhPK,
         memory.ring.u_RHPV,
         memory.ring.log_decay_RHP,
         memory.conv_rows_SQC,
-        rows.read_slots_R,
-        rows.ring_slots_R,
-        rows.lengths_R,
-        rows.commit_slots_R,
+        *where,
         mixed_RC,
         a_RH,
         b_RH,
@@ -132,6 +162,8 @@ def delta_decode(
         weights.A_log_H,
         weights.dt_bias_H,
         weights.norm_V,
+        pairs,
+        dots,
         out_RHV,
         mixed_RC.stride(0),
         a_RH.stride(0),
@@ -140,24 +172,19 @@ def delta_decode(
         memory.state_SHKV.shape[0],
         weights.norm_eps,
         H=num_heads,
-        HK=num_key_heads,
-        K=key_dim,
         V=value_dim,
-        P=capacity,
-        ENTRIES=max(16, triton.next_power_of_2(capacity)),
-        W=weights.conv_CW.shape[1],
-        HEADS=heads,
         BLOCK_K=min(config.block_k, key_dim),
         STAGES=config.num_stages,
         COMMIT_BLOCK_K=min(config.commit_block_k, key_dim),
         STATE_FORM=config.state_form,
         # The interpreter knows no bf16x3, and computes all products in float32.
         COMMIT_FORM="ieee" if is_interpreted() else config.commit_form,
-        PREFETCH=config.prefetch and not is_dependent and not is_interpreted(),
-        **launch_options(is_dependent),
+        PREFETCH=config.prefetch and not dependent["DEPENDENT"] and not is_interpreted(),
         INTERPRETED=is_interpreted(),
         num_warps=config.num_warps,
         num_stages=1,
         maxnreg=config.max_registers,
+        **sizes,
+        **dependent,
     )
     return out_RHV

@@ -1,12 +1,13 @@
 """The decode step's device code; `triton.py` launches it and states what it supports.
 
-One program takes one row and HEADS value heads that share a key head: the convolution of their q,
-k and v channels, the ring, then the whole width of their `[K, V]` states, a few rows in flight at a
-time. Everything small is asked for at the start, together with the state's way into the L2 cache, so
-that a program waits for memory twice: for its slots, and for everything they name.
-Programs that share a key head convolve its q and k channels each for themselves; the first of
-them alone writes what they share. Nothing another program of the same launch reads is written, so
-one launch does it all.
+Two launches. `delta_keys_kernel` takes one key head of one row: it convolves and normalises q and k,
+multiplies them with the ring's keys, and writes what they leave behind. `delta_values_kernel` takes
+one value head of one row: its v, the ring's values, then the whole width of the `[K, V]` state. The
+first is small; without it every value head would do its share again, and wait for it before
+the state. Everything a program needs is asked for at its start, so that it waits for memory
+twice: for its slots, and for everything they name.
+
+Nothing that another program of the same launch reads is written.
 """
 
 from __future__ import annotations
@@ -15,19 +16,19 @@ import triton
 import triton.language as tl
 
 from kiln_nn.kernels.delta_decode.triton_parts import convolve, prefetch_lines, silu, softplus, unit
-from kiln_nn.kernels.dependent_launch import start_dependents, wait_for_producers
+from kiln_nn.kernels.dependent_launch import prefetch_to_l2, start_dependents, wait_for_producers
 
 
 @triton.jit
 def _keep_conv_rows(
     token, conv_rows, channels, ring_slot, length, commit_slot,
-    C: tl.constexpr, P: tl.constexpr, W: tl.constexpr,
+    C: tl.constexpr, P: tl.constexpr, W: tl.constexpr, COMMITS: tl.constexpr,
 ):  # fmt: skip
     """Append the token's channels to the ring; on a commit the last J rows become the new tail."""
     J: tl.constexpr = W - 1
     x = token.to(conv_rows.dtype.element_ty)
     tl.store(conv_rows + (ring_slot * (J + P) + J + length) * C + channels, x)
-    if commit_slot >= 0:
+    if COMMITS and commit_slot >= 0:
         tail = conv_rows + commit_slot * (J + P) * C + channels
         for tap in tl.static_range(1, J):
             row = tl.load(conv_rows + (ring_slot * (J + P) + length + tap) * C + channels)
@@ -36,200 +37,272 @@ def _keep_conv_rows(
 
 
 @triton.jit
-def _state_places(rows, K: tl.constexpr, V: tl.constexpr, HEADS: tl.constexpr):
-    """Offsets `[rows, HEADS * V]` of some rows of neighbouring heads' states."""
-    column = tl.arange(0, HEADS * V)
-    return (column // V * (K * V) + column % V)[None, :] + rows[:, None] * V
+def _early_slots(read_slots, ring_slots, lengths, row, num_slots, P: tl.constexpr):
+    """A row's numbers before the producers have ended, bent into range.
+
+    Where a producer is about to write them, the wrong lines come to the cache, and no more.
+    """
+    read_slot = tl.load(read_slots + row, volatile=True).to(tl.int64)
+    ring_slot = tl.load(ring_slots + row, volatile=True).to(tl.int64)
+    length = tl.load(lengths + row, volatile=True).to(tl.int32)
+    read_slot = tl.minimum(tl.maximum(read_slot, 0), num_slots - 1)
+    ring_slot = tl.minimum(tl.maximum(ring_slot, 0), num_slots - 1)
+    return read_slot, ring_slot, tl.minimum(tl.maximum(length, 0), P)
+
+
+@triton.jit(do_not_specialize=["num_slots"])
+def delta_keys_kernel(
+    ring_k, conv_rows, read_slots, ring_slots, lengths, commit_slots,
+    mixed, conv_weight, pairs, dots, mixed_stride, num_slots,
+    HK: tl.constexpr, K: tl.constexpr, C: tl.constexpr, P: tl.constexpr, ENTRIES: tl.constexpr,
+    W: tl.constexpr, SPLIT: tl.constexpr, COMMITS: tl.constexpr, DEPENDENT: tl.constexpr,
+):  # fmt: skip
+    """Grid (HK, R). Writes k and q, and their products with the ring's keys.
+
+    `pairs` [R, HK, 2, K] float32 has k and q; with SPLIT [R, HK, 4, K] bfloat16 has their upper and
+    their lower halves. `dots` [R, HK, 2, ENTRIES] has their products with the ring's keys,
+    and at the query's place `length` its product with this token's key.
+    """
+    key_head = tl.program_id(0)
+    row = tl.program_id(1)
+    key = tl.arange(0, K)
+    entries = tl.arange(0, ENTRIES)
+    if DEPENDENT:
+        start_dependents()
+        _, early_ring, early_length = _early_slots(read_slots, ring_slots, lengths, row, num_slots, P)
+        early_keys = ring_k + (early_ring * HK + key_head) * (P * K) + entries * K
+        prefetch_to_l2(early_keys, tl.where(entries < early_length, K * 4, 0))
+        wait_for_producers()
+    ring_slot = tl.load(ring_slots + row).to(tl.int64)
+    read_slot = tl.load(read_slots + row).to(tl.int64)
+    commit_slot = tl.load(commit_slots + row).to(tl.int64) if COMMITS else -1
+    length = tl.load(lengths + row).to(tl.int64)
+    if ring_slot < 0:
+        return
+
+    used = entries < length
+    ring_k_base = ring_k + (ring_slot * HK + key_head) * (P * K)
+    k_old = tl.load(ring_k_base + entries[:, None] * K + key[None, :], mask=used[:, None], other=0.0)
+    mixed += row * mixed_stride
+    q_channels = key_head * K + key
+    k_channels = HK * K + q_channels
+    q_token = tl.load(mixed + q_channels)
+    k_token = tl.load(mixed + k_channels)
+    q = convolve(q_token, conv_rows, conv_weight, q_channels, read_slot, ring_slot, length, C, P, W)
+    k = convolve(k_token, conv_rows, conv_weight, k_channels, read_slot, ring_slot, length, C, P, W)
+    q = unit(silu(q)) * (K**-0.5)
+    k = unit(silu(k))
+
+    place = row * HK + key_head
+    if SPLIT:
+        k_high, q_high = k.to(tl.bfloat16), q.to(tl.bfloat16)
+        pair = pairs + place * (4 * K) + key
+        tl.store(pair, k_high)
+        tl.store(pair + K, q_high)
+        tl.store(pair + 2 * K, (k - k_high.to(tl.float32)).to(tl.bfloat16))
+        tl.store(pair + 3 * K, (q - q_high.to(tl.float32)).to(tl.bfloat16))
+    else:
+        pair = pairs + place * (2 * K) + key
+        tl.store(pair, k)
+        tl.store(pair + K, q)
+    k_old = k_old.to(tl.float32)
+    with_k = tl.sum(k_old * k[None, :], 1)
+    with_q = tl.sum(k_old * q[None, :], 1)
+    dot = dots + place * (2 * ENTRIES) + entries
+    tl.store(dot, with_k)
+    tl.store(dot + ENTRIES, tl.where(entries == length, tl.sum(k * q, 0), with_q))
+    tl.store(ring_k_base + length * K + key, k.to(ring_k.dtype.element_ty))
+    _keep_conv_rows(q_token, conv_rows, q_channels, ring_slot, length, commit_slot, C, P, W, COMMITS)
+    _keep_conv_rows(k_token, conv_rows, k_channels, ring_slot, length, commit_slot, C, P, W, COMMITS)
 
 
 @triton.jit
-def _split_pair(k, q, line):
-    """k and q as the live rows of a 16-row bf16 operand, each as a sum of two bf16 numbers."""
-    pair = tl.where(line % 2 == 0, k[None, :], q[None, :])
-    high = pair.to(tl.bfloat16)
-    low = (pair - high.to(tl.float32)).to(tl.bfloat16)
-    return tl.where(line < 2, high, tl.where(line < 4, low, tl.zeros_like(low)))
+def _read_state_plainly(
+    state_head, pair, K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr
+):
+    """`S^T k` and `S^T q`, each [V], in float32 without tensor cores; `pair` is [2, K]."""
+    value = tl.arange(0, V)
+    all_k = tl.zeros((BLOCK_K, V), tl.float32)
+    all_q = tl.zeros((BLOCK_K, V), tl.float32)
+    for first in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+        row = first + tl.arange(0, BLOCK_K)
+        block = tl.load(state_head + row[:, None] * V + value[None, :], eviction_policy="evict_first")
+        all_k += block.to(tl.float32) * tl.load(pair + row)[:, None]
+        all_q += block.to(tl.float32) * tl.load(pair + K + row)[:, None]
+    return tl.sum(all_k, 0), tl.sum(all_q, 0)
+
+
+@triton.jit
+def _multiply(columns, lines, acc, FORM: tl.constexpr, INTERPRETED: tl.constexpr):
+    """`acc` plus [n, V] `columns` times [n, 16] `lines`: [V, 16] if "tall", [16, V] if "wide"."""
+    if INTERPRETED:
+        columns = columns.to(tl.float32)
+        lines = lines.to(tl.float32)
+    if FORM == "tall":
+        return tl.dot(tl.trans(columns), lines, acc)
+    else:
+        return tl.dot(tl.trans(lines), columns, acc)
 
 
 @triton.jit
 def _read_state(
-    states, k, q,
-    K: tl.constexpr, V: tl.constexpr, HEADS: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    state_head, pair,
+    K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
     FORM: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """`S^T k` and `S^T q` of HEADS heads, each [HEADS * V] in float32.
+    """`S^T` times the four lines of `pair` [4, K] on tensor cores, twelve lines of zeros beside them.
 
-    BLOCK_K rows of S at a time, STAGES copies in flight.
-    "split": k and q as rows of a tensor-core product, so that only the state's own format rounds.
-    "fma": without tensor cores.
+    BLOCK_K rows of S at a time, STAGES - 1 copies in flight. The lines are the upper and lower halves
+    of k and q, so that only the state's own format rounds.
     """
-    line = tl.arange(0, 16)[:, None]
-    if FORM == "fma":
-        all_k = tl.zeros((BLOCK_K, HEADS * V), tl.float32)
-        all_q = tl.zeros((BLOCK_K, HEADS * V), tl.float32)
-    else:
-        both = tl.zeros((16, HEADS * V), tl.float32)
+    value = tl.arange(0, V)
+    line = tl.arange(0, 16)
+    both = tl.zeros((V, 16) if FORM == "tall" else (16, V), tl.float32)
     for first in tl.range(0, K, BLOCK_K, num_stages=STAGES):
         row = first + tl.arange(0, BLOCK_K)
-        block = tl.load(states + _state_places(row, K, V, HEADS), eviction_policy="evict_first")
-        k_part = tl.gather(k, row, 0)
-        q_part = tl.gather(q, row, 0)
-        if FORM == "fma":
-            all_k += block.to(tl.float32) * k_part[:, None]
-            all_q += block.to(tl.float32) * q_part[:, None]
-        elif INTERPRETED:
-            parts = _split_pair(k_part, q_part, line).to(tl.float32)
-            both = tl.dot(parts, block.to(tl.float32), both)
-        else:
-            both = tl.dot(_split_pair(k_part, q_part, line), block, both)
-    if FORM == "fma":
-        return tl.sum(all_k, 0), tl.sum(all_q, 0)
+        block = tl.load(state_head + row[:, None] * V + value[None, :], eviction_policy="evict_first")
+        lines = tl.load(pair + line[None, :] * K + row[:, None], mask=(line < 4)[None, :], other=0.0)
+        both = _multiply(block, lines, both, FORM, INTERPRETED)
+    return both
+
+
+@triton.jit
+def _add_ring(both, u, with_k, with_q, FORM: tl.constexpr, INTERPRETED: tl.constexpr):
+    """`both` plus `sum_i with_i u_i` for k and q, everything as upper and lower halves."""
+    line = tl.arange(0, 16)[None, :]
+    parts = tl.where(line % 2 == 0, with_k[:, None], with_q[:, None])
+    high = parts.to(tl.bfloat16)
+    low = (parts - high.to(tl.float32)).to(tl.bfloat16)
+    lines = tl.where(line < 2, high, tl.where(line < 4, low, tl.zeros_like(low)))
+    u_high = u.to(tl.bfloat16)
+    both = _multiply(u_high, lines, both, FORM, INTERPRETED)
+    return _multiply((u - u_high.to(tl.float32)).to(tl.bfloat16), lines, both, FORM, INTERPRETED)
+
+
+@triton.jit
+def _halves_joined(both, FORM: tl.constexpr):
+    """The sums of k's and of q's lines, each [V]."""
+    line = tl.arange(0, 16)
+    if FORM == "tall":
+        is_k = (line % 2 == 0)[None, :]
+        return tl.sum(tl.where(is_k, both, 0.0), 1), tl.sum(tl.where(is_k, 0.0, both), 1)
     else:
-        with_k = tl.sum(tl.where(line % 2 == 0, both, 0.0), 0)
-        with_q = tl.sum(tl.where(line % 2 == 1, both, 0.0), 0)
-        return with_k, with_q
+        is_k = (line % 2 == 0)[:, None]
+        return tl.sum(tl.where(is_k, both, 0.0), 0), tl.sum(tl.where(is_k, 0.0, both), 0)
 
 
 @triton.jit
 def _commit_state(
-    sources, targets, ring_k_base, ring_u_base, k, u, weight, length, decay,
-    K: tl.constexpr, V: tl.constexpr, HEADS: tl.constexpr, P: tl.constexpr, ENTRIES: tl.constexpr,
-    BLOCK_K: tl.constexpr, FORM: tl.constexpr,
+    source, target, ring_k_base, ring_u_base, u, weight, length, decay,
+    K: tl.constexpr, V: tl.constexpr, ENTRIES: tl.constexpr, BLOCK_K: tl.constexpr, FORM: tl.constexpr,
 ):  # fmt: skip
     """`S <- decay S + sum_i weight_i k_i u_i^T`, this token last, BLOCK_K rows of S at a time.
 
     State and ring are read again, from the cache: keeping them for the one step in sixteen that
-    commits would cost every step its registers. `u` is [HEADS, V], `weight` [ENTRIES, HEADS].
+    commits would cost every step its registers.
     """
     entries = tl.arange(0, ENTRIES)
-    head = tl.arange(0, HEADS)
     value = tl.arange(0, V)
-    u_places = (head[:, None] * (P * V) + value[None, :])[None, :, :] + entries[:, None, None] * V
-    u_old = tl.load(ring_u_base + u_places, mask=(entries < length)[:, None, None], other=0.0)
-    u_old = u_old.to(tl.float32) * weight[:, :, None]
-    u_all = tl.where((entries == length)[:, None, None], u[None, :, :], u_old)
-    u_all = tl.reshape(u_all, (ENTRIES, HEADS * V))
-    decays = tl.reshape(tl.broadcast_to(decay[:, None], (HEADS, V)), (HEADS * V,))
+    u_old = tl.load(
+        ring_u_base + entries[:, None] * V + value[None, :], mask=(entries < length)[:, None], other=0.0
+    ).to(tl.float32)
+    u_all = tl.where((entries == length)[:, None], u[None, :], u_old * weight[:, None])
     for first in tl.range(0, K, BLOCK_K, num_stages=1, loop_unroll_factor=1):
         row = first + tl.arange(0, BLOCK_K)
-        k_old = tl.load(
-            ring_k_base + entries[None, :] * K + row[:, None], mask=(entries < length)[None, :], other=0.0
+        keys = tl.load(
+            ring_k_base + entries[None, :] * K + row[:, None], mask=(entries <= length)[None, :], other=0.0
         ).to(tl.float32)
-        # This token's key is not read back: another program writes it.
-        k_own = tl.gather(k, row, 0)
-        k_all = tl.where((entries == length)[None, :], k_own[:, None], k_old)
-        places = _state_places(row, K, V, HEADS)
-        old = tl.load(sources + places).to(tl.float32)
-        new = decays[None, :] * old + tl.dot(k_all, u_all, input_precision=FORM)
-        tl.store(targets + places, new.to(targets.dtype.element_ty))
+        places = row[:, None] * V + value[None, :]
+        old = tl.load(source + places).to(tl.float32)
+        new = decay * old + tl.dot(keys, u_all, input_precision=FORM)
+        tl.store(target + places, new.to(target.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=["num_slots"])
-def delta_decode_kernel(
+def delta_values_kernel(
     state, ring_k, ring_u, ring_log_decay, conv_rows,
     read_slots, ring_slots, lengths, commit_slots,
-    mixed, a, b, z, conv_weight, A_log, dt_bias, norm_weight, out,
+    mixed, a, b, z, conv_weight, A_log, dt_bias, norm_weight, pairs, dots, out,
     mixed_stride, a_stride, b_stride, z_stride,
     num_slots, norm_eps,
     H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    P: tl.constexpr, ENTRIES: tl.constexpr, W: tl.constexpr, HEADS: tl.constexpr,
+    P: tl.constexpr, ENTRIES: tl.constexpr, W: tl.constexpr,
     BLOCK_K: tl.constexpr, STAGES: tl.constexpr, COMMIT_BLOCK_K: tl.constexpr,
-    STATE_FORM: tl.constexpr, COMMIT_FORM: tl.constexpr,
+    STATE_FORM: tl.constexpr, COMMIT_FORM: tl.constexpr, COMMITS: tl.constexpr,
     PREFETCH: tl.constexpr, DEPENDENT: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """Grid (H / HEADS, R). K, V and HEADS are powers of two, so only the ring's entries need masks."""
+    """Grid (H, R). K and V are powers of two, so only the ring's entries need masks."""
     C: tl.constexpr = 2 * HK * K + H * V
-    GROUP: tl.constexpr = H // HK
-    first_head = tl.program_id(0) * HEADS
+    LINES: tl.constexpr = 2 if STATE_FORM == "fma" else 4
+    head = tl.program_id(0)
     row = tl.program_id(1)
-    key_head = first_head // GROUP
+    value = tl.arange(0, V)
+    entries = tl.arange(0, ENTRIES)
     if DEPENDENT:
         start_dependents()
-        # Where the producers are about to write this number, some other slot comes to the cache.
-        early_slot = tl.load(read_slots + row, volatile=True).to(tl.int64)
-        early_slot = tl.minimum(tl.maximum(early_slot, 0), num_slots - 1)
-        prefetch_lines(state + (early_slot * H + first_head) * (K * V), HEADS * K * V)
+        early_read, early_ring, early_length = _early_slots(
+            read_slots, ring_slots, lengths, row, num_slots, P
+        )
+        prefetch_lines(state + (early_read * H + head) * (K * V), K * V)
+        early_values = ring_u + (early_ring * H + head) * (P * V) + entries * V
+        prefetch_to_l2(early_values, tl.where(entries < early_length, V * 4, 0))
         wait_for_producers()
     ring_slot = tl.load(ring_slots + row).to(tl.int64)
     read_slot = tl.load(read_slots + row).to(tl.int64)
-    commit_slot = tl.load(commit_slots + row).to(tl.int64)
+    commit_slot = tl.load(commit_slots + row).to(tl.int64) if COMMITS else -1
     length = tl.load(lengths + row).to(tl.int64)
-    key = tl.arange(0, K)
-    value = tl.arange(0, V)
-    entries = tl.arange(0, ENTRIES)
-    heads = first_head + tl.arange(0, HEADS)
-    outputs = heads[:, None] * V + value[None, :]
+    out_row = out + (row * H + head) * V + value
     if ring_slot < 0:
-        tl.store(out + row * (H * V) + outputs, tl.zeros((HEADS, V), out.dtype.element_ty))
+        tl.store(out_row, tl.zeros((V,), out.dtype.element_ty))
         return
 
-    states = state + (read_slot * H + first_head) * (K * V)
+    state_head = state + (read_slot * H + head) * (K * V)
     if PREFETCH:
-        prefetch_lines(states, HEADS * K * V)
+        prefetch_lines(state_head, K * V)
     used = entries < length
-    ring_k_base = ring_k + (ring_slot * HK + key_head) * (P * K)
-    ring_u_base = ring_u + (ring_slot * H + first_head) * (P * V)
-    log_decay_places = (ring_slot * H + heads) * P
-    k_old = tl.load(ring_k_base + entries[:, None] * K + key[None, :], mask=used[:, None], other=0.0)
-    u_places = (tl.arange(0, HEADS)[:, None] * (P * V) + value[None, :])[None, :, :] + entries[
-        :, None, None
-    ] * V
-    u_old = tl.load(ring_u_base + u_places, mask=used[:, None, None], other=0.0)
-    log_decays = tl.load(
-        ring_log_decay + log_decay_places[None, :] + entries[:, None], mask=used[:, None], other=0.0
-    )
-    gates_in = tl.load(z + row * z_stride + outputs)
-    norm_in = tl.load(norm_weight + value)
-    a_in = tl.load(a + row * a_stride + heads).to(tl.float32) + tl.load(dt_bias + heads).to(tl.float32)
-    rate = tl.exp(tl.load(A_log + heads).to(tl.float32))
-    beta = 1.0 / (1.0 + tl.exp(-tl.load(b + row * b_stride + heads).to(tl.float32)))
-
-    mixed += row * mixed_stride
-    q_channels = key_head * K + key
-    k_channels = HK * K + q_channels
-    v_channels = 2 * HK * K + outputs
-    q_token = tl.load(mixed + q_channels)
-    k_token = tl.load(mixed + k_channels)
-    v_token = tl.load(mixed + v_channels)
-    q = convolve(q_token, conv_rows, conv_weight, q_channels, read_slot, ring_slot, length, C, P, W)
-    k = convolve(k_token, conv_rows, conv_weight, k_channels, read_slot, ring_slot, length, C, P, W)
-    v = convolve(v_token, conv_rows, conv_weight, v_channels, read_slot, ring_slot, length, C, P, W)
-    v = silu(v)
-    q = unit(silu(q)) * (K**-0.5)
-    k = unit(silu(k))
+    ring_u_base = ring_u + (ring_slot * H + head) * (P * V)
+    log_decay_base = ring_log_decay + (ring_slot * H + head) * P
+    u_old = tl.load(ring_u_base + entries[:, None] * V + value[None, :], mask=used[:, None], other=0.0)
+    log_decays = tl.load(log_decay_base + entries, mask=used, other=0.0)
+    place = row * HK + head // (H // HK)
+    dot = dots + place * (2 * ENTRIES) + entries
+    with_k = tl.load(dot)
+    with_q = tl.load(dot + ENTRIES)
+    own = tl.sum(tl.where(entries == length, with_q, 0.0), 0)
+    gate_in = tl.load(z + row * z_stride + head * V + value).to(tl.float32)
+    norm_in = tl.load(norm_weight + value).to(tl.float32)
+    a_in = tl.load(a + row * a_stride + head).to(tl.float32) + tl.load(dt_bias + head).to(tl.float32)
+    rate = tl.exp(tl.load(A_log + head).to(tl.float32))
+    beta = 1.0 / (1.0 + tl.exp(-tl.load(b + row * b_stride + head).to(tl.float32)))
+    channels = 2 * HK * K + head * V + value
+    token = tl.load(mixed + row * mixed_stride + channels)
+    v = convolve(token, conv_rows, conv_weight, channels, read_slot, ring_slot, length, C, P, W)
 
     # The sum of log-decays only falls: its last entry is its smallest, and it starts at 0.
     log_decay = tl.min(log_decays, 0) - rate * softplus(a_in)
-    weight = tl.where(used[:, None], tl.exp(log_decay[None, :] - log_decays), 0.0)
+    weight = tl.where(used, tl.exp(log_decay - log_decays), 0.0)
     decay = tl.exp(log_decay)
+    pair = pairs + place * (LINES * K)
+    u_old = u_old.to(tl.float32)
+    if STATE_FORM == "fma":
+        predicted, read = _read_state_plainly(state_head, pair, K, V, BLOCK_K, STAGES)
+        predicted = decay * predicted + tl.sum(u_old * (with_k * weight)[:, None], 0)
+        read = decay * read + tl.sum(u_old * (with_q * weight)[:, None], 0)
+    else:
+        both = decay * _read_state(state_head, pair, K, V, BLOCK_K, STAGES, STATE_FORM, INTERPRETED)
+        both = _add_ring(both, u_old, with_k * weight, with_q * weight, STATE_FORM, INTERPRETED)
+        predicted, read = _halves_joined(both, STATE_FORM)
+    u = beta * (silu(v) - predicted)
+    o = read + own * u
+    norm = norm_in * tl.rsqrt(tl.sum(o * o, 0) / V + norm_eps)
+    tl.store(out_row, (o * norm * silu(gate_in)).to(out.dtype.element_ty))
 
-    k_old, u_old = k_old.to(tl.float32), u_old.to(tl.float32)
-    with_k = tl.sum(k_old * k[None, :], 1)[:, None] * weight
-    with_q = tl.sum(k_old * q[None, :], 1)[:, None] * weight
-    ring_predicted = tl.sum(u_old * with_k[:, :, None], 0)
-    ring_read = tl.sum(u_old * with_q[:, :, None], 0)
-    own = tl.sum(k * q, 0)
-    predicted, read = _read_state(states, k, q, K, V, HEADS, BLOCK_K, STAGES, STATE_FORM, INTERPRETED)
-    predicted = tl.reshape(predicted, (HEADS, V))
-    read = tl.reshape(read, (HEADS, V))
-    u = beta[:, None] * (v - decay[:, None] * predicted - ring_predicted)
-    o = decay[:, None] * read + ring_read + own * u
-
-    norm = tl.rsqrt(tl.sum(o * o, 1) / V + norm_eps)[:, None] * norm_in.to(tl.float32)[None, :]
-    o = o * norm * silu(gates_in.to(tl.float32))
-    tl.store(out + row * (H * V) + outputs, o.to(out.dtype.element_ty))
-
-    u_target = ring_u_base + tl.arange(0, HEADS)[:, None] * (P * V) + length * V + value[None, :]
-    tl.store(u_target, u.to(ring_u.dtype.element_ty))
-    tl.store(ring_log_decay + log_decay_places + length, log_decay.to(ring_log_decay.dtype.element_ty))
-    _keep_conv_rows(v_token, conv_rows, v_channels, ring_slot, length, commit_slot, C, P, W)
-    if first_head % GROUP == 0:
-        tl.store(ring_k_base + length * K + key, k.to(ring_k.dtype.element_ty))
-        _keep_conv_rows(q_token, conv_rows, q_channels, ring_slot, length, commit_slot, C, P, W)
-        _keep_conv_rows(k_token, conv_rows, k_channels, ring_slot, length, commit_slot, C, P, W)
-    if commit_slot >= 0:
-        targets = state + (commit_slot * H + first_head) * (K * V)
+    tl.store(ring_u_base + length * V + value, u.to(ring_u.dtype.element_ty))
+    tl.store(log_decay_base + length, log_decay.to(ring_log_decay.dtype.element_ty))
+    _keep_conv_rows(token, conv_rows, channels, ring_slot, length, commit_slot, C, P, W, COMMITS)
+    if COMMITS and commit_slot >= 0:
         _commit_state(
-            states, targets, ring_k_base, ring_u_base, k, u, weight, length, decay,
-            K, V, HEADS, P, ENTRIES, COMMIT_BLOCK_K, COMMIT_FORM,
+            state_head, state + (commit_slot * H + head) * (K * V),
+            ring_k + (ring_slot * HK + head // (H // HK)) * (P * K), ring_u_base, u, weight, length, decay,
+            K, V, ENTRIES, COMMIT_BLOCK_K, COMMIT_FORM,
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Attention over a paged KV cache: one token per row (decode) and prompt chunks with a past."""
+"""Attention over a paged KV cache: one token per row (decode) and chunks of tokens with a past."""
 
 from __future__ import annotations
 
@@ -8,18 +8,21 @@ from kiln_nn.kernels.checks import check_shape
 from kiln_nn.kernels.dispatch import takes_triton
 from kiln_nn.kernels.paged_attention import reference
 from kiln_nn.kernels.paged_attention.chunks import (
+    NO_CHUNK,
     AttentionChunks,
     choose_tile_tokens,
     chunk_tiles,
     most_tiles,
 )
-from kiln_nn.kernels.paged_attention.reference import write_kv
+from kiln_nn.kernels.paged_attention.reference import paged_prefill_attention, write_kv
 
 __all__ = [
+    "NO_CHUNK",
     "AttentionChunks",
     "choose_tile_tokens",
     "chunk_tiles",
     "most_tiles",
+    "paged_chunk_attention",
     "paged_decode_attention",
     "paged_prefill_attention",
     "write_kv",
@@ -37,10 +40,31 @@ def paged_decode_attention(
     gate_RHD: torch.Tensor | None = None,
     table_rows_R: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attend from one new token per row to its sequence, the token itself included."""
+    """Attend from one new token per row to its sequence, the token itself included.
+
+    Its key and value are in the cache already and counted in `context_lengths_R`. Row `r` finds
+    its pages in line `table_rows[r]` of the table, or in line `r` where no `table_rows` are given.
+    Page ids behind a row's context may be any valid page. A row of length 0 or line -1 is padding:
+    its output is zero. With a gate, the output is multiplied by its sigmoid.
+
+    On a GPU nothing depends on a length the host would have to know, so the call can be
+    captured in a CUDA graph and replayed for any lengths that fit the page table.
+
+    Returns: `[R, H, D]` in the format of `q_RHD`.
+    """
+    num_rows, num_heads, head_dim = q_RHD.shape
+    check_shape("k_cache", k_cache_PShD, (None, None, None, head_dim))
+    check_shape("v_cache", v_cache_PShD, tuple(k_cache_PShD.shape))
+    check_shape("page_table", page_table_SM, (num_rows if table_rows_R is None else None, None))
+    check_shape("context_lengths", context_lengths_R, (num_rows,))
+    optional = [x for x in (gate_RHD, table_rows_R) if x is not None]
+    if gate_RHD is not None:
+        check_shape("gate", gate_RHD, (num_rows, num_heads, head_dim))
+    if table_rows_R is not None:
+        check_shape("table_rows", table_rows_R, (num_rows,))
     inputs = (q_RHD, k_cache_PShD, v_cache_PShD, page_table_SM, context_lengths_R)
     implementation = reference.paged_decode_attention
-    if takes_triton(*inputs, *(() if gate_RHD is None else (gate_RHD,))):
+    if takes_triton(*inputs, *optional):
         from kiln_nn.kernels.paged_attention import triton_decode
 
         if triton_decode.takes(q_RHD, k_cache_PShD, v_cache_PShD, gate_RHD):
@@ -48,7 +72,7 @@ def paged_decode_attention(
     return implementation(*inputs, scale, gate_RHD=gate_RHD, table_rows_R=table_rows_R)
 
 
-def paged_prefill_attention(
+def paged_chunk_attention(
     q_THD: torch.Tensor,
     k_cache_PShD: torch.Tensor,
     v_cache_PShD: torch.Tensor,
@@ -59,12 +83,35 @@ def paged_prefill_attention(
     gate_THD: torch.Tensor | None = None,
     table_rows_N: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attend from chunks of several sequences to their pasts and causally to themselves."""
+    """Attend from chunks of several sequences to their pasts and causally to themselves.
+
+    The chunks' keys and values are all in the cache already. Chunk `n` finds its pages in line
+    `table_rows[n]` of the table, or in line `n` where no `table_rows` are given. With a gate, the
+    output is multiplied by its sigmoid. `scale` is positive.
+
+    On a GPU nothing depends on what the lists hold, so the call can be captured in a CUDA graph
+    and replayed with other chunks that fit the lists. The reference reads them on the host.
+
+    Returns: `[T, H, D]` in the format of `q_THD`; tokens behind the last chunk are zero.
+
+    Raises:
+        ShapeMismatch: a tensor does not fit the others.
+    """
+    num_tokens, num_heads, head_dim = q_THD.shape
+    chunks.check()
+    check_shape("k_cache", k_cache_PShD, (None, None, None, head_dim))
+    check_shape("v_cache", v_cache_PShD, tuple(k_cache_PShD.shape))
+    check_shape("page_table", page_table_SM, (chunks.num_chunks if table_rows_N is None else None, None))
+    optional = [x for x in (gate_THD, table_rows_N) if x is not None]
+    if gate_THD is not None:
+        check_shape("gate", gate_THD, (num_tokens, num_heads, head_dim))
+    if table_rows_N is not None:
+        check_shape("table_rows", table_rows_N, (chunks.num_chunks,))
     inputs = (q_THD, k_cache_PShD, v_cache_PShD, page_table_SM)
-    implementation = reference.paged_prefill_attention
-    if takes_triton(*inputs):
+    implementation = reference.paged_chunk_attention
+    if takes_triton(*inputs, chunks.cu_seqlens_N1, *optional):
         from kiln_nn.kernels.paged_attention import triton_prefill
 
-        if triton_prefill.takes(q_THD, k_cache_PShD, v_cache_PShD, chunks, gate_THD):
-            implementation = triton_prefill.paged_prefill_attention
+        if triton_prefill.takes(q_THD, k_cache_PShD, v_cache_PShD, gate_THD, chunks):
+            implementation = triton_prefill.paged_chunk_attention
     return implementation(*inputs, chunks, scale, gate_THD=gate_THD, table_rows_N=table_rows_N)

@@ -29,6 +29,7 @@ import triton
 import triton.language as tl
 
 from kiln_nn.kernels.dispatch import device_limits, is_interpreted
+from kiln_nn.kernels.paged_attention.triton_decode_kernels import decode_kernel, join_kernel
 
 _FORMATS = (torch.float32, torch.bfloat16, torch.float16)
 _HEAD_DIMS = (64, 128, 256)
@@ -53,187 +54,6 @@ class DecodeConfig:
     num_parts: int
     num_warps: int
     num_stages: int
-
-
-@triton.jit
-def _part_of_context(context, part, num_parts, LEAST: tl.constexpr, TILE: tl.constexpr):
-    """First and last token (exclusive) of one part; whole tiles, except at the context's end."""
-    length = tl.maximum(tl.cdiv(tl.cdiv(context, num_parts), TILE) * TILE, LEAST)
-    first = part * length
-    return first, tl.minimum(first + length, context)
-
-
-@triton.jit
-def _context_and_line(context_ptr, table_row_ptr, row, HAS_TABLE_ROWS: tl.constexpr):
-    """Tokens of a row and its line of the page table; a row without a line has no token."""
-    context = tl.load(context_ptr + row).to(tl.int32)
-    table_row = row
-    if HAS_TABLE_ROWS:
-        table_row = tl.load(table_row_ptr + row).to(tl.int64)
-        context = tl.where(table_row < 0, 0, context)
-    return context, table_row
-
-
-@triton.jit
-def _attend(
-    q,
-    k_ptr,
-    v_ptr,
-    page_row_ptr,
-    kv_head,
-    first,
-    last,
-    scale,
-    KV_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    PAGE_TOKENS: tl.constexpr,
-    TILE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """Softmax over tokens `first` to `last` of one sequence: weighted values, their total weight
-    and the highest score, which the weights are relative to. Scores are in units of log 2.
-    """
-    columns = tl.arange(0, HEAD_DIM)
-    in_tile = tl.arange(0, TILE)
-    highest = tl.full((q.shape[0],), float("-inf"), tl.float32)
-    total = tl.zeros((q.shape[0],), tl.float32)
-    mixed = tl.zeros((q.shape[0], HEAD_DIM), tl.float32)
-    for start in tl.range(first, last, TILE, num_stages=STAGES):
-        tokens = start + in_tile
-        is_token = tokens < last
-        pages = tl.load(page_row_ptr + tokens // PAGE_TOKENS, mask=is_token, other=0).to(tl.int64)
-        slots = (pages * PAGE_TOKENS + tokens % PAGE_TOKENS) * KV_HEADS + kv_head
-        places = slots[:, None] * HEAD_DIM + columns[None, :]
-        k = tl.load(k_ptr + places, mask=is_token[:, None], other=0.0).to(q.dtype)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-        scores = tl.where(is_token[None, :], scores, float("-inf"))
-        rising = tl.maximum(highest, tl.max(scores, 1))
-        weights = tl.exp2(scores - rising[:, None])
-        faded = tl.exp2(highest - rising)
-        v = tl.load(v_ptr + places, mask=is_token[:, None], other=0.0).to(q.dtype)
-        total = total * faded + tl.sum(weights, 1)
-        mixed = tl.dot(weights.to(q.dtype), v, mixed * faded[:, None], input_precision=PRECISION)
-        highest = rising
-    return mixed, total, highest
-
-
-@triton.jit
-def _decode_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    page_table_ptr,
-    table_row_ptr,
-    context_ptr,
-    gate_ptr,
-    out_ptr,
-    part_out_ptr,
-    part_lse_ptr,
-    scale,
-    q_row_stride,
-    q_head_stride,
-    gate_row_stride,
-    gate_head_stride,
-    table_stride,
-    num_parts,
-    KV_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    GROUP_BLOCK: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    PAGE_TOKENS: tl.constexpr,
-    TILE: tl.constexpr,
-    LEAST: tl.constexpr,
-    IS_JOINED_LATER: tl.constexpr,
-    HAS_TABLE_ROWS: tl.constexpr,
-    HAS_GATE: tl.constexpr,
-    FORMAT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    kv_head = tl.program_id(0)
-    row = tl.program_id(1).to(tl.int64)
-    part = tl.program_id(2)
-    context, table_row = _context_and_line(context_ptr, table_row_ptr, row, HAS_TABLE_ROWS)
-    first, last = _part_of_context(context, part, num_parts, LEAST, TILE)
-    if IS_JOINED_LATER and first >= context:
-        return
-    grouped = tl.arange(0, GROUP_BLOCK)
-    is_head = grouped < GROUP
-    heads = kv_head * GROUP + grouped
-    columns = tl.arange(0, HEAD_DIM)
-    q_places = row * q_row_stride + heads[:, None] * q_head_stride + columns[None, :]
-    q = tl.load(q_ptr + q_places, mask=is_head[:, None], other=0.0).to(FORMAT)
-    mixed, total, highest = _attend(
-        q,
-        k_ptr,
-        v_ptr,
-        page_table_ptr + table_row * table_stride,
-        kv_head,
-        first,
-        last,
-        scale,
-        KV_HEADS,
-        HEAD_DIM,
-        PAGE_TOKENS,
-        TILE,
-        PRECISION,
-        STAGES,
-    )
-    # A padding row has no token: its total is zero and so is its output.
-    out = mixed / tl.maximum(total, 1e-30)[:, None]
-    if IS_JOINED_LATER:
-        entry = (row * (KV_HEADS * GROUP) + heads) * num_parts + part
-        tl.store(part_out_ptr + entry[:, None] * HEAD_DIM + columns[None, :], out, mask=is_head[:, None])
-        tl.store(part_lse_ptr + entry, highest + tl.log2(total), mask=is_head)
-    else:
-        if HAS_GATE:
-            gate_places = row * gate_row_stride + heads[:, None] * gate_head_stride + columns[None, :]
-            gate = tl.load(gate_ptr + gate_places, mask=is_head[:, None], other=0.0)
-            out *= tl.sigmoid(gate.to(tl.float32))
-        out_places = (row * (KV_HEADS * GROUP) + heads[:, None]) * HEAD_DIM + columns[None, :]
-        tl.store(out_ptr + out_places, out.to(out_ptr.dtype.element_ty), mask=is_head[:, None])
-
-
-@triton.jit
-def _join_kernel(
-    part_out_ptr,
-    part_lse_ptr,
-    table_row_ptr,
-    context_ptr,
-    gate_ptr,
-    out_ptr,
-    gate_row_stride,
-    gate_head_stride,
-    num_parts,
-    HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    PARTS_BLOCK: tl.constexpr,
-    TILE: tl.constexpr,
-    LEAST: tl.constexpr,
-    HAS_TABLE_ROWS: tl.constexpr,
-    HAS_GATE: tl.constexpr,
-):
-    """Weigh the parts of one row and head by their share of the softmax, and gate the sum."""
-    head = tl.program_id(0)
-    row = tl.program_id(1).to(tl.int64)
-    context, _ = _context_and_line(context_ptr, table_row_ptr, row, HAS_TABLE_ROWS)
-    parts = tl.arange(0, PARTS_BLOCK)
-    first, _ = _part_of_context(context, parts, num_parts, LEAST, TILE)
-    is_part = (parts < num_parts) & (first < context)
-    columns = tl.arange(0, HEAD_DIM)
-    entries = (row * HEADS + head) * num_parts + parts
-    lse = tl.load(part_lse_ptr + entries, mask=is_part, other=float("-inf"))
-    share = tl.where(is_part, tl.exp2(lse - tl.max(tl.where(is_part, lse, -1e30), 0)), 0.0)
-    share = share / tl.maximum(tl.sum(share, 0), 1e-30)
-    part_out = tl.load(
-        part_out_ptr + entries[:, None] * HEAD_DIM + columns[None, :], mask=is_part[:, None], other=0.0
-    )
-    out = tl.sum(part_out * share[:, None], 0)
-    if HAS_GATE:
-        gate = tl.load(gate_ptr + row * gate_row_stride + head * gate_head_stride + columns)
-        out *= tl.sigmoid(gate.to(tl.float32))
-    tl.store(out_ptr + (row * HEADS + head) * HEAD_DIM + columns, out.to(out_ptr.dtype.element_ty))
 
 
 def takes_cache(q_RHD: torch.Tensor, k_cache_PShD: torch.Tensor, v_cache_PShD: torch.Tensor) -> bool:
@@ -313,6 +133,7 @@ def paged_decode_attention(
     )
     lse = q_RHD.new_empty((num_rows, num_heads, num_parts), dtype=torch.float32) if is_joined else out
     gate = q_RHD if gate_RHD is None else gate_RHD
+    is_fp8 = v_cache_PShD.dtype is torch.float8_e4m3fn and not is_interpreted()
     table_rows = context_lengths_R if table_rows_R is None else table_rows_R
     cut = {
         "TILE": config.tile_tokens,
@@ -321,10 +142,10 @@ def paged_decode_attention(
         "HAS_GATE": gate_RHD is not None,
     }
     group = num_heads // num_kv_heads
-    _decode_kernel[(num_kv_heads, num_rows, num_parts)](
+    decode_kernel[(num_kv_heads, num_rows, num_parts)](
         q_RHD,
         k_cache_PShD,
-        v_cache_PShD,
+        v_cache_PShD.view(torch.int16) if is_fp8 else v_cache_PShD,
         page_table_SM,
         table_rows,
         context_lengths_R,
@@ -346,11 +167,12 @@ def paged_decode_attention(
         FORMAT=product_format(q_RHD.dtype, k_cache_PShD.dtype),
         PRECISION="ieee" if q_RHD.dtype is torch.float32 else "tf32",
         STAGES=config.num_stages,
+        IS_FP8=is_fp8,
         num_warps=config.num_warps,
         **cut,
     )
     if is_joined:
-        _join_kernel[(num_heads, num_rows)](
+        join_kernel[(num_heads, num_rows)](
             parts,
             lse,
             table_rows,

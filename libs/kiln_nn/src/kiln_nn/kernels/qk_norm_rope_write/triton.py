@@ -5,13 +5,14 @@ Su et al. 2021, RoFormer (arXiv 2104.09864).
 
 Takes head widths that are powers of two from 16 to 256, any even rotated width, up to 16 query
 heads per kv head, projections in bf16, fp16 or float32, a cache in the same format or in fp8
-(e4m3, compute capability 8.9 and newer, unit scale). Arithmetic is float32 and rounds once,
+(e4m3, compute capability 8.9 and newer, unit scale, larger numbers cut to its range). Arithmetic is float32 and rounds once,
 where the reference also rounds between norm and rotation. One program does one token's kv head
-with the query heads that share it.
+with the query heads that share it. Angles are the float32 products that the reference takes, reduced
+to a quarter turn in float64: their cosines and sines are right at any position.
 
 Measured against float64 under the interpreter: 1e-7 relative in float32. bf16: one rounding.
 
-Legend: `T` tokens, `H` query heads, `h` kv heads, `D` head width, `E` rotated width, `P` pages.
+Legend: `T` tokens, `H` query heads, `h` kv heads, `D` head width, `E` rotated width, `F` rotated pairs, `P` pages.
 """
 
 from __future__ import annotations
@@ -23,6 +24,35 @@ import triton.language as tl
 _FORMATS = (torch.float32, torch.bfloat16, torch.float16)
 _HEAD_DIMS = (16, 32, 64, 128, 256)
 _MOST_GROUPED_HEADS = 16
+
+
+@triton.jit
+def _cos_and_sin(angles):
+    """Of float32 angles of any size: quarter turns are taken off in float64, then polynomials.
+
+    Coefficients: Cephes, sinf.c (Moshier); absolute error 1e-7.
+    """
+    exact = angles.to(tl.float64)
+    turns = tl.floor(exact * 0.6366197723675814 + 0.5)
+    x = (exact - turns * 1.5707963267948966).to(tl.float32)
+    quadrant = turns.to(tl.int32) & 3
+    square = x * x
+    sin = x + x * square * (-1.6666654611e-1 + square * (8.3321608736e-3 - square * 1.9515295891e-4))
+    tail = 4.166664568298827e-2 + square * (-1.388731625493765e-3 + square * 2.443315711809948e-5)
+    cos = 1.0 - 0.5 * square + square * square * tail
+    is_swapped = (quadrant & 1) == 1
+    cos_size = tl.where(is_swapped, sin, cos)
+    sin_size = tl.where(is_swapped, cos, sin)
+    cos = tl.where((quadrant == 1) | (quadrant == 2), -cos_size, cos_size)
+    return cos, tl.where(quadrant >= 2, -sin_size, sin_size)
+
+
+@triton.jit
+def _store_in_cache(ptrs, x):
+    """Store float32 numbers in the cache's format; fp8 has no infinity to overflow to."""
+    if ptrs.dtype.element_ty.is_fp8():
+        x = tl.clamp(x, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(ptrs, x.to(ptrs.dtype.element_ty))
 
 
 @triton.jit
@@ -63,8 +93,8 @@ def _qk_norm_rope_write_kernel(
     v_ptr,
     q_weight_ptr,
     k_weight_ptr,
-    cos_ptr,
-    sin_ptr,
+    position_ptr,
+    frequency_ptr,
     slot_ptr,
     q_out_ptr,
     k_cache_ptr,
@@ -76,8 +106,6 @@ def _qk_norm_rope_write_kernel(
     k_head_stride,
     v_token_stride,
     v_head_stride,
-    cos_stride,
-    sin_stride,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     GROUP_BLOCK: tl.constexpr,
@@ -87,9 +115,9 @@ def _qk_norm_rope_write_kernel(
     token = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1)
     columns = tl.arange(0, HEAD_DIM)
-    is_turning = columns < ROTARY_DIM
-    cos = tl.load(cos_ptr + token * cos_stride + columns, mask=is_turning, other=1.0).to(tl.float32)
-    sin = tl.load(sin_ptr + token * sin_stride + columns, mask=is_turning, other=0.0).to(tl.float32)
+    # Components that are not rotated turn by nothing.
+    frequencies = tl.load(frequency_ptr + columns % (ROTARY_DIM // 2), mask=columns < ROTARY_DIM, other=0.0)
+    cos, sin = _cos_and_sin(tl.load(position_ptr + token).to(tl.float32) * frequencies)
     grouped = tl.arange(0, GROUP_BLOCK)
     is_head = grouped < GROUP
     heads = kv_head * GROUP + grouped
@@ -107,10 +135,10 @@ def _qk_norm_rope_write_kernel(
             k_token, k_weight_ptr, kv_head + one, k_head_stride, one == 0, cos, sin, eps, HEAD_DIM, ROTARY_DIM
         )
         places = (slot * KV_HEADS + kv_head + one[:, None]) * HEAD_DIM + columns[None, :]
-        tl.store(k_cache_ptr + places, k.to(k_cache_ptr.dtype.element_ty))
+        _store_in_cache(k_cache_ptr + places, k)
         v_places = (kv_head + one[:, None]) * v_head_stride + columns[None, :]
         v = tl.load(v_ptr + token * v_token_stride + v_places).to(tl.float32)
-        tl.store(v_cache_ptr + places, v.to(v_cache_ptr.dtype.element_ty))
+        _store_in_cache(v_cache_ptr + places, v)
 
 
 def takes(
@@ -119,24 +147,25 @@ def takes(
     v_ThD: torch.Tensor,
     q_weight_D: torch.Tensor,
     k_weight_D: torch.Tensor,
-    cos_TE: torch.Tensor,
-    sin_TE: torch.Tensor,
+    positions_T: torch.Tensor,
+    inverse_frequencies_F: torch.Tensor,
     token_slots_T: torch.Tensor,
     k_cache_PShD: torch.Tensor,
     v_cache_PShD: torch.Tensor,
 ) -> bool:
     """Whether the kernel computes these shapes, formats and strides."""
-    del token_slots_T
+    del token_slots_T, positions_T
     head_dim, cache_format = q_THD.shape[2], k_cache_PShD.dtype
     is_fp8 = cache_format is torch.float8_e4m3fn and q_THD.dtype is not torch.float32
     if is_fp8 and q_THD.is_cuda:
         is_fp8 = torch.cuda.get_device_capability(q_THD.device) >= (8, 9)
-    rows = (q_THD, k_ThD, v_ThD, q_weight_D, k_weight_D, cos_TE, sin_TE)
+    rows = (q_THD, k_ThD, v_ThD, q_weight_D, k_weight_D)
     return (
         q_THD.shape[0] > 0
         and head_dim in _HEAD_DIMS
-        and cos_TE.shape[1] % 2 == 0
-        and cos_TE.shape[1] <= head_dim
+        and 0 < 2 * inverse_frequencies_F.shape[0] <= head_dim
+        and inverse_frequencies_F.dtype is torch.float32
+        and inverse_frequencies_F.is_contiguous()
         and q_THD.shape[1] // k_ThD.shape[1] <= _MOST_GROUPED_HEADS
         and all(x.dtype in _FORMATS and x.stride(-1) == 1 for x in rows)
         and (cache_format is q_THD.dtype or is_fp8)
@@ -153,8 +182,8 @@ def qk_norm_rope_write(
     q_weight_D: torch.Tensor,
     k_weight_D: torch.Tensor,
     eps: float,
-    cos_TE: torch.Tensor,
-    sin_TE: torch.Tensor,
+    positions_T: torch.Tensor,
+    inverse_frequencies_F: torch.Tensor,
     token_slots_T: torch.Tensor,
     k_cache_PShD: torch.Tensor,
     v_cache_PShD: torch.Tensor,
@@ -170,8 +199,8 @@ def qk_norm_rope_write(
         v_ThD,
         q_weight_D,
         k_weight_D,
-        cos_TE,
-        sin_TE,
+        positions_T,
+        inverse_frequencies_F,
         token_slots_T,
         q_out,
         k_cache_PShD,
@@ -180,13 +209,11 @@ def qk_norm_rope_write(
         *q_THD.stride()[:2],
         *k_ThD.stride()[:2],
         *v_ThD.stride()[:2],
-        cos_TE.stride(0),
-        sin_TE.stride(0),
         KV_HEADS=num_kv_heads,
         GROUP=group,
         GROUP_BLOCK=triton.next_power_of_2(group),
         HEAD_DIM=head_dim,
-        ROTARY_DIM=cos_TE.shape[1],
+        ROTARY_DIM=2 * inverse_frequencies_F.shape[0],
         num_warps=2,
     )
     return q_out

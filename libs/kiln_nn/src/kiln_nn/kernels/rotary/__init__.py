@@ -1,5 +1,5 @@
 """Rotary position embedding on the first part of each attention head."""
 
-from kiln_nn.kernels.rotary.reference import apply_rotary, rotary_tables
+from kiln_nn.kernels.rotary.reference import apply_rotary, cos_and_sin, inverse_frequencies, rotary_tables
 
-__all__ = ["apply_rotary", "rotary_tables"]
+__all__ = ["apply_rotary", "cos_and_sin", "inverse_frequencies", "rotary_tables"]

@@ -23,16 +23,27 @@ def _inverse_frequencies(theta: float, rotary_dim: int, device: torch.device) ->
     return (1.0 / theta**exponents).to(device)
 
 
+def inverse_frequencies(config: ModelConfig, device: torch.device) -> torch.Tensor:
+    """Radians per position of each rotated pair, `[E / 2]` in float32."""
+    return _inverse_frequencies(config.rope_theta, config.rotary_dim, device)
+
+
+def cos_and_sin(
+    positions_T: torch.Tensor, inverse_frequencies_F: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines of float32 angles, both `[T, E]`: the pairs' first halves, then the second."""
+    angles = positions_T.to(torch.float32)[:, None] * inverse_frequencies_F
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos(), angles.sin()
+
+
 def rotary_tables(positions_T: torch.Tensor, config: ModelConfig) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines and sines for each position, both `[T, E]` in float32.
 
     Images would give three positions per token; text gives one, so the
     multi-dimensional form of the checkpoint reduces to this one.
     """
-    frequencies = _inverse_frequencies(config.rope_theta, config.rotary_dim, positions_T.device)
-    angles = positions_T.to(torch.float32)[:, None] * frequencies
-    angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos(), angles.sin()
+    return cos_and_sin(positions_T, inverse_frequencies(config, positions_T.device))
 
 
 def apply_rotary(x_THD: torch.Tensor, cos_TE: torch.Tensor, sin_TE: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,7 @@ import torch
 import triton
 
 from kiln_nn.kernels.dispatch import device_limits, is_interpreted
-from kiln_nn.kernels.sample.triton_draw import MOST_BLOCKS, MOST_CANDIDATES, NUM_NOTES, draw_kernel
+from kiln_nn.kernels.sample.triton_draw import FEW_CANDIDATES, MOST_CANDIDATES, NUM_NOTES, draw_kernel
 from kiln_nn.kernels.sample.triton_search import NUM_BORDERS, search_kernel
 from kiln_nn.kernels.sample.triton_survey import BLOCK, CHUNK, NUM_PLANES, edit_kernel, survey_kernel
 
@@ -87,7 +87,7 @@ def draw_tokens(
         unedited,
         block_best,
         stats,
-        new(num_rows, MOST_BLOCKS, dtype=torch.int32),
+        new(num_rows, MOST_CANDIDATES, dtype=torch.int32),
         new(num_rows, MOST_CANDIDATES),
         new(num_rows, MOST_CANDIDATES, dtype=torch.int32),
         notes,
@@ -99,7 +99,7 @@ def draw_tokens(
         **padded,
         BLOCK=BLOCK,
         BLOCKS=triton.next_power_of_2(num_chunks * (CHUNK // BLOCK)),
-        MOST_BLOCKS=MOST_BLOCKS,
+        FEW_CANDIDATES=FEW_CANDIDATES,
         MOST_CANDIDATES=MOST_CANDIDATES,
         num_warps=_LAUNCH["draw"],
     )
@@ -110,7 +110,8 @@ def draw_tokens(
         unedited,
         stats,
         notes,
-        new(num_rows, 4 * NUM_BORDERS * num_programs, dtype=torch.float64),
+        new(num_rows, 2 * NUM_BORDERS * num_programs, dtype=torch.float64),
+        new(num_rows, (MOST_CANDIDATES + 1) * num_programs, dtype=torch.int32),
         arrivals,
         tokens_R,
         drawn_RF,
@@ -118,6 +119,7 @@ def draw_tokens(
         **shape,
         **padded,
         PROGRAMS=num_programs,
+        ROOM=MOST_CANDIDATES,
         num_warps=_LAUNCH["search"],
     )
 

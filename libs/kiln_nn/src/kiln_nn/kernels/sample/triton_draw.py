@@ -1,10 +1,8 @@
 """Drawing from what the survey left: one program per row, which reads a few thousand logits again.
 
 A plain row finds the chunk in which its uniform number falls and then the token within. A row that
-truncates looks only at the blocks with the best maxima: all logits above the best maximum that is
-left out are within those, so as soon as the threshold of top-k, top-p and min-p lies above it, the
-rest of the row does not matter. Where it does not (a flat row whose top-p reaches thousands of
-tokens, ties at the border), the row is left to `triton_search`.
+truncates looks at its best candidates, at few first and then at more. Where these do not settle it (a
+flat row whose top-p reaches thousands of tokens, many ties), the row is left to `triton_search`.
 
 Legend: `R` rows, `V` vocabulary, `C` chunks, `B` blocks, `N` candidates.
 """
@@ -15,6 +13,7 @@ import triton
 import triton.language as tl
 
 from kiln_nn.kernels.sample import settings
+from kiln_nn.kernels.sample.triton_candidates import at, distance_bits, draw_from_candidates, first_above
 from kiln_nn.kernels.sample.triton_survey import (
     BEST,
     EDIT_FIELDS,
@@ -29,11 +28,10 @@ from kiln_nn.kernels.sample.triton_survey import (
     TOKEN,
 )
 
-MOST_BLOCKS = 512
-MOST_CANDIDATES = 1024
-# Blocks a row asks for: more than its top-k, so that ties seldom reach the border.
-_SPARE_BLOCKS = tl.constexpr(32)
-_BLOCKS_WITHOUT_TOP_K = tl.constexpr(384)
+# Candidates at the first and at the second look.
+FEW_CANDIDATES, MOST_CANDIDATES = 256, 1024
+# Blocks at the first look are more than the row's top-k, so that ties seldom reach the border.
+_SPARE_BLOCKS = tl.constexpr(24)
 
 UNIFORM = tl.constexpr(settings.UNIFORM)
 TOP_K = tl.constexpr(settings.TOP_K)
@@ -45,37 +43,10 @@ LOGPROB = tl.constexpr(settings.LOGPROB)
 SAMPLED_LOGPROB = tl.constexpr(settings.SAMPLED_LOGPROB)
 
 # What the search needs of a row that is left to it: best logit, sum of all weights, log of the sum at
-# temperature 1.
-NUM_NOTES = 4
+# temperature 1, and a distance (as bits) that the threshold is known to lie beyond.
+NUM_NOTES = 5
 NOTES = tl.constexpr(NUM_NOTES)
-IS_OPEN, ROW_BEST, ROW_SUM, RAW_LOG_SUM = (tl.constexpr(note) for note in range(NUM_NOTES))
-
-INFINITY_BITS = tl.constexpr(0x7F800000)
-
-
-@triton.jit
-def distance_bits(scaled):
-    """How far below the best a scaled logit lies, as an integer of the same order; NaN and -inf last."""
-    return tl.abs(scaled).to(tl.int32, bitcast=True)
-
-
-@triton.jit
-def first_above(weights, target):
-    """Index of the first entry whose cumulative weight exceeds the target, and the sum before it.
-
-    Where rounding left none, the last entry that adds anything.
-    """
-    upto = tl.cumsum(weights, axis=0)
-    last_rise = tl.sum((upto < tl.max(upto, axis=0)).to(tl.int32), axis=0)
-    first = tl.minimum(tl.sum((upto <= target).to(tl.int32), axis=0), last_rise)
-    before = tl.max(tl.where(tl.arange(0, weights.shape[0]) < first, upto, 0.0), axis=0)
-    return first, before
-
-
-@triton.jit
-def at(values, index):
-    """The entry at an index that is known only at run time."""
-    return tl.sum(tl.where(tl.arange(0, values.shape[0]) == index, values, 0), axis=0)
+IS_OPEN, ROW_BEST, ROW_SUM, RAW_LOG_SUM, SEEN = (tl.constexpr(note) for note in range(NUM_NOTES))
 
 
 @triton.jit
@@ -103,94 +74,11 @@ def finish(
 
 
 @triton.jit
-def _border(block_z, top_k, limit, MOST_BLOCKS: tl.constexpr):
-    """A distance (as bits) such that a fitting number of blocks has its best logit nearer than that.
-
-    Bisects between 0 and `limit`, which is taken where few blocks enough lie within.
-    """
-    wanted = tl.where(top_k > 0, top_k + _SPARE_BLOCKS, _BLOCKS_WITHOUT_TOP_K)
-    wanted = tl.minimum(wanted, MOST_BLOCKS // 2)
-    most = tl.minimum(2 * wanted, MOST_BLOCKS)
-    low, high = limit * 0, limit
-    is_searching = tl.sum((block_z < limit).to(tl.int32), axis=0) > most
-    border = limit
-    while is_searching:
-        middle = low + (high - low) // 2
-        count = tl.sum((block_z < middle).to(tl.int32), axis=0)
-        if count > most:
-            high = middle
-        else:
-            low = middle
-        is_searching = ((count > most) | (count < wanted)) & (high - low > 1)
-        border = low
-    return border
-
-
-@triton.jit
-def _gather_candidates(
-    logits_row_ptr, block_z, border, best, inverse, blocks_ptr, scaled_ptr, ids_ptr,
-    VOCAB: tl.constexpr, BLOCK: tl.constexpr, MOST_BLOCKS: tl.constexpr, MOST_CANDIDATES: tl.constexpr,
-):  # fmt: skip
-    """Copy the scaled logits nearer than the border, in the vocabulary's order; return their number.
-
-    Those past the room for them are counted and not kept.
-    """
-    STEP: tl.constexpr = 64 * BLOCK
-    is_chosen = block_z < border
-    places = tl.cumsum(is_chosen.to(tl.int32), axis=0) - 1
-    tl.store(blocks_ptr + places, tl.arange(0, block_z.shape[0]), mask=is_chosen & (places < MOST_BLOCKS))
-    num_blocks = tl.sum(is_chosen.to(tl.int32), axis=0)
-    tl.debug_barrier()
-    num_candidates = num_blocks * 0
-    entries = tl.arange(0, STEP)
-    for start in range(0, num_blocks, 64):
-        block = start + entries // BLOCK
-        is_there = block < num_blocks
-        ids = tl.load(blocks_ptr + block, mask=is_there, other=0) * BLOCK + entries % BLOCK
-        is_there = is_there & (ids < VOCAB)
-        scaled = (tl.load(logits_row_ptr + ids, mask=is_there, other=float("-inf")) - best) * inverse
-        is_near = is_there & (distance_bits(scaled) < border)
-        rooms = num_candidates + tl.cumsum(is_near.to(tl.int32), axis=0) - 1
-        is_kept = is_near & (rooms < MOST_CANDIDATES)
-        tl.store(scaled_ptr + rooms, scaled, mask=is_kept)
-        tl.store(ids_ptr + rooms, ids, mask=is_kept)
-        num_candidates += tl.sum(is_near.to(tl.int32), axis=0)
-    tl.debug_barrier()
-    return num_candidates
-
-
-@triton.jit
-def _threshold(scaled, num_candidates, top_k, top_p, log_min_p, row_sum, has_all_allowed, has_all_finite):
-    """The smallest scaled logit that may be drawn, and whether the candidates were enough to know.
-
-    `scaled` are the candidates, -inf behind them. As `truncation.py` in the reference.
-    """
-    ranked = tl.sort(scaled, descending=True)
-    rank = tl.arange(0, scaled.shape[0])
-    has_k = (top_k > 0) & (top_k <= num_candidates)
-    in_top_k = (rank < num_candidates) & ((rank < top_k) | (top_k <= 0))
-    weights = tl.where(in_top_k, tl.exp(ranked), 0.0).to(tl.float64)
-    upto = tl.cumsum(weights, axis=0)
-    in_sum = tl.max(upto, axis=0)
-    mass = tl.where(has_k, in_sum, row_sum)
-    knows_mass = has_k | (top_k <= 0) | has_all_finite
-    has_p = top_p < 1.0
-    needed = tl.where(has_p, top_p * mass, float("inf"))
-    is_kept = in_top_k & (upto - weights < needed)
-    last = tl.maximum(tl.sum(is_kept.to(tl.int32), axis=0), 1) - 1
-    is_found = (knows_mass & (in_sum >= needed)) | (has_k & (top_p >= 1.0))
-    # Not found, but nothing that the candidates lack could be kept: all that min-p allows is.
-    is_found_below = has_all_allowed & (knows_mass | (top_p >= 1.0))
-    threshold = tl.where(is_found, tl.maximum(at(ranked, last), log_min_p), log_min_p)
-    return threshold, is_found | is_found_below
-
-
-@triton.jit
 def draw_kernel(
     logits_ptr, rows_ptr, edits_ptr, unedited_ptr, block_best_ptr, stats_ptr, blocks_ptr, scaled_ptr, ids_ptr,
     notes_ptr, arrivals_ptr, tokens_ptr, drawn_ptr, row_stride,
     VOCAB: tl.constexpr, NUM_CHUNKS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
-    CHUNKS: tl.constexpr, BLOCKS: tl.constexpr, MOST_BLOCKS: tl.constexpr, MOST_CANDIDATES: tl.constexpr,
+    CHUNKS: tl.constexpr, BLOCKS: tl.constexpr, FEW_CANDIDATES: tl.constexpr, MOST_CANDIDATES: tl.constexpr,
 ):  # fmt: skip
     """One program per row. `CHUNKS` and `BLOCKS` are their numbers in a row, up to a power of two."""
     row = tl.program_id(0).to(tl.int64)
@@ -228,32 +116,28 @@ def draw_kernel(
             other=float("-inf"),
         )
         block_z = distance_bits((block_best - best) * inverse)
-        limit = tl.minimum(distance_bits(log_min_p) + 1, INFINITY_BITS)
-        border = _border(block_z, top_k, limit, MOST_BLOCKS)
-        num_candidates = _gather_candidates(
-            logits_row_ptr, block_z, border, best, inverse,
-            blocks_ptr + row * MOST_BLOCKS, scaled_ptr + row * MOST_CANDIDATES, ids_ptr + row * MOST_CANDIDATES,
-            VOCAB, BLOCK, MOST_BLOCKS, MOST_CANDIDATES,
+        blocks_ptr += row * MOST_CANDIDATES
+        scaled_ptr += row * MOST_CANDIDATES
+        ids_ptr += row * MOST_CANDIDATES
+        wanted = tl.minimum(
+            tl.where(top_k > 0, top_k + _SPARE_BLOCKS, FEW_CANDIDATES // 4), FEW_CANDIDATES // 2
+        )
+        is_known, token, sampled, seen = draw_from_candidates(
+            logits_row_ptr, block_z, wanted, best, inverse, uniform, top_k, top_p, log_min_p, row_sum,
+            blocks_ptr, scaled_ptr, ids_ptr, VOCAB, BLOCK, FEW_CANDIDATES,
         )  # fmt: skip
-        candidates = tl.arange(0, MOST_CANDIDATES)
-        is_candidate = candidates < num_candidates
-        scaled = tl.load(
-            scaled_ptr + row * MOST_CANDIDATES + candidates, mask=is_candidate, other=float("-inf")
-        )
-        threshold, is_known = _threshold(
-            scaled, num_candidates, top_k, top_p, log_min_p, row_sum, border == limit, border == INFINITY_BITS
-        )
-        is_known = is_known & (num_candidates <= MOST_CANDIDATES)
+        if not is_known:
+            is_known, token, sampled, seen_more = draw_from_candidates(
+                logits_row_ptr, block_z, wanted * 0 + MOST_CANDIDATES // 4, best, inverse, uniform, top_k, top_p,
+                log_min_p, row_sum, blocks_ptr, scaled_ptr, ids_ptr, VOCAB, BLOCK, MOST_CANDIDATES,
+            )  # fmt: skip
+            seen = tl.maximum(seen, seen_more)
         is_open = tl.where(is_known, 0, 1)
-        weights = tl.where(is_candidate & (scaled >= threshold), tl.exp(scaled), 0.0).to(tl.float64)
-        total = tl.sum(weights, axis=0)
-        chosen, _ = first_above(weights, uniform * total)
-        token = at(tl.load(ids_ptr + row * MOST_CANDIDATES + candidates, mask=is_candidate, other=0), chosen)
-        sampled = at(scaled, chosen).to(tl.float64) - tl.log(total)
         notes = notes_ptr + row * NOTES
         tl.store(notes + ROW_BEST, best.to(tl.float64))
         tl.store(notes + ROW_SUM, row_sum)
         tl.store(notes + RAW_LOG_SUM, raw_log_sum)
+        tl.store(notes + SEEN, seen.to(tl.float64))
     else:
         entries = tl.arange(0, CHUNK)
         if inverse > 0.0:
