@@ -18,6 +18,7 @@ from kiln_engine.bootstrap import EngineParts
 from kiln_engine.checkpoint_identity import model_name, stop_token_ids
 from kiln_engine.execution.memory_plan import MemoryPlan, MemoryRequest, NotEnoughMemory, plan_memory
 from kiln_engine.execution.runner import TorchRunner
+from kiln_engine.execution.step_graphs import decode_ladder
 from kiln_engine.scheduling import SchedulerLimits
 from kiln_engine.settings import EngineSettings
 from kiln_nn.config import ModelConfig
@@ -116,7 +117,8 @@ def load_device_side(settings: EngineSettings) -> EngineParts:
         )
     except ValueError as error:
         raise SettingsContradict(str(error)) from error
-    _log_plan(model, memory, limits, dtype)
+    has_graphs = request.has_kernels and settings.cuda_graphs
+    _log_plan(model, memory, limits, dtype, decode_ladder(memory.max_running) if has_graphs else [])
     info = engine_pb2.EngineInfo(
         base_model=_base_model(settings, folder, model, limits),
         boot_id=boot_id,
@@ -130,7 +132,7 @@ def load_device_side(settings: EngineSettings) -> EngineParts:
         max_running=limits.num_most_running,
     )
     runner = TorchRunner(model.config, views, memory)
-    if request.has_kernels and settings.cuda_graphs:
+    if has_graphs:
         _capture(runner)
     return EngineParts(runner, runner.adapters, weights, limits, info)
 
@@ -145,12 +147,7 @@ def _capture(runner: TorchRunner) -> None:
     except Exception as error:  # whatever a kernel or the driver has against it
         log.warning("cuda_graphs_unavailable", reason=str(error), exc_info=error)
     else:
-        log.info(
-            "cuda_graphs",
-            sizes=runner.graph_sizes,
-            mib=num_bytes >> 20,
-            seconds=round(time.monotonic() - started_s, 1),
-        )
+        log.info("cuda_graphs", mib=num_bytes >> 20, seconds=round(time.monotonic() - started_s, 1))
 
 
 class _LoadProgress:
@@ -233,7 +230,13 @@ def _base_model(
     )
 
 
-def _log_plan(model: LoadedModel, memory: MemoryPlan, limits: SchedulerLimits, dtype: torch.dtype) -> None:
+def _log_plan(
+    model: LoadedModel,
+    memory: MemoryPlan,
+    limits: SchedulerLimits,
+    dtype: torch.dtype,
+    graph_sizes: list[int],
+) -> None:
     log.info(
         "memory_plan",
         weights_mib=model.manifest.nbytes >> 20,
@@ -249,6 +252,7 @@ def _log_plan(model: LoadedModel, memory: MemoryPlan, limits: SchedulerLimits, d
         workspace_mib=memory.workspace_bytes >> 20,
         max_running=limits.num_most_running,
         max_model_len=limits.max_num_tokens,
+        graph_sizes=",".join(map(str, graph_sizes)) or "none",
     )
 
 

@@ -89,14 +89,6 @@ class TorchRunner:
         stores = (self.kv, self.states, self.adapters, self.model.pages)
         return sum(store.num_bytes for store in stores)
 
-    @property
-    def graph_sizes(self) -> str:
-        """Batch sizes and prompt lengths that have graphs, for people."""
-        if self._graphs is None:
-            return "none"
-        sizes = ",".join(map(str, self._graphs.decode_sizes))
-        return f"{sizes} rows; prompts of {','.join(map(str, self._graphs.prefill_sizes))} tokens"
-
     def capture(self) -> int:
         """Capture the steps that fit a CUDA graph, before the first `launch`; returns their bytes.
 
