@@ -27,7 +27,7 @@ T = TypeVar("T")
 _PACKAGES = ("kiln_nn", "kiln_engine")
 # Functions that are launched; the other @triton.jit functions become part of them.
 _ENTRY_SUFFIX = "_kernel"
-_TESTS_PER_KERNEL = 3
+_TESTS_PER_KERNEL = 2
 # Of a test with many parameters, so many are run, spread evenly over them.
 _CASES_PER_TEST = 3
 # Recording a graph needs the caching allocator, which is switched off to see every byte out of bounds.
