@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 
 from kiln_nn.kernels.checks import check_shape
-from kiln_nn.kernels.dispatch import device_limits, takes_triton
+from kiln_nn.kernels.dispatch import takes_triton
 from kiln_nn.kernels.linear import reference
-from kiln_nn.kernels.linear.config import LinearConfig, LinearKind, choose, fit, invariant_config
+from kiln_nn.kernels.linear.choice import choose, invariant_config
+from kiln_nn.kernels.linear.config import LinearConfig, LinearKind
 
 __all__ = ["LinearConfig", "invariant_config", "linear", "linear_partials", "linear_swiglu"]
 
@@ -23,7 +24,8 @@ def linear(
     """`x Wᵀ` in `out_dtype` (by default that of `x`), in `out` if it is given (contiguous, of that format).
 
     The rows of `x` may lie apart (a slice of a wider tensor). `config` fixes the tiling whatever
-    `T` is: with `invariant_config` a row's result has the same bits in every batch.
+    `T` is: with `invariant_config` a row's result has the same bits in every batch. The weights
+    may be read before the kernel launched just before has ended, so it must not write them.
 
     Returns: `[T, O]`.
 
@@ -34,15 +36,15 @@ def linear(
     tiling = _tiling(x_TI, w_OI, config, LinearKind.PLAIN)
     if tiling is None:
         return reference.linear(x_TI, w_OI, out_dtype=out_dtype, out=out)
-    from kiln_nn.kernels.linear import triton
+    from kiln_nn.kernels.linear import streaming
 
-    return triton.linear(x_TI, w_OI, tiling, out_dtype=out_dtype, out=out)
+    return streaming.linear(x_TI, w_OI, tiling, out_dtype=out_dtype, out=out)
 
 
 def linear_swiglu(
     x_TI: torch.Tensor, gate_up_OI: torch.Tensor, *, config: LinearConfig | None = None
 ) -> torch.Tensor:
-    """`silu(x Wgᵀ) · (x Wuᵀ)` where the first half of the weight's rows is Wg.
+    """`silu(x Wgᵀ) · (x Wuᵀ)` where the first half of the weight's rows is Wg; see `linear`.
 
     Returns: `[T, O / 2]` in the format of `x`.
 
@@ -55,15 +57,15 @@ def linear_swiglu(
     tiling = _tiling(x_TI, gate_up_OI, config, LinearKind.GATED)
     if tiling is None:
         return reference.linear_swiglu(x_TI, gate_up_OI)
-    from kiln_nn.kernels.linear import triton
+    from kiln_nn.kernels.linear import streaming
 
-    return triton.linear_swiglu(x_TI, gate_up_OI, tiling)
+    return streaming.linear_swiglu(x_TI, gate_up_OI, tiling)
 
 
 def linear_partials(
     x_TI: torch.Tensor, w_OI: torch.Tensor, *, config: LinearConfig | None = None
 ) -> torch.Tensor:
-    """`x Wᵀ` as partial sums for `add_rms_norm`, which adds them up in their order.
+    """`x Wᵀ` as partial sums for `add_rms_norm`, which adds them up in their order; see `linear`.
 
     Returns: `[S, T, O]` in float32; where the library computes it, `[1, T, O]` in the format of `x`.
 
@@ -74,9 +76,9 @@ def linear_partials(
     tiling = _tiling(x_TI, w_OI, config, LinearKind.PARTIAL)
     if tiling is None:
         return reference.linear_partials(x_TI, w_OI)
-    from kiln_nn.kernels.linear import triton
+    from kiln_nn.kernels.linear import streaming
 
-    return triton.linear_partials(x_TI, w_OI, tiling)
+    return streaming.linear_partials(x_TI, w_OI, tiling)
 
 
 def _tiling(
@@ -85,9 +87,12 @@ def _tiling(
     """The kernel's configuration, or None where the library computes this product."""
     if not takes_triton(x_TI, w_OI):
         return None
-    from kiln_nn.kernels.linear import triton
+    from kiln_nn.kernels.linear import streaming, triton
 
     if not triton.takes(x_TI, w_OI):
         return None
-    tiling = config or choose(x_TI.shape[0], w_OI.shape[0], w_OI.shape[1], kind)
-    return tiling and fit(tiling, kind, device_limits(x_TI.device).shared_memory_bytes)
+    if config is not None:
+        return config
+    num_outputs, num_inputs = w_OI.shape
+    is_hopper = streaming.takes_hopper(x_TI, w_OI)
+    return choose(x_TI.shape[0], num_outputs, num_inputs, kind, is_hopper=is_hopper)

@@ -5,7 +5,7 @@ for all tokens of a tile (16 to 128, padded), streams the weights' rows through 
 asynchronous copies and multiplies them on tensor cores, weights as the left operand. Narrow
 layers share the inputs of a tile between programs (split-K) and leave partial sums, which the
 residual's norm adds up. The gated form computes gate and up of the same outputs in one program.
-Programs start before their predecessor ends and ask for their first weights (dependent_launch.py).
+Programs start before their predecessor ends (dependent_launch.py).
 
 Takes bf16 x and weights of any size, x and weights contiguous in the inputs with any row stride.
 Sums are float32 and rounded once to the output's format. Every element is summed in one order,
@@ -18,7 +18,6 @@ Legend: `T` tokens, `I` inputs, `O` outputs, `S` partial sums, `F` feed-forward 
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,15 +26,12 @@ import triton.language as tl
 
 from kiln_nn.kernels.dependent_launch import (
     launch_options,
-    prefetch_to_l2,
     start_dependents,
     supports_dependent_launch,
     wait_for_producers,
 )
 from kiln_nn.kernels.dispatch import is_interpreted
 from kiln_nn.kernels.linear.config import LinearConfig
-
-_MOST_TOKENS_APART = 128  # beyond, partial sums cost more traffic than they spread work
 
 
 @triton.jit
@@ -44,17 +40,6 @@ def _multiply(w, x, acc, INTERPRETED: tl.constexpr):
     if INTERPRETED:
         return tl.dot(w.to(tl.float32), x.to(tl.float32), acc, input_precision="ieee")
     return tl.dot(w, x, acc)
-
-
-@triton.jit
-def _prefetch_weights(rows_ptrs, first, last, num_prefetched, OUTPUTS: tl.constexpr, SEGMENTS: tl.constexpr):
-    """Ask for `num_prefetched` inputs of each row from `first` on (at most to `last`), in SEGMENTS pieces."""
-    span = num_prefetched // SEGMENTS
-    starts = first + tl.arange(0, SEGMENTS) * span
-    num_bytes = tl.minimum(last - starts, span) * 2
-    ptrs = rows_ptrs[:, None] + starts[None, :]
-    num_bytes = tl.broadcast_to(num_bytes[None, :], [OUTPUTS, SEGMENTS])
-    prefetch_to_l2(tl.reshape(ptrs, [OUTPUTS * SEGMENTS]), tl.reshape(num_bytes, [OUTPUTS * SEGMENTS]))
 
 
 @triton.jit
@@ -94,7 +79,7 @@ def _sum_over(
     return acc, up_acc
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_prefetched"])
+@triton.jit(do_not_specialize=["num_tokens"])
 def _linear_kernel(
     x_ptr,
     w_ptr,
@@ -103,7 +88,6 @@ def _linear_kernel(
     num_outputs,
     num_inputs,
     split_inputs,
-    num_prefetched,
     x_stride,
     w_stride,
     OUTPUTS: tl.constexpr,
@@ -113,7 +97,6 @@ def _linear_kernel(
     FOLDED: tl.constexpr,
     GATED: tl.constexpr,
     IS_EVEN: tl.constexpr,
-    SEGMENTS: tl.constexpr,
     DEPENDENT: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
@@ -127,9 +110,6 @@ def _linear_kernel(
     last = tl.minimum(first + split_inputs, num_inputs)
     if DEPENDENT:
         start_dependents()
-        _prefetch_weights(row_ptrs, first, last, num_prefetched, OUTPUTS, SEGMENTS)
-        if GATED:
-            _prefetch_weights(up_ptrs, first, last, num_prefetched, OUTPUTS, SEGMENTS)
         wait_for_producers()
     tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     in_tokens = tokens < num_tokens
@@ -179,42 +159,6 @@ def takes(x_TI: torch.Tensor, w_OI: torch.Tensor) -> bool:
     )
 
 
-def linear(
-    x_TI: torch.Tensor,
-    w_OI: torch.Tensor,
-    config: LinearConfig,
-    *,
-    out_dtype: torch.dtype | None = None,
-    out: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """As the reference, for inputs that `takes` accepts; `config.splits` programs' sums are folded into one."""
-    out_TO = out
-    if out_TO is None:
-        out_TO = x_TI.new_empty((x_TI.shape[0], w_OI.shape[0]), dtype=out_dtype or x_TI.dtype)
-    launch(x_TI, w_OI, out_TO, config, is_folded=True)
-    return out_TO
-
-
-def linear_swiglu(x_TI: torch.Tensor, gate_up_OI: torch.Tensor, config: LinearConfig) -> torch.Tensor:
-    """As the reference, for inputs that `takes` accepts and a configuration (its splits are not used)."""
-    out_TF = x_TI.new_empty((x_TI.shape[0], gate_up_OI.shape[0] // 2))
-    launch(x_TI, gate_up_OI, out_TF, replace(config, splits=1), is_gated=True)
-    return out_TF
-
-
-def linear_partials(x_TI: torch.Tensor, w_OI: torch.Tensor, config: LinearConfig) -> torch.Tensor:
-    """Partial sums `[S, T, O]` in float32, for inputs that `takes` accepts.
-
-    With many tokens the programs of a tile are as good as one, which adds the sums up itself:
-    the result is the same to the bit once the norm has added the others.
-    """
-    is_folded = x_TI.shape[0] > _MOST_TOKENS_APART
-    splits = 1 if is_folded else config.splits
-    out_STO = x_TI.new_empty((splits, x_TI.shape[0], w_OI.shape[0]), dtype=torch.float32)
-    launch(x_TI, w_OI, out_STO, config, is_folded=is_folded)
-    return out_STO
-
-
 def launch(
     x_TI: torch.Tensor,
     w_OI: torch.Tensor,
@@ -225,27 +169,27 @@ def launch(
     is_folded: bool = False,
     is_dependent: bool | None = None,
 ) -> None:
-    """Fill `out`; `is_dependent=None` uses dependent launches where the device has them."""
+    """Fill `out`: `[T, O]`, `[T, F]` in the gated form, or `[S, T, O]` where sums are not folded.
+
+    `is_dependent=None` uses dependent launches where the device has them.
+    """
     num_tokens, num_inputs = x_TI.shape
     num_outputs = w_OI.shape[0] // 2 if is_gated else w_OI.shape[0]
-    is_folded = is_folded and config.splits > 1
-    split_inputs = triton.cdiv(triton.cdiv(num_inputs, config.splits), config.inputs) * config.inputs
+    splits = 1 if is_gated else config.splits
+    is_folded = is_folded and splits > 1
+    split_inputs = triton.cdiv(triton.cdiv(num_inputs, splits), config.inputs) * config.inputs
     # An empty split would leave its partial sum at zero: correct, and never worth a configuration.
     is_even = num_inputs % config.inputs == 0
     if is_dependent is None:
         is_dependent = supports_dependent_launch(x_TI.device)
-    is_aligned = w_OI.data_ptr() % 16 == 0 and w_OI.stride(0) % 8 == 0 and num_inputs % 8 == 0
-    segments = max(1, 32 * config.warps // config.outputs)
-    num_prefetched = min(config.prefetch, split_inputs) // (8 * segments) * (8 * segments)
     options: dict[str, Any] = {
         "OUTPUTS": config.outputs,
         "TOKENS": config.tokens,
         "INPUTS": config.inputs,
-        "SPLITS": config.splits if is_folded else 1,
+        "SPLITS": splits if is_folded else 1,
         "FOLDED": is_folded,
         "GATED": is_gated,
         "IS_EVEN": is_even,
-        "SEGMENTS": segments,
         "INTERPRETED": is_interpreted(),
         "num_warps": config.warps,
         "num_stages": config.stages,
@@ -253,7 +197,7 @@ def launch(
     }
     grid = (
         triton.cdiv(num_tokens, config.tokens),
-        1 if is_folded else config.splits,
+        1 if is_folded else splits,
         triton.cdiv(num_outputs, config.outputs),
     )
     _linear_kernel[grid](
@@ -264,7 +208,6 @@ def launch(
         num_outputs,
         num_inputs,
         split_inputs,
-        num_prefetched if is_aligned else 0,
         x_TI.stride(0),
         w_OI.stride(0),
         **options,

@@ -1,0 +1,267 @@
+"""Linear layers of few tokens on Hopper: the ring of weights fills before the predecessor ends.
+
+The tiles of triton.py, written in Gluon for what Triton's language cannot say. A program asks the
+tensor memory accelerator for the first weights of its ring, then waits for its predecessor, then
+asks for x. Programs are small enough to lie beside those of the kernel before, and their number
+fits the multiprocessors, so that the memory does not idle between two kernels. Products run on
+warp-group tensor cores, weights left; a tile of 24, 40, 48, 80 or 96 outputs is fetched as two
+boxes and leaves some rows of the product unused.
+
+Takes bf16 x and weights with 16-byte aligned rows on compute capability 9.0; outputs any number,
+inputs a multiple of 8. Sums are float32 and rounded once. Every element is summed in one order,
+given by the configuration alone.
+
+Legend: `T` tokens, `I` inputs, `O` outputs, `S` partial sums, `F` feed-forward width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from kiln_nn.kernels.linear.config import LinearConfig
+
+_barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier  # Triton 3.6, 3.7
+_COLUMNS = gl.constexpr(64)  # inputs of a box: one line of 128 bytes, the widest the accelerator swizzles
+
+
+@gluon.jit
+def _ask_for_weights(
+    box_desc,
+    rest_desc,
+    ring,
+    bar,
+    slot,
+    row,
+    num_outputs,
+    block,
+    wanted,
+    BOX: gl.constexpr,
+    REST: gl.constexpr,
+    HALVES: gl.constexpr,
+    SUBS: gl.constexpr,
+):
+    """One slot's weights: `[SUBS, HALVES * BOX + HALVES * REST, 64]`."""
+    for sub in gl.static_range(SUBS):
+        col = (block * SUBS + sub) * _COLUMNS
+        tile = ring.index(slot * SUBS + sub)
+        for half in gl.static_range(HALVES):
+            first = row + half * num_outputs
+            tma.async_copy_global_to_shared(
+                box_desc, [first, col], bar, tile.slice(half * BOX, BOX, dim=0), wanted
+            )
+            if REST > 0:
+                rest = tile.slice(HALVES * BOX + half * REST, REST, dim=0)
+                tma.async_copy_global_to_shared(rest_desc, [first + BOX, col], bar, rest, wanted)
+
+
+@gluon.jit
+def _ask_for_x(x_desc, ring, bar, slot, token, block, wanted, SUBS: gl.constexpr):
+    for sub in gl.static_range(SUBS):
+        col = (block * SUBS + sub) * _COLUMNS
+        tma.async_copy_global_to_shared(x_desc, [token, col], bar, ring.index(slot * SUBS + sub), wanted)
+
+
+@gluon.jit
+def _store(out_ptr, result, row, token, split, num_rows, num_tokens, num_outputs, num_warps: gl.constexpr):
+    """Rows `row` to `row + num_rows` of `[O, T]`, transposed."""
+    layout: gl.constexpr = gl.BlockedLayout([2, 1], [16, 2], [1, num_warps], [0, 1])
+    result = gl.convert_layout(result, layout)
+    lanes = gl.arange(0, result.shape[0], gl.SliceLayout(1, layout))
+    outputs = row + lanes
+    tokens = token + gl.arange(0, result.shape[1], gl.SliceLayout(0, layout))
+    places = (split.to(gl.int64) * num_tokens + tokens[None, :]) * num_outputs + outputs[:, None]
+    mask = (tokens < num_tokens)[None, :] & ((outputs < num_outputs) & (lanes < num_rows))[:, None]
+    gl.store(out_ptr + places, result.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@gluon.jit
+def _gate(sums, first_gate, first_up, OUTPUTS: gl.constexpr, num_warps: gl.constexpr):
+    """`silu(gate) * up` of rows that lie apart in shared memory."""
+    layout: gl.constexpr = gl.BlockedLayout([2, 1], [16, 2], [1, num_warps], [0, 1])
+    gate = sums.slice(first_gate, OUTPUTS, dim=0).load(layout)
+    up = sums.slice(first_up, OUTPUTS, dim=0).load(layout)
+    return gate / (1 + gl.exp(-gate)) * up
+
+
+@gluon.jit(do_not_specialize=["num_tokens", "num_blocks", "split_blocks"])
+def _linear_kernel(
+    box_desc,
+    rest_desc,
+    x_desc,
+    out_ptr,
+    num_tokens,
+    num_outputs,
+    num_blocks,
+    split_blocks,
+    BOX: gl.constexpr,
+    REST: gl.constexpr,
+    ROWS: gl.constexpr,
+    TOKENS: gl.constexpr,
+    SUBS: gl.constexpr,
+    STAGES: gl.constexpr,
+    GATED: gl.constexpr,
+    FOLDED: gl.constexpr,
+    DEPENDENT: gl.constexpr,
+    num_warps: gl.constexpr,
+):
+    HALVES: gl.constexpr = 2 if GATED else 1
+    OUTPUTS: gl.constexpr = BOX + REST
+    SLOT_BYTES: gl.constexpr = (HALVES * OUTPUTS + TOKENS) * SUBS * 128
+    token = gl.program_id(0) * TOKENS
+    split = gl.program_id(1)
+    row = gl.program_id(2) * OUTPUTS
+    w_ring = gl.allocate_shared_memory(gl.bfloat16, [STAGES * SUBS, ROWS, _COLUMNS], box_desc.layout)
+    x_ring = gl.allocate_shared_memory(gl.bfloat16, [STAGES * SUBS, TOKENS, _COLUMNS], x_desc.layout)
+    bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for slot in gl.static_range(STAGES):
+        mbarrier.init(bars.index(slot), count=1)
+    fence_async_shared()
+    begin = split * split_blocks
+    count = num_blocks if FOLDED else gl.minimum(split_blocks, num_blocks - begin)
+    if DEPENDENT:
+        gdc_launch_dependents()
+    for slot in gl.static_range(STAGES):
+        mbarrier.expect(bars.index(slot), SLOT_BYTES, pred=slot < count)
+        _ask_for_weights(
+            box_desc,
+            rest_desc,
+            w_ring,
+            bars.index(slot),
+            slot,
+            row,
+            num_outputs,
+            begin + slot,
+            slot < count,
+            BOX,
+            REST,
+            HALVES,
+            SUBS,
+        )
+    if DEPENDENT:
+        gdc_wait()
+    for slot in gl.static_range(STAGES):
+        _ask_for_x(x_desc, x_ring, bars.index(slot), slot, token, begin + slot, slot < count, SUBS)
+    layout: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[num_warps, 1], instr_shape=[16, TOKENS, 16]
+    )
+    acc = gl.zeros([ROWS, TOKENS], gl.float32, layout)
+    total = acc
+    for block in range(count):
+        ready = block % STAGES
+        mbarrier.wait(bars.index(ready), (block // STAGES) & 1)
+        if FOLDED:  # noqa: SIM102 (known when compiling)
+            if block > 0 and block % split_blocks == 0:
+                # One partial sum is complete; they are added in the order in which the norm does.
+                acc = warpgroup_mma_wait(0, deps=[acc])
+                total = total + acc
+                acc = gl.zeros([ROWS, TOKENS], gl.float32, layout)
+        for sub in gl.static_range(SUBS):
+            w = w_ring.index(ready * SUBS + sub)
+            x = x_ring.index(ready * SUBS + sub).permute((1, 0))
+            acc = warpgroup_mma(w, x, acc, is_async=True)
+        acc = warpgroup_mma_wait(SUBS, deps=[acc])
+        # The block before is done with its slot, in all warps after the barrier.
+        _barrier()
+        later = block - 1 + STAGES
+        free = later % STAGES
+        wanted = (block > 0) & (later < count)
+        mbarrier.expect(bars.index(free), SLOT_BYTES, pred=wanted)
+        _ask_for_weights(
+            box_desc,
+            rest_desc,
+            w_ring,
+            bars.index(free),
+            free,
+            row,
+            num_outputs,
+            begin + later,
+            wanted,
+            BOX,
+            REST,
+            HALVES,
+            SUBS,
+        )
+        _ask_for_x(x_desc, x_ring, bars.index(free), free, token, begin + later, wanted, SUBS)
+    acc = warpgroup_mma_wait(0, deps=[acc])
+    if FOLDED:
+        acc = total + acc
+    for slot in gl.static_range(STAGES):
+        mbarrier.invalidate(bars.index(slot))
+    if GATED:
+        shared: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+        sums = gl.allocate_shared_memory(gl.float32, [ROWS, TOKENS], shared, acc)
+        boxed = _gate(sums, 0, BOX, BOX, num_warps)
+        _store(out_ptr, boxed, row, token, split, BOX, num_tokens, num_outputs, num_warps)
+        if REST > 0:
+            rest = _gate(sums, 2 * BOX, 2 * BOX + REST, REST, num_warps)
+            _store(out_ptr, rest, row + BOX, token, split, REST, num_tokens, num_outputs, num_warps)
+    else:
+        _store(out_ptr, acc, row, token, split, OUTPUTS, num_tokens, num_outputs, num_warps)
+
+
+def takes(x_TI: torch.Tensor, w_OI: torch.Tensor) -> bool:
+    """Whether the accelerator can fetch these tensors, beyond what triton.py asks of them."""
+    return all(t.data_ptr() % 16 == 0 and t.stride(0) % 8 == 0 and t.shape[1] % 8 == 0 for t in (x_TI, w_OI))
+
+
+def _describe(matrix: torch.Tensor, num_rows: int) -> TensorDescriptor:
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [num_rows, 64], layout)
+
+
+def launch(
+    x_TI: torch.Tensor,
+    w_OI: torch.Tensor,
+    out: torch.Tensor,
+    config: LinearConfig,
+    *,
+    is_gated: bool = False,
+    is_folded: bool = False,
+    is_dependent: bool = True,
+) -> None:
+    """Fill `out`: `[T, O]`, `[T, F]` in the gated form, or `[S, T, O]` where sums are not folded."""
+    num_tokens, num_inputs = x_TI.shape
+    halves = 2 if is_gated else 1
+    num_outputs = w_OI.shape[0] // halves
+    is_folded = is_folded and config.splits > 1
+    splits = 1 if is_gated or is_folded else config.splits
+    num_blocks = triton.cdiv(num_inputs, config.inputs)
+    box = 1 << (config.outputs.bit_length() - 1)
+    rest = config.outputs - box
+    options: dict[str, Any] = {"launch_pdl": True} if is_dependent else {}
+    grid = (triton.cdiv(num_tokens, config.tokens), splits, triton.cdiv(num_outputs, config.outputs))
+    _linear_kernel[grid](
+        _describe(w_OI, box),
+        _describe(w_OI, rest or box),
+        _describe(x_TI, config.tokens),
+        out,
+        num_tokens,
+        num_outputs,
+        num_blocks,
+        triton.cdiv(num_blocks, 1 if is_gated else config.splits),
+        BOX=box,
+        REST=rest,
+        ROWS=max(64, triton.next_power_of_2(halves * config.outputs)),
+        TOKENS=config.tokens,
+        SUBS=config.inputs // 64,
+        STAGES=config.stages,
+        GATED=is_gated,
+        FOLDED=is_folded,
+        DEPENDENT=is_dependent,
+        num_warps=config.warps,
+        **options,
+    )
