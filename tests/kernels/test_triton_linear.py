@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -41,6 +43,7 @@ if not INTERPRETED:
     SIZES += [(100, 200), (2560, 4096), (2560, 9216), (12352, 2560)]
 
 
+@cache
 def _draw(*shape: int, seed: int = 0) -> torch.Tensor:
     values = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
     return values.bfloat16().to(DEVICE)
