@@ -73,7 +73,7 @@ def _draw(logits_RV: torch.Tensor, rules: list[Rule]) -> list[list[float]]:
 def test_every_rule_on_every_shape_of_row(shape, poisoned):
     seed = SHAPES.index(shape)
     logits = logits_by_shape(VOCAB, seed)[shape]
-    names = list(RULES)[seed % 2 :: 2] if INTERPRETED else list(RULES)
+    names = list(RULES)[seed % 3 :: 3] if INTERPRETED else list(RULES)
     uniforms = _uniforms(len(names), seed)
     rules = [replace(RULES[name], uniform=u) for name, u in zip(names, uniforms, strict=True)]
     rows = _draw(logits.expand(len(rules), -1).contiguous(), rules)

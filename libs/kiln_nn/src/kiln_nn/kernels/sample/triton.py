@@ -24,7 +24,9 @@ from kiln_nn.kernels.sample.triton_survey import BLOCK, CHUNK, NUM_PLANES, edit_
 
 _LARGEST_VOCABULARY = 2**20
 _MOST_EDIT_PROGRAMS = 1024
-_MOST_PROGRAMS_PER_ROW = 32
+# Few different ones: each is compiled.
+_PROGRAMS_PER_ROW = (32, 8, 2)
+_SEARCH = {"STEP": 2048, "STAGES": 3}
 _LAUNCH = {"survey": 4, "edit": 4, "draw": 8, "search": 16}  # warps
 
 
@@ -120,14 +122,14 @@ def draw_tokens(
         **padded,
         PROGRAMS=num_programs,
         ROOM=MOST_CANDIDATES,
+        **_SEARCH,
         num_warps=_LAUNCH["search"],
     )
 
 
 def _programs_per_row(num_rows: int, num_chunks: int, device: torch.device) -> int:
-    """How many programs share a row in the search: a power of two, so that all fit the GPU at once."""
+    """How many programs share a row in the search, so that all fit the GPU at once."""
     if is_interpreted():
         return 1
-    fitting = device_limits(device).num_multiprocessors // num_rows
-    most = min(fitting, num_chunks, _MOST_PROGRAMS_PER_ROW)
-    return 1 << (most.bit_length() - 1) if most > 0 else 1
+    fitting = min(device_limits(device).num_multiprocessors // num_rows, num_chunks)
+    return next((number for number in _PROGRAMS_PER_ROW if number <= fitting), 1)
