@@ -117,7 +117,7 @@ def _cases() -> list[tuple[int, torch.dtype]]:
     """Tokens of a tile, format. The interpreter is slow; on a GPU large float32 tiles do not fit."""
     if INTERPRETED:
         return [(4, torch.float32), (16, torch.bfloat16), (32, torch.float32)]
-    halves = [(tokens, dtype) for tokens in (4, 16, 32) for dtype in (torch.float16, torch.bfloat16)]
+    halves = [(tokens, dtype) for tokens in (4, 8, 16, 32) for dtype in (torch.float16, torch.bfloat16)]
     return [(4, torch.float32), *halves]
 
 
@@ -134,17 +134,20 @@ def test_chunks_of_all_kinds_at_the_released_head_shape(tile_tokens, dtype, gate
 
 @on_triton
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "head_dim"), [(8, 2, 256), (24, 4, 256), (3, 3, 128), (5, 1, 64)]
+    ("heads", "kv_heads", "head_dim"), [(8, 2, 256), (24, 4, 256), (3, 3, 128), (16, 1, 64)]
 )
 def test_other_shapes(heads, kv_heads, head_dim):
     dtype = torch.float32 if INTERPRETED else torch.float16
     case = _Case(FEW, heads, kv_heads, head_dim, dtype)
-    assert relative_error(case.run(_kernel().paged_chunk_attention, 4), case.expected()) < TOLERANCE[dtype]
+    tile_tokens = choose_tile_tokens([16], heads // kv_heads)
+    assert tile_tokens * heads // kv_heads >= 16
+    out = case.run(_kernel().paged_chunk_attention, tile_tokens)
+    assert relative_error(out, case.expected()) < TOLERANCE[dtype]
 
 
 @on_triton
 @pytest.mark.parametrize("num_parts", [1, 3, 16])
-@pytest.mark.parametrize("tile_tokens", [4, 16])
+@pytest.mark.parametrize("tile_tokens", [8, 16])
 def test_any_number_of_parts_gives_the_same(num_parts, tile_tokens, monkeypatch):
     kernel, dtype = _kernel(), torch.float32 if INTERPRETED else torch.float16
     monkeypatch.setattr(kernel, "_LEAST_PART_TOKENS", 32)
@@ -206,6 +209,32 @@ def test_an_fp8_cache(tile_tokens):
     assert relative_error(out, case.expected()) < TOLERANCE[torch.bfloat16]
 
 
+def _is_hopper() -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+
+
+@on_triton
+@pytest.mark.skipif(INTERPRETED or not _is_hopper(), reason="needs compute capability 9.0")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "chunks"),
+    [
+        (16, 4, 256, MIXED),
+        (16, 4, 256, [(700, 700), (63, 64), (64, 64), (65, 4000), (1, 129), (200, 456)]),
+        (24, 4, 256, [(100, 230)]),
+        (8, 1, 128, [(150, 150), (33, 97)]),
+    ],
+)
+def test_two_products_in_flight_give_the_same(heads, kv_heads, head_dim, chunks, dtype):
+    kernel, case = _kernel(), _Case(chunks, heads, kv_heads, head_dim, dtype)
+    config = kernel.PrefillConfig(64, 1, num_warps=8, num_stages=2, overlaps=True)
+    tile_tokens = 128 // (1 << (heads // kv_heads - 1).bit_length())
+    for gated in (False, True):
+        out = case.run(kernel.paged_chunk_attention, tile_tokens, gated, config=config)
+        assert relative_error(out, case.expected(gated)) < TOLERANCE[dtype]
+        assert (out[sum(case.new) :] == 0).all()
+
+
 @on_triton
 @pytest.mark.skipif(INTERPRETED, reason="the choice is made by device")
 def test_the_public_function_chooses_the_kernel_on_a_gpu():
@@ -248,6 +277,9 @@ def test_tiles_cover_each_chunk_once_and_begin_with_the_longest_context():
 
 def test_tiles_are_small_where_there_is_little_to_do():
     assert choose_tile_tokens([4, 1, 3]) == 4
+    assert choose_tile_tokens([5, 1, 3]) == 8
+    assert choose_tile_tokens([4, 1, 3], num_grouped_heads=1) == 16
+    assert choose_tile_tokens([8192], num_grouped_heads=6) == 16
     assert choose_tile_tokens([64]) == 16
     assert choose_tile_tokens([16] * 64) == 16
     assert choose_tile_tokens([8192]) == 32

@@ -13,8 +13,9 @@ import torch
 from kiln_nn.kernels.checks import ShapeMismatch, check_shape
 
 NO_CHUNK = -1
-# Tokens of a tile: few for the drafts of a decode pass, many where arithmetic is the limit.
-TILE_TOKENS = (4, 16, 32)
+# Rows of a tile, one for each token and query head of a kv head: few for the drafts of a decode
+# pass, many where arithmetic is the limit.
+TILE_ROWS = (16, 32, 64, 128)
 _MOST_TOKENS_OF_SMALL_TILES = 1024
 
 
@@ -54,17 +55,24 @@ class AttentionChunks:
         check_shape("cu_seqlens", self.cu_seqlens_N1, (self.num_chunks + 1,))
         check_shape("tile_chunks", self.tile_chunks_B, (None,))
         check_shape("tile_starts", self.tile_starts_B, (self.num_tiles,))
-        if self.tile_tokens not in TILE_TOKENS:
-            raise ShapeMismatch("tile_tokens", (self.tile_tokens,), (f"one of {TILE_TOKENS}",))
+        if self.tile_tokens < 1 or self.tile_tokens & (self.tile_tokens - 1):
+            raise ShapeMismatch("tile_tokens", (self.tile_tokens,), ("a power of two",))
 
 
-def choose_tile_tokens(num_new_tokens: Sequence[int]) -> int:
-    """Tokens of a tile for chunks of these lengths: small tiles fill a GPU that has little to do."""
-    if max(num_new_tokens, default=0) <= TILE_TOKENS[0]:
-        return TILE_TOKENS[0]
+def choose_tile_tokens(num_new_tokens: Sequence[int], num_grouped_heads: int = 4) -> int:
+    """Tokens of a tile for chunks of these lengths: small tiles fill a GPU that has little to do.
+
+    `num_grouped_heads` is the number of query heads that share a kv head.
+    """
+    rows_per_token = 1 << (num_grouped_heads - 1).bit_length()
+    most_rows = rows_per_token * max(num_new_tokens, default=0)
     num_tokens = sum(num_new_tokens)
-    has_short_chunks = num_tokens <= TILE_TOKENS[1] * len(num_new_tokens)
-    return TILE_TOKENS[1 if has_short_chunks or num_tokens <= _MOST_TOKENS_OF_SMALL_TILES else 2]
+    if most_rows <= TILE_ROWS[1]:
+        rows = TILE_ROWS[0] if most_rows <= TILE_ROWS[0] else TILE_ROWS[1]
+    else:
+        has_short_chunks = rows_per_token * num_tokens <= TILE_ROWS[2] * len(num_new_tokens)
+        rows = TILE_ROWS[2 if has_short_chunks or num_tokens <= _MOST_TOKENS_OF_SMALL_TILES else 3]
+    return max(1, rows // rows_per_token)
 
 
 def most_tiles(num_chunks: int, num_tokens: int, tile_tokens: int) -> int:

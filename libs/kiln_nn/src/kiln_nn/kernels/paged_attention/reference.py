@@ -66,7 +66,7 @@ def paged_decode_attention(
 
     Returns: `[R, H, D]` in the format of `q_RHD`.
     """
-    num_rows, num_heads, head_dim = q_RHD.shape
+    num_rows, _, head_dim = q_RHD.shape
     check_shape("k_cache", k_cache_PShD, (None, None, None, head_dim))
     check_shape("v_cache", v_cache_PShD, tuple(k_cache_PShD.shape))
     lines_R = torch.arange(num_rows, device=q_RHD.device)

@@ -31,7 +31,7 @@ def _context_and_line(context_ptr, table_row_ptr, row, HAS_TABLE_ROWS: tl.conste
 
 
 @triton.jit
-def _unpack_fp8(pairs):
+def unpack_fp8(pairs):
     """Even and odd columns in fp16 from 16-bit pairs of e4m3 numbers.
 
     A product needs two tokens' values side by side in a register. Pairs of columns can be loaded
@@ -100,7 +100,7 @@ def _attend(
         weights = weights.to(q.dtype)
         if IS_FP8:
             v_places = slots[:, None] * (HEAD_DIM // 2) + pairs[None, :]
-            v_even, v_odd = _unpack_fp8(tl.load(v_ptr + v_places, mask=is_token[:, None], other=0))
+            v_even, v_odd = unpack_fp8(tl.load(v_ptr + v_places, mask=is_token[:, None], other=0))
             even = tl.dot(weights, v_even, even * faded[:, None])
             odd = tl.dot(weights, v_odd, odd * faded[:, None])
         else:

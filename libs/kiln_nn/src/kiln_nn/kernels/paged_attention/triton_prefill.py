@@ -9,8 +9,8 @@ compute capability 8.9 and newer, unit scale); float32 for tiles of up to 16 row
 cache products are taken in fp16, which holds every e4m3 number and converts in one instruction.
 
 One program does one tile of tokens for all query heads of one kv head, so that keys and values
-are read once for them: 32 tokens x 4 heads are the 128 rows of a Hopper tile. What every row sees
-runs without a mask. Few tiles are not enough programs: then each tile's context is cut in parts,
+are read once for them: 32 tokens x 4 heads are the 128 rows of a Hopper tile. There, what every row
+sees runs without a mask. Few tiles are not enough programs: then each tile's context is cut in parts,
 which a second launch joins. The grid depends on the number of tiles alone. What lies behind a
 context is never read; tokens of no chunk get zeros.
 
@@ -26,12 +26,11 @@ import torch
 import triton
 
 from kiln_nn.kernels.dispatch import device_limits, is_interpreted
-from kiln_nn.kernels.paged_attention.chunks import AttentionChunks
+from kiln_nn.kernels.paged_attention.chunks import TILE_ROWS, AttentionChunks
 from kiln_nn.kernels.paged_attention.triton_decode import LOG2_E, product_format, takes_cache
 from kiln_nn.kernels.paged_attention.triton_prefill_kernels import join_tiles_kernel, prefill_kernel
 
 _MOST_FLOAT32_ROWS = 16
-_MOST_ROWS = 512
 _MOST_PARTS = 16
 _LEAST_PART_TOKENS = 256
 
@@ -47,6 +46,8 @@ class PrefillConfig:
     num_parts: int
     num_warps: int
     num_stages: int
+    # Two products in flight at once, for long prompts on Hopper (triton_prefill_hopper.py).
+    overlaps: bool = False
 
 
 def takes(
@@ -58,11 +59,12 @@ def takes(
 ) -> bool:
     """Whether the kernel computes these shapes, formats and strides."""
     rows = chunks.tile_tokens * triton.next_power_of_2(q_THD.shape[1] // k_cache_PShD.shape[2])
-    most_rows = _MOST_FLOAT32_ROWS if q_THD.dtype is torch.float32 and not is_interpreted() else _MOST_ROWS
+    is_exact = q_THD.dtype is torch.float32 and not is_interpreted()
+    most_rows = _MOST_FLOAT32_ROWS if is_exact else TILE_ROWS[-1]
     return (
         takes_cache(q_THD, k_cache_PShD, v_cache_PShD)
         and chunks.num_tiles > 0
-        and rows <= most_rows
+        and TILE_ROWS[0] <= rows <= most_rows
         and (gate_THD is None or gate_THD.stride(2) == 1)
     )
 
@@ -79,10 +81,12 @@ def choose_config(rows: int, num_programs: int, q_dtype: torch.dtype, device: to
         return PrefillConfig(16, num_parts, num_warps=4, num_stages=1)
     if rows <= 32:
         return PrefillConfig(32, num_parts, num_warps=4, num_stages=5)
-    # Keys and values of a tile beside the queries, which are 64 KB for 128 rows of 256.
-    memory_kib = limits.shared_memory_bytes // 1024
-    tile_keys = 64 if memory_kib >= 200 else 32 if memory_kib >= 128 or rows < 128 else 16
-    return PrefillConfig(tile_keys, num_parts, num_warps=8 if rows >= 128 else 4, num_stages=3)
+    if rows >= 128:
+        # Beside the queries, 64 KB for 128 rows of 256, one tile of keys and one of values.
+        memory_kib = limits.shared_memory_bytes // 1024
+        tile_keys = 64 if memory_kib >= 200 else 32 if memory_kib >= 128 else 16
+        return PrefillConfig(tile_keys, num_parts, num_warps=8, num_stages=2 if tile_keys == 64 else 3)
+    return PrefillConfig(32, num_parts, num_warps=4, num_stages=3)
 
 
 def paged_chunk_attention(
@@ -108,11 +112,19 @@ def paged_chunk_attention(
     num_parts = max(1, min(config.num_parts, triton.cdiv(page_table_SM.shape[1] * page_tokens, least)))
     is_joined = num_parts > 1
     out = q_THD.new_empty(q_THD.shape)
+    if config.overlaps and num_parts == 1:
+        from kiln_nn.kernels.paged_attention import triton_prefill_hopper
+
+        inputs = (q_THD, k_cache_PShD, v_cache_PShD, page_table_SM, chunks)
+        triton_prefill_hopper.attend(*inputs, scale * LOG2_E, out, gate_THD, table_rows_N)
+        return out
     parts, lse = out, out
     if is_joined:
         parts = q_THD.new_empty((num_tokens, num_heads, num_parts, head_dim), dtype=torch.float32)
         lse = q_THD.new_empty((num_tokens, num_heads, num_parts), dtype=torch.float32)
     gate = q_THD if gate_THD is None else gate_THD
+    # Larger tiles are multiplied from shared memory, where values go as fp16 anyway.
+    is_paired = k_cache_PShD.dtype is torch.float8_e4m3fn and rows <= TILE_ROWS[1] and not is_interpreted()
     lists = (chunks.cu_seqlens_N1, chunks.context_lengths_N, chunks.tile_chunks_B, chunks.tile_starts_B)
     cut = {
         "TOKENS": chunks.tile_tokens,
@@ -124,7 +136,7 @@ def paged_chunk_attention(
     prefill_kernel[(num_kv_heads, chunks.num_tiles, num_parts)](
         q_THD,
         k_cache_PShD,
-        v_cache_PShD,
+        v_cache_PShD.view(torch.int16) if is_paired else v_cache_PShD,
         page_table_SM,
         lists[0] if table_rows_N is None else table_rows_N,
         *lists,
@@ -148,6 +160,9 @@ def paged_chunk_attention(
         FORMAT=product_format(q_THD.dtype, k_cache_PShD.dtype),
         PRECISION="ieee" if q_THD.dtype is torch.float32 else "tf32",
         STAGES=config.num_stages,
+        PAIRED=is_paired,
+        # A loop of its own for keys without a mask saves arithmetic, but fills its pipeline anew.
+        HAS_FREE_LOOP=rows >= TILE_ROWS[3],
         num_warps=config.num_warps,
         **cut,
     )

@@ -10,6 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kiln_nn.kernels.paged_attention.triton_decode_kernels import unpack_fp8
+
 
 @triton.jit
 def _part_of_tile(end, part, num_parts, LEAST: tl.constexpr, KEYS: tl.constexpr):
@@ -23,6 +25,7 @@ def _part_of_tile(end, part, num_parts, LEAST: tl.constexpr, KEYS: tl.constexpr)
 def _attend(
     q,
     mixed,
+    odd,
     total,
     highest,
     k_ptr,
@@ -40,12 +43,15 @@ def _attend(
     MASKED: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
+    PAIRED: tl.constexpr,
 ):
     """Take keys `first` to `last` into the weighted values, their total weight and highest score.
 
-    Scores are in units of log 2. Unmasked, these are whole key tiles that every row sees.
+    Scores are in units of log 2. Unmasked, these are whole key tiles that every row sees. Paired
+    are values in fp8 (see `unpack_fp8`): `mixed` are then the even columns, `odd` the others.
     """
     columns = tl.arange(0, HEAD_DIM)
+    pairs = tl.arange(0, HEAD_DIM // 2)
     in_tile = tl.arange(0, KEYS)
     for start in tl.range(first, last, KEYS, num_stages=STAGES):
         keys = start + in_tile
@@ -64,12 +70,19 @@ def _attend(
         rising = tl.maximum(highest, tl.max(scores, 1) * scale)
         weights = tl.exp2(scores * scale - rising[:, None])
         faded = tl.exp2(highest - rising)
-        v = tl.load(v_ptr + places, mask=mask, other=other)
         total = total * faded + tl.sum(weights, 1)
+        weights = weights.to(q.dtype)
         mixed = mixed * faded[:, None]
-        mixed = tl.dot(weights.to(q.dtype), v.to(q.dtype), mixed, input_precision=PRECISION)
+        if PAIRED:
+            v_places = slots[:, None] * (HEAD_DIM // 2) + pairs[None, :]
+            v_even, v_odd = unpack_fp8(tl.load(v_ptr + v_places, mask=mask, other=0 if MASKED else None))
+            mixed = tl.dot(weights, v_even, mixed)
+            odd = tl.dot(weights, v_odd, odd * faded[:, None])
+        else:
+            v = tl.load(v_ptr + places, mask=mask, other=other).to(q.dtype)
+            mixed = tl.dot(weights, v, mixed, input_precision=PRECISION)
         highest = rising
-    return mixed, total, highest
+    return mixed, odd, total, highest
 
 
 @triton.jit
@@ -122,6 +135,8 @@ def prefill_kernel(
     FORMAT: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
+    PAIRED: tl.constexpr,
+    HAS_FREE_LOOP: tl.constexpr,
 ):
     kv_head = tl.program_id(0)
     tile = tl.program_id(1)
@@ -162,33 +177,39 @@ def prefill_kernel(
     q = tl.load(q_ptr + q_places[:, None] + columns[None, :], mask=is_row[:, None], other=0.0).to(FORMAT)
     highest = tl.full((TOKENS * GROUP_BLOCK,), -1e30, tl.float32)
     total = tl.zeros((TOKENS * GROUP_BLOCK,), tl.float32)
-    mixed = tl.zeros((TOKENS * GROUP_BLOCK, HEAD_DIM), tl.float32)
-    # Every row sees the key tiles that end at the tile's first token or before.
-    seen_by_all = tl.minimum(tl.maximum((past + start + 1) // KEYS * KEYS, first), last)
-    mixed, total, highest = _attend(
+    mixed = tl.zeros((TOKENS * GROUP_BLOCK, HEAD_DIM // 2 if PAIRED else HEAD_DIM), tl.float32)
+    odd = tl.zeros((TOKENS * GROUP_BLOCK, HEAD_DIM // 2), tl.float32)
+    seen_by_all = first
+    if HAS_FREE_LOOP:
+        # Every row sees the key tiles that end at the tile's first token or before.
+        seen_by_all = tl.minimum(tl.maximum((past + start + 1) // KEYS * KEYS, first), last)
+        mixed, odd, total, highest = _attend(
+            q,
+            mixed,
+            odd,
+            total,
+            highest,
+            k_ptr,
+            v_ptr,
+            page_row_ptr,
+            kv_head,
+            first,
+            seen_by_all,
+            position,
+            scale,
+            KV_HEADS,
+            HEAD_DIM,
+            PAGE_TOKENS,
+            KEYS,
+            False,
+            PRECISION,
+            STAGES,
+            PAIRED,
+        )
+    mixed, odd, total, highest = _attend(
         q,
         mixed,
-        total,
-        highest,
-        k_ptr,
-        v_ptr,
-        page_row_ptr,
-        kv_head,
-        first,
-        seen_by_all,
-        position,
-        scale,
-        KV_HEADS,
-        HEAD_DIM,
-        PAGE_TOKENS,
-        KEYS,
-        False,
-        PRECISION,
-        STAGES,
-    )
-    mixed, total, highest = _attend(
-        q,
-        mixed,
+        odd,
         total,
         highest,
         k_ptr,
@@ -206,7 +227,10 @@ def prefill_kernel(
         True,
         PRECISION,
         STAGES,
+        PAIRED,
     )
+    if PAIRED:
+        mixed = tl.reshape(tl.join(mixed, odd), (TOKENS * GROUP_BLOCK, HEAD_DIM))
     # A part may hold nothing that a row sees: its total is zero and so is its share.
     out = mixed / tl.maximum(total, 1e-30)[:, None]
     out_rows = q_rows * (KV_HEADS * GROUP) + heads
