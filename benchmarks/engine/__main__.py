@@ -19,6 +19,7 @@ from benchmarks.engine.parts import PARTS, Bench
 from benchmarks.engine.results import ResultFile, device_name
 from benchmarks.engine.spine import Spine, UnknownSetting, make_settings
 from benchmarks.engine.workloads import TABLE, TINY, Sizes
+from kiln_common.logs import configure_logs
 
 # The trainer has no part in these measurements.
 _GPU_MEMORY_FRACTION = 0.85
@@ -42,6 +43,7 @@ def main() -> None:
         print(f"skipped: this engine has no setting {error}")
         return
     torch.set_grad_enabled(False)
+    configure_logs("bench", as_json=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     yardsticks = Yardsticks.measure(device)
     with Spine(settings) as spine:

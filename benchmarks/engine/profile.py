@@ -20,6 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.engine.recording import Recorder
 from benchmarks.engine.requests import random_requests
 from benchmarks.engine.spine import Spine, UnknownSetting, make_settings
+from kiln_common.logs import configure_logs
 
 _MOST_SECONDS = 120.0
 _NAME_WIDTH = 90
@@ -100,6 +101,7 @@ def main() -> None:
     except UnknownSetting as error:
         print(f"skipped: this engine has no setting {error}")
         return
+    configure_logs("profile", as_json=True)
     with Spine(settings) as spine:
         for batch in options.batches:
             seconds, num_steps, events = profile_decode(spine, batch, options.context, options.seconds)

@@ -2,19 +2,26 @@
 
     python benchmarks/kernels/delta_decode.py [--tune]
 
-Prediction for bf16 states at batch 256: 8.8 GB a step (7.7 GB states, rings and commits, the rest
-convolution, z and output), 2.05 ms at copy speed.
+A figure is a whole step: every layer's two launches, and one that commits the full pages of all.
+"mixed": the rows stand at all places of their pages, one in sixteen commits. "together": the rows
+began together, the mean over the sixteen steps of a page. "page full": the last of those
+alone, in which every row commits; no median of a run shows it. "drafts": five new tokens per row, a
+fold in one row of four.
 
-A figure is the mean over a page: input sets in each of which every row stands one token later, so
-that one row in sixteen commits. Small batches take other slots in each set, which keeps
-the states out of the L2 cache as the weights between two layers do in a step. Before timing, 200
-tokens are decoded and compared with float64. `--tune` tries other configurations.
+Prediction for bf16 states at batch 256, mixed: 9.2 GB (6.4 GB states, 0.8 GB commits, 1.3 GB rings,
+0.6 GB convolution), of which 1.1 GB are written: 2.1 ms at 4.4 TB/s. Batch 64 a quarter of
+that and 24 times 2 us for launches that wait for each other.
+
+The steps of a timing take other slots, which keeps the states out of the L2 cache as the weights
+between two layers do in an engine's step. Before timing, 200 tokens are decoded and compared with
+float64. `--tune` tries other configurations.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -23,9 +30,11 @@ from measure import ResultTable, relative_error, time_calls
 from kiln_nn.kernels.delta_decode import NO_SLOT, DeltaDecodeWeights, DeltaMemory, DeltaRows
 from kiln_nn.kernels.delta_decode.reference import delta_decode_reference
 from kiln_nn.kernels.delta_decode.triton import CONFIGS, StepConfig, delta_decode
+from kiln_nn.kernels.delta_decode.triton_commit import delta_commit
+from kiln_nn.kernels.delta_decode.triton_verify import delta_verify
 from kiln_nn.kernels.gated_delta import DeltaRing
 
-LAYERS, KEY_HEADS, HEADS, WIDTH, CONV_WIDTH, PAGE_TOKENS = 24, 16, 32, 128, 4, 16
+LAYERS, KEY_HEADS, HEADS, WIDTH, CONV_WIDTH, PAGE_TOKENS, MOST_DRAFTS = 24, 16, 32, 128, 4, 16, 4
 CHANNELS = 2 * KEY_HEADS * WIDTH + HEADS * WIDTH
 NUM_SLOTS = 256
 BATCHES = (1, 16, 64, 256)
@@ -33,12 +42,12 @@ CHECKED_ROWS, CHECKED_TOKENS = 4, 200
 TUNE = {
     torch.bfloat16: [
         StepConfig("wide", "bf16x3", 64, 3, 32, is_dependent=False),
-        StepConfig("tall", "bf16x3", 64, 3, 32),
-        StepConfig("wide", "bf16x3", 32, 3, 32, num_warps=2),
+        StepConfig("tall", "bf16x3", 64, 2, 32),
+        StepConfig("wide", "bf16x3", 32, 4, 32, num_warps=2, num_key_warps=2),
     ],
     torch.float32: [
         StepConfig("fma", "tf32x3", 16, 4, 16, is_dependent=False),
-        StepConfig("fma", "tf32x3", 16, 4, 16, num_warps=2),
+        StepConfig("fma", "tf32x3", 8, 6, 16, num_warps=1, num_key_warps=2),
     ],
 }
 
@@ -47,18 +56,19 @@ def _draw(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.randn(*shape, device="cuda", dtype=dtype)
 
 
-def _memory(num_slots: int, state_dtype: torch.dtype) -> DeltaMemory:
-    """Full rings, so that any length may be read."""
-    keys = _draw(num_slots, KEY_HEADS, PAGE_TOKENS, WIDTH, dtype=torch.float32)
-    decays = torch.rand(num_slots, HEADS, PAGE_TOKENS, device="cuda").neg().cumsum(-1) / 8
+def _memory(num_slots: int, state_dtype: torch.dtype, *layers: int, num_drafts: int = 0) -> DeltaMemory:
+    """Full rings, so that any length may be read; with `layers` as first dimension."""
+    slots, capacity = (*layers, num_slots), PAGE_TOKENS + num_drafts
+    keys = _draw(*slots, KEY_HEADS, capacity, WIDTH, dtype=torch.float32)
+    decays = torch.rand(*slots, HEADS, capacity, device="cuda").neg().cumsum(-1) / 8
     return DeltaMemory(
-        _draw(num_slots, HEADS, WIDTH, WIDTH, dtype=state_dtype),
+        _draw(*slots, HEADS, WIDTH, WIDTH, dtype=state_dtype),
         DeltaRing(
-            keys / keys.norm(dim=-1, keepdim=True),
-            _draw(num_slots, HEADS, PAGE_TOKENS, WIDTH, dtype=torch.float32),
+            keys.div_(keys.norm(dim=-1, keepdim=True)),
+            _draw(*slots, HEADS, capacity, WIDTH, dtype=torch.float32),
             decays,
         ),
-        _draw(num_slots, CONV_WIDTH - 1 + PAGE_TOKENS, CHANNELS),
+        _draw(*slots, CONV_WIDTH - 1 + capacity, CHANNELS),
     )
 
 
@@ -76,28 +86,30 @@ def _weights() -> DeltaDecodeWeights:
 
 def _rows(slots: torch.Tensor, lengths: torch.Tensor) -> DeltaRows:
     slots, lengths = slots.cuda(), lengths.cuda()
-    commits = torch.where(lengths == PAGE_TOKENS - 1, slots, NO_SLOT)
+    commits = torch.where(lengths >= PAGE_TOKENS - 1, slots, NO_SLOT)
     return DeltaRows(slots, slots, lengths, commits)
 
 
-def _tokens(num_rows: int) -> tuple[torch.Tensor, ...]:
+def _tokens(num_rows: int, *lines: int) -> tuple[torch.Tensor, ...]:
     return (
-        _draw(num_rows, CHANNELS),
-        _draw(num_rows, HEADS) / 4,
-        _draw(num_rows, HEADS),
-        _draw(num_rows, HEADS, WIDTH),
+        _draw(num_rows, *lines, CHANNELS),
+        _draw(num_rows, *lines, HEADS) / 4,
+        _draw(num_rows, *lines, HEADS),
+        _draw(num_rows, *lines, HEADS, WIDTH),
     )
 
 
-def bytes_per_step(num_rows: int, state_dtype: torch.dtype) -> int:
-    """Mean over a page, all layers: what must be read and written, each thing once."""
+def bytes_per_step(
+    num_rows: int, state_dtype: torch.dtype, ring_length: float, commit_share: float, num_new: int = 1
+) -> int:
+    """All layers: what must be read and written, each thing once (a commit reads its state again)."""
     state = HEADS * WIDTH * WIDTH * state_dtype.itemsize
     ring_entry = (KEY_HEADS * WIDTH + HEADS * WIDTH + HEADS) * 4
-    ring = ring_entry * ((PAGE_TOKENS - 1) / 2 + 1)
-    # The window, the token and its copy into the ring; on a commit the tail.
-    conv = CHANNELS * 2 * (CONV_WIDTH + 1 + (CONV_WIDTH - 1) / PAGE_TOKENS)
-    others = 2 * 2 * HEADS * WIDTH + 2 * 2 * HEADS
-    return int(LAYERS * num_rows * (state * (1 + 1 / PAGE_TOKENS) + ring + conv + others))
+    ring = ring_entry * (ring_length + num_new + PAGE_TOKENS * commit_share)
+    # The window, the tokens and their copies into the ring; on a commit the tail, read and written.
+    conv = CHANNELS * 2 * (CONV_WIDTH - 1 + 2 * num_new + 2 * (CONV_WIDTH - 1) * commit_share)
+    others = 2 * num_new * (2 * HEADS * WIDTH + 2 * HEADS)
+    return int(LAYERS * num_rows * (state * (1 + 2 * commit_share) + ring + conv + others))
 
 
 def _double(weights: DeltaDecodeWeights) -> DeltaDecodeWeights:
@@ -107,7 +119,8 @@ def _double(weights: DeltaDecodeWeights) -> DeltaDecodeWeights:
 
 def error_after_decoding(state_dtype: torch.dtype, config: StepConfig) -> float:
     """Of the last page of tokens, against float64 from the same start; pages fill in between."""
-    memory, weights = _memory(CHECKED_ROWS, state_dtype), _weights()
+    layers, weights = _memory(CHECKED_ROWS, state_dtype, 1), _weights()
+    memory = layers.layer(0)
     ring = memory.ring
     exact = DeltaMemory(
         memory.state_SHKV.double(),
@@ -119,7 +132,8 @@ def error_after_decoding(state_dtype: torch.dtype, config: StepConfig) -> float:
     for t in range(CHECKED_TOKENS):
         rows, (*tokens, z) = _rows(slots, (ages + t) % PAGE_TOKENS), _tokens(CHECKED_ROWS)
         tokens.append(z.float())  # whose format the output takes: float32 leaves the state's error
-        out = delta_decode(memory, rows, weights, *tokens, config)
+        out = delta_decode(memory, rows, weights, *tokens, config, commits=False)
+        delta_commit(layers, rows)
         reference = delta_decode_reference(exact, rows, exact_weights, *(x.double() for x in tokens))
         if t >= CHECKED_TOKENS - PAGE_TOKENS:
             outputs.append(out)
@@ -130,21 +144,48 @@ def error_after_decoding(state_dtype: torch.dtype, config: StepConfig) -> float:
 class Inputs:
     """Slots of all layers, for every batch."""
 
-    def __init__(self, state_dtype: torch.dtype) -> None:
-        self.layers = [(_memory(NUM_SLOTS, state_dtype), _weights()) for _ in range(LAYERS)]
+    def __init__(self, state_dtype: torch.dtype, num_drafts: int = 0) -> None:
+        self.layers = _memory(NUM_SLOTS, state_dtype, LAYERS, num_drafts=num_drafts)
+        self.weights = [_weights() for _ in range(LAYERS)]
 
-    def calls(self, num_rows: int, config: StepConfig) -> list[partial]:
-        calls = []
-        # From sixteen rows on every turn has all lengths.
-        for turn in range(PAGE_TOKENS if num_rows < PAGE_TOKENS else 4):
+    def step(self, turn: int, num_rows: int, places: torch.Tensor, config: StepConfig) -> Callable[[], None]:
+        """One token for rows that stand at `places` of their pages."""
+        slots = (torch.arange(num_rows) + turn * num_rows) % NUM_SLOTS
+        rows, tokens = _rows(slots, places % PAGE_TOKENS), _tokens(num_rows)
+        one = partial(delta_decode, config=config, commits=False)
+
+        def run() -> None:
+            for index, weights in enumerate(self.weights):
+                one(self.layers.layer(index), rows, weights, *tokens)
+            delta_commit(self.layers, rows)
+
+        return run
+
+    def mixed(self, num_rows: int, config: StepConfig) -> list[Callable[[], None]]:
+        # From sixteen rows on every turn has all places.
+        turns = PAGE_TOKENS if num_rows < PAGE_TOKENS else 4
+        return [self.step(turn, num_rows, torch.arange(num_rows) + turn, config) for turn in range(turns)]
+
+    def together(self, num_rows: int, config: StepConfig) -> list[Callable[[], None]]:
+        return [self.step(t, num_rows, torch.full((num_rows,), t), config) for t in range(PAGE_TOKENS)]
+
+    def drafts(self, num_rows: int) -> list[Callable[[], None]]:
+        num_new = MOST_DRAFTS + 1
+
+        def step(turn: int) -> Callable[[], None]:
             numbers = torch.arange(num_rows)
-            rows = _rows((numbers + turn * num_rows) % NUM_SLOTS, (numbers + turn) % PAGE_TOKENS)
-            tokens = _tokens(num_rows)
-            calls += [
-                partial(delta_decode, memory, rows, weights, *tokens, config)
-                for memory, weights in self.layers
-            ]
-        return calls
+            slots, lengths = (numbers + turn * num_rows) % NUM_SLOTS, (5 * numbers + turn) % 20
+            rows, tokens = _rows(slots, lengths), _tokens(num_rows, num_new)
+            rows.commit_slots_R[lengths.cuda() < PAGE_TOKENS] = NO_SLOT
+            counts = torch.full((num_rows,), num_new, device="cuda")
+
+            def run() -> None:
+                for index, weights in enumerate(self.weights):
+                    delta_verify(self.layers.layer(index), rows, counts, weights, *tokens)
+
+            return run
+
+        return [step(turn) for turn in range(4)]
 
 
 def main() -> None:
@@ -153,17 +194,32 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.manual_seed(0)
     table = ResultTable("delta_decode")
+    half, share = (PAGE_TOKENS - 1) / 2, 1 / PAGE_TOKENS
     for state_dtype, chosen in CONFIGS.items():
-        inputs = Inputs(state_dtype)
+        inputs, name = Inputs(state_dtype), f"{str(state_dtype).removeprefix('torch.')} state"
+
+        def add(
+            kind: str, num_rows: int, steps: list, work: tuple, note: str = "", *, error: float, name=name,
+            state_dtype=state_dtype,
+        ) -> None:  # fmt: skip
+            shape = f"{kind}, batch {num_rows}, {name}"
+            num_bytes = bytes_per_step(num_rows, state_dtype, *work)
+            table.add(shape, time_calls(steps), 1, num_bytes, error, note)
+
         for config in [chosen, *(TUNE[state_dtype] if arguments.tune else [])]:
             error = error_after_decoding(state_dtype, config)
-            batches = BATCHES if config is chosen else (1, 256)
-            for num_rows in batches:
-                timing = time_calls(inputs.calls(num_rows, config))
-                shape = f"batch {num_rows}, {str(state_dtype).removeprefix('torch.')} state"
-                num_bytes = bytes_per_step(num_rows, state_dtype)
-                note = "" if config is chosen else str(config)
-                table.add(shape, timing, LAYERS, num_bytes, error, note)
+            note = "" if config is chosen else str(config)
+            for num_rows in BATCHES:
+                add("mixed", num_rows, inputs.mixed(num_rows, config), (half, share), note, error=error)
+            if config is chosen:
+                steps = inputs.together(256, config)
+                add("together", 256, steps, (half, share), error=error)
+                add("page full", 256, steps[-1:], (PAGE_TOKENS - 1, 1.0), error=error)
+        del inputs
+        torch.cuda.empty_cache()
+        inputs = Inputs(state_dtype, MOST_DRAFTS)
+        for num_rows in (16, 64):
+            add("drafts", num_rows, inputs.drafts(num_rows), (9.5, 0.2, MOST_DRAFTS + 1), error=float("nan"))
         del inputs
         torch.cuda.empty_cache()
 

@@ -31,13 +31,14 @@ KEY_HEADS, HEADS, WIDTH, CONV_WIDTH, PAGE_TOKENS = 16, 32, 128, 4, 16
 CHANNELS = 2 * KEY_HEADS * WIDTH + HEADS * WIDTH
 PROMPTS = ((8192,), (2048,) * 4, (64,), (200,), (1024,) * 8, (32768,))
 TUNE = (
+    {"conv_tokens": 32},
     {"keys_warps": 8},
     {"values_warps": 8},
     {"inverse_form": "bf16"},
     {"inverse_form": "tf32x3"},
-    {"pass_stages": 2},
-    {"block_v": 64},
-    {"block_v": 128, "pass_warps": 8},
+    {"pass_blocks": ((32, 4),)},
+    {"pass_blocks": ((64, 4),)},
+    {"pass_blocks": ((128, 8),)},
 )
 
 

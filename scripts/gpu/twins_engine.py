@@ -24,6 +24,7 @@ import torch
 from benchmarks.engine.recording import Recorder, Recording
 from benchmarks.engine.requests import make_request, random_prompt
 from benchmarks.engine.spine import Spine, UnknownSetting, make_settings
+from kiln_common.logs import configure_logs
 from kiln_engine.domain import GenerationRequest
 
 
@@ -222,6 +223,7 @@ def main() -> None:
     except UnknownSetting as error:
         print(f"skipped: this engine has no setting {error}")
         return
+    configure_logs("twins", as_json=True)
     with Spine(settings) as spine:
         twin = Twin(spine, sizes, ", ".join(options.set) or "defaults")
         twin.score_batch()
