@@ -65,7 +65,7 @@ def _row_fields(row: RowSampling) -> tuple[float, ...]:
     params = row.params
     inverse = 1.0 / max(params.temperature, _LOWEST_TEMPERATURE) if params.temperature > 0 else 0.0
     log_min_p = math.log(params.min_p) if params.min_p > 0.0 else -math.inf
-    return (inverse, 0.0, params.top_k, params.top_p, log_min_p, 0.0, 0.0)
+    return (inverse, 0.0, params.top_k, params.top_p, log_min_p, 0.0, 0.0, 0.0)
 
 
 def exact_tables(rows: Sequence[RowSampling], device: torch.device) -> SamplingTables:
