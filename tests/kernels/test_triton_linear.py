@@ -249,6 +249,43 @@ def test_they_compile_for_every_supported_gpu(capability):
     assert all(one.shared_memory_bytes <= limit for one in compiled)
 
 
+def _hopper_shared_memory(config: LinearConfig, kind: LinearKind, *, is_folded: bool = False) -> int:
+    """Compile Hopper's kernel for a configuration; the bytes of shared memory of a program."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    from kiln_nn.kernels.linear import triton_hopper
+
+    kernel = triton_hopper._linear_kernel
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    box, rest = triton_hopper.boxes(config)
+    rows = {"box_desc": box, "rest_desc": rest or box, "x_desc": config.tokens}
+    signature = {name: f"tensordesc<bf16[{count}, 64],{layout!r}>" for name, count in rows.items()}
+    signature["out_ptr"] = "*fp32"
+    signature |= dict.fromkeys(("num_tokens", "num_outputs", "num_blocks", "split_blocks"), "i32")
+    constants = triton_hopper.constants(config, is_gated=kind is LinearKind.GATED, is_folded=is_folded)
+    constants["DEPENDENT"] = True
+    signature |= dict.fromkeys(constants, "constexpr")
+    places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    options = {"num_warps": config.warps, "launch_pdl": True}
+    source = GluonASTSource(kernel, signature, places)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).metadata.shared
+
+
+@only_outside_interpreter
+@needs_triton
+@pytest.mark.parametrize(("size", "kind"), CHECKED.items())
+def test_the_kernel_for_hopper_compiles(size, kind):
+    for num_tokens in (1, 16, 64, 128):
+        config = choose(num_tokens, *size, kind, is_hopper=True)
+        if config is not None:
+            assert _hopper_shared_memory(config, kind) <= SHARED_MEMORY_LIMIT[90]
+    folded = _hopper_shared_memory(invariant_config(*size), kind, is_folded=kind is LinearKind.PARTIAL)
+    assert folded <= SHARED_MEMORY_LIMIT[90]
+
+
 @pytest.mark.parametrize("is_hopper", [True, False])
 @pytest.mark.parametrize(("size", "kind"), CHECKED.items())
 def test_every_choice_fits_its_gpu(size, kind, is_hopper):

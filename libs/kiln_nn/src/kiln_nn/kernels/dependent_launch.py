@@ -9,7 +9,9 @@ Rules, for kernels that use this:
 - `wait_for_producers` comes before every load of what a kernel may have written, and before every
   store (the memory may still be read by a kernel further back). It returns when the predecessor
   has ended; as that one waited too, everything before has ended as well.
-- Before the wait only `prefetch_to_l2`, which brings nothing into registers.
+- Every program waits, also one that finds nothing to do: the next kernel counts on it.
+- Before the wait a kernel reads only what none writes while the engine serves (the weights), or
+  brings data nearer with `prefetch_to_l2`, which puts nothing into registers.
 - A kernel launched the usual way after one that starts its dependents is safe: it waits for its end.
 
 Source: CUDA programming guide, Programmatic Dependent Launch; PTX `griddepcontrol`.

@@ -49,12 +49,14 @@ def _ask_for_weights(
     num_outputs,
     block,
     wanted,
-    BOX: gl.constexpr,
+    SLOT_BYTES: gl.constexpr,
     REST: gl.constexpr,
     HALVES: gl.constexpr,
     SUBS: gl.constexpr,
 ):
-    """One slot's weights: `[SUBS, HALVES * BOX + HALVES * REST, 64]`."""
+    """One slot's weights, `[SUBS, HALVES * BOX + HALVES * REST, 64]`, and the bytes to wait for."""
+    BOX: gl.constexpr = box_desc.block_type.shape[0]
+    mbarrier.expect(bar, SLOT_BYTES, pred=wanted)
     for sub in gl.static_range(SUBS):
         col = (block * SUBS + sub) * _COLUMNS
         tile = ring.index(slot * SUBS + sub)
@@ -97,6 +99,100 @@ def _gate(sums, first_gate, first_up, OUTPUTS: gl.constexpr, num_warps: gl.const
     return gate / (1 + gl.exp(-gate)) * up
 
 
+@gluon.jit
+def _store_gated(
+    out_ptr,
+    acc,
+    row,
+    token,
+    num_tokens,
+    num_outputs,
+    BOX: gl.constexpr,
+    REST: gl.constexpr,
+    num_warps: gl.constexpr,
+):
+    """The rows of `acc` are gate and up of the box, gate and up of the rest."""
+    shared: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    sums = gl.allocate_shared_memory(gl.float32, acc.shape, shared, acc)
+    split = gl.program_id(1)
+    boxed = _gate(sums, 0, BOX, BOX, num_warps)
+    _store(out_ptr, boxed, row, token, split, BOX, num_tokens, num_outputs, num_warps)
+    if REST > 0:
+        rest = _gate(sums, 2 * BOX, 2 * BOX + REST, REST, num_warps)
+        _store(out_ptr, rest, row + BOX, token, split, REST, num_tokens, num_outputs, num_warps)
+
+
+@gluon.jit
+def _multiply(
+    box_desc,
+    rest_desc,
+    x_desc,
+    w_ring,
+    x_ring,
+    bars,
+    row,
+    token,
+    num_outputs,
+    begin,
+    count,
+    split_blocks,
+    SLOT_BYTES: gl.constexpr,
+    REST: gl.constexpr,
+    HALVES: gl.constexpr,
+    SUBS: gl.constexpr,
+    STAGES: gl.constexpr,
+    FOLDED: gl.constexpr,
+    num_warps: gl.constexpr,
+):
+    """`[ROWS, TOKENS]` sums over `count` blocks of inputs, while the ring fills behind them."""
+    ROWS: gl.constexpr = w_ring.shape[1]
+    TOKENS: gl.constexpr = x_ring.shape[1]
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, TOKENS, 16])
+    acc = gl.zeros([ROWS, TOKENS], gl.float32, layout)
+    total = acc
+    for block in range(count):
+        ready = block % STAGES
+        mbarrier.wait(bars.index(ready), (block // STAGES) & 1)
+        if FOLDED:  # noqa: SIM102 (known when compiling)
+            if block > 0 and block % split_blocks == 0:
+                # One partial sum is complete; they are added in the order in which the norm does.
+                acc = warpgroup_mma_wait(0, deps=[acc])
+                total = total + acc
+                acc = gl.zeros([ROWS, TOKENS], gl.float32, layout)
+        for sub in gl.static_range(SUBS):
+            w = w_ring.index(ready * SUBS + sub)
+            x = x_ring.index(ready * SUBS + sub).permute((1, 0))
+            acc = warpgroup_mma(w, x, acc, is_async=True)
+        acc = warpgroup_mma_wait(SUBS, deps=[acc])
+        # The block before is done with its slot, in all warps after the barrier.
+        _barrier()
+        later = block - 1 + STAGES
+        slot = later % STAGES
+        bar = bars.index(slot)
+        wanted = (block > 0) & (later < count)
+        where = begin + later
+        _ask_for_weights(
+            box_desc,
+            rest_desc,
+            w_ring,
+            bar,
+            slot,
+            row,
+            num_outputs,
+            where,
+            wanted,
+            SLOT_BYTES,
+            REST,
+            HALVES,
+            SUBS,
+        )
+        _ask_for_x(x_desc, x_ring, bar, slot, token, where, wanted, SUBS)
+    acc = warpgroup_mma_wait(0, deps=[acc])
+    if FOLDED:
+        acc = total + acc
+    return acc
+
+
 @gluon.jit(do_not_specialize=["num_tokens", "num_blocks", "split_blocks"])
 def _linear_kernel(
     box_desc,
@@ -135,18 +231,20 @@ def _linear_kernel(
     if DEPENDENT:
         gdc_launch_dependents()
     for slot in gl.static_range(STAGES):
-        mbarrier.expect(bars.index(slot), SLOT_BYTES, pred=slot < count)
+        bar = bars.index(slot)
+        where = begin + slot
+        wanted = slot < count
         _ask_for_weights(
             box_desc,
             rest_desc,
             w_ring,
-            bars.index(slot),
+            bar,
             slot,
             row,
             num_outputs,
-            begin + slot,
-            slot < count,
-            BOX,
+            where,
+            wanted,
+            SLOT_BYTES,
             REST,
             HALVES,
             SUBS,
@@ -155,67 +253,64 @@ def _linear_kernel(
         gdc_wait()
     for slot in gl.static_range(STAGES):
         _ask_for_x(x_desc, x_ring, bars.index(slot), slot, token, begin + slot, slot < count, SUBS)
-    layout: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[num_warps, 1], instr_shape=[16, TOKENS, 16]
+    acc = _multiply(
+        box_desc,
+        rest_desc,
+        x_desc,
+        w_ring,
+        x_ring,
+        bars,
+        row,
+        token,
+        num_outputs,
+        begin,
+        count,
+        split_blocks,
+        SLOT_BYTES,
+        REST,
+        HALVES,
+        SUBS,
+        STAGES,
+        FOLDED,
+        num_warps,
     )
-    acc = gl.zeros([ROWS, TOKENS], gl.float32, layout)
-    total = acc
-    for block in range(count):
-        ready = block % STAGES
-        mbarrier.wait(bars.index(ready), (block // STAGES) & 1)
-        if FOLDED:  # noqa: SIM102 (known when compiling)
-            if block > 0 and block % split_blocks == 0:
-                # One partial sum is complete; they are added in the order in which the norm does.
-                acc = warpgroup_mma_wait(0, deps=[acc])
-                total = total + acc
-                acc = gl.zeros([ROWS, TOKENS], gl.float32, layout)
-        for sub in gl.static_range(SUBS):
-            w = w_ring.index(ready * SUBS + sub)
-            x = x_ring.index(ready * SUBS + sub).permute((1, 0))
-            acc = warpgroup_mma(w, x, acc, is_async=True)
-        acc = warpgroup_mma_wait(SUBS, deps=[acc])
-        # The block before is done with its slot, in all warps after the barrier.
-        _barrier()
-        later = block - 1 + STAGES
-        free = later % STAGES
-        wanted = (block > 0) & (later < count)
-        mbarrier.expect(bars.index(free), SLOT_BYTES, pred=wanted)
-        _ask_for_weights(
-            box_desc,
-            rest_desc,
-            w_ring,
-            bars.index(free),
-            free,
-            row,
-            num_outputs,
-            begin + later,
-            wanted,
-            BOX,
-            REST,
-            HALVES,
-            SUBS,
-        )
-        _ask_for_x(x_desc, x_ring, bars.index(free), free, token, begin + later, wanted, SUBS)
-    acc = warpgroup_mma_wait(0, deps=[acc])
-    if FOLDED:
-        acc = total + acc
     for slot in gl.static_range(STAGES):
         mbarrier.invalidate(bars.index(slot))
     if GATED:
-        shared: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-        sums = gl.allocate_shared_memory(gl.float32, [ROWS, TOKENS], shared, acc)
-        boxed = _gate(sums, 0, BOX, BOX, num_warps)
-        _store(out_ptr, boxed, row, token, split, BOX, num_tokens, num_outputs, num_warps)
-        if REST > 0:
-            rest = _gate(sums, 2 * BOX, 2 * BOX + REST, REST, num_warps)
-            _store(out_ptr, rest, row + BOX, token, split, REST, num_tokens, num_outputs, num_warps)
+        _store_gated(out_ptr, acc, row, token, num_tokens, num_outputs, BOX, REST, num_warps)
     else:
         _store(out_ptr, acc, row, token, split, OUTPUTS, num_tokens, num_outputs, num_warps)
 
 
 def takes(x_TI: torch.Tensor, w_OI: torch.Tensor) -> bool:
     """Whether the accelerator can fetch these tensors, beyond what triton.py asks of them."""
-    return all(t.data_ptr() % 16 == 0 and t.stride(0) % 8 == 0 and t.shape[1] % 8 == 0 for t in (x_TI, w_OI))
+    return all(
+        t.data_ptr() % 16 == 0 and t.stride(0) % 8 == 0 and t.stride(0) >= t.shape[1] and t.shape[1] % 8 == 0
+        for t in (x_TI, w_OI)
+    )
+
+
+def boxes(config: LinearConfig) -> tuple[int, int]:
+    """Outputs of a tile as one or two powers of two."""
+    box = 1 << (config.outputs.bit_length() - 1)
+    return box, config.outputs - box
+
+
+def constants(config: LinearConfig, *, is_gated: bool, is_folded: bool) -> dict[str, Any]:
+    """What the kernel is compiled for."""
+    box, rest = boxes(config)
+    rows = config.outputs * (2 if is_gated else 1)
+    return {
+        "BOX": box,
+        "REST": rest,
+        "ROWS": max(64, triton.next_power_of_2(rows)),
+        "TOKENS": config.tokens,
+        "SUBS": config.inputs // 64,
+        "STAGES": config.stages,
+        "GATED": is_gated,
+        "FOLDED": is_folded,
+        "num_warps": config.warps,
+    }
 
 
 def _describe(matrix: torch.Tensor, num_rows: int) -> TensorDescriptor:
@@ -235,15 +330,16 @@ def launch(
 ) -> None:
     """Fill `out`: `[T, O]`, `[T, F]` in the gated form, or `[S, T, O]` where sums are not folded."""
     num_tokens, num_inputs = x_TI.shape
-    halves = 2 if is_gated else 1
-    num_outputs = w_OI.shape[0] // halves
-    is_folded = is_folded and config.splits > 1
-    splits = 1 if is_gated or is_folded else config.splits
+    num_outputs = w_OI.shape[0] // (2 if is_gated else 1)
     num_blocks = triton.cdiv(num_inputs, config.inputs)
-    box = 1 << (config.outputs.bit_length() - 1)
-    rest = config.outputs - box
+    is_folded = is_folded and config.splits > 1
+    box, rest = boxes(config)
     options: dict[str, Any] = {"launch_pdl": True} if is_dependent else {}
-    grid = (triton.cdiv(num_tokens, config.tokens), splits, triton.cdiv(num_outputs, config.outputs))
+    grid = (
+        triton.cdiv(num_tokens, config.tokens),
+        1 if is_gated or is_folded else config.splits,
+        triton.cdiv(num_outputs, config.outputs),
+    )
     _linear_kernel[grid](
         _describe(w_OI, box),
         _describe(w_OI, rest or box),
@@ -253,15 +349,7 @@ def launch(
         num_outputs,
         num_blocks,
         triton.cdiv(num_blocks, 1 if is_gated else config.splits),
-        BOX=box,
-        REST=rest,
-        ROWS=max(64, triton.next_power_of_2(halves * config.outputs)),
-        TOKENS=config.tokens,
-        SUBS=config.inputs // 64,
-        STAGES=config.stages,
-        GATED=is_gated,
-        FOLDED=is_folded,
+        **constants(config, is_gated=is_gated, is_folded=is_folded),
         DEPENDENT=is_dependent,
-        num_warps=config.warps,
         **options,
     )
