@@ -61,9 +61,9 @@ def _draw_with(implementation, logits_RV, rows_RF, edits_EF):
 
 def _draw(logits_RV: torch.Tensor, rules: list[Rule]) -> list[list[float]]:
     """Draw with the kernels; the logits must come back as they were."""
-    logits, before = logits_RV.to(DEVICE), logits_RV.clone()
+    logits, before = logits_RV.to(DEVICE, copy=True), logits_RV
     tokens, drawn = _draw_with(_kernels(), logits, *tables(rules, DEVICE))
-    assert torch.equal(logits.cpu(), before)
+    assert torch.equal(logits, before.to(DEVICE))
     assert tokens.tolist() == drawn[:, settings.DRAWN_TOKEN].long().tolist()
     return drawn.tolist()
 
@@ -72,7 +72,7 @@ def _draw(logits_RV: torch.Tensor, rules: list[Rule]) -> list[list[float]]:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_rule_on_every_shape_of_row(shape, poisoned):
     seed = SHAPES.index(shape)
-    logits = logits_by_shape(VOCAB, seed)[shape]
+    logits = logits_by_shape(VOCAB, seed)[shape].to(DEVICE)
     names = list(RULES)[seed % 3 :: 3] if INTERPRETED else list(RULES)
     uniforms = _uniforms(len(names), seed)
     rules = [replace(RULES[name], uniform=u) for name, u in zip(names, uniforms, strict=True)]
@@ -105,7 +105,7 @@ def test_the_draws_of_the_reference(poisoned):
         for row, uniform in enumerate(_uniforms(num_rows, 6))
     ]
     ours = _draw(logits, rules)
-    theirs = _draw_with(reference, logits, *tables(rules))[0].tolist()
+    theirs = _draw_with(reference, logits.to(DEVICE), *tables(rules, DEVICE))[0].tolist()
     different = [
         row for row, (drawn, token) in enumerate(zip(ours, theirs, strict=True)) if drawn[0] != token
     ]
@@ -169,7 +169,7 @@ def test_frequencies_of_many_draws(poisoned):
 @pytest.mark.skipif(INTERPRETED, reason="graphs are the GPU's")
 @pytest.mark.parametrize("num_rows", [1, 5, 200])
 def test_a_captured_graph_follows_its_tables(num_rows):
-    generator = torch.Generator().manual_seed(10)
+    generator = torch.Generator(DEVICE).manual_seed(10)
     logits = torch.empty(num_rows, VOCAB, device=DEVICE)
     rows, edits = tables([Rule()] * num_rows, DEVICE)
     edits = torch.zeros(600, settings.NUM_EDIT_FIELDS, dtype=torch.float64, device=DEVICE)
@@ -180,7 +180,7 @@ def test_a_captured_graph_follows_its_tables(num_rows):
         _, drawn = draw_tokens(logits, rows, edits)
     names = list(RULES)
     for turn in range(6):
-        fresh = torch.randn(num_rows, VOCAB, generator=generator) * (1 + turn)
+        fresh = torch.randn(num_rows, VOCAB, generator=generator, device=DEVICE) * (1 + turn)
         rules = [
             replace(RULES[names[(row + turn) % len(names)]], uniform=uniform, edits=((turn, 5.0, 1.1, -0.5),))
             for row, uniform in enumerate(_uniforms(num_rows, turn))

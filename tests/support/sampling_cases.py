@@ -113,7 +113,7 @@ def expected(logits_V: torch.Tensor, rule: Rule) -> Expected:
         threshold = float(ranked[-1])
     if rule.top_p < 1:
         upto = ranked.double().exp().cumsum(0)
-        before = torch.cat([torch.zeros(1, dtype=torch.float64), upto[:-1]])
+        before = torch.cat([upto.new_zeros(1), upto[:-1]])
         threshold = float(ranked[max(1, int((before < rule.top_p * upto[-1]).sum())) - 1])
     if rule.min_p > 0:
         threshold = max(threshold, float(torch.tensor(math.log(rule.min_p)).float()))
