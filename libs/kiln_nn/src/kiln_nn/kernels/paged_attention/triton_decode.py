@@ -28,6 +28,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kiln_nn.kernels.dependent_launch import launch_options, supports_dependent_launch
 from kiln_nn.kernels.dispatch import device_limits, is_interpreted
 from kiln_nn.kernels.paged_attention.triton_decode_kernels import decode_kernel, join_kernel
 
@@ -140,6 +141,7 @@ def paged_decode_attention(
         "LEAST": config.least_part_tokens,
         "HAS_TABLE_ROWS": table_rows_R is not None,
         "HAS_GATE": gate_RHD is not None,
+        **launch_options(supports_dependent_launch(q_RHD.device)),
     }
     group = num_heads // num_kv_heads
     decode_kernel[(num_kv_heads, num_rows, num_parts)](

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 import torch
 import triton
 
+from kiln_nn.kernels.dependent_launch import launch_options, supports_dependent_launch
 from kiln_nn.kernels.dispatch import device_limits, is_interpreted
 from kiln_nn.kernels.paged_attention.chunks import TILE_ROWS, AttentionChunks
 from kiln_nn.kernels.paged_attention.triton_decode import LOG2_E, product_format, takes_cache
@@ -132,6 +133,7 @@ def paged_chunk_attention(
         "KEYS": config.tile_keys,
         "LEAST": least,
         "HAS_GATE": gate_THD is not None,
+        **launch_options(supports_dependent_launch(q_THD.device)),
     }
     prefill_kernel[(num_kv_heads, chunks.num_tiles, num_parts)](
         q_THD,
