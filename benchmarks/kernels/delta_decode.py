@@ -41,14 +41,11 @@ BATCHES = (1, 16, 64, 256)
 CHECKED_ROWS, CHECKED_TOKENS = 4, 200
 TUNE = {
     torch.bfloat16: [
-        StepConfig("wide", "bf16x3", 64, 3, 32, is_dependent=False),
-        StepConfig("tall", "bf16x3", 64, 2, 32),
-        StepConfig("wide", "bf16x3", 32, 4, 32, num_warps=2, num_key_warps=2),
+        StepConfig("tall", "bf16x3", 64, 2, 32, num_key_warps=2, max_registers=72, is_dependent=False),
+        StepConfig("tall", "bf16x3", 32, 3, 32, num_key_warps=2, max_registers=64),
+        StepConfig("wide", "bf16x3", 64, 3, 16, num_warps=2, num_key_warps=2),
     ],
-    torch.float32: [
-        StepConfig("fma", "tf32x3", 16, 4, 16, is_dependent=False),
-        StepConfig("fma", "tf32x3", 8, 6, 16, num_warps=1, num_key_warps=2),
-    ],
+    torch.float32: [StepConfig("fma", "tf32x3", 16, 4, 16, num_key_warps=2)],
 }
 
 

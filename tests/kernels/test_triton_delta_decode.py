@@ -274,9 +274,12 @@ def test_it_compiles_for_every_supported_gpu(monkeypatch, formats, is_dependent,
     weights = weights_to(random_weights(shape, draw), dtype)
     tokens = tokens_to(random_tokens(shape, 1, draw), dtype)
     with compiling_instead_of_launching(capabilities) as compiled:
-        _kernel().delta_decode(memory, make_rows((0, 0, 0, None)), weights, *tokens.all())
+        for commits in (True, False):
+            _kernel().delta_decode(
+                memory, make_rows((0, 0, 0, None)), weights, *tokens.all(), commits=commits
+            )
         _kernel_of_commits().delta_commit(layers_stacked([memory]), make_rows((0, 0, 0, None)))
-    assert tuple(one.capability for one in compiled) == capabilities * 3
+    assert tuple(one.capability for one in compiled) == capabilities * 5
     # A multiprocessor of 99 KB should hold at least two programs.
     assert all(one.shared_memory_bytes <= SHARED_MEMORY_LIMIT[86] // 2 for one in compiled)
 

@@ -55,7 +55,8 @@ def delta_keys_kernel(
     ring_k, conv_rows, read_slots, ring_slots, lengths, commit_slots,
     mixed, conv_weight, pairs, dots, mixed_stride, num_slots,
     HK: tl.constexpr, K: tl.constexpr, C: tl.constexpr, P: tl.constexpr, ENTRIES: tl.constexpr,
-    W: tl.constexpr, SPLIT: tl.constexpr, COMMITS: tl.constexpr, DEPENDENT: tl.constexpr,
+    W: tl.constexpr, SPLIT: tl.constexpr, COMMITS: tl.constexpr,
+    PREFETCH: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Grid (HK, R). Writes k and q, and their products with the ring's keys.
 
@@ -69,9 +70,10 @@ def delta_keys_kernel(
     entries = tl.arange(0, ENTRIES)
     if DEPENDENT:
         start_dependents()
-        _, early_ring, early_length = _early_slots(read_slots, ring_slots, lengths, row, num_slots, P)
-        early_keys = ring_k + (early_ring * HK + key_head) * (P * K) + entries * K
-        prefetch_to_l2(early_keys, tl.where(entries < early_length, K * 4, 0))
+        if PREFETCH:
+            _, early_ring, early_length = _early_slots(read_slots, ring_slots, lengths, row, num_slots, P)
+            early_keys = ring_k + (early_ring * HK + key_head) * (P * K) + entries * K
+            prefetch_to_l2(early_keys, tl.where(entries < early_length, K * 4, 0))
         wait_for_producers()
     ring_slot = tl.load(ring_slots + row).to(tl.int64)
     read_slot = tl.load(read_slots + row).to(tl.int64)
@@ -240,12 +242,13 @@ def delta_values_kernel(
     entries = tl.arange(0, ENTRIES)
     if DEPENDENT:
         start_dependents()
-        early_read, early_ring, early_length = _early_slots(
-            read_slots, ring_slots, lengths, row, num_slots, P
-        )
-        prefetch_lines(state + (early_read * H + head) * (K * V), K * V)
-        early_values = ring_u + (early_ring * H + head) * (P * V) + entries * V
-        prefetch_to_l2(early_values, tl.where(entries < early_length, V * 4, 0))
+        if PREFETCH:
+            early_read, early_ring, early_length = _early_slots(
+                read_slots, ring_slots, lengths, row, num_slots, P
+            )
+            prefetch_lines(state + (early_read * H + head) * (K * V), K * V)
+            early_values = ring_u + (early_ring * H + head) * (P * V) + entries * V
+            prefetch_to_l2(early_values, tl.where(entries < early_length, V * 4, 0))
         wait_for_producers()
     ring_slot = tl.load(ring_slots + row).to(tl.int64)
     read_slot = tl.load(read_slots + row).to(tl.int64)
@@ -257,8 +260,6 @@ def delta_values_kernel(
         return
 
     state_head = state + (read_slot * H + head) * (K * V)
-    if PREFETCH:
-        prefetch_lines(state_head, K * V)
     used = entries < length
     ring_u_base = ring_u + (ring_slot * H + head) * (P * V)
     log_decay_base = ring_log_decay + (ring_slot * H + head) * P
