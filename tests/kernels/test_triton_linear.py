@@ -98,6 +98,14 @@ def test_linear(num_tokens, size, out_dtype, kernel, poisoned):
 
 
 @on_triton
+def test_a_given_output_is_filled(kernel):
+    x, w = _draw(5, 192), _draw(96, 192, seed=1)
+    out = torch.full((5, 96), float("nan"), device=DEVICE)
+    assert kernel.linear(x, w, SMALL, out_dtype=torch.float32, out=out) is out
+    assert relative_error(out, x.double() @ w.double().t()) < TOLERANCE[torch.float32]
+
+
+@on_triton
 def test_rows_that_lie_apart(kernel, poisoned):
     wide, many = _draw(5, 200), _draw(90, 128, seed=1)
     x, w = wide[:, 40:168], many[10:71]
@@ -192,6 +200,9 @@ def test_other_formats_and_devices_use_the_library(dtype):
     x, w = torch.randn(5, 24).to(dtype), torch.randn(14, 24).to(dtype)
     assert torch.equal(linear(x, w), F.linear(x, w))
     assert torch.equal(linear(x, w, out_dtype=torch.float32), F.linear(x, w).float())
+    out = torch.empty(5, 14)
+    assert linear(x, w, out_dtype=torch.float32, out=out) is out
+    assert torch.equal(out, F.linear(x, w).float())
     assert torch.equal(linear_partials(x, w), F.linear(x, w)[None])
     gate, up = F.linear(x, w).chunk(2, dim=1)
     assert torch.equal(linear_swiglu(x, w), F.silu(gate) * up)

@@ -19,14 +19,14 @@ def linear(
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`x Wᵀ`; on a GPU a wider `out_dtype` is what the sums are rounded to, not a later conversion."""
-    if out is not None:
-        return out.copy_(linear(x_TI, w_OI, out_dtype=out_dtype))
-    if out_dtype is None or out_dtype == x_TI.dtype:
-        return F.linear(x_TI, w_OI)
+    is_widened = out_dtype is not None and out_dtype != x_TI.dtype
     needs_gradient = torch.is_grad_enabled() and (x_TI.requires_grad or w_OI.requires_grad)
-    if x_TI.is_cuda and out_dtype is torch.float32 and not needs_gradient:
-        return torch.mm(x_TI, w_OI.t(), out_dtype=out_dtype)
-    return F.linear(x_TI, w_OI).to(out_dtype)
+    if is_widened and x_TI.is_cuda and out_dtype is torch.float32 and not needs_gradient:
+        return torch.mm(x_TI, w_OI.t(), out_dtype=out_dtype, out=out)
+    y_TO = F.linear(x_TI, w_OI)
+    if out is not None:
+        return out.copy_(y_TO)
+    return y_TO.to(out_dtype) if is_widened else y_TO
 
 
 def linear_swiglu(x_TI: torch.Tensor, gate_up_OI: torch.Tensor) -> torch.Tensor:
