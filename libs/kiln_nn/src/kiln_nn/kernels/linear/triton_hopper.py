@@ -156,14 +156,14 @@ def _multiply(
         if FOLDED:  # noqa: SIM102 (known when compiling)
             if block > 0 and block % split_blocks == 0:
                 # One partial sum is complete; they are added in the order in which the norm does.
-                acc = warpgroup_mma_wait(0, deps=[acc])
                 total = total + acc
                 acc = gl.zeros([ROWS, TOKENS], gl.float32, layout)
         for sub in gl.static_range(SUBS):
             w = w_ring.index(ready * SUBS + sub)
             x = x_ring.index(ready * SUBS + sub).permute((1, 0))
             acc = warpgroup_mma(w, x, acc, is_async=True)
-        acc = warpgroup_mma_wait(SUBS, deps=[acc])
+        # Folded sums may not be in flight where the branch above moves them.
+        acc = warpgroup_mma_wait(0 if FOLDED else SUBS, deps=[acc])
         # The block before is done with its slot, in all warps after the barrier.
         _barrier()
         later = block - 1 + STAGES
