@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from functools import partial
 
 import torch
 
@@ -18,6 +19,7 @@ from kiln_engine.domain import BatchPlan, DecodeRow, PrefillChunk, RowSampling, 
 from kiln_engine.execution.memory_plan import MemoryRequest, plan_memory
 from kiln_engine.execution.runner import TorchRunner
 from kiln_engine.execution.sampler import sample
+from kiln_engine.model.linears import Linears
 from kiln_nn.config import ModelConfig
 from kiln_nn.lora import LoraSpec, lora_shapes, serialize_adapter
 from kiln_nn.weights.names import expected_tensors
@@ -128,14 +130,17 @@ class Decoding:
     def parts(self) -> dict[str, float]:
         """Milliseconds of layout, forward pass and sampling, each the median of a few repeats."""
         plan, model = self.plan(), self.runner.model
-        linear = self.runner.adapters.linear_for(plan, model.base_linear)
+        adapters = self.runner.adapters
+        adapter_rows = adapters.rows_for(plan)
+        add = None if adapter_rows is None else partial(adapters.add_, rows=adapter_rows)
+        linears = Linears(model.matrices, add)
         layout = model.layout(plan)
         with torch.inference_mode():
-            logits = model.forward(layout, linear)
+            logits = model.forward(layout, linears)
             rows = [row.sampling for row in plan.decode_rows]
             return {
                 "layout": _median_ms(lambda: model.layout(plan)),
-                "forward": _median_ms(lambda: model.forward(layout, linear)),
+                "forward": _median_ms(lambda: model.forward(layout, linears)),
                 "sample": _median_ms(lambda: sample(logits, rows).wait()),
             }
 

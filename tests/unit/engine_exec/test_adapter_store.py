@@ -138,11 +138,6 @@ def test_without_adapters_there_is_nothing_to_add(loaded: Loaded):
     plan = BatchPlan(0, (row(), row(((0, 1.0),))), (chunk(4),))
     assert loaded.store.rows_for(plan) is None
 
-    def base(path: str, x_TI: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError
-
-    assert loaded.store.linear_for(plan, base) is base
-
 
 def test_a_layer_that_cannot_be_adapted_stays_as_it_is(loaded: Loaded):
     rows = loaded.store.rows_for(PLAN)

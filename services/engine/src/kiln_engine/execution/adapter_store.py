@@ -16,7 +16,6 @@ from kiln_engine.domain.plan import BatchPlan
 from kiln_engine.execution.adapter_rows import ResidentAdapter, StaticLoraRows, groups_of, lora_rows
 from kiln_engine.execution.adapter_stacks import AdapterStacks, StackedRows
 from kiln_engine.execution.adapter_tables import AdapterTables, adapter_slot_bytes
-from kiln_nn.blocks import LinearFn
 from kiln_nn.config import ModelConfig
 from kiln_nn.errors import KilnNnError
 from kiln_nn.kernels.lora import LoraRows, TokenGroup, lora_add_
@@ -142,23 +141,6 @@ class AdapterStore:
         linear = self._tables.get(path)
         if linear is not None:
             lora_add_(y_TO, x_TI, linear.a_SQI, linear.b_SRO, rows, linear.bounds)
-
-    def linear_for(self, plan: BatchPlan, base_linear: LinearFn) -> LinearFn:
-        """The linear layers of one step, each token with its row's adapters on top of `base_linear`.
-
-        `base_linear` must give outputs that may be added to in place. Without adapters it is returned
-        as it is.
-        """
-        rows = self.rows_for(plan)
-        if rows is None:
-            return base_linear
-
-        def linear(path: str, x_TI: torch.Tensor) -> torch.Tensor:
-            y_TO = base_linear(path, x_TI)
-            self.add_(path, x_TI, y_TO, rows)
-            return y_TO
-
-        return linear
 
     def _groups_of(self, plan: BatchPlan) -> list[TokenGroup]:
         return groups_of(plan, self._resident)
