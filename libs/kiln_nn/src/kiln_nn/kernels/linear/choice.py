@@ -44,6 +44,7 @@ _MEASURED: dict[tuple[int, int], dict[int, LinearConfig]] = {
         8: LinearConfig(8, 40, 64, 1, 4, 6),
         16: LinearConfig(16, 24, 64, 1, 4, 7),
         32: LinearConfig(32, 24, 64, 1, 4, 6),
+        64: LinearConfig(64, 24, 64, 1, 4, 4),
     },
     _DOWN: {
         8: LinearConfig(8, 64, 64, 9, 4, 8),

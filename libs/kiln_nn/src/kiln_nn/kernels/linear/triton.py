@@ -11,7 +11,8 @@ Takes bf16 x and weights of any size, x and weights contiguous in the inputs wit
 Sums are float32 and rounded once to the output's format. Every element is summed in one order,
 given by the configuration alone: neither the number of tokens nor the place in it changes a bit.
 
-Checked against float64 under the interpreter: one rounding to bf16, 2e-6 relative in float32.
+Measured against float64 on an H200: 1.7e-3 relative in bf16, one rounding; 2e-7 to 5e-6 in
+float32, growing with the inputs of a split.
 
 Legend: `T` tokens, `I` inputs, `O` outputs, `S` partial sums, `F` feed-forward width.
 """

@@ -11,6 +11,10 @@ Takes bf16 x and weights with 16-byte aligned rows on compute capability 9.0; ou
 inputs a multiple of 8. Sums are float32 and rounded once. Every element is summed in one order,
 given by the configuration alone.
 
+Measured against float64 on an H200, 1 to 128 tokens: 1.7e-3 relative in bf16, one rounding; 5e-7
+to 5e-6 in float32, growing with the inputs of a split. 4.0 to 4.4 TB/s at one token, 3.5 to 4.2 at
+16, 2.9 to 4.0 at 64, where x comes from the L2 cache as often as there are tiles of outputs.
+
 Legend: `T` tokens, `I` inputs, `O` outputs, `S` partial sums, `F` feed-forward width.
 """
 
