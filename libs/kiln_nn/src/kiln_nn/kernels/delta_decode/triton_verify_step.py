@@ -59,6 +59,24 @@ def _keep_new_rows(
 
 
 @triton.jit
+def _keep_values(
+    u_source, u_target, u, decay_source, decay_target, log_decay, boundary, is_moved, is_kept, begin,
+    V: tl.constexpr, PAGE: tl.constexpr,
+):  # fmt: skip
+    """Write one head's new u and log-decays; on a fold what is behind the boundary moves first."""
+    line = tl.arange(0, 16)
+    value = tl.arange(0, V)[None, :]
+    u_moved = tl.load(u_source + (PAGE + line)[:, None] * V + value, mask=is_moved[:, None], other=0.0)
+    decays_moved = tl.load(decay_source + PAGE + line, mask=is_moved, other=0.0) - boundary
+    tl.debug_barrier()
+    tl.store(u_target + line[:, None] * V + value, u_moved, mask=is_moved[:, None])
+    u = u.to(u_target.dtype.element_ty)
+    tl.store(u_target + (begin + line)[:, None] * V + value, u, mask=is_kept[:, None])
+    tl.store(decay_target + line, decays_moved, mask=is_moved)
+    tl.store(decay_target + begin + line, log_decay - boundary, mask=is_kept)
+
+
+@triton.jit
 def _read_states(
     state_head, pair,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
@@ -192,10 +210,10 @@ def delta_verify_kernel(
         u_old = tl.load(ring_u_base + entries[:, None] * V + value[None, :], mask=used[:, None], other=0.0)
         u_old = u_old.to(tl.float32)
         log_decays = tl.load(log_decay_base + entries, mask=used, other=0.0)
-        rate = tl.exp(tl.load(A_log + head).to(tl.float32))
         a_in = tl.load(a + row * a_row + new * a_token + head, mask=live, other=0.0).to(tl.float32)
-        g = -rate * softplus(a_in + tl.load(dt_bias + head).to(tl.float32))
         b_in = tl.load(b + row * b_row + new * b_token + head, mask=live, other=0.0).to(tl.float32)
+        rate = tl.exp(tl.load(A_log + head).to(tl.float32))
+        g = -rate * softplus(a_in + tl.load(dt_bias + head).to(tl.float32))
         beta = 1.0 / (1.0 + tl.exp(-b_in))
         v_channels = 2 * HK * K + head * V + value
         v = _convolve_new(
@@ -229,19 +247,11 @@ def delta_verify_kernel(
                 state_head, state + (commit_slot * H + head) * (K * V), ring_k_base,
                 u_old * weight[:, None], entries, tl.exp(boundary), K, V, PAGE, COMMIT_BLOCK_K, COMMIT_FORM,
             )  # fmt: skip
-        u_moved = tl.load(
-            ring_u_base + (PAGE + line)[:, None] * V + value[None, :], mask=is_moved[:, None], other=0.0
-        )
-        decays_moved = tl.load(log_decay_base + PAGE + line, mask=is_moved, other=0.0) - boundary
-        tl.debug_barrier()
-        u_target = ring_u + (write_slot * H + head) * (P * V) + value[None, :]
-        tl.store(u_target + line[:, None] * V, u_moved, mask=is_moved[:, None])
-        is_kept = live & is_key
-        u_kept = u.to(ring_u.dtype.element_ty)
-        tl.store(u_target + (begin + line)[:, None] * V, u_kept, mask=is_kept[:, None])
-        decay_target = ring_log_decay + (write_slot * H + head) * P + line
-        tl.store(decay_target, decays_moved, mask=is_moved)
-        tl.store(decay_target + begin, log_decay - boundary, mask=is_kept)
+        _keep_values(
+            ring_u_base, ring_u + (write_slot * H + head) * (P * V), u, log_decay_base,
+            ring_log_decay + (write_slot * H + head) * P, log_decay, boundary, is_moved, live & is_key,
+            begin, V, PAGE,
+        )  # fmt: skip
         _keep_new_rows(
             mixed, mixed_token, conv_rows, v_channels, ring_slot, write_slot, num_moved, begin, num_new,
             is_fold, C, P, W, PAGE,
