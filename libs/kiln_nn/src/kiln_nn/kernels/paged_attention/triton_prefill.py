@@ -14,13 +14,18 @@ sees runs without a mask. Few tiles are not enough programs: then each tile's co
 which a second launch joins. The grid depends on the number of tiles alone. What lies behind a
 context is never read; tokens of no chunk get zeros.
 
+Measured against float64: on an H200 2.4e-3 relative in bf16 up to 32,768 tokens, 1.7e-3 with an fp8
+cache (of the stored numbers); under the interpreter 4e-7 in float32. Shared memory of a program at
+width 256 in bf16: 192 KB with 128 rows and 64 keys, 84 KB with 128 rows and 16 keys, 98 KB with 64
+rows, 75 KB with 16.
+
 Legend: `T` tokens, `S` table rows, `M` pages of the longest sequence, `H` query heads, `h` kv
 heads, `D` head width, `N` chunks, `B` query tiles.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -34,6 +39,8 @@ from kiln_nn.kernels.paged_attention.triton_prefill_kernels import join_tiles_ke
 _MOST_FLOAT32_ROWS = 16
 _MOST_PARTS = 16
 _LEAST_PART_TOKENS = 256
+_OVERLAPS_ON_HOPPER = False
+_OVERLAP_FORMATS, _OVERLAP_ROWS, _OVERLAP_HEAD_DIMS = (torch.bfloat16, torch.float16), 128, (128, 256)
 
 
 @dataclass(frozen=True)
@@ -90,6 +97,18 @@ def choose_config(rows: int, num_programs: int, q_dtype: torch.dtype, device: to
     return PrefillConfig(32, num_parts, num_warps=4, num_stages=3)
 
 
+def overlaps_here(q_THD: torch.Tensor, k_cache_PShD: torch.Tensor, rows: int) -> bool:
+    """Whether triton_prefill_hopper.py computes these shapes on the tensors' device."""
+    return (
+        rows == _OVERLAP_ROWS
+        and q_THD.dtype in _OVERLAP_FORMATS
+        and k_cache_PShD.dtype is q_THD.dtype
+        and q_THD.shape[2] in _OVERLAP_HEAD_DIMS
+        and q_THD.is_cuda
+        and torch.cuda.get_device_capability(q_THD.device) == (9, 0)
+    )
+
+
 def paged_chunk_attention(
     q_THD: torch.Tensor,
     k_cache_PShD: torch.Tensor,
@@ -108,7 +127,10 @@ def paged_chunk_attention(
     group = num_heads // num_kv_heads
     group_block = triton.next_power_of_2(group)
     rows, num_programs = chunks.tile_tokens * group_block, chunks.num_tiles * num_kv_heads
-    config = config or choose_config(rows, num_programs, q_THD.dtype, q_THD.device)
+    if config is None:
+        config = choose_config(rows, num_programs, q_THD.dtype, q_THD.device)
+        if _OVERLAPS_ON_HOPPER and config.num_parts == 1 and overlaps_here(q_THD, k_cache_PShD, rows):
+            config = replace(config, overlaps=True)
     least = max(_LEAST_PART_TOKENS, config.tile_keys)
     num_parts = max(1, min(config.num_parts, triton.cdiv(page_table_SM.shape[1] * page_tokens, least)))
     is_joined = num_parts > 1

@@ -28,8 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from kiln_nn.kernels.paged_attention.chunks import AttentionChunks
 
-ROWS, _KEYS, _NUM_WARPS = 128, 64, 8
-_FORMATS, _HEAD_DIMS = (torch.bfloat16, torch.float16), (128, 256)
+_ROWS, _KEYS, _NUM_WARPS = 128, 64, 8
 
 
 @gluon.jit
@@ -218,18 +217,6 @@ def prefill_hopper_kernel(
     gl.store(out_ptr + places[:, None] + columns[None, :], out, mask=is_row[:, None])
 
 
-def takes(q_THD: torch.Tensor, k_cache_PShD: torch.Tensor, rows: int) -> bool:
-    """Whether the kernel computes these shapes on the tensors' device, beyond what all kernels ask."""
-    return (
-        rows == ROWS
-        and q_THD.dtype in _FORMATS
-        and k_cache_PShD.dtype is q_THD.dtype
-        and q_THD.shape[2] in _HEAD_DIMS
-        and q_THD.is_cuda
-        and torch.cuda.get_device_capability(q_THD.device) == (9, 0)
-    )
-
-
 def attend(
     q_THD: torch.Tensor,
     k_cache_PShD: torch.Tensor,
@@ -241,7 +228,7 @@ def attend(
     gate_THD: torch.Tensor | None,
     table_rows_N: torch.Tensor | None,
 ) -> None:
-    """Write the attention of all chunks, for inputs that `takes` accepts; `scale` is in log 2."""
+    """Write the attention of all chunks, for inputs that `overlaps_here` accepts; `scale` is in log 2."""
     num_tokens, num_heads, head_dim = q_THD.shape
     page_tokens, num_kv_heads = k_cache_PShD.shape[1:3]
     group = num_heads // num_kv_heads
@@ -271,7 +258,7 @@ def attend(
         PAGE_TOKENS=page_tokens,
         HAS_TABLE_ROWS=table_rows_N is not None,
         HAS_GATE=gate_THD is not None,
-        ROWS=ROWS,
+        ROWS=_ROWS,
         KEYS=_KEYS,
         num_warps=_NUM_WARPS,
     )
