@@ -41,9 +41,9 @@ FORMATS = {  # state, everything else
     "bf16 around float32": (torch.float32, torch.bfloat16),
     "bf16": (torch.bfloat16, torch.bfloat16),
 }
-# float32: sums in another order. bf16: operands of products round (2^-9 at most, rms 1e-3), a
-# handful of them one behind the other; the interpreter cuts off instead of rounding.
-TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1e-2 if INTERPRETED else 5e-3}
+# float32: sums in another order. bf16: about a dozen operands and results round (rms 0.8e-3 to
+# 1.7e-3 each, 5.1e-3 together in a state); the interpreter cuts off instead of rounding.
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1e-2 if INTERPRETED else 6e-3}
 SMALL = DeltaShape()
 RELEASED = DeltaShape(num_key_heads=1, num_heads=2, key_dim=128, value_dim=128)
 
@@ -171,7 +171,7 @@ def test_other_shapes(shape):
 @on_triton
 def test_what_the_configuration_cuts_differently():
     config = _kernel().CONFIGS[torch.float32, True]
-    for changed in ({"splits_groups": True}, {"block_v": 16}, {"span": 1}):
+    for changed in ({"pass_blocks": ((16, 4),)}, {"span": 1}):
         one = dataclasses.replace(config, **changed)
         _run(SMALL, "float32", ChunkSlots(140, 1, 2, ((32, 3),)), config=one)
 
@@ -342,13 +342,14 @@ def test_it_compiles_for_every_supported_gpu(formats):
     memory = converted(random_memory(shape, {}, draw), state_dtype, dtype)
     weights = weights_to(random_weights(shape, draw), dtype)
     tokens = tokens_to(random_prompt(shape, 64, 1), dtype)
-    chunks = make_chunks(ChunkSlots(64, -1, 0))
     for capabilities, has_room in (((80, 86, 89), False), ((90,), True)):
         config = _kernel().CONFIGS[dtype, has_room]
-        with compiling_instead_of_launching(capabilities) as compiled:
-            _kernel().delta_prefill(memory, chunks, weights, *tokens.all(), config)
-        assert len(compiled) == 3 * len(capabilities)
-        assert all(one.shared_memory_bytes <= SHARED_MEMORY_LIMIT[one.capability] for one in compiled)
+        for num_chunks in (1, len(config.pass_blocks)):
+            chunks = make_chunks(*[ChunkSlots(64 // num_chunks)] * num_chunks)
+            with compiling_instead_of_launching(capabilities) as compiled:
+                _kernel().delta_prefill(memory, chunks, weights, *tokens.all(), config)
+            assert len(compiled) == 6 * len(capabilities)
+            assert all(one.shared_memory_bytes <= SHARED_MEMORY_LIMIT[one.capability] for one in compiled)
 
 
 @only_outside_interpreter

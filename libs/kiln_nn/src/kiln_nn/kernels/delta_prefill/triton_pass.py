@@ -17,8 +17,9 @@ from kiln_nn.kernels.delta_decode.triton_parts import silu
 
 
 @triton.jit
-def _load(pointers, INTERPRETED: tl.constexpr):
-    x = tl.load(pointers)
+def _load(tiles, row, INTERPRETED: tl.constexpr):
+    """The block of a descriptor that begins with this row."""
+    x = tiles.load([row.to(tl.int32), 0])
     return x.to(tl.float32) if INTERPRETED else x
 
 
@@ -34,15 +35,15 @@ def _dot_add(a, b, c, FORM: tl.constexpr):
 @triton.jit
 def _tile_outputs(
     state, q_tiles, corrected0_tiles, from_state_tiles, scores_tiles, decay_tiles,
-    own, shared, value, key, token,
+    own, shared, first_value, token,
     K: tl.constexpr, V: tl.constexpr, FORM: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Corrected values and outputs of a tile that starts from `state`, both [BLOCK_V, 64]."""
-    from_state = _load(from_state_tiles + own * K * 64 + (key[:, None] * 64 + token[None, :]), INTERPRETED)
-    corrected0 = tl.load(corrected0_tiles + own * V * 64 + (value[:, None] * 64 + token[None, :]))
-    q = _load(q_tiles + shared * 64 * K + (token[:, None] * K + key[None, :]), INTERPRETED)
-    scores = _load(scores_tiles + own * 64 * 64 + (token[:, None] * 64 + token[None, :]), INTERPRETED)
-    since_start = tl.load(decay_tiles + own * 192 + 64 + token)
+    from_state = _load(from_state_tiles, own * K, INTERPRETED)
+    corrected0 = _load(corrected0_tiles, own * V + first_value, INTERPRETED)
+    q = _load(q_tiles, shared * 64, INTERPRETED)
+    scores = _load(scores_tiles, own * 64, INTERPRETED)
+    since_start = tl.load(decay_tiles + own * 256 + 64 + token)
     corrected = _dot_add(state, from_state, corrected0.to(tl.float32), FORM)
     out = _dot_add(state, tl.trans(q), tl.zeros_like(corrected), FORM) * since_start[None, :]
     out = _dot_add(corrected, scores, out, FORM)
@@ -149,7 +150,8 @@ def delta_pass_kernel(
     last_tile = (num_tokens - 1) // 64
 
     key = tl.arange(0, K)
-    value = value_block * BLOCK_V + tl.arange(0, BLOCK_V)
+    first_value = value_block * BLOCK_V
+    value = first_value + tl.arange(0, BLOCK_V)
     token = tl.arange(0, 64)
     out_places = token[None, :] * (H * V) + value[:, None]
     value_channels = 2 * HK * K + head * V + value
@@ -163,32 +165,32 @@ def delta_pass_kernel(
     while tile <= last_tile:
         stop = _next_stop(checkpoint_slots, first_page, num_pages, tile, last_tile, PAGES, SPAN)
         # A short tile decays by its last token; the next one's is fetched ahead.
-        total = tl.load(decay_tiles + ((first_tile + tile) * H + head) * 192 + 127)
+        total = tl.load(decay_tiles + ((first_tile + tile) * H + head) * 256 + 127)
         for full_tile in tl.range(tile, stop, num_stages=STAGES):
             own = (first_tile + full_tile) * H + head
             shared = (first_tile + full_tile) * HK + key_head
             corrected, o = _tile_outputs(
                 state, q_tiles, corrected0_tiles, from_state_tiles, scores_tiles, decay_tiles,
-                own, shared, value, key, token, K, V, FORM, INTERPRETED,
+                own, shared, first_value, token, K, V, FORM, INTERPRETED,
             )  # fmt: skip
-            k = _load(k_tiles + shared * 64 * K + (token[:, None] * K + key[None, :]), INTERPRETED)
-            to_end = tl.load(decay_tiles + own * 192 + 128 + token)
+            k = _load(k_tiles, shared * 64, INTERPRETED)
+            to_end = tl.load(decay_tiles + own * 256 + 128 + token)
             rows = out + (first + full_tile * 64) * (H * V) + head * V
             tl.store(rows + out_places, o.to(out.dtype.element_ty))
             state = _dot_add(corrected * to_end[None, :], k, state * total, FORM)
-            total = tl.load(decay_tiles + (own + H) * 192 + 127)
+            total = tl.load(decay_tiles + (own + H) * 256 + 127)
 
         own = (first_tile + stop) * H + head
         shared = (first_tile + stop) * HK + key_head
         length = tl.minimum(num_tokens - stop * 64, 64)
         corrected, o = _tile_outputs(
             state, q_tiles, corrected0_tiles, from_state_tiles, scores_tiles, decay_tiles,
-            own, shared, value, key, token, K, V, FORM, INTERPRETED,
+            own, shared, first_value, token, K, V, FORM, INTERPRETED,
         )  # fmt: skip
         rows = out + (first + stop * 64) * (H * V) + head * V
         tl.store(rows + out_places, o.to(out.dtype.element_ty), mask=(token < length)[None, :])
-        k = _load(k_tiles + shared * 64 * K + (token[:, None] * K + key[None, :]), INTERPRETED)
-        log_decays = tl.load(decay_tiles + own * 192 + token)
+        k = _load(k_tiles, shared * 64, INTERPRETED)
+        log_decays = tl.load(decay_tiles + own * 256 + token)
         boundary = length - length % PAGE
         for page in tl.range(0, PAGES, num_stages=1):
             end = (page + 1) * PAGE
@@ -196,7 +198,7 @@ def delta_pass_kernel(
             if end <= boundary:
                 slot = tl.load(checkpoint_slots + first_page + stop * PAGES + page).to(tl.int64)
             if slot >= 0:
-                end_decay = tl.load(decay_tiles + own * 192 + end - 1)
+                end_decay = tl.load(decay_tiles + own * 256 + end - 1)
                 weight = tl.where(token < end, tl.exp(tl.minimum(end_decay - log_decays, 0.0)), 0.0)
                 there = _dot_add(corrected * weight[None, :], k, state * tl.exp(end_decay), FORM)
                 _store_state(there, state_store, slot, head, key, value, H, K, V)
@@ -222,8 +224,8 @@ def delta_pass_kernel(
                     live_slot, key_head, value_channels, key, is_keys_block, HK, K, C, P, J, PAGE,
                 )  # fmt: skip
         if boundary > 0:
-            to_boundary = tl.load(decay_tiles + own * 192 + 128 + token)
-            total = tl.load(decay_tiles + own * 192 + 64 + boundary - 1)
+            to_boundary = tl.load(decay_tiles + own * 256 + 128 + token)
+            total = tl.load(decay_tiles + own * 256 + 64 + boundary - 1)
             state = _dot_add(corrected * to_boundary[None, :], k, state * total, FORM)
         tile = stop + 1
     if live_slot >= 0:
