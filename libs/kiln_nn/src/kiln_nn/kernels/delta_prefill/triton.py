@@ -180,7 +180,8 @@ def delta_prefill(
     if num_tokens == 0:
         return out_THV
     tiles = _tiles(memory, num_tokens // TILE_TOKENS + chunks.num_chunks, mixed_TC.dtype)
-    _launch_tiles(memory, chunks, weights, mixed_TC, a_TH, b_TH, tiles, config)
+    _launch_conv(memory, chunks, weights, mixed_TC, tiles, config)
+    _launch_tiles(memory, chunks, weights, a_TH, b_TH, tiles, config)
     _launch_pass(memory, chunks, weights, mixed_TC, tiles, out_THV, config)
     num_rows = num_tokens * num_heads
     delta_norm_kernel[(-(-num_rows // _NORM_ROWS),)](
@@ -214,21 +215,16 @@ def _shape(memory: DeltaMemory, weights: DeltaDecodeWeights) -> dict[str, int]:
     }
 
 
-def _launch_tiles(
+def _launch_conv(
     memory: DeltaMemory,
     chunks: DeltaChunks,
     weights: DeltaDecodeWeights,
     mixed_TC: torch.Tensor,
-    a_TH: torch.Tensor,
-    b_TH: torch.Tensor,
     tiles: _Tiles,
     config: PrefillConfig,
 ) -> None:
     shape = _shape(memory, weights)
-    sizes = {name: shape[name] for name in ("H", "HK", "K", "V")}
     num_tiles = chunks.tile_chunks_B.shape[0]
-    # The interpreter computes all products in float32.
-    form, inverse_form = ("ieee", "ieee") if is_interpreted() else (config.tile_form, config.inverse_form)
     common_heads = math.gcd(shape["HK"], shape["H"])
     heads_per_program = min(config.conv_heads, common_heads & -common_heads)
     num_runs = TILE_TOKENS // config.conv_tokens
@@ -250,6 +246,22 @@ def _launch_tiles(
         num_warps=config.conv_warps,
         num_stages=1,
     )
+
+
+def _launch_tiles(
+    memory: DeltaMemory,
+    chunks: DeltaChunks,
+    weights: DeltaDecodeWeights,
+    a_TH: torch.Tensor,
+    b_TH: torch.Tensor,
+    tiles: _Tiles,
+    config: PrefillConfig,
+) -> None:
+    shape = _shape(memory, weights)
+    sizes = {name: shape[name] for name in ("H", "HK", "K", "V")}
+    num_tiles = chunks.tile_chunks_B.shape[0]
+    # The interpreter computes all products in float32.
+    form, inverse_form = ("ieee", "ieee") if is_interpreted() else (config.tile_form, config.inverse_form)
     delta_keys_kernel[(shape["HK"], num_tiles)](
         memory.ring.k_RhPK,
         memory.ring.log_decay_RHP,

@@ -120,6 +120,43 @@ def _keep_all_conv_rows(
 
 
 @triton.jit
+def _keep_checkpoints(
+    state, corrected, k, log_decays, state_store, conv_rows, mixed, mixed_stride, decay_tiles,
+    slots, own, first, offset, boundary, read_slot, head, key_head, value, key, token, is_keys_block,
+    H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
+    P: tl.constexpr, J: tl.constexpr, PAGE: tl.constexpr, FORM: tl.constexpr,
+):  # fmt: skip
+    """States and tails after those of a tile's pages that `slots` asks for; `state` is the one before it."""
+    for page in tl.range(0, 64 // PAGE, num_stages=1):
+        end = (page + 1) * PAGE
+        slot = tl.full((), -1, tl.int64)
+        if end <= boundary:
+            slot = tl.load(slots + page).to(tl.int64)
+        if slot >= 0:
+            end_decay = tl.load(decay_tiles + own * 256 + end - 1)
+            weight = tl.where(token < end, tl.exp(tl.minimum(end_decay - log_decays, 0.0)), 0.0)
+            there = _dot_add(corrected * weight[None, :], k, state * tl.exp(end_decay), FORM)
+            _store_state(there, state_store, slot, head, key, value, H, K, V)
+            _keep_all_conv_rows(
+                mixed, mixed_stride, conv_rows, first, offset + end, 0, read_slot, slot, key_head,
+                2 * HK * K + head * V + value, key, is_keys_block, HK, K, C, P, J, PAGE,
+            )  # fmt: skip
+
+
+@triton.jit
+def _store_ring_values(
+    ring_rows, corrected, boundary, length, value, token, V: tl.constexpr, P: tl.constexpr
+):
+    """Corrected values of the tokens behind the last boundary; zeros in the ring's entries after them."""
+    entry = token - boundary
+    is_kept = (entry >= 0) & (token < length)
+    tl.store(ring_rows + (entry[None, :] * V + value[:, None]), corrected, mask=is_kept[None, :])
+    is_unused = (token >= length - boundary) & (token < P)
+    zeros = tl.zeros_like(corrected)
+    tl.store(ring_rows + (token[None, :] * V + value[:, None]), zeros, mask=is_unused[None, :])
+
+
+@triton.jit
 def delta_pass_kernel(
     state_store, ring_u, conv_rows, cu_seqlens, read_slots, live_slots, cu_pages, checkpoint_slots, mixed,
     q_tiles, k_tiles, corrected0_tiles, from_state_tiles, scores_tiles, decay_tiles, out, mixed_stride,
@@ -154,7 +191,6 @@ def delta_pass_kernel(
     value = first_value + tl.arange(0, BLOCK_V)
     token = tl.arange(0, 64)
     out_places = token[None, :] * (H * V) + value[:, None]
-    value_channels = 2 * HK * K + head * V + value
     is_keys_block = (head % GROUP == 0) & (value_block == 0)
     state = tl.zeros((BLOCK_V, K), tl.float32)
     if read_slot >= 0:
@@ -192,37 +228,19 @@ def delta_pass_kernel(
         k = _load(k_tiles, shared * 64, INTERPRETED)
         log_decays = tl.load(decay_tiles + own * 256 + token)
         boundary = length - length % PAGE
-        for page in tl.range(0, PAGES, num_stages=1):
-            end = (page + 1) * PAGE
-            slot = tl.full((), -1, tl.int64)
-            if end <= boundary:
-                slot = tl.load(checkpoint_slots + first_page + stop * PAGES + page).to(tl.int64)
-            if slot >= 0:
-                end_decay = tl.load(decay_tiles + own * 256 + end - 1)
-                weight = tl.where(token < end, tl.exp(tl.minimum(end_decay - log_decays, 0.0)), 0.0)
-                there = _dot_add(corrected * weight[None, :], k, state * tl.exp(end_decay), FORM)
-                _store_state(there, state_store, slot, head, key, value, H, K, V)
-                _keep_all_conv_rows(
-                    mixed, mixed_stride, conv_rows, first, stop * 64 + end, 0, read_slot, slot,
-                    key_head, value_channels, key, is_keys_block, HK, K, C, P, J, PAGE,
-                )  # fmt: skip
+        _keep_checkpoints(
+            state, corrected, k, log_decays, state_store, conv_rows, mixed, mixed_stride, decay_tiles,
+            checkpoint_slots + first_page + stop * PAGES, own, first, stop * 64, boundary, read_slot,
+            head, key_head, value, key, token, is_keys_block, H, HK, K, V, C, P, J, PAGE, FORM,
+        )  # fmt: skip
         if stop == last_tile and live_slot >= 0:
-            entry = token - boundary
             ring_rows = ring_u + (live_slot * H + head) * P * V
-            tl.store(
-                ring_rows + (entry[None, :] * V + value[:, None]),
-                corrected,
-                mask=((entry >= 0) & (token < length))[None, :],
-            )
-            tl.store(
-                ring_rows + (token[None, :] * V + value[:, None]),
-                tl.zeros_like(corrected),
-                mask=((token >= length - boundary) & (token < P))[None, :],
-            )
+            _store_ring_values(ring_rows, corrected, boundary, length, value, token, V, P)
             _keep_all_conv_rows(
-                    mixed, mixed_stride, conv_rows, first, stop * 64 + boundary, length - boundary, read_slot,
-                    live_slot, key_head, value_channels, key, is_keys_block, HK, K, C, P, J, PAGE,
-                )  # fmt: skip
+                mixed, mixed_stride, conv_rows, first, stop * 64 + boundary, length - boundary, read_slot,
+                live_slot, key_head, 2 * HK * K + head * V + value, key, is_keys_block,
+                HK, K, C, P, J, PAGE,
+            )  # fmt: skip
         if boundary > 0:
             to_boundary = tl.load(decay_tiles + own * 256 + 128 + token)
             total = tl.load(decay_tiles + own * 256 + 64 + boundary - 1)
