@@ -26,6 +26,7 @@ _MEASURED: dict[tuple[int, int], dict[int, LinearConfig]] = {
         16: LinearConfig(16, 48, 64, 1, 4, 11),
         32: LinearConfig(32, 48, 64, 1, 4, 9),
         64: LinearConfig(64, 48, 64, 1, 4, 7),
+        128: LinearConfig(128, 96, 64, 1, 8, 6),
     },
     _QKV_PROJ: {
         8: LinearConfig(8, 48, 128, 1, 4, 6),
@@ -38,7 +39,6 @@ _MEASURED: dict[tuple[int, int], dict[int, LinearConfig]] = {
         16: LinearConfig(16, 64, 128, 8, 4, 3),
         32: LinearConfig(32, 64, 128, 4, 4, 4),
         64: LinearConfig(64, 64, 64, 4, 4, 7),
-        128: LinearConfig(128, 40, 64, 4, 4, 4),
     },
     _GATE_UP: {
         8: LinearConfig(8, 40, 64, 1, 4, 6),

@@ -5,7 +5,7 @@ tensor memory accelerator for the first weights of its ring, then waits for its 
 asks for x. Programs are small enough to lie beside those of the kernel before, and their number
 fits the multiprocessors, so that the memory does not idle between two kernels. Products run on
 warp-group tensor cores, weights left; a tile of 24, 40, 48, 80 or 96 outputs is fetched as two
-boxes and leaves some rows of the product unused.
+boxes and leaves some rows of the product unused; so are tokens that do not fill their tile.
 
 Takes bf16 x and weights with 16-byte aligned rows on compute capability 9.0; outputs any number,
 inputs a multiple of 8. Sums are float32 and rounded once. Every element is summed in one order,
@@ -75,10 +75,18 @@ def _ask_for_weights(
 
 
 @gluon.jit
-def _ask_for_x(x_desc, ring, bar, slot, token, block, wanted, SUBS: gl.constexpr):
+def _ask_for_x(
+    x_desc, x_rest_desc, ring, bar, slot, token, block, wanted, X_REST: gl.constexpr, SUBS: gl.constexpr
+):
+    """One slot's `[SUBS, X_BOX + X_REST, 64]` of x; rows of the tile beyond them keep what they hold."""
+    X_BOX: gl.constexpr = x_desc.block_type.shape[0]
     for sub in gl.static_range(SUBS):
         col = (block * SUBS + sub) * _COLUMNS
-        tma.async_copy_global_to_shared(x_desc, [token, col], bar, ring.index(slot * SUBS + sub), wanted)
+        tile = ring.index(slot * SUBS + sub)
+        tma.async_copy_global_to_shared(x_desc, [token, col], bar, tile.slice(0, X_BOX, dim=0), wanted)
+        if X_REST > 0:
+            rest = tile.slice(X_BOX, X_REST, dim=0)
+            tma.async_copy_global_to_shared(x_rest_desc, [token + X_BOX, col], bar, rest, wanted)
 
 
 @gluon.jit
@@ -131,6 +139,7 @@ def _multiply(
     box_desc,
     rest_desc,
     x_desc,
+    x_rest_desc,
     w_ring,
     x_ring,
     bars,
@@ -142,6 +151,7 @@ def _multiply(
     split_blocks,
     SLOT_BYTES: gl.constexpr,
     REST: gl.constexpr,
+    X_REST: gl.constexpr,
     HALVES: gl.constexpr,
     SUBS: gl.constexpr,
     STAGES: gl.constexpr,
@@ -190,7 +200,7 @@ def _multiply(
             HALVES,
             SUBS,
         )
-        _ask_for_x(x_desc, x_ring, bar, slot, token, where, wanted, SUBS)
+        _ask_for_x(x_desc, x_rest_desc, x_ring, bar, slot, token, where, wanted, X_REST, SUBS)
     acc = warpgroup_mma_wait(0, deps=[acc])
     if FOLDED:
         acc = total + acc
@@ -202,6 +212,7 @@ def _linear_kernel(
     box_desc,
     rest_desc,
     x_desc,
+    x_rest_desc,
     out_ptr,
     num_tokens,
     num_outputs,
@@ -209,6 +220,8 @@ def _linear_kernel(
     split_blocks,
     BOX: gl.constexpr,
     REST: gl.constexpr,
+    X_BOX: gl.constexpr,
+    X_REST: gl.constexpr,
     ROWS: gl.constexpr,
     TOKENS: gl.constexpr,
     SUBS: gl.constexpr,
@@ -220,7 +233,7 @@ def _linear_kernel(
 ):
     HALVES: gl.constexpr = 2 if GATED else 1
     OUTPUTS: gl.constexpr = BOX + REST
-    SLOT_BYTES: gl.constexpr = (HALVES * OUTPUTS + TOKENS) * SUBS * 128
+    SLOT_BYTES: gl.constexpr = (HALVES * OUTPUTS + X_BOX + X_REST) * SUBS * 128
     token = gl.program_id(0) * TOKENS
     split = gl.program_id(1)
     row = gl.program_id(2) * OUTPUTS
@@ -256,11 +269,15 @@ def _linear_kernel(
     if DEPENDENT:
         gdc_wait()
     for slot in gl.static_range(STAGES):
-        _ask_for_x(x_desc, x_ring, bars.index(slot), slot, token, begin + slot, slot < count, SUBS)
+        bar = bars.index(slot)
+        where = begin + slot
+        wanted = slot < count
+        _ask_for_x(x_desc, x_rest_desc, x_ring, bar, slot, token, where, wanted, X_REST, SUBS)
     acc = _multiply(
         box_desc,
         rest_desc,
         x_desc,
+        x_rest_desc,
         w_ring,
         x_ring,
         bars,
@@ -272,6 +289,7 @@ def _linear_kernel(
         split_blocks,
         SLOT_BYTES,
         REST,
+        X_REST,
         HALVES,
         SUBS,
         STAGES,
@@ -294,19 +312,30 @@ def takes(x_TI: torch.Tensor, w_OI: torch.Tensor) -> bool:
     )
 
 
-def boxes(config: LinearConfig) -> tuple[int, int]:
-    """Outputs of a tile as one or two powers of two."""
-    box = 1 << (config.outputs.bit_length() - 1)
-    return box, config.outputs - box
+def boxes(count: int) -> tuple[int, int]:
+    """A multiple of eight with two bits at most as two powers of two, or one and nothing."""
+    box = 1 << (count.bit_length() - 1)
+    return box, count - box
 
 
-def constants(config: LinearConfig, *, is_gated: bool, is_folded: bool) -> dict[str, Any]:
+def rows_fetched(num_tokens: int, tile: int) -> int:
+    """Rows of x that two boxes can fetch and that cover the tokens; rows past the end are slow to fetch."""
+    rows = -(-num_tokens // 8) * 8
+    while rows.bit_count() > 2:
+        rows += 8
+    return min(rows, tile)
+
+
+def constants(config: LinearConfig, num_tokens: int, *, is_gated: bool, is_folded: bool) -> dict[str, Any]:
     """What the kernel is compiled for."""
-    box, rest = boxes(config)
+    box, rest = boxes(config.outputs)
+    x_box, x_rest = boxes(rows_fetched(num_tokens, config.tokens))
     rows = config.outputs * (2 if is_gated else 1)
     return {
         "BOX": box,
         "REST": rest,
+        "X_BOX": x_box,
+        "X_REST": x_rest,
         "ROWS": max(64, triton.next_power_of_2(rows)),
         "TOKENS": config.tokens,
         "SUBS": config.inputs // 64,
@@ -337,7 +366,7 @@ def launch(
     num_outputs = w_OI.shape[0] // (2 if is_gated else 1)
     num_blocks = triton.cdiv(num_inputs, config.inputs)
     is_folded = is_folded and config.splits > 1
-    box, rest = boxes(config)
+    fixed = constants(config, num_tokens, is_gated=is_gated, is_folded=is_folded)
     options: dict[str, Any] = {"launch_pdl": True} if is_dependent else {}
     grid = (
         triton.cdiv(num_tokens, config.tokens),
@@ -345,15 +374,16 @@ def launch(
         triton.cdiv(num_outputs, config.outputs),
     )
     _linear_kernel[grid](
-        _describe(w_OI, box),
-        _describe(w_OI, rest or box),
-        _describe(x_TI, config.tokens),
+        _describe(w_OI, fixed["BOX"]),
+        _describe(w_OI, fixed["REST"] or fixed["BOX"]),
+        _describe(x_TI, fixed["X_BOX"]),
+        _describe(x_TI, fixed["X_REST"] or fixed["X_BOX"]),
         out,
         num_tokens,
         num_outputs,
         num_blocks,
         triton.cdiv(num_blocks, 1 if is_gated else config.splits),
-        **constants(config, is_gated=is_gated, is_folded=is_folded),
+        **fixed,
         DEPENDENT=is_dependent,
         **options,
     )
