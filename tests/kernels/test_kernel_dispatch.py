@@ -37,6 +37,18 @@ def test_the_kernels_package_works_without_triton():
     subprocess.run([sys.executable, "-c", _WITHOUT_TRITON], check=True, timeout=120)
 
 
+def test_without_a_c_compiler_the_references_serve_and_the_reason_is_named():
+    code = "from kiln_nn.kernels.dispatch import why_no_triton; print(why_no_triton())"
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("CC", "TRITON_INTERPRET")
+    }
+    environment["PATH"] = ""
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, check=True, timeout=120, capture_output=True, text=True
+    )
+    assert "no C compiler" in done.stdout or "not installed" in done.stdout
+
+
 def test_the_environment_can_force_the_references():
     code = "from kiln_nn.kernels.dispatch import has_triton; assert not has_triton()"
     environment = {**os.environ, "KILN_KERNELS": "reference"}

@@ -23,7 +23,7 @@ from kiln_engine.scheduling import SchedulerLimits
 from kiln_engine.settings import EngineSettings
 from kiln_nn.config import ModelConfig
 from kiln_nn.errors import KilnNnError
-from kiln_nn.kernels.dispatch import has_triton
+from kiln_nn.kernels.dispatch import why_no_kernels
 from kiln_nn.lora import adapter_table
 from kiln_nn.sharing import WeightServer, wait_for_old_leases
 from kiln_nn.weights import LoadedModel, WeightArena, load_checkpoint
@@ -181,7 +181,7 @@ def _memory_request(settings: EngineSettings, config: ModelConfig, device: torch
         page_tokens=settings.page_tokens,
         max_model_len=min(settings.max_model_len or longest, longest),
         least_model_len=min(settings.max_model_len or _LEAST_MODEL_LEN, longest),
-        max_running=settings.max_running or (32 if is_cpu else 128),
+        max_running=settings.max_running or (32 if is_cpu else 256),
         step_token_budget=settings.step_token_budget or (512 if is_cpu else 8192),
         num_adapter_slots=settings.num_adapter_slots,
         max_adapter_rank=settings.max_adapter_rank,
@@ -189,8 +189,19 @@ def _memory_request(settings: EngineSettings, config: ModelConfig, device: torch
         kv_cache_tokens=settings.kv_cache_tokens or (_CPU_KV_CACHE_TOKENS if is_cpu else 0),
         state_dtype=torch.bfloat16 if settings.state_dtype == "bfloat16" else torch.float32,
         kv_dtype=torch.float8_e4m3fn if settings.kv_dtype == "fp8" else None,
-        has_kernels=not is_cpu and has_triton(),
+        has_kernels=_has_kernels(device),
     )
+
+
+def _has_kernels(device: torch.device) -> bool:
+    if device.type == "cpu":
+        return False
+    reason = why_no_kernels(device)
+    if reason is not None:
+        log.warning(
+            "kernels_unavailable", reason=reason, effect="steps run on the references, many times slower"
+        )
+    return reason is None
 
 
 def _free_bytes(device: torch.device, gpu_memory_fraction: float, weights_bytes: int) -> int:

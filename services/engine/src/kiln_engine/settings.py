@@ -33,7 +33,9 @@ class EngineSettings(BaseSettings):
     state_dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="format of committed recurrent states; auto: float32"
     )
-    cuda_graphs: bool = Field(True, description="capture steps as CUDA graphs at start (GPU)")
+    cuda_graphs: bool = Field(
+        True, description="capture steps as CUDA graphs at start, without which they are launched (GPU)"
+    )
     num_threads: PositiveInt = Field(1, description="CPU threads of a step")
 
     page_tokens: PositiveInt = Field(16, description="tokens in one KV page")
@@ -50,7 +52,8 @@ class EngineSettings(BaseSettings):
         description="share of a GPU's memory for this engine, weights included; the rest is the trainer's",
     )
     max_running: NonNegativeInt = Field(
-        0, description="most sequences in a step; 0: 32 on a CPU, 128 on a GPU"
+        0,
+        description="most sequences in a step; 0: 32 on a CPU, 256 on a GPU, or fewer if memory holds fewer",
     )
     num_state_slots: NonNegativeInt = Field(
         0, description="recurrent states kept; 0: twice max_running, in half of what memory leaves at most"

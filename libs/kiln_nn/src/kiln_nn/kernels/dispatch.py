@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 from dataclasses import dataclass
 from functools import cache
 
@@ -31,11 +32,34 @@ _WITHOUT_GPU = DeviceLimits(num_multiprocessors=132, shared_memory_bytes=_LEAST_
 
 
 @cache
-def has_triton() -> bool:
-    """Whether Triton can be imported and the environment does not forbid it."""
+def why_no_triton() -> str | None:
+    """What stands against using Triton in this process; None if nothing does.
+
+    Triton builds the launcher of a kernel with a C compiler when it first meets the kernel.
+    """
     if os.environ.get("KILN_KERNELS") == "reference":
-        return False
-    return importlib.util.find_spec("triton") is not None
+        return "KILN_KERNELS=reference is set"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or is_interpreted()):
+        return "there is no C compiler (gcc, clang, or the one that CC names)"
+    return None
+
+
+def has_triton() -> bool:
+    """Whether Triton's kernels can be built and the environment does not forbid it."""
+    return why_no_triton() is None
+
+
+def why_no_kernels(device: torch.device) -> str | None:
+    """What stands against running the kernels on a CUDA device; None if nothing does."""
+    if (reason := why_no_triton()) is not None:
+        return reason
+    if not _is_new_enough(device.index or 0):
+        major, minor = torch.cuda.get_device_capability(device)
+        oldest = ".".join(map(str, _OLDEST_CAPABILITY))
+        return f"the GPU has compute capability {major}.{minor}, the kernels need {oldest} or newer"
+    return None
 
 
 @cache

@@ -14,6 +14,8 @@ import torch
 from kiln_engine.domain.plan import BatchPlan
 from kiln_engine.model import to_device
 from kiln_nn.kernels.lora import (
+    DECODE_TILE_TOKENS,
+    PREFILL_TILE_TOKENS,
     AdapterUse,
     LoraRows,
     RowsShape,
@@ -22,8 +24,8 @@ from kiln_nn.kernels.lora import (
     pack_groups,
 )
 
-# Beyond, longer entries, which read A less often, still fill the device.
-_FEW_TOKENS = 256
+# From here on larger tiles, which read A and B less often, still fill the device.
+_MANY_TOKENS = 256
 # Copies that may be under way while the next one is written: the steps launched ahead, and one.
 _NUM_HOST_BUFFERS = 3
 
@@ -70,7 +72,10 @@ def _uses(
 
 def lora_rows(groups: list[TokenGroup], device: torch.device) -> LoraRows:
     """Rows of exactly these groups."""
-    words, shape = pack_exactly(groups, is_prefill=sum(len(group.tokens) for group in groups) > _FEW_TOKENS)
+    num_tokens = sum(len(group.tokens) for group in groups)
+    words, shape = pack_exactly(
+        groups, DECODE_TILE_TOKENS if num_tokens < _MANY_TOKENS else PREFILL_TILE_TOKENS
+    )
     return LoraRows.over(to_device(torch.from_numpy(words), device), shape)
 
 
