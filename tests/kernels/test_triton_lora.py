@@ -137,35 +137,37 @@ USED = {0, 2, 3, 4, 5, 6, 7, 8, 9}
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_mixed_ranks_and_compositions(dtype, y_dtype):
     case = Case(12, 80, FUSED, dtype)
-    case.check(LoraRows.of(MIXED, device=DEVICE), USED, y_dtype)
+    case.check(LoraRows.of(MIXED, 16, DEVICE), USED, y_dtype)
 
 
 @on_triton
 @pytest.mark.parametrize("bounds", [(0, 48), (0, 33, 50), (0, 130, 131, 200)])
 def test_modules_of_odd_sizes(bounds):
     case = Case(12, 70, bounds, torch.float32, table_rank=24)
-    case.check(LoraRows.of(MIXED, device=DEVICE), USED, torch.float32)
+    case.check(LoraRows.of(MIXED, 16, DEVICE), USED, torch.float32)
 
 
 @on_triton
 def test_adapters_that_share_a_tile_stay_apart():
-    """An infinite A or B is multiplied with the rows of its neighbours, and must not reach them."""
+    """Packed into few tiles, where an infinite B is multiplied with the rows of its neighbours."""
     case = Case(12, 80, FUSED, torch.bfloat16)
-    rows = LoraRows.of(MIXED, device=DEVICE)
-    y, before = case.y(torch.float32), case.y(torch.float32)
-    expected = case.expected(before, rows)
     case.b_SRO[5, 1] = float("inf")
     case.a_SQI[3, 0] = float("inf")
+    shape = RowsShape(16, 1, 4)
+    rows = LoraRows.over(torch.from_numpy(pack_groups(MIXED, shape)).to(DEVICE), shape)
+    y, before = case.y(torch.float32), case.y(torch.float32)
     _kernel().lora_add_(y, case.x_TI, case.a_SQI, case.b_SRO, rows, FUSED)
+    expected = case.expected(before, rows)
     healthy = [0, 3, 6]
     assert relative_error(y[healthy], expected[healthy]) < TOLERANCE[torch.bfloat16]
     assert torch.equal(y[[1, 10, 11]], before[[1, 10, 11]])
-    assert not y[[2, 7, 8, 9]].isfinite().all(1).any()
+    harmed = [2, 4, 5, 7, 8, 9]
+    assert not y[harmed].isfinite().all(1).any()
 
 
 @on_triton
-@pytest.mark.parametrize("is_prefill", [False, True])
-def test_a_prefill_of_many_tokens(is_prefill):
+@pytest.mark.parametrize("tile_tokens", [16, 64])
+def test_a_prefill_of_many_tokens(tile_tokens):
     groups = (
         group_of(0, 1, (0, 1.0)),
         group_of(1, 1, (3, 1.0)),
@@ -174,7 +176,7 @@ def test_a_prefill_of_many_tokens(is_prefill):
     )
     used = {0, 1, *range(5, 80), *range(90, 108)}
     case = Case(110, 144, FUSED, torch.bfloat16)
-    case.check(LoraRows.of(groups, is_prefill=is_prefill, device=DEVICE), used, torch.bfloat16)
+    case.check(LoraRows.of(groups, tile_tokens, DEVICE), used, torch.bfloat16)
 
 
 @on_triton
@@ -203,13 +205,13 @@ def test_a_buffer_with_room_is_read_as_far_as_it_counts():
 def test_pieces_of_the_inputs(inputs, blocks_per_piece):
     config = _kernel().LoraConfig(inputs, 32, blocks_per_piece, stages=2)
     case = Case(12, 150, FUSED, torch.float32)
-    case.check(LoraRows.of(MIXED, device=DEVICE), USED, torch.float32, config)
+    case.check(LoraRows.of(MIXED, 16, DEVICE), USED, torch.float32, config)
 
 
 @on_triton
 def test_a_module_alone_is_a_slice_of_the_fused_one():
     case = Case(12, 80, FUSED, torch.float32)
-    rows = LoraRows.of(MIXED, device=DEVICE)
+    rows = LoraRows.of(MIXED, 16, DEVICE)
     whole, parts = case.y(torch.float32), case.y(torch.float32)
     lora_add_(whole, case.x_TI, case.a_SQI, case.b_SRO, rows, FUSED)
     for module, (start, end) in enumerate(pairwise(FUSED)):
@@ -222,12 +224,12 @@ def test_a_module_alone_is_a_slice_of_the_fused_one():
 
 @only_outside_interpreter
 @needs_triton
-@pytest.mark.parametrize("is_prefill", [False, True])
+@pytest.mark.parametrize("tile_tokens", [16, 64])
 @pytest.mark.parametrize(
     ("num_inputs", "bounds"),
     [(2560, (0, 8192, 12288, 12320, 12352)), (9216, (0, 2560)), (2560, (0, 9216, 18432))],
 )
-def test_compiles_for_every_gpu(is_prefill, num_inputs, bounds, monkeypatch):
+def test_compiles_for_every_gpu(tile_tokens, num_inputs, bounds, monkeypatch):
     kernel = _kernel()
     x, y = (
         torch.empty(64, num_inputs, dtype=torch.bfloat16),
@@ -235,16 +237,13 @@ def test_compiles_for_every_gpu(is_prefill, num_inputs, bounds, monkeypatch):
     )
     a = torch.empty(2, (len(bounds) - 1) * 64, num_inputs, dtype=torch.bfloat16)
     b = torch.empty(2, 64, bounds[-1], dtype=torch.bfloat16)
-    rows = LoraRows.of(
-        [TokenGroup(range(index, 64, 8), (AdapterUse(index, 16, 1.0),)) for index in range(8)],
-        is_prefill=is_prefill,
-    )
+    rows = LoraRows.of([TokenGroup(range(64), (AdapterUse(0, 16, 1.0),))], tile_tokens)
     for is_dependent, capabilities in ((False, (80, 86, 89, 90)), (True, (90,))):
         monkeypatch.setattr(kernel, "supports_dependent_launch", lambda _, wanted=is_dependent: wanted)
         with compiling_instead_of_launching(capabilities) as compiled:
             kernel.lora_add_(y, x, a, b, rows, bounds)
         assert {one.name for one in compiled} == {
-            "shrink_many_kernel" if is_prefill else "shrink_few_kernel",
+            "shrink_few_kernel" if tile_tokens == 16 else "shrink_many_kernel",
             "expand_kernel",
         }
         for one in compiled:

@@ -10,6 +10,9 @@ from kiln_nn.kernels.checks import ShapeMismatch, check_shape
 from kiln_nn.kernels.dispatch import takes_triton
 from kiln_nn.kernels.lora.reference import AdapterStack, lora_add_reference_, lora_add_stacked_, lora_delta
 from kiln_nn.kernels.lora.rows import (
+    DECODE_TILE_TOKENS,
+    NO_TOKEN,
+    PREFILL_TILE_TOKENS,
     AdapterUse,
     LoraRows,
     RowsShape,
@@ -19,6 +22,9 @@ from kiln_nn.kernels.lora.rows import (
 )
 
 __all__ = [
+    "DECODE_TILE_TOKENS",
+    "NO_TOKEN",
+    "PREFILL_TILE_TOKENS",
     "AdapterStack",
     "AdapterUse",
     "LoraRows",
@@ -57,7 +63,7 @@ def lora_add_(
     check_shape("lora_A", a_SQI, (None, num_modules * b_SRO.shape[1], None))
     if num_modules < 1 or module_bounds[0] != 0 or module_bounds[-1] != y_TO.shape[1]:
         raise ShapeMismatch("module_bounds", tuple(module_bounds), (0, "...", y_TO.shape[1]))
-    if takes_triton(y_TO, x_TI, a_SQI, b_SRO, rows.counts):
+    if takes_triton(y_TO, x_TI, a_SQI, b_SRO, rows.tiles_B4):
         from kiln_nn.kernels.lora import triton
 
         if triton.supports(y_TO, x_TI, a_SQI, b_SRO, num_modules):

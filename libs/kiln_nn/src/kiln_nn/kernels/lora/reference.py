@@ -37,25 +37,25 @@ def lora_add_reference_(
 ) -> None:
     """`y += scale * B (A x)` for each token and each adapter it uses, in place.
 
-    Written to be read: one adapter of one layer of a tile at a time, their numbers read on the host.
+    Written to be read: one adapter of one tile at a time, their numbers read on the host.
     """
     dtype = accumulation_dtype(x_TI, y_TO)
     a_SNRI = a_SQI.unflatten(1, (len(module_bounds) - 1, -1))
-    for tile, (first_layer, end_layer, first_member, end_member, _) in enumerate(rows.tiles_B5.tolist()):
+    for tile, (first, end, _, _) in enumerate(rows.tiles_B4.tolist()):
         tokens_M = rows.tokens_BM[tile].long()
         total_MO = torch.zeros(len(tokens_M), y_TO.shape[1], dtype=dtype, device=y_TO.device)
-        for layer in range(first_layer, end_layer):
-            member_M, scale_M = rows.layers_L2M[layer, 0], rows.layers_L2M[layer, 1].view(torch.float32)
-            for member in range(first_member, end_member):
-                adapter, rank = int(rows.adapters_C[member]), int(rows.ranks_C[member])
-                is_used_M = member_M == member - first_member
-                x_MI, scale_M1 = x_TI[tokens_M[is_used_M]].to(dtype), scale_M[is_used_M, None].to(dtype)
-                for module, (start, stop) in enumerate(pairwise(module_bounds)):
-                    h_Mr = F.linear(x_MI, a_SNRI[adapter, module, :rank].to(dtype)) * scale_M1
-                    total_MO[is_used_M, start:stop] += h_Mr @ b_SRO[adapter, :rank, start:stop].to(dtype)
-        is_any_M = (tokens_M >= 0) & (end_layer > first_layer)
-        tokens = tokens_M[is_any_M]
-        y_TO[tokens] = (y_TO[tokens].to(dtype) + total_MO[is_any_M]).to(y_TO.dtype)
+        for entry in range(first, end):
+            adapter, rank = int(rows.adapters_E[entry]), int(rows.ranks_E[entry])
+            scale_M = rows.scales_EM[entry].to(dtype)
+            is_used_M = scale_M != 0
+            x_MI = x_TI[tokens_M[is_used_M]].to(dtype)
+            for module, (start, stop) in enumerate(pairwise(module_bounds)):
+                h_Mr = F.linear(x_MI, a_SNRI[adapter, module, :rank].to(dtype))
+                h_Mr = h_Mr * scale_M[is_used_M, None]
+                total_MO[is_used_M, start:stop] += h_Mr @ b_SRO[adapter, :rank, start:stop].to(dtype)
+        is_used_M = (tokens_M >= 0) & (end > first)
+        tokens = tokens_M[is_used_M]
+        y_TO[tokens] = (y_TO[tokens].to(dtype) + total_MO[is_used_M]).to(y_TO.dtype)
 
 
 @dataclass(frozen=True)
