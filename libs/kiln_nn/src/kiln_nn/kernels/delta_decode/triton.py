@@ -51,14 +51,20 @@ class StepConfig:
     most_prefetched_rows: int = 8
 
 
-# By the format of the committed state.
+# By the format of the committed state: where `delta_commit` follows, and where the step commits itself.
 CONFIGS = {
     torch.bfloat16: StepConfig(
-        "tall", "bf16x3", block_k=64, num_stages=2, commit_block_k=32, num_key_warps=2, max_registers=72
+        "tall", "bf16x3", block_k=64, num_stages=3, commit_block_k=32, num_key_warps=2
     ),
     torch.float32: StepConfig(
         "fma", "tf32x3", block_k=8, num_stages=6, commit_block_k=16, num_warps=1, num_key_warps=2
     ),
+}
+COMMITTING_CONFIGS = {
+    torch.bfloat16: StepConfig(
+        "wide", "bf16x3", block_k=64, num_stages=3, commit_block_k=16, num_warps=2, num_key_warps=2
+    ),
+    torch.float32: CONFIGS[torch.float32],
 }
 
 
@@ -116,7 +122,7 @@ def delta_decode(
     """Two launches; the arguments are those of the package's public function and within `supports`."""
     _, num_heads, key_dim, value_dim = memory.state_SHKV.shape
     num_key_heads, capacity = memory.ring.k_RhPK.shape[1:3]
-    config = config or CONFIGS[memory.state_SHKV.dtype]
+    config = config or (COMMITTING_CONFIGS if commits else CONFIGS)[memory.state_SHKV.dtype]
     num_rows, device = rows.num_rows, z_RHV.device
     out_RHV = torch.empty(z_RHV.shape, dtype=z_RHV.dtype, device=device)
     if num_rows == 0:

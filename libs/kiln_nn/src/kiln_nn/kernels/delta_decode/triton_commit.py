@@ -33,7 +33,7 @@ class CommitConfig:
 
 
 # By the format of the committed state.
-CONFIGS = {torch.bfloat16: CommitConfig("bf16x3", 64), torch.float32: CommitConfig("tf32x3", 32, 2)}
+CONFIGS = {torch.bfloat16: CommitConfig("bf16x3", 64), torch.float32: CommitConfig("tf32x3", 64)}
 
 
 @triton.jit

@@ -119,73 +119,44 @@ def delta_keys_kernel(
 
 
 @triton.jit
-def _read_state_plainly(
-    state_head, pair, K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr
-):
-    """`S^T k` and `S^T q`, each [V], in float32 without tensor cores; `pair` is [2, K]."""
-    value = tl.arange(0, V)
-    all_k = tl.zeros((BLOCK_K, V), tl.float32)
-    all_q = tl.zeros((BLOCK_K, V), tl.float32)
-    for first in tl.range(0, K, BLOCK_K, num_stages=STAGES):
-        row = first + tl.arange(0, BLOCK_K)
-        block = tl.load(state_head + row[:, None] * V + value[None, :], eviction_policy="evict_first")
-        all_k += block.to(tl.float32) * tl.load(pair + row)[:, None]
-        all_q += block.to(tl.float32) * tl.load(pair + K + row)[:, None]
-    return tl.sum(all_k, 0), tl.sum(all_q, 0)
-
-
-@triton.jit
-def _multiply(columns, lines, acc, FORM: tl.constexpr, INTERPRETED: tl.constexpr):
-    """`acc` plus [n, V] `columns` times [n, 16] `lines`: [V, 16] if "tall", [16, V] if "wide"."""
-    if INTERPRETED:
-        columns = columns.to(tl.float32)
-        lines = lines.to(tl.float32)
-    if FORM == "tall":
-        return tl.dot(tl.trans(columns), lines, acc)
-    else:
-        return tl.dot(tl.trans(lines), columns, acc)
-
-
-@triton.jit
 def _read_state(
     state_head, pair,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
     FORM: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """`S^T` times the four lines of `pair` [4, K] on tensor cores, twelve lines of zeros beside them.
+    """`S^T k` and `S^T q`, each [V], in float32; BLOCK_K rows of S at a time, STAGES - 1 copies in flight.
 
-    BLOCK_K rows of S at a time, STAGES - 1 copies in flight. The lines are the upper and lower halves
-    of k and q, so that only the state's own format rounds.
+    "tall": a tensor-core product [V, K] x [K, 16] with the upper and lower halves of k and q as
+    columns, so that only the state's own format rounds. "wide": the same, [16, K] x [K, V].
+    "fma": without tensor cores.
     """
     value = tl.arange(0, V)
     line = tl.arange(0, 16)
-    both = tl.zeros((V, 16) if FORM == "tall" else (16, V), tl.float32)
+    if FORM == "fma":
+        all_k = tl.zeros((BLOCK_K, V), tl.float32)
+        all_q = tl.zeros((BLOCK_K, V), tl.float32)
+    elif FORM == "tall":
+        both = tl.zeros((V, 16), tl.float32)
+    else:
+        both = tl.zeros((16, V), tl.float32)
     for first in tl.range(0, K, BLOCK_K, num_stages=STAGES):
         row = first + tl.arange(0, BLOCK_K)
         block = tl.load(state_head + row[:, None] * V + value[None, :], eviction_policy="evict_first")
-        lines = tl.load(pair + line[None, :] * K + row[:, None], mask=(line < 4)[None, :], other=0.0)
-        both = _multiply(block, lines, both, FORM, INTERPRETED)
-    return both
-
-
-@triton.jit
-def _add_ring(both, u, with_k, with_q, FORM: tl.constexpr, INTERPRETED: tl.constexpr):
-    """`both` plus `sum_i with_i u_i` for k and q, everything as upper and lower halves."""
-    line = tl.arange(0, 16)[None, :]
-    parts = tl.where(line % 2 == 0, with_k[:, None], with_q[:, None])
-    high = parts.to(tl.bfloat16)
-    low = (parts - high.to(tl.float32)).to(tl.bfloat16)
-    lines = tl.where(line < 2, high, tl.where(line < 4, low, tl.zeros_like(low)))
-    u_high = u.to(tl.bfloat16)
-    both = _multiply(u_high, lines, both, FORM, INTERPRETED)
-    return _multiply((u - u_high.to(tl.float32)).to(tl.bfloat16), lines, both, FORM, INTERPRETED)
-
-
-@triton.jit
-def _halves_joined(both, FORM: tl.constexpr):
-    """The sums of k's and of q's lines, each [V]."""
-    line = tl.arange(0, 16)
-    if FORM == "tall":
+        if FORM == "fma":
+            all_k += block.to(tl.float32) * tl.load(pair + row)[:, None]
+            all_q += block.to(tl.float32) * tl.load(pair + K + row)[:, None]
+        else:
+            lines = tl.load(pair + line[:, None] * K + row[None, :], mask=(line < 4)[:, None], other=0.0)
+            if INTERPRETED:
+                block = block.to(tl.float32)
+                lines = lines.to(tl.float32)
+            if FORM == "tall":
+                both = tl.dot(tl.trans(block), tl.trans(lines), both)
+            else:
+                both = tl.dot(lines, block, both)
+    if FORM == "fma":
+        return tl.sum(all_k, 0), tl.sum(all_q, 0)
+    elif FORM == "tall":
         is_k = (line % 2 == 0)[None, :]
         return tl.sum(tl.where(is_k, both, 0.0), 1), tl.sum(tl.where(is_k, 0.0, both), 1)
     else:
@@ -283,18 +254,14 @@ def delta_values_kernel(
     log_decay = tl.min(log_decays, 0) - rate * softplus(a_in)
     weight = tl.where(used, tl.exp(log_decay - log_decays), 0.0)
     decay = tl.exp(log_decay)
-    pair = pairs + place * (LINES * K)
+    predicted, read = _read_state(
+        state_head, pairs + place * (LINES * K), K, V, BLOCK_K, STAGES, STATE_FORM, INTERPRETED
+    )
     u_old = u_old.to(tl.float32)
-    if STATE_FORM == "fma":
-        predicted, read = _read_state_plainly(state_head, pair, K, V, BLOCK_K, STAGES)
-        predicted = decay * predicted + tl.sum(u_old * (with_k * weight)[:, None], 0)
-        read = decay * read + tl.sum(u_old * (with_q * weight)[:, None], 0)
-    else:
-        both = decay * _read_state(state_head, pair, K, V, BLOCK_K, STAGES, STATE_FORM, INTERPRETED)
-        both = _add_ring(both, u_old, with_k * weight, with_q * weight, STATE_FORM, INTERPRETED)
-        predicted, read = _halves_joined(both, STATE_FORM)
-    u = beta * (silu(v) - predicted)
-    o = read + own * u
+    ring_predicted = tl.sum(u_old * (with_k * weight)[:, None], 0)
+    ring_read = tl.sum(u_old * (with_q * weight)[:, None], 0)
+    u = beta * (silu(v) - decay * predicted - ring_predicted)
+    o = decay * read + ring_read + own * u
     norm = norm_in * tl.rsqrt(tl.sum(o * o, 0) / V + norm_eps)
     tl.store(out_row, (o * norm * silu(gate_in)).to(out.dtype.element_ty))
 

@@ -34,7 +34,7 @@ class VerifyConfig:
     num_stages: int
     commit_block_k: int
     dot_form: str = "tf32x3"
-    num_warps: int = 8
+    num_warps: int = 4
 
 
 # By the format of the committed state.
