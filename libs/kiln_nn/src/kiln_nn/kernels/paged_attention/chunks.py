@@ -15,8 +15,7 @@ from kiln_nn.kernels.checks import ShapeMismatch, check_shape
 NO_CHUNK = -1
 # Rows of a tile, one for each token and query head of a kv head: few for the drafts of a decode
 # pass, many where arithmetic is the limit.
-TILE_ROWS = (16, 32, 64, 128)
-_MOST_TOKENS_OF_SMALL_TILES = 1024
+TILE_ROWS = (16, 64, 128)
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,18 +59,16 @@ class AttentionChunks:
 
 
 def choose_tile_tokens(num_new_tokens: Sequence[int], num_grouped_heads: int = 4) -> int:
-    """Tokens of a tile for chunks of these lengths: small tiles fill a GPU that has little to do.
+    """Tokens of a tile for chunks of these lengths: small ones where the chunks are.
 
     `num_grouped_heads` is the number of query heads that share a kv head.
     """
     rows_per_token = 1 << (num_grouped_heads - 1).bit_length()
-    most_rows = rows_per_token * max(num_new_tokens, default=0)
-    num_tokens = sum(num_new_tokens)
-    if most_rows <= TILE_ROWS[1]:
-        rows = TILE_ROWS[0] if most_rows <= TILE_ROWS[0] else TILE_ROWS[1]
+    if rows_per_token * max(num_new_tokens, default=0) <= TILE_ROWS[0]:
+        rows = TILE_ROWS[0]
     else:
-        has_short_chunks = rows_per_token * num_tokens <= TILE_ROWS[2] * len(num_new_tokens)
-        rows = TILE_ROWS[2 if has_short_chunks or num_tokens <= _MOST_TOKENS_OF_SMALL_TILES else 3]
+        is_short = rows_per_token * sum(num_new_tokens) <= TILE_ROWS[1] * len(num_new_tokens)
+        rows = TILE_ROWS[1 if is_short else 2]
     return max(1, rows // rows_per_token)
 
 

@@ -29,7 +29,6 @@ import torch
 import triton
 import triton.language as tl
 
-from kiln_nn.kernels.dependent_launch import launch_options, supports_dependent_launch
 from kiln_nn.kernels.dispatch import device_limits, is_interpreted
 from kiln_nn.kernels.paged_attention.triton_decode_kernels import decode_kernel, join_kernel
 
@@ -37,9 +36,10 @@ _FORMATS = (torch.float32, torch.bfloat16, torch.float16)
 _HEAD_DIMS = (64, 128, 256)
 _MOST_GROUPED_HEADS = 16
 _MOST_PAGE_TOKENS = 64
-_LEAST_PARTS = 4
 _MOST_PARTS = 64
 _LEAST_MMA_ROWS = 16
+# Enough of them that one long row ends with the others (128 rows of 4 kv heads).
+_PROGRAMS_OF_A_FULL_GPU = 512
 LOG2_E = 1.4426950408889634
 
 
@@ -99,11 +99,12 @@ def choose_config(
     Depends on shapes only: a CUDA graph captured with it stays right for every context.
     """
     programs_per_part = num_rows * num_kv_heads
-    # Two or more programs fit on a multiprocessor; at least four parts keep one long row among
-    # short ones from running alone. A part that is empty still costs its program's start.
+    # Two or more programs fit on a multiprocessor. More parts than that keep a long row among short
+    # ones from running alone, but a part that is empty still costs its program's start.
     wanted = triton.cdiv(2 * device_limits(device).num_multiprocessors, programs_per_part)
-    num_parts = max(_LEAST_PARTS, min(_MOST_PARTS, triton.next_power_of_2(wanted)))
-    least_part_tokens = max(64, min(256, 8 * triton.next_power_of_2(programs_per_part)))
+    is_full = programs_per_part >= _PROGRAMS_OF_A_FULL_GPU
+    num_parts = max(4 if is_full else 8, min(_MOST_PARTS, triton.next_power_of_2(wanted)))
+    least_part_tokens = max(64, min(512 if is_full else 256, 8 * triton.next_power_of_2(programs_per_part)))
     if q_dtype is torch.float32:  # no tensor cores: the tiles live in registers
         return DecodeConfig(16, least_part_tokens, num_parts, num_warps=4, num_stages=1)
     # Two tiles of keys and values at width 256 are 64 KB: that fits everywhere, thrice on Hopper.
@@ -142,7 +143,6 @@ def paged_decode_attention(
         "LEAST": config.least_part_tokens,
         "HAS_TABLE_ROWS": table_rows_R is not None,
         "HAS_GATE": gate_RHD is not None,
-        **launch_options(supports_dependent_launch(q_RHD.device)),
     }
     group = num_heads // num_kv_heads
     decode_kernel[(num_kv_heads, num_rows, num_parts)](

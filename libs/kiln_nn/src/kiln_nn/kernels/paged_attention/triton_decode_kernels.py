@@ -10,8 +10,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kiln_nn.kernels.dependent_launch import start_dependents, wait_for_producers
-
 
 @triton.jit
 def _part_of_context(context, part, num_parts, LEAST: tl.constexpr, TILE: tl.constexpr):
@@ -147,11 +145,7 @@ def decode_kernel(
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
     IS_FP8: tl.constexpr,
-    DEPENDENT: tl.constexpr,
 ):
-    if DEPENDENT:
-        start_dependents()
-        wait_for_producers()
     kv_head = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     part = tl.program_id(2)
@@ -215,12 +209,8 @@ def join_kernel(
     LEAST: tl.constexpr,
     HAS_TABLE_ROWS: tl.constexpr,
     HAS_GATE: tl.constexpr,
-    DEPENDENT: tl.constexpr,
 ):
     """Weigh the parts of one row and head by their share of the softmax, and gate the sum."""
-    if DEPENDENT:
-        start_dependents()
-        wait_for_producers()
     head = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     context, _ = _context_and_line(context_ptr, table_row_ptr, row, HAS_TABLE_ROWS)

@@ -25,12 +25,11 @@ heads, `D` head width, `N` chunks, `B` query tiles.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import triton
 
-from kiln_nn.kernels.dependent_launch import launch_options, supports_dependent_launch
 from kiln_nn.kernels.dispatch import device_limits, is_interpreted
 from kiln_nn.kernels.paged_attention.chunks import TILE_ROWS, AttentionChunks
 from kiln_nn.kernels.paged_attention.triton_decode import LOG2_E, product_format, takes_cache
@@ -38,9 +37,8 @@ from kiln_nn.kernels.paged_attention.triton_prefill_kernels import join_tiles_ke
 
 _MOST_FLOAT32_ROWS = 16
 _MOST_PARTS = 16
+_LEAST_PARTS_OF_DRAFTS = 4
 _LEAST_PART_TOKENS = 256
-_OVERLAPS_ON_HOPPER = False
-_OVERLAP_FORMATS, _OVERLAP_ROWS, _OVERLAP_HEAD_DIMS = (torch.bfloat16, torch.float16), 128, (128, 256)
 
 
 @dataclass(frozen=True)
@@ -54,8 +52,6 @@ class PrefillConfig:
     num_parts: int
     num_warps: int
     num_stages: int
-    # Two products in flight at once, for long prompts on Hopper (triton_prefill_hopper.py).
-    overlaps: bool = False
 
 
 def takes(
@@ -80,33 +76,20 @@ def takes(
 def choose_config(rows: int, num_programs: int, q_dtype: torch.dtype, device: torch.device) -> PrefillConfig:
     """Cut a launch of tiles of `rows` rows so that the GPU is full; depends on shapes only."""
     limits = device_limits(device)
-    programs_each = 1 if rows >= 128 else 2
-    wanted = triton.cdiv(programs_each * limits.num_multiprocessors, num_programs)
-    num_parts = min(_MOST_PARTS, triton.next_power_of_2(wanted))
-    if rows <= 32:  # a decode pass with drafts: bound by memory, as in triton_decode
-        num_parts = max(4, num_parts)
+    is_large = rows >= TILE_ROWS[-1]
+    # One large program fits on a multiprocessor, or two others; tiles that are padding need no room.
+    room = (1 if is_large else 3) * limits.num_multiprocessors // num_programs
+    num_parts = min(_MOST_PARTS, 1 << max(0, room.bit_length() - 1))
+    if rows <= TILE_ROWS[0]:  # a decode pass with drafts: bound by memory, as in triton_decode
+        num_parts = max(_LEAST_PARTS_OF_DRAFTS, num_parts)
     if q_dtype is torch.float32:  # no tensor cores: the tiles live in registers
         return PrefillConfig(16, num_parts, num_warps=4, num_stages=1)
-    if rows <= 32:
-        return PrefillConfig(32, num_parts, num_warps=4, num_stages=5)
-    if rows >= 128:
+    if is_large:
         # Beside the queries, 64 KB for 128 rows of 256, one tile of keys and one of values.
         memory_kib = limits.shared_memory_bytes // 1024
         tile_keys = 64 if memory_kib >= 200 else 32 if memory_kib >= 128 else 16
         return PrefillConfig(tile_keys, num_parts, num_warps=8, num_stages=2 if tile_keys == 64 else 3)
-    return PrefillConfig(32, num_parts, num_warps=4, num_stages=3)
-
-
-def overlaps_here(q_THD: torch.Tensor, k_cache_PShD: torch.Tensor, rows: int) -> bool:
-    """Whether triton_prefill_hopper.py computes these shapes on the tensors' device."""
-    return (
-        rows == _OVERLAP_ROWS
-        and q_THD.dtype in _OVERLAP_FORMATS
-        and k_cache_PShD.dtype is q_THD.dtype
-        and q_THD.shape[2] in _OVERLAP_HEAD_DIMS
-        and q_THD.is_cuda
-        and torch.cuda.get_device_capability(q_THD.device) == (9, 0)
-    )
+    return PrefillConfig(32, num_parts, num_warps=4, num_stages=5 if rows <= TILE_ROWS[0] else 3)
 
 
 def paged_chunk_attention(
@@ -127,27 +110,18 @@ def paged_chunk_attention(
     group = num_heads // num_kv_heads
     group_block = triton.next_power_of_2(group)
     rows, num_programs = chunks.tile_tokens * group_block, chunks.num_tiles * num_kv_heads
-    if config is None:
-        config = choose_config(rows, num_programs, q_THD.dtype, q_THD.device)
-        if _OVERLAPS_ON_HOPPER and config.num_parts == 1 and overlaps_here(q_THD, k_cache_PShD, rows):
-            config = replace(config, overlaps=True)
+    config = config or choose_config(rows, num_programs, q_THD.dtype, q_THD.device)
     least = max(_LEAST_PART_TOKENS, config.tile_keys)
     num_parts = max(1, min(config.num_parts, triton.cdiv(page_table_SM.shape[1] * page_tokens, least)))
     is_joined = num_parts > 1
     out = q_THD.new_empty(q_THD.shape)
-    if config.overlaps and num_parts == 1:
-        from kiln_nn.kernels.paged_attention import triton_prefill_hopper
-
-        inputs = (q_THD, k_cache_PShD, v_cache_PShD, page_table_SM, chunks)
-        triton_prefill_hopper.attend(*inputs, scale * LOG2_E, out, gate_THD, table_rows_N)
-        return out
     parts, lse = out, out
     if is_joined:
         parts = q_THD.new_empty((num_tokens, num_heads, num_parts, head_dim), dtype=torch.float32)
         lse = q_THD.new_empty((num_tokens, num_heads, num_parts), dtype=torch.float32)
     gate = q_THD if gate_THD is None else gate_THD
     # Larger tiles are multiplied from shared memory, where values go as fp16 anyway.
-    is_paired = k_cache_PShD.dtype is torch.float8_e4m3fn and rows <= TILE_ROWS[1] and not is_interpreted()
+    is_paired = k_cache_PShD.dtype is torch.float8_e4m3fn and rows <= TILE_ROWS[0] and not is_interpreted()
     lists = (chunks.cu_seqlens_N1, chunks.context_lengths_N, chunks.tile_chunks_B, chunks.tile_starts_B)
     cut = {
         "TOKENS": chunks.tile_tokens,
@@ -155,7 +129,6 @@ def paged_chunk_attention(
         "KEYS": config.tile_keys,
         "LEAST": least,
         "HAS_GATE": gate_THD is not None,
-        **launch_options(supports_dependent_launch(q_THD.device)),
     }
     prefill_kernel[(num_kv_heads, chunks.num_tiles, num_parts)](
         q_THD,
@@ -186,7 +159,7 @@ def paged_chunk_attention(
         STAGES=config.num_stages,
         PAIRED=is_paired,
         # A loop of its own for keys without a mask saves arithmetic, but fills its pipeline anew.
-        HAS_FREE_LOOP=rows >= TILE_ROWS[3],
+        HAS_FREE_LOOP=rows >= TILE_ROWS[-1],
         num_warps=config.num_warps,
         **cut,
     )

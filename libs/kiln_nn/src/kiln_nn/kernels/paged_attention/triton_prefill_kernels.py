@@ -10,7 +10,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kiln_nn.kernels.dependent_launch import start_dependents, wait_for_producers
 from kiln_nn.kernels.paged_attention.triton_decode_kernels import unpack_fp8
 
 
@@ -138,11 +137,7 @@ def prefill_kernel(
     STAGES: tl.constexpr,
     PAIRED: tl.constexpr,
     HAS_FREE_LOOP: tl.constexpr,
-    DEPENDENT: tl.constexpr,
 ):
-    if DEPENDENT:
-        start_dependents()
-        wait_for_producers()
     kv_head = tl.program_id(0)
     tile = tl.program_id(1)
     part = tl.program_id(2)
@@ -275,12 +270,8 @@ def join_tiles_kernel(
     KEYS: tl.constexpr,
     LEAST: tl.constexpr,
     HAS_GATE: tl.constexpr,
-    DEPENDENT: tl.constexpr,
 ):
     """Weigh the parts of one token and head by their share of the softmax, and gate the sum."""
-    if DEPENDENT:
-        start_dependents()
-        wait_for_producers()
     head = tl.program_id(0)
     tile = tl.program_id(1) // TOKENS
     chunk = tl.load(tile_chunk_ptr + tile).to(tl.int64)

@@ -21,13 +21,6 @@ import torch
 import triton
 import triton.language as tl
 
-from kiln_nn.kernels.dependent_launch import (
-    launch_options,
-    start_dependents,
-    supports_dependent_launch,
-    wait_for_producers,
-)
-
 _FORMATS = (torch.float32, torch.bfloat16, torch.float16)
 _HEAD_DIMS = (16, 32, 64, 128, 256)
 _MOST_GROUPED_HEADS = 16
@@ -118,11 +111,7 @@ def _qk_norm_rope_write_kernel(
     GROUP_BLOCK: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     ROTARY_DIM: tl.constexpr,
-    DEPENDENT: tl.constexpr,
 ):
-    if DEPENDENT:
-        start_dependents()
-        wait_for_producers()
     token = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1)
     columns = tl.arange(0, HEAD_DIM)
@@ -226,6 +215,5 @@ def qk_norm_rope_write(
         HEAD_DIM=head_dim,
         ROTARY_DIM=2 * inverse_frequencies_F.shape[0],
         num_warps=2,
-        **launch_options(supports_dependent_launch(q_THD.device)),
     )
     return q_out
