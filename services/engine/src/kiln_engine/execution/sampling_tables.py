@@ -38,8 +38,9 @@ class SamplingTables:
 
 
 def fill_tables(rows: Sequence[RowSampling], num_rows: int) -> np.ndarray:
-    """Both tables end to end, float64: `num_rows` rows, padded behind the given ones, then the edits."""
-    table_RF = np.empty((num_rows, NUM_ROW_FIELDS))
+    """Both tables, float64: `num_rows` rows, padded behind the given ones, and from `_edits_start` the edits."""
+    numbers = np.zeros(_edits_start(num_rows))
+    table_RF = numbers[: num_rows * NUM_ROW_FIELDS].reshape(num_rows, NUM_ROW_FIELDS)
     table_RF[len(rows) :] = PADDING
     if rows:
         table_RF[: len(rows)] = [_row_fields(row) for row in rows]
@@ -57,15 +58,24 @@ def fill_tables(rows: Sequence[RowSampling], num_rows: int) -> np.ndarray:
     if not (rows and num_rows == len(rows) and changes_logits(rows[-1])):
         table_RF[-1, FIRST_EDIT] = len(edits)
     if not edits:
-        return table_RF.reshape(-1)
-    return np.concatenate([table_RF.reshape(-1), np.array(edits, dtype=np.float64).reshape(-1)])
+        return numbers
+    return np.concatenate([numbers, np.array(edits, dtype=np.float64).reshape(-1)])
+
+
+def _edits_start(num_rows: int) -> int:
+    """Where the edits begin: behind the rows, at a multiple of 16 bytes.
+
+    Elsewhere each kernel would have a second form for odd numbers of rows, compiled when a server
+    first meets one.
+    """
+    return (num_rows * NUM_ROW_FIELDS + 1) // 2 * 2
 
 
 def _row_fields(row: RowSampling) -> tuple[float, ...]:
     params = row.params
     inverse = 1.0 / max(params.temperature, _LOWEST_TEMPERATURE) if params.temperature > 0 else 0.0
     log_min_p = math.log(params.min_p) if params.min_p > 0.0 else -math.inf
-    return (inverse, 0.0, params.top_k, params.top_p, log_min_p, 0.0, 0.0, 0.0)
+    return (inverse, 0.0, params.top_k, params.top_p, log_min_p, 0.0, 0.0)
 
 
 def exact_tables(rows: Sequence[RowSampling], device: torch.device) -> SamplingTables:
@@ -75,8 +85,8 @@ def exact_tables(rows: Sequence[RowSampling], device: torch.device) -> SamplingT
 
 
 def _split(both: torch.Tensor, num_rows: int) -> SamplingTables:
-    end = num_rows * NUM_ROW_FIELDS
-    return SamplingTables(both[:end].view(num_rows, NUM_ROW_FIELDS), both[end:].view(-1, NUM_EDIT_FIELDS))
+    rows_RF = both[: num_rows * NUM_ROW_FIELDS].view(num_rows, NUM_ROW_FIELDS)
+    return SamplingTables(rows_RF, both[_edits_start(num_rows) :].view(-1, NUM_EDIT_FIELDS))
 
 
 class StaticTables:
@@ -88,13 +98,13 @@ class StaticTables:
 
     def __init__(self, max_rows: int, max_edits: int, device: torch.device) -> None:
         self._max_edits = max_edits
-        num_numbers = max_rows * NUM_ROW_FIELDS + max_edits * NUM_EDIT_FIELDS
+        num_numbers = _edits_start(max_rows) + max_edits * NUM_EDIT_FIELDS
         self._both = torch.zeros(num_numbers, dtype=torch.float64, device=device)
 
     def put(self, rows: Sequence[RowSampling], num_rows: int) -> SamplingTables:
         """Send the tables of these rows, padded to `num_rows`."""
         numbers = torch.from_numpy(fill_tables(rows, num_rows))
-        end = num_rows * NUM_ROW_FIELDS + self._max_edits * NUM_EDIT_FIELDS
+        end = _edits_start(num_rows) + self._max_edits * NUM_EDIT_FIELDS
         assert len(rows) <= num_rows
         assert len(numbers) <= end
         if self._both.is_cuda:

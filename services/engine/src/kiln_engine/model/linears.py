@@ -71,11 +71,12 @@ class Linears:
         return swiglu(*self.apply(path, x_TI).chunk(2, dim=1))
 
     def partials(self, path: str, x_TI: torch.Tensor) -> torch.Tensor:
-        """Outputs for `add_rms_norm`: `[T, O]`, or `[S, T, O]` whose sum they are."""
-        if self.add_adapters is None:
-            (weight_OI,) = self.base.parts(path)
-            return linear_partials(x_TI, weight_OI)
-        return self.apply(path, x_TI)
+        """Outputs for `add_rms_norm`: partial sums `[S, T, O]`, with what adapters add in the first one."""
+        (weight_OI,) = self.base.parts(path)
+        y_STO = linear_partials(x_TI, weight_OI)
+        if self.add_adapters is not None:
+            self.add_adapters(path, x_TI, y_STO[0])
+        return y_STO
 
     def head(self, x_TD: torch.Tensor, out_TV: torch.Tensor | None = None) -> torch.Tensor:
         """Logits `[T, V]` in float32, in `out_TV` if it is given."""
