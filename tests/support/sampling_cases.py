@@ -34,7 +34,7 @@ def tables(rules: Sequence[Rule], device: str = "cpu") -> tuple[torch.Tensor, to
         edits.extend((row, *edit) for edit in sorted(rule.edits))
         inverse = 1 / rule.temperature if rule.temperature > 0 else 0.0
         log_min_p = math.log(rule.min_p) if rule.min_p > 0 else -math.inf
-        rows.append((inverse, rule.uniform, rule.top_k, rule.top_p, log_min_p, first, len(edits), 0.0))
+        rows.append((inverse, rule.uniform, rule.top_k, rule.top_p, log_min_p, first, len(edits)))
     edits.extend([(0, 0, math.nan, math.nan, math.nan)] * 3)
     options = {"dtype": torch.float64, "device": device}
     return torch.tensor(rows, **options), torch.tensor(edits, **options)

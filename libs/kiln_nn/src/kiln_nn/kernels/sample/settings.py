@@ -11,10 +11,9 @@ from __future__ import annotations
 
 # Fields of `rows_RF`. The inverse temperature is 0 where the best token is taken.
 INVERSE_TEMPERATURE, UNIFORM, TOP_K, TOP_P, LOG_MIN_P, FIRST_EDIT, END_EDIT = range(7)
-# One more than are used: what lies behind the table then is aligned for every number of rows.
-NUM_ROW_FIELDS = 8
+NUM_ROW_FIELDS = 7
 # Everything off: no top-k (0), no top-p (1), no min-p (-inf).
-PADDING = (0.0, 0.0, 0.0, 1.0, float("-inf"), 0.0, 0.0, 0.0)
+PADDING = (0.0, 0.0, 0.0, 1.0, float("-inf"), 0.0, 0.0)
 
 # Fields of `edits_EF`. In this order: the bias is added; a positive logit is divided by the penalty,
 # another multiplied with it; the addend is added (-inf bans the token).

@@ -15,7 +15,6 @@ INFINITY_BITS = tl.constexpr(0x7F800000)
 # Where the search for a border begins: between 1/8 and 32 below the best logit, as bits.
 _NEAR, _FAR = tl.constexpr(0x3E000000), tl.constexpr(0x42000000)
 _BLOCKS_AT_ONCE = tl.constexpr(64)
-_HOPELESS = tl.constexpr(0.6)
 
 
 @triton.jit
@@ -121,9 +120,7 @@ def _threshold(scaled, num_candidates, top_k, top_p, log_min_p, row_sum, has_all
     # Not found, but nothing that the candidates lack could be kept: all that min-p allows is.
     is_found_below = has_all_allowed & (knows_mass | (top_p >= 1.0))
     threshold = tl.where(is_found, tl.maximum(at(ranked, last), log_min_p), log_min_p)
-    # A flat row's few best are so little of what top-p wants that some more would not do either.
-    is_hopeless = (top_k <= 0) & (in_sum < needed * _HOPELESS) & (top_p < 1.0)
-    return threshold, is_found | is_found_below, is_hopeless
+    return threshold, is_found | is_found_below
 
 
 @triton.jit
@@ -134,7 +131,7 @@ def draw_from_candidates(
 ):  # fmt: skip
     """Draw from what `wanted` to twice as many blocks hold.
 
-    Returns: whether that sufficed, whether more candidates have little hope to, the token, the logarithm of its probability, and the distance below
+    Returns: whether that sufficed, the token, the logarithm of its probability, and the distance below
         which all logits were seen (0 where there was no room for them).
     """
     limit = tl.minimum(distance_bits(log_min_p) + 1, INFINITY_BITS)
@@ -146,7 +143,7 @@ def draw_from_candidates(
     candidates = tl.arange(0, MOST_CANDIDATES)
     is_candidate = candidates < num_candidates
     scaled = tl.load(scaled_ptr + candidates, mask=is_candidate, other=float("-inf"))
-    threshold, is_known, is_hopeless = _threshold(
+    threshold, is_known = _threshold(
         scaled, num_candidates, top_k, top_p, log_min_p, row_sum, border == limit, border == INFINITY_BITS
     )
     weights = tl.where(is_candidate & (scaled >= threshold), tl.exp(scaled), 0.0).to(tl.float64)
@@ -156,4 +153,4 @@ def draw_from_candidates(
     sampled = at(scaled, chosen).to(tl.float64) - tl.log(total)
     has_room = num_candidates <= MOST_CANDIDATES
     tl.debug_barrier()
-    return is_known & has_room, is_hopeless, token, sampled, tl.where(has_room, border, 0)
+    return is_known & has_room, token, sampled, tl.where(has_room, border, 0)

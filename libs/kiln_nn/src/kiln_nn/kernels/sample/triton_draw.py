@@ -31,7 +31,7 @@ from kiln_nn.kernels.sample.triton_survey import (
 # Candidates at the first and at the second look.
 FEW_CANDIDATES, MOST_CANDIDATES = 256, 1024
 # Blocks at the first look are more than the row's top-k, so that ties seldom reach the border.
-_SPARE_BLOCKS = tl.constexpr(12)
+_SPARE_BLOCKS = tl.constexpr(24)
 
 UNIFORM = tl.constexpr(settings.UNIFORM)
 TOP_K = tl.constexpr(settings.TOP_K)
@@ -122,12 +122,12 @@ def draw_kernel(
         wanted = tl.minimum(
             tl.where(top_k > 0, top_k + _SPARE_BLOCKS, FEW_CANDIDATES // 4), FEW_CANDIDATES // 2
         )
-        is_known, is_hopeless, token, sampled, seen = draw_from_candidates(
+        is_known, token, sampled, seen = draw_from_candidates(
             logits_row_ptr, block_z, wanted, best, inverse, uniform, top_k, top_p, log_min_p, row_sum,
             blocks_ptr, scaled_ptr, ids_ptr, VOCAB, BLOCK, FEW_CANDIDATES,
         )  # fmt: skip
-        if not (is_known | is_hopeless):
-            is_known, is_hopeless, token, sampled, seen_more = draw_from_candidates(
+        if not is_known:
+            is_known, token, sampled, seen_more = draw_from_candidates(
                 logits_row_ptr, block_z, wanted * 0 + MOST_CANDIDATES // 4, best, inverse, uniform, top_k, top_p,
                 log_min_p, row_sum, blocks_ptr, scaled_ptr, ids_ptr, VOCAB, BLOCK, MOST_CANDIDATES,
             )  # fmt: skip

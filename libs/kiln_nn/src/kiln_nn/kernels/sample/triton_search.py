@@ -34,6 +34,7 @@ from kiln_nn.kernels.sample.triton_survey import INVERSE_TEMPERATURE, PLANES, RO
 
 NUM_BORDERS = 8
 BORDERS = tl.constexpr(NUM_BORDERS)
+_STAGES = tl.constexpr(3)  # loads under way at once
 
 
 @triton.jit
@@ -50,13 +51,13 @@ def _wait_for_all(arrivals_ptr, wanted, PROGRAMS: tl.constexpr):
 @triton.jit
 def _weigh(
     logits_row_ptr, borders_N, by_count, best, inverse, partial_ptr, arrivals_ptr, num_passes,
-    VOCAB: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr, PROGRAMS: tl.constexpr,
+    VOCAB: tl.constexpr, CHUNK: tl.constexpr, NUM_CHUNKS: tl.constexpr, PROGRAMS: tl.constexpr,
 ):  # fmt: skip
     """The weight (or number) of the logits nearer than each border, float64 `[N]`. Pass `num_passes`."""
-    entries = tl.program_id(0) * STEP + tl.arange(0, STEP)
-    weight_NC = tl.zeros([BORDERS, STEP], tl.float32)
-    for start in tl.range(0, VOCAB, PROGRAMS * STEP, num_stages=STAGES):
-        ids = start + entries
+    entries = tl.arange(0, CHUNK)
+    weight_NC = tl.zeros([BORDERS, CHUNK], tl.float32)
+    for chunk in tl.range(tl.program_id(0), NUM_CHUNKS, PROGRAMS, num_stages=_STAGES):
+        ids = chunk * CHUNK + entries
         x = tl.load(logits_row_ptr + ids, mask=ids < VOCAB, other=float("-inf"))
         scaled = (x - best) * inverse
         weights = tl.where(by_count, 1.0, tl.exp(scaled))
@@ -77,15 +78,15 @@ def _weigh(
 @triton.jit
 def _collect(
     logits_row_ptr, low, high, best, inverse, list_ptr, arrivals_ptr, num_passes,
-    VOCAB: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr, PROGRAMS: tl.constexpr, ROOM: tl.constexpr,
+    VOCAB: tl.constexpr, CHUNK: tl.constexpr, NUM_CHUNKS: tl.constexpr, PROGRAMS: tl.constexpr, ROOM: tl.constexpr,
 ):  # fmt: skip
     """The distances from `low` to below `high`, at most `ROOM`, ascending; infinity behind them."""
-    entries = tl.program_id(0) * STEP + tl.arange(0, STEP)
+    entries = tl.arange(0, CHUNK)
     counts_ptr = list_ptr + PROGRAMS * ROOM
     mine_ptr = list_ptr + tl.program_id(0) * ROOM
     num_mine = low * 0
-    for start in tl.range(0, VOCAB, PROGRAMS * STEP, num_stages=STAGES):
-        ids = start + entries
+    for chunk in tl.range(tl.program_id(0), NUM_CHUNKS, PROGRAMS, num_stages=_STAGES):
+        ids = chunk * CHUNK + entries
         x = tl.load(logits_row_ptr + ids, mask=ids < VOCAB, other=float("-inf"))
         distance = distance_bits((x - best) * inverse)
         is_between = (distance >= low) & (distance < high)
@@ -112,7 +113,7 @@ def _collect(
 def _reach(
     logits_row_ptr, target, by_count, low, high, high_value, best, inverse, partial_ptr, list_ptr, arrivals_ptr,
     num_passes,
-    VOCAB: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr, PROGRAMS: tl.constexpr, ROOM: tl.constexpr,
+    VOCAB: tl.constexpr, CHUNK: tl.constexpr, NUM_CHUNKS: tl.constexpr, PROGRAMS: tl.constexpr, ROOM: tl.constexpr,
 ):  # fmt: skip
     """The nearest border within which weight (or number) reach the target: beyond `low`, up to `high`.
 
@@ -121,12 +122,12 @@ def _reach(
     low_value = target * 0.0
     is_searching = high - low > 1
     while is_searching:
-        width = (high - low + BORDERS - 1) // BORDERS
-        borders_N = tl.minimum(low + width * tl.arange(0, BORDERS), high)
+        step = (high - low + BORDERS - 1) // BORDERS
+        borders_N = tl.minimum(low + step * tl.arange(0, BORDERS), high)
         num_passes += 1
         value_N = _weigh(
             logits_row_ptr, borders_N, by_count, best, inverse, partial_ptr, arrivals_ptr, num_passes,
-            VOCAB, STEP, STAGES, PROGRAMS,
+            VOCAB, CHUNK, NUM_CHUNKS, PROGRAMS,
         )  # fmt: skip
         index = tl.maximum(tl.sum((value_N < target).to(tl.int32), axis=0), 1)
         if index < BORDERS:
@@ -142,7 +143,7 @@ def _reach(
         num_passes += 1
         distance_L = _collect(
             logits_row_ptr, low, high, best, inverse, list_ptr, arrivals_ptr, num_passes,
-            VOCAB, STEP, STAGES, PROGRAMS, ROOM,
+            VOCAB, CHUNK, NUM_CHUNKS, PROGRAMS, ROOM,
         )  # fmt: skip
         weight_L = tl.where(by_count, 1.0, tl.exp(-distance_L.to(tl.float32, bitcast=True)))
         weight_L = tl.where(distance_L < INFINITY_BITS, weight_L, 0.0).to(tl.float64)
@@ -159,7 +160,7 @@ def search_kernel(
     logits_ptr, rows_ptr, edits_ptr, unedited_ptr, stats_ptr, notes_ptr, partial_ptr, list_ptr, arrivals_ptr,
     tokens_ptr, drawn_ptr, row_stride,
     VOCAB: tl.constexpr, NUM_CHUNKS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
-    PROGRAMS: tl.constexpr, ROOM: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
+    PROGRAMS: tl.constexpr, ROOM: tl.constexpr,
 ):  # fmt: skip
     """`PROGRAMS` programs per row; a row that is drawn already costs nothing."""
     row = tl.program_id(1).to(tl.int64)
@@ -183,13 +184,13 @@ def search_kernel(
             count = top_k.to(tl.float64)
             high, num_within, num_passes = _reach(
                 logits_row_ptr, count, True, seen, num_passes + INFINITY_BITS, mass * 0.0 + VOCAB, best, inverse,
-                partial_ptr, list_ptr, arrivals_ptr, num_passes, VOCAB, STEP, STAGES, PROGRAMS, ROOM,
+                partial_ptr, list_ptr, arrivals_ptr, num_passes, VOCAB, CHUNK, NUM_CHUNKS, PROGRAMS, ROOM,
             )  # fmt: skip
             num_passes += 1
             mass = at(
                 _weigh(
                     logits_row_ptr, tl.zeros([BORDERS], tl.int32) + high, False, best, inverse, partial_ptr,
-                    arrivals_ptr, num_passes, VOCAB, STEP, STAGES, PROGRAMS,
+                    arrivals_ptr, num_passes, VOCAB, CHUNK, NUM_CHUNKS, PROGRAMS,
                 ),
                 0,
             )  # fmt: skip
@@ -205,13 +206,13 @@ def search_kernel(
         if top_p < 1.0:
             high, _, num_passes = _reach(
                 logits_row_ptr, top_p * mass, False, seen, high, mass, best, inverse,
-                partial_ptr, list_ptr, arrivals_ptr, num_passes, VOCAB, STEP, STAGES, PROGRAMS, ROOM,
+                partial_ptr, list_ptr, arrivals_ptr, num_passes, VOCAB, CHUNK, NUM_CHUNKS, PROGRAMS, ROOM,
             )  # fmt: skip
         high = tl.minimum(high, distance_bits(log_min_p) + 1)
 
         entries = tl.arange(0, CHUNK)
         sums = stats_ptr + (row * PLANES + SUM) * NUM_CHUNKS
-        for chunk in tl.range(tl.program_id(0), NUM_CHUNKS, PROGRAMS, num_stages=STAGES):
+        for chunk in tl.range(tl.program_id(0), NUM_CHUNKS, PROGRAMS, num_stages=_STAGES):
             ids = chunk * CHUNK + entries
             x = tl.load(logits_row_ptr + ids, mask=ids < VOCAB, other=float("-inf"))
             scaled = (x - best) * inverse

@@ -17,7 +17,6 @@ from kiln_nn.kernels.sample import settings
 
 CHUNK = 2048
 BLOCK = 64
-LOG2_E = tl.constexpr(1.4426950408889634)
 
 # Planes of the chunks' statistics `[R, plane, C]`.
 NUM_PLANES = 4
@@ -52,7 +51,7 @@ def _summarise(x, block_best_ptr, stats_ptr, row, chunk, inverse, NUM_CHUNKS, CH
     place = stats_ptr + row * PLANES * NUM_CHUNKS + chunk
     tl.store(place + BEST * NUM_CHUNKS, best)
     if inverse > 0.0:
-        weights = tl.exp2((x - _finite_or_zero(best)) * (inverse * LOG2_E))
+        weights = tl.exp((x - _finite_or_zero(best)) * inverse)
         tl.store(place + SUM * NUM_CHUNKS, tl.sum(tl.sum(weights, axis=1), axis=0))
     return best
 
@@ -77,8 +76,7 @@ def survey_kernel(
     best = _summarise(x, block_best_ptr, stats_ptr, row, chunk, inverse, NUM_CHUNKS, CHUNK, BLOCK)
     place = stats_ptr + row * PLANES * NUM_CHUNKS + chunk
     tl.store(place + RAW_BEST * NUM_CHUNKS, best)
-    weights = tl.exp2((x - _finite_or_zero(best)) * LOG2_E)
-    tl.store(place + RAW_SUM * NUM_CHUNKS, tl.sum(tl.sum(weights, axis=1), axis=0))
+    tl.store(place + RAW_SUM * NUM_CHUNKS, tl.sum(tl.sum(tl.exp(x - _finite_or_zero(best)), axis=1), axis=0))
 
 
 @triton.jit(do_not_specialize=["num_rows"])
