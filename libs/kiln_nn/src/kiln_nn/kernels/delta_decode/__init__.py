@@ -88,13 +88,16 @@ def delta_commit(layers: DeltaMemory, rows: DeltaRows) -> None:
     check_shape("ring.u", layers.ring.u_RHPV, (*in_ring, value_dim))
     check_shape("ring.log_decay", layers.ring.log_decay_RHP, in_ring)
     check_shape("conv_rows", layers.conv_rows_SQC, (num_layers, num_slots, None, None))
+    if not num_layers:
+        return
     if takes_triton(layers.state_SHKV, rows.ring_slots_R):
         from kiln_nn.kernels.delta_decode import triton, triton_commit
 
         is_small = rows.num_rows <= triton_commit.MOST_ROWS
         if is_small and triton.supports_memory(layers.layer(0)):
-            return triton_commit.delta_commit(layers, rows)
-    return delta_commit_reference(layers, rows)
+            triton_commit.delta_commit(layers, rows)
+            return
+    delta_commit_reference(layers, rows)
 
 
 def delta_verify(
