@@ -41,7 +41,10 @@ class PagedModel:
         self.states = states
         self.device = weights["model.norm.weight"].device
         self.shape = StoreShape.of(
-            page_tokens=kv.page_tokens, max_model_len=max_model_len, num_state_slots=states.num_slots
+            page_tokens=kv.page_tokens,
+            max_model_len=max_model_len,
+            num_state_slots=states.num_slots,
+            num_grouped_heads=config.num_attention_heads // config.num_kv_heads,
         )
         self.pages = PageTable(self.shape, self.device)
         self.matrices = BaseMatrices(config, weights)

@@ -16,10 +16,14 @@ class StoreShape:
     page_tokens: int
     num_line_pages: int
     num_state_slots: int
+    # Query heads that share a kv head: they share the tiles of prompt attention.
+    num_grouped_heads: int = 1
 
     @classmethod
-    def of(cls, *, page_tokens: int, max_model_len: int, num_state_slots: int) -> StoreShape:
-        return cls(page_tokens, -(-max_model_len // page_tokens), num_state_slots)
+    def of(
+        cls, *, page_tokens: int, max_model_len: int, num_state_slots: int, num_grouped_heads: int = 1
+    ) -> StoreShape:
+        return cls(page_tokens, -(-max_model_len // page_tokens), num_state_slots, num_grouped_heads)
 
     @property
     def spare_line(self) -> int:
