@@ -27,6 +27,7 @@ from kiln_nn.kernels.paged_attention import paged_chunk_attention, paged_decode_
 from kiln_nn.kernels.qk_norm_rope_write import qk_norm_rope_write
 from kiln_nn.kernels.rms_norm import add_rms_norm, rms_norm
 from kiln_nn.kernels.rotary import inverse_frequencies
+from kiln_nn.weights.names import EMBEDDING
 
 
 class PagedModel:
@@ -45,6 +46,8 @@ class PagedModel:
             max_model_len=max_model_len,
             num_state_slots=states.num_slots,
             num_grouped_heads=config.num_attention_heads // config.num_kv_heads,
+            # Float32 has no larger ones.
+            graph_tile_rows=16 if weights[EMBEDDING].dtype is torch.float32 else 64,
         )
         self.pages = PageTable(self.shape, self.device)
         self.matrices = BaseMatrices(config, weights)

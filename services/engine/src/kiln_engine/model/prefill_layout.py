@@ -21,9 +21,6 @@ from kiln_engine.model.store_shape import StoreShape
 from kiln_nn.kernels.delta_prefill import NO_SLOT, ChunkCapacity, ChunkSlots, DeltaChunks, chunk_lists
 from kiln_nn.kernels.paged_attention import AttentionChunks, choose_tile_tokens, chunk_tiles, most_tiles
 
-# Rows (tokens times grouped heads) of an attention tile in the steps that graphs serve.
-_GRAPH_TILE_ROWS = 64
-
 
 @dataclass(frozen=True)
 class PrefillCapacity:
@@ -96,7 +93,7 @@ def prefill_numbers(
     else:
         num_tokens, num_chunks = capacity.num_tokens, capacity.num_chunks
         num_samples = num_chunks
-        tile_tokens = max(1, _GRAPH_TILE_ROWS // (1 << (shape.num_grouped_heads - 1).bit_length()))
+        tile_tokens = max(1, shape.graph_tile_rows // (1 << (shape.num_grouped_heads - 1).bit_length()))
         tile_capacity = most_tiles(num_chunks, num_tokens, tile_tokens)
         delta_capacity = ChunkCapacity.of(num_chunks, num_tokens, shape.page_tokens)
     delta = chunk_lists([_chunk_slots(chunk) for chunk in chunks], shape.page_tokens, delta_capacity)

@@ -18,12 +18,15 @@ class StoreShape:
     num_state_slots: int
     # Query heads that share a kv head: they share the tiles of prompt attention.
     num_grouped_heads: int = 1
+    # Rows (tokens times grouped heads) of such a tile in the steps that graphs serve.
+    graph_tile_rows: int = 64
 
     @classmethod
     def of(
-        cls, *, page_tokens: int, max_model_len: int, num_state_slots: int, num_grouped_heads: int = 1
+        cls, *, page_tokens: int, max_model_len: int, num_state_slots: int, **attention: int
     ) -> StoreShape:
-        return cls(page_tokens, -(-max_model_len // page_tokens), num_state_slots, num_grouped_heads)
+        """`attention`: the fields that say how prompt attention is cut."""
+        return cls(page_tokens, -(-max_model_len // page_tokens), num_state_slots, **attention)
 
     @property
     def spare_line(self) -> int:
