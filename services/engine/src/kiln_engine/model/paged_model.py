@@ -21,7 +21,7 @@ from kiln_engine.model.store_shape import StoreShape
 from kiln_engine.model.transfers import to_device
 from kiln_nn.blocks import Weights, conv_weight, embed
 from kiln_nn.config import ModelConfig
-from kiln_nn.kernels.delta_decode import DeltaDecodeWeights, delta_decode
+from kiln_nn.kernels.delta_decode import DeltaDecodeWeights, delta_commit, delta_decode
 from kiln_nn.kernels.delta_prefill import delta_prefill
 from kiln_nn.kernels.paged_attention import paged_chunk_attention, paged_decode_attention
 from kiln_nn.kernels.qk_norm_rope_write import qk_norm_rope_write
@@ -104,6 +104,8 @@ class PagedModel:
             grown = linears.gated(f"{prefix}.mlp.gate_up_proj", x)
             fed = linears.partials(f"{prefix}.mlp.down_proj", grown)
             x, residual = self._add_norm(fed, residual, self._end_norms[index])
+        if layout.decode is not None:
+            delta_commit(self.states.all_layers, layout.decode.delta)
         if layout.sample_tokens is not None:
             x = x.index_select(0, layout.sample_tokens)
         return linears.head(x, out)
@@ -180,7 +182,7 @@ class PagedModel:
         num_rows, outputs = layout.num_decode_rows, []
         if layout.decode is not None:
             rows = (part[:num_rows] for part in (mixed, a, b, z))
-            outputs.append(delta_decode(slots, layout.decode.delta, own, *rows))
+            outputs.append(delta_decode(slots, layout.decode.delta, own, *rows, commits=False))
         if layout.prefill is not None:
             tokens = (part[num_rows:] for part in (mixed, a, b, z))
             outputs.append(delta_prefill(slots, layout.prefill.delta, own, *tokens))
