@@ -48,7 +48,7 @@ def main() -> None:
     yardsticks = Yardsticks.measure(device)
     with Spine(settings) as spine:
         costs = model_costs(spine)
-        label = settings_label(spine, overrides)
+        label = spine.label(overrides)
         print(
             f"{label} on {device_name()}: a large copy moves {yardsticks.copy_bytes_per_s / 1e12:.3f} TB/s, a matmul"
             f" does {yardsticks.matmul_flops_per_s / 1e12:.1f} TFLOP/s; device side in {spine.loaded_s:.1f} s;"
@@ -100,17 +100,6 @@ def model_costs(spine: Spine) -> ModelCosts:
         ring_itemsize=layer.ring.u_RHPV.element_size(),
         activation_itemsize=_weight_itemsize(spine),
     )
-
-
-def settings_label(spine: Spine, overrides: dict[str, str]) -> str:
-    """The number formats in use, whoever chose them, and what else was overridden."""
-    formats = {
-        "state": spine.runner.states.layer(0).state_SHKV.dtype,
-        "KV": spine.runner.kv.layer(0)[0].dtype,
-    }
-    named = [f"{name} {str(dtype).removeprefix('torch.')}" for name, dtype in formats.items()]
-    others = [f"{k} {v}" for k, v in overrides.items() if k not in ("state_dtype", "kv_dtype")]
-    return ", ".join(named + others)
 
 
 def _weight_itemsize(spine: Spine) -> int:

@@ -1,9 +1,11 @@
 """Where a decode step's time goes, kernel by kernel: `python -m benchmarks.engine.profile --model FOLDER`.
 
 The batch decodes through scheduler, loop and runner; while it does, torch's profiler records what
-runs on the GPU (inside CUDA graphs too). Times are per step. What is missing between the sum of the
-kernels and the step is time in which the device had nothing to do. Profiling itself slows small
-kernels a little: compare shares, and take the step's time from the other benchmarks.
+runs on the GPU (inside CUDA graphs too). Times are per step. Kernels that are launched before the ones
+they wait for have ended overlap them: each moment is charged to the kernel that ends first, so that
+the charges add up to the time in which anything ran.
+The rest of the step is time in which the GPU had nothing to do. Profiling itself slows small kernels a
+little: compare shares, and take the step's time from the other benchmarks.
 """
 
 from __future__ import annotations
@@ -11,10 +13,11 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.engine.recording import Recorder
@@ -26,10 +29,49 @@ _MOST_SECONDS = 120.0
 _NAME_WIDTH = 90
 
 
-def profile_decode(
-    spine: Spine, batch: int, context: int, duration_s: float
-) -> tuple[float, int, Sequence[Any]]:
-    """(seconds, decode steps, events by name) of a stretch of steady decoding."""
+@dataclass(frozen=True)
+class Span:
+    """One run of a kernel, in microseconds of one clock."""
+
+    start_us: float
+    end_us: float
+    name: str
+
+
+@dataclass
+class Charge:
+    """What the runs of one kernel add to the time in which anything runs."""
+
+    num_runs: int = 0
+    charged_us: float = 0.0
+    # From its start to its end, waiting for others included.
+    resident_us: float = 0.0
+
+
+def charge(spans: Sequence[Span]) -> dict[str, Charge]:
+    """Divide the time in which anything ran among the kernels: each moment to the one that ends first."""
+    charges: dict[str, Charge] = {}
+    last_end_us = float("-inf")
+    # Stretches before `last_end_us` that no span so far covers, in order.
+    gaps: list[tuple[float, float]] = []
+    for span in sorted(spans, key=lambda span: span.end_us):
+        own = charges.setdefault(span.name, Charge())
+        own.num_runs += 1
+        own.resident_us += span.end_us - span.start_us
+        if span.start_us > last_end_us:
+            gaps.append((last_end_us, span.start_us))
+        own.charged_us += span.end_us - max(span.start_us, last_end_us)
+        while gaps[-1][1] > span.start_us:  # the first gap has no beginning, so it stays
+            gap_start_us, gap_end_us = gaps.pop()
+            own.charged_us += gap_end_us - max(gap_start_us, span.start_us)
+            if gap_start_us < span.start_us:
+                gaps.append((gap_start_us, span.start_us))
+        last_end_us = span.end_us
+    return charges
+
+
+def profile_decode(spine: Spine, batch: int, context: int, duration_s: float) -> tuple[float, list[Span]]:
+    """Seconds a decode step takes, and what ran on the GPU meanwhile divided by the steps' number."""
     activity = ProfilerActivity.CUDA if torch.cuda.is_available() else ProfilerActivity.CPU
     with profile(activities=[activity]):  # the first one takes seconds to start
         torch.ones(1, device="cuda" if torch.cuda.is_available() else "cpu").sum().item()
@@ -42,38 +84,39 @@ def profile_decode(
     num_settled = len(arrivals) + 8
     _wait_until(lambda: len(arrivals) >= num_settled)
     with profile(activities=[activity]) as recorded:
-        first, started_s = len(arrivals), time.perf_counter()
+        first = len(arrivals)
         time.sleep(duration_s)
-        num_steps, seconds = len(arrivals) - first, time.perf_counter() - started_s
+        last = len(arrivals) - 1
     for request in requests:
         spine.loop.abort(request.request_id)
-    return seconds, max(1, num_steps), recorded.key_averages()
-
-
-def table(seconds: float, num_steps: int, events: Sequence[Any], num_lines: int) -> list[str]:
-    """Lines of `launches a step, microseconds a step, share of the step, name`, costliest first."""
-    times = [(_device_us(event), event.count, event.key) for event in events]
-    times = sorted((entry for entry in times if entry[0] > 0), reverse=True)
-    step_us = 1e6 * seconds / num_steps
-    total_us = sum(entry[0] for entry in times) / num_steps
-    lines = [
-        f"{num_steps} steps of {step_us:.0f} us, {sum(entry[1] for entry in times) / num_steps:.0f} launches"
-        f" each; {total_us:.0f} us of kernels ({100 * total_us / step_us:.1f} %)"
+    spans = [
+        Span(event.time_range.start, event.time_range.end, event.name)
+        for event in recorded.events()
+        if event.device_type == DeviceType.CUDA
     ]
-    for time_us, count, name in times[:num_lines]:
-        per_step_us = time_us / num_steps
+    return (arrivals[last][0] - arrivals[first][0]) / max(1, last - first), spans
+
+
+def table(step_s: float, spans: Sequence[Span], num_lines: int) -> list[str]:
+    """Lines of `launches, microseconds charged, their share, microseconds resident, name`, costliest first."""
+    step_us = 1e6 * step_s
+    if not spans:
+        return [f"a step takes {step_us:.0f} us; nothing ran on a GPU"]
+    # The recording covers parts of steps at both ends.
+    num_steps = (max(s.end_us for s in spans) - min(s.start_us for s in spans)) / step_us
+    charges = sorted(charge(spans).items(), key=lambda item: -item[1].charged_us)
+    busy_us = sum(own.charged_us for _, own in charges) / num_steps
+    lines = [
+        f"a step takes {step_us:.0f} us and {len(spans) / num_steps:.0f} launches;"
+        f" something runs {busy_us:.0f} us of it ({100 * busy_us / step_us:.1f} %)"
+    ]
+    for name, own in charges[:num_lines]:
         lines.append(
-            f"{count / num_steps:8.1f} {per_step_us:9.1f} us {100 * per_step_us / step_us:5.1f} %"
-            f"  {name[:_NAME_WIDTH]}"
+            f"{own.num_runs / num_steps:8.1f} {own.charged_us / num_steps:9.1f} us"
+            f" {100 * own.charged_us / num_steps / step_us:5.1f} %"
+            f"  (resident {own.resident_us / num_steps:8.1f} us)  {name[:_NAME_WIDTH]}"
         )
     return lines
-
-
-def _device_us(event: Any) -> float:
-    """Of the event itself: on the device where there is one, else on the CPU."""
-    if torch.cuda.is_available():
-        return float(event.self_device_time_total)
-    return float(event.self_cpu_time_total)
 
 
 def _wait_until(condition: Callable[[], bool]) -> None:
@@ -104,9 +147,9 @@ def main() -> None:
     configure_logs("profile", as_json=True)
     with Spine(settings) as spine:
         for batch in options.batches:
-            seconds, num_steps, events = profile_decode(spine, batch, options.context, options.seconds)
+            step_s, spans = profile_decode(spine, batch, options.context, options.seconds)
             print(f"== batch {batch}, context {options.context} and on")
-            print("\n".join(table(seconds, num_steps, events, options.lines)), flush=True)
+            print("\n".join(table(step_s, spans, options.lines)), flush=True)
 
 
 if __name__ == "__main__":

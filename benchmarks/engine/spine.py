@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
@@ -61,6 +61,16 @@ class Spine:
     @property
     def runner(self) -> Any:
         return self.parts.runner
+
+    def label(self, overrides: Mapping[str, str]) -> str:
+        """The number formats in use, whoever chose them, and what else was overridden."""
+        formats = {
+            "state": self.runner.states.layer(0).state_SHKV.dtype,
+            "KV": self.runner.kv.layer(0)[0].dtype,
+        }
+        named = [f"{name} {str(dtype).removeprefix('torch.')}" for name, dtype in formats.items()]
+        others = [f"{k} {v}" for k, v in overrides.items() if k not in ("state_dtype", "kv_dtype")]
+        return ", ".join(named + others)
 
     @property
     def stats(self) -> SchedulerStats:

@@ -225,7 +225,7 @@ def main() -> None:
         return
     configure_logs("twins", as_json=True)
     with Spine(settings) as spine:
-        twin = Twin(spine, sizes, ", ".join(options.set) or "defaults")
+        twin = Twin(spine, sizes, spine.label(overrides))
         twin.score_batch()
         twin.compare_alone()
         if not options.short:
