@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -15,11 +16,16 @@ from kiln_engine.execution.memory_plan import MemoryPlan
 from kiln_engine.execution.sampled_ids import SampledIds
 from kiln_engine.execution.sampler import PendingDraws, Sampler, sample
 from kiln_engine.execution.step_graphs import GraphParts, StepGraphs
-from kiln_engine.model import KvStore, Linears, PagedModel, StateStore
+from kiln_engine.model import KvStore, Linears, PagedModel, PrefillCapacity, StateStore
+from kiln_engine.model.prefill_layout import prefill_numbers
+from kiln_engine.model.step_layout import join_layouts
 from kiln_nn.blocks import Weights
 from kiln_nn.config import ModelConfig
 
 _Rows = Sequence[tuple[int, RowSampling]]
+# Lengths between which the kernels of prompts change, and the attention tiles of such prompts.
+_COMPILED_PROMPTS = (512, 2048)
+_LONG_PROMPT_TILE_ROWS = 128
 
 
 class TorchStep:
@@ -102,8 +108,18 @@ class TorchRunner:
         pool = torch.cuda.graph_pool_handle()
         parts = GraphParts(self.model, self.adapters, sampler, self._sampled_ids, logits_RV, pool)
         self._graphs = StepGraphs(parts)
+        self._compile_long_prompts()
         torch.cuda.synchronize(self.device)
         return free_bytes - torch.cuda.mem_get_info(self.device)[0]
+
+    @torch.inference_mode()
+    def _compile_long_prompts(self) -> None:
+        """Run passes of nothing but padding, so that the first long prompt finds its kernels."""
+        shape = replace(self.model.shape, graph_tile_rows=_LONG_PROMPT_TILE_ROWS)
+        for num_tokens in _COMPILED_PROMPTS:
+            numbers = prefill_numbers((), shape, PrefillCapacity(num_tokens, num_chunks=1))
+            layout = numbers.layout(torch.from_numpy(numbers.flat).to(self.device))
+            self.model.forward(join_layouts(None, layout))
 
     @torch.inference_mode()
     def launch(self, plan: BatchPlan) -> TorchStep:
