@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from benchmarks.engine.recording import Recorder, Recording
 from kiln_engine.clock import MonotonicClock
 from kiln_engine.device_side import load_device_side
+from kiln_engine.heap import freeze_heap
 from kiln_engine.domain import GenerationRequest
 from kiln_engine.loop import EngineLoop
 from kiln_engine.scheduling import Scheduler, SchedulerStats
@@ -57,6 +58,7 @@ class Spine:
         self.scheduler = Scheduler(self.parts.limits, frozenset(self.parts.info.base_model.eos_token_ids))
         self.loop = EngineLoop(self.scheduler, self.parts.runner, MonotonicClock(), run_ahead=run_ahead)
         self.loop.start()
+        freeze_heap()  # as the engine's process does
 
     @property
     def runner(self) -> Any:

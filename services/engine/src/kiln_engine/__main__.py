@@ -13,6 +13,7 @@ from kiln_common.rpc.server import wait_for_stop_signal
 from kiln_common.settings import ConfigurationError, exit_for_configuration, read_settings
 from kiln_engine.bootstrap import start_engine
 from kiln_engine.device_side import load_device_side
+from kiln_engine.heap import freeze_heap
 from kiln_engine.settings import EngineSettings
 
 log = structlog.get_logger()
@@ -21,6 +22,7 @@ log = structlog.get_logger()
 async def serve(settings: EngineSettings) -> int:
     """Serve until SIGTERM or SIGINT, or until the device fails; returns the exit code."""
     engine = await start_engine(settings, load_device_side(settings))
+    freeze_heap()
     stopped = asyncio.create_task(wait_for_stop_signal())
     failed = asyncio.create_task(engine.has_failed.wait())
     try:

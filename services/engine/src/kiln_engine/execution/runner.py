@@ -100,7 +100,7 @@ class TorchRunner:
 
         Raises: whatever a kernel raises that cannot run on this device or shape.
         """
-        free_bytes, _ = torch.cuda.mem_get_info(self.device)
+        reserved_bytes = torch.cuda.memory_reserved()
         logits_RV = torch.empty(
             (self._max_rows, self.config.vocab_size), dtype=torch.float32, device=self.device
         )
@@ -109,8 +109,7 @@ class TorchRunner:
         parts = GraphParts(self.model, self.adapters, sampler, self._sampled_ids, logits_RV, pool)
         self._graphs = StepGraphs(parts)
         self._compile_long_prompts()
-        torch.cuda.synchronize(self.device)
-        return free_bytes - torch.cuda.mem_get_info(self.device)[0]
+        return torch.cuda.memory_reserved() - reserved_bytes
 
     @torch.inference_mode()
     def _compile_long_prompts(self) -> None:
