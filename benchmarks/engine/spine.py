@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 from benchmarks.engine.recording import Recorder, Recording
 from kiln_engine.clock import MonotonicClock
 from kiln_engine.device_side import load_device_side
-from kiln_engine.heap import freeze_heap
 from kiln_engine.domain import GenerationRequest
+from kiln_engine.heap import freeze_heap
 from kiln_engine.loop import EngineLoop
 from kiln_engine.scheduling import Scheduler, SchedulerStats
 from kiln_engine.settings import EngineSettings
