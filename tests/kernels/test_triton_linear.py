@@ -224,6 +224,12 @@ def test_unequal_shapes_are_refused():
         linear_swiglu(x, torch.zeros(5, 3))
 
 
+def test_a_given_output_of_another_shape_is_refused():
+    x, w = torch.zeros(8, 32), torch.zeros(16, 32)
+    with pytest.raises(ShapeMismatch, match="out"):
+        linear(x, w, out=torch.zeros(4, 16))
+
+
 def test_stages_shrink_to_the_shared_memory():
     config = LinearConfig(64, 64, 128, stages=8)
     fitted = fit(config, LinearKind.GATED, 99 * 1024)

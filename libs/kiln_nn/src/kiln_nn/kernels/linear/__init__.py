@@ -30,9 +30,11 @@ def linear(
     Returns: `[T, O]`.
 
     Raises:
-        ShapeMismatch: the inputs of `x` and `w` differ.
+        ShapeMismatch: the inputs of `x` and `w` differ, or `out` has another shape than the result.
     """
     check_shape("x", x_TI, (None, w_OI.shape[-1]))
+    if out is not None:
+        check_shape("out", out, (x_TI.shape[0], w_OI.shape[0]))
     tiling = _tiling(x_TI, w_OI, config, LinearKind.PLAIN)
     if tiling is None:
         return reference.linear(x_TI, w_OI, out_dtype=out_dtype, out=out)
