@@ -15,7 +15,7 @@ from kiln_engine.execution.host_allocator import keep_freed_memory
 from kiln_engine.execution.memory_plan import MemoryPlan
 from kiln_engine.execution.sampled_ids import SampledIds
 from kiln_engine.execution.sampler import PendingDraws, Sampler, sample
-from kiln_engine.execution.step_graphs import GraphParts, StepGraphs
+from kiln_engine.execution.step_graphs import PREFILL_CHUNKS, GraphParts, StepGraphs
 from kiln_engine.model import KvStore, Linears, PagedModel, PrefillCapacity, StateStore
 from kiln_engine.model.prefill_layout import prefill_numbers
 from kiln_engine.model.step_layout import join_layouts
@@ -87,6 +87,7 @@ class TorchRunner:
         self.model = PagedModel(config, weights, self.kv, self.states, memory.max_model_len)
         self._sampled_ids = SampledIds(memory.num_state_slots, device)
         self._max_rows = memory.max_running
+        self._dtype = dtype
         self._graphs: StepGraphs | None = None
 
     @property
@@ -101,20 +102,22 @@ class TorchRunner:
         Raises: whatever a kernel raises that cannot run on this device or shape.
         """
         reserved_bytes = torch.cuda.memory_reserved()
-        logits_RV = torch.empty(
-            (self._max_rows, self.config.vocab_size), dtype=torch.float32, device=self.device
-        )
-        sampler = Sampler(self._max_rows, self.config.vocab_size, self.device)
+        num_rows, vocab_size = max(self._max_rows, PREFILL_CHUNKS), self.config.vocab_size
+        logits_RV = torch.empty((num_rows, vocab_size), dtype=torch.float32, device=self.device)
+        sampler = Sampler(num_rows, vocab_size, self.device)
         pool = torch.cuda.graph_pool_handle()
         parts = GraphParts(self.model, self.adapters, sampler, self._sampled_ids, logits_RV, pool)
-        self._graphs = StepGraphs(parts)
+        graphs = StepGraphs(parts, self._max_rows)
         self._compile_long_prompts()
+        self._graphs = graphs
         return torch.cuda.memory_reserved() - reserved_bytes
 
     @torch.inference_mode()
     def _compile_long_prompts(self) -> None:
         """Run passes of nothing but padding, so that the first long prompt finds its kernels."""
-        shape = replace(self.model.shape, graph_tile_rows=_LONG_PROMPT_TILE_ROWS)
+        shape = self.model.shape
+        if self._dtype is not torch.float32:  # which has no larger tiles than graphs use
+            shape = replace(shape, graph_tile_rows=_LONG_PROMPT_TILE_ROWS)
         for num_tokens in _COMPILED_PROMPTS:
             numbers = prefill_numbers((), shape, PrefillCapacity(num_tokens, num_chunks=1))
             layout = numbers.layout(torch.from_numpy(numbers.flat).to(self.device))

@@ -33,7 +33,7 @@ log = structlog.get_logger()
 
 _PROGRESS_INTERVAL_S = 2.0
 _PREFILL_TOKENS = (64, 128, 256)
-_PREFILL_CHUNKS = 8
+PREFILL_CHUNKS = 8
 
 
 def decode_ladder(max_rows: int) -> list[int]:
@@ -134,12 +134,15 @@ class PrefillGraph:
 class StepGraphs:
     """The captured steps of one model, by kind and size.
 
+    The logits and the sampler of `parts` have room for `max_rows` and for `PREFILL_CHUNKS` rows.
+
     Raises (at construction): whatever a kernel raises that cannot run on this device or shape.
     """
 
-    def __init__(self, parts: GraphParts) -> None:
+    def __init__(self, parts: GraphParts, max_rows: int) -> None:
+        assert parts.logits_RV.shape[0] >= max(max_rows, PREFILL_CHUNKS)
         self._parts = parts
-        self.decode_sizes = decode_ladder(parts.logits_RV.shape[0])
+        self.decode_sizes = decode_ladder(max_rows)
         self.prefill_sizes = _PREFILL_TOKENS
         self._decode: dict[tuple[int, bool], DecodeGraph] = {}
         self._prefill: dict[int, PrefillGraph] = {}
@@ -156,7 +159,7 @@ class StepGraphs:
     def for_chunks(self, plan: BatchPlan) -> PrefillGraph | None:
         """The smallest graph that holds the plan's chunks, if one does."""
         chunks = plan.prefill_chunks
-        if len(chunks) > _PREFILL_CHUNKS or any(chunk.adapter_slots for chunk in chunks):
+        if len(chunks) > PREFILL_CHUNKS or any(chunk.adapter_slots for chunk in chunks):
             return None
         num_tokens = sum(len(chunk.token_ids) for chunk in chunks)
         size = next((size for size in self.prefill_sizes if size >= num_tokens), None)
@@ -181,7 +184,7 @@ class StepGraphs:
                 log.info("capturing_graphs", done=number, of=len(wanted), seconds=round(now - started_s, 1))
 
     def _capture_prefill(self, parts: GraphParts, size: int) -> None:
-        self._prefill[size] = PrefillGraph(parts, PrefillCapacity(size, _PREFILL_CHUNKS))
+        self._prefill[size] = PrefillGraph(parts, PrefillCapacity(size, PREFILL_CHUNKS))
 
     def _capture_decode(self, parts: GraphParts, size: int, has_adapters: bool) -> None:
         self._decode[size, has_adapters] = DecodeGraph(parts, size, has_adapters=has_adapters)
