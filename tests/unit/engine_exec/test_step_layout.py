@@ -15,6 +15,7 @@ from kiln_engine.domain import (
     SamplingParams,
     StateCheckpoint,
 )
+from kiln_engine.model import page_table
 from kiln_engine.model.decode_layout import decode_fields, decode_layout
 from kiln_engine.model.page_table import PageTable
 from kiln_engine.model.prefill_layout import PrefillCapacity, prefill_numbers
@@ -119,6 +120,24 @@ def test_pages_that_gave_way_to_others_are_found_where_they_are_now():
         23,
         24,
     ]
+
+
+def test_pages_that_could_not_be_sent_are_sent_with_the_next_plan(monkeypatch):
+    def out_of_memory(*_) -> None:
+        raise MemoryError
+
+    table, plan = PageTable(SHAPE, CPU), BatchPlan(1, (row(3, 37),))
+    with monkeypatch.context() as broken:
+        broken.setattr(page_table, "to_device", out_of_memory)
+        with pytest.raises(MemoryError):
+            table.update(plan)
+    table.update(plan)
+    assert table.lines_SM[3].tolist() == [20, 21, 22, 0, 0, 0, 0, 0]
+
+
+def test_pages_never_run_into_the_line_of_another_slot():
+    with pytest.raises(AssertionError):
+        PageTable(SHAPE, CPU).update(BatchPlan(1, (row(3, 8 * 16),)))
 
 
 def test_a_row_that_goes_on_in_another_slot_takes_its_line_along():

@@ -41,16 +41,20 @@ class PageTable:
         """Let every row and chunk of the plan find its pages."""
         places: list[int] = []
         page_ids: list[int] = []
+        sent: dict[int, tuple[int, ...]] = {}
         parts: list[DecodeRow | PrefillChunk] = [*plan.decode_rows, *plan.prefill_chunks]
         for part in parts:
             pages, known = part.page_ids, self._known.get(part.state_slot, ())
             if pages == known:
                 continue
+            assert len(pages) <= self._num_line_pages, (len(pages), self._num_line_pages)
             start = len(known) if pages[: len(known)] == known else 0
             first = part.state_slot * self._num_line_pages
             places.extend(range(first + start, first + len(pages)))
             page_ids.extend(pages[start:])
-            self._known[part.state_slot] = pages
+            sent[part.state_slot] = pages
         if places:
-            sent = to_device([places, page_ids], self.lines_SM.device, torch.long)
-            self.lines_SM.view(-1).index_copy_(0, sent[0], sent[1].to(torch.int32))
+            numbers = to_device([places, page_ids], self.lines_SM.device, torch.long)
+            self.lines_SM.view(-1).index_copy_(0, numbers[0], numbers[1].to(torch.int32))
+        # Only now: what could not be sent is not on the device.
+        self._known.update(sent)
