@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kiln_common.settings import ConfigurationError
-from kiln_engine.device_side import DeviceNotAvailable, load_device_side
+from kiln_engine.device_side import DeviceNotAvailable, SettingsContradict, load_device_side
 from kiln_engine.settings import EngineSettings
 
 
@@ -17,3 +17,13 @@ def test_cuda_without_a_gpu_is_refused(monkeypatch, cuda_version, reason):
     assert isinstance(refused.value, ConfigurationError)
     assert refused.value.code == "device_not_available"
     assert "out to use the CPU" in refused.value.hint
+
+
+def test_fp8_keys_and_values_are_refused_where_no_kernel_reads_them(monkeypatch):
+    settings = EngineSettings(model_path="/nowhere", device="cpu", kv_dtype="fp8")
+    with pytest.raises(SettingsContradict, match="the device is the CPU"):
+        load_device_side(settings)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    with pytest.raises(SettingsContradict, match=r"needs compute capability 8\.9; the GPU has 8\.0"):
+        load_device_side(EngineSettings(model_path="/nowhere", device="cuda", kv_dtype="fp8"))

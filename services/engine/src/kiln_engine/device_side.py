@@ -33,6 +33,7 @@ log = structlog.get_logger()
 _CPU_KV_CACHE_TOKENS = 65_536
 # A shorter context than this is not worth starting with, unless the settings ask for it.
 _LEAST_MODEL_LEN = 4096
+_OLDEST_FP8_CAPABILITY = (8, 9)
 _SOCKET_NAME = "weights.sock"
 _PROGRESS_INTERVAL_S = 2.0
 
@@ -88,6 +89,8 @@ def load_device_side(settings: EngineSettings) -> EngineParts:
     """
     torch.set_num_threads(settings.num_threads)
     device = _choose_device(settings.device)
+    if settings.kv_dtype == "fp8":
+        _check_fp8(device)
     boot_id = secrets.token_hex(16)
     socket_path = settings.socket_dir / _SOCKET_NAME
     try:
@@ -191,6 +194,18 @@ def _memory_request(settings: EngineSettings, config: ModelConfig, device: torch
         kv_dtype=torch.float8_e4m3fn if settings.kv_dtype == "fp8" else None,
         has_kernels=_has_kernels(device),
     )
+
+
+def _check_fp8(device: torch.device) -> None:
+    """Raises SettingsContradict where no kernel reads keys and values in fp8."""
+    if device.type == "cpu":
+        raise SettingsContradict("kv_dtype is fp8, which needs a GPU, and the device is the CPU")
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _OLDEST_FP8_CAPABILITY:
+        has, needed = (".".join(map(str, pair)) for pair in (capability, _OLDEST_FP8_CAPABILITY))
+        raise SettingsContradict(
+            f"kv_dtype is fp8, which needs compute capability {needed}; the GPU has {has}"
+        )
 
 
 def _has_kernels(device: torch.device) -> bool:

@@ -28,7 +28,8 @@ class EngineSettings(BaseSettings):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     kv_dtype: Literal["auto", "fp8"] = Field(
-        "auto", description="format of cached keys and values; auto: the model's; fp8 (e4m3) needs a GPU"
+        "auto",
+        description="format of cached keys and values; auto: the model's; fp8 (e4m3) needs a GPU of compute capability 8.9 or newer",
     )
     state_dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="format of committed recurrent states; auto: float32"
