@@ -22,7 +22,7 @@ def test_rows_without_a_token_are_fed_what_was_drawn_for_their_slot_and_the_othe
     chunk = PrefillChunk(9, (1, 2), 0, (5,), None, 5, (), (), SAMPLING)
     silent = PrefillChunk(8, (1,) * 16, 0, (7,), None, 7, (), (), None)
     first = BatchPlan(1, (row(2, 40, position=15, commit_slot=6), row(3, 41)), (silent, chunk))
-    ids.keep(build_layout(first, SHAPE, torch.device("cpu")), torch.tensor([100, 101, 102]))
+    ids.keep_rows(build_layout(first, SHAPE, torch.device("cpu")).kept_slots, torch.tensor([100, 101, 102]))
     # The first row moved on to the slot that it committed to.
     second = BatchPlan(2, (row(6, None), row(3, 77), row(5, None)))
     layout = build_layout(second, SHAPE, torch.device("cpu"))

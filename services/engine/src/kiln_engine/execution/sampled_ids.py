@@ -29,10 +29,6 @@ class SampledIds:
         """Put the drawn tokens of the rows' slots where `token_ids_R` is -1. A graph can hold it."""
         torch.where(token_ids_R < 0, self._ids_S[slots_R], token_ids_R, out=token_ids_R)
 
-    def keep(self, layout: StepLayout, token_ids_N: torch.Tensor) -> None:
-        """Remember what a step drew, in the order of its samples."""
-        self.keep_rows(layout.kept_slots, token_ids_N)
-
     def keep_rows(self, slots_N: torch.Tensor, token_ids_N: torch.Tensor) -> None:
         """Remember the tokens drawn for these slots. A graph can hold it."""
         self._ids_S[slots_N] = token_ids_N
