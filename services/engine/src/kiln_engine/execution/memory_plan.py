@@ -18,8 +18,8 @@ class NotEnoughMemory(KilnError):
 
     code = "not_enough_memory"
     hint = (
-        "Lower step_token_budget, num_adapter_slots, max_adapter_rank, kv_cache_tokens or max_model_len,"
-        " raise gpu_memory_fraction, or free memory."
+        "Lower step_token_budget, max_running, num_adapter_slots, max_adapter_rank, kv_cache_tokens or"
+        " max_model_len, raise gpu_memory_fraction, or free memory."
     )
 
 
