@@ -11,7 +11,8 @@ Rules, for kernels that use this:
   has ended; as that one waited too, everything before has ended as well.
 - Every program waits, also one that finds nothing to do: the next kernel counts on it.
 - Before the wait a kernel reads only what none writes while the engine serves (the weights), or
-  brings data nearer with `prefetch_to_l2`, which puts nothing into registers.
+  what a copy in the same stream wrote before the launch (an adapter's tables and its rows): copies
+  start no dependents. Or it brings data nearer with `prefetch_to_l2`, which puts nothing into registers.
 - A kernel launched the usual way after one that starts its dependents is safe: it waits for its end.
 
 Source: CUDA programming guide, Programmatic Dependent Launch; PTX `griddepcontrol`.

@@ -126,7 +126,11 @@ def draw_tokens(
 
 
 def _programs_per_row(num_rows: int, num_chunks: int, device: torch.device) -> int:
-    """How many programs share a row in the search: a power of two, so that all fit the GPU at once."""
+    """How many programs share a row in the search: a power of two, so that all fit the GPU at once.
+
+    They wait for each other, so they must run together: not on a GPU whose multiprocessors are
+    parted between processes.
+    """
     if is_interpreted():
         return 1
     fitting = device_limits(device).num_multiprocessors // num_rows
