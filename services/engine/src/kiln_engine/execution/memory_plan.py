@@ -54,6 +54,7 @@ class MemoryPlan:
     page_tokens: int
     max_model_len: int
     max_running: int
+    step_token_budget: int
     state_dtype: torch.dtype
     kv_dtype: torch.dtype
     num_pages: int
@@ -116,6 +117,7 @@ def plan_memory(
         page_tokens=request.page_tokens,
         max_model_len=request.max_model_len,
         max_running=min(request.max_running, num_slots),
+        step_token_budget=request.step_token_budget,
         state_dtype=request.state_dtype,
         kv_dtype=kv_dtype,
         num_pages=num_pages,

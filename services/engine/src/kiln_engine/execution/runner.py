@@ -88,6 +88,7 @@ class TorchRunner:
         self._sampled_ids = SampledIds(memory.num_state_slots, device)
         self._max_rows = memory.max_running
         self._dtype = dtype
+        self._step_token_budget = memory.step_token_budget
         self._graphs: StepGraphs | None = None
 
     @property
@@ -118,7 +119,8 @@ class TorchRunner:
         shape = self.model.shape
         if self._dtype is not torch.float32:  # which has no larger tiles than graphs use
             shape = replace(shape, graph_tile_rows=_LONG_PROMPT_TILE_ROWS)
-        for num_tokens in _COMPILED_PROMPTS:
+        # Longer passes than a step's have no room.
+        for num_tokens in (length for length in _COMPILED_PROMPTS if length <= self._step_token_budget):
             numbers = prefill_numbers((), shape, PrefillCapacity(num_tokens, num_chunks=1))
             layout = numbers.layout(torch.from_numpy(numbers.flat).to(self.device))
             self.model.forward(join_layouts(None, layout))
