@@ -145,12 +145,21 @@ def _capture(runner: TorchRunner) -> None:
     try:
         started_s = time.monotonic()
         num_bytes = runner.capture()
-    except torch.cuda.OutOfMemoryError as error:
-        raise NotEnoughMemory(f"no memory is left for CUDA graphs: {error}") from error
     except Exception as error:  # whatever a kernel or the driver has against it
+        if is_out_of_memory(error):
+            raise NotEnoughMemory(f"no memory is left for CUDA graphs: {error}") from error
         log.warning("cuda_graphs_unavailable", reason=str(error), exc_info=error)
     else:
         log.info("cuda_graphs", mib=num_bytes >> 20, seconds=round(time.monotonic() - started_s, 1))
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether a device ran out of memory: a capture that fails on it ends in an error of its own."""
+    while error is not None:
+        if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower():
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 class _LoadProgress:
