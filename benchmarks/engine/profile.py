@@ -1,4 +1,7 @@
-"""Where a decode step's time goes, kernel by kernel: `python -m benchmarks.engine.profile --model FOLDER`.
+"""Where the time of a decode step or a prompt goes, kernel by kernel.
+
+    python -m benchmarks.engine.profile --model FOLDER --batches 1 64 --adapters 8 --prefills 8192
+
 
 The batch decodes through scheduler, loop and runner; while it does, torch's profiler records what
 runs on the GPU (inside CUDA graphs too). Times are per step. Kernels that are launched before the ones
@@ -20,9 +23,10 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.engine.adapters import random_adapter_files
 from benchmarks.engine.recording import Recorder
-from benchmarks.engine.requests import random_requests
-from benchmarks.engine.spine import Spine, UnknownSetting, make_settings
+from benchmarks.engine.requests import make_request, random_prompt
+from benchmarks.engine.spine import AdapterSlots, Spine, UnknownSetting, make_settings
 from kiln_common.logs import configure_logs
 
 _MOST_SECONDS = 120.0
@@ -70,31 +74,67 @@ def charge(spans: Sequence[Span]) -> dict[str, Charge]:
     return charges
 
 
-def profile_decode(spine: Spine, batch: int, context: int, duration_s: float) -> tuple[float, list[Span]]:
-    """Seconds a decode step takes, and what ran on the GPU meanwhile divided by the steps' number."""
-    activity = ProfilerActivity.CUDA if torch.cuda.is_available() else ProfilerActivity.CPU
-    with profile(activities=[activity]):  # the first one takes seconds to start
+def start_profiler() -> None:
+    """The first recording takes seconds to start."""
+    with profile(activities=[_activity()]):
         torch.ones(1, device="cuda" if torch.cuda.is_available() else "cpu").sum().item()
-    requests = random_requests(batch, context, 1_000_000, spine.config.vocab_size, time.time_ns())
+
+
+def profile_decode(
+    spine: Spine, batch: int, context: int, duration_s: float, num_adapters: int = 0
+) -> tuple[float, list[Span]]:
+    """Seconds a decode step takes, and what ran on the GPU meanwhile divided by the steps' number.
+
+    With `num_adapters`, that many are resident in slots 1 and on and the rows take turns with them.
+    """
+    run = time.time_ns()
+    slots = [1 + row % num_adapters if num_adapters else 0 for row in range(batch)]
+    requests = [
+        make_request(
+            random_prompt(context, spine.config.vocab_size, (run, row)),
+            1_000_000,
+            adapter=f"adapter-{slot}" if slot else None,
+        )
+        for row, slot in enumerate(slots)
+    ]
     recorder = Recorder(batch)
-    for request in requests:
-        spine.loop.submit(request, (), recorder)
+    for request, slot in zip(requests, slots, strict=True):
+        used: AdapterSlots = ((slot, 1.0),) if slot else ()
+        spine.loop.submit(request, used, recorder)
     arrivals = recorder.recording.arrivals
     _wait_until(lambda: sum(event.is_first for _, events in arrivals for event in events) == batch)
     num_settled = len(arrivals) + 8
     _wait_until(lambda: len(arrivals) >= num_settled)
-    with profile(activities=[activity]) as recorded:
+    with profile(activities=[_activity()]) as recorded:
         first = len(arrivals)
         time.sleep(duration_s)
         last = len(arrivals) - 1
     for request in requests:
         spine.loop.abort(request.request_id)
-    spans = [
+    return (arrivals[last][0] - arrivals[first][0]) / max(1, last - first), _spans(recorded)
+
+
+def profile_prefill(spine: Spine, length: int) -> tuple[float, list[Span]]:
+    """Seconds to the first token of one prompt, the second of its length, and what ran meanwhile."""
+    prompts = [
+        random_prompt(length, spine.config.vocab_size, (time.time_ns(), number)) for number in range(2)
+    ]
+    spine.run([make_request(prompts[0], 1)])  # warms up
+    with profile(activities=[_activity()]) as recorded:
+        duration_s = spine.run([make_request(prompts[1], 1)]).duration_s
+    return duration_s, _spans(recorded)
+
+
+def _activity() -> ProfilerActivity:
+    return ProfilerActivity.CUDA if torch.cuda.is_available() else ProfilerActivity.CPU
+
+
+def _spans(recorded: profile) -> list[Span]:
+    return [
         Span(event.time_range.start, event.time_range.end, event.name)
-        for event in recorded.events()
+        for event in recorded.events() or ()
         if event.device_type == DeviceType.CUDA
     ]
-    return (arrivals[last][0] - arrivals[first][0]) / max(1, last - first), spans
 
 
 def table(step_s: float, spans: Sequence[Span], num_lines: int) -> list[str]:
@@ -134,6 +174,8 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="checkpoint folder")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 64])
     parser.add_argument("--context", type=int, default=1024)
+    parser.add_argument("--prefills", type=int, nargs="+", default=[], help="prompt lengths, each by itself")
+    parser.add_argument("--adapters", type=int, default=0, help="decode with this many adapters mixed, too")
     parser.add_argument("--seconds", type=float, default=0.2, help="how long to record")
     parser.add_argument("--lines", type=int, default=40)
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="fields of EngineSettings")
@@ -146,10 +188,18 @@ def main() -> None:
         return
     configure_logs("profile", as_json=True)
     with Spine(settings) as spine:
+        start_profiler()
+        for slot, files in enumerate(random_adapter_files(spine.config, options.adapters, rank=16), 1):
+            spine.upload_adapter(slot, *files)
         for batch in options.batches:
-            step_s, spans = profile_decode(spine, batch, options.context, options.seconds)
-            print(f"== batch {batch}, context {options.context} and on")
-            print("\n".join(table(step_s, spans, options.lines)), flush=True)
+            for num_adapters in sorted({0, options.adapters}):
+                step_s, spans = profile_decode(spine, batch, options.context, options.seconds, num_adapters)
+                print(f"== batch {batch}, context {options.context} and on, {num_adapters} adapters")
+                print("\n".join(table(step_s, spans, options.lines)), flush=True)
+        for length in options.prefills:
+            duration_s, spans = profile_prefill(spine, length)
+            print(f"== one prompt of {length} tokens")
+            print("\n".join(table(duration_s, spans, options.lines)), flush=True)
 
 
 if __name__ == "__main__":
