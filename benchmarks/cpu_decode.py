@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from functools import partial
 
 import torch
 
@@ -132,8 +131,8 @@ class Decoding:
         plan, model = self.plan(), self.runner.model
         adapters = self.runner.adapters
         adapter_rows = adapters.rows_for(plan)
-        add = None if adapter_rows is None else partial(adapters.add_, rows=adapter_rows)
-        linears = Linears(model.matrices, add)
+        used = None if adapter_rows is None else adapters.of_step(adapter_rows)
+        linears = Linears(model.matrices, used)
         layout = model.layout(plan)
         with torch.inference_mode():
             logits = model.forward(layout, linears)

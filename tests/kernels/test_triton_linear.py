@@ -287,7 +287,7 @@ def _hopper_shared_memory(
     signature = {name: f"tensordesc<bf16[{count}, 64],{layout!r}>" for name, count in rows.items()}
     signature["out_ptr"] = "*fp32"
     signature |= dict.fromkeys(("num_tokens", "num_outputs", "num_blocks", "split_blocks"), "i32")
-    constants["DEPENDENT"] = True
+    constants |= {"DEPENDENT": True, "SHOWS_PRODUCERS": True}
     signature |= dict.fromkeys(constants, "constexpr")
     places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     options = {"num_warps": config.warps, "launch_pdl": True}

@@ -7,6 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+from kiln_nn.kernels.linear import linear
 from kiln_nn.kernels.lora import (
     AdapterUse,
     LoraRows,
@@ -138,6 +139,27 @@ USED = {0, 2, 3, 4, 5, 6, 7, 8, 9}
 def test_mixed_ranks_and_compositions(dtype, y_dtype):
     case = Case(12, 80, FUSED, dtype)
     case.check(LoraRows.of(MIXED, 16, DEVICE), USED, y_dtype)
+
+
+@on_triton
+@pytest.mark.parametrize("num_tokens", [12, 70])  # 70 is more than the base product's own kernel takes
+def test_shrinking_before_the_base_product_changes_nothing(num_tokens):
+    kernel, case, rows = (
+        _kernel(),
+        Case(num_tokens, 80, FUSED, torch.bfloat16),
+        LoraRows.of(MIXED, 16, DEVICE),
+    )
+    tables = (case.a_SQI, case.b_SRO, rows, FUSED)
+    config = kernel.choose(rows.shape.tile_tokens, 80, FUSED[-1], 4, rows.shape.num_tiles)
+    weight_OI = torch.randn(FUSED[-1], 80, device=DEVICE).to(torch.bfloat16)
+    for _ in range(2 if INTERPRETED else 20):  # a read that comes too early finds the last round's sums
+        x_TI = torch.randn(num_tokens, 80, device=DEVICE).to(torch.bfloat16)
+        wanted = linear(x_TI, weight_OI)
+        kernel.lora_add_(wanted, x_TI, *tables, config)
+        shrunk = kernel.shrink(x_TI, case.a_SQI, rows, 4, config)
+        y_TO = linear(x_TI, weight_OI, shows_producers=True)
+        kernel.lora_add_(y_TO, x_TI, *tables, shrunk=shrunk)
+        assert torch.equal(y_TO, wanted)
 
 
 @on_triton

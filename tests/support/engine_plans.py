@@ -11,7 +11,6 @@ import itertools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -156,8 +155,8 @@ class EngineRig:
             self.model.prepare(plan)
             every_token = dataclasses.replace(self.model.layout(plan), sample_tokens=None)
             adapter_rows = self.adapters.rows_for(plan)
-            add = None if adapter_rows is None else partial(self.adapters.add_, rows=adapter_rows)
-            logits = self.model.forward(every_token, Linears(self.model.matrices, add)).cpu()
+            adapters = None if adapter_rows is None else self.adapters.of_step(adapter_rows)
+            logits = self.model.forward(every_token, Linears(self.model.matrices, adapters)).cpu()
         return list(logits.split([1] * len(rows) + [len(chunk.token_ids) for chunk in chunks]))
 
     def prefill(self, sequence: HandSequence, token_ids: Sequence[int], splits: Sequence[int] = ()):

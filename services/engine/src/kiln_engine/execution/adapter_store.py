@@ -9,6 +9,9 @@ Legend: `T` tokens, `I`/`O` inputs and outputs of a linear layer.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
 import torch
 
 from kiln_common.errors import InvalidRequest
@@ -18,8 +21,11 @@ from kiln_engine.execution.adapter_stacks import AdapterStacks, StackedRows
 from kiln_engine.execution.adapter_tables import AdapterTables, adapter_slot_bytes
 from kiln_nn.config import ModelConfig
 from kiln_nn.errors import KilnNnError
-from kiln_nn.kernels.lora import LoraRows, TokenGroup, lora_add_
+from kiln_nn.kernels.lora import LoraRows, TokenGroup, lora_add_, lora_shrink
 from kiln_nn.lora import parse_adapter
+
+if TYPE_CHECKING:
+    from kiln_nn.kernels.lora.triton import Shrunk
 
 __all__ = ["AdapterRankTooHigh", "AdapterRejected", "AdapterRows", "AdapterStore", "adapter_slot_bytes"]
 
@@ -128,8 +134,22 @@ class AdapterStore:
         """Rows in fixed device memory for CUDA graphs of up to so many tokens; they begin empty."""
         return StaticLoraRows(num_tokens, self.num_slots, self._device, self._groups_of)
 
-    def add_(self, path: str, x_TI: torch.Tensor, y_TO: torch.Tensor, rows: AdapterRows) -> None:
-        """Add to y what each token's adapters make of x, in place.
+    def shrink(self, path: str, x_TI: torch.Tensor, rows: AdapterRows) -> Shrunk | None:
+        """The half of `add_` that needs no y, to be launched before y is made; None where `add_` does it."""
+        linear = self._tables.get(path)
+        if linear is None or isinstance(rows, StackedRows):
+            return None
+        return lora_shrink(x_TI, linear.a_SQI, rows, linear.bounds)
+
+    def add_(
+        self,
+        path: str,
+        x_TI: torch.Tensor,
+        y_TO: torch.Tensor,
+        rows: AdapterRows,
+        shrunk: Shrunk | None = None,
+    ) -> None:
+        """Add to y what each token's adapters make of x, in place; `shrunk` if `shrink` began it.
 
         `path` is a fused linear layer's (`model.layers.3.self_attn.qkv_proj`) or a single module's
         (`....q_proj`, y being that module's outputs). Nothing happens for a layer that cannot be
@@ -140,7 +160,25 @@ class AdapterStore:
             return
         linear = self._tables.get(path)
         if linear is not None:
-            lora_add_(y_TO, x_TI, linear.a_SQI, linear.b_SRO, rows, linear.bounds)
+            lora_add_(y_TO, x_TI, linear.a_SQI, linear.b_SRO, rows, linear.bounds, shrunk)
+
+    def of_step(self, rows: AdapterRows) -> AdaptersOfStep:
+        """What the model's linear layers call."""
+        return AdaptersOfStep(self, rows)
 
     def _groups_of(self, plan: BatchPlan) -> list[TokenGroup]:
         return groups_of(plan, self._resident)
+
+
+@dataclass(frozen=True)
+class AdaptersOfStep:
+    """The store's adapters as one step uses them."""
+
+    store: AdapterStore
+    rows: AdapterRows
+
+    def begin(self, path: str, x_TI: torch.Tensor) -> Shrunk | None:
+        return self.store.shrink(path, x_TI, self.rows)
+
+    def finish(self, path: str, x_TI: torch.Tensor, y_TO: torch.Tensor, begun: Shrunk | None) -> None:
+        self.store.add_(path, x_TI, y_TO, self.rows, begun)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 
 import torch
 
@@ -149,8 +148,8 @@ class TorchRunner:
         layout = self.model.layout(plan)
         self._sampled_ids.feed_(layout)
         adapter_rows = self.adapters.rows_for(plan)
-        add = None if adapter_rows is None else partial(self.adapters.add_, rows=adapter_rows)
-        logits_RV = self.model.forward(layout, Linears(self.model.matrices, add))
+        adapters = None if adapter_rows is None else self.adapters.of_step(adapter_rows)
+        logits_RV = self.model.forward(layout, Linears(self.model.matrices, adapters))
         if not rows:
             return None
         draws = sample(logits_RV, [sampling for _, sampling in rows])

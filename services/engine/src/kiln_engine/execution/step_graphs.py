@@ -98,11 +98,11 @@ class DecodeGraph:
         padding = torch.from_numpy(decode_fields((), self._shape, capacity))
         self._fields_FR = padding.to(parts.model.device)
         self._adapter_rows = parts.adapters.static_rows(capacity) if has_adapters else None
-        add = None
+        adapters = None
         if self._adapter_rows is not None:
-            add = partial(parts.adapters.add_, rows=self._adapter_rows.rows)
+            adapters = parts.adapters.of_step(self._adapter_rows.rows)
         layout = join_layouts(decode_layout(self._fields_FR), None)
-        self._step = CapturedStep(parts, layout, Linears(parts.model.matrices, add))
+        self._step = CapturedStep(parts, layout, Linears(parts.model.matrices, adapters))
 
     def run(self, plan: BatchPlan, rows: Sequence[RowSampling]) -> PendingDraws | None:
         """Run the plan's decode rows."""

@@ -1,7 +1,7 @@
 """The model as the engine runs it: over KV pages and state slots."""
 
 from kiln_engine.model.kv_store import KvStore, kv_page_bytes
-from kiln_engine.model.linears import AddAdapters, Linears
+from kiln_engine.model.linears import Linears
 from kiln_engine.model.page_table import page_table_bytes
 from kiln_engine.model.paged_model import PagedModel
 from kiln_engine.model.prefill_layout import PrefillCapacity
@@ -10,7 +10,6 @@ from kiln_engine.model.step_layout import StepLayout
 from kiln_engine.model.transfers import copy_to, to_device
 
 __all__ = [
-    "AddAdapters",
     "KvStore",
     "Linears",
     "PagedModel",

@@ -5,9 +5,10 @@ Legend: `T` tokens, `I`/`O` inputs and outputs of a linear layer, `F` feed-forwa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any, Protocol
 
 import torch
 
@@ -19,8 +20,15 @@ from kiln_nn.weights.names import FUSED_GROUPS
 
 _ALONE = ("linear_attn.out_proj", "self_attn.o_proj", "mlp.down_proj")
 
-AddAdapters = Callable[[str, torch.Tensor, torch.Tensor], None]
-"""Adds what a step's adapters make of `x [T, I]` to `y [T, O]`, in place, by the layer's fused path."""
+
+class StepAdapters(Protocol):
+    """What the adapters of one step add to linear layers, which are named by their fused path."""
+
+    def begin(self, path: str, x_TI: torch.Tensor) -> Any:
+        """Start what needs only x, before the base model's own product of x is launched."""
+
+    def finish(self, path: str, x_TI: torch.Tensor, y_TO: torch.Tensor, begun: Any) -> None:
+        """Add to that product in place; `begun` is what `begin` returned."""
 
 
 class BaseMatrices:
@@ -53,29 +61,33 @@ class Linears:
     """The linear layers of one step, with each row's adapters where there are any."""
 
     base: BaseMatrices
-    add_adapters: AddAdapters | None = None
+    adapters: StepAdapters | None = None
 
     def apply(self, path: str, x_TI: torch.Tensor) -> torch.Tensor:
         """Outputs of all the layers fused under `path`, side by side: `[T, O]`."""
         parts = self.base.parts(path)
-        y_TO = linear(x_TI, parts[0]) if len(parts) == 1 else _side_by_side(x_TI, parts)
-        if self.add_adapters is not None:
-            self.add_adapters(path, x_TI, y_TO)
+        if self.adapters is None:
+            return _side_by_side(x_TI, parts)
+        begun = self.adapters.begin(path, x_TI)
+        y_TO = _side_by_side(x_TI, parts, shows_producers=True)
+        self.adapters.finish(path, x_TI, y_TO, begun)
         return y_TO
 
     def gated(self, path: str, x_TI: torch.Tensor) -> torch.Tensor:
         """`silu(gate(x)) * up(x)` of the layers fused under `path`, `[T, F]`."""
         parts = self.base.parts(path)
-        if self.add_adapters is None and len(parts) == 1:
+        if self.adapters is None and len(parts) == 1:
             return linear_swiglu(x_TI, parts[0])
         return swiglu(*self.apply(path, x_TI).chunk(2, dim=1))
 
     def partials(self, path: str, x_TI: torch.Tensor) -> torch.Tensor:
         """Outputs for `add_rms_norm`: partial sums `[S, T, O]`, with what adapters add in the first one."""
         (weight_OI,) = self.base.parts(path)
-        y_STO = linear_partials(x_TI, weight_OI)
-        if self.add_adapters is not None:
-            self.add_adapters(path, x_TI, y_STO[0])
+        if self.adapters is None:
+            return linear_partials(x_TI, weight_OI)
+        begun = self.adapters.begin(path, x_TI)
+        y_STO = linear_partials(x_TI, weight_OI, shows_producers=True)
+        self.adapters.finish(path, x_TI, y_STO[0], begun)
         return y_STO
 
     def head(self, x_TD: torch.Tensor, out_TV: torch.Tensor | None = None) -> torch.Tensor:
@@ -83,8 +95,11 @@ class Linears:
         return linear(x_TD, self.base.head_VD, out_dtype=torch.float32, out=out_TV)
 
 
-def _side_by_side(x_TI: torch.Tensor, parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    return torch.cat([linear(x_TI, part) for part in parts], dim=1)
+def _side_by_side(
+    x_TI: torch.Tensor, parts: Sequence[torch.Tensor], *, shows_producers: bool = False
+) -> torch.Tensor:
+    outputs = [linear(x_TI, part, shows_producers=shows_producers) for part in parts]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
 
 def _joined(parts: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:

@@ -20,12 +20,14 @@ def linear(
     out_dtype: torch.dtype | None = None,
     out: torch.Tensor | None = None,
     config: LinearConfig | None = None,
+    shows_producers: bool = False,
 ) -> torch.Tensor:
     """`x Wᵀ` in `out_dtype` (by default that of `x`), in `out` if it is given (contiguous, of that format).
 
     The rows of `x` may lie apart (a slice of a wider tensor). `config` fixes the tiling whatever
     `T` is: with `invariant_config` a row's result has the same bits in every batch. The weights
-    may be read before the kernel launched just before has ended, so it must not write them.
+    may be read before the kernel launched just before has ended, so it must not write them. With
+    `shows_producers` the kernel launched next may read what came before this one without waiting.
 
     Returns: `[T, O]`.
 
@@ -40,7 +42,7 @@ def linear(
         return reference.linear(x_TI, w_OI, out_dtype=out_dtype, out=out)
     from kiln_nn.kernels.linear import streaming
 
-    return streaming.linear(x_TI, w_OI, tiling, out_dtype=out_dtype, out=out)
+    return streaming.linear(x_TI, w_OI, tiling, out_dtype=out_dtype, out=out, shows_producers=shows_producers)
 
 
 def linear_swiglu(
@@ -65,7 +67,11 @@ def linear_swiglu(
 
 
 def linear_partials(
-    x_TI: torch.Tensor, w_OI: torch.Tensor, *, config: LinearConfig | None = None
+    x_TI: torch.Tensor,
+    w_OI: torch.Tensor,
+    *,
+    config: LinearConfig | None = None,
+    shows_producers: bool = False,
 ) -> torch.Tensor:
     """`x Wᵀ` as partial sums for `add_rms_norm`, which adds them up in their order; see `linear`.
 
@@ -80,7 +86,7 @@ def linear_partials(
         return reference.linear_partials(x_TI, w_OI)
     from kiln_nn.kernels.linear import streaming
 
-    return streaming.linear_partials(x_TI, w_OI, tiling)
+    return streaming.linear_partials(x_TI, w_OI, tiling, shows_producers=shows_producers)
 
 
 def _tiling(

@@ -44,12 +44,13 @@ def linear(
     *,
     out_dtype: torch.dtype | None = None,
     out: torch.Tensor | None = None,
+    shows_producers: bool = False,
 ) -> torch.Tensor:
     """As the reference; partial sums, if the configuration has any, are added up in the kernel."""
     out_TO = out
     if out_TO is None:
         out_TO = x_TI.new_empty((x_TI.shape[0], w_OI.shape[0]), dtype=out_dtype or x_TI.dtype)
-    _launch(x_TI, w_OI, out_TO, config, LinearKind.PLAIN, is_folded=True)
+    _launch(x_TI, w_OI, out_TO, config, LinearKind.PLAIN, is_folded=True, shows_producers=shows_producers)
     return out_TO
 
 
@@ -60,7 +61,9 @@ def linear_swiglu(x_TI: torch.Tensor, gate_up_OI: torch.Tensor, config: LinearCo
     return out_TF
 
 
-def linear_partials(x_TI: torch.Tensor, w_OI: torch.Tensor, config: LinearConfig) -> torch.Tensor:
+def linear_partials(
+    x_TI: torch.Tensor, w_OI: torch.Tensor, config: LinearConfig, *, shows_producers: bool = False
+) -> torch.Tensor:
     """Partial sums `[S, T, O]` in float32.
 
     With many tokens one program computes all sums of a tile and adds them up itself: to the bit
@@ -69,7 +72,15 @@ def linear_partials(x_TI: torch.Tensor, w_OI: torch.Tensor, config: LinearConfig
     is_folded = x_TI.shape[0] > _MOST_TOKENS_APART
     splits = 1 if is_folded else config.splits
     out_STO = x_TI.new_empty((splits, x_TI.shape[0], w_OI.shape[0]), dtype=torch.float32)
-    _launch(x_TI, w_OI, out_STO, config, LinearKind.PARTIAL, is_folded=is_folded)
+    _launch(
+        x_TI,
+        w_OI,
+        out_STO,
+        config,
+        LinearKind.PARTIAL,
+        is_folded=is_folded,
+        shows_producers=shows_producers,
+    )
     return out_STO
 
 
@@ -81,12 +92,14 @@ def _launch(
     kind: LinearKind,
     *,
     is_folded: bool = False,
+    shows_producers: bool = False,
 ) -> None:
     is_gated = kind is LinearKind.GATED
     tiling = fit(config, kind, device_limits(x_TI.device).shared_memory_bytes)
+    options = {"is_gated": is_gated, "is_folded": is_folded, "shows_producers": shows_producers}
     if takes_hopper(x_TI, w_OI):
         from kiln_nn.kernels.linear import triton_hopper
 
-        triton_hopper.launch(x_TI, w_OI, out, tiling, is_gated=is_gated, is_folded=is_folded)
+        triton_hopper.launch(x_TI, w_OI, out, tiling, **options)
     else:
-        triton.launch(x_TI, w_OI, out, tiling, is_gated=is_gated, is_folded=is_folded)
+        triton.launch(x_TI, w_OI, out, tiling, **options)

@@ -99,6 +99,7 @@ def _linear_kernel(
     GATED: tl.constexpr,
     IS_EVEN: tl.constexpr,
     DEPENDENT: tl.constexpr,
+    SHOWS_PRODUCERS: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     split = tl.program_id(1)
@@ -110,8 +111,11 @@ def _linear_kernel(
     first = split * split_inputs
     last = tl.minimum(first + split_inputs, num_inputs)
     if DEPENDENT:
-        start_dependents()
+        if not SHOWS_PRODUCERS:
+            start_dependents()
         wait_for_producers()
+        if SHOWS_PRODUCERS:
+            start_dependents()
     tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     in_tokens = tokens < num_tokens
     cols = tl.arange(0, INPUTS)
@@ -169,10 +173,12 @@ def launch(
     is_gated: bool = False,
     is_folded: bool = False,
     is_dependent: bool | None = None,
+    shows_producers: bool = False,
 ) -> None:
     """Fill `out`: `[T, O]`, `[T, F]` in the gated form, or `[S, T, O]` where sums are not folded.
 
-    `is_dependent=None` uses dependent launches where the device has them.
+    `is_dependent=None` uses dependent launches where the device has them; `shows_producers` as in
+    triton_hopper.py.
     """
     num_tokens, num_inputs = x_TI.shape
     num_outputs = w_OI.shape[0] // 2 if is_gated else w_OI.shape[0]
@@ -191,6 +197,7 @@ def launch(
         "FOLDED": is_folded,
         "GATED": is_gated,
         "IS_EVEN": is_even,
+        "SHOWS_PRODUCERS": shows_producers,
         "INTERPRETED": is_interpreted(),
         "num_warps": config.warps,
         "num_stages": config.stages,

@@ -229,6 +229,7 @@ def _linear_kernel(
     GATED: gl.constexpr,
     FOLDED: gl.constexpr,
     DEPENDENT: gl.constexpr,
+    SHOWS_PRODUCERS: gl.constexpr,
     num_warps: gl.constexpr,
 ):
     HALVES: gl.constexpr = 2 if GATED else 1
@@ -245,7 +246,7 @@ def _linear_kernel(
     fence_async_shared()
     begin = split * split_blocks
     count = num_blocks if FOLDED else gl.minimum(split_blocks, num_blocks - begin)
-    if DEPENDENT:
+    if DEPENDENT and not SHOWS_PRODUCERS:
         gdc_launch_dependents()
     for slot in gl.static_range(STAGES):
         bar = bars.index(slot)
@@ -268,6 +269,8 @@ def _linear_kernel(
         )
     if DEPENDENT:
         gdc_wait()
+        if SHOWS_PRODUCERS:
+            gdc_launch_dependents()
     for slot in gl.static_range(STAGES):
         bar = bars.index(slot)
         where = begin + slot
@@ -360,8 +363,13 @@ def launch(
     is_gated: bool = False,
     is_folded: bool = False,
     is_dependent: bool = True,
+    shows_producers: bool = False,
 ) -> None:
-    """Fill `out`: `[T, O]`, `[T, F]` in the gated form, or `[S, T, O]` where sums are not folded."""
+    """Fill `out`: `[T, O]`, `[T, F]` in the gated form, or `[S, T, O]` where sums are not folded.
+
+    With `shows_producers` the next kernel starts only after this one's producers have ended, so that
+    it may read what they wrote before it waits.
+    """
     num_tokens, num_inputs = x_TI.shape
     num_outputs = w_OI.shape[0] // (2 if is_gated else 1)
     num_blocks = triton.cdiv(num_inputs, config.inputs)
@@ -385,5 +393,6 @@ def launch(
         triton.cdiv(num_blocks, 1 if is_gated else config.splits),
         **fixed,
         DEPENDENT=is_dependent,
+        SHOWS_PRODUCERS=shows_producers,
         **options,
     )

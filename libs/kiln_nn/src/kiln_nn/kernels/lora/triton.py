@@ -69,16 +69,36 @@ def choose(
     return LoraConfig(64, 128, triton.cdiv(num_blocks, pieces))
 
 
+@dataclass(frozen=True)
+class Shrunk:
+    """`A x` of every entry as partial sums, and the cut they were made with.
+
+    `h`: `[E, N, blocks of 16 ranks, tokens of a tile, 16, pieces]` in float32, in room for a power of two.
+    """
+
+    h: torch.Tensor
+    config: LoraConfig
+
+
+def supports_inputs(x_TI: torch.Tensor, a_SQI: torch.Tensor, num_modules: int) -> bool:
+    """Whether `shrink` was written for these formats and strides."""
+    return (
+        num_modules <= _MOST_MODULES
+        and x_TI.dtype in _FLOATS
+        and x_TI.dtype == a_SQI.dtype
+        and x_TI.stride(-1) == a_SQI.stride(-1) == 1
+    )
+
+
 def supports(
     y_TO: torch.Tensor, x_TI: torch.Tensor, a_SQI: torch.Tensor, b_SRO: torch.Tensor, num_modules: int
 ) -> bool:
     """Whether formats and strides are within what the kernels were written for."""
     return (
-        num_modules <= _MOST_MODULES
-        and x_TI.dtype in _FLOATS
-        and x_TI.dtype == a_SQI.dtype == b_SRO.dtype
+        supports_inputs(x_TI, a_SQI, num_modules)
+        and b_SRO.dtype == x_TI.dtype
         and y_TO.dtype in _FLOATS
-        and all(tensor.stride(-1) == 1 for tensor in (y_TO, x_TI, a_SQI, b_SRO))
+        and y_TO.stride(-1) == b_SRO.stride(-1) == 1
     )
 
 
@@ -90,22 +110,26 @@ def lora_add_(
     rows: LoraRows,
     module_bounds: Sequence[int],
     config: LoraConfig | None = None,
+    *,
+    shrunk: Shrunk | None = None,
 ) -> None:
-    """Two launches; the arguments are those of the package's public function and within `supports`."""
+    """Two launches, or one; the arguments are those of the package's public function and within `supports`."""
     if rows.shape.num_entries == 0:
         return
     num_modules = len(module_bounds) - 1
+    if shrunk is not None:
+        expand_(y_TO, b_SRO, shrunk, rows, module_bounds, is_shrunk_early=True)
+        return
     config = config or choose(
         rows.shape.tile_tokens, x_TI.shape[1], y_TO.shape[1], num_modules, rows.shape.num_tiles
     )
-    h = shrink(x_TI, a_SQI, rows, num_modules, config)
-    expand_(y_TO, b_SRO, h, rows, module_bounds, config)
+    expand_(y_TO, b_SRO, shrink(x_TI, a_SQI, rows, num_modules, config), rows, module_bounds)
 
 
 def shrink(
     x_TI: torch.Tensor, a_SQI: torch.Tensor, rows: LoraRows, num_modules: int, config: LoraConfig
-) -> torch.Tensor:
-    """Partial sums of `A x`, `[E, N, blocks of 16 ranks, tokens of a tile, 16, pieces]`, in room for a power of two."""
+) -> Shrunk:
+    """The first launch."""
     shape, num_inputs = rows.shape, x_TI.shape[1]
     table_rank = a_SQI.shape[1] // num_modules
     num_pieces, rank_blocks = config.num_pieces(num_inputs), triton.cdiv(table_rank, 16)
@@ -145,18 +169,23 @@ def shrink(
         **own,
         **launch_options(supports_dependent_launch(x_TI.device)),
     )
-    return h[..., :num_pieces]
+    return Shrunk(h[..., :num_pieces], config)
 
 
 def expand_(
     y_TO: torch.Tensor,
     b_SRO: torch.Tensor,
-    h: torch.Tensor,
+    shrunk: Shrunk,
     rows: LoraRows,
     module_bounds: Sequence[int],
-    config: LoraConfig,
+    *,
+    is_shrunk_early: bool = False,
 ) -> None:
-    """`y += B h`, each token's adapters one after the other."""
+    """`y += B h`, each token's adapters one after the other.
+
+    With `is_shrunk_early` the sums were complete before the kernel that made y let this one start.
+    """
+    h, config = shrunk.h, shrunk.config
     shape, (_, num_modules, rank_blocks, _, _, num_pieces) = rows.shape, h.shape
     ends = [*module_bounds[1:], *[module_bounds[-1]] * (_MOST_MODULES - num_modules)]
     widths = [end - start for start, end in zip([0, *ends], ends, strict=False)]
@@ -180,6 +209,7 @@ def expand_(
         TOKENS=shape.tile_tokens,
         OUTPUTS=config.outputs,
         ALIGNED=all(end % 16 == 0 for end in ends),
+        EARLY=is_shrunk_early,
         INTERPRETED=is_interpreted(),
         num_warps=config.expand_warps,
         num_stages=1,

@@ -218,10 +218,15 @@ def expand_kernel(
     TOKENS: tl.constexpr,
     OUTPUTS: tl.constexpr,
     ALIGNED: tl.constexpr,
+    EARLY: tl.constexpr,
     DEPENDENT: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """One block of outputs of one tile; what comes first of B is on its way before the wait."""
+    """One block of outputs of one tile; what comes first of B is on its way before the wait.
+
+    With EARLY the sums are complete when the program starts, and the first product is made before
+    the wait too: then only y is left.
+    """
     module, first_output, end_output = _outputs_of(
         tl.program_id(0), end_0, end_1, end_2, end_3, OUTPUTS, ALIGNED
     )
@@ -239,17 +244,23 @@ def expand_kernel(
     is_read = (rank_of < rank)[:, None] & is_output[None, :]
     b_tile = tl.load(b_places + adapter * b_adapter_stride, mask=is_read, other=0.0)
     scale_bits = tl.load(entries_E2M + (first * 2 + 1) * TOKENS + token_of, mask=first < end, other=0)
+    scale = scale_bits.to(tl.float32, bitcast=True)
+    SUMS: tl.constexpr = TOKENS * 16 * PIECE_ROOM
+    h_first = h + (first * NUM_MODULES + module).to(tl.int64) * (RANK_BLOCKS * SUMS)
     if DEPENDENT:
         start_dependents()
+    if EARLY:
+        update = tl.zeros((TOKENS, OUTPUTS), tl.float32)
+        if first < end:
+            update = _update(h_first, b_tile, scale, TOKENS, NUM_PIECES, PIECE_ROOM, INTERPRETED)
+    if DEPENDENT:
         wait_for_producers()
     if first < end:
         y_places = y + token.to(tl.int64)[:, None] * y_stride + output[None, :]
         is_mine = (token >= 0)[:, None] & is_output[None, :]
         before = tl.load(y_places, mask=is_mine, other=0.0)
-        scale = scale_bits.to(tl.float32, bitcast=True)
-        SUMS: tl.constexpr = TOKENS * 16 * PIECE_ROOM
-        h_first = h + (first * NUM_MODULES + module).to(tl.int64) * (RANK_BLOCKS * SUMS)
-        update = _update(h_first, b_tile, scale, TOKENS, NUM_PIECES, PIECE_ROOM, INTERPRETED)
+        if not EARLY:
+            update = _update(h_first, b_tile, scale, TOKENS, NUM_PIECES, PIECE_ROOM, INTERPRETED)
         acc = tl.zeros((TOKENS, OUTPUTS), tl.float32)
         entry = first
         block = 1
