@@ -29,7 +29,7 @@ from measure import ResultTable, relative_error, time_calls
 
 from kiln_nn.kernels.delta_decode import NO_SLOT, DeltaDecodeWeights, DeltaMemory, DeltaRows
 from kiln_nn.kernels.delta_decode.reference import delta_decode_reference
-from kiln_nn.kernels.delta_decode.triton import CONFIGS, StepConfig, delta_decode
+from kiln_nn.kernels.delta_decode.triton import StepConfig, delta_decode
 from kiln_nn.kernels.delta_decode.triton_commit import delta_commit
 from kiln_nn.kernels.delta_decode.triton_verify import delta_verify
 from kiln_nn.kernels.gated_delta import DeltaRing
@@ -41,11 +41,12 @@ BATCHES = (1, 16, 64, 256)
 CHECKED_ROWS, CHECKED_TOKENS = 4, 200
 TUNE = {
     torch.bfloat16: [
-        StepConfig("tall", "bf16x3", 64, 2, 32, num_key_warps=2, max_registers=72, is_dependent=False),
-        StepConfig("tall", "bf16x3", 32, 3, 32, num_key_warps=2, max_registers=64),
-        StepConfig("wide", "bf16x3", 64, 3, 16, num_warps=2, num_key_warps=2),
+        StepConfig(True, 64, 2, num_key_warps=2, max_registers=72, is_dependent=False),
+        StepConfig(True, 32, 3, num_key_warps=2, max_registers=64),
+        StepConfig(True, 128, 1, num_key_warps=2),
+        StepConfig(True, 64, 3, num_key_warps=4),
     ],
-    torch.float32: [StepConfig("fma", "tf32x3", 16, 4, 16, num_key_warps=2)],
+    torch.float32: [StepConfig(False, 16, 4, num_key_warps=2), StepConfig(False, 8, 6, num_warps=2)],
 }
 
 
@@ -114,7 +115,7 @@ def _double(weights: DeltaDecodeWeights) -> DeltaDecodeWeights:
     return DeltaDecodeWeights(*(x.double() for x in tensors), weights.norm_eps)
 
 
-def error_after_decoding(state_dtype: torch.dtype, config: StepConfig) -> float:
+def error_after_decoding(state_dtype: torch.dtype, config: StepConfig | None) -> float:
     """Of the last page of tokens, against float64 from the same start; pages fill in between."""
     layers, weights = _memory(CHECKED_ROWS, state_dtype, 1), _weights()
     memory = layers.layer(0)
@@ -145,7 +146,9 @@ class Inputs:
         self.layers = _memory(NUM_SLOTS, state_dtype, LAYERS, num_drafts=num_drafts)
         self.weights = [_weights() for _ in range(LAYERS)]
 
-    def step(self, turn: int, num_rows: int, places: torch.Tensor, config: StepConfig) -> Callable[[], None]:
+    def step(
+        self, turn: int, num_rows: int, places: torch.Tensor, config: StepConfig | None
+    ) -> Callable[[], None]:
         """One token for rows that stand at `places` of their pages."""
         slots = (torch.arange(num_rows) + turn * num_rows) % NUM_SLOTS
         rows, tokens = _rows(slots, places % PAGE_TOKENS), _tokens(num_rows)
@@ -158,12 +161,12 @@ class Inputs:
 
         return run
 
-    def mixed(self, num_rows: int, config: StepConfig) -> list[Callable[[], None]]:
+    def mixed(self, num_rows: int, config: StepConfig | None) -> list[Callable[[], None]]:
         # From sixteen rows on every turn has all places.
         turns = PAGE_TOKENS if num_rows < PAGE_TOKENS else 4
         return [self.step(turn, num_rows, torch.arange(num_rows) + turn, config) for turn in range(turns)]
 
-    def together(self, num_rows: int, config: StepConfig) -> list[Callable[[], None]]:
+    def together(self, num_rows: int, config: StepConfig | None) -> list[Callable[[], None]]:
         return [self.step(t, num_rows, torch.full((num_rows,), t), config) for t in range(PAGE_TOKENS)]
 
     def drafts(self, num_rows: int) -> list[Callable[[], None]]:
@@ -192,7 +195,7 @@ def main() -> None:
     torch.manual_seed(0)
     table = ResultTable("delta_decode")
     half, share = (PAGE_TOKENS - 1) / 2, 1 / PAGE_TOKENS
-    for state_dtype, chosen in CONFIGS.items():
+    for state_dtype, others in TUNE.items():
         inputs, name = Inputs(state_dtype), f"{str(state_dtype).removeprefix('torch.')} state"
 
         def add(
@@ -203,12 +206,12 @@ def main() -> None:
             num_bytes = bytes_per_step(num_rows, state_dtype, *work)
             table.add(shape, time_calls(steps), 1, num_bytes, error, note)
 
-        for config in [chosen, *(TUNE[state_dtype] if arguments.tune else [])]:
+        for config in [None, *(others if arguments.tune else [])]:
             error = error_after_decoding(state_dtype, config)
-            note = "" if config is chosen else str(config)
+            note = str(config or "")
             for num_rows in BATCHES:
                 add("mixed", num_rows, inputs.mixed(num_rows, config), (half, share), note, error=error)
-            if config is chosen:
+            if config is None:
                 steps = inputs.together(256, config)
                 add("together", 256, steps, (half, share), error=error)
                 add("page full", 256, steps[-1:], (PAGE_TOKENS - 1, 1.0), error=error)

@@ -36,6 +36,11 @@ class DeltaMemory:
         ring = DeltaRing(self.ring.k_RhPK[index], self.ring.u_RHPV[index], self.ring.log_decay_RHP[index])
         return DeltaMemory(self.state_SHKV[index], ring, self.conv_rows_SQC[index], self.page_tokens)
 
+    def as_layers(self) -> DeltaMemory:
+        """This one layer as a memory of layers."""
+        ring = DeltaRing(self.ring.k_RhPK[None], self.ring.u_RHPV[None], self.ring.log_decay_RHP[None])
+        return DeltaMemory(self.state_SHKV[None], ring, self.conv_rows_SQC[None], self.page_tokens)
+
 
 @dataclass(frozen=True)
 class DeltaDecodeWeights:

@@ -17,12 +17,13 @@ half-lives deciding. benchmarks/kernels/delta_decode.py measures it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
 
 from kiln_nn.kernels.delta_decode.memory import DeltaDecodeWeights, DeltaMemory, DeltaRows
+from kiln_nn.kernels.delta_decode.triton_commit import delta_commit
 from kiln_nn.kernels.delta_decode.triton_step import delta_keys_kernel, delta_values_kernel
 from kiln_nn.kernels.dependent_launch import launch_options, supports_dependent_launch
 from kiln_nn.kernels.dispatch import is_interpreted
@@ -32,18 +33,15 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class StepConfig:
-    """How the programs compute. The forms are those of `triton_step`."""
+    """How the programs compute."""
 
-    state_form: str
-    commit_form: str
+    uses_tensor_cores: bool
     # Rows of the state a program reads at a time; one copy less than stages is in flight.
     block_k: int
     num_stages: int
-    # Rows of the state that a commit updates at a time.
-    commit_block_k: int
     num_warps: int = 4
     num_key_warps: int = 4
-    # On Hopper, without commits.
+    # On Hopper.
     max_registers: int | None = None
     # Start before the launch before has ended, where the device can, and with so many rows at the most
     # ask for the state already then. With more rows the requests cost more than they hide.
@@ -51,21 +49,21 @@ class StepConfig:
     most_prefetched_rows: int = 8
 
 
-# By the format of the committed state: where `delta_commit` follows, and where the step commits itself.
+# By the format of the committed state.
 CONFIGS = {
-    torch.bfloat16: StepConfig(
-        "tall", "bf16x3", block_k=64, num_stages=3, commit_block_k=32, num_key_warps=2
-    ),
-    torch.float32: StepConfig(
-        "fma", "tf32x3", block_k=8, num_stages=6, commit_block_k=16, num_warps=1, num_key_warps=2
-    ),
+    torch.bfloat16: StepConfig(True, block_k=64, num_stages=3, num_key_warps=2),
+    torch.float32: StepConfig(False, block_k=8, num_stages=6, num_warps=1, num_key_warps=2),
 }
-COMMITTING_CONFIGS = {
-    torch.bfloat16: StepConfig(
-        "wide", "bf16x3", block_k=64, num_stages=3, commit_block_k=16, num_warps=2, num_key_warps=2
-    ),
-    torch.float32: CONFIGS[torch.float32],
-}
+# With many rows more programs beside each other are worth more than an early start.
+_MANY_ROWS = 128
+_MANY_ROWS_CONFIG = replace(CONFIGS[torch.bfloat16], num_stages=2, max_registers=72, is_dependent=False)
+
+
+def choose(num_rows: int, state_dtype: torch.dtype) -> StepConfig:
+    """The measured choice: for each format of the state, and on Hopper for many rows of bf16 states."""
+    if state_dtype is torch.bfloat16 and num_rows >= _MANY_ROWS:
+        return _MANY_ROWS_CONFIG
+    return CONFIGS[state_dtype]
 
 
 def supports(
@@ -119,32 +117,34 @@ def delta_decode(
     *,
     commits: bool = True,
 ) -> torch.Tensor:
-    """Two launches; the arguments are those of the package's public function and within `supports`."""
+    """Two launches, and one that commits; the arguments are those of the package and within `supports`."""
     _, num_heads, key_dim, value_dim = memory.state_SHKV.shape
     num_key_heads, capacity = memory.ring.k_RhPK.shape[1:3]
-    config = config or (COMMITTING_CONFIGS if commits else CONFIGS)[memory.state_SHKV.dtype]
     num_rows, device = rows.num_rows, z_RHV.device
+    config = config or choose(num_rows, memory.state_SHKV.dtype)
     out_RHV = torch.empty(z_RHV.shape, dtype=z_RHV.dtype, device=device)
     if num_rows == 0:
         return out_RHV
     num_entries = max(16, triton.next_power_of_2(capacity))
-    is_split = config.state_form != "fma"
     pairs = torch.empty(
-        (num_rows, num_key_heads, 4 if is_split else 2, key_dim),
-        dtype=torch.bfloat16 if is_split else torch.float32,
+        (num_rows, num_key_heads, 4 if config.uses_tensor_cores else 2, key_dim),
+        dtype=torch.bfloat16 if config.uses_tensor_cores else torch.float32,
         device=device,
     )
     dots = torch.empty((num_rows, num_key_heads, 2, num_entries), device=device)
-    is_dependent = config.is_dependent and supports_dependent_launch(device)
-    dependent = launch_options(is_dependent)
-    # Commits, and the tensor cores before Hopper's, need more registers than the limit.
-    has_room = is_dependent and not commits
-    where = (rows.read_slots_R, rows.ring_slots_R, rows.lengths_R, rows.commit_slots_R)
-    sizes = {"HK": num_key_heads, "K": key_dim, "P": capacity, "ENTRIES": num_entries}
-    sizes["COMMITS"] = commits
-    sizes["PREFETCH"] = num_rows <= config.most_prefetched_rows
-    sizes["W"] = weights.conv_CW.shape[1]
-    delta_keys_kernel[(num_key_heads, num_rows)](
+    values = torch.empty((num_rows, num_heads, value_dim), device=device)
+    dependent = launch_options(config.is_dependent and supports_dependent_launch(device))
+    where = (rows.read_slots_R, rows.ring_slots_R, rows.lengths_R)
+    sizes = {
+        "H": num_heads,
+        "HK": num_key_heads,
+        "K": key_dim,
+        "V": value_dim,
+        "P": capacity,
+        "ENTRIES": num_entries,
+        "PREFETCH": num_rows <= config.most_prefetched_rows,
+    }
+    delta_keys_kernel[(2 * num_key_heads, num_rows)](
         memory.ring.k_RhPK,
         memory.conv_rows_SQC,
         *where,
@@ -152,51 +152,46 @@ def delta_decode(
         weights.conv_CW,
         pairs,
         dots,
+        values,
         mixed_RC.stride(0),
         memory.state_SHKV.shape[0],
-        C=mixed_RC.shape[1],
-        SPLIT=is_split,
+        W=weights.conv_CW.shape[1],
+        SPLIT=config.uses_tensor_cores,
         num_warps=config.num_key_warps,
         **sizes,
         **dependent,
     )
     delta_values_kernel[(num_heads, num_rows)](
         memory.state_SHKV,
-        memory.ring.k_RhPK,
         memory.ring.u_RHPV,
         memory.ring.log_decay_RHP,
-        memory.conv_rows_SQC,
         *where,
-        mixed_RC,
         a_RH,
         b_RH,
         z_RHV,
-        weights.conv_CW,
         weights.A_log_H,
         weights.dt_bias_H,
         weights.norm_V,
         pairs,
         dots,
+        values,
         out_RHV,
-        mixed_RC.stride(0),
         a_RH.stride(0),
         b_RH.stride(0),
         z_RHV.stride(0),
         memory.state_SHKV.shape[0],
         weights.norm_eps,
-        H=num_heads,
-        V=value_dim,
         BLOCK_K=min(config.block_k, key_dim),
         STAGES=config.num_stages,
-        COMMIT_BLOCK_K=min(config.commit_block_k, key_dim),
-        STATE_FORM=config.state_form,
-        # The interpreter knows no bf16x3, and computes all products in float32.
-        COMMIT_FORM="ieee" if is_interpreted() else config.commit_form,
+        USES_TENSOR_CORES=config.uses_tensor_cores,
         INTERPRETED=is_interpreted(),
         num_warps=config.num_warps,
         num_stages=1,
-        maxnreg=config.max_registers if has_room else None,
+        # The tensor cores before Hopper's need more registers than the limit.
+        maxnreg=config.max_registers if supports_dependent_launch(device) else None,
         **sizes,
         **dependent,
     )
+    if commits:
+        delta_commit(memory.as_layers(), rows)
     return out_RHV

@@ -63,7 +63,7 @@ def choose(
     """Pieces that fit the registers with few tokens; with many only as many as occupy the GPU."""
     if tile_tokens == DECODE_TILE_TOKENS:
         widest = min(512 if num_inputs <= 4096 else 1024, triton.next_power_of_2(num_inputs))
-        return LoraConfig(max(64, widest), 128 if num_outputs > 4096 else 64)
+        return LoraConfig(max(64, widest), 128 if num_outputs > 4096 else 64, expand_warps=2)
     num_blocks = triton.cdiv(num_inputs, 64)
     pieces = min(8, num_blocks, max(1, 256 // max(1, num_tiles * num_modules)))
     return LoraConfig(64, 128, triton.cdiv(num_blocks, pieces))
