@@ -27,16 +27,27 @@ class SchedulerMachine(RuleBasedStateMachine):
         spare_budget=st.integers(4, 40),
         interval=st.sampled_from([4, 8, 64]),
         run_ahead=st.integers(0, 1),
+        fixed_chunk_tokens=st.sampled_from([0, 0, 4, 8]),
     )
-    def start(self, num_pages, num_state_slots, max_running, spare_budget, interval, run_ahead):
+    def start(
+        self,
+        num_pages,
+        num_state_slots,
+        max_running,
+        spare_budget,
+        interval,
+        run_ahead,
+        fixed_chunk_tokens,
+    ):
         self.rig = SchedulerRig(
             run_ahead=run_ahead,
             num_pages=num_pages,
             num_state_slots=num_state_slots,
             max_running=max_running,
-            step_token_budget=max_running + spare_budget,
+            step_token_budget=max_running + max(spare_budget, fixed_chunk_tokens),
             max_model_len=64,
             checkpoint_interval_tokens=interval,
+            fixed_chunk_tokens=fixed_chunk_tokens,
         )
         self.requests = {}
         self.aborted = set()
@@ -147,6 +158,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert plan.num_tokens <= limits.step_token_budget
         ids = plan.sequence_ids
         assert len(ids) == len(set(ids)) <= limits.num_most_running
+        unit = limits.fixed_chunk_tokens
+        for chunk in plan.prefill_chunks if unit else ():
+            assert chunk.start % unit == 0
+            assert len(chunk.token_ids) == unit or (chunk.sampling and len(chunk.token_ids) < unit)
 
     def teardown(self):
         if not hasattr(self, "rig"):

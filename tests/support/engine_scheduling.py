@@ -48,6 +48,7 @@ class SchedulerRig:
         max_model_len: int = 512,
         page_tokens: int = 4,
         checkpoint_interval_tokens: int = 64,
+        fixed_chunk_tokens: int = 0,
     ) -> None:
         limits = SchedulerLimits(
             num_pages=num_pages,
@@ -57,6 +58,7 @@ class SchedulerRig:
             step_token_budget=step_token_budget,
             page_tokens=page_tokens,
             checkpoint_interval_tokens=checkpoint_interval_tokens,
+            fixed_chunk_tokens=fixed_chunk_tokens,
         )
         self.scheduler = Scheduler(limits, frozenset({EOS}))
         self.runner = SimulatedRunner(vocab_size=VOCAB_SIZE, page_tokens=page_tokens)

@@ -164,7 +164,15 @@ def test_rows_of_requests_that_ended_since_the_plan_are_ignored(make_rig):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"num_state_slots": 1}, {"max_running": 0}, {"step_token_budget": 9}, {"max_model_len": 1}]
+    "wrong",
+    [
+        {"num_state_slots": 1},
+        {"max_running": 0},
+        {"step_token_budget": 9},
+        {"max_model_len": 1},
+        {"fixed_chunk_tokens": 64},
+        {"fixed_chunk_tokens": 20},
+    ],
 )
 def test_impossible_limits_are_refused(wrong):
     numbers = {

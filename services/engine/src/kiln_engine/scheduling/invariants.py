@@ -61,7 +61,9 @@ def _check_sequence(sequence: Sequence, scheduler: Scheduler) -> None:
         assert sequence.num_computed < len(sequence.tokens)
         assert sequence.num_planned <= len(sequence.tokens) + 1
     if not sequence.is_prefilling and not sequence.num_steps_under_way:
-        assert sequence.num_computed == len(sequence.tokens) - 1
+        assert sequence.num_computed == len(sequence.tokens) - 1 or (
+            sequence.is_redecoded and sequence.num_computed >= sequence.num_prompt_tokens
+        )
         assert sequence.read_slot is None
     path = []
     node = sequence.tree_node

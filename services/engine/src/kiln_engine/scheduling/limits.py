@@ -10,8 +10,9 @@ class SchedulerLimits:
     """Sizes of the pools and of a step.
 
     Raises:
-        ValueError: a step cannot hold every running sequence and one page of prefill, or there
-            are too few state slots to run one sequence from a checkpoint.
+        ValueError: a step cannot hold every running sequence and one page (or fixed chunk) of prefill,
+            a fixed chunk is not made of pages, or there are too few state slots to run one sequence
+            from a checkpoint.
     """
 
     num_pages: int
@@ -24,17 +25,26 @@ class SchedulerLimits:
     page_tokens: int = 16
     # Distance between the checkpoints made while there is room.
     checkpoint_interval_tokens: int = 1024
+    # 0: chunks of prompts are as long as a step has room for. Otherwise what a sequence computes never
+    # depends on others: its prompt is cut at the multiples of this, a chunk runs whole or waits, only
+    # whole chunks are cached, and an answer that had to give way is decoded again, not prefilled.
+    fixed_chunk_tokens: int = 0
 
     def __post_init__(self) -> None:
         if self.num_state_slots < 2:
             raise ValueError(f"num_state_slots must be at least 2, got {self.num_state_slots}")
         if self.max_running < 1:
             raise ValueError(f"max_running must be at least 1, got {self.max_running}")
-        least = self.num_most_running + self.page_tokens
+        if self.fixed_chunk_tokens % self.page_tokens:
+            raise ValueError(
+                f"fixed_chunk_tokens is {self.fixed_chunk_tokens}, no multiple of {self.page_tokens}"
+            )
+        least = self.num_most_running + self.cache_unit_tokens
         if self.step_token_budget < least:
+            unit = "fixed chunk" if self.fixed_chunk_tokens else "page"
             raise ValueError(
                 f"step_token_budget is {self.step_token_budget}; {self.num_most_running} running sequences "
-                f"and one page of prefill need {least}"
+                f"and one {unit} of prefill need {least}"
             )
         if self.max_num_tokens < 2:
             raise ValueError("the context must hold at least one prompt and one output token")
@@ -43,6 +53,18 @@ class SchedulerLimits:
     def num_most_running(self) -> int:
         """Every running sequence owns a state slot."""
         return min(self.max_running, self.num_state_slots)
+
+    @property
+    def cache_unit_tokens(self) -> int:
+        """Prompts are cached, and hit, up to multiples of this."""
+        return self.fixed_chunk_tokens or self.page_tokens
+
+    def chunk_length(self, num_done: int, num_left: int, budget: int) -> int:
+        """Tokens of the next chunk of a prompt that `num_done` tokens are behind; 0: it waits."""
+        if not self.fixed_chunk_tokens:
+            return num_left if num_left <= budget else budget // self.page_tokens * self.page_tokens
+        whole = min(num_left, self.fixed_chunk_tokens - num_done % self.fixed_chunk_tokens)
+        return whole if whole <= budget else 0
 
     @property
     def max_num_tokens(self) -> int:

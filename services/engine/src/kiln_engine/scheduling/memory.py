@@ -38,7 +38,7 @@ class SequenceMemory:
         matched known pages (the hit itself is `num_computed`), or None, with nothing changed for
         the sequence, when there is not enough.
         """
-        match = self.tree.match(sequence.namespace, sequence.tokens, len(sequence.tokens) - 1)
+        match = self.tree.match(sequence.namespace, sequence.tokens, sequence.num_prefill_tokens - 1)
         for node in match.nodes:
             self.pages.retain(node.page_id)
         read_slot = match.nodes[-1].checkpoint_slot if match.nodes else None

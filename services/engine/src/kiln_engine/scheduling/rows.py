@@ -24,13 +24,14 @@ def can_decode(sequence: Sequence, max_num_tokens: int) -> bool:
 
 
 def decode_row(sequence: Sequence, page_tokens: int, eos_token_ids: frozenset[int]) -> DecodeRow:
-    """The row after what is planned: it feeds the newest token, or the one that is being drawn.
+    """The row after what is planned: it feeds the next token, or the one that is being drawn.
 
     Its page must be there already.
     """
     assert sequence.state_slot is not None
     position = sequence.num_planned
-    assert position in (len(sequence.tokens) - 1, len(sequence.tokens))
+    assert sequence.is_redecoded or position >= len(sequence.tokens) - 1
+    assert position <= len(sequence.tokens)
     completes_page = (position + 1) % page_tokens == 0
     return DecodeRow(
         sequence_id=sequence.sequence_id,
@@ -52,7 +53,7 @@ def prefill_chunk(
     assert sequence.state_slot is not None
     start = sequence.num_planned
     end = start + num_tokens
-    is_last = end == len(sequence.tokens)
+    is_last = end == sequence.num_prefill_tokens
     # The checkpoint that was hit serves the first chunk; the others go on from where it ends.
     is_hit = sequence.read_slot is not None and sequence.num_steps_under_way == 0
     own_state = sequence.state_slot if start > 0 else None
@@ -73,12 +74,12 @@ def row_sampling(sequence: Sequence, num_tokens: int, eos_token_ids: frozenset[i
     """How the token after the first `num_tokens` is drawn."""
     params = sequence.request.sampling
     needs_history = params.needs_history
-    assert not needs_history or num_tokens == len(sequence.tokens)
+    assert not needs_history or num_tokens <= len(sequence.tokens)
     output_index = num_tokens - sequence.num_prompt_tokens
     return RowSampling(
         params=params,
         output_index=output_index,
         prompt_token_ids=sequence.request.prompt_token_ids if needs_history else (),
-        output_token_ids=tuple(sequence.output_token_ids) if needs_history else (),
+        output_token_ids=tuple(sequence.output_token_ids[:output_index]) if needs_history else (),
         banned_token_ids=banned_ids(params, eos_token_ids, output_index),
     )

@@ -30,7 +30,7 @@ class Scheduler:
     sequences that have their prompt behind them decode one token each; what is left of the token
     budget goes to prompts in chunks, running ones first, then waiting ones, by priority and arrival.
     When pages run out, the last in that order gives way: its pages go to the prefix tree, it waits,
-    and later computes again what was evicted meanwhile.
+    and later computes again what was evicted meanwhile (all of its answer, where chunks are fixed).
 
     The next step may be planned while one is under way, which takes every sequence in it to go on.
     One that is known to end there, or whose next draw depends on the token drawn there, sits out.
@@ -102,6 +102,7 @@ class Scheduler:
             namespace=namespace,
             page_hashes=hash_pages(namespace, request.prompt_token_ids, self.limits.page_tokens),
             tokens=list(request.prompt_token_ids),
+            is_redecoded=self.limits.fixed_chunk_tokens > 0,
         )
         self._by_request_id[request.request_id] = sequence
         self._wait(sequence)
@@ -155,7 +156,9 @@ class Scheduler:
             row = drawn[decode.sequence_id]
             sequence = self._land(decode.sequence_id, num_computed=decode.position + 1)
             if sequence.is_running:
-                events.append(self._append(sequence, row))
+                # What is decoded again draws a token that is known.
+                if decode.position + 1 == len(sequence.tokens):
+                    events.append(self._append(sequence, row))
             else:
                 # It computed its last token, and nobody will look at what was drawn after it.
                 sequence.is_answer_useful &= math.isfinite(row.logprob)
@@ -165,10 +168,10 @@ class Scheduler:
             if not sequence.is_running:
                 self._let_go(sequence)
                 continue
-            self.memory.keep_computed(sequence, sequence.num_prompt_tokens)
+            self.memory.keep_computed(sequence, self._whole_units(sequence.num_prompt_tokens))
             self.memory.keep_checkpoints(sequence)
             self.memory.release_read_slot(sequence)
-            if chunk.sampling is not None:
+            if chunk.sampling is not None and sequence.num_computed == len(sequence.tokens):
                 events.append(self._append(sequence, drawn[chunk.sequence_id]))
         self.counters.num_steps += 1
         return events
@@ -217,7 +220,8 @@ class Scheduler:
         for sequence in self.running:
             if not sequence.is_running or not can_decode(sequence, self.limits.max_num_tokens):
                 continue
-            count = self.memory.num_pages_for(sequence.num_planned + 1) - len(sequence.page_ids)
+            # One that is decoded again has them all.
+            count = max(0, self.memory.num_pages_for(sequence.num_planned + 1) - len(sequence.page_ids))
             while count and sequence.is_running and not self.memory.add_pages(sequence, count):
                 last = self.running[-1]
                 if last.num_steps_under_way:
@@ -235,13 +239,12 @@ class Scheduler:
 
     def _plan_chunk(self, sequence: Sequence, budget: int, chunks: list[PrefillChunk]) -> int:
         """Append the sequence's next chunk if the budget holds one; returns the budget left."""
-        page_tokens = self.limits.page_tokens
-        num_left = len(sequence.tokens) - sequence.num_planned
-        num_tokens = num_left if num_left <= budget else budget // page_tokens * page_tokens
+        num_left = sequence.num_prefill_tokens - sequence.num_planned
+        num_tokens = self.limits.chunk_length(sequence.num_planned, num_left, budget)
         if num_tokens == 0:
             return budget
         self._take_checkpoints(sequence, sequence.num_planned + num_tokens)
-        chunks.append(prefill_chunk(sequence, num_tokens, page_tokens, self._eos_token_ids))
+        chunks.append(prefill_chunk(sequence, num_tokens, self.limits.page_tokens, self._eos_token_ids))
         sequence.num_planned += num_tokens
         sequence.num_steps_under_way += 1
         sequence.is_prefilling = num_tokens < num_left
@@ -266,7 +269,7 @@ class Scheduler:
         """Start waiting sequences in order, until one does not fit."""
         for sequence in list(self._waiting):
             is_full = len(self._running) >= self.limits.num_most_running
-            if is_full or budget < min(self.limits.page_tokens, len(sequence.tokens)):
+            if is_full or budget < min(self.limits.cache_unit_tokens, sequence.num_prefill_tokens):
                 return
             if is_about_to_hit(sequence, self._running.values(), self.memory):
                 continue
@@ -284,13 +287,14 @@ class Scheduler:
         sequence.is_prefilling = True
         num_hit = sequence.num_computed
         request = sequence.request
+        branches = branch_points(sequence, num_matched, self._waiting, self.limits.page_tokens)
         checkpoints = plan_checkpoints(
             num_prompt_tokens=sequence.num_prompt_tokens,
             num_stable_tokens=request.num_stable_prefix_tokens,
             num_shared_tokens=request.num_shared_prefix_tokens,
             num_hit_tokens=num_hit,
-            branch_points=branch_points(sequence, num_matched, self._waiting, self.limits.page_tokens),
-            page_tokens=self.limits.page_tokens,
+            branch_points=tuple(map(self._whole_units, branches)),
+            page_tokens=self.limits.cache_unit_tokens,
             interval_tokens=self.limits.checkpoint_interval_tokens,
         )
         sequence.wanted_checkpoints = list(checkpoints.wanted)
@@ -343,8 +347,12 @@ class Scheduler:
             seed=request.sampling.seed,
         )
 
+    def _whole_units(self, num_tokens: int) -> int:
+        return num_tokens // self.limits.cache_unit_tokens * self.limits.cache_unit_tokens
+
     def _preempt(self, sequence: Sequence) -> None:
-        self.memory.keep_live_state(sequence)
+        if not sequence.is_redecoded:
+            self.memory.keep_live_state(sequence)
         self.memory.release(sequence)
         del self._running[sequence.sequence_id]
         self._wait(sequence)
@@ -373,7 +381,7 @@ class Scheduler:
         """Take back what an ended sequence holds, once no step under way has a row for it."""
         if sequence.num_steps_under_way:
             return
-        if sequence.is_answer_useful:
+        if sequence.is_answer_useful and not sequence.is_redecoded:
             self.memory.keep_live_state(sequence)
         self.memory.release(sequence)
         del self._ending[sequence.sequence_id]

@@ -30,6 +30,8 @@ class Sequence:
     # Entry i identifies the namespace and the first i + 1 pages of the prompt (a chained hash).
     page_hashes: tuple[int, ...]
     tokens: list[int]
+    # After it gave way, what it had answered is decoded again, token by token, as the first time.
+    is_redecoded: bool = False
 
     num_computed: int = 0
     num_planned: int = 0
@@ -64,6 +66,11 @@ class Sequence:
     @property
     def num_prompt_tokens(self) -> int:
         return len(self.request.prompt_token_ids)
+
+    @property
+    def num_prefill_tokens(self) -> int:
+        """Tokens that are computed in chunks; those after them are decoded."""
+        return self.num_prompt_tokens if self.is_redecoded else len(self.tokens)
 
     @property
     def is_next_token_known(self) -> bool:
