@@ -33,6 +33,8 @@ log = structlog.get_logger()
 _CPU_KV_CACHE_TOKENS = 65_536
 # A shorter context than this is not worth starting with, unless the settings ask for it.
 _LEAST_MODEL_LEN = 4096
+# Of a prompt, where chunks are fixed: longer ones can be cached in larger parts only.
+_MOST_FIXED_CHUNK_TOKENS = 1024
 _OLDEST_FP8_CAPABILITY = (8, 9)
 _SOCKET_NAME = "weights.sock"
 _PROGRESS_INTERVAL_S = 2.0
@@ -105,6 +107,8 @@ def load_device_side(settings: EngineSettings) -> EngineParts:
         raise ModelNotLoaded(error) from error
     views = model.arena.views()
     dtype = views["model.embed_tokens.weight"].dtype
+    if settings.batch_invariant:
+        _check_batch_invariant(device, dtype)
     request = _memory_request(settings, model.config, device)
     free_bytes = _free_bytes(device, settings.gpu_memory_fraction, model.manifest.nbytes)
     memory = plan_memory(model.config, request, dtype, free_bytes)
@@ -117,6 +121,7 @@ def load_device_side(settings: EngineSettings) -> EngineParts:
             step_token_budget=request.step_token_budget,
             page_tokens=memory.page_tokens,
             checkpoint_interval_tokens=settings.checkpoint_interval_tokens,
+            fixed_chunk_tokens=fixed_chunk_tokens(memory) if settings.batch_invariant else 0,
         )
     except ValueError as error:
         raise SettingsContradict(str(error)) from error
@@ -134,7 +139,7 @@ def load_device_side(settings: EngineSettings) -> EngineParts:
         max_adapter_rank=memory.max_adapter_rank,
         max_running=limits.num_most_running,
     )
-    runner = TorchRunner(model.config, views, memory)
+    runner = TorchRunner(model.config, views, memory, is_batch_invariant=settings.batch_invariant)
     if has_graphs:
         _capture(runner)
     return EngineParts(runner, runner.adapters, weights, limits, info)
@@ -215,6 +220,22 @@ def _check_fp8(device: torch.device) -> None:
         raise SettingsContradict(
             f"kv_dtype is fp8, which needs compute capability {needed}; the GPU has {has}"
         )
+
+
+def _check_batch_invariant(device: torch.device, dtype: torch.dtype) -> None:
+    """Raises SettingsContradict where no kernels are that cut every batch alike; a CPU needs none."""
+    if device.type == "cpu":
+        return
+    name = str(dtype).removeprefix("torch.")
+    why = why_no_kernels(device) or (f"the format is {name}" if dtype is not torch.bfloat16 else None)
+    if why is not None:
+        raise SettingsContradict(f"batch_invariant needs the kernels for bfloat16 on a GPU, but {why}")
+
+
+def fixed_chunk_tokens(memory: MemoryPlan) -> int:
+    """The most tokens, up to a bound, that are whole pages and fit a step in which everybody decodes."""
+    fitting = min(_MOST_FIXED_CHUNK_TOKENS, memory.step_token_budget - memory.max_running)
+    return max(fitting // memory.page_tokens, 1) * memory.page_tokens
 
 
 def _has_kernels(device: torch.device) -> bool:

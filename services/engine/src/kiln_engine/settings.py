@@ -37,6 +37,11 @@ class EngineSettings(BaseSettings):
     cuda_graphs: bool = Field(
         True, description="capture steps as CUDA graphs at start, without which they are launched (GPU)"
     )
+    batch_invariant: bool = Field(
+        False,
+        description="give a seeded request the same tokens, to the bit, alone and in any batch; slower:"
+        " see operations.md (on a GPU: bfloat16 only)",
+    )
     num_threads: PositiveInt = Field(1, description="CPU threads of a step")
 
     page_tokens: PositiveInt = Field(16, description="tokens in one KV page")

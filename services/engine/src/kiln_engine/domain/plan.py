@@ -14,6 +14,7 @@ commits), so that a row planned before anybody has read that token can be fed fr
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from kiln_engine.domain.request import SamplingParams
@@ -102,6 +103,13 @@ class BatchPlan:
     @property
     def is_empty(self) -> bool:
         return not self.decode_rows and not self.prefill_chunks
+
+    def one_by_one(self) -> Iterator[BatchPlan]:
+        """A plan for each sequence alone; together they do the same."""
+        for row in self.decode_rows:
+            yield BatchPlan(self.step_id, (row,))
+        for chunk in self.prefill_chunks:
+            yield BatchPlan(self.step_id, prefill_chunks=(chunk,))
 
     @property
     def sequence_ids(self) -> tuple[int, ...]:

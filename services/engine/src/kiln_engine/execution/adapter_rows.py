@@ -5,7 +5,7 @@ Legend: `S` slots, `T` tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,11 +32,16 @@ _NUM_HOST_BUFFERS = 3
 
 @dataclass(frozen=True)
 class ResidentAdapter:
-    """What a step must know of an adapter: its rank, its scaling, the modules it adapts."""
+    """What a step must know of an adapter: its rank, its scaling, the modules it adapts.
+
+    Adapters of one token are added in the order of `digest`, then of their slots, which depend on what
+    else was loaded. The digest is empty where that may change the last bits.
+    """
 
     rank: int
     scaling: float
     module_paths: frozenset[str]
+    digest: str = ""
 
 
 def groups_of(plan: BatchPlan, resident: Mapping[int, ResidentAdapter]) -> list[TokenGroup]:
@@ -58,24 +63,31 @@ def groups_of(plan: BatchPlan, resident: Mapping[int, ResidentAdapter]) -> list[
 def _uses(
     adapter_slots: tuple[tuple[int, float], ...], resident: Mapping[int, ResidentAdapter]
 ) -> tuple[AdapterUse, ...]:
-    """By slot, so that rows that name the same adapters in another order share tiles."""
+    """In one order, so that rows that name the same adapters in another order share tiles."""
     scales: dict[int, float] = {}
     for slot, scale in adapter_slots:
         # A row may name one adapter twice: then its scales add up.
         scales[slot] = scales.get(slot, 0.0) + scale
     return tuple(
-        AdapterUse(slot - 1, resident[slot].rank, scales[slot] * resident[slot].scaling)
-        for slot in sorted(scales)
-        if slot
+        AdapterUse(
+            slot - 1, resident[slot].rank, scales[slot] * resident[slot].scaling, resident[slot].digest
+        )
+        for slot in in_order(filter(None, scales), resident)
     )
 
 
-def lora_rows(groups: list[TokenGroup], device: torch.device) -> LoraRows:
-    """Rows of exactly these groups."""
+def in_order(slots: Iterable[int], resident: Mapping[int, ResidentAdapter]) -> list[int]:
+    """Slots in the order in which a token's adapters are added."""
+    return sorted(slots, key=lambda slot: (resident[slot].digest, slot))
+
+
+def lora_rows(
+    groups: list[TokenGroup], device: torch.device, *, is_batch_invariant: bool = False
+) -> LoraRows:
+    """Rows of exactly these groups; if batch-invariant, in the tiles that graphs have, which cut all sums alike."""
     num_tokens = sum(len(group.tokens) for group in groups)
-    words, shape = pack_exactly(
-        groups, DECODE_TILE_TOKENS if num_tokens < _MANY_TOKENS else PREFILL_TILE_TOKENS
-    )
+    has_small_tiles = is_batch_invariant or num_tokens < _MANY_TOKENS
+    words, shape = pack_exactly(groups, DECODE_TILE_TOKENS if has_small_tiles else PREFILL_TILE_TOKENS)
     return LoraRows.over(to_device(torch.from_numpy(words), device), shape)
 
 

@@ -14,7 +14,7 @@ from itertools import pairwise
 
 import torch
 
-from kiln_engine.execution.adapter_rows import ResidentAdapter
+from kiln_engine.execution.adapter_rows import ResidentAdapter, in_order
 from kiln_engine.execution.adapter_tables import AdaptedLinear, AdapterTables
 from kiln_engine.model import to_device
 from kiln_nn.kernels.lora import AdapterStack, TokenGroup, lora_add_stacked_
@@ -86,7 +86,7 @@ class StackedRows:
                 if slot not in self._columns:
                     self._columns[slot] = torch.zeros(num_tokens)
                 self._columns[slot][group.tokens] = use.scale
-        self._slots = tuple(sorted(self._columns))
+        self._slots = tuple(in_order(self._columns, resident))
         self._factors: dict[tuple[tuple[int, ...], int], tuple[torch.Tensor, torch.Tensor | None]] = {}
 
     def add_(self, path: str, x_TI: torch.Tensor, y_TO: torch.Tensor) -> None:

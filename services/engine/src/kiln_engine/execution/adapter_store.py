@@ -9,6 +9,7 @@ Legend: `T` tokens, `I`/`O` inputs and outputs of a linear layer.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -66,11 +67,13 @@ class AdapterStore:
         max_rank: int,
         dtype: torch.dtype,
         device: torch.device,
+        is_batch_invariant: bool = False,
     ) -> None:
         self.num_slots = num_slots
         self.max_rank = max_rank
         self._config = config
         self._device = device
+        self._is_batch_invariant = is_batch_invariant
         self._tables = AdapterTables(config, num_slots, max_rank, dtype, device)
         self._stacks = AdapterStacks(self._tables)
         self._staged: dict[int, ResidentAdapter] = {}
@@ -104,7 +107,8 @@ class AdapterStore:
         if rank > self.max_rank:
             raise AdapterRankTooHigh(rank, self.max_rank)
         self._tables.write(slot - 1, adapter.tensors)
-        self._staged[slot] = ResidentAdapter(rank, adapter.spec.scaling, frozenset(adapter.tensors))
+        digest = hashlib.sha256(adapter_bytes).hexdigest() if self._is_batch_invariant else ""
+        self._staged[slot] = ResidentAdapter(rank, adapter.spec.scaling, frozenset(adapter.tensors), digest)
 
     def activate(self, slot: int) -> None:
         """Let rows name the slot, with what was staged last."""
@@ -126,7 +130,7 @@ class AdapterStore:
         if not groups:
             return None
         if self._tables.uses_kernel:
-            return lora_rows(groups, self._device)
+            return lora_rows(groups, self._device, is_batch_invariant=self._is_batch_invariant)
         place = (self._device, self._tables.dtype)
         return StackedRows(plan.num_tokens, groups, self._stacks, self._resident, place)
 

@@ -21,7 +21,7 @@ from kiln_engine.model.step_layout import join_layouts
 from kiln_nn.blocks import Weights
 from kiln_nn.config import ModelConfig
 
-_Rows = Sequence[tuple[int, RowSampling]]
+_Rows = list[tuple[int, RowSampling]]
 # Lengths between which the kernels of prompts change, and the attention tiles of such prompts.
 _COMPILED_PROMPTS = (512, 2048)
 _LONG_PROMPT_TILE_ROWS = 128
@@ -52,10 +52,19 @@ class TorchRunner:
     one stream, so steps take effect in the order of their launch; on a CPU `launch` does the work.
 
     After `capture` a step's decode rows and its chunks each run as a graph where one holds them;
-    otherwise they go through the layers together, kernel by kernel.
+    otherwise they go through the layers together, kernel by kernel. If it is batch-invariant, what a
+    sequence gets has the same bits in any company: from kernels that are cut alike for every batch, or,
+    on a CPU, because every sequence goes through the layers on its own.
     """
 
-    def __init__(self, config: ModelConfig, weights: Weights, memory: MemoryPlan) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Weights,
+        memory: MemoryPlan,
+        *,
+        is_batch_invariant: bool = False,
+    ) -> None:
         device, dtype = _place_of(weights)
         if device.type == "cpu":
             keep_freed_memory()
@@ -82,8 +91,17 @@ class TorchRunner:
             max_rank=memory.max_adapter_rank,
             dtype=dtype,
             device=device,
+            is_batch_invariant=is_batch_invariant,
         )
-        self.model = PagedModel(config, weights, self.kv, self.states, memory.max_model_len)
+        self.model = PagedModel(
+            config,
+            weights,
+            self.kv,
+            self.states,
+            memory.max_model_len,
+            is_batch_invariant=is_batch_invariant,
+        )
+        self._is_batch_invariant = is_batch_invariant
         self._sampled_ids = SampledIds(memory.num_state_slots, device)
         self._max_rows = memory.max_running
         self._dtype = dtype
@@ -104,7 +122,7 @@ class TorchRunner:
         reserved_bytes = torch.cuda.memory_reserved()
         num_rows, vocab_size = max(self._max_rows, PREFILL_CHUNKS), self.config.vocab_size
         logits_RV = torch.empty((num_rows, vocab_size), dtype=torch.float32, device=self.device)
-        sampler = Sampler(num_rows, vocab_size, self.device)
+        sampler = Sampler(num_rows, vocab_size, self.device, is_batch_invariant=self._is_batch_invariant)
         pool = torch.cuda.graph_pool_handle()
         parts = GraphParts(self.model, self.adapters, sampler, self._sampled_ids, logits_RV, pool)
         graphs = StepGraphs(parts, self._max_rows)
@@ -116,7 +134,8 @@ class TorchRunner:
     def _compile_long_prompts(self) -> None:
         """Run passes of nothing but padding, so that the first long prompt finds its kernels."""
         shape = self.model.shape
-        if self._dtype is not torch.float32:  # which has no larger tiles than graphs use
+        # Float32 has no larger tiles than graphs use.
+        if self._dtype is not torch.float32 and not shape.has_one_tile_size:
             shape = replace(shape, graph_tile_rows=_LONG_PROMPT_TILE_ROWS)
         # Longer passes than a step's have no room.
         for num_tokens in (length for length in _COMPILED_PROMPTS if length <= self._step_token_budget):
@@ -127,13 +146,14 @@ class TorchRunner:
     @torch.inference_mode()
     def launch(self, plan: BatchPlan) -> TorchStep:
         """Start one step; on a GPU it returns as soon as the work is queued."""
-        rows = [(row.sequence_id, row.sampling) for row in plan.decode_rows]
-        samples = [(c.sequence_id, c.sampling) for c in plan.prefill_chunks if c.sampling is not None]
-        parts = []
+        rows, samples = _rows_of(plan), _samples_of(plan)
+        parts: list[tuple[_Rows, PendingDraws | None]] = []
         rows_graph = self._graphs.for_rows(plan) if self._graphs and plan.decode_rows else None
         chunks_graph = self._graphs.for_chunks(plan) if self._graphs and plan.prefill_chunks else None
-        if (plan.decode_rows and rows_graph is None) or (plan.prefill_chunks and chunks_graph is None):
-            parts.append((rows + samples, self._launch_kernels(plan, rows + samples)))
+        if self._is_batch_invariant and self.device.type == "cpu":
+            parts += [self._launch_kernels(alone) for alone in plan.one_by_one()]
+        elif (plan.decode_rows and rows_graph is None) or (plan.prefill_chunks and chunks_graph is None):
+            parts.append(self._launch_kernels(plan))
         else:
             self.model.prepare(plan, has_clean_memory=False)
             if rows_graph is not None:
@@ -142,8 +162,9 @@ class TorchRunner:
                 parts.append((samples, chunks_graph.run(plan, [sampling for _, sampling in samples])))
         return TorchStep(plan.step_id, [(drawn, draws) for drawn, draws in parts if draws is not None])
 
-    def _launch_kernels(self, plan: BatchPlan, rows: _Rows) -> PendingDraws | None:
-        """The whole step, kernel by kernel."""
+    def _launch_kernels(self, plan: BatchPlan) -> tuple[_Rows, PendingDraws | None]:
+        """The whole step, kernel by kernel; returns what is drawn and for whom."""
+        rows = _rows_of(plan) + _samples_of(plan)
         self.model.prepare(plan)
         layout = self.model.layout(plan)
         self._sampled_ids.feed_(layout)
@@ -151,10 +172,19 @@ class TorchRunner:
         adapters = None if adapter_rows is None else self.adapters.of_step(adapter_rows)
         logits_RV = self.model.forward(layout, Linears(self.model.matrices, adapters))
         if not rows:
-            return None
-        draws = sample(logits_RV, [sampling for _, sampling in rows])
+            return rows, None
+        samplings = [sampling for _, sampling in rows]
+        draws = sample(logits_RV, samplings, is_batch_invariant=self._is_batch_invariant)
         self._sampled_ids.keep_rows(layout.kept_slots, draws.token_ids_R)
-        return draws
+        return rows, draws
+
+
+def _rows_of(plan: BatchPlan) -> _Rows:
+    return [(row.sequence_id, row.sampling) for row in plan.decode_rows]
+
+
+def _samples_of(plan: BatchPlan) -> _Rows:
+    return [(chunk.sequence_id, chunk.sampling) for chunk in plan.prefill_chunks if chunk.sampling]
 
 
 def _place_of(weights: Weights) -> tuple[torch.device, torch.dtype]:

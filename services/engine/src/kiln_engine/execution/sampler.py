@@ -73,8 +73,15 @@ class Sampler:
     """
 
     def __init__(
-        self, max_rows: int, vocab_size: int, device: torch.device, max_edits: int = MAX_EDITS
+        self,
+        max_rows: int,
+        vocab_size: int,
+        device: torch.device,
+        max_edits: int = MAX_EDITS,
+        *,
+        is_batch_invariant: bool = False,
     ) -> None:
+        self.is_batch_invariant = is_batch_invariant
         self.max_rows = max_rows
         self._vocab_size = vocab_size
         self._device = device
@@ -110,7 +117,9 @@ class Sampler:
         num_rows = tables.rows_RF.shape[0]
         assert logits_RV.shape[1] == self._vocab_size
         token_ids_R = self._token_ids_R[:num_rows]
-        draw_tokens(logits_RV, tables.rows_RF, tables.edits_EF, out=(token_ids_R, self._drawn_RF[:num_rows]))
+        out = (token_ids_R, self._drawn_RF[:num_rows])
+        is_invariant = self.is_batch_invariant
+        draw_tokens(logits_RV, tables.rows_RF, tables.edits_EF, out=out, is_batch_invariant=is_invariant)
         return token_ids_R
 
     def pending(self, rows: Sequence[RowSampling]) -> PendingDraws:
@@ -118,13 +127,29 @@ class Sampler:
         return PendingDraws(self._token_ids_R[: len(rows)], self._drawn_RF[: len(rows)], rows)
 
 
-def sample(logits_RV: torch.Tensor, rows: Sequence[RowSampling]) -> PendingDraws:
+def sample(
+    logits_RV: torch.Tensor, rows: Sequence[RowSampling], *, is_batch_invariant: bool = False
+) -> PendingDraws:
     """Draw one token per row from float32 logits, which are not changed, whatever the rows ask for."""
     tables = exact_tables(rows, logits_RV.device)
-    token_ids_R, drawn_RF = draw_tokens(logits_RV, tables.rows_RF, tables.edits_EF)
+    token_ids_R, drawn_RF = draw_tokens(
+        logits_RV, tables.rows_RF, tables.edits_EF, is_batch_invariant=is_batch_invariant
+    )
     if any(row.params.num_top_logprobs for row in rows):
-        drawn_RF = torch.cat([drawn_RF, _top_logprobs(logits_RV, rows)], dim=1)
+        top = _top_logprobs_by_row if is_batch_invariant else _top_logprobs
+        drawn_RF = torch.cat([drawn_RF, top(logits_RV, rows)], dim=1)
     return PendingDraws(token_ids_R, drawn_RF, rows)
+
+
+def _top_logprobs_by_row(logits_RV: torch.Tensor, rows: Sequence[RowSampling]) -> torch.Tensor:
+    """The same, each row by itself: torch cuts its sums by the number of rows."""
+    most = min(max(row.params.num_top_logprobs for row in rows), logits_RV.shape[1])
+    columns = torch.zeros(len(rows), 2, most, dtype=torch.float64, device=logits_RV.device)
+    for i, row in enumerate(rows):
+        if row.params.num_top_logprobs:
+            own = _top_logprobs(logits_RV[i : i + 1], [row]).view(2, -1)
+            columns[i, :, : own.shape[1]] = own
+    return columns.view(len(rows), 2 * most)
 
 
 def _top_logprobs(logits_RV: torch.Tensor, rows: Sequence[RowSampling]) -> torch.Tensor:

@@ -73,7 +73,8 @@ class CapturedStep:
             return None
         sampler = self._parts.sampler
         if sampler.needs_eager(rows):
-            draws = sample(self._logits_RV[: len(rows)], rows)
+            is_invariant = sampler.is_batch_invariant
+            draws = sample(self._logits_RV[: len(rows)], rows, is_batch_invariant=is_invariant)
             self._parts.sampled_ids.keep_rows(self._layout.kept_slots[: len(rows)], draws.token_ids_R)
             return draws
         sampler.prepare(rows, self._capacity)

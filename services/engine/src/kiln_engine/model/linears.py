@@ -5,7 +5,6 @@ Legend: `T` tokens, `I`/`O` inputs and outputs of a linear layer, `F` feed-forwa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Protocol
@@ -14,7 +13,7 @@ import torch
 
 from kiln_nn.blocks import Weights, head_weight
 from kiln_nn.config import ModelConfig
-from kiln_nn.kernels.linear import linear, linear_partials, linear_swiglu
+from kiln_nn.kernels.linear import LinearConfig, invariant_config, linear, linear_partials, linear_swiglu
 from kiln_nn.kernels.swiglu import swiglu
 from kiln_nn.weights.names import FUSED_GROUPS
 
@@ -35,10 +34,12 @@ class BaseMatrices:
     """The base model's matrices by fused path, such as `model.layers.0.mlp.gate_up_proj`.
 
     Parts that lie back to back in the weight arena are one view of it; others stay apart. Nothing is
-    copied either way.
+    copied either way. If they are batch-invariant, the kernels have one tiling for every number of
+    tokens, and a step with adapters runs the same ones as a step without.
     """
 
-    def __init__(self, config: ModelConfig, weights: Weights) -> None:
+    def __init__(self, config: ModelConfig, weights: Weights, *, is_batch_invariant: bool = False) -> None:
+        self.is_batch_invariant = is_batch_invariant
         self._parts: dict[str, tuple[torch.Tensor, ...]] = {}
         for index, kind in enumerate(config.layer_types):
             mixer = "linear_attn." if kind == "linear_attention" else "self_attn."
@@ -55,6 +56,10 @@ class BaseMatrices:
         """The layer's matrices `[O, I]`, to be read as one on top of the other."""
         return self._parts[path]
 
+    def tiling(self, weight_OI: torch.Tensor) -> LinearConfig | None:
+        """How the kernels must be cut for this matrix; None leaves it to them."""
+        return invariant_config(*weight_OI.shape) if self.is_batch_invariant else None
+
 
 @dataclass(frozen=True)
 class Linears:
@@ -67,16 +72,16 @@ class Linears:
         """Outputs of all the layers fused under `path`, side by side: `[T, O]`."""
         parts = self.base.parts(path)
         if self.adapters is None:
-            return _side_by_side(x_TI, parts)
+            return self._side_by_side(x_TI, parts)
         begun = self.adapters.begin(path, x_TI)
-        y_TO = _side_by_side(x_TI, parts, shows_producers=True)
+        y_TO = self._side_by_side(x_TI, parts, shows_producers=True)
         self.adapters.finish(path, x_TI, y_TO, begun)
         return y_TO
 
     def gated(self, path: str, x_TI: torch.Tensor) -> torch.Tensor:
         """`silu(gate(x)) * up(x)` of the layers fused under `path`, `[T, F]`."""
         parts = self.base.parts(path)
-        if self.adapters is None and len(parts) == 1:
+        if self.adapters is None and len(parts) == 1 and not self.base.is_batch_invariant:
             return linear_swiglu(x_TI, parts[0])
         return swiglu(*self.apply(path, x_TI).chunk(2, dim=1))
 
@@ -84,22 +89,37 @@ class Linears:
         """Outputs for `add_rms_norm`: partial sums `[S, T, O]`, with what adapters add in the first one."""
         (weight_OI,) = self.base.parts(path)
         if self.adapters is None:
-            return linear_partials(x_TI, weight_OI)
+            return self._partial_sums(x_TI, weight_OI)
         begun = self.adapters.begin(path, x_TI)
-        y_STO = linear_partials(x_TI, weight_OI, shows_producers=True)
+        y_STO = self._partial_sums(x_TI, weight_OI, shows_producers=True)
         self.adapters.finish(path, x_TI, y_STO[0], begun)
         return y_STO
 
     def head(self, x_TD: torch.Tensor, out_TV: torch.Tensor | None = None) -> torch.Tensor:
         """Logits `[T, V]` in float32, in `out_TV` if it is given."""
-        return linear(x_TD, self.base.head_VD, out_dtype=torch.float32, out=out_TV)
+        head_VD = self.base.head_VD
+        return linear(x_TD, head_VD, out_dtype=torch.float32, out=out_TV, config=self.base.tiling(head_VD))
 
+    def _side_by_side(
+        self, x_TI: torch.Tensor, parts: tuple[torch.Tensor, ...], *, shows_producers: bool = False
+    ) -> torch.Tensor:
+        outputs = [
+            linear(x_TI, part, config=self.base.tiling(part), shows_producers=shows_producers)
+            for part in parts
+        ]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
-def _side_by_side(
-    x_TI: torch.Tensor, parts: Sequence[torch.Tensor], *, shows_producers: bool = False
-) -> torch.Tensor:
-    outputs = [linear(x_TI, part, shows_producers=shows_producers) for part in parts]
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+    def _partial_sums(
+        self, x_TI: torch.Tensor, weight_OI: torch.Tensor, *, shows_producers: bool = False
+    ) -> torch.Tensor:
+        # Kept apart they meet what adapters add in the same order, however many tokens there are.
+        return linear_partials(
+            x_TI,
+            weight_OI,
+            config=self.base.tiling(weight_OI),
+            shows_producers=shows_producers,
+            is_apart=self.base.is_batch_invariant,
+        )
 
 
 def _joined(parts: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:

@@ -31,10 +31,21 @@ from kiln_nn.weights.names import EMBEDDING
 
 
 class PagedModel:
-    """The model and its memory. `forward` is called by one thread, one step after the other."""
+    """The model and its memory. `forward` is called by one thread, one step after the other.
+
+    If it is batch-invariant, what the kernels make of a row or a chunk has the same bits in every
+    step. References do not take part in that.
+    """
 
     def __init__(
-        self, config: ModelConfig, weights: Weights, kv: KvStore, states: StateStore, max_model_len: int
+        self,
+        config: ModelConfig,
+        weights: Weights,
+        kv: KvStore,
+        states: StateStore,
+        max_model_len: int,
+        *,
+        is_batch_invariant: bool = False,
     ) -> None:
         self.config = config
         self.weights = weights
@@ -48,9 +59,11 @@ class PagedModel:
             num_grouped_heads=config.num_attention_heads // config.num_kv_heads,
             # Float32 has no larger ones.
             graph_tile_rows=16 if weights[EMBEDDING].dtype is torch.float32 else 64,
+            has_one_tile_size=is_batch_invariant,
         )
+        self.is_batch_invariant = is_batch_invariant
         self.pages = PageTable(self.shape, self.device)
-        self.matrices = BaseMatrices(config, weights)
+        self.matrices = BaseMatrices(config, weights, is_batch_invariant=is_batch_invariant)
         self._inverse_frequencies = inverse_frequencies(config, self.device)
         # Place of each layer among those of its kind.
         kinds = config.layer_types
@@ -154,6 +167,7 @@ class PagedModel:
                     scale,
                     gate_RHD=gate[:num_rows],
                     table_rows_R=decode.table_rows_R,
+                    is_batch_invariant=self.is_batch_invariant,
                 )
             )
         if layout.prefill is not None:
@@ -166,6 +180,7 @@ class PagedModel:
                     scale,
                     gate_THD=gate[num_rows:],
                     table_rows_N=layout.prefill.table_rows_N,
+                    is_batch_invariant=self.is_batch_invariant,
                 )
             )
         return linears.partials(f"{path}.o_proj", _joined(outputs).flatten(1))
@@ -179,13 +194,17 @@ class PagedModel:
         mixed, z, b, a = projected.split((config.conv_dim, config.value_dim, num_heads, num_heads), dim=1)
         z = z.view(-1, num_heads, config.linear_value_head_dim)
         own, slots = self._delta_weights[state_layer], self.states.layer(state_layer).slots
-        num_rows, outputs = layout.num_decode_rows, []
+        num_rows, outputs, is_invariant = layout.num_decode_rows, [], self.is_batch_invariant
         if layout.decode is not None:
             rows = (part[:num_rows] for part in (mixed, a, b, z))
-            outputs.append(delta_decode(slots, layout.decode.delta, own, *rows, commits=False))
+            delta = layout.decode.delta
+            outputs.append(
+                delta_decode(slots, delta, own, *rows, commits=False, is_batch_invariant=is_invariant)
+            )
         if layout.prefill is not None:
             tokens = (part[num_rows:] for part in (mixed, a, b, z))
-            outputs.append(delta_prefill(slots, layout.prefill.delta, own, *tokens))
+            chunks = layout.prefill.delta
+            outputs.append(delta_prefill(slots, chunks, own, *tokens, is_batch_invariant=is_invariant))
         return linears.partials(f"{path}.out_proj", _joined(outputs).flatten(1))
 
 

@@ -87,13 +87,14 @@ def prefill_numbers(
     sampled = [i for i, chunk in enumerate(chunks) if chunk.sampling is not None]
     num_samples = len(sampled)
     delta_capacity = tile_capacity = None
+    tile_tokens = max(1, shape.graph_tile_rows // (1 << (shape.num_grouped_heads - 1).bit_length()))
     if capacity is None:
         num_tokens, num_chunks = ends[-1], len(chunks)
-        tile_tokens = choose_tile_tokens(lengths, shape.num_grouped_heads)
+        if not shape.has_one_tile_size:
+            tile_tokens = choose_tile_tokens(lengths, shape.num_grouped_heads)
     else:
         num_tokens, num_chunks = capacity.num_tokens, capacity.num_chunks
         num_samples = num_chunks
-        tile_tokens = max(1, shape.graph_tile_rows // (1 << (shape.num_grouped_heads - 1).bit_length()))
         tile_capacity = most_tiles(num_chunks, num_tokens, tile_tokens)
         delta_capacity = ChunkCapacity.of(num_chunks, num_tokens, shape.page_tokens)
     delta = chunk_lists([_chunk_slots(chunk) for chunk in chunks], shape.page_tokens, delta_capacity)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -20,10 +21,12 @@ class StoreShape:
     num_grouped_heads: int = 1
     # Rows (tokens times grouped heads) of such a tile in the steps that graphs serve.
     graph_tile_rows: int = 64
+    # Whether all steps have such tiles.
+    has_one_tile_size: bool = False
 
     @classmethod
     def of(
-        cls, *, page_tokens: int, max_model_len: int, num_state_slots: int, **attention: int
+        cls, *, page_tokens: int, max_model_len: int, num_state_slots: int, **attention: Any
     ) -> StoreShape:
         """`attention`: the fields that say how prompt attention is cut."""
         return cls(page_tokens, -(-max_model_len // page_tokens), num_state_slots, **attention)

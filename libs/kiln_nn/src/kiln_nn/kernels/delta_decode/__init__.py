@@ -41,6 +41,7 @@ def delta_decode(
     z_RHV: torch.Tensor,
     *,
     commits: bool = True,
+    is_batch_invariant: bool = False,
 ) -> torch.Tensor:
     """Advance every row by one token and write what it leaves behind into `memory`.
 
@@ -50,7 +51,8 @@ def delta_decode(
     to, and leaves through the gated norm. No host synchronisation on the Triton path.
 
     Without `commits` nothing is committed yet: `delta_commit` does it for all layers, once their
-    steps are done and before the rows' next step. That is faster on a GPU.
+    steps are done and before the rows' next step. That is faster on a GPU. Batch-invariant kernels
+    are the same for any number of rows; the reference ignores that.
 
     Returns: `[R, H, V]` in the format of `z`, ready for the output projection.
 
@@ -67,7 +69,9 @@ def delta_decode(
         from kiln_nn.kernels.delta_decode import triton
 
         if triton.supports(memory, weights, mixed_RC, a_RH, b_RH, z_RHV):
-            return triton.delta_decode(memory, rows, weights, mixed_RC, a_RH, b_RH, z_RHV, commits=commits)
+            config = triton.invariant_config(memory.state_SHKV.dtype) if is_batch_invariant else None
+            inputs = (mixed_RC, a_RH, b_RH, z_RHV)
+            return triton.delta_decode(memory, rows, weights, *inputs, config, commits=commits)
     return delta_decode_reference(memory, rows, weights, mixed_RC, a_RH, b_RH, z_RHV, commits=commits)
 
 

@@ -66,6 +66,11 @@ def choose(num_rows: int, state_dtype: torch.dtype) -> StepConfig:
     return CONFIGS[state_dtype]
 
 
+def invariant_config(state_dtype: torch.dtype) -> StepConfig:
+    """The one configuration for every number of rows."""
+    return replace(CONFIGS[state_dtype], most_prefetched_rows=0)
+
+
 def supports(
     memory: DeltaMemory,
     weights: DeltaDecodeWeights,

@@ -36,13 +36,16 @@ def delta_prefill(
     a_TH: torch.Tensor,
     b_TH: torch.Tensor,
     z_THV: torch.Tensor,
+    *,
+    is_batch_invariant: bool = False,
 ) -> torch.Tensor:
     """Run every chunk through the layer and write what it leaves behind into `memory`.
 
     `mixed_TC` are the rows q|k|v before the convolution, `a`, `b` and `z` the layer's other
     projections. Each chunk goes on from its slot's state and tail, through convolution, L2
     norms and the gated delta rule, and leaves states, tails and a ring as `DeltaChunks` says,
-    from which `delta_decode` goes on. No host synchronisation on the Triton path.
+    from which `delta_decode` goes on. No host synchronisation on the Triton path. Batch-invariant
+    kernels are cut alike for any number of chunks; the reference ignores that.
 
     Returns: `[T, H, V]` in the format of `z`, ready for the output projection; tokens of no chunk
     (they can only be the last ones) are zero.
@@ -62,5 +65,6 @@ def delta_prefill(
         from kiln_nn.kernels.delta_prefill import triton
 
         if triton.supports(memory, weights, mixed_TC, a_TH, b_TH, z_THV):
-            return triton.delta_prefill(memory, chunks, weights, mixed_TC, a_TH, b_TH, z_THV)
+            config = triton.invariant_config(mixed_TC.dtype, mixed_TC.device) if is_batch_invariant else None
+            return triton.delta_prefill(memory, chunks, weights, mixed_TC, a_TH, b_TH, z_THV, config)
     return delta_prefill_reference(memory, chunks, weights, mixed_TC, a_TH, b_TH, z_THV)

@@ -23,7 +23,7 @@ The scratch takes 41 KB a token at the 4B shape in bf16; it is freed when the la
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -125,6 +125,12 @@ def supports(
 def config_for(dtype: torch.dtype, device: torch.device) -> PrefillConfig:
     """The configuration for inputs of this format."""
     return CONFIGS[dtype, device_limits(device).shared_memory_bytes >= 200 * 1024]
+
+
+def invariant_config(dtype: torch.dtype, device: torch.device) -> PrefillConfig:
+    """The same, with one cut of the pass for any number of chunks."""
+    config = config_for(dtype, device)
+    return replace(config, pass_blocks=config.pass_blocks[:1])
 
 
 @dataclass(frozen=True)

@@ -72,8 +72,12 @@ def linear_partials(
     *,
     config: LinearConfig | None = None,
     shows_producers: bool = False,
+    is_apart: bool = False,
 ) -> torch.Tensor:
     """`x Wᵀ` as partial sums for `add_rms_norm`, which adds them up in their order; see `linear`.
+
+    With many tokens a kernel adds them up itself, unless they are to stay apart: what is added to
+    the first of them on the way is then rounded alike for any number of tokens.
 
     Returns: `[S, T, O]` in float32; where the library computes it, `[1, T, O]` in the format of `x`.
 
@@ -86,7 +90,8 @@ def linear_partials(
         return reference.linear_partials(x_TI, w_OI)
     from kiln_nn.kernels.linear import streaming
 
-    return streaming.linear_partials(x_TI, w_OI, tiling, shows_producers=shows_producers)
+    options = {"shows_producers": shows_producers, "is_apart": is_apart}
+    return streaming.linear_partials(x_TI, w_OI, tiling, **options)
 
 
 def _tiling(

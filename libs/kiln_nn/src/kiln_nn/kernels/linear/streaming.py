@@ -62,14 +62,19 @@ def linear_swiglu(x_TI: torch.Tensor, gate_up_OI: torch.Tensor, config: LinearCo
 
 
 def linear_partials(
-    x_TI: torch.Tensor, w_OI: torch.Tensor, config: LinearConfig, *, shows_producers: bool = False
+    x_TI: torch.Tensor,
+    w_OI: torch.Tensor,
+    config: LinearConfig,
+    *,
+    shows_producers: bool = False,
+    is_apart: bool = False,
 ) -> torch.Tensor:
     """Partial sums `[S, T, O]` in float32.
 
-    With many tokens one program computes all sums of a tile and adds them up itself: to the bit
-    what the norm makes of the others.
+    With many tokens, unless sums stay apart, one program computes all sums of a tile and adds them
+    up itself: to the bit what the norm makes of the others.
     """
-    is_folded = x_TI.shape[0] > _MOST_TOKENS_APART
+    is_folded = not is_apart and x_TI.shape[0] > _MOST_TOKENS_APART
     splits = 1 if is_folded else config.splits
     out_STO = x_TI.new_empty((splits, x_TI.shape[0], w_OI.shape[0]), dtype=torch.float32)
     _launch(

@@ -23,11 +23,16 @@ PREFILL_TILE_TOKENS = 64
 
 @dataclass(frozen=True)
 class AdapterUse:
-    """One adapter of a token: its place in the tables, its rank and the factor on `B A x`."""
+    """One adapter of a token: its place in the tables, its rank and the factor on `B A x`.
+
+    Where tokens with different adapters share a tile, these are added in the order of `key`, then
+    of their places; each group's own uses should stand in that order.
+    """
 
     table_index: int
     rank: int
     scale: float
+    key: str = ""
 
 
 @dataclass(frozen=True)
@@ -152,7 +157,8 @@ def _make_few_tiles(groups: Sequence[TokenGroup], tile_tokens: int) -> list[_Til
         key=lambda group: [use.table_index for use in group.uses],
     )
     all_uses = {use.table_index: use for group in using for use in group.uses}
-    tiles = _cut(using, tuple(all_uses[index] for index in sorted(all_uses)), tile_tokens)
+    in_order = sorted(all_uses.values(), key=lambda use: (use.key, use.table_index))
+    tiles = _cut(using, tuple(in_order), tile_tokens)
     return [_without_unused(tile) for tile in tiles if tile.scales_EM.any()]
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 
 from kiln_nn.kernels.checks import check_shape
@@ -39,6 +42,7 @@ def paged_decode_attention(
     *,
     gate_RHD: torch.Tensor | None = None,
     table_rows_R: torch.Tensor | None = None,
+    is_batch_invariant: bool = False,
 ) -> torch.Tensor:
     """Attend from one new token per row to its sequence, the token itself included.
 
@@ -48,7 +52,8 @@ def paged_decode_attention(
     its output is zero. With a gate, the output is multiplied by its sigmoid.
 
     On a GPU nothing depends on a length the host would have to know, so the call can be
-    captured in a CUDA graph and replayed for any lengths that fit the page table.
+    captured in a CUDA graph and replayed for any lengths that fit the page table. A batch-invariant
+    kernel cuts a context by its length alone, whatever the number of rows; the reference ignores that.
 
     Returns: `[R, H, D]` in the format of `q_RHD`.
     """
@@ -63,12 +68,15 @@ def paged_decode_attention(
     if table_rows_R is not None:
         check_shape("table_rows", table_rows_R, (num_rows,))
     inputs = (q_RHD, k_cache_PShD, v_cache_PShD, page_table_SM, context_lengths_R)
-    implementation = reference.paged_decode_attention
+    implementation: Callable[..., torch.Tensor] = reference.paged_decode_attention
     if takes_triton(*inputs, *optional):
         from kiln_nn.kernels.paged_attention import triton_decode
 
         if triton_decode.takes(q_RHD, k_cache_PShD, v_cache_PShD, gate_RHD):
-            implementation = triton_decode.paged_decode_attention
+            implementation = partial(
+                triton_decode.paged_decode_attention,
+                config=triton_decode.invariant_config(q_RHD.dtype) if is_batch_invariant else None,
+            )
     return implementation(*inputs, scale, gate_RHD=gate_RHD, table_rows_R=table_rows_R)
 
 
@@ -82,6 +90,7 @@ def paged_chunk_attention(
     *,
     gate_THD: torch.Tensor | None = None,
     table_rows_N: torch.Tensor | None = None,
+    is_batch_invariant: bool = False,
 ) -> torch.Tensor:
     """Attend from chunks of several sequences to their pasts and causally to themselves.
 
@@ -90,7 +99,9 @@ def paged_chunk_attention(
     output is multiplied by its sigmoid. `scale` is positive.
 
     On a GPU nothing depends on what the lists hold, so the call can be captured in a CUDA graph
-    and replayed with other chunks that fit the lists. The reference reads them on the host.
+    and replayed with other chunks that fit the lists. The reference reads them on the host. What a
+    batch-invariant kernel makes of a chunk depends on its tiles' size and on no other chunk; the
+    reference ignores that.
 
     Returns: `[T, H, D]` in the format of `q_THD`; tokens behind the last chunk are zero.
 
@@ -108,10 +119,13 @@ def paged_chunk_attention(
     if table_rows_N is not None:
         check_shape("table_rows", table_rows_N, (chunks.num_chunks,))
     inputs = (q_THD, k_cache_PShD, v_cache_PShD, page_table_SM)
-    implementation = reference.paged_chunk_attention
+    implementation: Callable[..., torch.Tensor] = reference.paged_chunk_attention
     if takes_triton(*inputs, chunks.cu_seqlens_N1, *optional):
         from kiln_nn.kernels.paged_attention import triton_prefill
 
         if triton_prefill.takes(q_THD, k_cache_PShD, v_cache_PShD, gate_THD, chunks):
-            implementation = triton_prefill.paged_chunk_attention
+            implementation = partial(
+                triton_prefill.paged_chunk_attention,
+                config=triton_prefill.invariant_config(q_THD.dtype) if is_batch_invariant else None,
+            )
     return implementation(*inputs, chunks, scale, gate_THD=gate_THD, table_rows_N=table_rows_N)

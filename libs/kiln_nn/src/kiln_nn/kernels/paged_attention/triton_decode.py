@@ -111,6 +111,13 @@ def choose_config(
     return DecodeConfig(32, least_part_tokens, num_parts, num_warps=4, num_stages=5)
 
 
+def invariant_config(q_dtype: torch.dtype) -> DecodeConfig:
+    """The one cut for every number of rows: a row's parts then depend on its context alone."""
+    if q_dtype is torch.float32:
+        return DecodeConfig(16, 256, 16, num_warps=4, num_stages=1)
+    return DecodeConfig(32, 256, 16, num_warps=4, num_stages=5)
+
+
 def paged_decode_attention(
     q_RHD: torch.Tensor,
     k_cache_PShD: torch.Tensor,

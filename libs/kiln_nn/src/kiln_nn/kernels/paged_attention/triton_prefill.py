@@ -92,6 +92,13 @@ def choose_config(rows: int, num_programs: int, q_dtype: torch.dtype, device: to
     return PrefillConfig(32, num_parts, num_warps=4, num_stages=5 if rows <= TILE_ROWS[0] else 3)
 
 
+def invariant_config(q_dtype: torch.dtype) -> PrefillConfig:
+    """The one cut for tiles of up to 64 rows, however many there are."""
+    if q_dtype is torch.float32:
+        return PrefillConfig(16, 4, num_warps=4, num_stages=1)
+    return PrefillConfig(32, 4, num_warps=4, num_stages=3)
+
+
 def paged_chunk_attention(
     q_THD: torch.Tensor,
     k_cache_PShD: torch.Tensor,

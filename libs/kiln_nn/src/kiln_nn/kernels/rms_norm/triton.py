@@ -129,10 +129,13 @@ def takes(weight_D: torch.Tensor, *inputs_D: torch.Tensor) -> bool:
 
 
 def _tiling(x_ND: torch.Tensor) -> tuple[tuple[int], dict[str, Any]]:
-    """Grid and configuration: narrow rows share a program."""
+    """Grid and configuration: narrow rows share a program, however few there are.
+
+    So a row is summed in the same order whatever the number of rows.
+    """
     num_rows, width = x_ND.shape
     block = triton.next_power_of_2(width)
-    rows = max(1, min(_ELEMENTS_PER_PROGRAM // block, triton.next_power_of_2(num_rows)))
+    rows = max(1, _ELEMENTS_PER_PROGRAM // block)
     warps = max(1, min(8, rows * block // 256))
     grid = (triton.cdiv(num_rows, rows),)
     dependent = launch_options(supports_dependent_launch(x_ND.device))

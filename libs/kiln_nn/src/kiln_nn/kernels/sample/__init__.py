@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 
 from kiln_nn.kernels.checks import check_shape
@@ -18,6 +21,7 @@ def draw_tokens(
     edits_EF: torch.Tensor,
     *,
     out: tuple[torch.Tensor, torch.Tensor] | None = None,
+    is_batch_invariant: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw one token per row from float32 logits, as the tables of `settings` say.
 
@@ -27,7 +31,8 @@ def draw_tokens(
     the call as before.
 
     On a GPU nothing depends on what the tables hold, so the call can be captured in a CUDA graph.
-    `out` is a place for the result.
+    `out` is a place for the result. Batch-invariant kernels sum a row in the same order in any
+    company, which is slow for flat rows with top-p; the reference ignores that.
 
     Returns: tokens int64 `[R]` and, in the fields that `settings` names, tokens and log-probabilities
         float64 `[R, F]`.
@@ -40,11 +45,11 @@ def draw_tokens(
         out = rows_RF.new_empty(num_rows, dtype=torch.int64), drawn_RF
     check_shape("out tokens", out[0], (num_rows,))
     check_shape("out drawn", out[1], (num_rows, NUM_DRAWN_FIELDS))
-    implementation = reference.draw_tokens
+    implementation: Callable[..., None] = reference.draw_tokens
     if takes_triton(logits_RV, rows_RF, edits_EF):
         from kiln_nn.kernels.sample import triton
 
         if triton.takes(logits_RV, rows_RF, edits_EF):
-            implementation = triton.draw_tokens
+            implementation = partial(triton.draw_tokens, is_batch_invariant=is_batch_invariant)
     implementation(logits_RV, rows_RF, edits_EF, *out)
     return out

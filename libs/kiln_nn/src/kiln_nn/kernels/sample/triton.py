@@ -49,6 +49,8 @@ def draw_tokens(
     edits_EF: torch.Tensor,
     tokens_R: torch.Tensor,
     drawn_RF: torch.Tensor,
+    *,
+    is_batch_invariant: bool = False,
 ) -> None:
     """As the reference, for inputs that `takes` accepts. Edits pass through the logits and are undone."""
     num_rows, vocab_size = logits_RV.shape
@@ -79,7 +81,8 @@ def draw_tokens(
             BLOCK=BLOCK,
             num_warps=_LAUNCH["edit"],
         )
-    num_programs = _programs_per_row(num_rows, num_chunks, logits_RV.device)
+    # The programs that share a row in the search sum it in parts.
+    num_programs = 1 if is_batch_invariant else _programs_per_row(num_rows, num_chunks, logits_RV.device)
     arrivals = new(num_rows, dtype=torch.int32)
     draw_kernel[(num_rows,)](
         logits_RV,
