@@ -135,6 +135,7 @@ class Twin:
             firsts.append(_first_difference(tokens, drawn[row]))
         self.report.facts["alone_identical_share"] = firsts.count(None) / len(firsts)
         self.report.facts["alone_first_differences"] = firsts
+        self.report.facts["is_batch_invariant"] = self._spine.settings.batch_invariant
 
     def run_long(self) -> None:
         """One long answer while many sequences join and leave, some of them cut off; then all is free."""

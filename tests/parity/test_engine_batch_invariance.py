@@ -1,34 +1,53 @@
 """With batch_invariant a request's tokens and log-probabilities have the same bits in any company.
 
-Through settings, scheduler, loop and runner as they serve, float32 on a CPU. Compared are Python
-floats, so equal means equal to the bit.
+Through settings, scheduler, loop and runner as they serve: float32 on a CPU, and on a GPU bfloat16
+with graphs. Compared are Python floats, so equal means equal to the bit.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks.engine.spine import AdapterSlots, Spine, make_settings
-from kiln_engine.device_side import SettingsContradict, load_device_side
+from kiln_engine.device_side import SettingsContradict
 from kiln_engine.domain import AdapterUse, GenerationRequest, SamplingParams
 from kiln_nn.lora import serialize_adapter
 from tests.support.engine_plans import token_ids
 from tests.support.lora_builders import random_lora
 from tests.support.tiny_models import SHAPES, make_checkpoint
 
-# With 8 running sequences a chunk of a prompt has 32 tokens.
+# Beside what decodes a step has room for 39 tokens: a chunk of a prompt has 32.
 SIZES = {
     "max_running": 8,
-    "num_state_slots": 64,
+    "num_state_slots": 96,
     "step_token_budget": 47,
     "max_model_len": 256,
+    "kv_cache_tokens": 65_536,
     "num_adapter_slots": 3,
 }
+GPU_SIZES = {**SIZES, "max_running": 40, "step_token_budget": 79}
+# Within what the kernels take.
+GPU_SHAPE: dict[str, Any] = {
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "head_dim": 64,
+    "num_attention_heads": 4,
+    "num_kv_heads": 2,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+    "dtype": torch.bfloat16,
+}
+SHAPES_TESTED = {name: SHAPES[name] for name in ("tied", "deltanet_16_16")} | {"gpu": GPU_SHAPE}
+on_gpu = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"))
 NUM_TOKENS = 20
 SAMPLING: list[dict[str, Any]] = [
     {},
@@ -41,25 +60,34 @@ PROMPT_LENGTHS = [33, 1, 90, 64, 40]
 ADAPTERS: list[AdapterSlots] = [(), (), ((1, 1.0),), ((1, 0.5), (2, 1.0), (3, 1.0)), ((2, 1.0),)]
 
 
-@pytest.fixture(scope="module", params=["tied", "deltanet_16_16"])
-def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint and where it is to run."""
+
+    folder: Path
+    device: str
+    num_others: int
+
+    def start(self, adapter_of_slot: tuple[int, ...] = (1, 2, 3), **settings: Any) -> Spine:
+        sizes = {**(SIZES if self.device == "cpu" else GPU_SIZES), **settings}
+        spine = Spine(make_settings(self.folder, device=self.device, batch_invariant=True, **sizes))
+        for slot, number in enumerate(adapter_of_slot, start=1):
+            lora = random_lora(spine.config, rank=1 + number, seed=number)
+            config_json, adapter_bytes = serialize_adapter(lora.tensors(), lora.spec, "tiny")
+            spine.upload_adapter(slot, adapter_bytes, config_json)
+        return spine
+
+
+@pytest.fixture(scope="module", params=["tied", "deltanet_16_16", pytest.param("gpu", marks=on_gpu)])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
     path = tmp_path_factory.mktemp(f"invariant_{request.param}")
-    make_checkpoint(path, seed=8, **SHAPES[request.param])
-    return path
-
-
-def start(folder: Path, adapter_of_slot: tuple[int, ...] = (1, 2, 3), **settings: Any) -> Spine:
-    spine = Spine(make_settings(folder, device="cpu", batch_invariant=True, **{**SIZES, **settings}))
-    for slot, number in enumerate(adapter_of_slot, start=1):
-        lora = random_lora(spine.config, rank=1 + number, seed=number)
-        config_json, adapter_bytes = serialize_adapter(lora.tensors(), lora.spec, "tiny")
-        spine.upload_adapter(slot, adapter_bytes, config_json)
-    return spine
+    make_checkpoint(path, seed=8, **SHAPES_TESTED[request.param])
+    return Model(path, "cuda", 40) if request.param == "gpu" else Model(path, "cpu", 9)
 
 
 @pytest.fixture
-def spine(folder: Path) -> Iterator[Spine]:
-    with start(folder) as spine:
+def spine(model: Model) -> Iterator[Spine]:
+    with model.start() as spine:
         yield spine
 
 
@@ -115,32 +143,33 @@ def alone(spine: Spine, salt: str = "alone") -> dict[str, Any]:
     return answers
 
 
-def in_company(spine: Spine, seed: int, salt: str) -> dict[str, Any]:
+def in_company(spine: Spine, num_others: int, seed: int, salt: str) -> dict[str, Any]:
     traffic = Traffic(salt)
     requests = [traffic.observed(kind) for kind in range(len(SAMPLING))]
-    requests += [traffic.other(number) for number in range(10 * seed, 10 * seed + 9)]
+    requests += [traffic.other(100 * seed + number) for number in range(num_others)]
     random.Random(seed).shuffle(requests)
     answers = rows_of(spine, requests)
     return {name: rows for name, rows in answers.items() if name.startswith("it")}
 
 
-def test_answers_have_the_same_bits_alone_and_in_company_in_any_order(spine: Spine):
+def test_answers_have_the_same_bits_alone_and_in_company_in_any_order(model: Model, spine: Spine):
     expected = alone(spine)
     for seed in (1, 2):
-        assert in_company(spine, seed, salt=f"company {seed}") == expected
+        assert in_company(spine, model.num_others, seed, salt=f"company {seed}") == expected
 
 
-def test_answers_that_start_from_cached_chunks_have_the_same_bits(spine: Spine):
-    expected = alone(spine)
-    before = spine.stats.num_cached_tokens
-    assert in_company(spine, 3, salt="alone") == expected
-    assert alone(spine) == expected
-    # Each time 32 tokens of the prompts of 33, 64 and 40 (whole chunks, one token left), 64 of 90.
-    assert spine.stats.num_cached_tokens - before == 2 * (32 + 64 + 32 + 32)
+def test_answers_that_start_from_cached_chunks_have_the_same_bits(model: Model):
+    with model.start(num_state_slots=256) as spine:
+        expected = alone(spine)
+        before = spine.stats.num_cached_tokens
+        assert in_company(spine, model.num_others, 3, salt="alone") == expected
+        assert alone(spine) == expected
+        # Whole chunks that leave a token to compute, of prompts of 33, 1, 90, 64 and 40.
+        assert spine.stats.num_cached_tokens - before == 2 * (32 + 0 + 64 + 32 + 32)
 
 
 @pytest.mark.parametrize("run_ahead", [0, 1])
-def test_answers_that_gave_way_have_the_same_bits(folder: Path, run_ahead: int):
+def test_answers_that_gave_way_have_the_same_bits(model: Model, run_ahead: int):
     """Pages for about two of the five answers: the others give way, some of them while they come back."""
 
     def requests(salt: str) -> list[tuple[GenerationRequest, AdapterSlots]]:
@@ -151,7 +180,7 @@ def test_answers_that_gave_way_have_the_same_bits(folder: Path, run_ahead: int):
             for n, (kind, length, slots) in enumerate(kinds)
         ]
 
-    with start(folder, kv_cache_tokens=192, run_ahead=run_ahead) as spine:
+    with model.start(kv_cache_tokens=192, run_ahead=run_ahead) as spine:
         expected: dict[str, Any] = {}
         for request in requests("alone"):
             expected |= rows_of(spine, [request])
@@ -160,16 +189,15 @@ def test_answers_that_gave_way_have_the_same_bits(folder: Path, run_ahead: int):
         assert spine.stats.num_preemptions >= 3
 
 
-def test_where_adapters_lie_changes_no_bit(folder: Path, spine: Spine):
+def test_where_adapters_lie_changes_no_bit(model: Model, spine: Spine):
     """Three adapters of one request are added in the same order whatever slots they are in."""
     traffic = Traffic("slots")
     request, slots = traffic.observed(3)
-    with start(folder, adapter_of_slot=(3, 1, 2)) as moved:
+    with model.start(adapter_of_slot=(3, 1, 2)) as moved:
         elsewhere = tuple((slot % 3 + 1, scale) for slot, scale in slots)
         assert rows_of(moved, [(request, elsewhere)]) == rows_of(spine, [(request, slots)])
 
 
-def test_a_step_that_holds_no_chunk_beside_its_rows_is_refused(folder: Path):
-    wrong = {**SIZES, "step_token_budget": 20, "batch_invariant": True}
-    with pytest.raises(SettingsContradict, match="one fixed chunk of prefill need 24"):
-        load_device_side(make_settings(folder, device="cpu", **wrong))
+def test_a_step_that_holds_no_chunk_beside_its_rows_is_refused(model: Model):
+    with pytest.raises(SettingsContradict, match="one fixed chunk of prefill need"):
+        model.start(step_token_budget=23)

@@ -82,3 +82,4 @@ def test_the_twins_agree_and_notice_spoilt_checkpoints(spine, folder):
     assert figures["wiped_mean_abs_error"] > 0.1
     assert not shortfalls(figures, facts)
     assert facts["alone_identical_share"] == 1
+    assert facts["is_batch_invariant"] is False

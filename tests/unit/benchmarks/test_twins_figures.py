@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from scripts.gpu.twins import Token, compare, shortfalls, summarise
+from scripts.gpu.twins import Token, broken_promises, compare, shortfalls, summarise
 
 GOOD_FACTS = {"leaked_pages": 0, "leaked_state_slots": 0, "num_running_after": 0, "num_not_finite": 0}
 
@@ -40,11 +40,19 @@ def test_tokens_within_the_noise_do_not_count_for_agreement():
         (groups(long=[[token(0.001)] * 50 + [token(0.01)] * 50]), {}, "drifts"),
         (groups(), {"leaked_pages": 3}, "leaked_pages is 3"),
         (groups(), {"num_not_finite": 1}, "num_not_finite is 1"),
+        (groups(), {"is_batch_invariant": True, "alone_identical_share": 0.9}, "yet 0.900 of the answers"),
+        (groups(), {"is_batch_invariant": True}, "yet nan of the answers"),
     ],
 )
 def test_what_misses_its_aim_is_said(tokens_by_group, facts, words):
     found = shortfalls(summarise(tokens_by_group), GOOD_FACTS | facts)
     assert any(words in line for line in found), found
+
+
+def test_only_a_batch_invariant_engine_must_answer_alone_as_in_a_batch():
+    facts = GOOD_FACTS | {"alone_identical_share": 0.0, "is_batch_invariant": False}
+    assert not shortfalls(summarise(groups()), facts)
+    assert not broken_promises(facts | {"alone_identical_share": 1.0, "is_batch_invariant": True})
 
 
 def test_reports_meet_their_own_scores():

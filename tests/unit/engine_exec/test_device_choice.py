@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from kiln_common.settings import ConfigurationError
+from kiln_engine import device_side
 from kiln_engine.device_side import DeviceNotAvailable, SettingsContradict, load_device_side
 from kiln_engine.settings import EngineSettings
 
@@ -27,3 +28,15 @@ def test_fp8_keys_and_values_are_refused_where_no_kernel_reads_them(monkeypatch)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
     with pytest.raises(SettingsContradict, match=r"needs compute capability 8\.9; the GPU has 8\.0"):
         load_device_side(EngineSettings(model_path="/nowhere", device="cuda", kv_dtype="fp8"))
+
+
+def test_batch_invariance_is_refused_where_no_kernel_is_cut_alike_for_every_batch(monkeypatch):
+    cuda, check = torch.device("cuda"), device_side.check_batch_invariant
+    monkeypatch.setattr(device_side, "why_no_kernels", lambda _: None)
+    check(cuda, torch.bfloat16)
+    with pytest.raises(SettingsContradict, match="but the format is float16"):
+        check(cuda, torch.float16)
+    monkeypatch.setattr(device_side, "why_no_kernels", lambda _: "Triton is not installed")
+    with pytest.raises(SettingsContradict, match="but Triton is not installed"):
+        check(cuda, torch.bfloat16)
+    check(torch.device("cpu"), torch.float32)

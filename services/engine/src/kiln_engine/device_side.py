@@ -33,8 +33,8 @@ log = structlog.get_logger()
 _CPU_KV_CACHE_TOKENS = 65_536
 # A shorter context than this is not worth starting with, unless the settings ask for it.
 _LEAST_MODEL_LEN = 4096
-# Of a prompt, where chunks are fixed: longer ones can be cached in larger parts only.
-_MOST_FIXED_CHUNK_TOKENS = 1024
+# Of a prompt, where chunks are fixed: as long as a graph holds, and prompts are cached in such parts.
+_MOST_FIXED_CHUNK_TOKENS = 256
 _OLDEST_FP8_CAPABILITY = (8, 9)
 _SOCKET_NAME = "weights.sock"
 _PROGRESS_INTERVAL_S = 2.0
@@ -108,7 +108,7 @@ def load_device_side(settings: EngineSettings) -> EngineParts:
     views = model.arena.views()
     dtype = views["model.embed_tokens.weight"].dtype
     if settings.batch_invariant:
-        _check_batch_invariant(device, dtype)
+        check_batch_invariant(device, dtype)
     request = _memory_request(settings, model.config, device)
     free_bytes = _free_bytes(device, settings.gpu_memory_fraction, model.manifest.nbytes)
     memory = plan_memory(model.config, request, dtype, free_bytes)
@@ -222,7 +222,7 @@ def _check_fp8(device: torch.device) -> None:
         )
 
 
-def _check_batch_invariant(device: torch.device, dtype: torch.dtype) -> None:
+def check_batch_invariant(device: torch.device, dtype: torch.dtype) -> None:
     """Raises SettingsContradict where no kernels are that cut every batch alike; a CPU needs none."""
     if device.type == "cpu":
         return
