@@ -108,7 +108,14 @@ def test_linear_layers(outputs, inputs):
     x, w = _draw(NUM_ROWS, inputs), _draw(outputs, inputs, seed=1)
     config = linear.invariant_config(outputs, inputs)
     options = {"out_dtype": torch.float32} if outputs > 100_000 else {}
-    check(lambda rows: list(linear.linear(x[rows], w, config=config, **options)[:, None]))
+
+    def compute(rows: list[int]) -> list[Parts]:
+        # As in a step with adapters, or without.
+        shows_producers = len(rows) > 3
+        out = linear.linear(x[rows], w, config=config, shows_producers=shows_producers, **options)
+        return list(out[:, None])
+
+    check(compute)
 
 
 @on_triton
@@ -120,7 +127,7 @@ def test_partial_sums_that_stay_apart_and_the_norm_behind_them(inputs):
     config = linear.invariant_config(2560, inputs)
 
     def compute(rows: list[int]) -> list[Parts]:
-        sums = linear.linear_partials(x[rows], w, config=config, is_apart=True)
+        sums = linear.linear_partials(x[rows], w, config=config, is_apart=True, shows_producers=len(rows) > 3)
         assert sums.shape[0] == config.splits > 1
         outputs = rms_norm.add_rms_norm(sums, residual[rows], norm, 1e-6, offset=1.0)
         return list(zip(*outputs, sums.transpose(0, 1), strict=True))
@@ -264,7 +271,9 @@ def test_delta_decode_and_its_commits(state):
         own = [(slot, slot, lengths[slot], slot if lengths[slot] == PAGE - 1 else None) for slot in rows]
         numbers = make_rows(*own, device=DEVICE)
         inputs = (x[rows] for x in tokens.all())
-        out = delta_decode.delta_decode(memory.layer(0), numbers, weights, *inputs, commits=False)
+        out = delta_decode.delta_decode(
+            memory.layer(0), numbers, weights, *inputs, commits=False, is_batch_invariant=True
+        )
         delta_decode.delta_commit(memory, numbers)
         kept = memory.layer(0)
         return [
