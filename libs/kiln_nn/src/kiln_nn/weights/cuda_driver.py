@@ -58,6 +58,12 @@ def make_context_current(device: torch.device) -> None:
     torch.cuda.mem_get_info(device)
 
 
+def runs_under_mps(device: torch.device) -> bool:
+    """Whether this process shares the GPU through an MPS server."""
+    make_context_current(device)
+    return device_attribute(device, MPS_ENABLED) == 1
+
+
 def device_attribute(device: torch.device, attribute: int) -> int:
     """One of the device's numbers, as the driver counts them."""
     value = ctypes.c_int()
