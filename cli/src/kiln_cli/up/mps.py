@@ -1,0 +1,103 @@
+"""NVIDIA's Multi-Process Service for the engine and the trainer of one `kiln up`.
+
+Its server merges both processes' work on the GPU, so that their kernels run at once. It has folders
+of its own here, and so is nobody else's; it is found to work before anything relies on it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+CONTROL = "nvidia-cuda-mps-control"
+_PIPE_VARIABLE, _LOG_VARIABLE = "CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY"
+_COMMAND_TIMEOUT_S = 10.0
+_PROBE_TIMEOUT_S = 30.0
+
+
+class MpsUnavailable(Exception):
+    """Why no MPS server serves here, as one line for the user."""
+
+
+class MpsServer:
+    """One control daemon, and the server it starts for its first client. Not for use by threads at once.
+
+    `pipe_dir` holds the sockets, so its path must be short; `log_dir` the daemon's own logs.
+    """
+
+    def __init__(self, pipe_dir: Path, log_dir: Path) -> None:
+        self._pipe_dir = pipe_dir
+        self._log_dir = log_dir
+
+    @property
+    def env(self) -> Mapping[str, str]:
+        """What a process needs to be its client."""
+        return {_PIPE_VARIABLE: str(self._pipe_dir), _LOG_VARIABLE: str(self._log_dir)}
+
+    def start(self) -> None:
+        """Start the daemon afresh and let a first client find the GPU through it.
+
+        Raises:
+            MpsUnavailable: it is not installed, or does not serve; nothing of it is left running.
+        """
+        if shutil.which(CONTROL) is None:
+            raise MpsUnavailable(f"{CONTROL} is not installed")
+        for folder in (self._pipe_dir, self._log_dir):
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self.stop()  # one that outlived a killed supervisor
+        self._run([CONTROL, "-d"])
+        try:
+            self._probe()
+        except MpsUnavailable:
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        """Ask daemon and server to end; clients must have ended before. Idempotent, and never fails."""
+        if self._log_dir.is_dir():
+            with contextlib.suppress(MpsUnavailable):  # there was none to ask
+                self._run([CONTROL], "quit\n")
+
+    def _probe(self) -> None:
+        """Whether a process of its own gets to the GPU, and through MPS."""
+        self._run([sys.executable, "-m", "kiln_cli.up.mps_probe"], timeout_s=_PROBE_TIMEOUT_S)
+
+    def _run(
+        self, command: list[str], words: str | None = None, timeout_s: float = _COMMAND_TIMEOUT_S
+    ) -> None:
+        name = command[0] if command[0] == CONTROL else "its first client"
+        # Into a file: a daemon may keep its output open for ever, and a pipe would be waited for.
+        with (self._log_dir / "commands.log").open("w+") as output:
+            try:
+                done = subprocess.run(
+                    command,
+                    env={**os.environ, **self.env},
+                    input=words or "",
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                    timeout=timeout_s,
+                    check=False,
+                )
+            except (OSError, subprocess.TimeoutExpired) as error:
+                raise MpsUnavailable(f"{name} did not answer: {error}") from error
+            output.seek(0)
+            said = output.read().strip().splitlines()
+        if done.returncode:
+            what = said[-1] if said else "without a word"
+            raise MpsUnavailable(f"{name} ended with code {done.returncode}: {what}")
+
+
+def is_given_from_outside() -> bool:
+    """Whether an operator runs an MPS server of their own and pointed this process to it."""
+    return _PIPE_VARIABLE in os.environ
+
+
+def has_nvidia_gpu() -> bool:
+    """Whether the driver's device files are there: the cheapest sign of a GPU, without torch."""
+    return Path("/dev/nvidiactl").exists()
