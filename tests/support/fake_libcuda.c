@@ -1,10 +1,12 @@
-/* The driver's virtual memory management over host memory, for machines without a GPU.
+/* The few driver calls of weight sharing and of the MPS probe, for machines without a GPU.
  *
  * Compiled against NVIDIA's own cuda.h, so that structures and calls are checked against the real
  * ones: physical memory is a memfd, a handle its descriptor, access rights those of the pages.
  */
 #define _GNU_SOURCE
 #include <cuda.h>
+#include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
@@ -32,8 +34,29 @@ CUresult CUDAAPI cuGetErrorName(CUresult error, const char **text) {
   return CUDA_SUCCESS;
 }
 
+CUresult CUDAAPI cuInit(unsigned int flags) { return flags ? CUDA_ERROR_INVALID_VALUE : CUDA_SUCCESS; }
+
+CUresult CUDAAPI cuDeviceGet(CUdevice *device, int ordinal) {
+  *device = ordinal;
+  return ordinal ? CUDA_ERROR_INVALID_DEVICE : CUDA_SUCCESS;
+}
+
+CUresult CUDAAPI cuDevicePrimaryCtxRetain(CUcontext *context, CUdevice device) {
+  *context = NULL;
+  return device ? CUDA_ERROR_INVALID_DEVICE : CUDA_SUCCESS;
+}
+
+CUresult CUDAAPI cuDevicePrimaryCtxRelease(CUdevice device) { return CUDA_SUCCESS; }
+
 CUresult CUDAAPI cuDeviceGetAttribute(int *value, CUdevice_attribute attribute, CUdevice device) {
   *value = attributes[attribute];
+  if (attribute == CU_DEVICE_ATTRIBUTE_MPS_ENABLED) {
+    /* A server is one whose control socket is there. */
+    char path[4096];
+    const char *folder = getenv("CUDA_MPS_PIPE_DIRECTORY");
+    snprintf(path, sizeof path, "%s/control", folder ? folder : "/nowhere");
+    *value = access(path, F_OK) == 0;
+  }
   return device == 0 ? CUDA_SUCCESS : CUDA_ERROR_INVALID_DEVICE;
 }
 

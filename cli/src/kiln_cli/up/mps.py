@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 CONTROL = "nvidia-cuda-mps-control"
-_PIPE_VARIABLE, _LOG_VARIABLE = "CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY"
+PIPE_VARIABLE, LOG_VARIABLE = "CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY"
 _COMMAND_TIMEOUT_S = 10.0
 _PROBE_TIMEOUT_S = 30.0
 
@@ -37,7 +37,7 @@ class MpsServer:
     @property
     def env(self) -> Mapping[str, str]:
         """What a process needs to be its client."""
-        return {_PIPE_VARIABLE: str(self._pipe_dir), _LOG_VARIABLE: str(self._log_dir)}
+        return {PIPE_VARIABLE: str(self._pipe_dir), LOG_VARIABLE: str(self._log_dir)}
 
     def start(self) -> None:
         """Start the daemon afresh and let a first client find the GPU through it.
@@ -91,11 +91,6 @@ class MpsServer:
         if done.returncode:
             what = said[-1] if said else "without a word"
             raise MpsUnavailable(f"{name} ended with code {done.returncode}: {what}")
-
-
-def is_given_from_outside() -> bool:
-    """Whether an operator runs an MPS server of their own and pointed this process to it."""
-    return _PIPE_VARIABLE in os.environ
 
 
 def has_nvidia_gpu() -> bool:

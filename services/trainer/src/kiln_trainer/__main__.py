@@ -11,7 +11,7 @@ import torch
 
 from kiln_common.logs import configure_logs
 from kiln_common.rpc.server import wait_for_stop_signal
-from kiln_common.settings import ConfigurationError, exit_for_configuration, read_settings
+from kiln_common.settings import EXIT_DEVICE, ConfigurationError, exit_for_configuration, read_settings
 from kiln_trainer.bootstrap import RunningTrainer, start_trainer
 from kiln_trainer.settings import TrainerSettings
 
@@ -46,7 +46,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         os.nice(settings.cpu_niceness)  # threads started from here on inherit it
     try:
-        sys.exit(0 if asyncio.run(serve(settings)) else 1)
+        sys.exit(0 if asyncio.run(serve(settings)) else EXIT_DEVICE)
     except ConfigurationError as error:
         exit_for_configuration(error)
 
