@@ -7,14 +7,16 @@ probe's process and everything between them are the real ones.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from kiln_cli.errors import UnknownGpuSharing
-from kiln_cli.up import gpu_sharing, mps
+from kiln_cli.up import gpu_sharing
 from kiln_cli.up.gpu_sharing import SETTING, parse_choice, shared_gpu
 from kiln_cli.up.mps import CONTROL, PIPE_VARIABLE, MpsServer, MpsUnavailable
 from kiln_cli.up.specs import SharedFate, UpOptions, build_specs
@@ -23,12 +25,16 @@ from kiln_common.settings import EXIT_DEVICE
 from tests.support import fake_cuda
 from tests.unit.cli.test_supervisor import _SERVICE, _console, _spec
 
-# As the real one: -d leaves a control socket behind, "quit" on standard input takes it away.
+_REPOSITORY = Path(__file__).resolve().parents[3]
+# As the real one: -d and -f make a control socket, "quit" on standard input takes it away.
 _CONTROL_SCRIPT = """#!/bin/sh
 echo "$@" >>"$CUDA_MPS_LOG_DIRECTORY/calls"
 if [ "$1" = "-d" ]; then
   [ -e "$CUDA_MPS_PIPE_DIRECTORY/control" ] && { echo "An instance of this daemon is already running"; exit 1; }
   touch "$CUDA_MPS_PIPE_DIRECTORY/control"
+elif [ "$1" = "-f" ]; then
+  touch "$CUDA_MPS_PIPE_DIRECTORY/control"
+  while [ -e "$CUDA_MPS_PIPE_DIRECTORY/control" ]; do sleep 0.05; done
 else
   read -r word
   [ "$word" = quit ] || exit 2
@@ -117,10 +123,9 @@ def test_a_driver_that_fails_under_mps_is_told_and_nothing_is_left_running(gpu_h
     assert not (gpu_host / "pipe" / "control").exists()
 
 
-def test_a_program_that_hangs_is_given_up(gpu_host, monkeypatch):
-    monkeypatch.setattr(mps, "_COMMAND_TIMEOUT_S", 0.2)
+def test_a_program_that_hangs_is_given_up(gpu_host):
     (gpu_host / "bin" / CONTROL).write_text("#!/bin/sh\nexec sleep 30\n")
-    server = MpsServer(gpu_host / "pipe", gpu_host / "log")
+    server = MpsServer(gpu_host / "pipe", gpu_host / "log", command_timeout_s=0.2)
     with pytest.raises(MpsUnavailable, match="did not answer"):
         server.start()
 
@@ -244,3 +249,36 @@ async def test_a_stop_during_the_renewal_stops_everything(tmp_path):
     supervisor.request_stop()
     assert await asyncio.wait_for(running, 20) == 0
     assert not list((tmp_path / "pids").iterdir())
+
+
+def run_container_script(gpu_host, until):
+    """deploy/docker/mps.sh until that line, then a stop; everything it printed."""
+    env = {**os.environ, PIPE_VARIABLE: str(gpu_host / "pipe"), "CUDA_MPS_LOG_DIRECTORY": str(gpu_host)}
+    script = subprocess.Popen(
+        ["sh", str(_REPOSITORY / "deploy" / "docker" / "mps.sh")],
+        env=env,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert script.stdout is not None
+    line = script.stdout.readline()
+    has_server, has_decided = (gpu_host / "pipe" / "control").exists(), (gpu_host / "pipe-decided").exists()
+    script.terminate()
+    assert script.wait(20) == 0
+    script.stdout.close()
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(script.pid, signal.SIGKILL)  # in a container they end with the script
+    assert until in line
+    assert has_decided
+    return has_server
+
+
+def test_the_container_runs_mps_until_it_is_stopped(gpu_host):
+    assert run_container_script(gpu_host, "MPS runs")
+    assert not (gpu_host / "pipe" / "control").exists()
+
+
+def test_the_container_stays_without_mps_and_says_why(gpu_host):
+    (gpu_host / "bin" / CONTROL).unlink()
+    assert not run_container_script(gpu_host, "nvidia-cuda-mps-control is not installed")

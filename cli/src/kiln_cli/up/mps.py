@@ -6,18 +6,18 @@ of its own here, and so is nobody else's; it is found to work before anything re
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
 CONTROL = "nvidia-cuda-mps-control"
 PIPE_VARIABLE, LOG_VARIABLE = "CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY"
-_COMMAND_TIMEOUT_S = 10.0
 _PROBE_TIMEOUT_S = 30.0
+_END_TIMEOUT_S, _RETRY_S = 10.0, 0.2
 
 
 class MpsUnavailable(Exception):
@@ -30,9 +30,10 @@ class MpsServer:
     `pipe_dir` holds the sockets, so its path must be short; `log_dir` the daemon's own logs.
     """
 
-    def __init__(self, pipe_dir: Path, log_dir: Path) -> None:
+    def __init__(self, pipe_dir: Path, log_dir: Path, *, command_timeout_s: float = 10.0) -> None:
         self._pipe_dir = pipe_dir
         self._log_dir = log_dir
+        self._command_timeout_s = command_timeout_s
 
     @property
     def env(self) -> Mapping[str, str]:
@@ -49,27 +50,39 @@ class MpsServer:
             raise MpsUnavailable(f"{CONTROL} is not installed")
         for folder in (self._pipe_dir, self._log_dir):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self.stop()  # one that outlived a killed supervisor
-        self._run([CONTROL, "-d"])
+        # One that outlived a killed supervisor, or a fault, may take a moment to end.
+        self._start_daemon(patience_s=_END_TIMEOUT_S if self.stop() else 0.0)
         try:
             self._probe()
         except MpsUnavailable:
             self.stop()
             raise
 
-    def stop(self) -> None:
-        """Ask daemon and server to end; clients must have ended before. Idempotent, and never fails."""
-        if self._log_dir.is_dir():
-            with contextlib.suppress(MpsUnavailable):  # there was none to ask
-                self._run([CONTROL], "quit\n")
+    def stop(self) -> bool:
+        """Ask daemon and server to end; clients must have ended before. False if there was none to ask."""
+        if not self._log_dir.is_dir():
+            return False
+        try:
+            self._run([CONTROL], "quit\n")
+        except MpsUnavailable:
+            return False
+        return True
+
+    def _start_daemon(self, patience_s: float) -> None:
+        deadline_s = time.monotonic() + patience_s
+        while True:
+            try:
+                return self._run([CONTROL, "-d"])
+            except MpsUnavailable:
+                if time.monotonic() >= deadline_s:
+                    raise
+            time.sleep(_RETRY_S)
 
     def _probe(self) -> None:
         """Whether a process of its own gets to the GPU, and through MPS."""
         self._run([sys.executable, "-m", "kiln_cli.up.mps_probe"], timeout_s=_PROBE_TIMEOUT_S)
 
-    def _run(
-        self, command: list[str], words: str | None = None, timeout_s: float = _COMMAND_TIMEOUT_S
-    ) -> None:
+    def _run(self, command: list[str], words: str = "", timeout_s: float | None = None) -> None:
         name = command[0] if command[0] == CONTROL else "its first client"
         # Into a file: a daemon may keep its output open for ever, and a pipe would be waited for.
         with (self._log_dir / "commands.log").open("w+") as output:
@@ -77,11 +90,11 @@ class MpsServer:
                 done = subprocess.run(
                     command,
                     env={**os.environ, **self.env},
-                    input=words or "",
+                    input=words,
                     stdout=output,
                     stderr=subprocess.STDOUT,
                     text=True,
-                    timeout=timeout_s,
+                    timeout=timeout_s or self._command_timeout_s,
                     check=False,
                 )
             except (OSError, subprocess.TimeoutExpired) as error:
