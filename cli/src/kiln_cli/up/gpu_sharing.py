@@ -44,7 +44,7 @@ def parse_choice(option: str | None) -> Choice:
 @contextmanager
 def shared_gpu(choice: Choice, device: str | None, run_dir: Path, state_dir: Path) -> Iterator[GpuSharing]:
     """Start MPS where it is wanted and works; it ends with the context. Never fails for want of MPS."""
-    if device == "cpu" or not has_nvidia_gpu():
+    if (device or os.environ.get("KILN_ENGINE_DEVICE")) == "cpu" or not has_nvidia_gpu():
         yield GpuSharing(note=f"{choice} needs a GPU" if choice == "mps" else "")
     elif choice == "time_slices":
         yield _turns(run_dir)

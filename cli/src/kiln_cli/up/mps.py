@@ -54,7 +54,7 @@ class MpsServer:
         self._start_daemon(patience_s=_END_TIMEOUT_S if self.stop() else 0.0)
         try:
             self._probe()
-        except MpsUnavailable:
+        except BaseException:  # an interrupt too: nobody else would end it
             self.stop()
             raise
 
@@ -95,6 +95,7 @@ class MpsServer:
                     stderr=subprocess.STDOUT,
                     text=True,
                     timeout=timeout_s or self._command_timeout_s,
+                    start_new_session=True,  # Ctrl-C must not reach the daemon before its clients
                     check=False,
                 )
             except (OSError, subprocess.TimeoutExpired) as error:
