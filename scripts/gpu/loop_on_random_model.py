@@ -75,6 +75,7 @@ def train_by_completion_id(stack: Stack) -> None:
     row("job", f"{job['status']} {job['error'] or ''} sources {job['sources']}")
     if job["status"] != "succeeded":
         return
+    row("training's part of the GPU", {k: v for k, v in job["metrics"].items() if k.startswith("gpu_")})
     row("commit to engine acknowledged, ms", f"{1000 * job['result']['swap_s']:.1f}")
     row("sampler-trainer KL per token", f"{job['metrics'].get('sampler_trainer_kl', float('nan')):.2e}")
     headers = stack.chat("Hello", max_tokens=1).headers

@@ -307,7 +307,13 @@ class FakeTrainer:
 
     async def status(self) -> trainer_pb2.TrainerStatus:
         self._check()
-        return trainer_pb2.TrainerStatus(trainer_id="trainer-1", num_queued=len(self.jobs))
+        return trainer_pb2.TrainerStatus(
+            trainer_id="trainer-1",
+            num_queued=len(self.jobs),
+            gpu_sharing="mps",
+            gpu_share=0.5,
+            gpu_sms=64,
+        )
 
 
 @dataclass

@@ -79,6 +79,13 @@ class NothingMapped:
     num_allocated_base_bytes: int = 0
 
 
+@dataclass(frozen=True)
+class NothingShared:
+    mode: str = "none"
+    share: float = 1.0
+    num_sms: int = 0
+
+
 @dataclass
 class ChainBackend:
     """A TrainingBackend whose result depends on every step: each hashes the state before it.
@@ -91,6 +98,7 @@ class ChainBackend:
     tasks: list[TrainingTask] = field(default_factory=list)
     steps_taken: list[int] = field(default_factory=list)
     mapped_model: NothingMapped = NothingMapped()
+    gpu_use: NothingShared = NothingShared()
     num_idle_calls: int = 0
 
     def run(self, task: TrainingTask, hooks: StepHooks) -> TrainedAdapter:

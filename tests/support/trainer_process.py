@@ -1,15 +1,18 @@
 """A trainer-like second process: runs one job on weights that another process shares.
 
-`python -m tests.support.trainer_process LOCATION_JSON REQUEST_FILE FOLDER` prints one line of
-JSON: every step's loss, the device, the bytes of base weights this process holds itself, and the
-memory that torch allocated before and after.
+`python -m tests.support.trainer_process LOCATION_JSON REQUEST_FILE FOLDER LOADS_JSON` prints one line of
+JSON: every step's loss and partition, the bytes of base weights this process holds itself, and the
+memory that torch allocated. With loads (pairs of running and waiting requests, one for each look) it
+runs in a part of the GPU that follows them.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,32 +20,51 @@ from typing import Any
 import torch
 
 from kiln_common.pb import trainer_pb2
+from kiln_trainer.domain.gpu_share import EngineLoad, Shares
 from kiln_trainer.torch_backend.backend import TorchBackend
-from kiln_trainer.torch_backend.weights import WeightLocation
+from kiln_trainer.torch_backend.gpu_share import GpuPartitions, GpuShare, LoadWatch, WholeDevice
+from kiln_trainer.torch_backend.weights import WeightLocation, WeightSession
 from tests.support.training import RecordingHooks, ServedModel, task
 
 _REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-def run_in_process(served: ServedModel, request: trainer_pb2.SubmitRequest, folder: Path) -> dict[str, Any]:
+def run_in_process(
+    served: ServedModel,
+    request: trainer_pb2.SubmitRequest,
+    folder: Path,
+    loads: Sequence[EngineLoad] = (),
+) -> dict[str, Any]:
     """Run the job in a process of its own; returns what it printed."""
     folder.mkdir(parents=True, exist_ok=True)
     request_file = folder / "request.bin"
     request_file.write_bytes(request.SerializeToString())
     location = json.dumps(asdict(served.locate()))
-    command = [sys.executable, "-m", "tests.support.trainer_process", location, request_file, folder]
+    loads_json = json.dumps([[load.num_running, load.num_waiting] for load in loads])
+    module = "tests.support.trainer_process"
+    command = [sys.executable, "-m", module, location, request_file, folder, loads_json]
     done = subprocess.run(command, cwd=_REPOSITORY, stdout=subprocess.PIPE, check=True, timeout=240)
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def main(location_json: str, request_file: str, folder: str) -> None:
+def main(location_json: str, request_file: str, folder: str, loads_json: str) -> None:
     location = WeightLocation(**json.loads(location_json))
     request = trainer_pb2.SubmitRequest.FromString(Path(request_file).read_bytes())
-    backend = TorchBackend(lambda: location)
+    loads = iter([EngineLoad(*pair) for pair in json.loads(loads_json)])
+
+    def share_of(session: WeightSession) -> GpuShare:
+        if loads_json == "[]":
+            return WholeDevice("none")
+        # Without a time in which to calm down, each load counts by itself.
+        watch = LoadWatch(lambda: next(loads, None), Shares(), 0.0, clock=itertools.count(step=10.0).__next__)
+        return GpuPartitions(session.device, watch)
+
+    backend = TorchBackend(lambda: location, make_share=share_of)
     hooks = RecordingHooks()
     result = backend.run(task(request, Path(folder)), hooks)
     report = {
         "losses": [report.metrics["loss"] for report in hooks.reports],
+        "gpu_sms": [report.metrics.get("gpu_sms", 0) for report in hooks.reports],
         "folder": str(result.folder),
         "num_allocated_base_bytes": backend.mapped_model.num_allocated_base_bytes,
         "cuda_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,

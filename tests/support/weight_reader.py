@@ -70,7 +70,7 @@ def _device_bytes(torch: Any) -> dict[str, int]:
 
 
 def main(socket_path: str) -> None:
-    """Serve commands until the parent closes the pipe: attach, alive, write NAME, product NAME, close."""
+    """Serve commands until the parent closes the pipe: attach, alive, checksum, write NAME, product NAME, close."""
     import torch
 
     from kiln_nn.sharing import attach
@@ -97,6 +97,9 @@ def main(socket_path: str) -> None:
         elif verb == "alive":
             assert shared is not None
             answer = {"is_alive": shared.is_alive()}
+        elif verb == "checksum":
+            assert shared is not None
+            answer = {"checksum": shared.checksum()}
         elif verb == "product":
             view = views[name].double()
             answer = {"product": (view @ view.sum(dim=0)).sum().item()}

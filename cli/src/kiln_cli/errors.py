@@ -39,6 +39,11 @@ class PublicHostWithoutKeys(InvalidRequest):
     )
 
 
+class UnknownGpuSharing(InvalidRequest):
+    code = "unknown_gpu_sharing"
+    hint = "--gpu-sharing (or KILN_TRAINER_GPU_SHARING) is auto, mps or time_slices."
+
+
 class ModelNotFound(InvalidRequest):
     code = "model_not_found"
     hint = "Give a folder with config.json and *.safetensors, or a hub id such as Qwen/Qwen3.5-4B."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -65,6 +66,14 @@ def up(
     device: Annotated[
         str | None, typer.Option(help="cpu or cuda. A GPU when there is one.", show_default=False)
     ] = None,
+    gpu_sharing: Annotated[
+        str | None,
+        typer.Option(
+            help="How engine and trainer share a GPU. mps: at once, a fault ends both; time_slices: in"
+            " turns, isolated; auto: mps where it runs.",
+            show_default="auto",
+        ),
+    ] = None,
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="Show every log line, not only warnings.")
     ] = False,
@@ -74,10 +83,12 @@ def up(
     Example: [bold]kiln up --model ~/models/Qwen3.5-4B --port 8420[/bold]
     """
     from kiln_cli.up.console import UpConsole
+    from kiln_cli.up.gpu_sharing import parse_choice, shared_gpu
     from kiln_cli.up.options import StateDirLock, build_options, default_state_dir
-    from kiln_cli.up.specs import build_specs
+    from kiln_cli.up.specs import SharedFate, build_specs
     from kiln_cli.up.supervisor import Supervisor
 
+    choice = parse_choice(gpu_sharing)
     folder = (state_dir or default_state_dir()).expanduser().resolve()
     with StateDirLock(folder) as lock:
         options = build_options(
@@ -91,8 +102,13 @@ def up(
         url = f"http://{'localhost' if host == '127.0.0.1' else host}:{port}"
         console = UpConsole(url, folder / "logs", is_verbose=verbose)
         console.starting("the demo model" if options.is_demo_model else options.model, folder)
-        supervisor = Supervisor(build_specs(options), folder, console, inherited_fds=[lock.fd])
-        code = asyncio.run(supervisor.run_until_signal())
+        with shared_gpu(choice, device, options.run_dir, folder) as sharing:
+            if sharing.note:
+                console.note(sharing.note)
+            specs = build_specs(dataclasses.replace(options, gpu_env=sharing.env))
+            fate = SharedFate(frozenset({"engine", "trainer"}), sharing.renew) if sharing.renew else None
+            supervisor = Supervisor(specs, folder, console, inherited_fds=[lock.fd], shared_fate=fate)
+            code = asyncio.run(supervisor.run_until_signal())
     raise typer.Exit(code)
 
 

@@ -294,6 +294,7 @@ async def test_insight_routes_tell_the_truth(rig):
     }  # fmt: skip
     stats = (await rig.http.get("/v1/stats")).json()
     assert (stats["engine"]["running"], stats["engine"]["pages_in_use"]) == (1, 7)
+    assert (stats["training"]["gpu_sharing"], stats["training"]["gpu_sms"]) == ("mps", 64)
     metrics = (await rig.http.get("/metrics")).text
     assert (
         'kiln_gateway_requests_total{method="POST",route="/v1/chat/completions",status="200"} 1.0' in metrics

@@ -278,7 +278,9 @@ async def test_jobs_can_be_read_watched_and_cancelled(rig):
     assert (await rig.http.get(f"/v1/train/jobs/{job_id}")).json()["id"] == job_id
     assert [job["id"] for job in (await rig.http.get("/v1/train/jobs")).json()["data"]] == [job_id]
     assert [job["id"] for job in (await rig.http.get("/v1/train/queue")).json()["data"]] == [job_id]
-    assert (await rig.http.get("/v1/train/status")).json()["queued"] == 1
+    status = (await rig.http.get("/v1/train/status")).json()
+    assert status["queued"] == 1
+    assert (status["gpu_sharing"], status["gpu_share"], status["gpu_sms"]) == ("mps", 0.5, 64)
     rig.trainer.events = [
         trainer_pb2.JobEvent(id="1-0", type="queued", at_s=1.0),
         trainer_pb2.JobEvent(id="2-0", type="step", data_json='{"loss": 0.5}', at_s=2.0),

@@ -77,6 +77,7 @@ async def test_from_submit_to_the_engines(redis_server, tmp_path):
         assert [found.id for found in await client.list()] == [follow_up.id, job.id]
         status = await client.status()
         assert (status.num_queued, status.engine_boot_id) == (0, "boot")
+        assert (status.gpu_sharing, status.gpu_share, status.gpu_sms) == ("none", 1.0, 0)
 
 
 async def test_an_engine_that_does_not_take_the_result_is_named(redis_server, tmp_path):

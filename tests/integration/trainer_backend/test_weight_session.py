@@ -13,10 +13,15 @@ import pytest
 import torch
 
 from kiln_common.pb import common_pb2, engine_pb2, engine_pb2_grpc
-from kiln_nn.sharing import WeightServer
+from kiln_nn.sharing import WeightServer, attach
 from kiln_trainer.domain.errors import DeviceBroken, WeightsLost
+from kiln_trainer.domain.gpu_share import EngineLoad, Shares
+from kiln_trainer.settings import TrainerSettings
 from kiln_trainer.torch_backend.backend import MappedModel, TorchBackend
+from kiln_trainer.torch_backend.engine_load import EngineLoadReader
 from kiln_trainer.torch_backend.errors import WeightsNotBorrowed
+from kiln_trainer.torch_backend.from_settings import TrainerDeviceNotAvailable, backend_from_settings
+from kiln_trainer.torch_backend.gpu_share import GpuUse, LoadWatch, TimeSlices
 from kiln_trainer.torch_backend.training_run import TrainingRun
 from kiln_trainer.torch_backend.weights import WeightLocation, WeightSession, engine_locator
 from tests.support.training import MODEL_ID, RecordingHooks, ServedModel, served_model, sft_request, task
@@ -192,3 +197,92 @@ def test_the_number_of_threads_is_the_settings(tmp_path):
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+def test_weights_for_a_device_of_its_own_are_copied_once(served, monkeypatch):
+    """There is one device here: the mapping says it lies on another, so that the copy is a real one."""
+    elsewhere = torch.device("cuda", 0)
+    mapped = served.loaded.arena.bytes_u8()
+
+    class Elsewhere:
+        device = elsewhere
+
+        def to(self, device: torch.device) -> torch.Tensor:
+            assert device == torch.device("cpu")
+            return mapped.clone()
+
+    shared = attach(served.server.socket_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(shared, "bytes_u8", Elsewhere)
+        session = WeightSession(shared, MODEL_ID, torch.device("cpu"))
+    assert session.is_own_device
+    assert session.num_allocated_base_bytes(session.weights) == served.loaded.manifest.nbytes
+    assert session.checksum() == served.loaded.arena.checksum()
+    first = min(tensor.data_ptr() for tensor in session.weights.values())
+    last = max(tensor.data_ptr() + tensor.nbytes for tensor in session.weights.values())
+    assert last - first == served.loaded.manifest.nbytes  # one piece
+    session.check_borrowed(session.weights)
+    assert session.is_alive()
+    session.close()
+
+
+def test_a_session_on_the_engines_device_copies_nothing(served):
+    session = WeightSession.open(served.locate, torch.device("cpu"))
+    assert not session.is_own_device
+    assert session.num_allocated_base_bytes(session.weights) == 0
+    session.close()
+
+
+async def test_the_engines_load_is_asked_for_and_its_silence_is_no_failure(tmp_path):
+    address = f"unix:{tmp_path}/engine.sock"
+    read_load = EngineLoadReader(address, timeout_s=0.2)
+    assert await asyncio.to_thread(read_load) is None
+
+    class LoadedEngine(engine_pb2_grpc.EngineServicer):
+        async def GetStats(self, request: Any, context: Any) -> engine_pb2.EngineStats:
+            return engine_pb2.EngineStats(num_running=3, num_waiting=2)
+
+    server = grpc.aio.server()
+    engine_pb2_grpc.add_EngineServicer_to_server(LoadedEngine(), server)
+    server.add_insecure_port(address)
+    await server.start()
+    try:
+        async with asyncio.timeout(20):
+            while (load := await asyncio.to_thread(read_load)) is None:
+                await asyncio.sleep(0.05)  # gRPC connects again a moment later
+        assert load == EngineLoad(num_running=3, num_waiting=2)
+    finally:
+        await server.stop(grace=None)
+        read_load.close()
+
+
+def test_a_job_that_takes_turns_gives_the_bytes_of_one_that_does_not(served, tmp_path):
+    request = sft_request([[1, 2, 3, 4], [5, 6, 7]], epochs=3, batch_tokens=4)
+    alone = TorchBackend(served.locate).run(task(request, tmp_path / "alone"), RecordingHooks())
+    watch = LoadWatch(lambda: EngineLoad(1, 0), Shares(light=0.5), yield_s=0.0)
+    backend = TorchBackend(served.locate, make_share=lambda session: TimeSlices(session.device, watch))
+    assert backend.gpu_use == GpuUse()
+    hooks = RecordingHooks()
+    beside = backend.run(task(request, tmp_path / "beside"), hooks)
+    assert backend.gpu_use == GpuUse("time_slices", 0.5)
+    assert [report.metrics["gpu_share"] for report in hooks.reports] == [0.5] * 3
+    assert all(report.metrics["gpu_yield_s"] > 0 for report in hooks.reports)
+    name = "adapter_model.safetensors"
+    assert (beside.folder / name).read_bytes() == (alone.folder / name).read_bytes()
+    backend.close()
+
+
+def test_settings_choose_the_device_and_how_it_is_shared(served, tmp_path, monkeypatch):
+    fields = {
+        "redis_url": "redis://x",
+        "registry_address": "x",
+        "engine_addresses": "x",
+        "state_dir": tmp_path,
+    }
+    with pytest.raises(TrainerDeviceNotAvailable, match="cuda:7 was asked for, and torch sees 0 GPUs"):
+        backend_from_settings(TrainerSettings(**fields, device="cuda:7"))
+    monkeypatch.setattr("kiln_trainer.torch_backend.backend.engine_locator", lambda address: served.locate)
+    backend = backend_from_settings(TrainerSettings(**fields, gpu_sharing="time_slices"))
+    backend.keep_mapped()
+    assert backend.gpu_use.mode == "time_slices"
+    backend.close()

@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from kiln_nn.errors import CheckpointUnreadable
+from kiln_nn.errors import CheckpointUnreadable, UnsupportedModel
 from kiln_nn.weights import Manifest, expected_tensors, load_checkpoint
 from kiln_nn.weights.manifest import lay_out
 from tests.support.tiny_models import make_checkpoint, tiny_config
@@ -83,6 +83,13 @@ def test_unsound_entries_are_refused(loaded, change, said):
     raw = json.loads(loaded.manifest.to_json())
     raw["entries"][0].update(change)
     with pytest.raises(CheckpointUnreadable, match=said):
+        Manifest.from_json(json.dumps(raw))
+
+
+def test_an_encoding_that_is_not_known_is_refused_by_name(loaded):
+    raw = json.loads(loaded.manifest.to_json())
+    raw["entries"][0]["encoding"] = "w4a16"
+    with pytest.raises(UnsupportedModel, match="w4a16"):
         Manifest.from_json(json.dumps(raw))
 
 

@@ -15,6 +15,7 @@ from kiln_nn.errors import ShareRefused
 from kiln_nn.sharing import WeightServer, attach, wait_for_old_leases, wire
 from kiln_nn.weights import load_checkpoint
 from tests.support.tiny_models import make_checkpoint
+from tests.support.weight_owner import OwnerProcess
 from tests.support.weight_reader import ReaderProcess
 
 WAIT_S = 20.0
@@ -129,6 +130,24 @@ def test_reader_learns_that_the_engine_is_gone_and_keeps_its_mapping(model, sock
         assert not near.is_alive()
         assert near.checksum() == checksum  # the old arena lives while somebody maps it
     assert not socket_path.exists()
+
+
+def test_reader_of_a_killed_engine_attaches_to_the_next(tmp_path, socket_path):
+    make_checkpoint(tmp_path / "model")
+    boot_ids = set()
+    with ReaderProcess(socket_path) as reader:
+        for _ in range(2):
+            with OwnerProcess(tmp_path / "model", socket_path, "cpu", "vmm") as owner:
+                seen = reader.ask("attach")
+                assert seen["checksum"] == owner.started["checksum"]
+                boot_ids.add(seen["boot_id"])
+                owner.kill()
+                assert reader.ask("alive")["is_alive"] is False
+                assert reader.ask("checksum")["checksum"] == seen["checksum"]
+                assert not wait_for_old_leases(socket_path, timeout_s=0)
+                reader.ask("close")
+                assert wait_for_old_leases(socket_path, timeout_s=WAIT_S)
+    assert len(boot_ids) == 2
 
 
 def test_views_keep_the_mapping_after_close(model, socket_path):

@@ -30,6 +30,14 @@ class UpConsole:
         self._out.print(f"[bold]Kiln[/bold] is starting with {escape(model)}")
         self._out.print(f"  state and logs in {escape(str(state_dir))}", style="dim")
 
+    def note(self, text: str) -> None:
+        self._out.print(f"  {escape(text)}", style="dim", soft_wrap=True)
+
+    def device_fault(self, names: Iterable[str]) -> None:
+        self._out.print(
+            f"  [red]✗[/red] a fault on the GPU ended what shared it: {escape(' and '.join(names))} start again"
+        )
+
     def service_ready(self, name: str, seconds: float, detail: str) -> None:
         self._out.print(
             f"  [green]✓[/green] {self._tag(name)} ready in {seconds:.1f} s  [dim]{escape(detail)}[/dim]"

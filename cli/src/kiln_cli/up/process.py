@@ -56,6 +56,8 @@ class SupervisedProcess:
         self._inherited_fds = tuple(inherited_fds)
         self._process: asyncio.subprocess.Process | None = None
         self._is_stopping = asyncio.Event()
+        self._may_start = asyncio.Event()
+        self._may_start.set()
         self.is_ready = asyncio.Event()
 
     @property
@@ -65,7 +67,10 @@ class SupervisedProcess:
     async def run(self) -> None:
         """Start and restart the service; returns after `stop()` or `give_up()`."""
         loop = asyncio.get_running_loop()
-        while not self._is_stopping.is_set():
+        while True:
+            await self._may_start.wait()
+            if self._is_stopping.is_set():
+                return
             started_at = loop.time()
             code = await self._run_once()
             if self._is_stopping.is_set():
@@ -89,7 +94,8 @@ class SupervisedProcess:
             pass_fds=self._inherited_fds,
             limit=1 << 20,
         )
-        if self._is_stopping.is_set():  # stop() came while the process was being started
+        # stop() or hold() came while the process was being started.
+        if self._is_stopping.is_set() or not self._may_start.is_set():
             self._process.terminate()
         self._pid_path.write_text(f"{self._process.pid}\n")
         probe = asyncio.create_task(self._wait_until_ready())
@@ -133,16 +139,28 @@ class SupervisedProcess:
         """From `on_exit`: the service has ended, and is not started again."""
         self._is_stopping.set()
 
+    async def hold(self, grace_s: float) -> None:
+        """End the service, and do not start it again before `release`."""
+        self._may_start.clear()
+        await self._end(grace_s)
+
+    def release(self) -> None:
+        self._may_start.set()
+
     async def stop(self) -> None:
         """End the service: SIGTERM, and SIGKILL when it has not gone within its stop time."""
         self._is_stopping.set()
+        self._may_start.set()
+        await self._end(self.spec.stop_timeout_s)
+
+    async def _end(self, grace_s: float) -> None:
         process = self._process
         if process is None or process.returncode is not None:
             return
         with contextlib.suppress(ProcessLookupError):
             process.terminate()
         try:
-            await asyncio.wait_for(process.wait(), self.spec.stop_timeout_s)
+            await asyncio.wait_for(process.wait(), grace_s)
         except TimeoutError:
             with contextlib.suppress(ProcessLookupError):
                 process.kill()

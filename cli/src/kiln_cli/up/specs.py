@@ -26,6 +26,19 @@ class UpOptions:
     served_model_name: str | None = None
     device: str | None = None
     redis_url: str | None = None  # None starts a private server
+    # For engine and trainer: how they share a GPU.
+    gpu_env: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SharedFate:
+    """Services that a fault of the device takes down together, whichever of them caused it.
+
+    `renew` is called, on a thread, once all have ended and before they start again.
+    """
+
+    names: frozenset[str]
+    renew: Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -98,7 +111,7 @@ def _engine(options: UpOptions, address: Mapping[str, str], redis_url: str) -> S
     return ServiceSpec(
         name="engine",
         argv=_module("kiln_engine"),
-        env=env,
+        env={**env, **options.gpu_env},
         probe=lambda: readiness.engine_ready(address["engine"]),
         stop_timeout_s=45.0,
     )
@@ -115,7 +128,7 @@ def _trainer(options: UpOptions, address: Mapping[str, str], redis_url: str) -> 
     return ServiceSpec(
         name="trainer",
         argv=_module("kiln_trainer"),
-        env=env,
+        env={**env, **options.gpu_env},
         probe=lambda: readiness.grpc_ready(address["trainer"]),
         stop_timeout_s=30.0,
     )

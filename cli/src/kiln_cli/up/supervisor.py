@@ -10,18 +10,21 @@ from pathlib import Path
 
 from kiln_cli.up.console import UpConsole
 from kiln_cli.up.process import SupervisedProcess
-from kiln_cli.up.specs import ServiceSpec
-from kiln_common.settings import EXIT_CONFIG
+from kiln_cli.up.specs import ServiceSpec, SharedFate
+from kiln_common.settings import EXIT_CONFIG, EXIT_DEVICE
 
 # A service that dies this often before it was ever ready will not become ready by trying again.
 _MAX_FAILED_STARTS = 3
+# For services whose device has failed: they have nothing left to finish.
+_FAULT_GRACE_S = 5.0
 
 
 class Supervisor:
     """Owns the processes of one `kiln up`.
 
     Below `state_dir`: logs/NAME.log with everything a service printed, pids/NAME.pid while it runs.
-    `inherited_fds`: held open by every service; see StateDirLock.
+    `inherited_fds`: held open by every service; see StateDirLock. After a fault of the device, the
+    services of `shared_fate` are all started again, since none of them can go on.
     """
 
     def __init__(
@@ -31,7 +34,10 @@ class Supervisor:
         console: UpConsole,
         *,
         inherited_fds: Sequence[int] = (),
+        shared_fate: SharedFate | None = None,
     ) -> None:
+        self._shared_fate = shared_fate
+        self._renewal: asyncio.Task[None] | None = None
         log_dir, pid_dir = state_dir / "logs", state_dir / "pids"
         for folder in (log_dir, pid_dir):
             folder.mkdir(parents=True, exist_ok=True)
@@ -83,6 +89,8 @@ class Supervisor:
         finally:
             all_ready.cancel()
             stop_requested.cancel()
+            if self._renewal is not None:
+                await self._renewal  # it takes seconds, and must not meet the stop half way
             await self._stop_all()
             results = await asyncio.gather(*tasks, return_exceptions=True)
         for result in results:
@@ -112,6 +120,24 @@ class Supervisor:
             self.request_stop()
             return
         self._console.service_exited(name, code, delay_s)
+        fate = self._shared_fate
+        is_fault = code in (EXIT_DEVICE, -signal.SIGABRT)
+        if fate is not None and name in fate.names and is_fault and self._renewal is None:
+            self._renewal = asyncio.create_task(self._renew(fate))
+
+    async def _renew(self, fate: SharedFate) -> None:
+        """A device that failed one of them has failed all, also those that have not noticed yet."""
+        names = [name for name in self.processes if name in fate.names]
+        self._console.device_fault(names)
+        members = [self.processes[name] for name in names]
+        await asyncio.gather(*(member.hold(_FAULT_GRACE_S) for member in members))
+        try:
+            await asyncio.to_thread(fate.renew)
+        except Exception as error:  # noqa: BLE001 they run without it, which they find out themselves
+            self._console.note(f"MPS did not come back, engine and trainer take turns: {error}")
+        for member in members:
+            member.release()
+        self._renewal = None
 
     async def _stop_all(self) -> None:
         """The gateway first, so that no new work arrives; Redis last."""

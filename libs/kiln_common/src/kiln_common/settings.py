@@ -15,6 +15,8 @@ from kiln_common.errors import KilnError
 
 # The exit code of a process whose configuration cannot work: starting it again would not help.
 EXIT_CONFIG = os.EX_CONFIG
+# That of a process whose device has failed: another one can go on.
+EXIT_DEVICE = os.EX_OSERR
 
 _LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 

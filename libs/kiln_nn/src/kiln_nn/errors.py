@@ -73,7 +73,10 @@ class ShareUnsupported(KilnNnError):
     """This machine cannot share weights in the wanted way."""
 
     code = "weights_share_unsupported"
-    hint = "Sharing needs Linux memfd on the CPU, or CUDA with legacy IPC on the GPU."
+    hint = (
+        "Sharing needs Linux memfd on the CPU, or CUDA on the GPU; where descriptors are refused,"
+        " KILN_ENGINE_WEIGHT_TRANSPORT=legacy shares by handle."
+    )
 
 
 class OutOfDeviceMemory(KilnNnError):

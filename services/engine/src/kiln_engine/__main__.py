@@ -10,7 +10,7 @@ import structlog
 from kiln_common.errors import KilnError
 from kiln_common.logs import configure_logs
 from kiln_common.rpc.server import wait_for_stop_signal
-from kiln_common.settings import ConfigurationError, exit_for_configuration, read_settings
+from kiln_common.settings import EXIT_DEVICE, ConfigurationError, exit_for_configuration, read_settings
 from kiln_engine.bootstrap import start_engine
 from kiln_engine.device_side import load_device_side
 from kiln_engine.heap import freeze_heap
@@ -31,7 +31,7 @@ async def serve(settings: EngineSettings) -> int:
         stopped.cancel()
         failed.cancel()
         await engine.stop()
-    return 1 if engine.has_failed.is_set() else 0
+    return EXIT_DEVICE if engine.has_failed.is_set() else 0
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ import os
 import secrets
 import time
 from pathlib import Path
+from typing import Literal
 
 import structlog
 import torch
@@ -26,7 +27,8 @@ from kiln_nn.errors import KilnNnError
 from kiln_nn.kernels.dispatch import why_no_kernels
 from kiln_nn.lora import adapter_table
 from kiln_nn.sharing import WeightServer, wait_for_old_leases
-from kiln_nn.weights import LoadedModel, WeightArena, load_checkpoint
+from kiln_nn.weights import LoadedModel, WeightArena, load_checkpoint, vmm_memory
+from kiln_nn.weights.arena import GpuTransport
 
 log = structlog.get_logger()
 
@@ -100,7 +102,12 @@ def load_device_side(settings: EngineSettings) -> EngineParts:
         if device.type == "cuda" and not wait_for_old_leases(socket_path, settings.old_lease_wait_s):
             log.warning("old_weights_still_mapped", waited_s=settings.old_lease_wait_s)
         model = load_checkpoint(
-            folder, device, settings.dtype, boot_id=boot_id, progress=_LoadProgress(folder.name)
+            folder,
+            device,
+            settings.dtype,
+            transport=_gpu_transport(settings.weight_transport, device),
+            boot_id=boot_id,
+            progress=_LoadProgress(folder.name),
         )
         weights = SharedArena(model.arena, socket_path)
     except KilnNnError as error:
@@ -189,6 +196,17 @@ def _choose_device(choice: str) -> torch.device:
         why = "PyTorch sees no GPU" if torch.version.cuda else "the installed PyTorch is built for CPUs only"
         raise DeviceNotAvailable(f"the device {choice} was asked for, but {why}")
     return torch.device("cuda", 0)
+
+
+def _gpu_transport(choice: Literal["auto", "vmm", "legacy"], device: torch.device) -> GpuTransport:
+    """How the arena will be mapped; legacy handles only where asked for, or where descriptors do not work."""
+    if choice != "auto" or device.type == "cpu":
+        return "legacy" if choice == "legacy" else "vmm"
+    reason = vmm_memory.why_not(device)
+    if reason is None:
+        return "vmm"
+    log.warning("weights_not_protected", reason=reason, effect="the trainer maps them by a legacy handle")
+    return "legacy"
 
 
 def _memory_request(settings: EngineSettings, config: ModelConfig, device: torch.device) -> MemoryRequest:
@@ -296,6 +314,7 @@ def _log_plan(
     log.info(
         "memory_plan",
         weights_mib=model.manifest.nbytes >> 20,
+        weights_transport=model.manifest.transport,
         weights_dtype=str(dtype).removeprefix("torch."),
         kv_mib=memory.kv_bytes >> 20,
         kv_tokens=memory.num_pages * memory.page_tokens,

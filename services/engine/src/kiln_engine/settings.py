@@ -93,6 +93,11 @@ class EngineSettings(BaseSettings):
     socket_dir: Path = Field(
         default_factory=_default_socket_dir, description="private folder of the weight-sharing socket"
     )
+    weight_transport: Literal["auto", "vmm", "legacy"] = Field(
+        "auto",
+        description="how a trainer maps the weights on a GPU; vmm: by a descriptor, read-only by hardware;"
+        " legacy: by a CUDA IPC handle, read-only by convention; auto: vmm where it works",
+    )
     old_lease_wait_s: float = Field(
         30.0, ge=0, description="how long a restarted engine waits for the old weights to be let go (GPU)"
     )

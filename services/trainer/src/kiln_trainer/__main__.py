@@ -11,7 +11,7 @@ import torch
 
 from kiln_common.logs import configure_logs
 from kiln_common.rpc.server import wait_for_stop_signal
-from kiln_common.settings import read_settings
+from kiln_common.settings import EXIT_DEVICE, ConfigurationError, exit_for_configuration, read_settings
 from kiln_trainer.bootstrap import RunningTrainer, start_trainer
 from kiln_trainer.settings import TrainerSettings
 
@@ -45,7 +45,10 @@ def main() -> None:
     configure_logs("trainer", settings.log_level)
     if not torch.cuda.is_available():
         os.nice(settings.cpu_niceness)  # threads started from here on inherit it
-    sys.exit(0 if asyncio.run(serve(settings)) else 1)
+    try:
+        sys.exit(0 if asyncio.run(serve(settings)) else EXIT_DEVICE)
+    except ConfigurationError as error:
+        exit_for_configuration(error)
 
 
 if __name__ == "__main__":

@@ -57,10 +57,14 @@ class RunningTrainer:
 
 
 def torch_backend(settings: TrainerSettings) -> JobBackend:
-    """The real backend; imports torch."""
-    from kiln_trainer.torch_backend.backend import TorchBackend
+    """The real backend; imports torch.
 
-    return TorchBackend.for_engine(settings.engine_addresses[0], num_threads=settings.num_threads)
+    Raises:
+        TrainerDeviceNotAvailable: the GPU that the settings name is not there.
+    """
+    from kiln_trainer.torch_backend.from_settings import backend_from_settings
+
+    return backend_from_settings(settings)
 
 
 async def start_trainer(

@@ -91,7 +91,7 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServicer):
     async def GetStatus(
         self, request: pb.GetTrainerStatusRequest, context: grpc.aio.ServicerContext
     ) -> pb.TrainerStatus:
-        mapped = self._backend.mapped_model
+        mapped, gpu_use = self._backend.mapped_model, self._backend.gpu_use
         return pb.TrainerStatus(
             trainer_id=self._trainer_id,
             running_job_id=self._worker.running_job_id,
@@ -100,6 +100,9 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServicer):
             model_hash=mapped.model_hash,
             num_borrowed_bytes=mapped.num_borrowed_bytes,
             num_allocated_base_bytes=mapped.num_allocated_base_bytes,
+            gpu_sharing=gpu_use.mode,
+            gpu_share=gpu_use.share,
+            gpu_sms=gpu_use.num_sms,
         )
 
     def _accept(self, request: pb.SubmitRequest) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -26,6 +26,25 @@ class TrainerSettings(BaseSettings):
     )
     state_dir: Path = Field(description="folder of the checkpoints of jobs that have not ended")
     num_threads: PositiveInt = Field(1, description="CPU threads of one training step")
+    device: str = Field(
+        "",
+        pattern=r"^(cuda:\d+)?$",
+        description="a GPU of the trainer's own, such as cuda:1, to which the weights are copied once;"
+        " empty trains where the engine's weights are",
+    )
+    gpu_sharing: Literal["auto", "mps", "time_slices"] = Field(
+        "auto",
+        description="how one GPU serves both; mps: at once, training in a partition; time_slices: in"
+        " turns, with pauses; auto: mps where an MPS server runs; under one it is always a partition",
+    )
+    gpu_share_idle: float = Field(
+        1.0, gt=0, le=1, description="training's part of the multiprocessors (mps) or the time, engine idle"
+    )
+    gpu_share_light: float = Field(0.5, gt=0, le=1, description="the same while up to 32 sequences run")
+    gpu_share_heavy: float = Field(0.25, gt=0, le=1, description="the same while more run, or any wait")
+    gpu_yield_s: NonNegativeFloat = Field(
+        1.0, description="longest wait between two micro-batches while the engine's queue grows"
+    )
     cpu_niceness: int = Field(
         5, ge=0, le=19, description="without a GPU: how far training gives way to decoding; 0 not at all"
     )

@@ -12,15 +12,18 @@ from kiln_nn.errors import CheckpointUnreadable, ShareRefused
 from kiln_nn.sharing.leases import take_lease
 from kiln_nn.sharing.wire import HANDOVER_TIMEOUT_S, check_peer, peer_uid, receive_message, socket_address
 from kiln_nn.weights.arena import ArenaReader
-from kiln_nn.weights.cuda_memory import find_device, open_ipc
+from kiln_nn.weights.cuda_memory import open_ipc
+from kiln_nn.weights.device_region import find_device
 from kiln_nn.weights.host_memory import check_sealed, map_readonly
 from kiln_nn.weights.manifest import Manifest
+from kiln_nn.weights.vmm_memory import open_vmm
 
 
 class SharedWeights(ArenaReader):
     """Another process's arena, mapped here without a copy: views, checksum, and whether it lives.
 
-    On the CPU a write to a view kills this process; on a GPU reading only is a convention.
+    A write to a view kills this process on the CPU, and through a descriptor on a GPU; behind a legacy
+    handle, reading only is a convention.
     The mapping lasts as long as any view of it, the lease until `close`.
     """
 
@@ -107,6 +110,8 @@ def _receive_arena(connection: socket.socket, expected_boot_id: str | None) -> t
             return manifest, _open_device_memory(manifest, message.get("cuda_ipc_handle"))
         if fd is None:
             raise CheckpointUnreadable("the weight manifest came without its descriptor")
+        if manifest.transport == "cuda_vmm":
+            return manifest, open_vmm(fd, manifest.nbytes, find_device(manifest.device_id))
         check_sealed(fd, manifest.nbytes)
         return manifest, map_readonly(fd, manifest.nbytes)
     finally:

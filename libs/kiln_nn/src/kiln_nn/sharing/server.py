@@ -20,7 +20,6 @@ from kiln_nn.sharing.wire import (
 )
 from kiln_nn.weights.arena import WeightArena
 from kiln_nn.weights.cuda_memory import CudaMemory
-from kiln_nn.weights.host_memory import HostMemory
 
 
 class WeightServer:
@@ -113,9 +112,9 @@ class WeightServer:
             return
         # Counted before the message leaves, so that whoever is attached has been counted.
         self._set_leases(self._leases | {connection})
-        fd = self._memory.fd if isinstance(self._memory, HostMemory) else None
+        fd = self._memory.fd  # a legacy handle travels in the message
         try:
-            send_message(connection, self._message, fd)
+            send_message(connection, self._message, fd if fd >= 0 else None)
         except OSError:  # gone or stuck in the middle
             connection.close()
             self._set_leases(self._leases - {connection})

@@ -5,14 +5,19 @@ from __future__ import annotations
 import hashlib
 import uuid
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 
 from kiln_nn.config import ModelConfig
-from kiln_nn.weights import cuda_memory
 from kiln_nn.weights.cuda_memory import CudaMemory
+from kiln_nn.weights.device_region import device_id
 from kiln_nn.weights.host_memory import HostMemory
 from kiln_nn.weights.manifest import Manifest, TensorEntry, arena_views, fused_views
+from kiln_nn.weights.vmm_memory import VmmMemory
+
+ArenaMemory = HostMemory | VmmMemory | CudaMemory
+GpuTransport = Literal["vmm", "legacy"]
 
 _CHECKSUM_CHUNK_BYTES = 64 << 20
 
@@ -55,7 +60,7 @@ class ArenaReader:
 class WeightArena(ArenaReader):
     """An arena this process allocated and filled. Its bytes never change after loading."""
 
-    def __init__(self, manifest: Manifest, memory: HostMemory | CudaMemory) -> None:
+    def __init__(self, manifest: Manifest, memory: ArenaMemory) -> None:
         super().__init__(manifest, memory.readonly_u8())
         self.memory = memory
 
@@ -65,13 +70,15 @@ class WeightArena(ArenaReader):
         self.memory.close()
 
 
-def allocate(nbytes: int, device: torch.device) -> HostMemory | CudaMemory:
-    """Memory for an arena on the CPU or a GPU."""
-    return HostMemory(nbytes) if device.type == "cpu" else CudaMemory(nbytes, device)
+def allocate(nbytes: int, device: torch.device, transport: GpuTransport = "vmm") -> ArenaMemory:
+    """Memory for an arena on the CPU or a GPU; on a GPU `transport` says how others will map it."""
+    if device.type == "cpu":
+        return HostMemory(nbytes)
+    return VmmMemory(nbytes, device) if transport == "vmm" else CudaMemory(nbytes, device)
 
 
 def finish(
-    memory: HostMemory | CudaMemory,
+    memory: ArenaMemory,
     entries: list[TensorEntry],
     model_hash: str,
     config: ModelConfig,
@@ -83,9 +90,9 @@ def finish(
     manifest = Manifest(
         model_hash=model_hash,
         config=config,
-        device_id="cpu" if device.type == "cpu" else cuda_memory.device_id(device),
+        device_id="cpu" if device.type == "cpu" else device_id(device),
         boot_id=boot_id or uuid.uuid4().hex,
-        transport="memfd" if device.type == "cpu" else "cuda_ipc",
+        transport=memory.transport,
         nbytes=memory.nbytes,
         entries=tuple(entries),
     )

@@ -10,7 +10,7 @@ import ctypes
 import fcntl
 import mmap
 import os
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ PROTECTING_SEALS = (
 class HostMemory:
     """One memfd of `nbytes`; write through `writable_u8`, call `seal`, then read `readonly_u8`."""
 
-    transport = "memfd"
+    transport: Final = "memfd"
 
     def __init__(self, nbytes: int) -> None:
         if not hasattr(os, "memfd_create"):

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from kiln_nn.config import ModelConfig
 from kiln_nn.errors import CheckpointMismatch, CheckpointUnreadable, ShareUnsupported
-from kiln_nn.weights.arena import WeightArena, allocate, finish
+from kiln_nn.weights.arena import GpuTransport, WeightArena, allocate, finish
 from kiln_nn.weights.checkpoint_files import StoredTensor, check_against, scan_folder
 from kiln_nn.weights.manifest import Manifest, arena_views, lay_out
 from kiln_nn.weights.names import EMBEDDING, HEAD, TensorSpec, count_mtp_layers, expected_tensors
@@ -53,6 +53,7 @@ def load_checkpoint(
     device: str | torch.device = "cpu",
     dtype: DtypeChoice | torch.dtype = "auto",
     *,
+    transport: GpuTransport = "vmm",
     boot_id: str | None = None,
     progress: ProgressFn | None = None,
 ) -> LoadedModel:
@@ -60,6 +61,7 @@ def load_checkpoint(
 
     `dtype`: "auto" keeps the stored types on a GPU and widens to float32 on the CPU (exact for
     bfloat16, and faster there); another choice casts all but decays and norms stored in float32.
+    `transport`: how other processes will map an arena on a GPU.
     `progress(loaded_bytes, total_bytes)` is called from this thread as tensors arrive.
 
     Raises:
@@ -76,7 +78,7 @@ def load_checkpoint(
     check_against(stored, specs, config.tie_word_embeddings)
     dtypes = {name: _target_dtype(stored[name].dtype, spec, target, dtype) for name, spec in specs.items()}
     entries = lay_out(specs, dtypes, config.tie_word_embeddings)
-    memory = allocate(max(entry.offset + entry.nbytes for entry in entries), target)
+    memory = allocate(max(entry.offset + entry.nbytes for entry in entries), target, transport)
     try:
         views = arena_views(tuple(entries), memory.writable_u8())
         model_hash = _fill(views, {name: stored[name] for name in specs}, stored, progress)

@@ -15,11 +15,11 @@ from typing import Any, Literal, cast, get_args
 import torch
 
 from kiln_nn.config import ModelConfig
-from kiln_nn.errors import CheckpointMismatch, CheckpointUnreadable
+from kiln_nn.errors import CheckpointMismatch, CheckpointUnreadable, UnsupportedModel
 from kiln_nn.weights.names import EMBEDDING, HEAD, TensorSpec
 
 EntryKind = Literal["own", "row_slice", "alias"]
-Transport = Literal["memfd", "cuda_ipc"]
+Transport = Literal["memfd", "cuda_vmm", "cuda_ipc"]
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -34,7 +34,9 @@ class TensorEntry:
     """One tensor of the arena.
 
     `offset` counts bytes from the arena's start, `stride` elements. `source` is the fused tensor
-    of which a row_slice is a part, or the tensor whose bytes an alias shows again.
+    of which a row_slice is a part, or the tensor whose bytes an alias shows again. `encoding` says how
+    the bytes become numbers: "plain" is `dtype`'s own; a quantised layer will name its scheme here,
+    and a reader that does not know it refuses instead of misreading.
     """
 
     name: str
@@ -44,6 +46,7 @@ class TensorEntry:
     stride: tuple[int, ...]
     dtype: str
     source: str | None = None
+    encoding: str = "plain"
 
     @property
     def nbytes(self) -> int:
@@ -79,7 +82,8 @@ class Manifest:
 
         Raises:
             CheckpointUnreadable: a field is missing, or an entry lies outside the arena.
-            InvalidModelConfig, UnsupportedModel: as ModelConfig.from_dict.
+            UnsupportedModel: a tensor has an encoding that is not read here.
+        InvalidModelConfig, UnsupportedModel: as ModelConfig.from_dict.
         """
         try:
             raw = json.loads(text)
@@ -177,6 +181,10 @@ def _check_fields(manifest: Manifest) -> None:
     if not isinstance(manifest.nbytes, int) or manifest.nbytes <= 0:
         raise CheckpointUnreadable(f"the weight manifest says the arena has {manifest.nbytes!r} bytes")
     for entry in manifest.entries:
+        if entry.encoding != "plain":
+            raise UnsupportedModel(
+                f"{entry.name} is encoded as {entry.encoding!r}, which cannot be read here"
+            )
         numbers = (entry.offset, *entry.shape, *entry.stride)
         is_sound = (
             entry.kind in get_args(EntryKind)

@@ -171,6 +171,9 @@ async def _training_object(gateway: Gateway) -> dict[str, Any] | None:
         "engine_boot_id": status.engine_boot_id or None,
         "borrowed_bytes": status.num_borrowed_bytes,
         "allocated_base_bytes": status.num_allocated_base_bytes,
+        "gpu_sharing": status.gpu_sharing or None,
+        "gpu_share": status.gpu_share,
+        "gpu_sms": status.gpu_sms,
     }
 
 

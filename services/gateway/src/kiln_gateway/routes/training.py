@@ -149,6 +149,9 @@ async def training_status(request: Request) -> Response:
         "model_hash": status.model_hash or None,
         "borrowed_bytes": status.num_borrowed_bytes,
         "allocated_base_bytes": status.num_allocated_base_bytes,
+        "gpu_sharing": status.gpu_sharing or None,
+        "gpu_share": status.gpu_share,
+        "gpu_sms": status.gpu_sms,
     }
     return json_response(body)
 

@@ -23,11 +23,28 @@ class MappedModelView(Protocol):
     def num_allocated_base_bytes(self) -> int: ...
 
 
+class GpuUseView(Protocol):
+    """How training shares its device with an engine: "mps", "time_slices", "own_gpu" or "none".
+
+    `share` is the fraction it takes now, `num_sms` the size of its partition, 0 without one.
+    """
+
+    @property
+    def mode(self) -> str: ...
+    @property
+    def share(self) -> float: ...
+    @property
+    def num_sms(self) -> int: ...
+
+
 class JobBackend(TrainingBackend, Protocol):
-    """A training backend that can also say what it has mapped."""
+    """A training backend that can also say what it has mapped, and how it shares its device."""
 
     @property
     def mapped_model(self) -> MappedModelView: ...
+
+    @property
+    def gpu_use(self) -> GpuUseView: ...
 
     def keep_mapped(self) -> None:
         """Called again and again while there is no job, so that the next one finds the weights.

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import structlog
 import torch
@@ -17,6 +18,7 @@ from kiln_nn.lora import write_adapter
 from kiln_trainer.domain.errors import DeviceBroken
 from kiln_trainer.domain.training import StepHooks, TrainedAdapter, TrainingTask
 from kiln_trainer.torch_backend.errors import ModelError, OutOfTrainingMemory
+from kiln_trainer.torch_backend.gpu_share import GpuShare, GpuUse, WholeDevice
 from kiln_trainer.torch_backend.training_run import TrainingRun
 from kiln_trainer.torch_backend.weights import LocateWeights, WeightSession, engine_locator
 
@@ -38,26 +40,44 @@ class TorchBackend:
     """A TrainingBackend on weights mapped from an engine.
 
     `run` belongs to one thread at a time (a worker thread beside the server's event loop);
-    `mapped_model` may be read from any. The mapping is kept between jobs and renewed when its
-    engine has gone.
+    `mapped_model` and `gpu_use` may be read from any. The mapping is kept between jobs and renewed
+    when its engine has gone.
+
+    `device`: where to train, if not where the engine's weights lie. `make_share` is asked once, when
+    the first weights are mapped, how training shares its device with the engine.
     """
 
-    def __init__(self, locate: LocateWeights, *, num_threads: int = 1) -> None:
+    def __init__(
+        self,
+        locate: LocateWeights,
+        *,
+        num_threads: int = 1,
+        device: torch.device | None = None,
+        make_share: Callable[[WeightSession], GpuShare] = lambda session: WholeDevice("none"),
+    ) -> None:
         self._locate = locate
         self._num_threads = num_threads
+        self._device = device
+        self._make_share = make_share
+        self._share: GpuShare | None = None
         self._session: WeightSession | None = None
         self._mapped = MappedModel()
         self._last_failure = ""  # so that one outage is one line in the log
 
     @classmethod
-    def for_engine(cls, engine_address: str, *, num_threads: int = 1) -> TorchBackend:
-        """A backend on the weights of the engine at that gRPC address."""
-        return cls(engine_locator(engine_address), num_threads=num_threads)
+    def for_engine(cls, engine_address: str, **options: Any) -> TorchBackend:
+        """A backend on the weights of the engine at that gRPC address; options as the constructor's."""
+        return cls(engine_locator(engine_address), **options)
 
     @property
     def mapped_model(self) -> MappedModel:
         """The mapping there is now."""
         return self._mapped
+
+    @property
+    def gpu_use(self) -> GpuUse:
+        """How training shares its device; before anything was mapped, that it does not."""
+        return self._share.use if self._share is not None else GpuUse()
 
     def run(self, task: TrainingTask, hooks: StepHooks) -> TrainedAdapter:
         """Train from the last checkpoint in task.checkpoint_dir (or from the start) to the end.
@@ -72,9 +92,11 @@ class TorchBackend:
         torch.set_num_threads(self._num_threads)
         with _translated_errors():
             session = self._open_session()
-            training = TrainingRun(task, session)
-            training.execute(hooks)
-            folder = _export(task.checkpoint_dir, training, session.model_id)
+            share = self._share_of(session)
+            with share.occupied():
+                training = TrainingRun(task, session, share)
+                training.execute(hooks)
+                folder = _export(task.checkpoint_dir, training, session.model_id)
         return TrainedAdapter(folder, dict(training.latest_metrics))
 
     def keep_mapped(self) -> None:
@@ -102,7 +124,7 @@ class TorchBackend:
         if self._session is not None and self._session.is_alive():
             return self._session
         self.close()
-        session = WeightSession.open(self._locate)
+        session = WeightSession.open(self._locate, self._device)
         self._session = session
         self._mapped = MappedModel(
             engine_boot_id=session.boot_id,
@@ -115,9 +137,15 @@ class TorchBackend:
             boot_id=session.boot_id,
             model_hash=session.model_hash,
             device=str(session.device),
+            gpu_sharing=self._share_of(session).use.mode,
             borrowed_bytes=session.num_borrowed_bytes,
         )
         return session
+
+    def _share_of(self, session: WeightSession) -> GpuShare:
+        if self._share is None:
+            self._share = self._make_share(session)
+        return self._share
 
 
 @contextmanager

@@ -49,3 +49,11 @@ class OutOfTrainingMemory(KilnError):
     code = "training_out_of_memory"
     kind = ErrorKind.CONFLICT
     hint = "Lower batch_tokens; gradient_accumulation keeps the size of a step."
+
+
+class GpuPartitionUnavailable(KilnError):
+    """Under MPS, training needs a part of the GPU of its own, and the driver or torch cannot make one."""
+
+    code = "gpu_partition_unavailable"
+    kind = ErrorKind.CONFLICT
+    hint = "Start with kiln up --gpu-sharing time_slices, or without the MPS server."

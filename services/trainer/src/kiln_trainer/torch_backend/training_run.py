@@ -14,13 +14,14 @@ import torch
 
 from kiln_nn.packed_model import PackedModel
 from kiln_trainer.data.documents import PreparedJob
-from kiln_trainer.data.packing import PackedBatch, StepPlan, pack, plan_steps
+from kiln_trainer.data.packing import PackedBatch, StepPlan, first_fit, pack, plan_steps
 from kiln_trainer.domain.training import StepHooks, StepReport, TrainingTask
 from kiln_trainer.recipes.options import OptimizerOptions, RunOptions
 from kiln_trainer.torch_backend import setup
 from kiln_trainer.torch_backend.activation_memory import needs_recomputation
 from kiln_trainer.torch_backend.checkpoints import Checkpoint, CheckpointFolder
 from kiln_trainer.torch_backend.errors import BaseModelMismatch, TrainingDiverged
+from kiln_trainer.torch_backend.gpu_share import GpuShare
 from kiln_trainer.torch_backend.optimizer import AdapterOptimizer
 from kiln_trainer.torch_backend.policy import Policy
 from kiln_trainer.torch_backend.step import StepSums, forward_backward
@@ -37,12 +38,13 @@ class TrainingRun:
         KilnError, KilnNnError: the data, the settings or the starting adapter do not fit.
     """
 
-    def __init__(self, task: TrainingTask, session: WeightSession) -> None:
+    def __init__(self, task: TrainingTask, session: WeightSession, share: GpuShare) -> None:
         wanted = task.request.base_model_hash
         if wanted and wanted != session.model_hash:
             raise BaseModelMismatch(wanted, session.model_hash)
         self._task = task
         self._session = session
+        self._share = share
         self._options = RunOptions.from_proto(task.request.config)
         self._job: PreparedJob = setup.prepare(task.request)
         setup.check_documents(self._job.documents, session.config)
@@ -94,6 +96,7 @@ class TrainingRun:
         self._optimizer.clear()
         normaliser = math.fsum(self._job.documents[index].normaliser for index in plan.documents)
         for indices in plan.micro_batches:
+            self._share.between_micro_batches()
             old_S = forward_backward(
                 self._policy,
                 self._batch(indices),
@@ -116,6 +119,7 @@ class TrainingRun:
         self._num_tokens += num_tokens
         metrics |= {"grad_norm": grad_norm, "learning_rate": rate, "tokens": float(num_tokens)}
         metrics |= self._job.facts
+        metrics |= self._share.take_metrics()
         self.latest_metrics |= metrics
         return StepReport(step, len(self._steps), self._num_tokens, metrics)
 
@@ -159,10 +163,13 @@ class TrainingRun:
 
     def _score_into(self, stream: list[torch.Tensor], wanted: list[int], *, with_adapter: bool) -> None:
         batch_tokens = self._options.batch_tokens
-        for index, logprobs_s in self._policy.logprobs_of(
-            self._job.documents, wanted, batch_tokens=batch_tokens, with_adapter=with_adapter
-        ):
-            stream[index] = logprobs_s.clone()
+        lengths = [document.num_tokens for document in self._job.documents]
+        for chosen in first_fit(wanted, lengths, batch_tokens):
+            self._share.between_micro_batches()
+            for index, logprobs_s in self._policy.logprobs_of(
+                self._job.documents, chosen, batch_tokens=batch_tokens, with_adapter=with_adapter
+            ):
+                stream[index] = logprobs_s.clone()
 
     def _checkpoint(self, job_hash: str) -> Checkpoint:
         tensors = {f"lora/{name}": t for name, t in self._policy.lora.state_dict().items()}

@@ -13,6 +13,7 @@ from kiln_common.rpc.channel import CHANNEL_OPTIONS
 from kiln_nn.config import ModelConfig
 from kiln_nn.errors import ShareRefused
 from kiln_nn.sharing import SharedWeights, attach
+from kiln_nn.weights import ArenaReader
 from kiln_nn.weights.names import HEAD, expected_tensors
 from kiln_trainer.domain.errors import WeightsLost
 from kiln_trainer.torch_backend.errors import WeightsNotBorrowed
@@ -58,22 +59,29 @@ def engine_locator(engine_address: str, timeout_s: float = _CALL_TIMEOUT_S) -> L
 class WeightSession:
     """One mapping of one engine's weights; it ends with that engine's life.
 
+    `device`: where to train, if not where the engine's weights lie: all of them are copied there, once
+    and as one piece, and the mapping goes on to say that the engine lives.
+
     Raises:
         WeightsNotBorrowed: a parameter is missing from the mapping or lies outside it.
     """
 
-    def __init__(self, shared: SharedWeights, model_id: str) -> None:
+    def __init__(self, shared: SharedWeights, model_id: str, device: torch.device | None = None) -> None:
         self._shared = shared
+        self._arena: ArenaReader | None = shared
+        self.is_own_device = device is not None and device != shared.bytes_u8().device
+        if self.is_own_device:
+            self._arena = ArenaReader(shared.manifest, shared.bytes_u8().to(device))
         self.model_id = model_id
-        self.weights: Mapping[str, torch.Tensor] = shared.views()
+        self.weights: Mapping[str, torch.Tensor] = self._arena.views()
         self.num_borrowed_bytes = sum(
             entry.nbytes for entry in shared.manifest.entries if entry.kind != "alias"
         )
         self.check_borrowed(self.weights)
 
     @classmethod
-    def open(cls, locate: LocateWeights) -> WeightSession:
-        """Find the engine and map its weights.
+    def open(cls, locate: LocateWeights, device: torch.device | None = None) -> WeightSession:
+        """Find the engine and map its weights, and copy them if training runs on another device.
 
         Raises:
             WeightsLost: the engine is away, or was replaced between the two questions.
@@ -85,7 +93,7 @@ class WeightSession:
         except ShareRefused as error:
             raise WeightsLost(f"the engine's weights could not be mapped: {error}") from error
         try:
-            return cls(shared, location.model_id)
+            return cls(shared, location.model_id, device)
         except BaseException:
             shared.close()
             raise
@@ -104,22 +112,25 @@ class WeightSession:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights lie, and so where training runs."""
+        """Where the weights lie that training reads, and so where it runs."""
         return next(iter(self.weights.values())).device
 
     def num_allocated_base_bytes(self, weights: Mapping[str, torch.Tensor]) -> int:
-        """Bytes of `weights` outside the mapping: what this process holds of the base model itself."""
-        return self._shared.num_foreign_bytes(weights)
+        """Bytes of the base model that this process holds itself: 0, or one copy on a device of its own."""
+        copied = self._shared.manifest.nbytes if self.is_own_device else 0
+        return copied + self._reader.num_foreign_bytes(weights)
 
     def check_borrowed(self, weights: Mapping[str, torch.Tensor]) -> None:
-        """Check by address that `weights` are all of the model's parameters and all of them mapped.
+        """Check by address that `weights` are all of the model's parameters, and all in the mapping.
+
+        On a device of its own: all in the one copy.
 
         Raises:
-            WeightsNotBorrowed: one is missing, or lies outside the mapping.
+            WeightsNotBorrowed: one is missing, or lies outside.
         """
         expected = set(expected_tensors(self.config, include_mtp=True)) | {HEAD}
         foreign = sorted(expected - weights.keys())
-        foreign += [name for name, tensor in weights.items() if not self._shared.borrows(tensor)]
+        foreign += [name for name, tensor in weights.items() if not self._reader.borrows(tensor)]
         if foreign:
             raise WeightsNotBorrowed(foreign, self.num_allocated_base_bytes(weights))
 
@@ -133,10 +144,16 @@ class WeightSession:
         return self._shared.is_alive()
 
     def checksum(self) -> str:
-        """Hex sha256 of the mapped bytes, computed now."""
-        return self._shared.checksum()
+        """Hex sha256 of the bytes that training reads, computed now."""
+        return self._reader.checksum()
 
     def close(self) -> None:
         """Give the lease back. Idempotent; nothing may use `weights` afterwards."""
         self.weights = {}
+        self._arena = None
         self._shared.close()
+
+    @property
+    def _reader(self) -> ArenaReader:
+        assert self._arena is not None, "the session was closed"
+        return self._arena

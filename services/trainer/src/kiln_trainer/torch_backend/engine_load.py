@@ -1,0 +1,34 @@
+"""Asks the engine how loaded it is, from the training thread, between two micro-batches."""
+
+from __future__ import annotations
+
+import grpc
+
+from kiln_common.pb import engine_pb2, engine_pb2_grpc
+from kiln_common.rpc.channel import CHANNEL_OPTIONS
+from kiln_trainer.domain.gpu_share import EngineLoad
+
+_TIMEOUT_S = 0.1
+
+
+class EngineLoadReader:
+    """The load of the engine at "host:port" or "unix:/path"; None when it does not say so in time.
+
+    Synchronous and on a channel of its own: it must not depend on the event loop that serves the
+    trainer's clients.
+    """
+
+    def __init__(self, engine_address: str, timeout_s: float = _TIMEOUT_S) -> None:
+        self._timeout_s = timeout_s
+        self._channel = grpc.insecure_channel(engine_address, options=CHANNEL_OPTIONS)
+        self._engine = engine_pb2_grpc.EngineStub(self._channel)  # type: ignore[no-untyped-call]
+
+    def __call__(self) -> EngineLoad | None:
+        try:
+            stats = self._engine.GetStats(engine_pb2.GetStatsRequest(), timeout=self._timeout_s)
+        except grpc.RpcError:
+            return None
+        return EngineLoad(stats.num_running, stats.num_waiting)
+
+    def close(self) -> None:
+        self._channel.close()
