@@ -1,4 +1,7 @@
-"""The gated delta rule over packed documents with gradients of all its inputs: what training runs."""
+"""What training runs of a DeltaNet layer: its inputs cut into heads, and the gated delta rule.
+
+Both work over packed documents, anew at each, and have gradients.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,46 @@ from collections.abc import Sequence
 
 import torch
 
+from kiln_nn.kernels.causal_conv import causal_conv
 from kiln_nn.kernels.checks import check_cu_seqlens, check_shape
 from kiln_nn.kernels.dispatch import may_train_on_triton
-from kiln_nn.kernels.gated_delta import gated_delta_chunked
+from kiln_nn.kernels.gated_delta import delta_rule_heads, gated_delta_chunked
 
-__all__ = ["delta_train"]
+__all__ = ["delta_train", "delta_train_heads"]
+
+
+def delta_train_heads(
+    mixed_TC: torch.Tensor,
+    weight_CW: torch.Tensor,
+    positions_T: torch.Tensor,
+    cu_seqlens: Sequence[int],
+    *,
+    num_key_heads: int,
+    key_dim: int,
+    value_dim: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Convolve the rows q|k|v of each document, apply SiLU, and cut them into heads.
+
+    `positions_T` are the tokens' places in their documents, int32: the same fact as `cu_seqlens`.
+
+    Returns: q and k `[T, h, K]` of unit length, q scaled by `K^-0.5`, and v `[T, H, V]`: in the inputs'
+    format from the kernels, in float32 (float64 for float64 inputs) otherwise.
+
+    Raises:
+        ShapeMismatch: shapes or document boundaries do not fit.
+    """
+    num_tokens, num_channels = mixed_TC.shape
+    bounds = check_cu_seqlens(cu_seqlens, num_tokens)
+    check_shape("weight", weight_CW, (num_channels, None))
+    check_shape("positions", positions_T, (num_tokens,))
+    if may_train_on_triton(mixed_TC, weight_CW, positions_T):
+        from kiln_nn.kernels.delta_train import triton_heads
+
+        if triton_heads.supports(mixed_TC, weight_CW, key_dim, value_dim):
+            sizes = (num_key_heads, key_dim, value_dim)
+            return triton_heads.train_heads(mixed_TC, weight_CW, positions_T, *sizes)
+    convolved, _ = causal_conv(mixed_TC, weight_CW, bounds)
+    return delta_rule_heads(convolved, num_key_heads, key_dim, value_dim)
 
 
 def delta_train(
