@@ -6,6 +6,7 @@ import csv
 import importlib.metadata
 import os
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ class ResultFile:
     `folder` is benchmarks/results unless KILN_BENCH_RESULTS names another one.
     """
 
-    def __init__(self, name: str, gpu: str) -> None:
+    def __init__(self, name: str, gpu: str, columns: Sequence[str] = COLUMNS) -> None:
+        self._columns = columns
         folder = Path(os.environ.get("KILN_BENCH_RESULTS", RESULTS))
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / f"{name}.csv"
@@ -36,15 +38,15 @@ class ResultFile:
 
     def add(self, workload: str, settings: str, **figures: Any) -> None:
         """Print one row and append it; figures that do not apply stay empty."""
-        row = dict.fromkeys(COLUMNS, "") | self._common | {"workload": workload, "settings": settings}
+        row = dict.fromkeys(self._columns, "") | self._common | {"workload": workload, "settings": settings}
         row |= {name: _rounded(name, value) for name, value in figures.items()}
-        unknown = set(row) - set(COLUMNS)
+        unknown = set(row) - set(self._columns)
         assert not unknown, unknown
         shown = "  ".join(f"{name} {row[name]}" for name in figures if row[name] != "")
         print(f"{workload:44s} [{settings}]  {shown}", flush=True)
         is_new = not self._path.exists()
         with self._path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
+            writer = csv.DictWriter(file, self._columns)
             if is_new:
                 writer.writeheader()
             writer.writerow(row)

@@ -60,9 +60,7 @@ def _inputs(shape: tuple[int, int, int, int], num_tokens: int, seed: int = 0, **
 
 
 def _out_grad(inputs: DeltaInputs, seed: int = 9) -> torch.Tensor:
-    return torch.randn(
-        inputs.v.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-    )
+    return torch.randn(inputs.v.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def _exact(inputs, cu_seqlens, out_grad) -> tuple[torch.Tensor, ...]:

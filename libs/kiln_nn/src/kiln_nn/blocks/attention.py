@@ -40,12 +40,9 @@ def project_attention(
     """
     num_tokens, path = x_TD.shape[0], f"{prefix}.self_attn"
     # q_proj's rows lie head by head as [query | gate].
-    q_and_gate = linear(f"{path}.q_proj", x_TD).view(
-        num_tokens, config.num_attention_heads, 2, config.head_dim
-    )
-    q, gate = q_and_gate.unbind(2)
-    k = linear(f"{path}.k_proj", x_TD).view(num_tokens, config.num_kv_heads, config.head_dim)
-    v = linear(f"{path}.v_proj", x_TD).view(num_tokens, config.num_kv_heads, config.head_dim)
+    names = (f"{path}.q_proj", f"{path}.k_proj", f"{path}.v_proj")
+    q_and_gate, k, v = (rows.view(num_tokens, -1, config.head_dim) for rows in linear(names, x_TD))
+    q, gate = q_and_gate.unflatten(1, (-1, 2)).unbind(2)
     q = rms_norm(q, weights[f"{path}.q_norm.weight"], config.rms_norm_eps, offset=1.0)
     k = rms_norm(k, weights[f"{path}.k_norm.weight"], config.rms_norm_eps, offset=1.0)
     return AttentionInputs(apply_rotary(q, cos_TE, sin_TE), apply_rotary(k, cos_TE, sin_TE), v, gate)
@@ -56,4 +53,5 @@ def finish_attention(
 ) -> torch.Tensor:
     """Gate the attention's output and project it back, `[T, hidden]`."""
     gated = out_THD * torch.sigmoid(gate_THD)
-    return linear(f"{prefix}.self_attn.o_proj", gated.flatten(1))
+    (out,) = linear((f"{prefix}.self_attn.o_proj",), gated.flatten(1))
+    return out

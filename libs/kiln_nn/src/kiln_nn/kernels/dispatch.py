@@ -78,9 +78,12 @@ def _is_new_enough(device_index: int) -> bool:
 
 def takes_triton(*tensors: torch.Tensor) -> bool:
     """Whether Triton kernels may compute with these tensors: where they are, not what shape."""
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        return False
-    return may_train_on_triton(*tensors)
+    return not needs_gradients(*tensors) and may_train_on_triton(*tensors)
+
+
+def needs_gradients(*tensors: torch.Tensor) -> bool:
+    """Whether autograd will ask for the gradient of one of these."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def may_train_on_triton(*tensors: torch.Tensor) -> bool:

@@ -166,8 +166,9 @@ def delta_backward(
     for start, end in reversed(list(pairwise(cu_seqlens))):
         state_grad = torch.zeros_like(states[0]) if states else spread[2]
         for rows in reversed(list(_chunks_of(start, end, chunk))):
-            arguments = (x[rows].transpose(0, 1) for x in (corrected, out_grad_THV.to(corrected.dtype)))
-            of_chunk, state_grad = _backward(_chunk(spread, rows), states.pop(), *arguments, state_grad)
+            u = corrected[rows].transpose(0, 1)
+            out_grad = out_grad_THV[rows].to(u.dtype).transpose(0, 1)
+            of_chunk, state_grad = _backward(_chunk(spread, rows), states.pop(), u, out_grad, state_grad)
             for whole, part in zip(grads, of_chunk, strict=True):
                 whole[rows] = part.transpose(0, 1)
     num_key_heads = inputs[1].shape[1]

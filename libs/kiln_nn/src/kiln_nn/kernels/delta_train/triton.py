@@ -196,7 +196,7 @@ def delta_backward(
     config: TrainConfig,
 ) -> tuple[torch.Tensor, ...]:
     """Gradients of q, k, v, g and beta, each in the format of its input."""
-    q, k, v, g, beta = inputs
+    q, k, v, _, beta = inputs
     sizes, form, tiles = _sizes(k, v), _form(config), _tiles(bounds, v.device)
     num_tiles = tiles.documents_B.shape[0]
     grads = tuple(x.new_empty(x.shape) for x in inputs)

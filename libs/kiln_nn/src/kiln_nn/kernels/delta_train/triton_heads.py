@@ -53,7 +53,12 @@ def _heads_forward(
         row = first_row + step
         x0 = _row(mixed, mixed_stride, channels, row, num_tokens)
         position = tl.load(positions + row, mask=row < num_tokens, other=0)
-        c = w3 * x0 + w2 * _since(x1, position, 1) + w1 * _since(x2, position, 2) + w0 * _since(x3, position, 3)
+        c = (
+            w3 * x0
+            + w2 * _since(x1, position, 1)
+            + w1 * _since(x2, position, 2)
+            + w0 * _since(x3, position, 3)
+        )
         y = c / (1.0 + tl.exp(-c))
         if NORMALISES:
             y *= (scale * tl.rsqrt(tl.sum(y * y, 1) + 1e-6))[:, None]
@@ -81,7 +86,12 @@ def _heads_backward(
         is_row = (channels >= 0) & (row < num_tokens)
         x0 = _row(mixed, mixed_stride, channels, row, num_tokens)
         position = tl.load(positions + row, mask=row < num_tokens, other=0)
-        c = w3 * x0 + w2 * _since(x1, position, 1) + w1 * _since(x2, position, 2) + w0 * _since(x3, position, 3)
+        c = (
+            w3 * x0
+            + w2 * _since(x1, position, 1)
+            + w1 * _since(x2, position, 2)
+            + w0 * _since(x3, position, 3)
+        )
         share = 1.0 / (1.0 + tl.exp(-c))
         grad = tl.load(grads + row.to(tl.int64) * grad_stride, mask=is_row, other=0.0).to(tl.float32)
         if NORMALISES:
