@@ -11,8 +11,7 @@ import torch
 
 from kiln_nn.blocks.linear import LinearFn, Weights
 from kiln_nn.config import ModelConfig
-from kiln_nn.kernels.rms_norm import rms_norm
-from kiln_nn.kernels.rotary import apply_rotary
+from kiln_nn.kernels.qk_norm_rope import qk_norm_rope
 
 
 class AttentionInputs(NamedTuple):
@@ -43,9 +42,11 @@ def project_attention(
     names = (f"{path}.q_proj", f"{path}.k_proj", f"{path}.v_proj")
     q_and_gate, k, v = (rows.view(num_tokens, -1, config.head_dim) for rows in linear(names, x_TD))
     q, gate = q_and_gate.unflatten(1, (-1, 2)).unbind(2)
-    q = rms_norm(q, weights[f"{path}.q_norm.weight"], config.rms_norm_eps, offset=1.0)
-    k = rms_norm(k, weights[f"{path}.k_norm.weight"], config.rms_norm_eps, offset=1.0)
-    return AttentionInputs(apply_rotary(q, cos_TE, sin_TE), apply_rotary(k, cos_TE, sin_TE), v, gate)
+    q, k = (
+        qk_norm_rope(x, weights[f"{path}.{name}.weight"], config.rms_norm_eps, cos_TE, sin_TE)
+        for name, x in (("q_norm", q), ("k_norm", k))
+    )
+    return AttentionInputs(q, k, v, gate)
 
 
 def finish_attention(
