@@ -1,6 +1,6 @@
-"""Training on a GPU through the kernels: every LoRA gradient against float64 on the CPU.
+"""Training through the kernels: every LoRA gradient against float64 in plain torch.
 
-The model is small, but its widths are ones the kernels take.
+The model is small, but its widths are ones the kernels take. On a GPU, and in Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -16,11 +16,15 @@ from kiln_nn.packed_model import PackedModel
 from tests.support.delta_inputs import relative_error
 from tests.support.lora_builders import random_lora
 from tests.support.tiny_models import random_tensors, tiny_config
+from tests.support.triton_kernels import (
+    INTERPRETED,
+    needs_triton,
+    on_triton,
+    only_outside_interpreter,
+    run_under_interpreter,
+)
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+only_on_gpu = pytest.mark.skipif(INTERPRETED, reason="too long for the interpreter")
 LENGTHS = (200, 3, 64, 131)
 FIELDS = {
     "vocab_size": 1000,
@@ -35,9 +39,9 @@ FIELDS = {
 }
 
 
-def _documents(vocab_size: int) -> list[torch.Tensor]:
+def _documents(vocab_size: int, lengths=LENGTHS) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(21)
-    return [torch.randint(0, vocab_size, (n,), generator=generator) for n in LENGTHS]
+    return [torch.randint(0, vocab_size, (n,), generator=generator) for n in lengths]
 
 
 def _gradients(
@@ -62,6 +66,32 @@ def _errors(actual: dict, expected: dict) -> dict[str, float]:
     return {name: relative_error(actual[name], expected[name]) for name in expected}
 
 
+@only_outside_interpreter
+@needs_triton
+def test_the_kernels_in_the_interpreter():
+    run_under_interpreter(__file__)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="a GPU has the tests below")
+def test_every_gradient_in_the_interpreter(monkeypatch):
+    """As on a GPU, but for torch's attention: each public function is told to take its kernels."""
+    layers = ("linear_attention", "full_attention")
+    config = tiny_config(**{**FIELDS, "layer_types": layers, "vocab_size": 300, "linear_value_head_dim": 16})
+    weights, documents = random_tensors(config), _documents(300, (66, 3))
+    exact = {name: tensor.double() for name, tensor in weights.items()}
+    expected = _gradients(config, exact, documents, "cpu", torch.float64)
+    chosen = []
+    for package in ("delta_train", "rms_norm", "swiglu", "logprobs", "qk_norm_rope"):
+        name = f"kiln_nn.kernels.{package}.may_train_on_triton"
+        monkeypatch.setattr(name, lambda *_, package=package: bool(chosen.append(package)) or True)
+    errors = _errors(_gradients(config, weights, documents, "cpu"), expected)
+    assert len(set(chosen)) == 5
+    worst = max(errors, key=errors.__getitem__)
+    assert errors[worst] < 3e-5, f"{worst}: {errors[worst]:.1e}"
+
+
+@on_triton
+@only_on_gpu
 def test_float32_gradients_of_every_tensor_are_those_of_float64():
     config = tiny_config(**FIELDS)
     weights, documents = random_tensors(config), _documents(config.vocab_size)
@@ -72,6 +102,8 @@ def test_float32_gradients_of_every_tensor_are_those_of_float64():
     assert errors[worst] < 1e-3, f"{worst}: {errors[worst]:.1e}"
 
 
+@on_triton
+@only_on_gpu
 def test_bf16_gradients_are_as_near_as_those_of_the_references():
     config = tiny_config(**FIELDS)
     documents = _documents(config.vocab_size)
@@ -87,6 +119,8 @@ def test_bf16_gradients_are_as_near_as_those_of_the_references():
     assert max(errors.values()) < 2.5 * max(noise.values())
 
 
+@on_triton
+@only_on_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_packed_documents_gradients_equal_those_it_gets_alone(dtype):
     config = tiny_config(**FIELDS)
