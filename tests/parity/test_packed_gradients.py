@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import kiln_nn.packed_model as packed_model_module
 from kiln_nn.kernels.gated_delta import gated_delta_recurrent
 from kiln_nn.kernels.logprobs import token_logprobs
+from kiln_nn.kernels.varlen_attention import ATTENTION_OPERATORS
 from kiln_nn.lora.parameters import LoraParameters
 from kiln_nn.packed_model import PackedModel
 from tests.support.delta_inputs import relative_error
@@ -123,3 +125,24 @@ def test_computing_layers_again_changes_nothing():
     for num_kept_layers in (0, 2):
         recomputed = _gradients(PackedModel(config, weights, num_kept_layers), lora, documents)
         assert all(torch.equal(kept[name], recomputed[name]) for name in kept)
+
+
+def test_attention_is_not_computed_again_where_its_layer_is():
+    config = tiny_config()
+    weights, lora, documents = random_tensors(config), random_lora(config), _documents(config.vocab_size)
+    num_calls = {}
+    for num_kept_layers in (None, 0):
+        with CountingOperators(ATTENTION_OPERATORS) as counted:
+            _gradients(PackedModel(config, weights, num_kept_layers), lora, documents)
+        num_calls[num_kept_layers] = counted.num_calls
+    assert num_calls[0] == num_calls[None] > 0
+
+
+class CountingOperators(TorchDispatchMode):
+    def __init__(self, operators) -> None:
+        super().__init__()
+        self._operators, self.num_calls = operators, 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.num_calls += operator in self._operators
+        return operator(*args, **(kwargs or {}))

@@ -13,7 +13,7 @@ MIB = 2**20
 
 
 def _plan(budget_bytes: int) -> ActivationPlan:
-    return ActivationPlan(num_layers=10, kept_bytes=1000.0, carried_bytes=10, budget_bytes=budget_bytes)
+    return ActivationPlan(num_layers=10, kept_bytes=1000.0, carried_bytes=120, budget_bytes=budget_bytes)
 
 
 def test_short_batches_keep_everything_and_longer_ones_fewer_layers():

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
 from kiln_nn.blocks import (
     LinearFn,
@@ -39,7 +39,7 @@ from kiln_nn.config import ModelConfig
 from kiln_nn.kernels.checks import check_cu_seqlens
 from kiln_nn.kernels.delta_train import delta_train, delta_train_heads
 from kiln_nn.kernels.rotary import rotary_tables
-from kiln_nn.kernels.varlen_attention import varlen_attention
+from kiln_nn.kernels.varlen_attention import ATTENTION_OPERATORS, varlen_attention
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,10 @@ class _Packing:
     bounds: tuple[int, ...]
     positions_T: torch.Tensor  # int32, from 0 in each document
     rotary: tuple[torch.Tensor, torch.Tensor]
+
+
+def _keep_attention() -> Any:
+    return create_selective_checkpoint_contexts(list(ATTENTION_OPERATORS))
 
 
 class PackedModel:
@@ -156,8 +160,18 @@ class PackedModel:
         num_kept = self.config.num_layers if self.num_kept_layers is None else self.num_kept_layers
         return torch.is_grad_enabled() and index < self.config.num_layers - num_kept
 
-    def _layer_again(self, *arguments: Any) -> torch.Tensor:
-        return checkpoint(self._layer, *arguments, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]
+    def _layer_again(self, prefix: str, kind: str, *arguments: Any) -> torch.Tensor:
+        """The layer, which backward computes again, all but its attention: that is dear and small."""
+        keep = _keep_attention if kind == "full_attention" else noop_context_fn
+        return checkpoint(  # type: ignore[no-any-return]
+            self._layer,
+            prefix,
+            kind,
+            *arguments,
+            use_reentrant=False,
+            preserve_rng_state=False,
+            context_fn=keep,
+        )
 
     def _layer(
         self, prefix: str, kind: str, hidden: torch.Tensor, packing: _Packing, linear: LinearFn

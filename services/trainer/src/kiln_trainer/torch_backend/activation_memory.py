@@ -30,8 +30,8 @@ _LAYERS_AT_WORK = 2
 class ActivationPlan:
     """What a micro-batch's activations may take, and what they do take.
 
-    `kept_bytes`: of one token in one layer that keeps everything. `carried_bytes`: of one token in a
-    layer that keeps its input, and in the head.
+    `kept_bytes`: of one token in one layer that keeps everything. `carried_bytes`: of one token in the
+    whole model if every layer is computed again.
     """
 
     num_layers: int
@@ -46,18 +46,21 @@ class ActivationPlan:
         num_tokens = min(_PROBE_TOKENS, config.max_position_embeddings)
         num_bytes = _kept_bytes(model, linear, torch.zeros(num_tokens, dtype=torch.int64, device=device))
         itemsize = next(iter(weights.values())).element_size()
+        # Every layer's input, what goes into and out of the head, and what attention gave.
+        num_attention = sum(kind == "full_attention" for kind in config.layer_types)
+        num_carried = (config.num_layers + 2) * config.hidden_size
+        num_carried += num_attention * config.num_attention_heads * config.head_dim
         return cls(
             num_layers=config.num_layers,
             kept_bytes=num_bytes / num_tokens / config.num_layers,
-            carried_bytes=config.hidden_size * itemsize,
+            carried_bytes=num_carried * itemsize,
             budget_bytes=_budget_bytes(device),
         )
 
     def num_kept_layers(self, num_tokens: int) -> int:
         """How many layers of a micro-batch of `num_tokens` may keep everything."""
         per_layer = self.kept_bytes * num_tokens
-        carried = self.carried_bytes * num_tokens * (self.num_layers + 2)
-        spare = self.budget_bytes - carried
+        spare = self.budget_bytes - self.carried_bytes * num_tokens
         if per_layer * self.num_layers <= spare:
             return self.num_layers
         return max(0, int((spare - _LAYERS_AT_WORK * per_layer) // per_layer))

@@ -9,7 +9,13 @@ import torch
 from kiln_nn.kernels.checks import check_cu_seqlens, check_shape
 from kiln_nn.kernels.varlen_attention import flash, reference
 
-__all__ = ["varlen_attention"]
+__all__ = ["ATTENTION_OPERATORS", "varlen_attention"]
+
+# torch's operators behind it, whose results may be kept where all around them is computed again.
+ATTENTION_OPERATORS = (
+    torch.ops.aten._flash_attention_forward.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+)
 
 
 def varlen_attention(
