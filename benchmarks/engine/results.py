@@ -6,6 +6,7 @@ import csv
 import importlib.metadata
 import os
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,11 @@ class ResultFile:
     `folder` is benchmarks/results unless KILN_BENCH_RESULTS names another one.
     """
 
-    def __init__(self, name: str, gpu: str, more_columns: tuple[str, ...] = ()) -> None:
+    def __init__(self, name: str, gpu: str, columns: Sequence[str] = COLUMNS) -> None:
+        self._columns = columns
         folder = Path(os.environ.get("KILN_BENCH_RESULTS", RESULTS))
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / f"{name}.csv"
-        self._columns = (*COLUMNS, *more_columns)
         self._common = {
             "commit": commit(),
             "gpu": gpu,

@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.engine.recording import Distribution, RequestFailed, TooFewSteps
 from benchmarks.engine.requests import random_requests
-from benchmarks.engine.results import ResultFile, device_name
+from benchmarks.engine.results import COLUMNS, ResultFile, device_name
 from benchmarks.engine.spine import Spine, make_settings
 from benchmarks.sharing.trainer_process import TrainerFailed, TrainerProcess
 from kiln_common.logs import configure_logs
@@ -115,7 +115,7 @@ class Table:
         self._sizes = sizes
         self._mode = mode
         self._row_seconds = row_seconds
-        self._results = ResultFile("sharing", device_name(), ("train_tok_per_s",))
+        self._results = ResultFile("sharing", device_name(), (*COLUMNS, "train_tok_per_s"))
         self._seed = 0
 
     def add_row(self, batch: int, name: str, trainer: TrainerProcess | None, has_idle_times: bool) -> None:

@@ -23,7 +23,7 @@ def _logprobs_and_gradients(config, weights: dict, device: str) -> tuple[torch.T
     lora = random_lora(config)
     on_device = {path: (a.to(device), b.to(device)) for path, (a, b) in lora.tensors().items()}
     lora = type(lora)(lora.spec, on_device)
-    model = PackedModel(config, {name: t.to(device) for name, t in weights.items()}, True)
+    model = PackedModel(config, {name: t.to(device) for name, t in weights.items()}, num_kept_layers=0)
     ids = (torch.arange(CU_SEQLENS[-1]) * 7 % config.vocab_size).to(device)
     hidden = model.hidden_states(ids, CU_SEQLENS, lora.linear_fn(model.weights))
     logprobs = token_logprobs(hidden, model.head_weight, ids.roll(-1)).logprobs_T

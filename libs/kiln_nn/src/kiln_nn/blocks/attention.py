@@ -11,8 +11,7 @@ import torch
 
 from kiln_nn.blocks.linear import LinearFn, Weights
 from kiln_nn.config import ModelConfig
-from kiln_nn.kernels.rms_norm import rms_norm
-from kiln_nn.kernels.rotary import apply_rotary
+from kiln_nn.kernels.qk_norm_rope import qk_norm_rope
 
 
 class AttentionInputs(NamedTuple):
@@ -40,15 +39,14 @@ def project_attention(
     """
     num_tokens, path = x_TD.shape[0], f"{prefix}.self_attn"
     # q_proj's rows lie head by head as [query | gate].
-    q_and_gate = linear(f"{path}.q_proj", x_TD).view(
-        num_tokens, config.num_attention_heads, 2, config.head_dim
+    names = (f"{path}.q_proj", f"{path}.k_proj", f"{path}.v_proj")
+    q_and_gate, k, v = (rows.view(num_tokens, -1, config.head_dim) for rows in linear(names, x_TD))
+    q, gate = q_and_gate.unflatten(1, (-1, 2)).unbind(2)
+    q, k = (
+        qk_norm_rope(x, weights[f"{path}.{name}.weight"], config.rms_norm_eps, cos_TE, sin_TE)
+        for name, x in (("q_norm", q), ("k_norm", k))
     )
-    q, gate = q_and_gate.unbind(2)
-    k = linear(f"{path}.k_proj", x_TD).view(num_tokens, config.num_kv_heads, config.head_dim)
-    v = linear(f"{path}.v_proj", x_TD).view(num_tokens, config.num_kv_heads, config.head_dim)
-    q = rms_norm(q, weights[f"{path}.q_norm.weight"], config.rms_norm_eps, offset=1.0)
-    k = rms_norm(k, weights[f"{path}.k_norm.weight"], config.rms_norm_eps, offset=1.0)
-    return AttentionInputs(apply_rotary(q, cos_TE, sin_TE), apply_rotary(k, cos_TE, sin_TE), v, gate)
+    return AttentionInputs(q, k, v, gate)
 
 
 def finish_attention(
@@ -56,4 +54,5 @@ def finish_attention(
 ) -> torch.Tensor:
     """Gate the attention's output and project it back, `[T, hidden]`."""
     gated = out_THD * torch.sigmoid(gate_THD)
-    return linear(f"{prefix}.self_attn.o_proj", gated.flatten(1))
+    (out,) = linear((f"{prefix}.self_attn.o_proj",), gated.flatten(1))
+    return out

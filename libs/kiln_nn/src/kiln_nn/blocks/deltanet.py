@@ -1,11 +1,10 @@
 """The DeltaNet layer around its convolution and its recurrence.
 
 Its order is: `project_deltanet`, the causal convolution over `mixed_TC` (with
-`conv_weight`), `delta_heads`, `delta_gates`, the gated delta rule, `finish_deltanet`. The
+`conv_weight`) and its cut into heads, `delta_gates`, the gated delta rule, `finish_deltanet`. The
 two steps between that remember something are the caller's: packed, paged or one token.
 
-Legend: `T` tokens, `C` convolution channels (q|k|v side by side), `H` value heads, `h` key
-heads, `K`/`V` key and value width.
+Legend: `T` tokens, `C` convolution channels (q|k|v side by side), `H` value heads, `V` their width.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import torch
 
 from kiln_nn.blocks.linear import LinearFn, Weights
 from kiln_nn.config import ModelConfig
-from kiln_nn.kernels.gated_delta import delta_rule_gates, delta_rule_heads
+from kiln_nn.kernels.gated_delta import delta_rule_gates
 from kiln_nn.kernels.rms_norm import gated_rms_norm
 
 
@@ -33,43 +32,24 @@ class DeltaProjection(NamedTuple):
     a_TH: torch.Tensor
 
 
-class DeltaHeads(NamedTuple):
-    """Inputs of the gated delta rule, float32: q and k of unit length, q scaled by `K ** -0.5`."""
-
-    q_ThK: torch.Tensor
-    k_ThK: torch.Tensor
-    v_THV: torch.Tensor
-
-
 def project_deltanet(
     config: ModelConfig, prefix: str, x_TD: torch.Tensor, linear: LinearFn
 ) -> DeltaProjection:
     """Project the layer's input (after `input_norm`)."""
     path = f"{prefix}.linear_attn"
-    z = linear(f"{path}.in_proj_z", x_TD)
+    names = tuple(f"{path}.in_proj_{part}" for part in ("qkv", "z", "b", "a"))
+    mixed, z, b, a = linear(names, x_TD)
     return DeltaProjection(
-        mixed_TC=linear(f"{path}.in_proj_qkv", x_TD),
+        mixed_TC=mixed,
         z_THV=z.view(-1, config.linear_num_value_heads, config.linear_value_head_dim),
-        b_TH=linear(f"{path}.in_proj_b", x_TD),
-        a_TH=linear(f"{path}.in_proj_a", x_TD),
+        b_TH=b,
+        a_TH=a,
     )
 
 
 def conv_weight(weights: Weights, prefix: str) -> torch.Tensor:
     """The depthwise kernel as `[C, width]`."""
     return weights[f"{prefix}.linear_attn.conv1d.weight"].squeeze(1)
-
-
-def delta_heads(config: ModelConfig, convolved_TC: torch.Tensor) -> DeltaHeads:
-    """Cut the convolution's output into heads and normalise queries and keys."""
-    return DeltaHeads(
-        *delta_rule_heads(
-            convolved_TC,
-            config.linear_num_key_heads,
-            config.linear_key_head_dim,
-            config.linear_value_head_dim,
-        )
-    )
 
 
 def delta_gates(
@@ -94,4 +74,5 @@ def finish_deltanet(
     """Norm and gate the recurrence's output and project it back, `[T, hidden]`."""
     path = f"{prefix}.linear_attn"
     normed = gated_rms_norm(out_THV, z_THV, weights[f"{path}.norm.weight"], config.rms_norm_eps)
-    return linear(f"{path}.out_proj", normed.flatten(1))
+    (out,) = linear((f"{path}.out_proj",), normed.flatten(1))
+    return out

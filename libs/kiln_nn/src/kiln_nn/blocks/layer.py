@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from kiln_nn.blocks.linear import Weights
 from kiln_nn.config import ModelConfig
-from kiln_nn.kernels.rms_norm import rms_norm
+from kiln_nn.kernels.rms_norm import add_rms_norm, rms_norm
 from kiln_nn.weights.names import EMBEDDING, HEAD
 
 
@@ -26,9 +26,12 @@ def decoder_norm(config: ModelConfig, weights: Weights, name: str, x_TD: torch.T
     return rms_norm(x_TD, weights[name + ".weight"], config.rms_norm_eps, offset=1.0)
 
 
-def mlp_norm(config: ModelConfig, weights: Weights, prefix: str, x_TD: torch.Tensor) -> torch.Tensor:
-    """The norm in front of a layer's MLP."""
-    return decoder_norm(config, weights, f"{prefix}.post_attention_layernorm", x_TD)
+def mlp_norm(
+    config: ModelConfig, weights: Weights, prefix: str, x_TD: torch.Tensor, residual_TD: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Add the mixer's output to the residual stream; the sum normed for the MLP, and the sum."""
+    weight = weights[f"{prefix}.post_attention_layernorm.weight"]
+    return add_rms_norm(x_TD, residual_TD, weight, config.rms_norm_eps, offset=1.0)
 
 
 def input_norm(config: ModelConfig, weights: Weights, prefix: str, x_TD: torch.Tensor) -> torch.Tensor:

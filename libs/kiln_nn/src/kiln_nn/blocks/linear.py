@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -10,17 +10,18 @@ import torch.nn.functional as F
 Weights = Mapping[str, torch.Tensor]
 """Checkpoint tensors by canonical name, such as `model.layers.0.mlp.up_proj.weight`."""
 
-LinearFn = Callable[[str, torch.Tensor], torch.Tensor]
-"""Applies the linear layer at a module path (`model.layers.0.mlp.up_proj`) to `[T, inputs]`.
+LinearFn = Callable[[Sequence[str], torch.Tensor], tuple[torch.Tensor, ...]]
+"""Applies the linear layers at some module paths, such as `model.layers.0.mlp.up_proj`, to one input.
 
-The engine's adds each row's own adapter, the trainer's the one it is learning.
+`[T, inputs]` to a `[T, outputs]` each. The trainer's adds the adapter it is learning, whose first
+products are one for layers that come together.
 """
 
 
 def base_linear(weights: Weights) -> LinearFn:
     """Linear layers of the bare base model."""
 
-    def linear(module_path: str, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, weights[module_path + ".weight"])
+    def linear(module_paths: Sequence[str], x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(F.linear(x, weights[path + ".weight"]) for path in module_paths)
 
     return linear

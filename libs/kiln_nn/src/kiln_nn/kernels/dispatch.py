@@ -1,7 +1,7 @@
 """Which implementation of an operation runs, and what the device offers to it.
 
-Triton kernels serve tensors on the current CUDA device that need no gradient; everything else
-goes to the references. `KILN_KERNELS=reference` in the environment forces the references.
+Triton kernels serve tensors on the current CUDA device; where gradients are needed, only those kernels
+that bring their own backward pass. Everything else goes to the references. `KILN_KERNELS=reference` in the environment forces the references.
 """
 
 from __future__ import annotations
@@ -78,10 +78,18 @@ def _is_new_enough(device_index: int) -> bool:
 
 def takes_triton(*tensors: torch.Tensor) -> bool:
     """Whether Triton kernels may compute with these tensors: where they are, not what shape."""
+    return not needs_gradients(*tensors) and may_train_on_triton(*tensors)
+
+
+def needs_gradients(*tensors: torch.Tensor) -> bool:
+    """Whether autograd will ask for the gradient of one of these."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def may_train_on_triton(*tensors: torch.Tensor) -> bool:
+    """The same for operations whose kernels have a backward pass of their own."""
     device = tensors[0].device
     if device.type != "cuda" or not has_triton():
-        return False
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return False
     if any(tensor.device != device for tensor in tensors[1:]):
         return False

@@ -7,15 +7,14 @@ Paper: Hu et al. 2021, LoRA (arXiv 2106.09685).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
-import torch.nn.functional as F
 
-from kiln_nn.blocks.linear import LinearFn, Weights
+from kiln_nn.blocks.linear import LinearFn, Weights, base_linear
 from kiln_nn.config import ModelConfig
 from kiln_nn.errors import InvalidAdapter, name_list
-from kiln_nn.kernels.lora import lora_delta
+from kiln_nn.kernels.lora import AdapterCopies, adapted_linears
 from kiln_nn.lora.peft_format import AdapterTensors
 from kiln_nn.lora.spec import LoraSpec, lora_shapes
 
@@ -90,13 +89,16 @@ class LoraParameters:
         return cls(spec, copies)
 
     def linear_fn(self, weights: Weights) -> LinearFn:
-        """The base model's linear layers with this adapter added where it has one."""
-        pairs, scale = self._pairs, self.spec.scaling
+        """The base model's linear layers with this adapter added where it has one; the base is frozen."""
+        base = base_linear(weights)
+        copies = _Copies(self.spec.scaling)
 
-        def linear(module_path: str, x: torch.Tensor) -> torch.Tensor:
-            y = F.linear(x, weights[module_path + ".weight"])
-            pair = pairs.get(module_path)
-            return y if pair is None else y + lora_delta(x, *pair, scale).to(y.dtype)
+        def linear(module_paths: Sequence[str], x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            pairs = [self._pairs.get(path) for path in module_paths]
+            if not any(pairs):
+                return base(module_paths, x)
+            matrices = [weights[path + ".weight"] for path in module_paths]
+            return adapted_linears(x, matrices, pairs, copies.of(tuple(module_paths), pairs, x.dtype))
 
         return linear
 
@@ -132,3 +134,26 @@ class LoraParameters:
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(state[name])
+
+
+class _Copies:
+    """An adapter in the base's format, copied anew only where a parameter changed since."""
+
+    def __init__(self, scale: float) -> None:
+        self._scale = scale
+        self._kept: dict[tuple[str, ...], tuple[object, AdapterCopies]] = {}
+
+    def of(
+        self,
+        module_paths: tuple[str, ...],
+        pairs: Sequence[tuple[torch.nn.Parameter, torch.nn.Parameter] | None],
+        dtype: torch.dtype,
+    ) -> AdapterCopies:
+        """Copies of these layers' pairs as they are now."""
+        # torch counts what is written to a tensor: an optimiser's step and a restored checkpoint too.
+        state = (dtype, *(tensor._version for pair in pairs if pair is not None for tensor in pair))
+        kept = self._kept.get(module_paths)
+        if kept is None or kept[0] != state:
+            kept = (state, AdapterCopies.of(pairs, self._scale, dtype))
+            self._kept[module_paths] = kept
+        return kept[1]

@@ -1,18 +1,96 @@
-"""Whether a micro-batch's activations should be kept for the backward pass or computed again."""
+"""Which layers keep their activations for the backward pass, and which compute them again.
+
+Keeping is faster by a third of the matrix products, and costs memory beside an engine that owns most of
+the device. What a token costs is measured once per job, on a short pass through the model.
+
+Legend: `T` tokens, `D` hidden width.
+"""
 
 from __future__ import annotations
 
-from kiln_nn.config import ModelConfig
+from dataclasses import dataclass
+from typing import Any
 
-_KEPT_BYTES = 2 << 30  # beside an engine that owns the device's memory, and on a laptop
-_BYTES_PER_VALUE = 4
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+from kiln_nn.blocks import LinearFn
+from kiln_nn.packed_model import PackedModel
+
+_PROBE_TOKENS = 256
+_MOST_BYTES_ON_GPU = 19 << 30
+_MOST_BYTES_ON_CPU = 2 << 30
+# The head's logits and factors of one chunk, and what the allocator cannot use.
+_HEAD_BYTES_ON_GPU = 2 << 30
+# A layer that is computed again holds its activations, and gradients of about as many bytes.
+_LAYERS_AT_WORK = 2
 
 
-def needs_recomputation(config: ModelConfig, batch_tokens: int, kept_bytes: int = _KEPT_BYTES) -> bool:
-    """True if a micro-batch of `batch_tokens` would keep more than `kept_bytes`.
+@dataclass(frozen=True)
+class ActivationPlan:
+    """What a micro-batch's activations may take, and what they do take.
 
-    An estimate: each token and layer keeps about twelve rows of the hidden width and six of the
-    MLP's. Recomputing each layer costs a third more time and keeps one row.
+    `kept_bytes`: of one token in one layer that keeps everything. `carried_bytes`: of one token in the
+    whole model if every layer is computed again.
     """
-    values_per_token = config.num_layers * (12 * config.hidden_size + 6 * config.intermediate_size)
-    return batch_tokens * values_per_token * _BYTES_PER_VALUE > kept_bytes
+
+    num_layers: int
+    kept_bytes: float
+    carried_bytes: int
+    budget_bytes: int
+
+    @classmethod
+    def measure(cls, model: PackedModel, linear: LinearFn, device: torch.device) -> ActivationPlan:
+        """Run a few tokens through all layers and weigh what autograd keeps."""
+        config, weights = model.config, model.weights
+        num_tokens = min(_PROBE_TOKENS, config.max_position_embeddings)
+        num_bytes = _kept_bytes(model, linear, torch.zeros(num_tokens, dtype=torch.int64, device=device))
+        itemsize = next(iter(weights.values())).element_size()
+        # Every layer's input, what goes into and out of the head, and what attention gave.
+        num_attention = sum(kind == "full_attention" for kind in config.layer_types)
+        num_carried = (config.num_layers + 2) * config.hidden_size
+        num_carried += num_attention * config.num_attention_heads * config.head_dim
+        return cls(
+            num_layers=config.num_layers,
+            kept_bytes=num_bytes / num_tokens / config.num_layers,
+            carried_bytes=num_carried * itemsize,
+            budget_bytes=_budget_bytes(device),
+        )
+
+    def num_kept_layers(self, num_tokens: int) -> int:
+        """How many layers of a micro-batch of `num_tokens` may keep everything."""
+        per_layer = self.kept_bytes * num_tokens
+        spare = self.budget_bytes - self.carried_bytes * num_tokens
+        if per_layer * self.num_layers <= spare:
+            return self.num_layers
+        return max(0, int((spare - _LAYERS_AT_WORK * per_layer) // per_layer))
+
+
+def _kept_bytes(model: PackedModel, linear: LinearFn, token_ids_T: torch.Tensor) -> int:
+    """Bytes that the backward pass of all layers would find kept, weights left out."""
+    sizes: dict[int, int] = {}
+    borrowed = {weight.untyped_storage().data_ptr() for weight in model.weights.values()}
+
+    def weigh(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in borrowed and not isinstance(tensor, torch.nn.Parameter):
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    def unchanged(tensor: Any) -> Any:
+        return tensor
+
+    kept_before, model.num_kept_layers = model.num_kept_layers, None
+    try:
+        with torch.enable_grad(), saved_tensors_hooks(weigh, unchanged):
+            model.hidden_states(token_ids_T, (0, token_ids_T.shape[0]), linear)
+    finally:
+        model.num_kept_layers = kept_before
+    return sum(sizes.values())
+
+
+def _budget_bytes(device: torch.device) -> int:
+    if device.type != "cuda":
+        return _MOST_BYTES_ON_CPU
+    free_bytes, _ = torch.cuda.mem_get_info(device)
+    return min(_MOST_BYTES_ON_GPU, free_bytes) - _HEAD_BYTES_ON_GPU

@@ -27,13 +27,16 @@ class AdapterOptimizer:
         self._options = options
         self._num_steps = num_steps
         self._parameters = dict(lora.named_parameters())
+        # One kernel for all parameters where torch has it; the loop over operations elsewhere.
+        self._is_fused = all(parameter.is_cuda for parameter in self._parameters.values())
         self._adamw = torch.optim.AdamW(
             self._parameters.values(),
             lr=options.learning_rate,
             betas=(options.beta1, options.beta2),
             eps=options.eps,
             weight_decay=options.weight_decay,
-            foreach=True,
+            fused=self._is_fused,
+            foreach=not self._is_fused,
         )
 
     def clip(self) -> torch.Tensor:
@@ -69,5 +72,6 @@ class AdapterOptimizer:
             state = {
                 moment: moments[f"{name}.{moment}"].to(parameter.device, copy=True) for moment in _MOMENTS
             }
-            self._adamw.state[parameter] = {"step": torch.tensor(float(num_steps_done)), **state}
+            step = torch.tensor(float(num_steps_done), device=parameter.device if self._is_fused else None)
+            self._adamw.state[parameter] = {"step": step, **state}
         self.num_steps_done = num_steps_done

@@ -11,18 +11,27 @@ from kiln_nn.lora.parameters import LoraParameters
 from kiln_nn.packed_model import PackedModel
 from kiln_trainer.data.documents import Document
 from kiln_trainer.data.packing import PackedBatch, first_fit, pack
+from kiln_trainer.torch_backend.activation_memory import ActivationPlan
 
 
 class Policy:
     """A frozen base model and the adapter on it; the reference policy is the same model without.
 
     Only the rows that predict a scored token go through the head, so a prompt costs no logits.
+    Without a plan every layer keeps its activations.
     """
 
-    def __init__(self, model: PackedModel, lora: LoraParameters, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: PackedModel,
+        lora: LoraParameters,
+        device: torch.device,
+        plan: ActivationPlan | None = None,
+    ) -> None:
         self.model = model
         self.lora = lora
         self.device = device
+        self._plan = plan
         self._adapted = lora.linear_fn(model.weights)
 
     def score(self, batch: PackedBatch, *, with_adapter: bool = True) -> TokenLogprobs:
@@ -30,6 +39,8 @@ class Policy:
 
         `batch` must be on the policy's device.
         """
+        if self._plan is not None:
+            self.model.num_kept_layers = self._plan.num_kept_layers(batch.token_ids_T.shape[0])
         hidden_TD = self.model.hidden_states(
             batch.token_ids_T, batch.cu_seqlens, self._adapted if with_adapter else None
         )

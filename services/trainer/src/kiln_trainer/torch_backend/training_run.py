@@ -8,6 +8,7 @@ the checkpoint. So an interrupted job ends with the same bytes on the CPU as an 
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 
 import structlog
 import torch
@@ -18,7 +19,7 @@ from kiln_trainer.data.packing import PackedBatch, StepPlan, first_fit, pack, pl
 from kiln_trainer.domain.training import StepHooks, StepReport, TrainingTask
 from kiln_trainer.recipes.options import OptimizerOptions, RunOptions
 from kiln_trainer.torch_backend import setup
-from kiln_trainer.torch_backend.activation_memory import needs_recomputation
+from kiln_trainer.torch_backend.activation_memory import ActivationPlan
 from kiln_trainer.torch_backend.checkpoints import Checkpoint, CheckpointFolder
 from kiln_trainer.torch_backend.errors import BaseModelMismatch, TrainingDiverged
 from kiln_trainer.torch_backend.gpu_share import GpuShare
@@ -50,10 +51,11 @@ class TrainingRun:
         setup.check_documents(self._job.documents, session.config)
         self._steps = plan_steps([d.num_tokens for d in self._job.documents], self._options)
         lora = setup.starting_adapter(task, session.config, session.device)
-        recompute = needs_recomputation(session.config, self._options.batch_tokens)
-        model = PackedModel(session.config, session.weights, gradient_checkpointing=recompute)
+        model = PackedModel(session.config, session.weights)
         session.check_borrowed(model.weights)
-        self._policy = Policy(model, lora, session.device)
+        plan = ActivationPlan.measure(model, lora.linear_fn(model.weights), session.device)
+        log.info("activations_planned", **asdict(plan))
+        self._policy = Policy(model, lora, session.device, plan)
         optimizer = OptimizerOptions.from_proto(task.request.config.optimizer)
         self._optimizer = AdapterOptimizer(lora, optimizer, len(self._steps))
         unknown = [torch.full((d.num_scored,), math.nan) for d in self._job.documents]

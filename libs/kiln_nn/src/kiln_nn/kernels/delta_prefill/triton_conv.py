@@ -29,7 +29,7 @@ def find_tile(tile_chunks, tile_starts, cu_seqlens, place):
 
 
 @triton.jit
-def _tap(conv_weight, channels, tap: tl.constexpr, W: tl.constexpr):
+def conv_tap(conv_weight, channels, tap: tl.constexpr, W: tl.constexpr):
     """Weights of the tap `tap` of four, of which a narrower convolution lacks the first ones."""
     if tap + W < 4:
         return tl.zeros_like(channels).to(tl.float32)
@@ -61,8 +61,8 @@ def _convolve_run(
     With NORMALISES each head's row gets the length `scale`. Row `i` goes to `targets + i * target_stride`.
     """
     J: tl.constexpr = W - 1
-    w0, w1 = _tap(conv_weight, channels, 0, W), _tap(conv_weight, channels, 1, W)
-    w2, w3 = _tap(conv_weight, channels, 2, W), _tap(conv_weight, channels, 3, W)
+    w0, w1 = conv_tap(conv_weight, channels, 0, W), conv_tap(conv_weight, channels, 1, W)
+    w2, w3 = conv_tap(conv_weight, channels, 2, W), conv_tap(conv_weight, channels, 3, W)
     x3 = _row_before(mixed_rows, mixed_stride, tail, channels, offset - 3, num_tokens, has_tail, C, J)
     x2 = _row_before(mixed_rows, mixed_stride, tail, channels, offset - 2, num_tokens, has_tail, C, J)
     x1 = _row_before(mixed_rows, mixed_stride, tail, channels, offset - 1, num_tokens, has_tail, C, J)

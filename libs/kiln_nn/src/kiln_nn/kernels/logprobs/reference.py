@@ -11,47 +11,46 @@ Legend: `T` tokens, `D` hidden width, `V` vocabulary.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from kiln_nn.kernels.checks import accumulation_dtype, check_shape
-
 _CHUNK_LOGITS = 2**25  # most logits at once: 128 MiB of float32
-
-
-class TokenLogprobs(NamedTuple):
-    """Natural logarithms; float32 (float64 for float64 hidden states)."""
-
-    logprobs_T: torch.Tensor
-    entropies_T: torch.Tensor
 
 
 def token_logprobs(
     hidden_TD: torch.Tensor,
     head_weight_VD: torch.Tensor,
     targets_T: torch.Tensor,
-    *,
-    temperature: float | torch.Tensor = 1.0,
-    chunk_tokens: int | None = None,
-) -> TokenLogprobs:
-    """Log-probability of `targets_T[t]` and the distribution's entropy, given `hidden_TD[t]`.
-
-    `targets_T[t]` is the token that follows position t. The cross-entropy is `-logprobs_T`.
-    `temperature` divides the logits; a tensor `[T]` gives every token its own.
-
-    Gradients flow into `hidden_TD`, and into the head only if it requires them.
-    """
-    num_tokens, width = hidden_TD.shape
-    check_shape("head", head_weight_VD, (None, width))
-    check_shape("targets", targets_T, (num_tokens,))
-    dtype = accumulation_dtype(hidden_TD)
-    inverse = torch.as_tensor(temperature, dtype=dtype, device=hidden_TD.device).reciprocal()
-    inverse_T = inverse.expand(num_tokens)
+    inverse_temperature_T: torch.Tensor,
+    chunk_tokens: int | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities and entropies; see the package's public function."""
     if chunk_tokens is None:
         chunk_tokens = max(1, _CHUNK_LOGITS // head_weight_VD.shape[0])
-    return TokenLogprobs(*_TokenLogprobs.apply(hidden_TD, head_weight_VD, targets_T, inverse_T, chunk_tokens))
+    return _TokenLogprobs.apply(  # type: ignore[no-any-return]
+        hidden_TD, head_weight_VD, targets_T, inverse_temperature_T, chunk_tokens
+    )
+
+
+def entropy_hidden_grad(
+    hidden_TD: torch.Tensor,
+    head_VD: torch.Tensor,
+    inverse_temperature_T: torch.Tensor,
+    entropies_T: torch.Tensor,
+    entropy_grads_T: torch.Tensor,
+    chunk_tokens: int,
+) -> torch.Tensor:
+    """What the entropies' gradients give to the hidden states, from the logits made again."""
+    hidden_grad = torch.empty_like(hidden_TD)
+    for start in range(0, hidden_TD.shape[0], chunk_tokens):
+        part = slice(start, start + chunk_tokens)
+        log_p = _log_softmax(hidden_TD[part], head_VD, inverse_temperature_T[part])
+        factors = -log_p.exp() * (log_p + entropies_T[part, None])
+        factors.mul_((entropy_grads_T * inverse_temperature_T)[part, None])
+        hidden_grad[part] = (factors.to(head_VD.dtype) @ head_VD).to(hidden_TD.dtype)
+    return hidden_grad
 
 
 def _log_softmax(hidden: torch.Tensor, head: torch.Tensor, inverse_temperature: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ import torch
 
 from kiln_nn.kernels.checks import ShapeMismatch, check_shape
 from kiln_nn.kernels.dispatch import takes_triton
-from kiln_nn.kernels.lora.reference import AdapterStack, lora_add_reference_, lora_add_stacked_, lora_delta
+from kiln_nn.kernels.lora.reference import AdapterStack, lora_add_reference_, lora_add_stacked_
 from kiln_nn.kernels.lora.rows import (
     DECODE_TILE_TOKENS,
     NO_TOKEN,
@@ -21,6 +21,7 @@ from kiln_nn.kernels.lora.rows import (
     pack_exactly,
     pack_groups,
 )
+from kiln_nn.kernels.lora.training import AdapterCopies, adapted_linears
 
 if TYPE_CHECKING:
     from kiln_nn.kernels.lora.triton import Shrunk
@@ -29,14 +30,15 @@ __all__ = [
     "DECODE_TILE_TOKENS",
     "NO_TOKEN",
     "PREFILL_TILE_TOKENS",
+    "AdapterCopies",
     "AdapterStack",
     "AdapterUse",
     "LoraRows",
     "RowsShape",
     "TokenGroup",
+    "adapted_linears",
     "lora_add_",
     "lora_add_stacked_",
-    "lora_delta",
     "lora_shrink",
     "pack_exactly",
     "pack_groups",

@@ -15,16 +15,8 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 
-from kiln_nn.kernels.checks import accumulation_dtype, check_shape
+from kiln_nn.kernels.checks import accumulation_dtype
 from kiln_nn.kernels.lora.rows import LoraRows
-
-
-def lora_delta(x_TI: torch.Tensor, a_rI: torch.Tensor, b_Or: torch.Tensor, scale: float) -> torch.Tensor:
-    """What one adapter adds to a linear layer: `scale * (x A^T) B^T`, in the adapter's format."""
-    rank, num_inputs = a_rI.shape
-    check_shape("lora_B", b_Or, (None, rank))
-    check_shape("x", x_TI, (None, num_inputs))
-    return F.linear(F.linear(x_TI.to(a_rI.dtype), a_rI) * scale, b_Or)
 
 
 def lora_add_reference_(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from kiln_nn.kernels.checks import check_shape
-from kiln_nn.kernels.dispatch import takes_triton
+from kiln_nn.kernels.dispatch import may_train_on_triton, needs_gradients, takes_triton
 from kiln_nn.kernels.rms_norm import reference
 from kiln_nn.kernels.rms_norm.reference import l2_normalise
 
@@ -26,6 +26,10 @@ def rms_norm(x_D: torch.Tensor, weight_D: torch.Tensor, eps: float, *, offset: f
 
         if triton.takes(weight_D, x_D):
             return triton.rms_norm(x_D, weight_D, eps, offset=offset)
+    elif _may_train(weight_D, x_D):
+        from kiln_nn.kernels.rms_norm import training
+
+        return training.rms_norm(x_D, weight_D, eps, offset=offset)
     return reference.rms_norm(x_D, weight_D, eps, offset=offset)
 
 
@@ -47,6 +51,10 @@ def add_rms_norm(
 
         if triton.takes(weight_D, x_D, residual_D):
             return triton.add_rms_norm(x_D, residual_D, weight_D, eps, offset=offset)
+    elif not partials and x_D.dtype is residual_D.dtype and _may_train(weight_D, x_D, residual_D):
+        from kiln_nn.kernels.rms_norm import training
+
+        return training.add_rms_norm(x_D, residual_D, weight_D, eps, offset=offset)
     return reference.add_rms_norm(x_D, residual_D, weight_D, eps, offset=offset)
 
 
@@ -62,4 +70,21 @@ def gated_rms_norm(x_D: torch.Tensor, z_D: torch.Tensor, weight_D: torch.Tensor,
 
         if triton.takes(weight_D, x_D, z_D):
             return triton.gated_rms_norm(x_D, z_D, weight_D, eps)
+    elif x_D.shape == z_D.shape and _may_train(weight_D, x_D, z_D):
+        from kiln_nn.kernels.rms_norm import training
+
+        return training.gated_rms_norm(x_D, z_D, weight_D, eps)
     return reference.gated_rms_norm(x_D, z_D, weight_D, eps)
+
+
+def _may_train(weight_D: torch.Tensor, *inputs_D: torch.Tensor) -> bool:
+    """Whether the kernels give these inputs their gradients; they have none for the weight."""
+    if (
+        weight_D.requires_grad
+        or not needs_gradients(*inputs_D)
+        or not may_train_on_triton(weight_D, *inputs_D)
+    ):
+        return False
+    from kiln_nn.kernels.rms_norm import triton
+
+    return triton.takes(weight_D, *inputs_D)

@@ -1,0 +1,109 @@
+"""Linear layers of a frozen base with the adapter that learns on top: products and their gradients.
+
+For layers that read one input the adapters' first products are one product. With `h = x (s A)^T`:
+
+    y = x W^T + h B^T                dx = dy W + dh (s A),  dh = dy B
+    dA = s dh^T x                    dB = dy^T h
+
+Both updates are added where the base's product lies. Products take the base's format; the gradients of
+A and B are summed in float32 and stay there. The base gets none, so nothing of its size is ever made.
+
+Legend: `T` tokens, `I` inputs, `O` outputs of a layer, `r` rank, `Q` ranks of all adapted layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+
+@dataclass(frozen=True)
+class AdapterCopies:
+    """What products read of the adapter of layers that share an input, in the base's format.
+
+    `ranks`: for every layer its columns in Q, None where it has no adapter. `b_Or` has those with one.
+    """
+
+    scaled_a_QI: torch.Tensor
+    b_Or: tuple[torch.Tensor, ...]
+    ranks: tuple[slice | None, ...]
+    scale: float
+
+    @classmethod
+    def of(
+        cls,
+        pairs: Sequence[tuple[torch.Tensor, torch.Tensor] | None],
+        scale: float,
+        dtype: torch.dtype,
+    ) -> AdapterCopies:
+        """Copies of A `[r, I]` and B `[O, r]` of each layer that has them; at least one does."""
+        present = [pair for pair in pairs if pair is not None]
+        ranks: list[slice | None] = []
+        end = 0
+        for pair in pairs:
+            start, end = end, end + (0 if pair is None else pair[0].shape[0])
+            ranks.append(None if pair is None else slice(start, end))
+        scaled = torch.cat([a.detach() * scale for a, _ in present]).to(dtype)
+        return cls(scaled, tuple(b.detach().to(dtype) for _, b in present), tuple(ranks), scale)
+
+
+def _product(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`left right`, summed and returned in `dtype`."""
+    if left.is_cuda and left.dtype is not dtype:
+        return torch.mm(left, right, out_dtype=dtype)
+    return torch.mm(left, right).to(dtype)
+
+
+class _AdaptedLinears(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, copies: AdapterCopies, num_layers: int, x: torch.Tensor, *tensors: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        weights = tensors[:num_layers]
+        h = F.linear(x, copies.scaled_a_QI)
+        b = iter(copies.b_Or)
+        outputs = []
+        for weight, ranks in zip(weights, copies.ranks, strict=True):
+            y = F.linear(x, weight)
+            outputs.append(y if ranks is None else y.addmm_(h[:, ranks], next(b).t()))
+        ctx.save_for_backward(x, h, copies.scaled_a_QI, *copies.b_Or, *weights)
+        ctx.ranks, ctx.scale, ctx.dtype = copies.ranks, copies.scale, tensors[-1].dtype
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, h, scaled_a, *rest = ctx.saved_tensors
+        num_layers = len(grads)
+        weights, b = rest[-num_layers:], iter(rest[:-num_layers])
+        h_grad, b_grads = torch.empty_like(h), []
+        x_grad = torch.mm(grads[0], weights[0]) if ctx.needs_input_grad[2] else None
+        for layer, (grad, ranks) in enumerate(zip(grads, ctx.ranks, strict=True)):
+            if layer and x_grad is not None:
+                x_grad.addmm_(grad, weights[layer])
+            if ranks is not None:
+                torch.mm(grad, next(b), out=h_grad[:, ranks])
+                b_grads.append(_product(grad.t(), h[:, ranks], ctx.dtype))
+        if x_grad is not None:
+            x_grad.addmm_(h_grad, scaled_a)
+        a_grad = _product(h_grad.t(), x, ctx.dtype).mul_(ctx.scale)
+        a_grads = [a_grad[ranks] for ranks in ctx.ranks if ranks is not None]
+        of_pairs = [grad for pair in zip(a_grads, b_grads, strict=True) for grad in pair]
+        return None, None, x_grad, *([None] * num_layers), *of_pairs
+
+
+def adapted_linears(
+    x_TI: torch.Tensor,
+    weights_OI: Sequence[torch.Tensor],
+    pairs: Sequence[tuple[torch.Tensor, torch.Tensor] | None],
+    copies: AdapterCopies,
+) -> tuple[torch.Tensor, ...]:
+    """Outputs `[T, O]` of layers that read `x`, with gradients of `x` and of the pairs A, B.
+
+    `copies` are those of `pairs`, in the format of `x` and the weights.
+    """
+    parameters = [tensor for pair in pairs if pair is not None for tensor in pair]
+    return _AdaptedLinears.apply(copies, len(weights_OI), x_TI, *weights_OI, *parameters)  # type: ignore[no-any-return]
