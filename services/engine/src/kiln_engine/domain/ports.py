@@ -35,7 +35,7 @@ class Clock(Protocol):
 class AdapterStore(Protocol):
     """Stacked adapter tensors on the device, one slot each; slot 0 is the base model."""
 
-    def stage(self, slot: int, adapter_bytes: bytes, config_json: str) -> None:
+    def stage(self, slot: int, adapter_bytes: bytes | memoryview, config_json: str) -> None:
         """Parse and upload one adapter (PEFT safetensors and its config) beside what is in use.
 
         Called from a worker thread; nothing a step reads may change.
