@@ -40,10 +40,9 @@ def main(location_json: str, request_file: str, folder: str) -> None:
     request = trainer_pb2.SubmitRequest.FromString(Path(request_file).read_bytes())
     backend = TorchBackend(lambda: location)
     hooks = RecordingHooks()
-    result = backend.run(task(request, Path(folder)), hooks)
+    backend.run(task(request, Path(folder)), hooks)
     report = {
         "losses": [report.metrics["loss"] for report in hooks.reports],
-        "folder": str(result.folder),
         "num_allocated_base_bytes": backend.mapped_model.num_allocated_base_bytes,
         "cuda_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
     }

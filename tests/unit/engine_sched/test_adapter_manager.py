@@ -7,11 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 
+from kiln_common.clients.registry import BlobCorrupt
 from kiln_common.errors import AdapterNotFound, KilnError, RegistryUnavailable
 from kiln_engine.adapters.manager import AdapterManager
 from kiln_engine.adapters.slots import AdapterSlots
 from kiln_engine.clock import MonotonicClock
 from kiln_engine.domain.adapter import AdapterVersion
+from kiln_engine.domain.errors import AdapterUnavailable
 from kiln_engine.loop import EngineLoop
 from kiln_engine.scheduling import Scheduler, SchedulerLimits
 from tests.support.engine_server import RecordingStore, StubbornRunner
@@ -46,7 +48,9 @@ class Source:
         await self.is_open.wait()
         known = [content_of(name, number) for name in "abcde" for number in (1, 2)]
         content = next(c for c in known if hashlib.sha256(c).hexdigest() == sha256)
-        return b"other" if self.is_corrupt else content
+        if self.is_corrupt:
+            raise BlobCorrupt(f"asked for {sha256}, got the hash of something else")
+        return content
 
 
 @contextlib.asynccontextmanager
@@ -129,7 +133,7 @@ async def test_a_failed_fetch_names_its_code_and_leaves_nothing_behind(error, co
 async def test_corrupt_bytes_are_refused():
     async with running_manager() as (manager, store, source):
         source.is_corrupt = True
-        with pytest.raises(KilnError, match="hash"):
+        with pytest.raises(AdapterUnavailable, match="hash"):
             await manager.acquire([version_of("a")])
         assert store.history == []
 

@@ -190,7 +190,7 @@ def _checked_pair(
         entry = sides[side]
         if tuple(entry["shape"]) != shape:
             raise InvalidAdapter(f"{name} is {entry['shape']} instead of {list(shape)}")
-        dtype = _DTYPES.get(entry.get("dtype"))
+        dtype = _DTYPES.get(str(entry.get("dtype")))
         if dtype is None:
             raise InvalidAdapter(f"{name} is {entry.get('dtype')}, a 16- or 32-bit float is needed")
         start, end = entry["data_offsets"]

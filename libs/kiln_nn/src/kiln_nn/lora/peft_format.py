@@ -27,7 +27,6 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 AdapterTensors = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 
-
 @dataclass(frozen=True)
 class Adapter:
     """An adapter checked against its base model.

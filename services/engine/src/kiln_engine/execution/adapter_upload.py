@@ -104,9 +104,7 @@ class AdapterUploader:
         copied.synchronize()
         step = max(_LEAST_COPY_BYTES, -(-len(bytes_u8) // _NUM_COPIERS))
         starts = range(0, len(bytes_u8), step)
-        copies = [
-            self._copiers.submit(pinned_u8[s : s + step].copy_, bytes_u8[s : s + step]) for s in starts
-        ]
+        copies = [self._copiers.submit(pinned_u8[s : s + step].copy_, bytes_u8[s : s + step]) for s in starts]
         wait(copies)
         self._block_u8[: len(bytes_u8)].copy_(pinned_u8, non_blocking=True)
         copied.record()

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import structlog
 import torch
 
 from kiln_common.errors import KilnError
 from kiln_nn.errors import KilnNnError
-from kiln_nn.lora import write_adapter
+from kiln_nn.sharing import SealedAdapter
 from kiln_trainer.domain.errors import DeviceBroken
 from kiln_trainer.domain.training import StepHooks, TrainedAdapter, TrainingTask
 from kiln_trainer.torch_backend.errors import ModelError, OutOfTrainingMemory
@@ -21,7 +19,6 @@ from kiln_trainer.torch_backend.training_run import TrainingRun
 from kiln_trainer.torch_backend.weights import LocateWeights, WeightSession, engine_locator
 
 log = structlog.get_logger()
-_RESULT_FOLDER = "adapter"
 
 
 @dataclass(frozen=True)
@@ -74,8 +71,9 @@ class TorchBackend:
             session = self._open_session()
             training = TrainingRun(task, session)
             training.execute(hooks)
-            folder = _export(task.checkpoint_dir, training, session.model_id)
-        return TrainedAdapter(folder, dict(training.latest_metrics))
+            lora = training.policy.lora
+            content = SealedAdapter(lora.tensors(), lora.spec, session.model_id)
+        return TrainedAdapter(content, dict(training.latest_metrics))
 
     def keep_mapped(self) -> None:
         """Map the weights unless they are mapped, and let go of those whose engine has gone.
@@ -136,12 +134,3 @@ def _translated_errors() -> Iterator[None]:
     finally:
         if is_usable and torch.cuda.is_initialized():
             torch.cuda.empty_cache()
-
-
-def _export(job_folder: Path, training: TrainingRun, base_model_name: str) -> Path:
-    """Write the trained adapter as a PEFT folder, afresh; the same adapter gives the same bytes."""
-    folder = job_folder / _RESULT_FOLDER
-    shutil.rmtree(folder, ignore_errors=True)
-    lora = training.policy.lora
-    write_adapter(folder, lora.tensors(), lora.spec, base_model_name)
-    return folder

@@ -67,9 +67,7 @@ def place_matrices_(
 
         triton.place_matrices_(table, start, end, block, block_item, slot, has_non_finite)
     else:
-        place_matrices_reference_(
-            table.placements[start:end], block, block_item, slot, has_non_finite
-        )
+        place_matrices_reference_(table.placements[start:end], block, block_item, slot, has_non_finite)
 
 
 def _tiles(placements: Sequence[Placement]) -> tuple[np.ndarray, list[int]]:
