@@ -93,12 +93,14 @@ def test_interrupted_again_and_again_with_a_damaged_checkpoint_between(served, t
     assert again.content.view() == result.content.view()
 
 
-def test_a_finished_job_run_again_exports_the_same_without_a_step(served, tmp_path):
+def test_a_finished_job_run_again_repeats_what_no_checkpoint_holds_and_exports_the_same(served, tmp_path):
     job = task(REQUESTS["sft"], tmp_path / "job")
-    first = TorchBackend(served.locate).run(job, RecordingHooks()).content.view()
-    hooks = RecordingHooks()
-    assert TorchBackend(served.locate).run(job, hooks).content.view() == first
-    assert hooks.reports == []
+    hooks, again = RecordingHooks(), RecordingHooks()
+    first = TorchBackend(served.locate).run(job, hooks).content.view()
+    # The end itself is not saved: the adapter is published instead.
+    assert 0 < hooks.checkpoints[-1] < hooks.reports[-1].step
+    assert TorchBackend(served.locate).run(job, again).content.view() == first
+    assert again.reports[0].step == hooks.checkpoints[-1] + 1
 
 
 def test_another_request_in_the_same_folder_starts_over(served, tmp_path):

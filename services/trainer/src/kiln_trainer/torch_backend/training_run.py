@@ -124,7 +124,8 @@ class TrainingRun:
         return StepReport(step, len(self._steps), self._num_tokens, metrics)
 
     def _check_parameters(self, step: int) -> None:
-        if not torch.nn.utils.get_total_norm(self._policy.lora.parameters()).isfinite():
+        largest = torch.nn.utils.get_total_norm(self._policy.lora.parameters(), math.inf)
+        if not largest.isfinite():
             raise TrainingDiverged(f"the adapter is no longer finite after step {step}")
 
     def _batch(self, indices: tuple[int, ...]) -> PackedBatch:
