@@ -16,6 +16,7 @@ from kiln_trainer.domain.errors import DeviceBroken
 from kiln_trainer.domain.training import StepHooks, TrainedAdapter, TrainingTask
 from kiln_trainer.torch_backend.errors import ModelError, OutOfTrainingMemory
 from kiln_trainer.torch_backend.training_run import TrainingRun
+from kiln_trainer.torch_backend.warm_up import warm_up
 from kiln_trainer.torch_backend.weights import LocateWeights, WeightSession, engine_locator
 
 log = structlog.get_logger()
@@ -45,6 +46,7 @@ class TorchBackend:
         self._session: WeightSession | None = None
         self._mapped = MappedModel()
         self._last_failure = ""  # so that one outage is one line in the log
+        self._is_warm = False
 
     @classmethod
     def for_engine(cls, engine_address: str, *, num_threads: int = 1) -> TorchBackend:
@@ -78,11 +80,17 @@ class TorchBackend:
     def keep_mapped(self) -> None:
         """Map the weights unless they are mapped, and let go of those whose engine has gone.
 
-        Tries once; a failure is logged, and told by the next job that needs the weights.
+        Takes a step on nothing when they are mapped for the first time. Tries once; a failure is
+        logged, and told by the next job that needs the weights.
         """
         failure = ""
         try:
-            self._open_session()
+            session = self._open_session()
+            if not self._is_warm:
+                self._is_warm = True
+                torch.set_num_threads(self._num_threads)
+                with _translated_errors():
+                    warm_up(session)
         except (KilnError, KilnNnError) as error:
             failure = str(error)
             if failure != self._last_failure:
