@@ -68,6 +68,7 @@ class Client:
                 "ignore_eos": True,
                 "return_token_ids": True,
                 "adapter_policy": policy,
+                "adapter_policy": policy,
                 "store": False,
                 "stream": turn % 2 == 0,
             }
@@ -188,9 +189,8 @@ async def load(
 ) -> AsyncIterator[Client]:
     """Clients that ask while the block runs, every other one with adapter_policy "latest"."""
     client, stop = Client(http, adapters, answers), asyncio.Event()
-    policies = ["pin", "latest"] if POLICIES_BUILT else ["pin"]
     tasks = [
-        asyncio.create_task(client.run(number, max_tokens, policies[number % len(policies)], stop))
+        asyncio.create_task(client.run(number, max_tokens, ("pin", "latest")[number % 2], stop))
         for number in range(num_clients)
     ]
     try:
@@ -198,9 +198,6 @@ async def load(
     finally:
         stop.set()
         await asyncio.gather(*tasks)
-
-
-POLICIES_BUILT = False
 
 
 async def run_swaps(

@@ -112,6 +112,7 @@ async def start_engine(settings: EngineSettings, parts: EngineParts) -> RunningE
     limits = RequestLimits(parts.info.base_model.vocab_size, parts.limits.max_num_tokens)
     intake = RequestIntake(loop, adapters, limits, clock)
     ended.target = intake.ended
+    adapters.on_resident = intake.follow
     servicer = EngineServicer(
         info=parts.info,
         intake=intake,

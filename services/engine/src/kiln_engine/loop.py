@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import structlog
 
 from kiln_common.errors import KilnError
+from kiln_engine.domain.adapter import AdapterChange
 from kiln_engine.domain.errors import EngineDraining, EngineFailed
 from kiln_engine.domain.plan import BatchPlan
 from kiln_engine.domain.ports import Clock, PendingStep, Runner
@@ -128,6 +129,10 @@ class EngineLoop:
     def retire_adapter(self, sha256: str) -> None:
         """Let go of what was cached with an adapter before anything else. Loop thread only."""
         self._scheduler.retire_adapter(sha256)
+
+    def move(self, request_id: str, change: AdapterChange) -> bool:
+        """Let a request go on with other adapters. Loop thread only, while no step runs."""
+        return self._scheduler.move(request_id, change)
 
     def _ended(self) -> KilnError:
         if self._is_healthy:

@@ -55,10 +55,19 @@ class AdapterManager:
         self._source = source
         self._loop = loop
         self._slot_wait_s = slot_wait_s
+        # Called when a version can serve.
+        self.on_resident: Callable[[AdapterVersion], None] = lambda _: None
         self._loads: dict[str, asyncio.Task[None]] = {}
         self._config_of_unclaimed: dict[str, str] = {}
         # Set, and replaced, whenever a slot may have become free.
         self._change = asyncio.Event()
+
+    def newest(self, name: str) -> AdapterVersion | None:
+        """The highest version of a name that steps may use."""
+        versions = [
+            entry.adapter for entry in self._slots.entries if entry.is_usable and entry.adapter.name == name
+        ]
+        return max(versions, key=lambda version: version.version, default=None)
 
     @property
     def resident(self) -> list[ResidentAdapter]:
@@ -227,6 +236,7 @@ class AdapterManager:
         self._slots.advance(entry, SlotState.RESIDENT)
         seconds = asyncio.get_running_loop().time() - started_s
         log.info("adapter_resident", adapter=version.reference, slot=entry.slot, seconds=round(seconds, 4))
+        self.on_resident(version)
 
     async def _resolve(self, version: AdapterVersion) -> registry_pb2.AdapterVersion:
         """The version's record, once it is committed."""

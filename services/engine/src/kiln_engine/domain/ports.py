@@ -70,6 +70,10 @@ class AdapterResidency(Protocol):
 
     def release(self, lease: AdapterLease) -> None: ...
 
+    def newest(self, name: str) -> AdapterVersion | None:
+        """The highest version of a name that steps may use now."""
+        ...
+
     async def prepare(self, version: AdapterVersion) -> tuple[int, bool]:
         """Make a version resident; returns its slot and whether it had to be loaded."""
         ...

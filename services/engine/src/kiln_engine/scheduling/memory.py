@@ -76,7 +76,7 @@ class SequenceMemory:
 
     def keep_computed(self, sequence: Sequence, num_tokens: int) -> None:
         """Enter the sequence's complete computed pages, up to `num_tokens`, into the tree."""
-        end = min(num_tokens, sequence.num_computed)
+        end = min(num_tokens, sequence.num_computed, sequence.num_keepable_tokens)
         for start in range(sequence.num_tree_tokens, end - self.page_tokens + 1, self.page_tokens):
             page_index = start // self.page_tokens
             own_page = sequence.page_ids[page_index]
@@ -105,13 +105,16 @@ class SequenceMemory:
         assert sequence.num_steps_under_way == 0
         boundary = sequence.num_computed // self.page_tokens * self.page_tokens
         self.keep_computed(sequence, boundary)
-        if boundary > 0 and sequence.read_slot is None and sequence.state_slot is not None:
-            slot, sequence.state_slot = sequence.state_slot, None
+        slot = sequence.state_slot if sequence.read_slot is None else None
+        if 0 < boundary <= sequence.num_keepable_tokens and slot is not None:
+            sequence.state_slot = None
             self._give_to_tree(sequence, StateCheckpoint(boundary, slot))
 
     def release(self, sequence: Sequence) -> None:
         """Take back everything a sequence holds; it can start again later."""
         self._release(sequence)
+        if sequence.has_moved:  # then all of it is computed anew, by later adapters
+            sequence.num_keepable_tokens = 0
         sequence.num_computed = sequence.num_planned = 0
         sequence.tree_node = None
         sequence.wanted_checkpoints = []
