@@ -68,7 +68,6 @@ class Client:
                 "ignore_eos": True,
                 "return_token_ids": True,
                 "adapter_policy": policy,
-                "adapter_policy": policy,
                 "store": False,
                 "stream": turn % 2 == 0,
             }
