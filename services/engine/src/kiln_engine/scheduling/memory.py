@@ -105,9 +105,8 @@ class SequenceMemory:
         assert sequence.num_steps_under_way == 0
         boundary = sequence.num_computed // self.page_tokens * self.page_tokens
         self.keep_computed(sequence, boundary)
-        slot = sequence.state_slot if sequence.read_slot is None else None
-        if 0 < boundary <= sequence.num_keepable_tokens and slot is not None:
-            sequence.state_slot = None
+        if boundary > 0 and sequence.read_slot is None and sequence.state_slot is not None:
+            slot, sequence.state_slot = sequence.state_slot, None
             self._give_to_tree(sequence, StateCheckpoint(boundary, slot))
 
     def release(self, sequence: Sequence) -> None:
