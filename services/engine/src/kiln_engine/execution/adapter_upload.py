@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -68,6 +68,8 @@ class AdapterUploader:
         # Every version of an adapter has the same layout.
         self._plan_of = lru_cache(maxsize=8)(self._make_plan)
         self._compile()
+        # The tables are zeroed on the caller's stream.
+        self._stream.wait_stream(torch.cuda.current_stream(device))
 
     @property
     def num_bytes(self) -> int:
@@ -105,7 +107,8 @@ class AdapterUploader:
         step = max(_LEAST_COPY_BYTES, -(-len(bytes_u8) // _NUM_COPIERS))
         starts = range(0, len(bytes_u8), step)
         copies = [self._copiers.submit(pinned_u8[s : s + step].copy_, bytes_u8[s : s + step]) for s in starts]
-        wait(copies)
+        for copy in copies:
+            copy.result()
         self._block_u8[: len(bytes_u8)].copy_(pinned_u8, non_blocking=True)
         copied.record()
 
