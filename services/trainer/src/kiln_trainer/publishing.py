@@ -111,13 +111,18 @@ class GrpcPublisher:
         self._registry = registry
         self._engines = engines
         self._loop = loop
-        self._handover: asyncio.Task[dict[str, str]] | None = None
+        # Begun with the last version that was published: engines take it over at once.
+        self._going_live: asyncio.Task[tuple[str, ...]] | None = None
+        # Hash and bytes of that version: the next job of its adapter starts from them.
+        self._last_published: tuple[str, memoryview] | None = None
 
     def resolve(self, reference: str) -> registry_pb2.AdapterVersion:
         return self._on_loop(self._registry.resolve(reference))
 
     def download(self, version: registry_pb2.AdapterVersion, folder: Path) -> StartingPoint:
-        content = self._on_loop(self._registry.fetch(version.sha256))
+        known_sha256, content = self._last_published or ("", memoryview(b""))
+        if known_sha256 != version.sha256:
+            content = memoryview(self._on_loop(self._registry.fetch(version.sha256)))
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "adapter_model.safetensors"
         partial = path.with_suffix(".partial")
@@ -133,8 +138,25 @@ class GrpcPublisher:
     async def _publish(
         self, header: registry_pb2.PublishHeader, content: AdapterContent
     ) -> registry_pb2.AdapterVersion:
-        self._handover = asyncio.create_task(self._engines.hand_over(header.name, content))
-        return await self._registry.publish(header, content.view())
+        handover = asyncio.create_task(self._engines.hand_over(header.name, content))
+        version = await self._registry.publish(header, content.view())
+        self._going_live = asyncio.create_task(self._go_live(version, handover, content.view()))
+        return version
+
+    async def _go_live(
+        self,
+        version: registry_pb2.AdapterVersion,
+        handover: asyncio.Task[dict[str, str]],
+        content: memoryview,
+    ) -> tuple[str, ...]:
+        """Have every engine serve the version; returns those that do not."""
+        for engine, sha256 in (await handover).items():
+            if sha256 == version.sha256:
+                self._last_published = sha256, content
+            else:  # it will fetch the right ones
+                log.error("handed_adapter_differs", engine=engine, sha256=sha256, published=version.sha256)
+        adapter = common_pb2.AdapterRef(name=version.name, version=version.version, sha256=version.sha256)
+        return await self._engines.prepare(adapter)
 
     def max_adapter_rank(self) -> int:
         info = self._on_loop(self._engines.info())
@@ -142,16 +164,12 @@ class GrpcPublisher:
 
     def make_live(self, version: registry_pb2.AdapterVersion) -> LiveReport:
         began_s = time.monotonic()
-        not_live = self._on_loop(self._make_live(version))
+        not_live = self._on_loop(self._until_live())
         return LiveReport(not_live, time.monotonic() - began_s)
 
-    async def _make_live(self, version: registry_pb2.AdapterVersion) -> tuple[str, ...]:
-        handed = await self._handover if self._handover is not None else {}
-        for engine, sha256 in handed.items():
-            if sha256 != version.sha256:  # it will fetch the right ones
-                log.error("handed_adapter_differs", engine=engine, sha256=sha256, published=version.sha256)
-        adapter = common_pb2.AdapterRef(name=version.name, version=version.version, sha256=version.sha256)
-        return await self._engines.prepare(adapter)
+    async def _until_live(self) -> tuple[str, ...]:
+        assert self._going_live is not None, "nothing was published"
+        return await self._going_live
 
     def _on_loop(self, call: Coroutine[Any, Any, T]) -> T:
         """Every call has its own deadline, so this always returns."""
