@@ -7,6 +7,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from kiln_common.errors import KilnError, PromptTooLong
 from kiln_engine.domain import AdapterUse, FinishReason
+from kiln_engine.domain.adapter import AdapterChange, AdapterVersion
 from kiln_engine.scheduling import check_invariants
 from tests.support.engine_scheduling import SchedulerRig, expected_completion, make_request
 
@@ -51,6 +52,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         )
         self.requests = {}
         self.aborted = set()
+        self.moved = set()
         self.now = 0.0
 
     @rule(
@@ -143,6 +145,17 @@ class SchedulerMachine(RuleBasedStateMachine):
     def settle(self):
         self.rig.settle()
 
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data(), adapter=st.sampled_from(sorted(ADAPTERS)))
+    def move(self, data, adapter):
+        """As the loop does it: while no step runs."""
+        self.rig.settle()
+        request_id = data.draw(st.sampled_from(sorted(self.requests)))
+        uses, slots = ADAPTERS[adapter]
+        versions = tuple(AdapterVersion("n", 1, use.sha256) for use in uses)
+        if self.rig.scheduler.move(request_id, AdapterChange(versions, uses, slots)):
+            self.moved.add(request_id)
+
     @rule(sha256=st.sampled_from(["x", "y"]))
     def retire(self, sha256):
         self.rig.scheduler.retire_adapter(sha256)
@@ -175,7 +188,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert reasons[-1] is not None, "a request never ended"
             assert all(reason is None for reason in reasons[:-1]), "a request ended twice"
             tokens = self.rig.tokens(request_id)
-            assert tokens == expected_completion(request, slots, len(tokens))
+            # Nobody who stayed was given a page of one who moved.
+            if request_id not in self.moved:
+                assert tokens == expected_completion(request, slots, len(tokens))
             if reasons[-1] is FinishReason.LENGTH:
                 limit = self.rig.scheduler.limits.max_num_tokens
                 room = limit - len(request.prompt_token_ids)

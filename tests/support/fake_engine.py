@@ -22,11 +22,16 @@ class AdapterOnlyEngine(engine_pb2_grpc.EngineServicer):
         self.prepared: list[str] = []
         self.refuses = False
         self.address = ""
+        self.adapter_socket_path = ""
 
     async def GetInfo(
         self, request: engine_pb2.GetInfoRequest, context: grpc.aio.ServicerContext
     ) -> engine_pb2.EngineInfo:
-        return engine_pb2.EngineInfo(base_model=self.base_model, boot_id=self.boot_id)
+        return engine_pb2.EngineInfo(
+            base_model=self.base_model,
+            boot_id=self.boot_id,
+            adapter_socket_path=self.adapter_socket_path,
+        )
 
     async def PrepareAdapter(
         self, request: engine_pb2.PrepareAdapterRequest, context: grpc.aio.ServicerContext

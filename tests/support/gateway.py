@@ -68,12 +68,13 @@ class FakeEngine:
     """Says what its script says, one token a step, then the turn's end mark.
 
     `logprob_of` gives each token's log-probability from its position. `pause_after` tokens it waits
-    for `go_on`; `fail_after` tokens it raises `failure`.
+    for `go_on`; `fail_after` tokens it raises `failure`. `moves` are adapters that take over at a token.
     """
 
     def __init__(self, tokenizer: TextTokenizer, *, max_model_len: int = 512) -> None:
         self._tokenizer = tokenizer
         self.script: Script = lambda request: "Hello there!"
+        self.moves: dict[int, list[common_pb2.AdapterRef]] = {}
         self.requests: list[engine_pb2.GenerateRequest] = []
         self.finished: list[str] = []
         self.aborted: list[str] = []
@@ -142,6 +143,7 @@ class FakeEngine:
                 token_ids=[token_id],
                 logprobs=[self.logprob_of(position)],
                 sampled_logprobs=[self.logprob_of(position) / 2],
+                moved_to=self.moves.get(position),
             )
             if request.sampling.num_top_logprobs:
                 ids = range(request.sampling.num_top_logprobs)

@@ -12,7 +12,14 @@ from pathlib import Path
 
 from kiln_common.errors import AdapterNotFound
 from kiln_common.pb import registry_pb2, trainer_pb2
-from kiln_trainer.domain.training import StartingPoint, StepHooks, StepReport, TrainedAdapter, TrainingTask
+from kiln_trainer.domain.training import (
+    AdapterContent,
+    StartingPoint,
+    StepHooks,
+    StepReport,
+    TrainedAdapter,
+    TrainingTask,
+)
 from kiln_trainer.jobs.ports import LiveReport
 from tests.support.registry import MODEL_HASH, adapter_bytes, peft_config
 
@@ -87,6 +94,23 @@ class NothingShared:
 
 
 @dataclass
+class MemoryContent:
+    """An adapter's bytes that no engine can map."""
+
+    content: bytes
+    config_json: str = field(default_factory=peft_config)
+
+    def view(self) -> memoryview:
+        return memoryview(self.content)
+
+    def hand_over(self, socket_path: str, name: str, timeout_s: float) -> str:
+        raise OSError("these bytes are not in shared memory")
+
+    def close(self) -> None:
+        pass
+
+
+@dataclass
 class ChainBackend:
     """A TrainingBackend whose result depends on every step: each hashes the state before it.
 
@@ -118,11 +142,7 @@ class ChainBackend:
                 partial.write_text(json.dumps([step, state]))
                 partial.replace(checkpoint)
                 hooks.after_checkpoint(step)
-        folder = task.checkpoint_dir / "adapter"
-        folder.mkdir(exist_ok=True)
-        (folder / "adapter_config.json").write_text(peft_config())
-        (folder / "adapter_model.safetensors").write_bytes(adapter_bytes(seed=int(state[:8], 16)))
-        return TrainedAdapter(folder, {"loss": 1 / step})
+        return TrainedAdapter(MemoryContent(adapter_bytes(seed=int(state[:8], 16))), {"loss": 1 / step})
 
     def keep_mapped(self) -> None:
         self.num_idle_calls += 1
@@ -159,7 +179,7 @@ class MemoryPublisher:
         return StartingPoint(f"{version.name}@{version.version}", version.config_json, path)
 
     def publish(
-        self, header: registry_pb2.PublishHeader, safetensors_path: Path
+        self, header: registry_pb2.PublishHeader, content: AdapterContent
     ) -> registry_pb2.AdapterVersion:
         self.before_publish()
         with self._lock:
@@ -170,7 +190,7 @@ class MemoryPublisher:
             version = registry_pb2.AdapterVersion(
                 name=header.name,
                 version=len(known) + 1,
-                sha256=hashlib.sha256(safetensors_path.read_bytes()).hexdigest(),
+                sha256=hashlib.sha256(content.view()).hexdigest(),
                 base_model_hash=header.base_model_hash,
                 config_json=header.config_json,
             )

@@ -61,11 +61,10 @@ def main(location_json: str, request_file: str, folder: str, loads_json: str) ->
 
     backend = TorchBackend(lambda: location, make_share=share_of)
     hooks = RecordingHooks()
-    result = backend.run(task(request, Path(folder)), hooks)
+    backend.run(task(request, Path(folder)), hooks)
     report = {
         "losses": [report.metrics["loss"] for report in hooks.reports],
         "gpu_sms": [report.metrics.get("gpu_sms", 0) for report in hooks.reports],
-        "folder": str(result.folder),
         "num_allocated_base_bytes": backend.mapped_model.num_allocated_base_bytes,
         "cuda_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
     }

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from kiln_common.pb import trainer_pb2
+from kiln_nn.lora.peft_format import CONFIG_FILE, WEIGHTS_FILE
 from kiln_nn.sharing import WeightServer
 from kiln_nn.weights.loader import LoadedModel, load_checkpoint
-from kiln_trainer.domain.training import StepReport, TrainingTask
+from kiln_trainer.domain.training import StepReport, TrainedAdapter, TrainingTask
 from kiln_trainer.torch_backend.weights import LocateWeights, WeightLocation
 from tests.support.tiny_models import make_checkpoint
 
@@ -114,6 +115,14 @@ def grpo_request(
 ) -> trainer_pb2.SubmitRequest:
     """A GRPO job on those groups."""
     return trainer_pb2.SubmitRequest(config=job_config(**config), grpo=grpo_spec(groups, **(loss or {})))
+
+
+def peft_folder(result: TrainedAdapter, folder: Path) -> Path:
+    """Both files of a result, written to a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG_FILE).write_text(result.content.config_json)
+    (folder / WEIGHTS_FILE).write_bytes(result.content.view())
+    return folder
 
 
 def task(request: trainer_pb2.SubmitRequest, folder: Path, starting_point: Any = None) -> TrainingTask:

@@ -9,7 +9,7 @@ from kiln_nn.lora.parameters import LoraParameters
 from kiln_nn.packed_model import PackedModel
 from kiln_trainer.torch_backend.backend import TorchBackend
 from tests.support.tiny_models import hf_model
-from tests.support.training import RecordingHooks, sft_request, task
+from tests.support.training import RecordingHooks, peft_folder, sft_request, task
 
 
 def test_a_trained_adapter_gives_the_same_logits_in_peft(served, tmp_path):
@@ -17,7 +17,8 @@ def test_a_trained_adapter_gives_the_same_logits_in_peft(served, tmp_path):
 
     token_ids = torch.tensor([5, 201, 17, 88, 240, 3, 150, 42, 42, 7])
     request = sft_request([token_ids.tolist()], epochs=10, rank=3, alpha=5)
-    folder = TorchBackend(served.locate).run(task(request, tmp_path), RecordingHooks()).folder
+    result = TorchBackend(served.locate).run(task(request, tmp_path), RecordingHooks())
+    folder = peft_folder(result, tmp_path / "adapter")
 
     base = hf_model(served.folder)
     adapted = PeftModel.from_pretrained(base, folder)

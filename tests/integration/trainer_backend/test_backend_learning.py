@@ -24,6 +24,7 @@ from tests.support.training import (
     ServedModel,
     grpo_request,
     job_config,
+    peft_folder,
     rollout,
     sft_request,
     task,
@@ -83,7 +84,7 @@ def test_grpo_raises_what_was_rewarded_and_not_what_was_rewarded_at_random(serve
             [even_token_job(served, is_shuffled=is_shuffled)], epochs=6, learning_rate=5e-3, batch_tokens=1024
         )
         result = TorchBackend(served.locate).run(task(request, tmp_path / str(is_shuffled)), RecordingHooks())
-        shares[is_shuffled] = even_share(served, result.folder)
+        shares[is_shuffled] = even_share(served, peft_folder(result, tmp_path / "result"))
     assert shares[False] > before + 0.1
     assert abs(shares[True] - before) < 0.05
 
@@ -132,7 +133,9 @@ def test_sft_learns_one_document_by_heart(served, tmp_path):
     assert hooks.reports[0].metrics["loss"] > 3
     assert hooks.reports[-1].metrics["loss"] < 0.05
     for position in range(1, len(document)):
-        likely = next_token_probabilities(served, document[:position], result.folder)
+        likely = next_token_probabilities(
+            served, document[:position], peft_folder(result, tmp_path / "result")
+        )
         assert int(likely.argmax()) == document[position]
 
 
@@ -142,15 +145,15 @@ def test_training_goes_on_from_an_existing_version(served, tmp_path):
     first = TorchBackend(served.locate).run(task(request, tmp_path / "first"), RecordingHooks())
     start = StartingPoint(
         "test@1",
-        (first.folder / "adapter_config.json").read_text(),
-        first.folder / "adapter_model.safetensors",
+        first.content.config_json,
+        peft_folder(first, tmp_path / "start") / "adapter_model.safetensors",
     )
     hooks = RecordingHooks()
     # The existing version's shape counts, not the one this request asks for.
     again = sft_request([document], epochs=1, rank=8)
     second = TorchBackend(served.locate).run(task(again, tmp_path / "second", start), hooks)
     assert hooks.reports[0].metrics["loss"] < first.metrics["loss"]
-    adapter = read_adapter(second.folder, served.loaded.config)
+    adapter = read_adapter(peft_folder(second, tmp_path / "result"), served.loaded.config)
     assert adapter.spec.rank == 2
     assert {path.rpartition(".")[2] for path in adapter.tensors} == {
         "gate_proj",

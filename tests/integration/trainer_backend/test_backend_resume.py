@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from pathlib import Path
 
 import pytest
 
@@ -58,10 +57,6 @@ REQUESTS = {
 }
 
 
-def adapter_bytes(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
 @pytest.mark.parametrize("name", REQUESTS)
 def test_interrupted_at_every_step_the_result_is_byte_identical(served, tmp_path, name):
     request = REQUESTS[name]
@@ -76,7 +71,7 @@ def test_interrupted_at_every_step_the_result_is_byte_identical(served, tmp_path
             TorchBackend(served.locate).run(job, broken)
         resumed = RecordingHooks()
         again = TorchBackend(served.locate).run(job, resumed)
-        assert adapter_bytes(again.folder) == adapter_bytes(result.folder), step
+        assert again.content.view() == result.content.view(), step
         # It went on from the last checkpoint instead of starting over.
         last_saved = broken.checkpoints[-1] if broken.checkpoints else 0
         assert [report.step for report in resumed.reports] == list(range(last_saved + 1, num_steps + 1))
@@ -95,15 +90,17 @@ def test_interrupted_again_and_again_with_a_damaged_checkpoint_between(served, t
     newest = max(job.checkpoint_dir.glob("step-*.safetensors"))
     newest.write_bytes(newest.read_bytes()[:-100])
     again = TorchBackend(served.locate).run(job, RecordingHooks())
-    assert adapter_bytes(again.folder) == adapter_bytes(result.folder)
+    assert again.content.view() == result.content.view()
 
 
-def test_a_finished_job_run_again_exports_the_same_without_a_step(served, tmp_path):
+def test_a_finished_job_run_again_repeats_what_no_checkpoint_holds_and_exports_the_same(served, tmp_path):
     job = task(REQUESTS["sft"], tmp_path / "job")
-    first = adapter_bytes(TorchBackend(served.locate).run(job, RecordingHooks()).folder)
-    hooks = RecordingHooks()
-    assert adapter_bytes(TorchBackend(served.locate).run(job, hooks).folder) == first
-    assert hooks.reports == []
+    hooks, again = RecordingHooks(), RecordingHooks()
+    first = TorchBackend(served.locate).run(job, hooks).content.view()
+    # The end itself is not saved: the adapter is published instead.
+    assert 0 < hooks.checkpoints[-1] < hooks.reports[-1].step
+    assert TorchBackend(served.locate).run(job, again).content.view() == first
+    assert again.reports[0].step == hooks.checkpoints[-1] + 1
 
 
 def test_another_request_in_the_same_folder_starts_over(served, tmp_path):

@@ -26,6 +26,7 @@ from tests.support.training import (
     ServedModel,
     grpo_request,
     grpo_spec,
+    peft_folder,
     rollout,
     sft_request,
     task,
@@ -46,7 +47,7 @@ def start(served, tmp_path_factory) -> StartingPoint:
     examples = [[*PROMPT, *random_ids(4)] for _ in range(3)]
     request = sft_request(examples, num_prompt=3, epochs=4, learning_rate=2e-3)
     job = task(request, tmp_path_factory.mktemp("start"))
-    folder = TorchBackend(served.locate).run(job, RecordingHooks()).folder
+    folder = peft_folder(TorchBackend(served.locate).run(job, RecordingHooks()), job.checkpoint_dir)
     return StartingPoint(
         "start@1", (folder / "adapter_config.json").read_text(), folder / "adapter_model.safetensors"
     )
@@ -157,7 +158,7 @@ def test_the_penalty_brings_a_policy_back_to_the_base(served, start, tmp_path, e
     result = TorchBackend(served.locate).run(task(request, tmp_path, start), RecordingHooks())
     before = divergence(served, start.safetensors_path.parent)
     assert before > 0.05
-    assert divergence(served, result.folder) < 0.5 * before
+    assert divergence(served, peft_folder(result, tmp_path / "result")) < 0.5 * before
 
 
 def logprobs_of_next(served: ServedModel, lora: LoraParameters | None) -> torch.Tensor:

@@ -66,7 +66,7 @@ async def test_a_job_runs_on_a_thread_while_the_same_process_serves_grpc(served,
         request = sft_request([[1, 2, 3, 4]], epochs=3)
         result = await asyncio.to_thread(backend.run, task(request, tmp_path / "job"), hooks)
     assert len(hooks.reports) == 3
-    assert f'"base_model_name_or_path": "{MODEL_ID}"' in (result.folder / "adapter_config.json").read_text()
+    assert f'"base_model_name_or_path": "{MODEL_ID}"' in result.content.config_json
     manifest = served.loaded.manifest
     own_bytes = sum(entry.nbytes for entry in manifest.entries if entry.kind != "alias")
     assert backend.mapped_model == MappedModel(manifest.boot_id, manifest.model_hash, own_bytes, 0)
@@ -138,8 +138,7 @@ def test_a_job_whose_engine_dies_goes_on_with_the_next_one(served, tmp_path):
         result = backend.run(task(request, tmp_path / "job"), resumed)
         assert [report.step for report in resumed.reports] == [3, 4, 5, 6]
         backend.close()
-    name = "adapter_model.safetensors"
-    assert (result.folder / name).read_bytes() == (undisturbed.folder / name).read_bytes()
+    assert result.content.view() == undisturbed.content.view()
 
 
 def test_the_lease_ends_with_the_backend(served, tmp_path):

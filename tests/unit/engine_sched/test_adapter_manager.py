@@ -7,11 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 
+from kiln_common.clients.registry import BlobCorrupt
 from kiln_common.errors import AdapterNotFound, KilnError, RegistryUnavailable
 from kiln_engine.adapters.manager import AdapterManager
 from kiln_engine.adapters.slots import AdapterSlots
 from kiln_engine.clock import MonotonicClock
 from kiln_engine.domain.adapter import AdapterVersion
+from kiln_engine.domain.errors import AdapterUnavailable
 from kiln_engine.loop import EngineLoop
 from kiln_engine.scheduling import Scheduler, SchedulerLimits
 from tests.support.engine_server import RecordingStore, StubbornRunner
@@ -46,7 +48,9 @@ class Source:
         await self.is_open.wait()
         known = [content_of(name, number) for name in "abcde" for number in (1, 2)]
         content = next(c for c in known if hashlib.sha256(c).hexdigest() == sha256)
-        return b"other" if self.is_corrupt else content
+        if self.is_corrupt:
+            raise BlobCorrupt(f"asked for {sha256}, got the hash of something else")
+        return content
 
 
 @contextlib.asynccontextmanager
@@ -129,7 +133,7 @@ async def test_a_failed_fetch_names_its_code_and_leaves_nothing_behind(error, co
 async def test_corrupt_bytes_are_refused():
     async with running_manager() as (manager, store, source):
         source.is_corrupt = True
-        with pytest.raises(KilnError, match="hash"):
+        with pytest.raises(AdapterUnavailable, match="hash"):
             await manager.acquire([version_of("a")])
         assert store.history == []
 
@@ -170,3 +174,84 @@ async def test_a_new_version_retires_the_old_one_which_then_gives_way_first():
         old = next(entry for entry in manager.resident if entry.adapter.reference == "a@1")
         await manager.prepare(version_of("c"))
         assert ("clear", old.slot) in store.history
+
+
+async def hand_over(manager: AdapterManager, name: str = "a", config_json: str = "{}") -> str:
+    return await manager.receive(name, memoryview(content_of(name, 1)), config_json)
+
+
+async def test_bytes_that_came_ahead_serve_from_the_commit_on_without_a_fetch():
+    async with running_manager() as (manager, store, source):
+        assert await hand_over(manager) == version_of("a").sha256
+        assert [entry[:2] for entry in store.history] == [("stage", 1)]
+        assert manager.resident == []
+        assert await manager.prepare(version_of("a")) == (1, True)
+        assert store.history[1:] == [("activate", 1)]
+        assert [entry.adapter for entry in manager.resident] == [version_of("a")]
+        assert source.num_fetches == 0
+
+
+async def test_bytes_that_came_ahead_wait_until_the_registry_has_the_version():
+    async with running_manager() as (manager, store, source):
+        await hand_over(manager)
+        source.error = AdapterNotFound("not yet")
+        with pytest.raises(AdapterNotFound):
+            await manager.acquire([version_of("a")])
+        assert manager.resident == []
+        source.error = None
+        assert await manager.prepare(version_of("a")) == (1, True)
+        assert ("activate", 1) in store.history
+        assert source.num_fetches == 0
+
+
+async def test_other_bytes_than_the_published_ones_never_serve():
+    async with running_manager() as (manager, store, source):
+        await manager.prepare(version_of("a", 1))
+        await manager.receive("a", memoryview(b"damaged on the way"), "{}")
+        old = await manager.acquire([version_of("a", 1)])
+        await manager.prepare(version_of("a", 2))
+        assert store.history[-2:] == [("stage", 2, content_of("a", 2)), ("activate", 2)]
+        assert source.num_fetches == 2
+        assert old.slots == (1,)
+
+
+async def test_bytes_that_came_with_another_config_are_staged_again_with_the_published_one():
+    async with running_manager() as (manager, store, source):
+        await hand_over(manager, config_json='{"lora_alpha": 64}')
+        await manager.prepare(version_of("a"))
+        assert [entry[0] for entry in store.history] == ["stage", "clear", "stage", "activate"]
+        assert source.num_fetches == 1
+
+
+async def test_bytes_that_nobody_asked_for_give_way():
+    async with running_manager(num_slots=1) as (manager, store, _):
+        await hand_over(manager, "a")
+        await manager.prepare(version_of("b"))
+        assert [entry[:2] for entry in store.history] == [
+            ("stage", 1),
+            ("clear", 1),
+            ("stage", 1),
+            ("activate", 1),
+        ]
+        # And are fetched when somebody does.
+        assert await manager.prepare(version_of("a")) == (1, True)
+
+
+async def test_the_same_bytes_come_twice_at_no_cost():
+    async with running_manager() as (manager, store, _):
+        await hand_over(manager)
+        await hand_over(manager)
+        assert len(store.history) == 1
+
+
+async def test_bytes_that_the_store_refuses_leave_the_slot_free():
+    async with running_manager(num_slots=1) as (manager, store, _):
+        store.stage, stage = lambda *_: raise_error(AdapterUnavailable("not an adapter")), store.stage
+        with pytest.raises(AdapterUnavailable):
+            await hand_over(manager, "a")
+        store.stage = stage
+        assert await manager.prepare(version_of("b")) == (1, True)
+
+
+def raise_error(error: Exception):
+    raise error

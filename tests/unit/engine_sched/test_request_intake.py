@@ -2,11 +2,12 @@
 
 import asyncio
 import contextlib
+from collections import Counter
 
 import pytest
 
 from kiln_common.errors import KilnError, RegistryUnavailable
-from kiln_common.pb import common_pb2
+from kiln_common.pb import common_pb2, engine_pb2
 from kiln_engine.clock import MonotonicClock
 from kiln_engine.domain import FinishReason, SequenceEvent
 from kiln_engine.domain.adapter import AdapterLease, AdapterVersion
@@ -39,17 +40,20 @@ class SlowAdapters:
     def release(self, lease: AdapterLease) -> None:
         self.num_held -= 1
 
+    def newest(self, name: str) -> AdapterVersion | None:
+        return None
+
     async def prepare(self, version: AdapterVersion) -> tuple[int, bool]:
         raise NotImplementedError
 
 
 class Rig:
-    def __init__(self) -> None:
+    def __init__(self, adapters: SlowAdapters | None = None) -> None:
         limits = SchedulerLimits(
             num_pages=64, num_state_slots=8, max_model_len=256, max_running=4, step_token_budget=64
         )
         self.runner = StubbornRunner()
-        self.adapters = SlowAdapters()
+        self.adapters = adapters or SlowAdapters()
         clock = MonotonicClock()
         self.loop = EngineLoop(
             Scheduler(limits, frozenset()), self.runner, clock, on_ended=lambda ids: self.intake.ended(ids)
@@ -146,3 +150,88 @@ async def test_a_drain_aborts_what_still_waits_for_an_adapter(rig):
     assert await rig.intake.drain(0.01) == (0, 1)
     with pytest.raises(KilnError, match="being stopped"):
         rig.intake.submit(generate_request("late"), rig.outbox)
+
+
+class TwoVersions(SlowAdapters):
+    """Version n is in slot n; what is held is counted by version."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.may_answer.set()
+        self.held: Counter[int] = Counter()
+        self.newest_version = 1
+
+    async def acquire(self, versions) -> AdapterLease:
+        if self.error:
+            raise self.error
+        self.held.update(version.version for version in versions)
+        return AdapterLease(tuple(versions), tuple(version.version for version in versions))
+
+    def release(self, lease: AdapterLease) -> None:
+        self.held.subtract(version.version for version in lease.adapters)
+
+    def newest(self, name: str) -> AdapterVersion | None:
+        return AdapterVersion(name, self.newest_version, f"{self.newest_version:064x}")
+
+
+@pytest.fixture
+async def moving():
+    rig = Rig(TwoVersions())
+    rig.loop.start()
+    yield rig
+    rig.runner.let_go()
+    await asyncio.to_thread(rig.loop.stop)
+
+
+def publish_second(rig: Rig) -> None:
+    rig.adapters.newest_version = 2
+    rig.intake.follow(rig.adapters.newest("a"))
+
+
+LATEST = engine_pb2.ADAPTER_POLICY_LATEST
+
+
+async def test_requests_that_follow_a_name_move_together_and_the_others_stay(moving):
+    for name in ("follows", "follows too"):
+        request = generate_request(name, adapters=[ADAPTER], max_tokens=50, adapter_policy=LATEST)
+        moving.intake.submit(request, moving.outbox)
+    moving.intake.submit(generate_request("stays", adapters=[ADAPTER], max_tokens=50), moving.outbox)
+    moving.runner.hold_after(6)
+    assert await asyncio.to_thread(moving.runner.wait_until_held, 10)
+    assert moving.adapters.held[1] == 3
+    publish_second(moving)
+    moving.runner.let_go()
+    await moving.until_empty()
+    slots = [[row.adapter_slots for row in plan.decode_rows] for plan in moving.runner.plans]
+    first = next(rows for rows in slots if ((2, 0.5),) in rows)
+    assert sorted(first) == [((1, 0.5),), ((2, 0.5),), ((2, 0.5),)]
+    assert +moving.adapters.held == Counter()
+
+
+async def test_a_request_moves_on_to_what_came_while_it_waited(moving):
+    moving.adapters.newest_version = 2
+    request = generate_request("r", adapters=[ADAPTER], max_tokens=200, adapter_policy=LATEST)
+    moving.intake.submit(request, moving.outbox)
+    assert (await moving.end_of("r")).finish_reason is FinishReason.LENGTH
+    assert moving.runner.plans[-1].decode_rows[0].adapter_slots == ((2, 0.5),)
+    await moving.until_empty()
+    assert +moving.adapters.held == Counter()
+
+
+async def test_a_version_that_cannot_be_had_leaves_the_request_where_it_is(moving):
+    moving.runner.hold_after(3)
+    request = generate_request("r", adapters=[ADAPTER], max_tokens=20, adapter_policy=LATEST)
+    moving.intake.submit(request, moving.outbox)
+    assert await asyncio.to_thread(moving.runner.wait_until_held, 10)
+    moving.adapters.error = RegistryUnavailable("gone")
+    publish_second(moving)
+    moving.runner.let_go()
+    assert (await moving.end_of("r")).finish_reason is FinishReason.LENGTH
+    assert moving.runner.plans[-1].decode_rows[0].adapter_slots == ((1, 0.5),)
+    await moving.until_empty()
+    assert +moving.adapters.held == Counter()
+
+
+async def test_a_policy_that_does_not_exist_is_refused(moving):
+    with pytest.raises(KilnError, match="adapter_policy"):
+        moving.intake.submit(generate_request("r", adapters=[ADAPTER], adapter_policy=7), moving.outbox)

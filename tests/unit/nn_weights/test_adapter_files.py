@@ -79,7 +79,7 @@ def test_multimodal_names_are_mapped(files):
         (lambda t: t.update({KEY: t[KEY][1:].contiguous()}), r"\[3, 64\] instead of \[4, 64\]"),
         (lambda t: t[KEY][0, 0].fill_(float("nan")), rf"{DOWN}\.lora_A holds NaN"),
         (lambda t: t[KEY][0, 0].fill_(float("inf")), "infinity"),
-        (lambda t: t.update({KEY: t[KEY].to(torch.int32)}), "int32"),
+        (lambda t: t.update({KEY: t[KEY].to(torch.int32)}), "I32"),
         (lambda t: t.update({"base_model.model.lm_head.lora_A.weight": torch.ones(4, 48)}), "lm_head"),
         (lambda t: t.update({KEY.replace("layers.0", "layers.4"): t[KEY].clone()}), r"layers\.4"),
         (lambda t: t.update({"stray": torch.ones(1)}), "stray"),

@@ -15,6 +15,7 @@ from kiln_common.errors import KilnError
 from kiln_common.pb import engine_pb2, engine_pb2_grpc
 from kiln_common.rpc import RpcServer
 from kiln_engine.adapters.events import AdapterEvents
+from kiln_engine.adapters.handover import Inbox, serve_handovers
 from kiln_engine.adapters.manager import AdapterManager
 from kiln_engine.adapters.refresh import AdapterRefresh
 from kiln_engine.adapters.slots import AdapterSlots
@@ -49,6 +50,7 @@ class EngineParts:
     weights: ClosableWeights
     limits: SchedulerLimits
     info: engine_pb2.EngineInfo
+    inbox: Inbox | None = None
 
 
 @dataclass
@@ -60,6 +62,7 @@ class RunningEngine:
     intake: RequestIntake
     adapters: AdapterManager
     weights: ClosableWeights
+    inbox: Inbox | None
     registry: RegistryClient | None
     background: list[asyncio.Task[None]]
     has_failed: asyncio.Event
@@ -76,6 +79,8 @@ class RunningEngine:
             task.cancel()
         await asyncio.gather(*self.background, return_exceptions=True)
         await self.adapters.close()
+        if self.inbox is not None:
+            await asyncio.to_thread(self.inbox.close)
         await asyncio.to_thread(self.loop.stop)
         if self.registry is not None:
             await self.registry.close()
@@ -107,6 +112,7 @@ async def start_engine(settings: EngineSettings, parts: EngineParts) -> RunningE
     limits = RequestLimits(parts.info.base_model.vocab_size, parts.limits.max_num_tokens)
     intake = RequestIntake(loop, adapters, limits, clock)
     ended.target = intake.ended
+    adapters.on_resident = intake.follow
     servicer = EngineServicer(
         info=parts.info,
         intake=intake,
@@ -120,6 +126,8 @@ async def start_engine(settings: EngineSettings, parts: EngineParts) -> RunningE
     loop.start()
     await server.start()
     await server.set_serving(True)
+    if parts.inbox is not None:
+        serve_handovers(parts.inbox, adapters)
     jobs: list[Coroutine[Any, Any, None]] = []
     if registry is not None:
         jobs.append(_announce_base_model(registry, parts.info))
@@ -135,6 +143,7 @@ async def start_engine(settings: EngineSettings, parts: EngineParts) -> RunningE
         intake,
         adapters,
         parts.weights,
+        parts.inbox,
         registry,
         background,
         has_failed,

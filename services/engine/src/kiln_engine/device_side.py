@@ -26,7 +26,7 @@ from kiln_nn.config import ModelConfig
 from kiln_nn.errors import KilnNnError
 from kiln_nn.kernels.dispatch import why_no_kernels
 from kiln_nn.lora import adapter_table
-from kiln_nn.sharing import WeightServer, wait_for_old_leases
+from kiln_nn.sharing import AdapterInbox, WeightServer, wait_for_old_leases
 from kiln_nn.weights import LoadedModel, WeightArena, load_checkpoint, vmm_memory
 from kiln_nn.weights.arena import GpuTransport
 
@@ -39,6 +39,7 @@ _LEAST_MODEL_LEN = 4096
 _MOST_FIXED_CHUNK_TOKENS = 256
 _OLDEST_FP8_CAPABILITY = (8, 9)
 _SOCKET_NAME = "weights.sock"
+_INBOX_NAME = "adapters.sock"
 _PROGRESS_INTERVAL_S = 2.0
 
 
@@ -110,6 +111,7 @@ def load_device_side(settings: EngineSettings) -> EngineParts:
             progress=_LoadProgress(folder.name),
         )
         weights = SharedArena(model.arena, socket_path)
+        inbox = AdapterInbox(settings.socket_dir / _INBOX_NAME)
     except KilnNnError as error:
         raise ModelNotLoaded(error) from error
     views = model.arena.views()
@@ -145,11 +147,12 @@ def load_device_side(settings: EngineSettings) -> EngineParts:
         num_adapter_slots=memory.num_adapter_slots,
         max_adapter_rank=memory.max_adapter_rank,
         max_running=limits.num_most_running,
+        adapter_socket_path=str(inbox.socket_path),
     )
     runner = TorchRunner(model.config, views, memory, is_batch_invariant=settings.batch_invariant)
     if has_graphs:
         _capture(runner)
-    return EngineParts(runner, runner.adapters, weights, limits, info)
+    return EngineParts(runner, runner.adapters, weights, limits, info, inbox)
 
 
 def _capture(runner: TorchRunner) -> None:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import structlog
 
 from kiln_common.errors import KilnError
+from kiln_engine.domain.adapter import AdapterChange
 from kiln_engine.domain.errors import EngineDraining, EngineFailed
 from kiln_engine.domain.plan import BatchPlan
 from kiln_engine.domain.ports import Clock, PendingStep, Runner
@@ -114,9 +115,13 @@ class EngineLoop:
         """End a request at the next step boundary, with `error` if given; unknown ids are ignored."""
         self._mailbox.put(AbortRequest(request_id, error))
 
-    def run_between_steps(self, function: Callable[[], T]) -> Future[T]:
-        """Have something called on the loop thread while no step runs."""
-        command = RunBetweenSteps(function)
+    def run_between_steps(self, function: Callable[[], T], *, settles: bool = True) -> Future[T]:
+        """Have something called on the loop thread while no step runs.
+
+        With `settles` off the device is not waited for: it must be of no concern to the steps that
+        are under way.
+        """
+        command = RunBetweenSteps(function, settles)
         if not self._mailbox.put(command):
             command.done.set_exception(self._ended())
         return command.done
@@ -124,6 +129,10 @@ class EngineLoop:
     def retire_adapter(self, sha256: str) -> None:
         """Let go of what was cached with an adapter before anything else. Loop thread only."""
         self._scheduler.retire_adapter(sha256)
+
+    def move(self, request_id: str, change: AdapterChange) -> bool:
+        """Let a request go on with other adapters. Loop thread only, while no step runs."""
+        return self._scheduler.move(request_id, change)
 
     def _ended(self) -> KilnError:
         if self._is_healthy:
@@ -160,7 +169,7 @@ class EngineLoop:
                 case SubmitRequest(request, _, sink):
                     sink.offer([_failure(request.request_id, self._ended())])
                     self._on_ended([request.request_id])
-                case RunBetweenSteps(_, done):
+                case RunBetweenSteps(_, _, done):
                     if done.set_running_or_notify_cancel():
                         done.set_exception(self._ended())
                 case AbortRequest():
@@ -176,7 +185,8 @@ class EngineLoop:
                     if event is not None:
                         self._deliver([event if error is None else _failure(request_id, error)])
                 case RunBetweenSteps():
-                    self._settle(num_left=0)
+                    if command.settles:
+                        self._settle(num_left=0)
                     if not self._is_healthy:
                         return
                     _call(command)

@@ -40,9 +40,10 @@ class AbortRequest:
 
 @dataclass(frozen=True, slots=True)
 class RunBetweenSteps:
-    """Call something on the loop thread while no step runs."""
+    """Call something on the loop thread between two launches, and if `settles` while no step runs."""
 
     function: Callable[[], Any]
+    settles: bool = True
     done: Future[Any] = field(default_factory=Future)
 
 

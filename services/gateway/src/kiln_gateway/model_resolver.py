@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import structlog
@@ -28,7 +28,12 @@ class Target:
     @property
     def label(self) -> str:
         """ "name@version" (several joined by "+"), or "base"; the X-Kiln-Adapter header."""
-        return "+".join(f"{ref.name}@{ref.version}" for ref in self.adapters) or BASE_NAME
+        return adapters_label(self.adapters)
+
+
+def adapters_label(adapters: Iterable[common_pb2.AdapterRef]) -> str:
+    """ "name@version" (several joined by "+"), or "base"."""
+    return "+".join(f"{ref.name}@{ref.version}" for ref in adapters) or BASE_NAME
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,10 +64,12 @@ class Rollout:
     logprobs: list[float]  # at temperature 1, nothing filtered
     sampled_logprobs: list[float]  # under the distribution the token was drawn from
     sampling: SamplingRecord
-    adapter_version: str  # "name@version", or "base"
+    adapter_version: str  # "name@version", or "base"; joined by "," where it changed in between
     finish_reason: str
     model_hash: str  # base model whose tokenizer the ids belong to
     match_key: str = ""  # hash of owner, messages and content; "" when not from chat
+    # {"start", "end", "adapter"} of each stretch of tokens, where several versions took part.
+    version_spans: list[dict[str, Any]] = field(default_factory=list)
     created_at_s: float = field(default_factory=time.time)
 
     def to_json(self) -> bytes:

@@ -16,7 +16,7 @@ from kiln_common.clients.engine import EngineClient
 from kiln_common.clients.registry import RegistryClient
 from kiln_common.errors import ErrorKind, KilnError
 from kiln_common.pb import common_pb2, engine_pb2, registry_pb2
-from kiln_trainer.domain.training import StartingPoint
+from kiln_trainer.domain.training import AdapterContent, StartingPoint
 from kiln_trainer.jobs.ports import LiveReport
 
 log = structlog.get_logger()
@@ -50,6 +50,25 @@ class EngineDirectory:
             self._info_read_s = time.monotonic()
             break
         return self._info
+
+    async def hand_over(self, name: str, content: AdapterContent) -> dict[str, str]:
+        """Give the bytes to the engines of this host; returns by address the sha256 of what they took.
+
+        The others, and those that do not take them, fetch them from the registry later.
+        """
+        answers = await asyncio.gather(*(self._hand_to(engine, name, content) for engine in self._engines))
+        pairs = zip(self._engines, answers, strict=True)
+        return {engine.address: sha256 for engine, sha256 in pairs if sha256}
+
+    async def _hand_to(self, engine: EngineClient, name: str, content: AdapterContent) -> str:
+        try:
+            socket_path = (await engine.get_info()).adapter_socket_path
+            if not socket_path or not os.path.exists(socket_path):
+                return ""
+            return await asyncio.to_thread(content.hand_over, socket_path, name, self._live_timeout_s)
+        except Exception as error:  # noqa: BLE001 whatever it is, the registry has the bytes too
+            log.warning("adapter_not_handed_over", engine=engine.address, reason=str(error))
+            return ""
 
     async def prepare(self, adapter: common_pb2.AdapterRef) -> tuple[str, ...]:
         """Have every engine load the version; returns those that do not serve it.
@@ -92,12 +111,18 @@ class GrpcPublisher:
         self._registry = registry
         self._engines = engines
         self._loop = loop
+        # Begun with the last version that was published: engines take it over at once.
+        self._going_live: asyncio.Task[tuple[str, ...]] | None = None
+        # Hash and bytes of that version: the next job of its adapter starts from them.
+        self._last_published: tuple[str, memoryview] | None = None
 
     def resolve(self, reference: str) -> registry_pb2.AdapterVersion:
         return self._on_loop(self._registry.resolve(reference))
 
     def download(self, version: registry_pb2.AdapterVersion, folder: Path) -> StartingPoint:
-        content = self._on_loop(self._registry.fetch(version.sha256))
+        known_sha256, content = self._last_published or ("", memoryview(b""))
+        if known_sha256 != version.sha256:
+            content = memoryview(self._on_loop(self._registry.fetch(version.sha256)))
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "adapter_model.safetensors"
         partial = path.with_suffix(".partial")
@@ -106,9 +131,32 @@ class GrpcPublisher:
         return StartingPoint(f"{version.name}@{version.version}", version.config_json, path)
 
     def publish(
-        self, header: registry_pb2.PublishHeader, safetensors_path: Path
+        self, header: registry_pb2.PublishHeader, content: AdapterContent
     ) -> registry_pb2.AdapterVersion:
-        return self._on_loop(self._registry.publish(header, safetensors_path))
+        return self._on_loop(self._publish(header, content))
+
+    async def _publish(
+        self, header: registry_pb2.PublishHeader, content: AdapterContent
+    ) -> registry_pb2.AdapterVersion:
+        handover = asyncio.create_task(self._engines.hand_over(header.name, content))
+        version = await self._registry.publish(header, content.view())
+        self._going_live = asyncio.create_task(self._go_live(version, handover, content.view()))
+        return version
+
+    async def _go_live(
+        self,
+        version: registry_pb2.AdapterVersion,
+        handover: asyncio.Task[dict[str, str]],
+        content: memoryview,
+    ) -> tuple[str, ...]:
+        """Have every engine serve the version; returns those that do not."""
+        for engine, sha256 in (await handover).items():
+            if sha256 == version.sha256:
+                self._last_published = sha256, content
+            else:  # it will fetch the right ones
+                log.error("handed_adapter_differs", engine=engine, sha256=sha256, published=version.sha256)
+        adapter = common_pb2.AdapterRef(name=version.name, version=version.version, sha256=version.sha256)
+        return await self._engines.prepare(adapter)
 
     def max_adapter_rank(self) -> int:
         info = self._on_loop(self._engines.info())
@@ -116,9 +164,12 @@ class GrpcPublisher:
 
     def make_live(self, version: registry_pb2.AdapterVersion) -> LiveReport:
         began_s = time.monotonic()
-        adapter = common_pb2.AdapterRef(name=version.name, version=version.version, sha256=version.sha256)
-        not_live = self._on_loop(self._engines.prepare(adapter))
+        not_live = self._on_loop(self._until_live())
         return LiveReport(not_live, time.monotonic() - began_s)
+
+    async def _until_live(self) -> tuple[str, ...]:
+        assert self._going_live is not None, "nothing was published"
+        return await self._going_live
 
     def _on_loop(self, call: Coroutine[Any, Any, T]) -> T:
         """Every call has its own deadline, so this always returns."""

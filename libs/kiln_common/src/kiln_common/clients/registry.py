@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -49,9 +50,9 @@ class RegistryClient:
         await self._call(self._stub.RegisterBaseModel, request)
 
     async def publish(
-        self, header: registry_pb2.PublishHeader, safetensors: bytes | Path
+        self, header: registry_pb2.PublishHeader, safetensors: bytes | memoryview | Path
     ) -> registry_pb2.AdapterVersion:
-        """Publish one version from adapter_model.safetensors, given as bytes or as a file.
+        """Publish one version from adapter_model.safetensors, given as its bytes or as a file.
 
         Idempotent by header.publish_key; nothing is visible unless this returns.
         """
@@ -81,16 +82,25 @@ class RegistryClient:
         Raises:
             BlobCorrupt: they do not match. Also blob_not_found (remote).
         """
-        parts = []
+        # Hashed beside the transfer, on a thread: it takes as long, and others wait for this loop.
+        parts: list[bytes] = []
+        digest = hashlib.sha256()
+        hashing: asyncio.Task[None] | None = None
         try:
             async for answer in self._stub.Fetch(
                 registry_pb2.FetchRequest(sha256=sha256), timeout=self._transfer_timeout_s
             ):
                 parts.append(answer.chunk)
+                if hashing is not None:
+                    await hashing
+                hashing = asyncio.create_task(asyncio.to_thread(digest.update, answer.chunk))
         except grpc.RpcError as error:
             raise from_rpc_error(error, "registry", RegistryUnavailable) from error
-        content = b"".join(parts)
-        found = hashlib.sha256(content).hexdigest()
+        finally:
+            if hashing is not None:
+                await hashing
+        content = await asyncio.to_thread(b"".join, parts)
+        found = digest.hexdigest()
         if found != sha256:
             raise BlobCorrupt(f"asked for the bytes {sha256}, got {len(content)} bytes of hash {found}")
         return content
@@ -122,12 +132,12 @@ class RegistryClient:
 
 
 async def _publish_parts(
-    header: registry_pb2.PublishHeader, safetensors: bytes | Path
+    header: registry_pb2.PublishHeader, safetensors: bytes | memoryview | Path
 ) -> AsyncIterator[registry_pb2.PublishRequest]:
     yield registry_pb2.PublishRequest(header=header)
-    if isinstance(safetensors, bytes):
+    if not isinstance(safetensors, Path):
         for start in range(0, len(safetensors), CHUNK_BYTES):
-            yield registry_pb2.PublishRequest(chunk=safetensors[start : start + CHUNK_BYTES])
+            yield registry_pb2.PublishRequest(chunk=bytes(safetensors[start : start + CHUNK_BYTES]))
         return
     with safetensors.open("rb") as file:
         while chunk := file.read(CHUNK_BYTES):

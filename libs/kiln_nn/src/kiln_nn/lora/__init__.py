@@ -1,5 +1,12 @@
 """LoRA adapters: which linear layers they touch, and their files in PEFT's layout."""
 
+from kiln_nn.lora.adapter_layout import (
+    ADAPTER_DTYPES,
+    AdapterLayout,
+    Matrix,
+    file_header,
+    read_layout,
+)
 from kiln_nn.lora.peft_format import (
     Adapter,
     AdapterTensors,
@@ -11,14 +18,19 @@ from kiln_nn.lora.peft_format import (
 from kiln_nn.lora.spec import LORA_TARGETS, LoraSpec, adapter_table, lora_shapes
 
 __all__ = [
+    "ADAPTER_DTYPES",
     "LORA_TARGETS",
     "Adapter",
+    "AdapterLayout",
     "AdapterTensors",
     "LoraSpec",
+    "Matrix",
     "adapter_table",
+    "file_header",
     "lora_shapes",
     "parse_adapter",
     "read_adapter",
+    "read_layout",
     "serialize_adapter",
     "write_adapter",
 ]

@@ -6,31 +6,25 @@ lora_B [out, rank] under `base_model.model.<module path>.`; pickled weights are 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import save
 
 from kiln_nn.config import ModelConfig
-from kiln_nn.errors import InvalidAdapter, UnsafeCheckpoint, UnsupportedAdapter, name_list
-from kiln_nn.lora.peft_config import PeftConfig, config_json, parse_config
-from kiln_nn.lora.spec import LoraSpec, adapter_table, lora_shapes
-from kiln_nn.weights.names import canonical_name
+from kiln_nn.errors import InvalidAdapter, UnsafeCheckpoint
+from kiln_nn.lora.adapter_layout import ADAPTER_DTYPES, KEY_PREFIX, file_header, read_layout
+from kiln_nn.lora.peft_config import config_json
+from kiln_nn.lora.spec import LoraSpec
+from kiln_nn.weights.host_memory import readonly_u8
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
 # Module path -> (A [rank, in], B [out, rank]).
 AdapterTensors = dict[str, tuple[torch.Tensor, torch.Tensor]]
-
-_PREFIX = "base_model.model."
-_KEY = re.compile(re.escape(_PREFIX) + r"(?P<path>.+)\.(?P<side>lora_[AB])\.weight")
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -81,7 +75,7 @@ def serialize_adapter(
             )
         for side, tensor in (("lora_A", a), ("lora_B", b)):
             _check_values(f"{path}.{side}", tensor)
-            stored[f"{_PREFIX}{path}.{side}.weight"] = tensor.detach().cpu().contiguous()
+            stored[f"{KEY_PREFIX}{path}.{side}.weight"] = tensor.detach().cpu().contiguous()
     target_modules = sorted({path.rpartition(".")[2] for path in tensors})
     return config_json(spec, target_modules, base_model_name), save(stored, metadata={"format": "pt"})
 
@@ -109,86 +103,14 @@ def parse_adapter(config_text: str | bytes, weights: bytes, model: ModelConfig) 
         InvalidAdapter: not safetensors; an unknown, missing or misshapen tensor; NaN or infinity.
         UnsupportedAdapter: a PEFT feature beyond plain LoRA.
     """
-    config = parse_config(config_text)
-    try:
-        stored = load(weights)
-    except (SafetensorError, ValueError) as error:
-        raise InvalidAdapter(f"{WEIGHTS_FILE} is not a safetensors file: {error}") from error
-    table = adapter_table(model)
-    sides = _sort_by_module(stored, table)
-    tensors = {
-        path: _checked_pair(path, sides[path], table[path], config.rank) for path in table if path in sides
-    }
-    if not tensors:
-        raise InvalidAdapter("the adapter has no tensors")
-    _check_complete(config, tensors, table)
-    spec = LoraSpec(config.rank, config.alpha, _targets_of(tensors, config, model))
-    return Adapter(spec, tensors, config.base_model_name)
-
-
-def _sort_by_module(
-    stored: Mapping[str, torch.Tensor], table: Mapping[str, tuple[int, int]]
-) -> dict[str, dict[str, torch.Tensor]]:
-    """lora_A and lora_B by canonical module path; any other key is refused by name."""
-    sides: dict[str, dict[str, torch.Tensor]] = {}
-    unknown = []
-    for key, tensor in stored.items():
-        match = _KEY.fullmatch(key)
-        path = canonical_name(match["path"]) if match else None
-        if match is None or path is None or path not in table or match["side"] in sides.get(path, {}):
-            unknown.append(key)
-        else:
-            sides.setdefault(path, {})[match["side"]] = tensor
-    if any("lora_magnitude_vector" in key for key in unknown):
-        raise UnsupportedAdapter(f"DoRA is not supported: {name_list(sorted(unknown))}")
-    if unknown:
-        raise InvalidAdapter(
-            f"not tensors of a LoRA on this model's linear layers: {name_list(sorted(unknown))}"
-        )
-    return sides
-
-
-def _checked_pair(
-    path: str, sides: Mapping[str, torch.Tensor], size: tuple[int, int], rank: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    in_features, out_features = size
-    for side, shape in (("lora_A", (rank, in_features)), ("lora_B", (out_features, rank))):
-        if side not in sides:
-            raise InvalidAdapter(f"{path} lacks its {side}")
-        if tuple(sides[side].shape) != shape:
-            raise InvalidAdapter(f"{path}.{side} is {list(sides[side].shape)} instead of {list(shape)}")
-        _check_values(f"{path}.{side}", sides[side])
-    return sides["lora_A"], sides["lora_B"]
+    file_u8 = readonly_u8(weights)
+    layout = read_layout(config_text, file_header(file_u8), len(weights), model)
+    layout.check_values(file_u8)
+    return Adapter(layout.spec, layout.views(file_u8), layout.base_model_name)
 
 
 def _check_values(name: str, tensor: torch.Tensor) -> None:
-    if tensor.dtype not in _DTYPES:
+    if tensor.dtype not in ADAPTER_DTYPES:
         raise InvalidAdapter(f"{name} is {tensor.dtype}, a 16- or 32-bit float is needed")
     if not bool(torch.isfinite(tensor).all()):
         raise InvalidAdapter(f"{name} holds NaN or infinity")
-
-
-def _check_complete(
-    config: PeftConfig, tensors: AdapterTensors, table: Mapping[str, tuple[int, int]]
-) -> None:
-    if not config.covers_all_layers or config.target_modules is None:
-        return
-    targets = config.target_modules
-    missing = [
-        path
-        for path in table
-        if path not in tensors and any(f".{path}".endswith(f".{target}") for target in targets)
-    ]
-    if missing:
-        raise InvalidAdapter(f"target_modules names layers without tensors: {name_list(missing)}")
-
-
-def _targets_of(
-    tensors: AdapterTensors, config: PeftConfig, model: ModelConfig
-) -> Literal["all", "attention", "mlp"] | tuple[str, ...]:
-    """The group that the tensors are exactly, or else the linear layers' names."""
-    groups: tuple[Literal["all", "attention", "mlp"], ...] = ("all", "attention", "mlp")
-    for group in groups:
-        if lora_shapes(model, LoraSpec(config.rank, config.alpha, group)).keys() == tensors.keys():
-            return group
-    return tuple(dict.fromkeys(path.rpartition(".")[2] for path in tensors))

@@ -51,7 +51,7 @@ class WeightServer:
         self._changed = threading.Condition()
         self._leases: set[socket.socket] = set()
         self._is_closed = False
-        self._listener, self._inode = _listen(self.socket_path)
+        self._listener, self._inode = listen(self.socket_path)
         self._waker, self._woken = socket.socketpair()
         self._thread = threading.Thread(target=self._run, name="weight-server", daemon=True)
         self._thread.start()
@@ -94,7 +94,7 @@ class WeightServer:
                         self._read_lease(selector, key.fileobj)  # type: ignore[arg-type]
         self._listener.close()
         self._woken.close()
-        _unlink_own(self.socket_path, self._inode)
+        unlink_own(self.socket_path, self._inode)
         for connection in tuple(self._leases):
             connection.close()
         self._set_leases(set())
@@ -150,7 +150,7 @@ class WeightServer:
             self._on_leases_changed(len(leases))
 
 
-def _listen(socket_path: Path) -> tuple[socket.socket, int]:
+def listen(socket_path: Path) -> tuple[socket.socket, int]:
     """A listening socket on that path, and the inode by which to know it again."""
     prepare_directory(socket_path)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -181,7 +181,7 @@ def _remove_stale(socket_path: Path, address: str) -> None:
             raise ShareRefused(f"another engine serves its weights on {socket_path}")
 
 
-def _unlink_own(socket_path: Path, inode: int) -> None:
+def unlink_own(socket_path: Path, inode: int) -> None:
     """Remove the socket file unless a successor has already put its own there."""
     try:
         if os.stat(socket_path).st_ino == inode:

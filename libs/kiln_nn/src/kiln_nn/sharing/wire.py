@@ -77,7 +77,8 @@ def send_message(connection: socket.socket, message: dict[str, Any], fd: int | N
     body = json.dumps(message, separators=(",", ":")).encode()
     frame = memoryview(_LENGTH.pack(len(body)) + body)
     num_sent = 0 if fd is None else socket.send_fds(connection, [frame], [fd])
-    connection.sendall(frame[num_sent:])
+    if num_sent < len(frame):  # sending nothing fails where the peer has answered and gone
+        connection.sendall(frame[num_sent:])
 
 
 def receive_message(connection: socket.socket) -> tuple[dict[str, Any], int | None]:

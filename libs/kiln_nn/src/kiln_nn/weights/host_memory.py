@@ -63,14 +63,20 @@ class HostMemory:
 
 
 def map_readonly(fd: int, nbytes: int) -> torch.Tensor:
-    """Map a memfd PROT_READ as a flat uint8 tensor that keeps the mapping alive.
+    """Map a memfd PROT_READ as a flat uint8 tensor that keeps the mapping alive."""
+    return readonly_u8(mmap.mmap(fd, nbytes, mmap.MAP_SHARED, mmap.PROT_READ))
+
+
+def readonly_u8(buffer: Any) -> torch.Tensor:
+    """A flat uint8 tensor over bytes that must not be written, which it keeps alive.
 
     torch has no read-only tensors and warns about read-only buffers, so the address is handed
-    over instead: the page protection, not a flag, is what refuses writes.
+    over instead: the page protection of a mapping, not a flag, is what refuses writes.
     """
-    mapping = mmap.mmap(fd, nbytes, mmap.MAP_SHARED, mmap.PROT_READ)
-    bytes_u8 = np.frombuffer(mapping, dtype=np.uint8)
-    region_type: Any = type("_Region", (ctypes.c_uint8 * nbytes,), {})
+    bytes_u8 = np.frombuffer(buffer, dtype=np.uint8)
+    if not len(bytes_u8):
+        return torch.empty(0, dtype=torch.uint8)
+    region_type: Any = type("_Region", (ctypes.c_uint8 * len(bytes_u8),), {})
     region = region_type.from_address(bytes_u8.ctypes.data)
     region.owner = bytes_u8
     return torch.frombuffer(region, dtype=torch.uint8)

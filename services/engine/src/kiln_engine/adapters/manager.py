@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -26,15 +26,18 @@ class AdapterSource(Protocol):
 
     async def resolve(self, reference: str) -> registry_pb2.AdapterVersion: ...
 
-    async def fetch(self, sha256: str) -> bytes: ...
+    async def fetch(self, sha256: str) -> bytes:
+        """The bytes, checked against their hash."""
+        ...
 
 
 class AdapterManager:
     """Owns the slot table; lives on the asyncio thread.
 
     Bytes are fetched, checked and uploaded off the loop thread; a version starts to serve, and a
-    slot is emptied, on the loop thread between two steps. Whoever needs a version that is being
-    fetched waits for that one fetch. When all slots are pinned, a request waits up to `slot_wait_s`
+    slot is emptied, on the loop thread between two steps, which only changes an index. Bytes come
+    from the registry, or ahead of their publication from a trainer on this host. Whoever needs a
+    version that is being fetched waits for that one fetch. When all slots are pinned, a request waits up to `slot_wait_s`
     for one.
     """
 
@@ -52,9 +55,19 @@ class AdapterManager:
         self._source = source
         self._loop = loop
         self._slot_wait_s = slot_wait_s
+        # Called when a version can serve.
+        self.on_resident: Callable[[AdapterVersion], None] = lambda _: None
         self._loads: dict[str, asyncio.Task[None]] = {}
+        self._config_of_unclaimed: dict[str, str] = {}
         # Set, and replaced, whenever a slot may have become free.
         self._change = asyncio.Event()
+
+    def newest(self, name: str) -> AdapterVersion | None:
+        """The highest version of a name that steps may use."""
+        versions = [
+            entry.adapter for entry in self._slots.entries if entry.is_usable and entry.adapter.name == name
+        ]
+        return max(versions, key=lambda version: version.version, default=None)
 
     @property
     def resident(self) -> list[ResidentAdapter]:
@@ -91,6 +104,20 @@ class AdapterManager:
             self._slots.unpin(entry)
         self._tell_waiters()
 
+    async def receive(self, name: str, content: memoryview, config_json: str) -> str:
+        """Bring what a trainer hands over into a slot, ahead of its publication; returns its sha256.
+
+        It serves nobody before a version of this hash is asked for and the registry has it.
+
+        Raises:
+            AdapterSlotsFull: no slot is free now; or what the store says about the bytes.
+        """
+        sha256 = await asyncio.to_thread(_sha256_of, content)
+        if self._slots.find(sha256) is None:
+            entry, evicted = self._slots.begin(AdapterVersion(name, 0, sha256))
+            await asyncio.shield(self._start(entry, self._receive(entry, evicted, content, config_json)))
+        return sha256
+
     async def prepare(self, version: AdapterVersion) -> tuple[int, bool]:
         """Make a version resident; returns its slot and whether it had to be loaded."""
         known = self._slots.find(version.sha256)
@@ -111,9 +138,9 @@ class AdapterManager:
         entry = self._slots.find(version.sha256) or await self._begin(version)
         self._slots.pin(entry)
         try:
-            load = self._loads.get(version.sha256)
-            if load is not None:
-                await asyncio.shield(load)
+            # Twice where the bytes were on their way already, ahead of the version.
+            while not entry.is_usable:
+                await asyncio.shield(self._loads.get(version.sha256) or self._start_commit(entry, version))
         except BaseException:
             self._slots.unpin(entry)
             raise
@@ -137,54 +164,105 @@ class AdapterManager:
                         f"all {self._slots.num_slots} adapter slots stayed in use for {self._slot_wait_s:g} s"
                     ) from None
                 continue
-            load = asyncio.create_task(self._load(entry, version, evicted))
-            load.add_done_callback(_hear)
-            self._loads[version.sha256] = load
+            self._start(entry, self._load(entry, version, evicted))
             return entry
 
-    async def _load(self, entry: SlotEntry, version: AdapterVersion, evicted: SlotEntry | None) -> None:
-        started_s = asyncio.get_running_loop().time()
+    def _start(self, entry: SlotEntry, load: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Work on an entry; one at a time."""
+        assert entry.sha256 not in self._loads
+        task = asyncio.create_task(self._run(entry, load))
+        task.add_done_callback(_hear)
+        self._loads[entry.sha256] = task
+        return task
+
+    async def _run(self, entry: SlotEntry, load: Coroutine[Any, Any, None]) -> None:
         try:
-            if evicted is not None:
-                await self._between_steps(lambda: self._clear(evicted))
-            adapter_bytes, config_json = await self._fetch(version)
-            await asyncio.to_thread(self._store.stage, entry.slot, adapter_bytes, config_json)
-            self._slots.advance(entry, SlotState.STAGED)
-            await self._between_steps(lambda: self._store.activate(entry.slot))
-            self._slots.advance(entry, SlotState.RESIDENT)
+            await load
         except BaseException as error:
-            self._slots.fail(entry)
+            if not entry.is_unclaimed:
+                self._slots.fail(entry)
             if isinstance(error, KilnError):
-                log.warning("adapter_failed", adapter=version.reference, code=error.code, reason=str(error))
+                log.warning(
+                    "adapter_failed", adapter=entry.adapter.reference, code=error.code, reason=str(error)
+                )
             raise
-        else:
-            seconds = asyncio.get_running_loop().time() - started_s
-            log.info(
-                "adapter_resident", adapter=version.reference, slot=entry.slot, seconds=round(seconds, 4)
-            )
         finally:
-            del self._loads[version.sha256]
+            del self._loads[entry.sha256]
             self._tell_waiters()
 
-    async def _fetch(self, version: AdapterVersion) -> tuple[bytes, str]:
+    async def _load(self, entry: SlotEntry, version: AdapterVersion, evicted: SlotEntry | None) -> None:
+        """From the registry to the steps."""
+        started_s = asyncio.get_running_loop().time()
+        record = await self._resolve(version)
+        adapter_bytes = await self._fetch(version)
+        await self._stage(entry, evicted, adapter_bytes, record.config_json)
+        await self._activate(entry, version, started_s)
+
+    async def _stage(
+        self, entry: SlotEntry, evicted: SlotEntry | None, content: bytes | memoryview, config_json: str
+    ) -> None:
+        if evicted is not None:
+            self._config_of_unclaimed.pop(evicted.sha256, None)
+            await self._between_steps(lambda: self._clear(evicted))
+        await asyncio.to_thread(self._store.stage, entry.slot, content, config_json)
+        self._slots.advance(entry, SlotState.STAGED)
+
+    async def _receive(
+        self, entry: SlotEntry, evicted: SlotEntry | None, content: memoryview, config_json: str
+    ) -> None:
+        await self._stage(entry, evicted, content, config_json)
+        entry.is_unclaimed = True
+        self._config_of_unclaimed[entry.sha256] = config_json
+
+    def _start_commit(self, entry: SlotEntry, version: AdapterVersion) -> asyncio.Task[None]:
+        return self._start(entry, self._commit(entry, version))
+
+    async def _commit(self, entry: SlotEntry, version: AdapterVersion) -> None:
+        """Let a version serve whose bytes were there before it; they stay unclaimed if it does not exist."""
+        started_s = asyncio.get_running_loop().time()
+        record = await self._resolve(version)
+        entry.is_unclaimed = False
+        if self._config_of_unclaimed.pop(entry.sha256) != record.config_json:
+            # The same numbers, to be applied otherwise than it was said when they came.
+            await self._between_steps(lambda: self._store.clear(entry.slot))
+            await asyncio.to_thread(
+                self._store.stage, entry.slot, await self._fetch(version), record.config_json
+            )
+        await self._activate(entry, version, started_s)
+
+    async def _activate(self, entry: SlotEntry, version: AdapterVersion, started_s: float) -> None:
+        await self._between_steps(lambda: self._store.activate(entry.slot))
+        entry.adapter = version
+        self._slots.advance(entry, SlotState.RESIDENT)
+        seconds = asyncio.get_running_loop().time() - started_s
+        log.info("adapter_resident", adapter=version.reference, slot=entry.slot, seconds=round(seconds, 4))
+        self.on_resident(version)
+
+    async def _resolve(self, version: AdapterVersion) -> registry_pb2.AdapterVersion:
+        """The version's record, once it is committed."""
         if self._source is None:
             raise AdapterUnavailable(
                 f"adapter {version.reference} is not on this engine, and no registry is configured"
             )
         try:
             record = await self._source.resolve(version.reference)
-            if record.sha256 != version.sha256:
-                raise AdapterNotFound(
-                    f"{version.reference} is {record.sha256[:12]}…, the request names {version.sha256[:12]}…"
-                )
-            adapter_bytes = await self._source.fetch(version.sha256)
         except KilnError as error:
             if error.code == AdapterNotFound.code:
                 raise
-            raise AdapterUnavailable(f"adapter {version.reference} could not be fetched: {error}") from error
-        if hashlib.sha256(adapter_bytes).hexdigest() != version.sha256:
-            raise AdapterUnavailable(f"the bytes of adapter {version.reference} do not match their hash")
-        return adapter_bytes, record.config_json
+            raise _unavailable(version, error) from error
+        if record.sha256 != version.sha256:
+            raise AdapterNotFound(
+                f"{version.reference} is {record.sha256[:12]}…, the request names {version.sha256[:12]}…"
+            )
+        return record
+
+    async def _fetch(self, version: AdapterVersion) -> bytes:
+        """The version's bytes, checked against its hash by the source."""
+        assert self._source is not None
+        try:
+            return await self._source.fetch(version.sha256)
+        except KilnError as error:
+            raise _unavailable(version, error) from error
 
     def _clear(self, evicted: SlotEntry) -> None:
         self._store.clear(evicted.slot)
@@ -196,7 +274,8 @@ class AdapterManager:
             log.info("adapter_retiring", adapter=entry.adapter.reference, pins=entry.num_pins)
 
     async def _between_steps(self, function: Callable[[], Any]) -> None:
-        await asyncio.wrap_future(self._loop.run_between_steps(function))
+        """Call on the loop thread; no step under way uses a slot that is filled or given away."""
+        await asyncio.wrap_future(self._loop.run_between_steps(function, settles=False))
 
     def _tell_waiters(self) -> None:
         self._change.set()
@@ -207,3 +286,11 @@ def _hear(load: asyncio.Task[None]) -> None:
     """Take note of how a load ended: whoever waited for it may be gone."""
     if not load.cancelled():
         load.exception()
+
+
+def _sha256_of(content: memoryview) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _unavailable(version: AdapterVersion, error: KilnError) -> AdapterUnavailable:
+    return AdapterUnavailable(f"adapter {version.reference} could not be fetched: {error}")

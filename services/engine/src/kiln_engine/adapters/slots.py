@@ -36,6 +36,8 @@ class SlotEntry:
     state: SlotState = SlotState.FETCHING
     num_pins: int = 0
     last_used: int = 0
+    # Staged ahead of its publication, and nobody has asked for it yet.
+    is_unclaimed: bool = False
 
     @property
     def sha256(self) -> str:
@@ -45,12 +47,16 @@ class SlotEntry:
     def is_usable(self) -> bool:
         return self.state in (SlotState.RESIDENT, SlotState.RETIRING)
 
+    @property
+    def can_give_way(self) -> bool:
+        return (self.is_usable or self.is_unclaimed) and not self.num_pins
+
 
 class AdapterSlots:
     """Slots 1 to `num_slots`; slot 0 is the base model and never given out.
 
     Invariants: a version has at most one slot; a pinned slot is not reused; only a version that is
-    resident or retiring, and unpinned, gives way.
+    resident or retiring, or unclaimed, and unpinned, gives way.
     """
 
     def __init__(self, num_slots: int) -> None:
@@ -124,7 +130,7 @@ class AdapterSlots:
         return older
 
     def _choose_victim(self) -> SlotEntry:
-        candidates = [entry for entry in self._by_sha256.values() if entry.is_usable and not entry.num_pins]
+        candidates = [entry for entry in self._by_sha256.values() if entry.can_give_way]
         if not candidates:
             raise AdapterSlotsFull(f"all {self.num_slots} adapter slots are in use by running requests")
-        return min(candidates, key=lambda entry: (entry.state is SlotState.RESIDENT, entry.last_used))
+        return min(candidates, key=lambda entry: (entry.state is not SlotState.RETIRING, entry.last_used))

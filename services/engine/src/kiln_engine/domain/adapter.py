@@ -19,6 +19,23 @@ class AdapterVersion:
 
 
 @dataclass(frozen=True, slots=True)
+class AdapterUse:
+    """One adapter as a request applies it: identity of the bytes, and strength."""
+
+    sha256: str
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterChange:
+    """The adapters with which a request goes on; one use and one (slot, scale) for each version."""
+
+    versions: tuple[AdapterVersion, ...]
+    uses: tuple[AdapterUse, ...]
+    slots: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class ResidentAdapter:
     """A version that steps may use, and how many requests hold its slot."""
 

@@ -35,7 +35,7 @@ class Clock(Protocol):
 class AdapterStore(Protocol):
     """Stacked adapter tensors on the device, one slot each; slot 0 is the base model."""
 
-    def stage(self, slot: int, adapter_bytes: bytes, config_json: str) -> None:
+    def stage(self, slot: int, adapter_bytes: bytes | memoryview, config_json: str) -> None:
         """Parse and upload one adapter (PEFT safetensors and its config) beside what is in use.
 
         Called from a worker thread; nothing a step reads may change.
@@ -69,6 +69,10 @@ class AdapterResidency(Protocol):
         ...
 
     def release(self, lease: AdapterLease) -> None: ...
+
+    def newest(self, name: str) -> AdapterVersion | None:
+        """The highest version of a name that steps may use now."""
+        ...
 
     async def prepare(self, version: AdapterVersion) -> tuple[int, bool]:
         """Make a version resident; returns its slot and whether it had to be loaded."""

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
+from kiln_engine.domain.adapter import AdapterUse
+
 _NO_BIAS: Mapping[int, float] = MappingProxyType({})
 
 
@@ -32,14 +34,6 @@ class SamplingParams:
     def needs_history(self) -> bool:
         """Whether earlier tokens change the distribution."""
         return bool(self.presence_penalty or self.frequency_penalty) or self.repetition_penalty != 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class AdapterUse:
-    """One adapter as a request applies it: identity of the bytes, and strength."""
-
-    sha256: str
-    scale: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

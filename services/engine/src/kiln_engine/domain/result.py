@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from kiln_common.errors import KilnError
+from kiln_engine.domain.adapter import AdapterVersion
 
 
 class FinishReason(Enum):
@@ -54,3 +55,5 @@ class SequenceEvent:
     num_cached_tokens: int = 0
     queue_s: float = 0.0
     seed: int = 0
+    # Set with the first token that other adapters drew than those before it.
+    moved_to: tuple[AdapterVersion, ...] = ()

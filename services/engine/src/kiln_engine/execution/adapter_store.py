@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,11 +20,13 @@ from kiln_common.errors import InvalidRequest
 from kiln_engine.domain.plan import BatchPlan
 from kiln_engine.execution.adapter_rows import ResidentAdapter, StaticLoraRows, groups_of, lora_rows
 from kiln_engine.execution.adapter_stacks import AdapterStacks, StackedRows
-from kiln_engine.execution.adapter_tables import AdapterTables, adapter_slot_bytes
+from kiln_engine.execution.adapter_tables import AdapterTables, adapter_slot_bytes, largest_matrix_bytes
+from kiln_engine.execution.adapter_upload import AdapterUploader
 from kiln_nn.config import ModelConfig
-from kiln_nn.errors import KilnNnError
+from kiln_nn.errors import InvalidAdapter, KilnNnError
 from kiln_nn.kernels.lora import LoraRows, TokenGroup, lora_add_, lora_shrink
-from kiln_nn.lora import parse_adapter
+from kiln_nn.lora import AdapterLayout, file_header, read_layout
+from kiln_nn.weights.host_memory import readonly_u8
 
 if TYPE_CHECKING:
     from kiln_nn.kernels.lora.triton import Shrunk
@@ -76,39 +79,47 @@ class AdapterStore:
         self._is_batch_invariant = is_batch_invariant
         self._tables = AdapterTables(config, num_slots, max_rank, dtype, device)
         self._stacks = AdapterStacks(self._tables)
+        self._uploader: AdapterUploader | None = None
+        if self._tables.uses_kernel:
+            largest = largest_matrix_bytes(config, max_rank)
+            self._uploader = AdapterUploader(self._tables.places, largest, device)
+        # Every version of an adapter has the same header.
+        self._read_layout = lru_cache(maxsize=8)(self._read_layout_anew)
         self._staged: dict[int, ResidentAdapter] = {}
         self._resident: dict[int, ResidentAdapter] = {}
 
     @property
     def num_bytes(self) -> int:
-        return self._tables.num_bytes
+        return self._tables.num_bytes + (self._uploader.num_bytes if self._uploader else 0)
 
     @property
     def active_slots(self) -> frozenset[int]:
         """Slots that rows may name."""
         return frozenset(self._resident)
 
-    def stage(self, slot: int, adapter_bytes: bytes, config_json: str) -> None:
-        """Parse PEFT safetensors and upload them into a slot that is not active.
+    def stage(self, slot: int, adapter_bytes: bytes | memoryview, config_json: str) -> None:
+        """Check PEFT safetensors and bring them into a slot that is not active.
 
         Raises:
             AdapterRejected: not a plain LoRA of this model's linear layers, or values that are
-                not finite; nothing was written.
+                not finite; the slot cannot be activated.
             AdapterRankTooHigh: a rank above `max_rank`; nothing was written.
         """
         assert 0 < slot <= self.num_slots, slot
         assert slot not in self._resident, slot
         self._staged.pop(slot, None)
+        file_u8 = readonly_u8(adapter_bytes)
         try:
-            adapter = parse_adapter(config_json, adapter_bytes, self._config)
+            layout = self._read_layout(config_json, file_header(file_u8), len(file_u8))
+            if layout.spec.rank > self.max_rank:
+                raise AdapterRankTooHigh(layout.spec.rank, self.max_rank)
+            self._write(slot - 1, layout, file_u8)
         except KilnNnError as error:
             raise AdapterRejected(error) from error
-        rank = adapter.spec.rank
-        if rank > self.max_rank:
-            raise AdapterRankTooHigh(rank, self.max_rank)
-        self._tables.write(slot - 1, adapter.tensors)
         digest = hashlib.sha256(adapter_bytes).hexdigest() if self._is_batch_invariant else ""
-        self._staged[slot] = ResidentAdapter(rank, adapter.spec.scaling, frozenset(adapter.tensors), digest)
+        self._staged[slot] = ResidentAdapter(
+            layout.spec.rank, layout.spec.scaling, frozenset(layout.matrices), digest
+        )
 
     def activate(self, slot: int) -> None:
         """Let rows name the slot, with what was staged last."""
@@ -169,6 +180,20 @@ class AdapterStore:
     def of_step(self, rows: AdapterRows) -> AdaptersOfStep:
         """What the model's linear layers call."""
         return AdaptersOfStep(self, rows)
+
+    def _read_layout_anew(self, config_json: str, header: bytes, num_file_bytes: int) -> AdapterLayout:
+        return read_layout(config_json, header, num_file_bytes, self._config)
+
+    def _write(self, index: int, layout: AdapterLayout, file_u8: torch.Tensor) -> None:
+        """Raises InvalidAdapter for values that are not finite."""
+        if self._uploader is not None and layout.dtype is not None:
+            if self._uploader.upload(index, layout, file_u8):
+                return
+            # Finite in the file, and too large for this model's format, is all that is left then.
+            layout.check_values(file_u8)
+            raise InvalidAdapter(f"a value is too large for {self._tables.dtype}")
+        layout.check_values(file_u8)
+        self._tables.write(index, layout.views(file_u8))
 
     def _groups_of(self, plan: BatchPlan) -> list[TokenGroup]:
         return groups_of(plan, self._resident)

@@ -29,6 +29,11 @@ def adapter_slot_bytes(config: ModelConfig, max_rank: int, dtype: torch.dtype) -
     return max_rank * widths * dtype.itemsize
 
 
+def largest_matrix_bytes(config: ModelConfig, max_rank: int) -> int:
+    """Bytes of the largest A or B that a file may hold."""
+    return max_rank * max(map(max, adapter_table(config).values())) * torch.float32.itemsize
+
+
 @dataclass(frozen=True)
 class AdaptedLinear:
     """The tables of one linear layer: of a fused one, or of one module as a slice of it.
@@ -91,6 +96,13 @@ class AdapterTables:
             else:
                 linear.a_SQI[index].zero_()
                 linear.b_SRO[index].zero_()
+
+    def places(self, rank: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """Where adapters of a rank go, for each module: `[S, r, I]` and `[S, O, r]`."""
+        return {
+            path: (linear.a_SQI[:, :rank], linear.b_SRO[:, :rank].transpose(1, 2))
+            for path, linear in self._modules.items()
+        }
 
     def _slice(self, path: str, fused: AdaptedLinear, number: int) -> AdaptedLinear:
         start, end = fused.bounds[number : number + 2]

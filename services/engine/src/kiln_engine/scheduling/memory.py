@@ -76,7 +76,7 @@ class SequenceMemory:
 
     def keep_computed(self, sequence: Sequence, num_tokens: int) -> None:
         """Enter the sequence's complete computed pages, up to `num_tokens`, into the tree."""
-        end = min(num_tokens, sequence.num_computed)
+        end = min(num_tokens, sequence.num_computed, sequence.num_keepable_tokens)
         for start in range(sequence.num_tree_tokens, end - self.page_tokens + 1, self.page_tokens):
             page_index = start // self.page_tokens
             own_page = sequence.page_ids[page_index]
@@ -112,6 +112,8 @@ class SequenceMemory:
     def release(self, sequence: Sequence) -> None:
         """Take back everything a sequence holds; it can start again later."""
         self._release(sequence)
+        if sequence.has_moved:  # then all of it is computed anew, by later adapters
+            sequence.num_keepable_tokens = 0
         sequence.num_computed = sequence.num_planned = 0
         sequence.tree_node = None
         sequence.wanted_checkpoints = []

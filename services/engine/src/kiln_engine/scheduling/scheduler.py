@@ -5,9 +5,10 @@ from __future__ import annotations
 import bisect
 import itertools
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from kiln_common.errors import DeadlineExceeded, DuplicateRequestId, KilnError, PromptTooLong
+from kiln_engine.domain.adapter import AdapterChange
 from kiln_engine.domain.errors import EmptyPrompt, NonFiniteLogits
 from kiln_engine.domain.plan import BatchPlan, DecodeRow, PrefillChunk, StateCheckpoint
 from kiln_engine.domain.request import GenerationRequest
@@ -16,6 +17,7 @@ from kiln_engine.scheduling.admission import branch_points, is_about_to_hit
 from kiln_engine.scheduling.checkpoints import is_turn_end_useful, plan_checkpoints
 from kiln_engine.scheduling.limits import SchedulerLimits
 from kiln_engine.scheduling.memory import SequenceMemory
+from kiln_engine.scheduling.moving import move
 from kiln_engine.scheduling.prefix_tree import Namespace
 from kiln_engine.scheduling.rows import can_decode, decode_row, prefill_chunk
 from kiln_engine.scheduling.sequence import Sequence, hash_pages
@@ -196,6 +198,16 @@ class Scheduler:
         """Let go of what was cached with an adapter before anything else."""
         self.memory.tree.retire(sha256)
 
+    def move(self, request_id: str, change: AdapterChange) -> bool:
+        """Let a request go on with other adapters, resident like those before; False when it has ended.
+
+        No step may be under way.
+        """
+        sequence = self._by_request_id.get(request_id)
+        if sequence is not None:
+            move(sequence, change, self.limits.page_tokens)
+        return sequence is not None
+
     def stats(self) -> SchedulerStats:
         pages, states = self.memory.pages, self.memory.states
         return SchedulerStats(
@@ -297,8 +309,9 @@ class Scheduler:
             page_tokens=self.limits.cache_unit_tokens,
             interval_tokens=self.limits.checkpoint_interval_tokens,
         )
-        sequence.wanted_checkpoints = list(checkpoints.wanted)
-        sequence.optional_checkpoints = list(checkpoints.optional)
+        if not sequence.has_moved:
+            sequence.wanted_checkpoints = list(checkpoints.wanted)
+            sequence.optional_checkpoints = list(checkpoints.optional)
         self.counters.num_tokens_lost_for_want_of_checkpoint += num_matched - num_hit
         if sequence.num_cached_tokens is None:
             sequence.num_cached_tokens = num_hit
@@ -334,13 +347,13 @@ class Scheduler:
                 sequence.num_prompt_tokens, request.num_stable_prefix_tokens
             )
             self._end(sequence)
+        event = SequenceEvent(request.request_id, row, reason, moved_to=sequence.moved_to)
+        sequence.moved_to = ()
         if not is_first:
-            return SequenceEvent(request.request_id, row=row, finish_reason=reason)
+            return event
         assert sequence.first_scheduled_s is not None
-        return SequenceEvent(
-            request.request_id,
-            row=row,
-            finish_reason=reason,
+        return replace(
+            event,
             is_first=True,
             num_cached_tokens=sequence.num_cached_tokens or 0,
             queue_s=sequence.first_scheduled_s - request.arrival_s,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 
+from kiln_engine.domain.adapter import AdapterVersion
 from kiln_engine.domain.plan import StateCheckpoint
 from kiln_engine.domain.request import GenerationRequest
 from kiln_engine.scheduling.prefix_tree import Namespace, PrefixNode
@@ -24,7 +26,7 @@ class Sequence:
 
     sequence_id: int
     request: GenerationRequest
-    # (adapter slot, scale) pairs, as rows carry them.
+    # (adapter slot, scale) pairs, as rows carry them. These, and the two after, change with `move`.
     adapter_slots: tuple[tuple[int, float], ...]
     namespace: Namespace
     # Entry i identifies the namespace and the first i + 1 pages of the prompt (a chained hash).
@@ -53,6 +55,11 @@ class Sequence:
     optional_checkpoints: list[int] = field(default_factory=list)
     # Slots taken for the steps under way, ascending.
     pending_checkpoints: tuple[StateCheckpoint, ...] = ()
+    # Tokens from the start whose pages and states are of its namespace: later ones were computed with
+    # other adapters.
+    num_keepable_tokens: int = sys.maxsize
+    # Adapters it goes on with, until the next token tells the client.
+    moved_to: tuple[AdapterVersion, ...] = ()
 
     first_scheduled_s: float | None = None
     # Prompt tokens that came from the prefix cache when the sequence first ran.
@@ -71,6 +78,11 @@ class Sequence:
     def num_prefill_tokens(self) -> int:
         """Tokens that are computed in chunks; those after them are decoded."""
         return self.num_prompt_tokens if self.is_redecoded else len(self.tokens)
+
+    @property
+    def has_moved(self) -> bool:
+        """Whether other adapters than its namespace's took part."""
+        return self.num_keepable_tokens < sys.maxsize
 
     @property
     def is_next_token_known(self) -> bool:

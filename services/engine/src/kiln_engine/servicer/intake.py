@@ -10,29 +10,20 @@ import structlog
 
 from kiln_common.errors import DeadlineExceeded, DuplicateRequestId, KilnError
 from kiln_common.pb import engine_pb2
-from kiln_engine.domain.adapter import AdapterLease, AdapterVersion
+from kiln_engine.domain.adapter import AdapterVersion
 from kiln_engine.domain.errors import AdapterUnavailable, EngineDraining
 from kiln_engine.domain.ports import AdapterResidency, Clock
 from kiln_engine.domain.request import GenerationRequest
 from kiln_engine.domain.result import FinishReason, SequenceEvent
 from kiln_engine.loop import EngineLoop
 from kiln_engine.mailbox import Sink
+from kiln_engine.servicer.followers import Followers, LiveRequest
 from kiln_engine.servicer.validation import RequestLimits, parse_adapter_version, parse_request
 
 log = structlog.get_logger()
 
 # An abort takes effect when the step that runs has ended.
 _ABORT_WAIT_S = 5.0
-
-
-@dataclass(eq=False)
-class _LiveRequest:
-    """What the intake knows of a request that has not ended."""
-
-    sink: Sink
-    lease: AdapterLease | None = None
-    # Set while the request waits for its adapters; after that the loop has it.
-    fetching: asyncio.Task[None] | None = None
 
 
 @dataclass
@@ -47,9 +38,13 @@ class RequestIntake:
     limits: RequestLimits
     clock: Clock
     is_draining: bool = False
-    _live: dict[str, _LiveRequest] = field(default_factory=dict)
+    _live: dict[str, LiveRequest] = field(default_factory=dict)
     _is_empty: asyncio.Event = field(default_factory=asyncio.Event)
+    followers: Followers = field(init=False)
     _asyncio_loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
+
+    def __post_init__(self) -> None:
+        self.followers = Followers(self.loop, self.adapters)
 
     @property
     def num_live(self) -> int:
@@ -71,13 +66,20 @@ class RequestIntake:
         request = parse_request(message, self.limits, self.clock.now())
         if request.request_id in self._live:
             raise DuplicateRequestId(request.request_id)
-        live = _LiveRequest(sink)
+        live = LiveRequest(sink)
         if request.adapters:
             versions = [parse_adapter_version(adapter) for adapter in message.adapters]
+            if message.adapter_policy == engine_pb2.ADAPTER_POLICY_LATEST:
+                live.followed_scales = tuple(use.scale for use in request.adapters)
             live.fetching = asyncio.create_task(self._fetch_then_submit(request, versions, live))
         else:
             self.loop.submit(request, (), sink)
         self._live[request.request_id] = live
+
+    def follow(self, version: AdapterVersion) -> None:
+        """A version can serve: requests that follow its name go on with it."""
+        if any(live.followed_scales for live in self._live.values()):
+            self.followers.move_later(self._live)
 
     def abort(self, request_id: str, sink: Sink, error: KilnError | None = None) -> None:
         """End a request of that sink, with `error` if given; others and unknown ids are ignored."""
@@ -125,7 +127,7 @@ class RequestIntake:
             self._asyncio_loop.call_soon_threadsafe(self._forget_all, request_ids)
 
     async def _fetch_then_submit(
-        self, request: GenerationRequest, versions: list[AdapterVersion], live: _LiveRequest
+        self, request: GenerationRequest, versions: list[AdapterVersion], live: LiveRequest
     ) -> None:
         patience_s = None if request.deadline_s is None else request.deadline_s - self.clock.now()
         try:
@@ -134,6 +136,8 @@ class RequestIntake:
             live.fetching = None
             slots = zip(live.lease.slots, request.adapters, strict=True)
             self.loop.submit(request, tuple((slot, use.scale) for slot, use in slots), live.sink)
+            if self.followers.is_behind(live):  # what came while it waited
+                self.followers.move_later(self._live)
         except TimeoutError:
             late = DeadlineExceeded("the adapter was not there before the request's deadline")
             self._refuse(request.request_id, live.sink, late)

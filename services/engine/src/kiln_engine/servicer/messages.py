@@ -32,6 +32,8 @@ def sequence_output(event: SequenceEvent) -> engine_pb2.SequenceOutput:
         output.num_cached_tokens = event.num_cached_tokens
         output.seed = event.seed
         output.queue_s = event.queue_s
+    for version in event.moved_to:
+        output.moved_to.add(name=version.name, version=version.version, sha256=version.sha256)
     return output
 
 

@@ -42,6 +42,8 @@ def parse_request(
     for param in ("num_stable_prefix_tokens", "num_shared_prefix_tokens"):
         count = getattr(message, param)
         _check(0 <= count <= len(prompt), param, count, f"between 0 and {len(prompt)}")
+    policies = engine_pb2.AdapterPolicy.values()
+    _check(message.adapter_policy in policies, "adapter_policy", message.adapter_policy, f"one of {policies}")
     timeout_s = message.timeout_s
     _check(0 <= timeout_s <= _MAX_TIMEOUT_S, "timeout_s", timeout_s, f"between 0 and {_MAX_TIMEOUT_S:.0f}")
     return GenerationRequest(

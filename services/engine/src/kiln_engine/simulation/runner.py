@@ -14,7 +14,7 @@ class WrongPlan(AssertionError):
 
 @dataclass(slots=True)
 class _Slot:
-    """What a state slot stands for: a digest of the tokens committed, and the ring after them."""
+    """What a state slot stands for: a digest of the traces committed, and the ring after them."""
 
     num_tokens: int
     digest: int
@@ -34,8 +34,8 @@ class SimulatedStep:
 class SimulatedRunner:
     """Draws pseudo tokens that depend on every earlier token, the adapters and the seed.
 
-    Instead of K and V a page keeps the tokens written to it, instead of a state a slot keeps a digest
-    of the tokens it has seen. Before it draws, the runner compares what the pages say with what the
+    A token that is computed with adapters leaves a trace of both. Instead of K and V a page keeps the
+    traces written to it, instead of a state a slot keeps a digest of the traces it has seen. Before it draws, the runner compares what the pages say with what the
     state says; a page or checkpoint used for the wrong prefix raises WrongPlan. So a completion is a
     pure function of its request, however it was batched, cached or preempted: `expected_tokens`.
     """
@@ -67,10 +67,11 @@ class SimulatedRunner:
             raise WrongPlan(
                 f"row at {row.position} reads a state of {read.num_tokens} and {len(ring)} ring tokens"
             )
-        self._check_pages(row.page_ids, row.position, _digest_all(read.digest, ring), row.adapter_slots)
+        self._check_pages(row.page_ids, row.position, _digest_all(read.digest, ring))
         token = self._drawn[row.state_slot] if row.token_id is None else row.token_id
-        self._write_token(row.page_ids, row.position, token)
-        ring.append(token)
+        trace = _trace(token, row.adapter_slots)
+        self._write_trace(row.page_ids, row.position, trace)
+        ring.append(trace)
         digest = _digest_all(read.digest, ring)
         completes_page = (row.position + 1) % self._page_tokens == 0
         if completes_page != (row.state_commit_slot is not None):
@@ -88,20 +89,21 @@ class SimulatedRunner:
         if chunk.state_read_slot is None:
             if chunk.start:
                 raise WrongPlan(f"a chunk from {chunk.start} on reads no state")
-            return hash(chunk.adapter_slots)
+            return 0
         slot = self._slots[chunk.state_read_slot]
         if slot.num_tokens != chunk.start:
             raise WrongPlan(f"a chunk from {chunk.start} on reads a state of {slot.num_tokens} tokens")
-        self._check_pages(chunk.page_ids, chunk.start, slot.digest, chunk.adapter_slots)
+        self._check_pages(chunk.page_ids, chunk.start, slot.digest)
         return slot.digest
 
     def _prefill(self, chunk: PrefillChunk, digest: int, written: set[int]) -> RowResult | None:
         checkpoints = {checkpoint.num_tokens: checkpoint.slot for checkpoint in chunk.checkpoints}
         committed = _Slot(chunk.start, digest)
         for position, token in enumerate(chunk.token_ids, chunk.start):
-            self._write_token(chunk.page_ids, position, token)
-            digest = hash((digest, token))
-            committed.ring.append(token)
+            trace = _trace(token, chunk.adapter_slots)
+            self._write_trace(chunk.page_ids, position, trace)
+            digest = hash((digest, trace))
+            committed.ring.append(trace)
             if (position + 1) % self._page_tokens == 0:
                 committed = _Slot(position + 1, digest)
                 if position + 1 in checkpoints:
@@ -116,9 +118,9 @@ class SimulatedRunner:
             return None
         return self._draw(chunk.sequence_id, chunk.state_slot, digest, chunk.sampling)
 
-    def _write_token(self, page_ids: tuple[int, ...], position: int, token: int) -> None:
+    def _write_trace(self, page_ids: tuple[int, ...], position: int, trace: int) -> None:
         page_index, offset = divmod(position, self._page_tokens)
-        self._pages[page_ids[page_index], offset] = token
+        self._pages[page_ids[page_index], offset] = trace
 
     def _write_slot(self, slot: int, content: _Slot, written: set[int]) -> None:
         self._claim(slot, written)
@@ -129,14 +131,8 @@ class SimulatedRunner:
             raise WrongPlan(f"slot {slot} is written twice in one step")
         written.add(slot)
 
-    def _check_pages(
-        self,
-        page_ids: tuple[int, ...],
-        num_tokens: int,
-        digest: int,
-        adapter_slots: tuple[tuple[int, float], ...],
-    ) -> None:
-        pages = hash(adapter_slots)
+    def _check_pages(self, page_ids: tuple[int, ...], num_tokens: int, digest: int) -> None:
+        pages = 0
         for position in range(num_tokens):
             page_index, offset = divmod(position, self._page_tokens)
             pages = hash((pages, self._pages[page_ids[page_index], offset]))
@@ -157,12 +153,16 @@ def expected_tokens(
     vocab_size: int,
 ) -> list[int]:
     """The first `len(samplings)` tokens any run must draw for a prompt."""
-    digest = _digest_all(hash(adapter_slots), list(prompt))
+    digest = _digest_all(0, [_trace(token, adapter_slots) for token in prompt])
     tokens = []
     for sampling in samplings:
         tokens.append(_draw_token(digest, sampling, vocab_size))
-        digest = hash((digest, tokens[-1]))
+        digest = hash((digest, _trace(tokens[-1], adapter_slots)))
     return tokens
+
+
+def _trace(token: int, adapter_slots: tuple[tuple[int, float], ...]) -> int:
+    return hash((token, adapter_slots))
 
 
 def _draw_token(digest: int, sampling: RowSampling, vocab_size: int) -> int:
@@ -172,7 +172,7 @@ def _draw_token(digest: int, sampling: RowSampling, vocab_size: int) -> int:
     return token
 
 
-def _digest_all(digest: int, tokens: list[int]) -> int:
-    for token in tokens:
-        digest = hash((digest, token))
+def _digest_all(digest: int, traces: list[int]) -> int:
+    for trace in traces:
+        digest = hash((digest, trace))
     return digest

@@ -15,6 +15,7 @@ from kiln_common.text.reasoning import ReasoningSplitter
 from kiln_common.text.stop_strings import StopStringMatcher
 from kiln_common.text.tokenizer import TextTokenizer
 from kiln_common.text.tool_calls import ContentText, ToolCallFinished, ToolCallParser, ToolEvent
+from kiln_gateway.model_resolver import adapters_label
 
 _FINISH_REASONS = {
     engine_pb2.FINISH_REASON_STOP: "stop",
@@ -79,6 +80,8 @@ class ChoiceAssembler:
         self._tools = ToolCallParser(rules.parameter_schemas) if rules.parameter_schemas is not None else None
         self._allows_parallel_tool_calls = rules.allows_parallel_tool_calls
         self.tokens: list[TokenLogprob] = []
+        # (first token, "name@version") where other adapters took over.
+        self.moves: list[tuple[int, str]] = []
         self._reasoning_parts: list[str] = []
         self._content_parts: list[str] = []
         self.num_reasoning_tokens = 0
@@ -109,6 +112,8 @@ class ChoiceAssembler:
         delta = ChoiceDelta()
         if not self.tokens:
             self.num_cached_tokens, self.seed = output.num_cached_tokens, output.seed
+        if output.moved_to:
+            self.moves.append((len(self.tokens), adapters_label(output.moved_to)))
         for position, token_id in enumerate(output.token_ids):
             self._take(_token(output, position, token_id), delta)
             if self.is_finished:

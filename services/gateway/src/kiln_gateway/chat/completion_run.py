@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TypeVar
 
 from kiln_common.errors import EngineUnavailable
@@ -40,6 +40,15 @@ class Usage:
     num_reasoning_tokens: int
 
 
+@dataclass(frozen=True, slots=True)
+class VersionSpan:
+    """Tokens `start` to `end` of a choice and the adapters that drew them."""
+
+    start: int
+    end: int
+    adapter: str
+
+
 @dataclass(frozen=True)
 class CompletionRun:
     """Generates every choice of one request.
@@ -57,6 +66,7 @@ class CompletionRun:
     keeps_rollouts: bool
     match_key: Callable[[str], str] | None
     num_prompts: int
+    follows_latest: bool = False
     created_at_s: int = field(default_factory=lambda: int(time.time()))
 
     async def deltas(
@@ -82,6 +92,14 @@ class CompletionRun:
             num_completion_tokens=sum(len(choice.assembler.tokens) for choice in self.choices),
             num_reasoning_tokens=sum(choice.assembler.num_reasoning_tokens for choice in self.choices),
         )
+
+    def version_spans(self, choice: Choice) -> list[VersionSpan]:
+        """Which versions drew which of the choice's tokens so far, in order and without gaps."""
+        num_tokens = len(choice.assembler.tokens)
+        starts = [(0, self.target.label), *choice.assembler.moves]
+        ends = [start for start, _ in starts[1:]] + [num_tokens]
+        pairs = zip(starts, ends, strict=True)
+        return [VersionSpan(start, end, adapter) for (start, adapter), end in pairs if start < end]
 
     async def _run(
         self, choice: Choice, engines: EnginePool, rollouts: RolloutStore, metrics: GatewayMetrics
@@ -119,7 +137,9 @@ class CompletionRun:
             logprobs=[token.logprob for token in assembler.tokens],
             sampled_logprobs=[token.sampled_logprob for token in assembler.tokens],
             sampling=record_of(choice.request.sampling, assembler.seed),
-            adapter_version=self.target.label,
+            adapter_version=",".join(dict.fromkeys(span.adapter for span in self.version_spans(choice)))
+            or self.target.label,
+            version_spans=[asdict(span) for span in self.version_spans(choice)] if assembler.moves else [],
             finish_reason=assembler.finish_reason or "",
             model_hash=self.model_hash,
             match_key=self.match_key(assembler.content) if self.match_key is not None else "",

@@ -129,6 +129,7 @@ async def _run(
             hint="Send several requests.",
         )
     base_model = await gateway.engines.base_model()
+    follows_latest = body.adapter_policy == "latest"
     choices: list[Choice] = []
     for prompt in prompts:
         sampling = sampling_params(
@@ -147,6 +148,7 @@ async def _run(
                 prompt_token_ids=prompt.token_ids,
                 sampling=sampling,
                 adapters=target.adapters,
+                adapter_policy=engine_pb2.ADAPTER_POLICY_LATEST if follows_latest else None,
                 num_stable_prefix_tokens=prompt.num_stable_prefix_tokens,
                 num_shared_prefix_tokens=prompt.num_shared_prefix_tokens,
                 # Cached prefixes tell by their timing what others asked: keys do not share them.
@@ -167,4 +169,5 @@ async def _run(
         keeps_rollouts=body.store is not False,
         match_key=key_of,
         num_prompts=len(prompts),
+        follows_latest=follows_latest,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from kiln_common.text.tokenizer import TextTokenizer
@@ -10,6 +11,13 @@ from kiln_common.text.tool_calls import ContentText, ToolArguments, ToolCallStar
 from kiln_gateway.chat.choice import ChoiceDelta, TokenLogprob
 from kiln_gateway.chat.completion_run import Choice, CompletionRun
 from kiln_gateway.chat.logprobs import chat_logprobs, text_logprobs
+
+
+def version_spans(run: CompletionRun, choices: Sequence[Choice]) -> list[dict[str, Any]]:
+    """`kiln.version_spans` of choices: which tokens came from which adapter version."""
+    return [
+        {"index": choice.index, **asdict(span)} for choice in choices for span in run.version_spans(choice)
+    ]
 
 
 def usage_object(run: CompletionRun) -> dict[str, Any]:
@@ -56,6 +64,8 @@ class ChatAnswer:
         body = _envelope(self._run, "chat.completion")
         body["choices"] = [self._whole_choice(choice, events[choice.index]) for choice in self._run.choices]
         body["usage"] = usage_object(self._run)
+        if self._run.follows_latest:
+            body["kiln"]["version_spans"] = version_spans(self._run, self._run.choices)
         if self._has_token_ids:
             body["prompt_token_ids"] = list(self._run.choices[0].request.prompt_token_ids)
         return body
@@ -108,6 +118,8 @@ class ChatAnswer:
         if chunks:
             self._add_tokens(chunks[0]["choices"][0], delta.tokens)
             chunks[-1]["choices"][0]["finish_reason"] = delta.finish_reason
+            if delta.finish_reason is not None and self._run.follows_latest:
+                chunks[-1]["kiln"]["version_spans"] = version_spans(self._run, [choice])
         return chunks
 
     def usage_chunk(self) -> dict[str, Any]:
@@ -178,6 +190,8 @@ class TextAnswer:
         body = _envelope(self._run, "text_completion")
         body["choices"] = [self._whole_choice(choice) for choice in self._run.choices]
         body["usage"] = usage_object(self._run)
+        if self._run.follows_latest:
+            body["kiln"]["version_spans"] = version_spans(self._run, self._run.choices)
         return body
 
     def _whole_choice(self, choice: Choice) -> dict[str, Any]:
@@ -204,7 +218,10 @@ class TextAnswer:
             return []
         body = self._choice(choice, delta.content, delta.tokens)
         body["finish_reason"] = delta.finish_reason
-        return [self._chunk(body)]
+        chunk = self._chunk(body)
+        if delta.finish_reason is not None and self._run.follows_latest:
+            chunk["kiln"]["version_spans"] = version_spans(self._run, [choice])
+        return [chunk]
 
     def usage_chunk(self) -> dict[str, Any]:
         return {**_envelope(self._run, "text_completion"), "choices": [], "usage": usage_object(self._run)}

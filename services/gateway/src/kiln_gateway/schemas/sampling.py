@@ -60,7 +60,10 @@ class CompletionFields(Body):
     priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
     adapter: Reference | None = None
     adapters: Annotated[list[ComposedAdapter], Field(min_length=1, max_length=8)] | None = None
-    adapter_policy: Literal["pin", "latest"] | None = None
+    adapter_policy: Literal["pin", "latest"] | None = Field(
+        None,
+        description="`pin` keeps the version a request began with; `latest` goes on with newer ones between two tokens, and `kiln.version_spans` says which tokens came from which",
+    )
     structured_outputs: dict[str, Any] | None = None
     user: str | None = Field(None, description="accepted without effect")
     metadata: dict[str, Any] | None = Field(None, description="accepted without effect")
@@ -78,6 +81,12 @@ class CompletionFields(Body):
         """Whether the request has the field `adapter`, null included."""
         return "adapter" in self.model_fields_set
 
+    @property
+    def _references(self) -> list[str]:
+        """Every name of weights in the request."""
+        named = [self.model, self.adapter, *(adapter.name for adapter in self.adapters or ())]
+        return [reference for reference in named if reference is not None]
+
     def refuse_unsupported(self) -> None:
         """Refuse, by name, what would change the answer and cannot be honoured.
 
@@ -86,8 +95,8 @@ class CompletionFields(Body):
         """
         if self.structured_outputs is not None:
             raise FieldNotBuiltYet("structured_outputs")
-        if self.adapter_policy == "latest":
-            raise FieldNotBuiltYet("adapter_policy", 'Leave the field out or send "pin".')
+        if self.adapter_policy == "latest" and any("@" in reference for reference in self._references):
+            raise UnsupportedField("adapter_policy", 'Name the adapter without a version, or send "pin".')
         if self.adapters is not None and self.is_adapter_given:
             raise UnsupportedField("adapters", "Send `adapter` or `adapters`, not both.")
 

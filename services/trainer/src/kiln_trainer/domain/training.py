@@ -47,11 +47,28 @@ class TrainingTask:
     claim_epoch: int
 
 
+class AdapterContent(Protocol):
+    """A trained adapter's files in memory that engines on this host can read too."""
+
+    @property
+    def config_json(self) -> str: ...
+
+    def view(self) -> memoryview:
+        """The bytes of adapter_model.safetensors, which nobody can change."""
+        ...
+
+    def hand_over(self, socket_path: str, name: str, timeout_s: float) -> str:
+        """Give the bytes to an engine; returns the sha256 of what it took. Raises an error of its own."""
+        ...
+
+    def close(self) -> None: ...
+
+
 @dataclass(frozen=True, slots=True)
 class TrainedAdapter:
-    """The result: a PEFT folder (adapter_config.json, adapter_model.safetensors) and last metrics."""
+    """The result and the last metrics; whoever gets it closes the content."""
 
-    folder: Path
+    content: AdapterContent
     metrics: Mapping[str, float]
 
 

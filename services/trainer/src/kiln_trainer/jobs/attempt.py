@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import time
@@ -61,14 +62,22 @@ class Attempt:
         if base is not None:
             self._check_start(request, base)
         trained = self._train(request, base)
-        if request.config.publish == "never":
-            return {"adapter": "", "version": 0, "sha256": ""}
+        with contextlib.closing(trained.content):
+            if request.config.publish == "never":
+                return {"adapter": "", "version": 0, "sha256": ""}
+            return self._publish(request, base, trained)
+
+    def _publish(
+        self,
+        request: trainer_pb2.SubmitRequest,
+        base: registry_pb2.AdapterVersion | None,
+        trained: TrainedAdapter,
+    ) -> dict[str, Any]:
         self._job.write({"is_publishing": "1"}, ("publishing", {"adapter": request.config.adapter}))
         # Once this is recorded a cancel comes too late: what engines may serve is not called cancelled.
         self._job.sync()
         header = self._header(request, base, trained)
-        path = trained.folder / "adapter_model.safetensors"
-        version = self._wait_for(lambda: self._publisher.publish(header, path))
+        version = self._wait_for(lambda: self._publisher.publish(header, trained.content))
         committed_s = time.monotonic()
         published = {"adapter": version.name, "version": version.version, "sha256": version.sha256}
         self._job.write({}, ("published", published))
@@ -139,7 +148,7 @@ class Attempt:
         return registry_pb2.PublishHeader(
             name=request.config.adapter,
             base_model_hash=request.base_model_hash or self._backend.mapped_model.model_hash,
-            config_json=(trained.folder / "adapter_config.json").read_text(),
+            config_json=trained.content.config_json,
             parent_name=base.name if base else "",
             parent_version=base.version if base else 0,
             job_id=claim.job_id,

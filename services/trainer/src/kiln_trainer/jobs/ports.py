@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 from kiln_common.pb import registry_pb2
-from kiln_trainer.domain.training import StartingPoint, TrainingBackend
+from kiln_trainer.domain.training import AdapterContent, StartingPoint, TrainingBackend
 
 
 class MappedModelView(Protocol):
@@ -82,9 +82,9 @@ class Publisher(Protocol):
         ...
 
     def publish(
-        self, header: registry_pb2.PublishHeader, safetensors_path: Path
+        self, header: registry_pb2.PublishHeader, content: AdapterContent
     ) -> registry_pb2.AdapterVersion:
-        """Publish a version; idempotent by header.publish_key."""
+        """Publish a version, idempotent by header.publish_key, and meanwhile hand its bytes to the engines."""
         ...
 
     def max_adapter_rank(self) -> int:

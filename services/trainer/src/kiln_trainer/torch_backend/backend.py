@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import structlog
@@ -14,16 +12,16 @@ import torch
 
 from kiln_common.errors import KilnError
 from kiln_nn.errors import KilnNnError
-from kiln_nn.lora import write_adapter
+from kiln_nn.sharing import SealedAdapter
 from kiln_trainer.domain.errors import DeviceBroken
 from kiln_trainer.domain.training import StepHooks, TrainedAdapter, TrainingTask
 from kiln_trainer.torch_backend.errors import ModelError, OutOfTrainingMemory
 from kiln_trainer.torch_backend.gpu_share import GpuShare, GpuUse, WholeDevice
 from kiln_trainer.torch_backend.training_run import TrainingRun
+from kiln_trainer.torch_backend.warm_up import warm_up
 from kiln_trainer.torch_backend.weights import LocateWeights, WeightSession, engine_locator
 
 log = structlog.get_logger()
-_RESULT_FOLDER = "adapter"
 
 
 @dataclass(frozen=True)
@@ -63,6 +61,7 @@ class TorchBackend:
         self._session: WeightSession | None = None
         self._mapped = MappedModel()
         self._last_failure = ""  # so that one outage is one line in the log
+        self._is_warm = False
 
     @classmethod
     def for_engine(cls, engine_address: str, **options: Any) -> TorchBackend:
@@ -96,17 +95,24 @@ class TorchBackend:
             with share.occupied():
                 training = TrainingRun(task, session, share)
                 training.execute(hooks)
-                folder = _export(task.checkpoint_dir, training, session.model_id)
-        return TrainedAdapter(folder, dict(training.latest_metrics))
+                lora = training.policy.lora
+                content = SealedAdapter(lora.tensors(), lora.spec, session.model_id)
+        return TrainedAdapter(content, dict(training.latest_metrics))
 
     def keep_mapped(self) -> None:
         """Map the weights unless they are mapped, and let go of those whose engine has gone.
 
-        Tries once; a failure is logged, and told by the next job that needs the weights.
+        Takes a step on nothing when they are mapped for the first time. Tries once; a failure is
+        logged, and told by the next job that needs the weights.
         """
         failure = ""
         try:
-            self._open_session()
+            session = self._open_session()
+            if not self._is_warm:
+                self._is_warm = True
+                torch.set_num_threads(self._num_threads)
+                with _translated_errors():
+                    warm_up(session, self._share_of(session))
         except (KilnError, KilnNnError) as error:
             failure = str(error)
             if failure != self._last_failure:
@@ -164,12 +170,3 @@ def _translated_errors() -> Iterator[None]:
     finally:
         if is_usable and torch.cuda.is_initialized():
             torch.cuda.empty_cache()
-
-
-def _export(job_folder: Path, training: TrainingRun, base_model_name: str) -> Path:
-    """Write the trained adapter as a PEFT folder, afresh; the same adapter gives the same bytes."""
-    folder = job_folder / _RESULT_FOLDER
-    shutil.rmtree(folder, ignore_errors=True)
-    lora = training.policy.lora
-    write_adapter(folder, lora.tensors(), lora.spec, base_model_name)
-    return folder

@@ -86,8 +86,12 @@ class TrainingRun:
         for step in range(self._optimizer.num_steps_done + 1, len(self._steps) + 1):
             report = self._take_step(step)
             hooks.after_step(report)
-            if step % self._options.checkpoint_every == 0 or step == len(self._steps):
+            is_last = step == len(self._steps)
+            is_due = step % self._options.checkpoint_every == 0
+            if is_last or is_due:
                 self._check_parameters(step)
+            # After the last step the adapter itself is about to be published.
+            if is_due and not is_last:
                 hooks.before_checkpoint(step)
                 checkpoints.write(self._checkpoint(job_hash))
                 hooks.after_checkpoint(step)
@@ -126,7 +130,8 @@ class TrainingRun:
         return StepReport(step, len(self._steps), self._num_tokens, metrics)
 
     def _check_parameters(self, step: int) -> None:
-        if not all(bool(parameter.isfinite().all()) for parameter in self._policy.lora.parameters()):
+        largest = torch.nn.utils.get_total_norm(self._policy.lora.parameters(), math.inf)
+        if not largest.isfinite():
             raise TrainingDiverged(f"the adapter is no longer finite after step {step}")
 
     def _batch(self, indices: tuple[int, ...]) -> PackedBatch:

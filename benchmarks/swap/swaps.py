@@ -1,0 +1,230 @@
+"""Many swaps of one adapter name under load, every token checked against the version it is said to be of."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+
+from benchmarks.swap.telling_adapters import TellingAdapters
+from kiln_common.clients.engine import EngineClient
+from kiln_common.clients.registry import RegistryClient
+from kiln_common.pb import registry_pb2
+from kiln_trainer.publishing import EngineDirectory, GrpcPublisher
+
+NAME = "teller"
+_TIMEOUT_S = 60.0
+# Older ones are deleted, so that a thousand of them fit on a disk.
+_VERSIONS_KEPT = 24
+
+
+@dataclass
+class Answers:
+    """What the clients saw. `wrong` and `failures` should stay empty."""
+
+    num_requests: int = 0
+    num_tokens: int = 0
+    num_mixed: int = 0
+    by_version: Counter[int] = field(default_factory=Counter)
+    wrong: list[str] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+
+
+@dataclass
+class SwapReport:
+    """Seconds of each swap, in order; `publish_s` up to the registry's answer, `swap_s` from there on."""
+
+    publish_s: list[float] = field(default_factory=list)
+    swap_s: list[float] = field(default_factory=list)
+    first_token_s: list[float] = field(default_factory=list)
+    answers: Answers = field(default_factory=Answers)
+
+
+class Client:
+    """Asks for the newest version again and again; checks each token; never tries again."""
+
+    def __init__(self, http: httpx.AsyncClient, adapters: TellingAdapters, answers: Answers) -> None:
+        self._http = http
+        self._adapters = adapters
+        self._answers = answers
+
+    async def run(self, number: int, max_tokens: int, policy: str, stop: asyncio.Event) -> None:
+        turn = 0
+        while not stop.is_set():
+            turn += 1
+            body = {
+                "model": NAME,
+                # Some prompts repeat, so that cached pages of older versions would be noticed.
+                "messages": [{"role": "user", "content": f"Client {number} says {turn % 3}."}],
+                "max_tokens": max_tokens,
+                "temperature": 0,
+                "ignore_eos": True,
+                "return_token_ids": True,
+                "adapter_policy": policy,
+                "store": False,
+                "stream": turn % 2 == 0,
+            }
+            try:
+                self._check(*await (self._stream(body) if body["stream"] else self._whole(body)))
+            except (httpx.HTTPError, KeyError, ValueError) as error:
+                answer = error.response.text[:300] if isinstance(error, httpx.HTTPStatusError) else ""
+                self._answers.failures.append(f"{error!r} {answer}")
+            self._answers.num_requests += 1
+
+    async def first_token(self) -> tuple[int, float]:
+        """The version that drew the first token of a new answer, and when it came (perf_counter)."""
+        message = {"role": "user", "content": "Which one are you?"}
+        body = {"model": NAME, "messages": [message], "max_tokens": 1, "stream": True, "store": False}
+        async with self._http.stream("POST", "/v1/chat/completions", json=body) as response:
+            response.raise_for_status()
+            came_s = 0.0
+            async for line in response.aiter_lines():
+                if line.startswith("data: {") and not came_s:
+                    came_s = time.perf_counter()
+            return int(response.headers["X-Kiln-Adapter"].partition("@")[2]), came_s
+
+    async def _whole(self, body: dict) -> tuple[str, list[int], list[dict]]:
+        response = await self._http.post("/v1/chat/completions", json=body)
+        response.raise_for_status()
+        answer = response.json()
+        spans = answer["kiln"].get("version_spans", [])
+        return response.headers["X-Kiln-Adapter"], answer["choices"][0]["token_ids"], spans
+
+    async def _stream(self, body: dict) -> tuple[str, list[int], list[dict]]:
+        tokens: list[int] = []
+        spans: list[dict] = []
+        async with self._http.stream("POST", "/v1/chat/completions", json=body) as response:
+            response.raise_for_status()
+            async for line in response.aiter_lines():
+                if line.startswith("data: {"):
+                    event = json.loads(line[6:])
+                    if "error" in event:
+                        raise ValueError(line)
+                    for choice in event["choices"]:
+                        tokens += choice.get("token_ids", [])
+                    spans = event["kiln"].get("version_spans", spans)
+            return response.headers["X-Kiln-Adapter"], tokens, spans
+
+    def _check(self, label: str, tokens: list[int], spans: list[dict]) -> None:
+        spans = spans or [{"adapter": label, "start": 0, "end": len(tokens)}]
+        if [spans[0]["start"], spans[-1]["end"]] != [0, len(tokens)]:
+            raise ValueError(f"{len(tokens)} tokens, spans {spans}")
+        for span in spans:
+            version = int(span["adapter"].partition("@")[2])
+            wanted = self._adapters.token_of(version)
+            found = tokens[span["start"] : span["end"]]
+            if any(token != wanted for token in found):
+                self._answers.wrong.append(f"{span['adapter']} should say {wanted}, said {found}")
+            self._answers.by_version[version] += len(found)
+        self._answers.num_tokens += len(tokens)
+        self._answers.num_mixed += len(spans) > 1
+
+
+@dataclass(frozen=True)
+class StackAddresses:
+    """Where a running stack listens."""
+
+    url: str
+    engine: str
+    registry: str
+
+    @classmethod
+    def of(cls, url: str, state_dir: Path) -> StackAddresses:
+        run_dir = state_dir / "run"
+        return cls(url, f"unix:{run_dir}/engine.sock", f"unix:{run_dir}/registry.sock")
+
+
+class Swapper:
+    """Publishes version after version as the trainer does, but for the training."""
+
+    def __init__(self, addresses: StackAddresses, adapters: TellingAdapters) -> None:
+        self._adapters = adapters
+        self._registry = RegistryClient(addresses.registry)
+        self._engine = EngineClient(addresses.engine)
+        self._engines = EngineDirectory([addresses.engine], info_timeout_s=10, live_timeout_s=30)
+        self._publisher = GrpcPublisher(self._registry, self._engines, asyncio.get_running_loop())
+        self.newest = 0
+
+    async def close(self) -> None:
+        await self._engines.close()
+        await self._engine.close()
+        await self._registry.close()
+
+    async def swap(self) -> tuple[float, float]:
+        """Publish the next version; returns the seconds to the commit and from there to its serving."""
+        number = self.newest + 1
+        base_model = (await self._engine.get_info()).base_model
+        content = await asyncio.to_thread(self._adapters.sealed, number, base_model.model_id)
+        header = registry_pb2.PublishHeader(
+            name=NAME,
+            base_model_hash=base_model.model_hash,
+            config_json=content.config_json,
+            publish_key=f"{NAME}-{number}",
+        )
+        began_s = time.perf_counter()
+        version = await asyncio.to_thread(self._publisher.publish, header, content)
+        committed_s = time.perf_counter()
+        report = await asyncio.to_thread(self._publisher.make_live, version)
+        ended_s = time.perf_counter()
+        content.close()
+        self.newest = number
+        assert version.version == number, version
+        assert not report.not_live, report
+        if number > _VERSIONS_KEPT:
+            await self._registry.delete(NAME, number - _VERSIONS_KEPT)
+        return committed_s - began_s, ended_s - committed_s
+
+
+@asynccontextmanager
+async def load(
+    http: httpx.AsyncClient, adapters: TellingAdapters, answers: Answers, num_clients: int, max_tokens: int
+) -> AsyncIterator[Client]:
+    """Clients that ask while the block runs, every other one with adapter_policy "latest"."""
+    client, stop = Client(http, adapters, answers), asyncio.Event()
+    tasks = [
+        asyncio.create_task(client.run(number, max_tokens, ("pin", "latest")[number % 2], stop))
+        for number in range(num_clients)
+    ]
+    try:
+        yield client
+    finally:
+        stop.set()
+        await asyncio.gather(*tasks)
+
+
+async def run_swaps(
+    addresses: StackAddresses,
+    adapters: TellingAdapters,
+    *,
+    num_swaps: int,
+    num_clients: int,
+    max_tokens: int,
+    pause_s: float = 0.0,
+) -> SwapReport:
+    """Swap that often under load; `pause_s` between two swaps lets answers come to their end."""
+    report = SwapReport()
+    swapper = Swapper(addresses, adapters)
+    limits = httpx.Limits(max_connections=num_clients + 8)
+    async with httpx.AsyncClient(base_url=addresses.url, timeout=_TIMEOUT_S, limits=limits) as http:
+        try:
+            await swapper.swap()  # so that the name exists
+            async with load(http, adapters, report.answers, num_clients, max_tokens) as client:
+                for _ in range(num_swaps):
+                    publish_s, swap_s = await swapper.swap()
+                    live_s = time.perf_counter()
+                    version, came_s = await client.first_token()
+                    assert version == swapper.newest, (version, swapper.newest)
+                    report.first_token_s.append(came_s - live_s + swap_s)
+                    report.publish_s.append(publish_s)
+                    report.swap_s.append(swap_s)
+                    await asyncio.sleep(pause_s)
+        finally:
+            await swapper.close()
+    return report

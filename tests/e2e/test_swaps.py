@@ -1,0 +1,31 @@
+"""Versions that each say their own token, swapped under load in a whole stack: none is ever mixed up."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from benchmarks.swap.swaps import StackAddresses, run_swaps
+from benchmarks.swap.telling_adapters import TellingAdapters
+
+pytestmark = pytest.mark.processes
+
+DEMO_MODEL = Path(__file__).resolve().parents[2] / "demo" / "model"
+NUM_SWAPS = 100
+
+
+@pytest.mark.timeout(300)
+def test_every_token_of_a_hundred_swaps_is_of_the_version_its_answer_names(stack):
+    adapters = TellingAdapters(DEMO_MODEL, rank=4, covers_all=False)
+    addresses = StackAddresses.of(stack.url, stack.state_dir)
+    report = asyncio.run(run_swaps(addresses, adapters, num_swaps=NUM_SWAPS, num_clients=4, max_tokens=24))
+    log = (stack.state_dir / "logs" / "engine.log").read_text()
+    answers = report.answers
+    assert (answers.failures, answers.wrong) == ([], [])
+    # Enough of them: answers that stayed with one version, and answers of several.
+    assert answers.num_requests > answers.num_mixed > 0
+    assert len(answers.by_version) > NUM_SWAPS // 2
+    assert len(report.swap_s) == NUM_SWAPS
+    # The bytes came from memory each time: no slot was filled after its version was published.
+    assert log.count('"event": "adapter_resident"') >= NUM_SWAPS
+    assert "adapter_not_taken" not in log
