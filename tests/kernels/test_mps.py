@@ -36,7 +36,8 @@ for line in sys.stdin:
     if line.strip() == "compute":
         total = float((ones @ ones).sum())
     elif line.strip() == "part":
-        with torch.cuda.stream(GreenContext.create(num_sms=16, device_id=0).Stream()):
+        part = GreenContext.create(num_sms=16, device_id=0)  # its stream does not keep it
+        with torch.cuda.stream(part.Stream()):
             total = float((ones @ ones).sum())
     else:
         memory = VmmMemory(1 << 20, device)

@@ -269,7 +269,8 @@ class _DeltaTrain(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        inputs, kept = ctx.saved_tensors[:5], _Kept(*ctx.saved_tensors[5:])
+        saved = ctx.saved_tensors  # checkpointing lets them be asked for once
+        inputs, kept = saved[:5], _Kept(*saved[5:])
         return None, *delta_backward(inputs, ctx.bounds, kept, grads[0].contiguous(), ctx.config)
 
 
