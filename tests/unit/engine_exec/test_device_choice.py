@@ -33,10 +33,12 @@ def test_fp8_keys_and_values_are_refused_where_no_kernel_reads_them(monkeypatch)
 def test_batch_invariance_is_refused_where_no_kernel_is_cut_alike_for_every_batch(monkeypatch):
     cuda, check = torch.device("cuda"), device_side.check_batch_invariant
     monkeypatch.setattr(device_side, "why_no_kernels", lambda _: None)
-    check(cuda, torch.bfloat16)
+    check(cuda, torch.bfloat16, 16)
     with pytest.raises(SettingsContradict, match="but the format is float16"):
-        check(cuda, torch.float16)
+        check(cuda, torch.float16, 16)
+    with pytest.raises(SettingsContradict, match="but page_tokens is 4, not one of 8, 16, 32, 64"):
+        check(cuda, torch.bfloat16, 4)
     monkeypatch.setattr(device_side, "why_no_kernels", lambda _: "Triton is not installed")
     with pytest.raises(SettingsContradict, match="but Triton is not installed"):
-        check(cuda, torch.bfloat16)
-    check(torch.device("cpu"), torch.float32)
+        check(cuda, torch.bfloat16, 16)
+    check(torch.device("cpu"), torch.float32, 4)

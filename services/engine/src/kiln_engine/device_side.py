@@ -37,6 +37,7 @@ _CPU_KV_CACHE_TOKENS = 65_536
 _LEAST_MODEL_LEN = 4096
 # Of a prompt, where chunks are fixed: as long as a graph holds, and prompts are cached in such parts.
 _MOST_FIXED_CHUNK_TOKENS = 256
+_PAGES_OF_KERNELS = (8, 16, 32, 64)
 _OLDEST_FP8_CAPABILITY = (8, 9)
 _SOCKET_NAME = "weights.sock"
 _INBOX_NAME = "adapters.sock"
@@ -117,7 +118,7 @@ def load_device_side(settings: EngineSettings) -> EngineParts:
     views = model.arena.views()
     dtype = views["model.embed_tokens.weight"].dtype
     if settings.batch_invariant:
-        check_batch_invariant(device, dtype)
+        check_batch_invariant(device, dtype, settings.page_tokens)
     request = _memory_request(settings, model.config, device)
     free_bytes = _free_bytes(device, settings.gpu_memory_fraction, model.manifest.nbytes)
     memory = plan_memory(model.config, request, dtype, free_bytes)
@@ -243,12 +244,15 @@ def _check_fp8(device: torch.device) -> None:
         )
 
 
-def check_batch_invariant(device: torch.device, dtype: torch.dtype) -> None:
+def check_batch_invariant(device: torch.device, dtype: torch.dtype, page_tokens: int) -> None:
     """Raises SettingsContradict where no kernels are that cut every batch alike; a CPU needs none."""
     if device.type == "cpu":
         return
-    name = str(dtype).removeprefix("torch.")
-    why = why_no_kernels(device) or (f"the format is {name}" if dtype is not torch.bfloat16 else None)
+    why = why_no_kernels(device)
+    if why is None and dtype is not torch.bfloat16:
+        why = f"the format is {str(dtype).removeprefix('torch.')}"
+    if why is None and page_tokens not in _PAGES_OF_KERNELS:
+        why = f"page_tokens is {page_tokens}, not one of {', '.join(map(str, _PAGES_OF_KERNELS))}"
     if why is not None:
         raise SettingsContradict(f"batch_invariant needs the kernels for bfloat16 on a GPU, but {why}")
 

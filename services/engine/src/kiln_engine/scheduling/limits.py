@@ -59,6 +59,10 @@ class SchedulerLimits:
         """Prompts are cached, and hit, up to multiples of this."""
         return self.fixed_chunk_tokens or self.page_tokens
 
+    def whole_units(self, num_tokens: int) -> int:
+        """The part of so many tokens that can be cached."""
+        return num_tokens // self.cache_unit_tokens * self.cache_unit_tokens
+
     def chunk_length(self, num_done: int, num_left: int, budget: int) -> int:
         """Tokens of the next chunk of a prompt that `num_done` tokens are behind; 0: it waits."""
         if not self.fixed_chunk_tokens:

@@ -7,7 +7,7 @@ import itertools
 import math
 from dataclasses import asdict, replace
 
-from kiln_common.errors import DeadlineExceeded, DuplicateRequestId, KilnError, PromptTooLong
+from kiln_common.errors import DuplicateRequestId, KilnError, PromptTooLong
 from kiln_engine.domain.adapter import AdapterChange
 from kiln_engine.domain.errors import EmptyPrompt, NonFiniteLogits
 from kiln_engine.domain.plan import BatchPlan, DecodeRow, PrefillChunk, StateCheckpoint
@@ -22,7 +22,7 @@ from kiln_engine.scheduling.prefix_tree import Namespace
 from kiln_engine.scheduling.rows import can_decode, decode_row, prefill_chunk
 from kiln_engine.scheduling.sequence import Sequence, hash_pages
 from kiln_engine.scheduling.stats import SchedulerCounters, SchedulerStats
-from kiln_engine.scheduling.stopping import finish_reason
+from kiln_engine.scheduling.stopping import deadline_error, finish_reason
 
 
 class Scheduler:
@@ -124,7 +124,7 @@ class Scheduler:
             for sequence in self._by_request_id.values()
             if sequence.request.deadline_s is not None and sequence.request.deadline_s <= now
         ]
-        return [self._fail(sequence, _deadline_error(sequence, now)) for sequence in late]
+        return [self._fail(sequence, deadline_error(sequence, now)) for sequence in late]
 
     def plan(self, now: float) -> BatchPlan:
         """Decide the next step.
@@ -170,7 +170,7 @@ class Scheduler:
             if not sequence.is_running:
                 self._let_go(sequence)
                 continue
-            self.memory.keep_computed(sequence, self._whole_units(sequence.num_prompt_tokens))
+            self.memory.keep_computed(sequence, self.limits.whole_units(sequence.num_prompt_tokens))
             self.memory.keep_checkpoints(sequence)
             self.memory.release_read_slot(sequence)
             if chunk.sampling is not None and sequence.num_computed == len(sequence.tokens):
@@ -305,7 +305,7 @@ class Scheduler:
             num_stable_tokens=request.num_stable_prefix_tokens,
             num_shared_tokens=request.num_shared_prefix_tokens,
             num_hit_tokens=num_hit,
-            branch_points=tuple(map(self._whole_units, branches)),
+            branch_points=tuple(map(self.limits.whole_units, branches)),
             page_tokens=self.limits.cache_unit_tokens,
             interval_tokens=self.limits.checkpoint_interval_tokens,
         )
@@ -360,9 +360,6 @@ class Scheduler:
             seed=request.sampling.seed,
         )
 
-    def _whole_units(self, num_tokens: int) -> int:
-        return num_tokens // self.limits.cache_unit_tokens * self.limits.cache_unit_tokens
-
     def _preempt(self, sequence: Sequence) -> None:
         if not sequence.is_redecoded:
             self.memory.keep_live_state(sequence)
@@ -398,10 +395,3 @@ class Scheduler:
             self.memory.keep_live_state(sequence)
         self.memory.release(sequence)
         del self._ending[sequence.sequence_id]
-
-
-def _deadline_error(sequence: Sequence, now: float) -> DeadlineExceeded:
-    return DeadlineExceeded(
-        f"the request ended after {now - sequence.request.arrival_s:.1f} s "
-        f"with {sequence.num_outputs} of at most {sequence.request.sampling.max_tokens} tokens"
-    )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from kiln_common.errors import DeadlineExceeded
 from kiln_engine.domain.request import SamplingParams
 from kiln_engine.domain.result import FinishReason
+from kiln_engine.scheduling.sequence import Sequence
 
 
 def stop_ids(params: SamplingParams, eos_token_ids: frozenset[int]) -> frozenset[int]:
@@ -41,3 +43,11 @@ def finish_reason(
 def is_at_length(params: SamplingParams, num_outputs: int, num_tokens: int, max_num_tokens: int) -> bool:
     """Whether a completion of `num_outputs` tokens goes no further, whatever they are."""
     return num_outputs >= params.max_tokens or num_tokens >= max_num_tokens
+
+
+def deadline_error(sequence: Sequence, now: float) -> DeadlineExceeded:
+    """What a request is told whose deadline has passed."""
+    return DeadlineExceeded(
+        f"the request ended after {now - sequence.request.arrival_s:.1f} s "
+        f"with {sequence.num_outputs} of at most {sequence.request.sampling.max_tokens} tokens"
+    )
