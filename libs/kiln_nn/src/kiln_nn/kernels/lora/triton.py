@@ -10,10 +10,10 @@ covers is read. Sums are float32; `A x` is rounded to the format of B before the
 once.
 
 Error of what is added against the float64 reference (relative, norm-wise) at the 4B shapes on an
-H200: 1.7e-3 in bfloat16; 1.1e-7 in float32 in the interpreter. Time there at batch 64 with 8 adapters
-of rank 16, all 128 fused layers of a step between the library's products: 1.47 ms (pieces of 256
-inputs), of it 0.57 ms shrink, against 0.21 ms for the bytes; the many short programs of expand take
-the rest.
+H200: 1.7e-3 in bfloat16; 1.1e-7 in float32 in the interpreter. Time there with 8 adapters of rank 16, added to all 128
+fused layers of a step (benchmarks/kernels/lora.py): 0.98 ms at batch 64 and 1.79 at 256, 0.55 for one
+adapter at 64, against 0.21 ms for the bytes. What decides are pieces (1,024 inputs: fewer sums to add
+up) and how many programs of expand lie beside the base product's (two warps each).
 
 Legend: `T` tokens, `I` inputs, `O` outputs, `S` adapters in the tables, `R` the tables' rank, `Q`
 rows of A, `E` entries, `N` modules.
@@ -62,8 +62,8 @@ def choose(
 ) -> LoraConfig:
     """Pieces that fit the registers with few tokens; with many only as many as occupy the GPU."""
     if tile_tokens == DECODE_TILE_TOKENS:
-        widest = min(512 if num_inputs <= 4096 else 1024, triton.next_power_of_2(num_inputs))
-        return LoraConfig(max(64, widest), 128 if num_outputs > 4096 else 64, expand_warps=2)
+        widest = max(64, min(1024, triton.next_power_of_2(num_inputs)))
+        return LoraConfig(widest, 128 if num_outputs > 4096 else 64, expand_warps=2)
     num_blocks = triton.cdiv(num_inputs, 64)
     pieces = min(8, num_blocks, max(1, 256 // max(1, num_tiles * num_modules)))
     return LoraConfig(64, 128, triton.cdiv(num_blocks, pieces))
