@@ -16,7 +16,7 @@ from typing import Any
 import grpc
 import torch
 
-from benchmarks.engine.recording import Distribution, RequestFailed, TooFewSteps
+from benchmarks.engine.recording import Distribution, Recording, RequestFailed, TooFewSteps
 from benchmarks.engine.requests import random_requests
 from benchmarks.engine.results import COLUMNS, ResultFile, device_name
 from benchmarks.engine.spine import Spine, make_settings
@@ -121,19 +121,22 @@ class Table:
     def add_row(self, batch: int, name: str, trainer: TrainerProcess | None, has_idle_times: bool) -> None:
         """Waves of requests until the time is over; percentiles of the steps in which all rows decode."""
         steps_s: list[float] = []
+        first_tokens_s: list[float] = []
         trained: list[dict[str, Any]] = []
         started_s = time.monotonic()
         while not steps_s or self._goes_on(time.monotonic() - started_s, trainer, trained):
             if has_idle_times:
                 time.sleep(_IDLE_S)
-            steps_s += self._wave(batch)
+            recording = self._wave(batch)
+            steps_s += recording.decode_window().steps_s
+            first_tokens_s += recording.first_token_s
             trained = trainer.steps_between(started_s, time.monotonic()) if trainer else []
         context = self._sizes.prompt_tokens + self._sizes.decode_steps // 2
         times = Distribution.of(steps_s)
-        figures = _training_figures(trained) if trainer else {}
+        rate, notes = _training_figures(trained) if trainer else (None, [])
+        notes.append(f"first token p50 {1e3 * statistics.median(first_tokens_s):.0f} ms")
         if has_idle_times:
-            note = f"{_IDLE_S:g} s without requests before each wave; {figures.get('note', '')}"
-            figures["note"] = note.rstrip("; ")
+            notes.append(f"{_IDLE_S:g} s without requests before each wave")
         self._results.add(
             f"serving while training, batch {batch}, context {context}",
             f"{self._mode}, {name}",
@@ -143,7 +146,8 @@ class Table:
             mean_ms=times.mean_ms,
             tok_per_s=1e3 * batch / times.mean_ms,
             num_samples=times.num_samples,
-            **figures,
+            train_tok_per_s=rate,
+            note="; ".join(notes),
         )
 
     def warm_up(self, batch: int) -> None:
@@ -154,7 +158,7 @@ class Table:
         is_short = trainer is not None and len(trained) < _LEAST_TRAINING_STEPS
         return elapsed_s < self._row_seconds * (_MOST_STRETCH if is_short else 1)
 
-    def _wave(self, batch: int) -> list[float]:
+    def _wave(self, batch: int) -> Recording:
         self._seed += 1
         sizes = self._sizes
         budget = self._spine.parts.limits.step_token_budget
@@ -166,13 +170,13 @@ class Table:
             self._spine.config.vocab_size,
             (self._mode, self._seed),
         )
-        return self._spine.run(requests).decode_window().steps_s
+        return self._spine.run(requests)
 
 
-def _training_figures(steps: list[dict[str, Any]]) -> dict[str, Any]:
-    """Tokens a second from the end of the first step to that of the last, and the mean share."""
+def _training_figures(steps: list[dict[str, Any]]) -> tuple[float | None, list[str]]:
+    """Tokens a second from the end of the first step to that of the last, and notes on the share."""
     if len(steps) < 2:
-        return {"note": f"{len(steps)} training steps ended in this time: too few for a rate"}
+        return None, [f"{len(steps)} training steps ended in this time: too few for a rate"]
     rate = sum(step["tokens"] for step in steps[1:]) / (steps[-1]["ended_s"] - steps[0]["ended_s"])
     names = ("gpu_sms", "gpu_share", "gpu_yield_s")
     means = {
@@ -181,7 +185,7 @@ def _training_figures(steps: list[dict[str, Any]]) -> dict[str, Any]:
         if name in steps[0]["metrics"]
     }
     shown = ", ".join(f"{name} {value:.3g}" for name, value in means.items())
-    return {"train_tok_per_s": rate, "note": f"{len(steps)} training steps; {shown}"}
+    return rate, [f"{len(steps)} training steps", shown]
 
 
 def measure(spine: Spine, sizes: Sizes, mode: str, row_seconds: float) -> list[str]:

@@ -23,9 +23,7 @@ class FakeDriver:
 
     def __init__(self, path: Path) -> None:
         self._library = ctypes.CDLL(str(path))
-        for attribute in (cuda_driver.VIRTUAL_MEMORY_SUPPORTED, cuda_driver.POSIX_DESCRIPTORS_SUPPORTED):
-            self.set_attribute(attribute, 1)
-        self.fail("", 0)
+        self._library.fake_reset()
 
     def set_attribute(self, attribute: int, value: int) -> None:
         self._library.fake_set_attribute(attribute, value)

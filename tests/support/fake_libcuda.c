@@ -19,6 +19,13 @@ static char failing[64];
 static CUresult failure;
 static long num_handles, num_reservations, num_mappings;
 
+/* As the header numbers them: a wrong number in the binding finds nothing supported. */
+void fake_reset(void) {
+  memset(attributes, 0, sizeof attributes);
+  attributes[CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED] = 1;
+  attributes[CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED] = 1;
+  failing[0] = 0;
+}
 void fake_set_attribute(int attribute, int value) { attributes[attribute] = value; }
 void fake_fail(const char *name, int code) {
   strncpy(failing, name, sizeof failing - 1);

@@ -134,6 +134,13 @@ def test_a_refusal_of_the_driver_is_told_with_its_name_and_leaves_nothing(driver
         make_arena()
 
 
+def test_a_client_of_an_mps_server_knows_it(driver, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", str(tmp_path))
+    assert not cuda_driver.runs_under_mps(fake_cuda.DEVICE)
+    (tmp_path / "control").touch()
+    assert cuda_driver.runs_under_mps(fake_cuda.DEVICE)
+
+
 def test_a_full_gpu_is_no_reason_for_another_transport(driver):
     driver.fail("cuMemCreate", OUT_OF_MEMORY)
     with pytest.raises(OutOfDeviceMemory, match=r"the weights need \d+ bytes on cuda:0"):

@@ -186,7 +186,9 @@ def test_training_moves_between_partitions_with_the_load_and_leaves_them_at_the_
     assert trained == ["train on 64", "train on 32", "train on 32", "train on 112", "train on 64"]
     assert cuda.current == "outer"
     assert share.use == GpuUse("mps")
-    assert share.take_metrics()["gpu_sms"] == pytest.approx((64 + 32 + 32 + 112 + 64) / 5)
+    metrics = share.take_metrics()
+    assert metrics["gpu_sms"] == pytest.approx((64 + 32 + 32 + 112 + 64) / 5)
+    assert metrics["gpu_share"] == pytest.approx(metrics["gpu_sms"] / 132)
 
 
 def test_a_partition_is_left_only_when_its_work_has_ended(monkeypatch):

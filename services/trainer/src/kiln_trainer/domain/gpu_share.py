@@ -10,7 +10,7 @@ from collections import deque
 from dataclasses import dataclass
 from enum import IntEnum
 
-# Above this many running sequences a decode step is short of multiprocessors as well as of bandwidth.
+# With more running sequences than this, the engine counts as heavily loaded.
 _MANY_RUNNING = 32
 # A split has to be a multiple of this on Hopper, and may be on every other kind.
 _SM_GRANULE = 8

@@ -99,7 +99,7 @@ class LoadWatch:
         wait: Callable[[float], None] = time.sleep,
     ) -> None:
         self.clock = clock
-        self.wait = wait
+        self._wait = wait
         self._read_load = read_load
         self._shares = shares
         self._yield_s = yield_s
@@ -126,7 +126,7 @@ class LoadWatch:
                 self._seen.append(share)
                 return share
             num_before = load.num_waiting
-            self.wait(_POLL_S)
+            self._wait(_POLL_S)
 
     def pause(self, busy_s: float, share: float) -> None:
         """Leave the device alone after `busy_s` of work; for less long when the load falls meanwhile."""
@@ -135,7 +135,7 @@ class LoadWatch:
             left_s = min(pause_s(busy_s, share), _MOST_PAUSE_S) - (self.clock() - began_s)
             if left_s <= 0:
                 break
-            self.wait(min(_POLL_S, left_s))
+            self._wait(min(_POLL_S, left_s))
             share = self.look()
         self._yielded_s += self.clock() - began_s
 
@@ -192,7 +192,7 @@ class GpuPartitions:
         self._num_sms = torch.cuda.get_device_properties(device).multi_processor_count
         # The context is kept beside its stream, which lives as long as it does.
         self._partitions: dict[int, tuple[Any, torch.cuda.Stream]] = {}
-        self._count_steps: list[int] = []
+        self._counts: list[int] = []
 
     @contextmanager
     def occupied(self) -> Iterator[None]:
@@ -208,11 +208,12 @@ class GpuPartitions:
     def between_micro_batches(self) -> None:
         torch.cuda.current_stream(self._device).synchronize()
         self._move_to(self._watch.await_turn())
-        self._count_steps.append(self.use.num_sms)
+        self._counts.append(self.use.num_sms)
 
     def take_metrics(self) -> dict[str, float]:
-        counts, self._count_steps = self._count_steps or [self.use.num_sms], []
-        return {**self._watch.take_metrics(), "gpu_sms": sum(counts) / len(counts)}
+        counts, self._counts = self._counts or [self.use.num_sms], []
+        mean = sum(counts) / len(counts)
+        return {**self._watch.take_metrics(), "gpu_sms": mean, "gpu_share": mean / self._num_sms}
 
     def _move_to(self, share: float) -> None:
         count = sm_count(share, self._num_sms)

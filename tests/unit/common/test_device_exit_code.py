@@ -1,0 +1,53 @@
+"""How a process whose device has failed ends, which the supervisor goes by."""
+
+import asyncio
+from types import SimpleNamespace
+
+import pytest
+
+from kiln_common.settings import EXIT_CONFIG, EXIT_DEVICE
+from kiln_engine import __main__ as engine_main
+from kiln_trainer import __main__ as trainer_main
+
+
+@pytest.mark.parametrize(("has_failed", "expected"), [(True, EXIT_DEVICE), (False, 0)])
+async def test_an_engine_whose_steps_fail_ends_with_a_code_of_its_own(monkeypatch, has_failed, expected):
+    stopped = asyncio.Event()
+
+    async def stop():
+        stopped.set()
+
+    async def start(settings, parts):
+        engine = SimpleNamespace(has_failed=asyncio.Event(), stop=stop)
+        if has_failed:
+            engine.has_failed.set()
+        return engine
+
+    async def signal():
+        if has_failed:
+            await asyncio.Event().wait()
+
+    monkeypatch.setattr(engine_main, "load_device_side", lambda settings: None)
+    monkeypatch.setattr(engine_main, "start_engine", start)
+    monkeypatch.setattr(engine_main, "freeze_heap", lambda: None)
+    monkeypatch.setattr(engine_main, "wait_for_stop_signal", signal)
+    assert await engine_main.serve(None) == expected
+    assert stopped.is_set()
+
+
+@pytest.mark.parametrize(("is_asked_to_stop", "expected"), [(True, 0), (False, EXIT_DEVICE)])
+def test_a_trainer_whose_worker_died_ends_with_the_same(monkeypatch, is_asked_to_stop, expected):
+    async def serve(settings):
+        return is_asked_to_stop
+
+    settings = SimpleNamespace(log_level="ERROR", cpu_niceness=0)
+    monkeypatch.setattr(trainer_main, "read_settings", lambda settings_class: settings)
+    monkeypatch.setattr(trainer_main, "configure_logs", lambda *args: None)
+    monkeypatch.setattr(trainer_main, "serve", serve)
+    with pytest.raises(SystemExit) as ended:
+        trainer_main.main()
+    assert ended.value.code == expected
+
+
+def test_the_codes_differ_from_each_other_and_from_ordinary_failures():
+    assert len({0, 1, 2, EXIT_CONFIG, EXIT_DEVICE}) == 5
