@@ -10,7 +10,8 @@ from kiln_gateway import sse
 def request(is_stopping=None):
     gateway = SimpleNamespace(is_stopping=is_stopping or asyncio.Event())
     app = SimpleNamespace(state=SimpleNamespace(gateway=gateway))
-    return SimpleNamespace(state=SimpleNamespace(request_id="req_1"), app=app)
+    url = SimpleNamespace(path="/v1/train/jobs/x/events")
+    return SimpleNamespace(state=SimpleNamespace(request_id="req_1"), app=app, url=url)
 
 
 async def body_of(events, **options):

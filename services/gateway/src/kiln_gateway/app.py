@@ -13,13 +13,26 @@ from kiln_gateway.gateway import Gateway
 from kiln_gateway.http_errors import install_error_handlers
 from kiln_gateway.openapi import install_openapi
 from kiln_gateway.ports import Clients
-from kiln_gateway.routes import adapters, completions, health, home, models, not_built, text, training
+from kiln_gateway.routes import (
+    adapters,
+    completions,
+    health,
+    home,
+    messages,
+    models,
+    not_built,
+    responses,
+    text,
+    training,
+)
 from kiln_gateway.settings import GatewaySettings
 from kiln_gateway.sse import ClientLeft
 
 _CLIENT_CLOSED_REQUEST = 499
 _ROUTERS = (
     completions.router,
+    responses.router,
+    messages.router,
     text.router,
     models.router,
     training.router,

@@ -54,12 +54,18 @@ def require(scope: Scope | None) -> Callable[[Request], Awaitable[Caller]]:
     """A dependency that lets callers with `scope` pass; None lets any known key pass."""
 
     async def check(request: Request) -> Caller:
-        caller = request.app.state.gateway.authenticator.authenticate(request.headers.get("authorization"))
+        caller = request.app.state.gateway.authenticator.authenticate(_authorization(request))
         if scope is not None:
             require_scope(caller, scope)
         return caller
 
     return check
+
+
+def _authorization(request: Request) -> str | None:
+    """The Authorization header, or what clients of Anthropic's API send in its place."""
+    key = request.headers.get("x-api-key")
+    return request.headers.get("authorization") or (f"Bearer {key}" if key else None)
 
 
 def require_scope(caller: Caller, scope: Scope) -> None:

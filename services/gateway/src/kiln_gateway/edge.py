@@ -60,11 +60,11 @@ class EdgeMiddleware:
                 self._check_host_and_origin(headers)
                 await self._app(scope, receive, send_with_id)
             except KilnError as error:
-                await error_response(error, request_id)(scope, receive, send_with_id)
+                await error_response(error, request_id, path=scope["path"])(scope, receive, send_with_id)
             except Exception as error:  # noqa: BLE001 the outermost frame: a bug becomes a 500
                 hidden = unexpected(error)
                 if status == 0:
-                    await error_response(hidden, request_id)(scope, receive, send_with_id)
+                    await error_response(hidden, request_id, path=scope["path"])(scope, receive, send_with_id)
             finally:
                 route = getattr(scope.get("route"), "path", "unknown")
                 self._metrics.observe_request(route, scope["method"], status, time.monotonic() - started_at)

@@ -21,6 +21,7 @@ from kiln_gateway.metrics import GatewayMetrics
 from kiln_gateway.model_resolver import ModelResolver
 from kiln_gateway.ports import Clients
 from kiln_gateway.request_body import parse_body, parse_bytes, read_body
+from kiln_gateway.responses_api.store import ResponseStore
 from kiln_gateway.rollouts import RolloutStore
 from kiln_gateway.settings import GatewaySettings
 
@@ -46,6 +47,9 @@ class Gateway:
         self.resolver = ModelResolver(clients.registry)
         self.rollouts = RolloutStore(
             clients.redis, ttl_s=settings.rollout_ttl_s, max_bytes=settings.rollout_max_bytes
+        )
+        self.responses = ResponseStore(
+            clients.redis, ttl_s=settings.response_ttl_s, max_bytes=settings.response_max_bytes
         )
         self.idempotency = IdempotencyRecords(clients.redis)
         self.authenticator = Authenticator(settings.api_keys)

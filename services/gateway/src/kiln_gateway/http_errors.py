@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import structlog
@@ -13,8 +14,10 @@ from starlette.exceptions import HTTPException
 
 from kiln_common.errors import InvalidValue, KilnError
 from kiln_common.ids import new_id
+from kiln_gateway.messages_api.errors import message_error_body
 
 log = structlog.get_logger()
+_MESSAGES = "/v1/messages"
 
 
 def error_body(error: KilnError, request_id: str) -> dict[str, Any]:
@@ -31,8 +34,15 @@ def error_body(error: KilnError, request_id: str) -> dict[str, Any]:
     }
 
 
-def error_response(error: KilnError, request_id: str, status: int | None = None) -> JSONResponse:
-    """The whole answer; `status` overrides the kind's own (405 has no kind)."""
+def body_for(path: str) -> Callable[[KilnError, str], dict[str, Any]]:
+    """How errors of this route are written."""
+    return message_error_body if path.startswith(_MESSAGES) else error_body
+
+
+def error_response(
+    error: KilnError, request_id: str, *, path: str = "", status: int | None = None
+) -> JSONResponse:
+    """The whole answer on the route `path`; `status` overrides the kind's own (405 has no kind)."""
     status = status or error.kind.http_status
     headers = {}
     if error.retry_after_s > 0:
@@ -42,7 +52,7 @@ def error_response(error: KilnError, request_id: str, status: int | None = None)
         headers["x-should-retry"] = "false"
     if status == 401:
         headers["WWW-Authenticate"] = "Bearer"
-    return JSONResponse(error_body(error, request_id), status_code=status, headers=headers)
+    return JSONResponse(body_for(path)(error, request_id), status_code=status, headers=headers)
 
 
 def request_id_of(request: Request) -> str:
@@ -58,11 +68,16 @@ def unexpected(error: BaseException) -> KilnError:
 def install_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(KilnError)
     async def on_kiln_error(request: Request, error: KilnError) -> JSONResponse:
-        return error_response(error, request_id_of(request))
+        return error_response(error, request_id_of(request), path=request.url.path)
 
     @app.exception_handler(HTTPException)
     async def on_http_exception(request: Request, error: HTTPException) -> JSONResponse:
-        return error_response(_routing_error(request, error), request_id_of(request), error.status_code)
+        return error_response(
+            _routing_error(request, error),
+            request_id_of(request),
+            path=request.url.path,
+            status=error.status_code,
+        )
 
     @app.exception_handler(RequestValidationError)
     async def on_bad_parameters(request: Request, error: RequestValidationError) -> JSONResponse:

@@ -12,12 +12,17 @@ from pydantic.json_schema import models_json_schema
 from kiln_gateway.schemas.adapters import AttachBody
 from kiln_gateway.schemas.chat import ChatCompletionBody
 from kiln_gateway.schemas.completions import TextCompletionBody
+from kiln_gateway.schemas.messages import CountTokensBody, MessagesBody
+from kiln_gateway.schemas.responses import ResponsesBody
 from kiln_gateway.schemas.text import DetokenizeBody, TokenizeBody
 from kiln_gateway.schemas.training import GrpoBody, SftBody
 
 REQUEST_BODIES: dict[str, type[BaseModel]] = {
     "/v1/chat/completions": ChatCompletionBody,
     "/v1/completions": TextCompletionBody,
+    "/v1/responses": ResponsesBody,
+    "/v1/messages": MessagesBody,
+    "/v1/messages/count_tokens": CountTokensBody,
     "/v1/tokenize": TokenizeBody,
     "/v1/detokenize": DetokenizeBody,
     "/v1/train/sft": SftBody,

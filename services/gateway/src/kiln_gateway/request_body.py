@@ -39,6 +39,7 @@ HINTS = {
     "conflicting_fields": "Send one form or the other.",
     "invalid_scale": "Leave the adapter out instead of scaling it to nothing.",
     "unsupported_content": "This model reads text: send a string or parts of type text.",
+    "unsupported_tool": "Only functions can be called: describe the tool as one and run it on your side.",
     "missing_field": "Add the field; GET /openapi.json says what each route needs.",
 }
 # What to do about a value outside its range, where the range alone does not say it.
@@ -129,9 +130,10 @@ def _refuse_unpaired_surrogates(body: Any) -> None:
 def _to_invalid_field(problems: list[ErrorDetails], schema: type[BaseModel]) -> InvalidField:
     """The problem a client should fix first: a field we do not know, then the first in order."""
     problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
-    param = _path(problem["loc"])
+    location, known = _located(schema, problem["loc"])
+    param = _path(location)
     if problem["type"] == "extra_forbidden":
-        return _unknown_field(problem, param, schema)
+        return _unknown_field(str(location[-1]), param, known)
     if problem["type"] == "missing":
         return InvalidField(
             "missing_field", f"`{param}` is missing", param=param, hint=HINTS["missing_field"]
@@ -146,9 +148,7 @@ def _to_invalid_field(problems: list[ErrorDetails], schema: type[BaseModel]) -> 
     return InvalidField("invalid_value", message, param=param, hint=_FIELD_HINTS.get(param, _DEFAULT_HINT))
 
 
-def _unknown_field(problem: ErrorDetails, param: str, schema: type[BaseModel]) -> InvalidField:
-    name = str(problem["loc"][-1])
-    known = _fields_at(schema, problem["loc"][:-1])
+def _unknown_field(name: str, param: str, known: list[str]) -> InvalidField:
     alias = _ALIASES.get(name)
     nearest = [alias] if alias in known else difflib.get_close_matches(name, known, n=1, cutoff=0.7)
     hint = (
@@ -159,20 +159,31 @@ def _unknown_field(problem: ErrorDetails, param: str, schema: type[BaseModel]) -
     return InvalidField("unknown_field", f"there is no field `{param}`", param=param, hint=hint)
 
 
-def _fields_at(schema: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
-    """Names of the fields of the model that stands at `path` below `schema`."""
-    current: type[BaseModel] = schema
-    for part in path:
-        field = current.model_fields.get(part) if isinstance(part, str) else None
+def _located(
+    schema: type[BaseModel], location: tuple[int | str, ...]
+) -> tuple[tuple[int | str, ...], list[str]]:
+    """A location without the tags that tell models of a union apart, and the fields of the last model in it."""
+    current, parts = [schema], []
+    for part in location:
+        if len(current) > 1 and (tagged := [model for model in current if _is_tagged(model, part)]):
+            current = tagged
+            continue
+        parts.append(part)
+        field = current[0].model_fields.get(part) if isinstance(part, str) else None
         if field is not None:
-            current = _model_in(field.annotation) or current
-    return list(current.model_fields)
+            current = _models_in(field.annotation) or current
+    return tuple(parts), list(current[0].model_fields)
 
 
-def _model_in(annotation: Any) -> type[BaseModel] | None:
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next(filter(None, map(_model_in, get_args(annotation))), None)
+        return [annotation]
+    return [model for argument in get_args(annotation) for model in _models_in(argument)]
+
+
+def _is_tagged(model: type[BaseModel], tag: int | str) -> bool:
+    field = model.model_fields.get("type")
+    return field is not None and tag in get_args(field.annotation)
 
 
 def _path(location: tuple[int | str, ...]) -> str:

@@ -10,13 +10,11 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import orjson
-import structlog
 from redis.exceptions import RedisError
 
 from kiln_common.bus import keys
 from kiln_common.errors import QueueUnavailable
-
-log = structlog.get_logger()
+from kiln_gateway.bounded_store import BoundedStore
 
 _MATCHES_KEPT = 4096
 
@@ -87,40 +85,6 @@ def match_key(owner: str, messages: Sequence[dict[str, Any]], content: str) -> s
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-# Keeps one rollout, its place in the order of age and the sum of bytes, and makes room by dropping
-# the oldest. KEYS: rollout, index, bytes, match list or "". ARGV: payload, ttl_s, now_s, max_bytes,
-# member of the match list, matches kept.
-_SAVE = """
-local function forget(entry)
-  local cut = string.find(entry, '|', 1, true)
-  redis.call('DECRBY', KEYS[3], string.sub(entry, 1, cut - 1))
-  return string.sub(entry, cut + 1)
-end
-for _, entry in ipairs(redis.call('ZRANGEBYSCORE', KEYS[2], '-inf', ARGV[3] - ARGV[2])) do
-  forget(entry)
-  redis.call('ZREM', KEYS[2], entry)
-end
-local size = string.len(ARGV[1])
-redis.call('SET', KEYS[1], ARGV[1], 'EX', ARGV[2])
-redis.call('ZADD', KEYS[2], ARGV[3], size .. '|' .. KEYS[1])
-local total = redis.call('INCRBY', KEYS[3], size)
-while total > tonumber(ARGV[4]) do
-  local oldest = redis.call('ZPOPMIN', KEYS[2])
-  if #oldest == 0 then redis.call('SET', KEYS[3], 0) break end
-  redis.call('DEL', forget(oldest[1]))
-  total = tonumber(redis.call('GET', KEYS[3]))
-end
-redis.call('EXPIRE', KEYS[2], ARGV[2] * 2)
-redis.call('EXPIRE', KEYS[3], ARGV[2] * 2)
-if KEYS[4] ~= '' then
-  redis.call('LPUSH', KEYS[4], ARGV[5])
-  redis.call('LTRIM', KEYS[4], 0, ARGV[6] - 1)
-  redis.call('EXPIRE', KEYS[4], ARGV[2])
-end
-return total
-"""
-
-
 class RolloutStore:
     """Rollouts in Redis, each for `ttl_s` seconds and together at most `max_bytes`.
 
@@ -129,26 +93,22 @@ class RolloutStore:
 
     def __init__(self, redis: Any, *, ttl_s: int, max_bytes: int) -> None:
         self._redis = redis
-        self._ttl_s = ttl_s
-        self._max_bytes = max_bytes
-        self._save = redis.register_script(_SAVE) if redis is not None else None
+        self._store = BoundedStore(
+            redis,
+            index_key=keys.ROLLOUT_INDEX,
+            bytes_key=keys.ROLLOUT_BYTES,
+            ttl_s=ttl_s,
+            max_bytes=max_bytes,
+        )
 
     async def save(self, rollout: Rollout) -> bool:
         """Keep the rollout; False when it could not be kept (no Redis, or larger than all the room)."""
-        payload = rollout.to_json()
-        if self._save is None or len(payload) > self._max_bytes:
-            return False
-        key = keys.rollout(rollout.completion_id, rollout.index)
-        matches = keys.rollout_matches(rollout.match_key) if rollout.match_key else ""
-        try:
-            await self._save(
-                keys=[key, keys.ROLLOUT_INDEX, keys.ROLLOUT_BYTES, matches],
-                args=[payload, self._ttl_s, time.time(), self._max_bytes, key, _MATCHES_KEPT],
-            )
-        except (RedisError, OSError) as error:
-            log.warning("rollout_not_kept", completion_id=rollout.completion_id, error=str(error))
-            return False
-        return True
+        return await self._store.save(
+            keys.rollout(rollout.completion_id, rollout.index),
+            rollout.to_json(),
+            match_list=keys.rollout_matches(rollout.match_key) if rollout.match_key else "",
+            matches_kept=_MATCHES_KEPT,
+        )
 
     async def find(self, completion_id: str, index: int, owner: str) -> Rollout | None:
         """The rollout, if it is kept and belongs to `owner`. Raises QueueUnavailable without Redis."""
@@ -179,10 +139,5 @@ class RolloutStore:
         return True
 
     async def _read(self, rollout_keys: list[str]) -> list[Rollout | None]:
-        if self._redis is None:
-            raise QueueUnavailable("the gateway runs without Redis, so no rollouts are kept")
-        try:
-            payloads = await self._redis.mget(rollout_keys)
-        except (RedisError, OSError) as error:
-            raise QueueUnavailable(f"Redis does not answer: {error}") from error
+        payloads = await self._store.read(rollout_keys)
         return [Rollout.from_json(payload) if payload is not None else None for payload in payloads]

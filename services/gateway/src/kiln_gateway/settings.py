@@ -54,6 +54,10 @@ class GatewaySettings(BaseSettings):
     rollout_max_bytes: PositiveInt = Field(
         256 * 1024 * 1024, description="most bytes of rollouts kept in Redis"
     )
+    response_ttl_s: PositiveInt = Field(24 * 3600, description="how long a response of /v1/responses is kept")
+    response_max_bytes: PositiveInt = Field(
+        256 * 1024 * 1024, description="most bytes of responses kept in Redis"
+    )
     enable_thinking_default: bool | None = Field(
         None, description="enable_thinking for requests that do not say; unset leaves it to the template"
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
 import orjson
@@ -13,7 +13,7 @@ from fastapi.responses import StreamingResponse
 
 from kiln_common.errors import KilnError
 from kiln_gateway.errors import GatewayStopping
-from kiln_gateway.http_errors import error_body, request_id_of, unexpected
+from kiln_gateway.http_errors import body_for, request_id_of, unexpected
 
 Result = TypeVar("Result")
 
@@ -51,7 +51,8 @@ async def stream(
         first = await until_disconnect(request, _first(events))
     else:
         events = _with_keepalive(events, keepalive_s, request.app.state.gateway.is_stopping)
-    body = _with_errors(first, events, request_id)
+    write_error = _error_writer(request.url.path, request_id)
+    body = _with_errors(first, events, write_error)
     return StreamingResponse(body, media_type="text/event-stream", headers={**_HEADERS, **(headers or {})})
 
 
@@ -87,8 +88,19 @@ async def _first(events: AsyncGenerator[bytes]) -> bytes | None:
         raise
 
 
+def _error_writer(path: str, request_id: str) -> Callable[[KilnError], bytes]:
+    """The last event of a stream that fails; Anthropic's clients look for its type."""
+    error_body = body_for(path)
+
+    def write(error: KilnError) -> bytes:
+        body = error_body(error, request_id)
+        return frame(body, event=body.get("type", ""))
+
+    return write
+
+
 async def _with_errors(
-    first: bytes | None, events: AsyncGenerator[bytes], request_id: str
+    first: bytes | None, events: AsyncGenerator[bytes], write_error: Callable[[KilnError], bytes]
 ) -> AsyncGenerator[bytes]:
     async with contextlib.aclosing(events):
         try:
@@ -97,9 +109,9 @@ async def _with_errors(
             async for event in events:
                 yield event
         except KilnError as error:
-            yield frame(error_body(error, request_id))
+            yield write_error(error)
         except Exception as error:  # noqa: BLE001 the status is sent: a bug becomes an error event
-            yield frame(error_body(unexpected(error), request_id))
+            yield write_error(unexpected(error))
 
 
 async def _with_keepalive(

@@ -57,6 +57,16 @@ def rollout_matches(match_key: str) -> str:
     return f"kiln:rollouts:matches:{match_key}"
 
 
+def response(response_id: str) -> str:
+    """A kept response of POST /v1/responses and its conversation (with a TTL). Written and read by gateways."""
+    return f"kiln:response:{response_id}"
+
+
+# Sorted set of kept responses by age, and the sum of their bytes. Written by gateways.
+RESPONSE_INDEX = "kiln:responses:index"
+RESPONSE_BYTES = "kiln:responses:bytes"
+
+
 def gateway_idempotency(service_key: str) -> str:
     """Body hash and resource id behind an Idempotency-Key. Written and read by gateways."""
     return f"kiln:gateway:idempotency:{service_key}"

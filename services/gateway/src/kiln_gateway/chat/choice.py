@@ -104,6 +104,11 @@ class ChoiceAssembler:
         return "".join(self._content_parts)
 
     @property
+    def stop_string(self) -> str | None:
+        """The stop string that ended the choice, if one did."""
+        return self._stops.matched
+
+    @property
     def num_tool_calls(self) -> int:
         return self._tools.num_calls if self._tools is not None else 0
 

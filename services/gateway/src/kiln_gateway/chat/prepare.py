@@ -21,19 +21,14 @@ from kiln_gateway.schemas.completions import TextCompletionBody
 from kiln_gateway.schemas.sampling import CompletionFields
 
 
-async def prepare_chat(gateway: Gateway, body: ChatCompletionBody, caller: Caller) -> CompletionRun:
+async def prepare_chat(
+    gateway: Gateway, body: ChatCompletionBody, caller: Caller, *, id_prefix: str = "chatcmpl"
+) -> CompletionRun:
     """Everything that can be wrong with a chat request is found here, before a token is computed."""
     body.refuse_unsupported()
     target = await resolve_target(gateway, body)
     tools = body.active_tools
-    messages = [message.to_template() for message in body.messages]
-    prompt = await gateway.prompts.chat(
-        messages,
-        tools=[tool.to_template() for tool in tools] or None,
-        variables=gateway.prompts.variables(
-            body.chat_template_kwargs, reasoning_effort=body.reasoning_effort
-        ),
-    )
+    prompt = await chat_prompt(gateway, body)
     rules = TextRules(
         splits_reasoning=True,
         starts_in_reasoning=prompt.starts_in_reasoning,
@@ -46,13 +41,24 @@ async def prepare_chat(gateway: Gateway, body: ChatCompletionBody, caller: Calle
         gateway,
         body,
         caller,
-        completion_id=new_id("chatcmpl"),
+        completion_id=new_id(id_prefix),
         prompts=[prompt],
         rules=rules,
         target=target,
         max_tokens=body.max_completion_tokens or body.max_tokens,
         num_top_logprobs=body.num_top_logprobs,
         key_of=lambda content: match_key(caller.owner, identity, content),
+    )
+
+
+async def chat_prompt(gateway: Gateway, body: ChatCompletionBody) -> Prompt:
+    """The conversation as the model reads it. Raises TemplateRefused, InvalidText, InvalidValue."""
+    return await gateway.prompts.chat(
+        [message.to_template() for message in body.messages],
+        tools=[tool.to_template() for tool in body.active_tools] or None,
+        variables=gateway.prompts.variables(
+            body.chat_template_kwargs, reasoning_effort=body.reasoning_effort
+        ),
     )
 
 
