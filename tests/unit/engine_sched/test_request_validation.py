@@ -40,6 +40,15 @@ def test_a_seed_is_drawn_when_there_is_none():
     assert len(seeds) == 3
 
 
+def test_a_prompt_can_be_asked_about_without_a_completion():
+    for fields in ({"wants_embedding": True}, {"num_prompt_logprobs": 0}, {"num_prompt_logprobs": 5}):
+        request = parse_request(generate_request(max_tokens=0, **fields), LIMITS, 0.0)
+        assert request.sampling.max_tokens == 0
+        assert request.num_prompt_logprobs == fields.get("num_prompt_logprobs")
+        assert not request.uses_prefix_cache
+    assert parse_request(generate_request(), LIMITS, 0.0).num_prompt_logprobs is None
+
+
 @pytest.mark.parametrize(
     ("fields", "code", "text"),
     [
@@ -52,6 +61,9 @@ def test_a_seed_is_drawn_when_there_is_none():
         ({"logit_bias": {1: float("nan")}}, "invalid_value", "logit_bias"),
         ({"request_id": ""}, "invalid_value", "request_id"),
         ({"max_tokens": 0}, "invalid_value", "max_tokens is 0"),
+        ({"wants_embedding": True}, "invalid_value", "max_tokens is 4; it must be 0"),
+        ({"num_prompt_logprobs": 21}, "invalid_value", "num_prompt_logprobs is 21; it must be 0 to 20"),
+        ({"num_prompt_logprobs": 1, "max_tokens": -1}, "invalid_value", "max_tokens is -1"),
         ({"min_tokens": 9}, "invalid_value", "at most max_tokens, which is 4"),
         ({"temperature": -0.1}, "invalid_value", "temperature"),
         ({"temperature": float("nan")}, "invalid_value", "temperature"),

@@ -1,8 +1,8 @@
 """The engine's words: requests, plans and results. Standard library only."""
 
-from kiln_engine.domain.plan import BatchPlan, DecodeRow, PrefillChunk, RowSampling, StateCheckpoint
+from kiln_engine.domain.plan import BatchPlan, DecodeRow, PrefillChunk, Readout, RowSampling, StateCheckpoint
 from kiln_engine.domain.request import AdapterUse, GenerationRequest, SamplingParams
-from kiln_engine.domain.result import FinishReason, RowResult, SequenceEvent, StepResult
+from kiln_engine.domain.result import FinishReason, ReadoutResult, RowResult, SequenceEvent, StepResult
 
 __all__ = [
     "AdapterUse",
@@ -11,6 +11,8 @@ __all__ = [
     "FinishReason",
     "GenerationRequest",
     "PrefillChunk",
+    "Readout",
+    "ReadoutResult",
     "RowResult",
     "RowSampling",
     "SamplingParams",

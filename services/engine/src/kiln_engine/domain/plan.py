@@ -68,6 +68,20 @@ class StateCheckpoint:
 
 
 @dataclass(frozen=True, slots=True)
+class Readout:
+    """What a chunk tells about its own tokens."""
+
+    # The chunk's token at this index is the first whose successor is looked up.
+    first: int
+    # The successors of the tokens from there on: their log-probabilities are wanted.
+    target_ids: tuple[int, ...]
+    # Alternatives wanted with each.
+    num_top_logprobs: int
+    # Whether the hidden state of the chunk's last token is wanted.
+    wants_embedding: bool
+
+
+@dataclass(frozen=True, slots=True)
 class PrefillChunk:
     """A run of known tokens, from a page boundary on.
 
@@ -88,8 +102,11 @@ class PrefillChunk:
     # Extra copies of the state, ascending, at boundaries with start < num_tokens <= end of chunk.
     checkpoints: tuple[StateCheckpoint, ...]
     adapter_slots: tuple[tuple[int, float], ...]
-    # Set when the chunk is the last of the prompt: sample the token after it.
+    # Set when the chunk is the last of the prompt: sample the token after it. A prompt that is only
+    # read out has none.
     sampling: RowSampling | None
+    # Set in every chunk of a prompt that is read out.
+    readout: Readout | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,6 +48,14 @@ class GenerationRequest:
     num_shared_prefix_tokens: int = 0
     cache_salt: str = ""
     priority: int = 0
+    # Alternatives to report with each prompt token's log-probability; None reports neither.
+    num_prompt_logprobs: int | None = None
+    wants_embedding: bool = False
     # Absolute times on the loop's clock, in seconds; deadline_s is None without a limit.
     arrival_s: float = 0.0
     deadline_s: float | None = None
+
+    @property
+    def uses_prefix_cache(self) -> bool:
+        """Whether the prompt may start from cached pages, and leave its own: not when it is read out."""
+        return self.num_prompt_logprobs is None and not self.wants_embedding

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import Enum
 
@@ -34,11 +35,29 @@ class RowResult:
 
 
 @dataclass(frozen=True, slots=True)
+class ReadoutResult:
+    """What one chunk told about its tokens, as its Readout asked."""
+
+    sequence_id: int
+    # log p of each target at temperature 1, nothing filtered; not finite where the logits were not.
+    logprobs: tuple[float, ...] = ()
+    # For each target (token id, logprob), best first.
+    top_logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()
+    # Of length 1; empty unless it was wanted.
+    embedding: tuple[float, ...] = ()
+
+    @property
+    def is_finite(self) -> bool:
+        return all(map(math.isfinite, self.logprobs)) and all(map(math.isfinite, self.embedding))
+
+
+@dataclass(frozen=True, slots=True)
 class StepResult:
-    """One entry for each decode row and each chunk with sampling."""
+    """One entry for each decode row and each chunk with sampling, and one for each chunk that is read out."""
 
     step_id: int
     rows: tuple[RowResult, ...]
+    readouts: tuple[ReadoutResult, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +69,12 @@ class SequenceEvent:
     finish_reason: FinishReason | None = None
     # Set with FinishReason.ERROR.
     error: KilnError | None = None
-    # Set with the first token.
+    # Set with the first token, or with the end where there is none.
     is_first: bool = False
     num_cached_tokens: int = 0
     queue_s: float = 0.0
     seed: int = 0
     # Set with the first token that other adapters drew than those before it.
     moved_to: tuple[AdapterVersion, ...] = ()
+    # What a chunk of the prompt told, where that was asked for.
+    readout: ReadoutResult | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 
@@ -12,6 +13,7 @@ from kiln_engine.domain.result import RowResult, StepResult
 from kiln_engine.execution.adapter_store import AdapterStore
 from kiln_engine.execution.host_allocator import keep_freed_memory
 from kiln_engine.execution.memory_plan import MemoryPlan
+from kiln_engine.execution.readouts import PendingReadouts, read_out
 from kiln_engine.execution.sampled_ids import SampledIds
 from kiln_engine.execution.sampler import PendingDraws, Sampler, sample
 from kiln_engine.execution.step_graphs import PREFILL_CHUNKS, GraphParts, StepGraphs
@@ -27,21 +29,31 @@ _COMPILED_PROMPTS = (512, 2048)
 _LONG_PROMPT_TILE_ROWS = 128
 
 
-class TorchStep:
-    """A launched step: for each of its parts the sequences, and their tokens on the way to the host."""
+class _Part(NamedTuple):
+    """What runs as one: whom it draws for, and what is on its way to the host."""
 
-    def __init__(self, step_id: int, parts: Sequence[tuple[_Rows, PendingDraws]]) -> None:
+    rows: _Rows
+    draws: PendingDraws | None
+    readouts: PendingReadouts | None = None
+
+
+class TorchStep:
+    """A launched step and its results on their way to the host."""
+
+    def __init__(self, step_id: int, parts: Sequence[_Part]) -> None:
         self._step_id = step_id
         self._parts = parts
 
     def wait(self) -> StepResult:
-        """One row for each decode row and each chunk with sampling."""
+        """One row for each decode row and each chunk with sampling, and what chunks told."""
         rows = [
             RowResult(sequence_id, draw.token_id, draw.logprob, draw.sampled_logprob, draw.top_logprobs)
-            for drawn, pending in self._parts
-            for (sequence_id, _), draw in zip(drawn, pending.wait(), strict=True)
+            for part in self._parts
+            if part.draws is not None
+            for (sequence_id, _), draw in zip(part.rows, part.draws.wait(), strict=True)
         ]
-        return StepResult(self._step_id, tuple(rows))
+        readouts = [told for part in self._parts if part.readouts for told in part.readouts.wait()]
+        return StepResult(self._step_id, tuple(rows), tuple(readouts))
 
 
 class TorchRunner:
@@ -147,7 +159,7 @@ class TorchRunner:
     def launch(self, plan: BatchPlan) -> TorchStep:
         """Start one step; on a GPU it returns as soon as the work is queued."""
         rows, samples = _rows_of(plan), _samples_of(plan)
-        parts: list[tuple[_Rows, PendingDraws | None]] = []
+        parts: list[_Part] = []
         rows_graph = self._graphs.for_rows(plan) if self._graphs and plan.decode_rows else None
         chunks_graph = self._graphs.for_chunks(plan) if self._graphs and plan.prefill_chunks else None
         if self._is_batch_invariant and self.device.type == "cpu":
@@ -157,26 +169,32 @@ class TorchRunner:
         else:
             self.model.prepare(plan, has_clean_memory=False)
             if rows_graph is not None:
-                parts.append((rows, rows_graph.run(plan, [sampling for _, sampling in rows])))
+                parts.append(_Part(rows, rows_graph.run(plan, [sampling for _, sampling in rows])))
             if chunks_graph is not None:
-                parts.append((samples, chunks_graph.run(plan, [sampling for _, sampling in samples])))
-        return TorchStep(plan.step_id, [(drawn, draws) for drawn, draws in parts if draws is not None])
+                parts.append(_Part(samples, chunks_graph.run(plan, [sampling for _, sampling in samples])))
+        return TorchStep(plan.step_id, parts)
 
-    def _launch_kernels(self, plan: BatchPlan) -> tuple[_Rows, PendingDraws | None]:
-        """The whole step, kernel by kernel; returns what is drawn and for whom."""
+    def _launch_kernels(self, plan: BatchPlan) -> _Part:
+        """The whole step, kernel by kernel."""
         rows = _rows_of(plan) + _samples_of(plan)
         self.model.prepare(plan)
         layout = self.model.layout(plan)
         self._sampled_ids.feed_(layout)
         adapter_rows = self.adapters.rows_for(plan)
         adapters = None if adapter_rows is None else self.adapters.of_step(adapter_rows)
-        logits_RV = self.model.forward(layout, Linears(self.model.matrices, adapters))
-        if not rows:
-            return rows, None
+        linears, readouts = Linears(self.model.matrices, adapters), None
+        if any(chunk.readout for chunk in plan.prefill_chunks):
+            hidden_TD = self.model.hidden_states(layout, linears)
+            readouts = read_out(plan, hidden_TD, linears.head, self.config.vocab_size)
+            logits_RV = self.model.logits(hidden_TD, layout, linears) if rows else None
+        else:
+            logits_RV = self.model.forward(layout, linears)
+        if logits_RV is None or not rows:
+            return _Part(rows, None, readouts)
         samplings = [sampling for _, sampling in rows]
         draws = sample(logits_RV, samplings, is_batch_invariant=self._is_batch_invariant)
         self._sampled_ids.keep_rows(layout.kept_slots, draws.token_ids_R)
-        return rows, draws
+        return _Part(rows, draws, readouts)
 
 
 def _rows_of(plan: BatchPlan) -> _Rows:

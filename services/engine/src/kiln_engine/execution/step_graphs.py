@@ -158,8 +158,10 @@ class StepGraphs:
         return self._decode.get((size, any(row.adapter_slots for row in rows)))
 
     def for_chunks(self, plan: BatchPlan) -> PrefillGraph | None:
-        """The smallest graph that holds the plan's chunks, if one does."""
+        """The smallest graph that holds the plan's chunks, if one does; none holds what is read out."""
         chunks = plan.prefill_chunks
+        if any(chunk.readout for chunk in chunks):
+            return None
         if len(chunks) > PREFILL_CHUNKS or any(chunk.adapter_slots for chunk in chunks):
             return None
         num_tokens = sum(len(chunk.token_ids) for chunk in chunks)

@@ -107,6 +107,23 @@ class PagedModel:
         Returns: float32 logits `[samples, vocabulary]` of the tokens that are sampled after.
         """
         linears = linears or Linears(self.matrices)
+        return self.logits(self.hidden_states(layout, linears), layout, linears, out=out)
+
+    def logits(
+        self,
+        x_TD: torch.Tensor,
+        layout: StepLayout,
+        linears: Linears,
+        *,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Float32 logits of the tokens that are sampled after, from all tokens' final hidden states."""
+        if layout.sample_tokens is not None:
+            x_TD = x_TD.index_select(0, layout.sample_tokens)
+        return linears.head(x_TD, out)
+
+    def hidden_states(self, layout: StepLayout, linears: Linears) -> torch.Tensor:
+        """`forward` without the head: every token's hidden state after the final norm, `[T, D]`."""
         residual = embed(self.weights, layout.token_ids_T)
         x = self._norm(residual, "model.layers.0.input_layernorm.weight")
         for index, kind in enumerate(self.config.layer_types):
@@ -119,9 +136,7 @@ class PagedModel:
             x, residual = self._add_norm(fed, residual, self._end_norms[index])
         if layout.decode is not None:
             delta_commit(self.states.all_layers, layout.decode.delta)
-        if layout.sample_tokens is not None:
-            x = x.index_select(0, layout.sample_tokens)
-        return linears.head(x, out)
+        return x
 
     def _norm(self, x_TD: torch.Tensor, name: str) -> torch.Tensor:
         return rms_norm(x_TD, self.weights[name], self.config.rms_norm_eps, offset=1.0)

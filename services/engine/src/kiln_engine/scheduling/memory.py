@@ -38,7 +38,8 @@ class SequenceMemory:
         matched known pages (the hit itself is `num_computed`), or None, with nothing changed for
         the sequence, when there is not enough.
         """
-        match = self.tree.match(sequence.namespace, sequence.tokens, sequence.num_prefill_tokens - 1)
+        most = sequence.num_prefill_tokens - 1 if sequence.request.uses_prefix_cache else 0
+        match = self.tree.match(sequence.namespace, sequence.tokens, most)
         for node in match.nodes:
             self.pages.retain(node.page_id)
         read_slot = match.nodes[-1].checkpoint_slot if match.nodes else None
@@ -76,6 +77,8 @@ class SequenceMemory:
 
     def keep_computed(self, sequence: Sequence, num_tokens: int) -> None:
         """Enter the sequence's complete computed pages, up to `num_tokens`, into the tree."""
+        if not sequence.request.uses_prefix_cache:
+            return
         end = min(num_tokens, sequence.num_computed, sequence.num_keepable_tokens)
         for start in range(sequence.num_tree_tokens, end - self.page_tokens + 1, self.page_tokens):
             page_index = start // self.page_tokens
@@ -105,7 +108,8 @@ class SequenceMemory:
         assert sequence.num_steps_under_way == 0
         boundary = sequence.num_computed // self.page_tokens * self.page_tokens
         self.keep_computed(sequence, boundary)
-        if boundary > 0 and sequence.read_slot is None and sequence.state_slot is not None:
+        is_kept = boundary > 0 and sequence.request.uses_prefix_cache
+        if is_kept and sequence.read_slot is None and sequence.state_slot is not None:
             slot, sequence.state_slot = sequence.state_slot, None
             self._give_to_tree(sequence, StateCheckpoint(boundary, slot))
 

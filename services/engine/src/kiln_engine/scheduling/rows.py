@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kiln_engine.domain.plan import DecodeRow, PrefillChunk, RowSampling
+from kiln_engine.domain.plan import DecodeRow, PrefillChunk, Readout, RowSampling
 from kiln_engine.scheduling.sequence import Sequence
 from kiln_engine.scheduling.stopping import banned_ids, is_at_length
 
@@ -54,6 +54,7 @@ def prefill_chunk(
     start = sequence.num_planned
     end = start + num_tokens
     is_last = end == sequence.num_prefill_tokens
+    draws = sequence.request.sampling.max_tokens > 0
     # The checkpoint that was hit serves the first chunk; the others go on from where it ends.
     is_hit = sequence.read_slot is not None and sequence.num_steps_under_way == 0
     own_state = sequence.state_slot if start > 0 else None
@@ -66,7 +67,23 @@ def prefill_chunk(
         state_slot=sequence.state_slot,
         checkpoints=tuple(c for c in sequence.pending_checkpoints if c.num_tokens > start),
         adapter_slots=sequence.adapter_slots,
-        sampling=row_sampling(sequence, end, eos_token_ids) if is_last else None,
+        sampling=row_sampling(sequence, end, eos_token_ids) if is_last and draws else None,
+        readout=_readout(sequence, start, end),
+    )
+
+
+def _readout(sequence: Sequence, start: int, end: int) -> Readout | None:
+    """What the chunk of these tokens tells; what one before a preemption told is not told again."""
+    request = sequence.request
+    if request.uses_prefix_cache:
+        return None
+    first = max(start, sequence.num_read_out)
+    wants_logprobs = request.num_prompt_logprobs is not None
+    return Readout(
+        first=first - start,
+        target_ids=request.prompt_token_ids[first + 1 : end + 1] if wants_logprobs else (),
+        num_top_logprobs=request.num_prompt_logprobs or 0,
+        wants_embedding=request.wants_embedding and end == sequence.num_prompt_tokens,
     )
 
 

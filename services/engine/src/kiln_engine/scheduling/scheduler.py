@@ -5,23 +5,24 @@ from __future__ import annotations
 import bisect
 import itertools
 import math
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 from kiln_common.errors import DuplicateRequestId, KilnError, PromptTooLong
 from kiln_engine.domain.adapter import AdapterChange
 from kiln_engine.domain.errors import EmptyPrompt, NonFiniteLogits
 from kiln_engine.domain.plan import BatchPlan, DecodeRow, PrefillChunk, StateCheckpoint
 from kiln_engine.domain.request import GenerationRequest
-from kiln_engine.domain.result import FinishReason, RowResult, SequenceEvent, StepResult
+from kiln_engine.domain.result import FinishReason, ReadoutResult, RowResult, SequenceEvent, StepResult
 from kiln_engine.scheduling.admission import branch_points, is_about_to_hit
 from kiln_engine.scheduling.checkpoints import is_turn_end_useful, plan_checkpoints
+from kiln_engine.scheduling.events import with_beginning
 from kiln_engine.scheduling.limits import SchedulerLimits
 from kiln_engine.scheduling.memory import SequenceMemory
 from kiln_engine.scheduling.moving import move
 from kiln_engine.scheduling.prefix_tree import Namespace
 from kiln_engine.scheduling.rows import can_decode, decode_row, prefill_chunk
 from kiln_engine.scheduling.sequence import Sequence, hash_pages
-from kiln_engine.scheduling.stats import SchedulerCounters, SchedulerStats
+from kiln_engine.scheduling.stats import SchedulerCounters, SchedulerStats, scheduler_stats
 from kiln_engine.scheduling.stopping import deadline_error, finish_reason
 
 
@@ -97,12 +98,13 @@ class Scheduler:
         if len(request.prompt_token_ids) >= self.limits.max_num_tokens:
             raise PromptTooLong(len(request.prompt_token_ids), self.limits.max_num_tokens - 1)
         namespace = Namespace(request.adapters, request.cache_salt)
+        cacheable = request.prompt_token_ids if request.uses_prefix_cache else ()
         sequence = Sequence(
             sequence_id=next(self._sequence_ids),
             request=request,
             adapter_slots=adapter_slots,
             namespace=namespace,
-            page_hashes=hash_pages(namespace, request.prompt_token_ids, self.limits.page_tokens),
+            page_hashes=hash_pages(namespace, cacheable, self.limits.page_tokens),
             tokens=list(request.prompt_token_ids),
             is_redecoded=self.limits.fixed_chunk_tokens > 0,
         )
@@ -147,12 +149,13 @@ class Scheduler:
         return BatchPlan(next(self._step_ids), tuple(decode_rows), tuple(chunks))
 
     def commit(self, plan: BatchPlan, result: StepResult) -> list[SequenceEvent]:
-        """Take over what the step computed; one event for each token drawn.
+        """Take over what the step computed; one event for each token drawn and each chunk read out.
 
         Rows of sequences that ended since the plan are ignored.
         """
         assert result.step_id == plan.step_id
         drawn = {row.sequence_id: row for row in result.rows}
+        read_out = {readout.sequence_id: readout for readout in result.readouts}
         events: list[SequenceEvent] = []
         for decode in plan.decode_rows:
             row = drawn[decode.sequence_id]
@@ -173,7 +176,10 @@ class Scheduler:
             self.memory.keep_computed(sequence, self.limits.whole_units(sequence.num_prompt_tokens))
             self.memory.keep_checkpoints(sequence)
             self.memory.release_read_slot(sequence)
-            if chunk.sampling is not None and sequence.num_computed == len(sequence.tokens):
+            if chunk.readout is not None:
+                events.append(self._take_readout(sequence, chunk, read_out[chunk.sequence_id]))
+            is_next = sequence.is_running and sequence.num_computed == len(sequence.tokens)
+            if chunk.sampling is not None and is_next:
                 events.append(self._append(sequence, drawn[chunk.sequence_id]))
         self.counters.num_steps += 1
         return events
@@ -209,17 +215,8 @@ class Scheduler:
         return sequence is not None
 
     def stats(self) -> SchedulerStats:
-        pages, states = self.memory.pages, self.memory.states
-        return SchedulerStats(
-            num_running=len(self._running),
-            num_waiting=len(self._waiting),
-            num_pages_in_use=pages.num_referenced,
-            num_pages_cached=pages.num_only_cached,
-            num_pages=pages.num_ids,
-            num_state_slots_in_use=states.num_referenced,
-            num_state_slots_cached=states.num_only_cached,
-            num_state_slots=states.num_ids,
-            **asdict(self.counters),
+        return scheduler_stats(
+            self.memory, self.counters, num_running=len(self._running), num_waiting=len(self._waiting)
         )
 
     def _make_room(self) -> list[Sequence] | None:
@@ -309,7 +306,7 @@ class Scheduler:
             page_tokens=self.limits.cache_unit_tokens,
             interval_tokens=self.limits.checkpoint_interval_tokens,
         )
-        if not sequence.has_moved:
+        if request.uses_prefix_cache and not sequence.has_moved:
             sequence.wanted_checkpoints = list(checkpoints.wanted)
             sequence.optional_checkpoints = list(checkpoints.optional)
         self.counters.num_tokens_lost_for_want_of_checkpoint += num_matched - num_hit
@@ -349,16 +346,19 @@ class Scheduler:
             self._end(sequence)
         event = SequenceEvent(request.request_id, row, reason, moved_to=sequence.moved_to)
         sequence.moved_to = ()
-        if not is_first:
+        return with_beginning(event, sequence) if is_first else event
+
+    def _take_readout(self, sequence: Sequence, chunk: PrefillChunk, readout: ReadoutResult) -> SequenceEvent:
+        """What a chunk told; the end, where nothing is drawn after the prompt."""
+        if not readout.is_finite:
+            return self._fail(sequence, NonFiniteLogits(sequence.num_computed))
+        sequence.num_read_out = max(sequence.num_read_out, sequence.num_computed)
+        request = sequence.request
+        event = SequenceEvent(request.request_id, readout=readout)
+        if request.sampling.max_tokens or sequence.num_computed < sequence.num_prompt_tokens:
             return event
-        assert sequence.first_scheduled_s is not None
-        return replace(
-            event,
-            is_first=True,
-            num_cached_tokens=sequence.num_cached_tokens or 0,
-            queue_s=sequence.first_scheduled_s - request.arrival_s,
-            seed=request.sampling.seed,
-        )
+        self._end(sequence)
+        return with_beginning(replace(event, finish_reason=FinishReason.LENGTH), sequence)
 
     def _preempt(self, sequence: Sequence) -> None:
         if not sequence.is_redecoded:

@@ -61,6 +61,8 @@ class Sequence:
     # Adapters it goes on with, until the next token tells the client.
     moved_to: tuple[AdapterVersion, ...] = ()
 
+    # Prompt tokens whose successors have been looked up (see Readout).
+    num_read_out: int = 0
     first_scheduled_s: float | None = None
     # Prompt tokens that came from the prefix cache when the sequence first ran.
     num_cached_tokens: int | None = None

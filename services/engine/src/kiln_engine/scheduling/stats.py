@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+
+from kiln_engine.scheduling.memory import SequenceMemory
 
 
 @dataclass(slots=True)
@@ -37,3 +39,21 @@ class SchedulerStats:
     num_cached_tokens: int
     num_tokens_lost_for_want_of_checkpoint: int
     num_preemptions: int
+
+
+def scheduler_stats(
+    memory: SequenceMemory, counters: SchedulerCounters, *, num_running: int, num_waiting: int
+) -> SchedulerStats:
+    """The moment of a scheduler with this memory and these totals."""
+    pages, states = memory.pages, memory.states
+    return SchedulerStats(
+        num_running=num_running,
+        num_waiting=num_waiting,
+        num_pages_in_use=pages.num_referenced,
+        num_pages_cached=pages.num_only_cached,
+        num_pages=pages.num_ids,
+        num_state_slots_in_use=states.num_referenced,
+        num_state_slots_cached=states.num_only_cached,
+        num_state_slots=states.num_ids,
+        **asdict(counters),
+    )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from kiln_common.pb import engine_pb2
 from kiln_common.rpc import to_error_detail
-from kiln_engine.domain.result import FinishReason, RowResult, SequenceEvent
+from kiln_engine.domain.result import FinishReason, ReadoutResult, RowResult, SequenceEvent
 
 _FINISH_REASONS = {
     None: engine_pb2.FINISH_REASON_UNSPECIFIED,
@@ -26,6 +28,8 @@ def sequence_output(event: SequenceEvent) -> engine_pb2.SequenceOutput:
     )
     if event.row is not None:
         _add_row(output, event.row)
+    if event.readout is not None:
+        _add_readout(output, event.readout)
     if event.error is not None:
         output.error.CopyFrom(to_error_detail(event.error))
     if event.is_first:
@@ -42,7 +46,16 @@ def _add_row(output: engine_pb2.SequenceOutput, row: RowResult) -> None:
     output.logprobs.append(row.logprob)
     output.sampled_logprobs.append(row.sampled_logprob)
     if row.top_logprobs:
-        output.top_logprobs.add(
-            token_ids=[token_id for token_id, _ in row.top_logprobs],
-            logprobs=[logprob for _, logprob in row.top_logprobs],
-        )
+        output.top_logprobs.append(_top_logprobs(row.top_logprobs))
+
+
+def _add_readout(output: engine_pb2.SequenceOutput, readout: ReadoutResult) -> None:
+    output.prompt_logprobs.extend(readout.logprobs)
+    output.top_prompt_logprobs.extend(map(_top_logprobs, readout.top_logprobs))
+    output.embedding.extend(readout.embedding)
+
+
+def _top_logprobs(pairs: Sequence[tuple[int, float]]) -> engine_pb2.TopLogprobs:
+    return engine_pb2.TopLogprobs(
+        token_ids=[token_id for token_id, _ in pairs], logprobs=[logprob for _, logprob in pairs]
+    )

@@ -44,17 +44,28 @@ def parse_request(
         _check(0 <= count <= len(prompt), param, count, f"between 0 and {len(prompt)}")
     policies = engine_pb2.AdapterPolicy.values()
     _check(message.adapter_policy in policies, "adapter_policy", message.adapter_policy, f"one of {policies}")
+    is_read_out = message.wants_embedding or message.HasField("num_prompt_logprobs")
+    if message.wants_embedding:
+        _check(
+            message.sampling.max_tokens == 0, "max_tokens", message.sampling.max_tokens, "0 for an embedding"
+        )
+    num_top = message.num_prompt_logprobs
+    _check(0 <= num_top <= MAX_TOP_LOGPROBS, "num_prompt_logprobs", num_top, f"0 to {MAX_TOP_LOGPROBS}")
     timeout_s = message.timeout_s
     _check(0 <= timeout_s <= _MAX_TIMEOUT_S, "timeout_s", timeout_s, f"between 0 and {_MAX_TIMEOUT_S:.0f}")
     return GenerationRequest(
         request_id=message.request_id,
         prompt_token_ids=prompt,
-        sampling=_parse_sampling(message.sampling, limits),
+        sampling=_parse_sampling(message.sampling, limits, least_tokens=0 if is_read_out else 1),
         adapters=tuple(parse_adapter_use(adapter) for adapter in message.adapters),
         num_stable_prefix_tokens=message.num_stable_prefix_tokens,
         num_shared_prefix_tokens=message.num_shared_prefix_tokens,
         cache_salt=message.cache_salt,
         priority=message.priority,
+        num_prompt_logprobs=min(num_top, limits.vocab_size)
+        if message.HasField("num_prompt_logprobs")
+        else None,
+        wants_embedding=message.wants_embedding,
         arrival_s=now,
         deadline_s=now + timeout_s if timeout_s else None,
     )
@@ -84,8 +95,10 @@ def _check_prompt(prompt: tuple[int, ...], limits: RequestLimits) -> None:
     _check_ids(prompt, "prompt_token_ids", limits.vocab_size)
 
 
-def _parse_sampling(message: engine_pb2.SamplingParams, limits: RequestLimits) -> SamplingParams:
-    _check(message.max_tokens >= 1, "max_tokens", message.max_tokens, "at least 1")
+def _parse_sampling(
+    message: engine_pb2.SamplingParams, limits: RequestLimits, *, least_tokens: int
+) -> SamplingParams:
+    _check(message.max_tokens >= least_tokens, "max_tokens", message.max_tokens, f"at least {least_tokens}")
     _check(message.min_tokens >= 0, "min_tokens", message.min_tokens, "at least 0")
     _check(
         message.min_tokens <= message.max_tokens,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from kiln_engine.domain.plan import BatchPlan, DecodeRow, PrefillChunk, RowSampling
-from kiln_engine.domain.result import RowResult, StepResult
+from kiln_engine.domain.result import ReadoutResult, RowResult, StepResult
 
 
 class WrongPlan(AssertionError):
@@ -58,7 +58,8 @@ class SimulatedRunner:
             result = self._prefill(chunk, digest, written)
             if result is not None:
                 rows.append(result)
-        return SimulatedStep(StepResult(plan.step_id, tuple(rows)))
+        readouts = [_read_out(chunk) for chunk in plan.prefill_chunks if chunk.readout is not None]
+        return SimulatedStep(StepResult(plan.step_id, tuple(rows), tuple(readouts)))
 
     def _decode(self, row: DecodeRow, written: set[int]) -> RowResult:
         read = self._slots[row.state_read_slot]
@@ -111,7 +112,7 @@ class SimulatedRunner:
                     self._write_slot(slot, _Slot(position + 1, digest), written)
         if checkpoints:
             raise WrongPlan(f"checkpoints at {sorted(checkpoints)} are no boundaries of the chunk")
-        if committed.ring and chunk.sampling is None:
+        if committed.ring and chunk.sampling is None and chunk.readout is None:
             raise WrongPlan("a chunk that is not the last ends inside a page")
         self._write_slot(chunk.state_slot, committed, written)
         if chunk.sampling is None:
@@ -144,6 +145,21 @@ class SimulatedRunner:
         self._drawn[slot] = token
         top = tuple((token, -1.0) for _ in range(sampling.params.num_top_logprobs))
         return RowResult(sequence_id, token, logprob=-1.0, sampled_logprob=-1.0, top_logprobs=top)
+
+
+def _read_out(chunk: PrefillChunk) -> ReadoutResult:
+    """Log-probabilities that name their tokens, so that a test sees one too many or too few."""
+    readout = chunk.readout
+    assert readout is not None
+    targets = readout.target_ids
+    return ReadoutResult(
+        chunk.sequence_id,
+        logprobs=tuple(-1.0 - target for target in targets),
+        top_logprobs=tuple(((target, -1.0),) * readout.num_top_logprobs for target in targets)
+        if readout.num_top_logprobs
+        else (),
+        embedding=(1.0, 0.0) if readout.wants_embedding else (),
+    )
 
 
 def expected_tokens(

@@ -1,0 +1,145 @@
+"""What prompts are asked about themselves: their tokens' log-probabilities, and embeddings.
+
+The head is applied to some tokens at a time, so that the logits of a whole prompt never exist.
+
+Legend: `T` tokens of the step, `N` targets, `E` embeddings, `D` hidden width, `V` vocabulary, `F` fields.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+
+from kiln_engine.domain.plan import BatchPlan, PrefillChunk
+from kiln_engine.domain.result import ReadoutResult
+from kiln_engine.model import to_device
+
+_MOST_LOGITS = 2**25  # at once: 128 MiB of float32
+
+Head = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class _Arriving:
+    """A tensor on its way to the host."""
+
+    host: torch.Tensor
+    arrived: torch.cuda.Event | None
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> _Arriving:
+        if tensor.device.type != "cuda":
+            return cls(tensor, None)
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+        arrived = torch.cuda.Event(blocking=True)
+        arrived.record()
+        return cls(host, arrived)
+
+    def wait(self) -> list[list[float]]:
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return self.host.tolist()
+
+
+class PendingReadouts:
+    """What the chunks of a step told, on its way to the host.
+
+    `targets_NF` holds a line for each target, chunk after chunk: its log-probability, then ids and
+    log-probabilities of the most alternatives that any chunk wants. `embeddings_ED` are in order too.
+    """
+
+    def __init__(
+        self, chunks: Sequence[PrefillChunk], targets_NF: torch.Tensor, embeddings_ED: torch.Tensor
+    ) -> None:
+        self._chunks = chunks
+        self._targets = _Arriving.of(targets_NF)
+        self._embeddings = _Arriving.of(embeddings_ED)
+
+    def wait(self) -> tuple[ReadoutResult, ...]:
+        """One result for each chunk that is read out."""
+        lines, embeddings = iter(self._targets.wait()), iter(self._embeddings.wait())
+        results = []
+        for chunk in self._chunks:
+            assert chunk.readout is not None
+            own = [next(lines) for _ in chunk.readout.target_ids]
+            num_top = chunk.readout.num_top_logprobs
+            results.append(
+                ReadoutResult(
+                    chunk.sequence_id,
+                    logprobs=tuple(line[0] for line in own),
+                    top_logprobs=tuple(_alternatives(line, num_top) for line in own) if num_top else (),
+                    embedding=tuple(next(embeddings)) if chunk.readout.wants_embedding else (),
+                )
+            )
+        return tuple(results)
+
+
+def _alternatives(line: list[float], num_top: int) -> tuple[tuple[int, float], ...]:
+    most = (len(line) - 1) // 2
+    ids, logprobs = line[1 : 1 + num_top], line[1 + most : 1 + most + num_top]
+    return tuple((int(token_id), logprob) for token_id, logprob in zip(ids, logprobs, strict=True))
+
+
+def read_out(plan: BatchPlan, hidden_TD: torch.Tensor, head: Head, vocab_size: int) -> PendingReadouts:
+    """Look up what the plan's chunks are asked, from all tokens' hidden states after the final norm.
+
+    `head` gives float32 logits `[n, V]` of hidden states `[n, D]`.
+    """
+    lengths = [len(chunk.token_ids) for chunk in plan.prefill_chunks]
+    ends = accumulate(lengths, initial=len(plan.decode_rows))
+    placed = [
+        (begin, chunk) for begin, chunk in zip(ends, plan.prefill_chunks, strict=False) if chunk.readout
+    ]
+    places: list[int] = []
+    targets: list[int] = []
+    last_places: list[int] = []
+    for begin, chunk in placed:
+        readout = chunk.readout
+        assert readout is not None
+        first = begin + readout.first
+        places.extend(range(first, first + len(readout.target_ids)))
+        targets.extend(readout.target_ids)
+        if readout.wants_embedding:
+            last_places.append(begin + len(chunk.token_ids) - 1)
+    num_top = max((chunk.readout.num_top_logprobs for _, chunk in placed if chunk.readout), default=0)
+    device = hidden_TD.device
+    last_TD = hidden_TD.index_select(0, to_device(last_places, device, torch.long)).float()
+    return PendingReadouts(
+        [chunk for _, chunk in placed],
+        _target_lines(
+            hidden_TD,
+            to_device(places, device, torch.long),
+            to_device(targets, device, torch.long),
+            num_top,
+            head,
+            at_once=max(1, _MOST_LOGITS // vocab_size),
+        ),
+        torch.nn.functional.normalize(last_TD, dim=-1),
+    )
+
+
+def _target_lines(
+    hidden_TD: torch.Tensor,
+    places_N: torch.Tensor,
+    targets_N: torch.Tensor,
+    num_top: int,
+    head: Head,
+    *,
+    at_once: int,
+) -> torch.Tensor:
+    """A line for each target, float32 `[N, 1 + 2 * num_top]`; token ids below 2^24 are exact in it."""
+    num_targets = places_N.shape[0]
+    lines_NF = torch.empty(num_targets, 1 + 2 * num_top, device=hidden_TD.device)
+    for begin in range(0, num_targets, at_once):
+        part = slice(begin, begin + at_once)
+        logits_NV = head(hidden_TD.index_select(0, places_N[part]))
+        total_N1 = logits_NV.logsumexp(dim=-1, keepdim=True)
+        lines_NF[part, :1] = logits_NV.gather(1, targets_N[part, None]) - total_N1
+        if num_top:
+            values, ids = logits_NV.topk(num_top, dim=-1)
+            lines_NF[part, 1 : 1 + num_top] = ids.float()
+            lines_NF[part, 1 + num_top :] = values - total_N1
+    return lines_NF
