@@ -131,6 +131,10 @@ class FakeEngine:
         self.is_closed.set()
 
     def _outputs(self, request: engine_pb2.GenerateRequest) -> Iterator[engine_pb2.SequenceOutput]:
+        if request.wants_embedding or request.HasField("num_prompt_logprobs"):
+            yield from self._readouts(request)
+            if not request.sampling.max_tokens:
+                return
         scripted = self.script(request)
         is_text = isinstance(scripted, str)
         token_ids = [*self._tokenizer.encode(scripted), self.end_id] if is_text else list(scripted)
@@ -159,6 +163,30 @@ class FakeEngine:
             yield output
             if output.finish_reason:
                 return
+
+    def _readouts(self, request: engine_pb2.GenerateRequest) -> Iterator[engine_pb2.SequenceOutput]:
+        """Log-probabilities in two pieces, as of two chunks; an embedding that names its prompt."""
+        prompt = list(request.prompt_token_ids)
+        middle = len(prompt) // 2
+        for first, last in ((1, middle), (max(middle, 1), len(prompt))):
+            output = engine_pb2.SequenceOutput(request_id=request.request_id)
+            if request.HasField("num_prompt_logprobs"):
+                output.prompt_logprobs.extend(self.logprob_of(position) for position in range(first, last))
+            for _ in range(first, last) if request.num_prompt_logprobs else ():
+                ids = range(request.num_prompt_logprobs)
+                output.top_prompt_logprobs.add(token_ids=ids, logprobs=[-1.0 - i for i in ids])
+            if last == len(prompt) and not request.sampling.max_tokens:
+                output.finish_reason = engine_pb2.FINISH_REASON_LENGTH
+            if last == len(prompt) and request.wants_embedding:
+                output.embedding.extend(self.embedding_of(prompt))
+            yield output
+
+    @staticmethod
+    def embedding_of(prompt: Sequence[int]) -> list[float]:
+        """Of length 1, in four dimensions."""
+        raw = [len(prompt), prompt[0], prompt[-1], 1.0]
+        length = sum(value * value for value in raw) ** 0.5
+        return [value / length for value in raw]
 
     async def get_info(self) -> engine_pb2.EngineInfo:
         if not self.is_up:

@@ -9,6 +9,7 @@ from tests.support.gateway import gateway_rig
 CHAT, TEXT, GRPO, SFT = "/v1/chat/completions", "/v1/completions", "/v1/train/grpo", "/v1/train/sft"
 USER = {"role": "user", "content": "Hi"}
 SHORT = {"adapter": "a", "prompt": "Hi", "completions": ["x", "y"], "rewards": [1, 0]}
+EMBED, BATCH = "/v1/embeddings", "/v1/completions/batch"
 SCORED = {"prompt": "p", "completions": [{"text": "x", "reward": 1}, {"text": "y", "reward": 0}]}
 
 
@@ -70,7 +71,22 @@ BODIES = [
     (TEXT, {"prompt": [10**6]}, 400, "invalid_token_ids", "prompt"),
     (TEXT, {"prompt": [1, "a"]}, 400, "invalid_value", "prompt"),
     (TEXT, {"prompt": "a", "suffix": "b"}, 400, "unsupported_field", "suffix"),
-    (TEXT, {"prompt": "a", "prompt_logprobs": 1}, 501, "not_implemented", "prompt_logprobs"),
+    (TEXT, {"prompt": "a", "prompt_logprobs": 21}, 400, "invalid_value", "prompt_logprobs"),
+    (TEXT, {"prompt": "a", "max_tokens": 0}, 400, "invalid_value", "max_tokens"),
+    (EMBED, {"input": []}, 400, "empty_prompt", "input"),
+    (EMBED, {"input": ["a", ""]}, 400, "empty_prompt", "input"),
+    (EMBED, {"input": [[1], "a", 2]}, 400, "invalid_value", "input"),
+    (EMBED, {"input": ["a"] * 2049}, 400, "invalid_value", "input"),
+    (EMBED, {"input": [10**6]}, 400, "invalid_token_ids", "input"),
+    (EMBED, {"input": "x" * 2000}, 400, "prompt_too_long", "input"),
+    (EMBED, {"input": "a", "dimensions": 0}, 400, "invalid_value", "dimensions"),
+    (EMBED, {"input": "a", "adapter": "a", "adapters": [{"name": "a"}]}, 400, "unsupported_field", "adapters"),
+    (BATCH, {"prompts": []}, 400, "empty_prompt", "prompts"),
+    (BATCH, {"prompts": [[]]}, 400, "empty_messages", "prompts[0].messages"),
+    (BATCH, {"prompts": [[USER]], "n": 5000}, 400, "invalid_value", "prompts"),
+    (BATCH, {"prompts": [[USER], {"messages": [USER], "adapter": "nobody"}]}, 404, "adapter_not_found", "prompts[1].adapter"),
+    (BATCH, {"prompts": [[USER], [{"role": "user", "content": "x" * 2000}]]}, 400, "prompt_too_long", "prompts[1].messages"),
+    (BATCH, {"prompts": [[USER]], "messages": []}, 400, "unknown_field", "messages"),
     ("/v1/detokenize", {"tokens": [10**6]}, 400, "invalid_token_ids", "tokens"),
     ("/v1/tokenize", {}, 400, "conflicting_fields", "text"),
     (GRPO, without(SHORT, "rewards"), 400, "missing_rewards", "rewards"),
@@ -163,7 +179,7 @@ async def test_equal_rewards_are_counted_in_words_that_fit(rig):
 
 async def test_clients_are_told_when_trying_again_is_no_use(rig):
     hopeless = [
-        ("POST", "/v1/embeddings", 501),
+        ("POST", "/v1/train/opd", 501),
         ("GET", "/v1/nothing", 404),
         ("GET", CHAT, 405),
         ("GET", "/v1/adapters/x", 404),
@@ -222,7 +238,6 @@ async def test_routes_that_are_not_there_say_so(rig):
     cases = [
         ("GET", "/v1/nothing", 404, "route_not_found"),
         ("GET", CHAT, 405, "method_not_allowed"),
-        ("POST", "/v1/embeddings", 501, "not_implemented"),
         ("POST", "/v1/train/opd", 501, "not_implemented"),
         ("GET", "/v1/train/jobs/x/receipt", 501, "not_implemented"),
         ("POST", "/v1/adapters/x/rollback", 501, "not_implemented"),

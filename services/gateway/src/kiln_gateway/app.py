@@ -15,7 +15,9 @@ from kiln_gateway.openapi import install_openapi
 from kiln_gateway.ports import Clients
 from kiln_gateway.routes import (
     adapters,
+    batch,
     completions,
+    embeddings,
     health,
     home,
     messages,
@@ -31,6 +33,8 @@ from kiln_gateway.sse import ClientLeft
 _CLIENT_CLOSED_REQUEST = 499
 _ROUTERS = (
     completions.router,
+    embeddings.router,
+    batch.router,
     responses.router,
     messages.router,
     text.router,

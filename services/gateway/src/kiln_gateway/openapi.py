@@ -10,8 +10,10 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from kiln_gateway.schemas.adapters import AttachBody
+from kiln_gateway.schemas.batch import BatchBody
 from kiln_gateway.schemas.chat import ChatCompletionBody
 from kiln_gateway.schemas.completions import TextCompletionBody
+from kiln_gateway.schemas.embeddings import EmbeddingsBody
 from kiln_gateway.schemas.messages import CountTokensBody, MessagesBody
 from kiln_gateway.schemas.responses import ResponsesBody
 from kiln_gateway.schemas.text import DetokenizeBody, TokenizeBody
@@ -20,6 +22,8 @@ from kiln_gateway.schemas.training import GrpoBody, SftBody
 REQUEST_BODIES: dict[str, type[BaseModel]] = {
     "/v1/chat/completions": ChatCompletionBody,
     "/v1/completions": TextCompletionBody,
+    "/v1/embeddings": EmbeddingsBody,
+    "/v1/completions/batch": BatchBody,
     "/v1/responses": ResponsesBody,
     "/v1/messages": MessagesBody,
     "/v1/messages/count_tokens": CountTokensBody,

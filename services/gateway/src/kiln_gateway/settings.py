@@ -66,6 +66,8 @@ class GatewaySettings(BaseSettings):
     request_timeout_s: PositiveFloat = Field(600.0, description="longest a completion may take")
     max_choices: PositiveInt = Field(128, description="most choices of one request (prompts times n)")
 
+    max_batch_choices: PositiveInt = Field(4096, description="most answers of one batch (prompts times n)")
+
     api_keys: tuple[ApiKey, ...] = Field((), description='JSON: [{"key": "…", "scopes": ["infer", "train"]}]')
     allowed_hosts: CommaSeparated = Field(
         (), description="Host names answered to besides localhost, comma separated; * is any"

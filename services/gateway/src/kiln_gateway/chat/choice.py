@@ -35,6 +35,14 @@ class TokenLogprob:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptLogprob:
+    """What the prompt before it says of a prompt token, at temperature 1."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class TextRules:
     """How a choice's text is taken apart.
 
@@ -82,6 +90,8 @@ class ChoiceAssembler:
         self.tokens: list[TokenLogprob] = []
         # (first token, "name@version") where other adapters took over.
         self.moves: list[tuple[int, str]] = []
+        # Of the prompt's tokens from the second on, where they were asked for.
+        self.prompt_logprobs: list[PromptLogprob] = []
         self._reasoning_parts: list[str] = []
         self._content_parts: list[str] = []
         self.num_reasoning_tokens = 0
@@ -119,6 +129,8 @@ class ChoiceAssembler:
             self.num_cached_tokens, self.seed = output.num_cached_tokens, output.seed
         if output.moved_to:
             self.moves.append((len(self.tokens), adapters_label(output.moved_to)))
+        for position, logprob in enumerate(output.prompt_logprobs):
+            self.prompt_logprobs.append(PromptLogprob(logprob, _top(output.top_prompt_logprobs, position)))
         for position, token_id in enumerate(output.token_ids):
             self._take(_token(output, position, token_id), delta)
             if self.is_finished:
@@ -184,8 +196,11 @@ class ChoiceAssembler:
 
 
 def _token(output: engine_pb2.SequenceOutput, position: int, token_id: int) -> TokenLogprob:
-    top: tuple[tuple[int, float], ...] = ()
-    if position < len(output.top_logprobs):
-        entry = output.top_logprobs[position]
-        top = tuple(zip(entry.token_ids, entry.logprobs, strict=True))
+    top = _top(output.top_logprobs, position)
     return TokenLogprob(token_id, output.logprobs[position], output.sampled_logprobs[position], top)
+
+
+def _top(entries: Sequence[engine_pb2.TopLogprobs], position: int) -> tuple[tuple[int, float], ...]:
+    if position >= len(entries):
+        return ()
+    return tuple(zip(entries[position].token_ids, entries[position].logprobs, strict=True))

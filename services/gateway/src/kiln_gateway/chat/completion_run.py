@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from kiln_common.errors import EngineUnavailable
 from kiln_common.pb import engine_pb2
+from kiln_common.text.tool_calls import ToolEvent
 from kiln_gateway.chat.choice import ChoiceAssembler, ChoiceDelta
 from kiln_gateway.chat.sampling import record_of
 from kiln_gateway.engine_pool import EnginePool
@@ -82,6 +83,15 @@ class CompletionRun:
             async for item in deltas:
                 yield item
 
+    async def collect(
+        self, engines: EnginePool, rollouts: RolloutStore, metrics: GatewayMetrics
+    ) -> dict[int, list[ToolEvent]]:
+        """Run every choice to its end; returns the events of each by its index."""
+        events: dict[int, list[ToolEvent]] = {choice.index: [] for choice in self.choices}
+        async for choice, delta in self.deltas(engines, rollouts, metrics):
+            events[choice.index] += delta.events
+        return events
+
     def usage(self) -> Usage:
         """Counts so far."""
         num_per_prompt = len(self.choices) // self.num_prompts
@@ -114,14 +124,15 @@ class CompletionRun:
                     if is_first and assembler.tokens:
                         metrics.first_token_seconds.observe(time.monotonic() - started_at)
                     if delta.finish_reason is None:
-                        yield choice, delta
+                        if delta.tokens:  # there are none while a prompt is read out
+                            yield choice, delta
                         continue
                     break
                 else:
                     raise EngineUnavailable("the engine ended the sequence without a reason")
             metrics.prompt_tokens.inc(len(choice.request.prompt_token_ids))
             metrics.completion_tokens.inc(len(assembler.tokens))
-            if self.keeps_rollouts:
+            if self.keeps_rollouts and assembler.tokens:
                 is_kept = await rollouts.save(self._rollout(choice))
                 metrics.rollouts.labels("kept" if is_kept else "lost").inc()
         yield choice, delta

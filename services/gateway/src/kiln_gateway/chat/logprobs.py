@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 from kiln_common.text.tokenizer import TextTokenizer
-from kiln_gateway.chat.choice import TokenLogprob
+from kiln_gateway.chat.choice import PromptLogprob, TokenLogprob
 
 
 def chat_logprobs(tokenizer: TextTokenizer, tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
@@ -30,17 +31,49 @@ def text_logprobs(
     tokenizer: TextTokenizer, tokens: Sequence[TokenLogprob], first_offset: int
 ) -> dict[str, Any]:
     """The `logprobs` of a text completion; offsets count characters of the tokens' own texts."""
-    texts = [tokenizer.bytes_of(token.token_id).decode("utf-8", errors="replace") for token in tokens]
-    offsets, offset = [], first_offset
-    for text in texts:
-        offsets.append(offset)
-        offset += len(text)
     return {
-        "tokens": texts,
+        **_places(tokenizer, [token.token_id for token in tokens], first_offset),
         "token_logprobs": [token.logprob for token in tokens],
-        "top_logprobs": [
-            {tokenizer.bytes_of(i).decode("utf-8", errors="replace"): logprob for i, logprob in token.top}
-            for token in tokens
-        ],
-        "text_offset": offsets,
+        "top_logprobs": [_by_text(tokenizer, token.top) for token in tokens],
     }
+
+
+def echoed_logprobs(
+    tokenizer: TextTokenizer, token_ids: Sequence[int], logprobs: Sequence[PromptLogprob], num_top: int
+) -> dict[str, Any]:
+    """The same of an echoed prompt: nothing is known of its first token."""
+    return {
+        **_places(tokenizer, token_ids, 0),
+        "token_logprobs": [None, *(entry.logprob for entry in logprobs)],
+        "top_logprobs": [None, *(_by_text(tokenizer, entry.top[:num_top]) for entry in logprobs)],
+    }
+
+
+def prompt_logprobs(
+    tokenizer: TextTokenizer, token_ids: Sequence[int], logprobs: Sequence[PromptLogprob], num_top: int
+) -> list[Any]:
+    """For each prompt token but the first, which gets null, it and its alternatives by token id."""
+    entries: list[Any] = [None]
+    for token_id, entry in zip(token_ids[1:], logprobs, strict=True):
+        known = {token_id: entry.logprob, **dict(entry.top[:num_top])}
+        entries.append(
+            {
+                str(i): {"logprob": logprob, "decoded_token": _text(tokenizer, i)}
+                for i, logprob in known.items()
+            }
+        )
+    return entries
+
+
+def _places(tokenizer: TextTokenizer, token_ids: Sequence[int], first_offset: int) -> dict[str, Any]:
+    texts = [_text(tokenizer, token_id) for token_id in token_ids]
+    offsets = list(accumulate(map(len, texts), initial=first_offset))
+    return {"tokens": texts, "text_offset": offsets[:-1]}
+
+
+def _by_text(tokenizer: TextTokenizer, top: Sequence[tuple[int, float]]) -> dict[str, float]:
+    return {_text(tokenizer, token_id): logprob for token_id, logprob in top}
+
+
+def _text(tokenizer: TextTokenizer, token_id: int) -> str:
+    return tokenizer.bytes_of(token_id).decode("utf-8", errors="replace")

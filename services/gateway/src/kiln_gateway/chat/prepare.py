@@ -13,11 +13,13 @@ from kiln_gateway.chat.choice import ChoiceAssembler, TextRules
 from kiln_gateway.chat.completion_run import Choice, CompletionRun
 from kiln_gateway.chat.prompt import Prompt, check_token_ids
 from kiln_gateway.chat.sampling import sampling_params, seed_of_choice
+from kiln_gateway.errors import UnsupportedField
 from kiln_gateway.gateway import Gateway
 from kiln_gateway.model_resolver import Target, WantedAdapter
 from kiln_gateway.rollouts import match_key
 from kiln_gateway.schemas.chat import ChatCompletionBody, ChatMessage, Tool
 from kiln_gateway.schemas.completions import TextCompletionBody
+from kiln_gateway.schemas.embeddings import EmbeddingsBody
 from kiln_gateway.schemas.sampling import CompletionFields
 
 
@@ -82,11 +84,15 @@ async def prepare_text(gateway: Gateway, body: TextCompletionBody, caller: Calle
         target=target,
         max_tokens=body.max_tokens,
         num_top_logprobs=body.num_top_logprobs,
+        num_prompt_logprobs=body.num_prompt_logprobs,
         key_of=None,
     )
 
 
-async def resolve_target(gateway: Gateway, body: CompletionFields) -> Target:
+async def resolve_target(gateway: Gateway, body: CompletionFields | EmbeddingsBody) -> Target:
+    """The weights that answer. Raises as ModelResolver.resolve does, and UnsupportedField."""
+    if body.adapters is not None and body.is_adapter_given:
+        raise UnsupportedField("adapters", "Send `adapter` or `adapters`, not both.")
     adapters = None
     if body.adapters is not None:
         adapters = [WantedAdapter(wanted.name, wanted.scale) for wanted in body.adapters]
@@ -125,6 +131,7 @@ async def _run(
     target: Target,
     max_tokens: int | None,
     num_top_logprobs: int,
+    num_prompt_logprobs: int | None = None,
     key_of: Callable[[str], str] | None,
 ) -> CompletionRun:
     num_choices = len(prompts) * body.num_choices
@@ -161,6 +168,7 @@ async def _run(
                 cache_salt=caller.owner + (body.cache_salt or ""),
                 priority=body.priority or 0,
                 timeout_s=gateway.settings.request_timeout_s,
+                num_prompt_logprobs=num_prompt_logprobs,
             )
             if (seed := seed_of_choice(body.seed, index)) is not None:
                 request.sampling.seed = seed

@@ -1,8 +1,8 @@
-"""OpenAI's answer objects for chat and text completions, whole and in chunks."""
+"""OpenAI's answer objects for chat, whole and in chunks, and what text completions share with them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -10,7 +10,7 @@ from kiln_common.text.tokenizer import TextTokenizer
 from kiln_common.text.tool_calls import ContentText, ToolArguments, ToolCallStarted, ToolEvent
 from kiln_gateway.chat.choice import ChoiceDelta, TokenLogprob
 from kiln_gateway.chat.completion_run import Choice, CompletionRun
-from kiln_gateway.chat.logprobs import chat_logprobs, text_logprobs
+from kiln_gateway.chat.logprobs import chat_logprobs
 
 
 def version_spans(run: CompletionRun, choices: Sequence[Choice]) -> list[dict[str, Any]]:
@@ -31,7 +31,8 @@ def usage_object(run: CompletionRun) -> dict[str, Any]:
     }
 
 
-def _envelope(run: CompletionRun, kind: str) -> dict[str, Any]:
+def envelope(run: CompletionRun, kind: str) -> dict[str, Any]:
+    """What every object about a run begins with."""
     return {
         "id": run.completion_id,
         "object": kind,
@@ -61,7 +62,7 @@ class ChatAnswer:
 
     def whole(self, events: dict[int, list[ToolEvent]]) -> dict[str, Any]:
         """The answer of a request without `stream`; `events` are those of each choice by index."""
-        body = _envelope(self._run, "chat.completion")
+        body = envelope(self._run, "chat.completion")
         body["choices"] = [self._whole_choice(choice, events[choice.index]) for choice in self._run.choices]
         body["usage"] = usage_object(self._run)
         if self._run.follows_latest:
@@ -124,13 +125,13 @@ class ChatAnswer:
 
     def usage_chunk(self) -> dict[str, Any]:
         return {
-            **_envelope(self._run, "chat.completion.chunk"),
+            **envelope(self._run, "chat.completion.chunk"),
             "choices": [],
             "usage": usage_object(self._run),
         }
 
     def _chunk(self, choice: Choice, delta: dict[str, Any]) -> dict[str, Any]:
-        body = _envelope(self._run, "chat.completion.chunk")
+        body = envelope(self._run, "chat.completion.chunk")
         body["choices"] = [{"index": choice.index, "delta": delta, "logprobs": None, "finish_reason": None}]
         if self._includes_usage:
             body["usage"] = None
@@ -163,83 +164,3 @@ def _whole_tool_calls(events: Sequence[ToolEvent]) -> list[dict[str, Any]]:
         elif isinstance(event, ToolArguments):
             calls[event.index]["function"]["arguments"] += event.fragment
     return calls
-
-
-class TextAnswer:
-    """Builds the objects of one text completion. `echoed` gives the text before a choice's own."""
-
-    def __init__(
-        self,
-        run: CompletionRun,
-        tokenizer: TextTokenizer,
-        *,
-        has_logprobs: bool,
-        has_token_ids: bool,
-        echoed: Callable[[Choice], str],
-        includes_usage: bool = False,
-    ) -> None:
-        self._run = run
-        self._tokenizer = tokenizer
-        self._has_logprobs = has_logprobs
-        self._has_token_ids = has_token_ids
-        self._echoed = echoed
-        self._includes_usage = includes_usage
-        self._num_sent: dict[int, int] = {}  # characters of tokens already sent, by choice
-
-    def whole(self) -> dict[str, Any]:
-        body = _envelope(self._run, "text_completion")
-        body["choices"] = [self._whole_choice(choice) for choice in self._run.choices]
-        body["usage"] = usage_object(self._run)
-        if self._run.follows_latest:
-            body["kiln"]["version_spans"] = version_spans(self._run, self._run.choices)
-        return body
-
-    def _whole_choice(self, choice: Choice) -> dict[str, Any]:
-        assembler = choice.assembler
-        body = self._choice(choice, self._echoed(choice) + assembler.content, assembler.tokens)
-        body["finish_reason"] = assembler.finish_reason
-        if self._has_token_ids:
-            body["prompt_token_ids"] = list(choice.request.prompt_token_ids)
-        return body
-
-    def opening_chunk(self, choice: Choice) -> dict[str, Any] | None:
-        """A choice's first chunk: the prompt, where it is echoed or its ids were asked for."""
-        echoed = self._echoed(choice)
-        if not echoed and not self._has_token_ids:
-            return None
-        chunk = self._chunk(self._choice(choice, echoed, []))
-        if self._has_token_ids:
-            chunk["choices"][0]["prompt_token_ids"] = list(choice.request.prompt_token_ids)
-        return chunk
-
-    def chunks(self, choice: Choice, delta: ChoiceDelta) -> list[dict[str, Any]]:
-        shows_tokens = (self._has_logprobs or self._has_token_ids) and delta.tokens
-        if not delta.content and not shows_tokens and delta.finish_reason is None:
-            return []
-        body = self._choice(choice, delta.content, delta.tokens)
-        body["finish_reason"] = delta.finish_reason
-        chunk = self._chunk(body)
-        if delta.finish_reason is not None and self._run.follows_latest:
-            chunk["kiln"]["version_spans"] = version_spans(self._run, [choice])
-        return [chunk]
-
-    def usage_chunk(self) -> dict[str, Any]:
-        return {**_envelope(self._run, "text_completion"), "choices": [], "usage": usage_object(self._run)}
-
-    def _choice(self, choice: Choice, text: str, tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
-        body: dict[str, Any] = {"index": choice.index, "text": text, "logprobs": None, "finish_reason": None}
-        if self._has_logprobs:
-            offset = self._num_sent.get(choice.index, len(self._echoed(choice)))
-            logprobs = text_logprobs(self._tokenizer, tokens, offset)
-            self._num_sent[choice.index] = offset + sum(map(len, logprobs["tokens"]))
-            body["logprobs"] = logprobs
-        if self._has_token_ids:
-            body["token_ids"] = [token.token_id for token in tokens]
-        return body
-
-    def _chunk(self, choice_body: dict[str, Any]) -> dict[str, Any]:
-        body = _envelope(self._run, "text_completion")
-        body["choices"] = [choice_body]
-        if self._includes_usage:
-            body["usage"] = None
-        return body

@@ -41,7 +41,7 @@ def sampling_params(
     is_turn_end_new = turn_end_id is not None and turn_end_id not in base_model.eos_token_ids
     if is_turn_end_new and not fields.ignore_eos and turn_end_id not in stop_token_ids:
         stop_token_ids.append(turn_end_id)  # type: ignore[arg-type]
-    limit = min(max_tokens or room, room)
+    limit = room if max_tokens is None else min(max_tokens, room)
     return engine_pb2.SamplingParams(
         max_tokens=limit,
         min_tokens=min(fields.min_tokens or 0, limit),

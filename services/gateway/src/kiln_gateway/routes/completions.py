@@ -7,12 +7,12 @@ from collections.abc import AsyncGenerator
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 
-from kiln_common.text.tool_calls import ToolEvent
 from kiln_gateway import sse
 from kiln_gateway.auth import Caller, require
-from kiln_gateway.chat.completion_run import Choice, CompletionRun
+from kiln_gateway.chat.completion_run import CompletionRun
 from kiln_gateway.chat.prepare import prepare_chat, prepare_text
-from kiln_gateway.chat.responses import ChatAnswer, TextAnswer
+from kiln_gateway.chat.responses import ChatAnswer
+from kiln_gateway.chat.text_answer import TextAnswer
 from kiln_gateway.gateway import Gateway, gateway_of
 from kiln_gateway.json_response import json_response
 from kiln_gateway.schemas.chat import ChatCompletionBody
@@ -39,7 +39,9 @@ async def chat_completions(request: Request, caller: Caller = _INFER) -> Respons
     headers = {"X-Kiln-Adapter": run.target.label}
     if body.stream:
         return await sse.stream(request, _events(gateway, run, answer, body), headers=headers)
-    events = await sse.until_disconnect(request, _collect(gateway, run))
+    events = await sse.until_disconnect(
+        request, run.collect(gateway.engines, gateway.rollouts, gateway.metrics)
+    )
     return json_response(answer.whole(events), headers=headers)
 
 
@@ -49,35 +51,16 @@ async def text_completions(request: Request, caller: Caller = _INFER) -> Respons
     gateway = gateway_of(request)
     body = await gateway.parse(request, TextCompletionBody)
     run = await prepare_text(gateway, body, caller)
-
-    def echoed(choice: Choice) -> str:
-        return gateway.tokenizer.decode(list(choice.request.prompt_token_ids)) if body.echo else ""
-
-    answer = TextAnswer(
-        run,
-        gateway.tokenizer,
-        has_logprobs=body.logprobs is not None,
-        has_token_ids=bool(body.return_token_ids),
-        echoed=echoed,
-        includes_usage=_includes_usage(body),
-    )
+    answer = TextAnswer(run, gateway.tokenizer, body, includes_usage=_includes_usage(body))
     headers = {"X-Kiln-Adapter": run.target.label}
     if body.stream:
         return await sse.stream(request, _events(gateway, run, answer, body), headers=headers)
-    await sse.until_disconnect(request, _collect(gateway, run))
+    await sse.until_disconnect(request, run.collect(gateway.engines, gateway.rollouts, gateway.metrics))
     return json_response(answer.whole(), headers=headers)
 
 
 def _includes_usage(body: CompletionFields) -> bool:
     return body.stream_options is not None and bool(body.stream_options.include_usage)
-
-
-async def _collect(gateway: Gateway, run: CompletionRun) -> dict[int, list[ToolEvent]]:
-    """Run every choice to its end; returns the events of each by its index."""
-    events: dict[int, list[ToolEvent]] = {choice.index: [] for choice in run.choices}
-    async for choice, delta in run.deltas(gateway.engines, gateway.rollouts, gateway.metrics):
-        events[choice.index] += delta.events
-    return events
 
 
 async def _events(

@@ -120,8 +120,9 @@ class ResponseFormat(Body):
     json_schema: dict[str, Any] | None = None
 
 
-class ChatCompletionBody(CompletionFields):
-    messages: Messages
+class ChatFields(CompletionFields):
+    """Everything about a chat completion except its messages."""
+
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
@@ -173,10 +174,14 @@ class ChatCompletionBody(CompletionFields):
                 )
 
     @model_validator(mode="after")
-    def _is_consistent(self) -> ChatCompletionBody:
+    def _is_consistent(self) -> ChatFields:
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs: true")
         both = self.max_tokens is not None and self.max_completion_tokens is not None
         if both and self.max_tokens != self.max_completion_tokens:
             raise ValueError("max_tokens and max_completion_tokens differ")
         return self
+
+
+class ChatCompletionBody(ChatFields):
+    messages: Messages

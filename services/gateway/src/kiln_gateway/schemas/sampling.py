@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from kiln_gateway.errors import FieldNotBuiltYet, UnsupportedField
+from kiln_gateway.errors import FieldNotBuiltYet
 from kiln_gateway.schemas.base import Body, Reference, StopStrings, TokenIds
 
 MAX_TOP_LOGPROBS = 20
@@ -97,8 +97,6 @@ class CompletionFields(Body):
             raise FieldNotBuiltYet("structured_outputs")
         if self.adapter_policy == "latest" and any("@" in reference for reference in self._references):
             raise UnsupportedField("adapter_policy", 'Name the adapter without a version, or send "pin".')
-        if self.adapters is not None and self.is_adapter_given:
-            raise UnsupportedField("adapters", "Send `adapter` or `adapters`, not both.")
 
     @model_validator(mode="after")
     def _has_stream_for_its_options(self) -> CompletionFields:
