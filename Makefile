@@ -58,6 +58,7 @@ protos: setup-dev ## Regenerate the protobuf code
 .PHONY: docs
 docs: setup-dev ## Regenerate the pages of docs/ that come from code
 	.venv/bin/python scripts/generate_docs.py
+	KILN_WRITE_DOCS=1 .venv/bin/python -m pytest -q tests/conformance/test_openai_fields.py
 
 .PHONY: lock
 lock: setup-dev ## Pin the newest versions that fit together
@@ -65,4 +66,4 @@ lock: setup-dev ## Pin the newest versions that fit together
 
 .PHONY: clean
 clean: ## Remove what the targets above made
-	rm -rf .venv .venv-protos .venv-torch-free .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-protos .venv-torch-free .venv-clients .pytest_cache .mypy_cache .ruff_cache .hypothesis

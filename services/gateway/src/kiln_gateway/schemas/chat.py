@@ -139,6 +139,7 @@ class ChatFields(CompletionFields):
     prediction: dict[str, Any] | None = None
     web_search_options: dict[str, Any] | None = None
     verbosity: str | None = None
+    moderation: Any = None
     functions: list[Any] | None = None
     function_call: str | dict[str, Any] | None = None
 
@@ -153,7 +154,7 @@ class ChatFields(CompletionFields):
 
     def refuse_unsupported(self) -> None:
         super().refuse_unsupported()
-        for name in ("audio", "prediction", "web_search_options", "verbosity"):
+        for name in ("audio", "prediction", "web_search_options", "verbosity", "moderation"):
             if getattr(self, name) is not None:
                 raise UnsupportedField(name)
         for name, instead in (("functions", "tools"), ("function_call", "tool_choice")):

@@ -9,7 +9,7 @@ from pydantic_core import PydanticCustomError
 
 from kiln_gateway.errors import UnsupportedField
 from kiln_gateway.schemas.base import Body, Reference
-from kiln_gateway.schemas.sampling import ComposedAdapter, StreamOptions
+from kiln_gateway.schemas.sampling import ComposedAdapter
 
 _NO_EFFECT = "accepted without effect"
 _TEXT_PARTS = ("input_text", "output_text", "text")
@@ -141,6 +141,10 @@ class Reasoning(Body):
     generate_summary: str | None = Field(None, description=_NO_EFFECT)
 
 
+class ResponseStreamOptions(Body):
+    include_obfuscation: bool | None = None
+
+
 # Documented by OpenAI and refused by name, each with what to do instead.
 _REFUSED = {
     "background": "Stream the response, or wait for it.",
@@ -159,7 +163,7 @@ class ResponsesBody(Body):
     instructions: str | None = None
     previous_response_id: str | None = None
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
+    stream_options: ResponseStreamOptions | None = Field(None, description=_NO_EFFECT)
     store: bool | None = Field(None, description="false keeps neither the response nor a rollout")
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None

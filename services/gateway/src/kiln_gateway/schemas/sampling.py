@@ -71,6 +71,7 @@ class CompletionFields(Body):
     safety_identifier: str | None = Field(None, description="accepted without effect")
     prompt_cache_key: str | None = Field(None, description="accepted without effect")
     prompt_cache_retention: str | None = Field(None, description="accepted without effect")
+    prompt_cache_options: dict[str, Any] | None = Field(None, description="accepted without effect")
 
     @property
     def num_choices(self) -> int:
