@@ -9,3 +9,6 @@ lock() {
 }
 lock libs/*/pyproject.toml services/*/pyproject.toml cli/pyproject.toml --output-file requirements/runtime.txt
 lock requirements/dev.in --output-file requirements/dev.txt
+for client in requirements/clients/*.in; do
+  lock "$client" --output-file "${client%.in}.txt"
+done

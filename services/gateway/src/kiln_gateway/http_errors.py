@@ -50,6 +50,8 @@ def error_response(
     elif status < 500 or status == 501:
         # OpenAI's clients would try a 409 or 501 again by themselves; this tells them not to.
         headers["x-should-retry"] = "false"
+    if path.startswith(_MESSAGES):
+        headers["request-id"] = request_id  # where Anthropic's clients look for it
     if status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     return JSONResponse(body_for(path)(error, request_id), status_code=status, headers=headers)
