@@ -110,8 +110,12 @@ class PromptTooLong(InvalidRequest):
     code = "prompt_too_long"
     hint = "Shorten the messages or lower max_tokens."
 
-    def __init__(self, num_tokens: int, limit: int) -> None:
-        super().__init__(f"the prompt has {num_tokens} tokens, the limit is {limit}")
+    def __init__(
+        self, num_tokens: int, limit: int, *, is_counted: bool = True, param: str | None = None
+    ) -> None:
+        """`is_counted` is False where nobody counted beyond `num_tokens`."""
+        count = str(num_tokens) if is_counted else f"more than {num_tokens}"
+        super().__init__(f"the prompt has {count} tokens, the limit is {limit}", param=param)
 
 
 class InvalidTokenIds(InvalidRequest):

@@ -9,10 +9,10 @@ import struct
 from collections.abc import Sequence
 from typing import Any
 
-from kiln_common.errors import EngineUnavailable, InvalidValue, PromptTooLong
+from kiln_common.errors import EngineUnavailable, InvalidValue
 from kiln_common.ids import new_id
-from kiln_common.pb import common_pb2, engine_pb2
-from kiln_gateway.chat.prompt import check_token_ids
+from kiln_common.pb import engine_pb2
+from kiln_gateway.chat.prepare import prompt_tokens
 from kiln_gateway.gateway import Gateway
 from kiln_gateway.model_resolver import Target
 from kiln_gateway.schemas.embeddings import EmbeddingsBody
@@ -26,32 +26,19 @@ async def embedding_requests(
     gateway: Gateway, body: EmbeddingsBody, target: Target
 ) -> list[engine_pb2.GenerateRequest]:
     """An engine request for each input. Raises PromptTooLong, InvalidTokenIds, InvalidText."""
-    base_model = await gateway.engines.base_model()
     embedding_id = new_id("embd")
-    requests = []
-    for index, text in enumerate(body.input):
-        token_ids = await gateway.prompts.encode(text) if isinstance(text, str) else text
-        _check(token_ids, base_model)
-        requests.append(
-            engine_pb2.GenerateRequest(
-                request_id=f"{embedding_id}-{index}",
-                prompt_token_ids=token_ids,
-                sampling=_NO_SAMPLING,
-                adapters=target.adapters,
-                priority=body.priority or 0,
-                timeout_s=gateway.settings.request_timeout_s,
-                wants_embedding=True,
-            )
+    return [
+        engine_pb2.GenerateRequest(
+            request_id=f"{embedding_id}-{index}",
+            prompt_token_ids=token_ids,
+            sampling=_NO_SAMPLING,
+            adapters=target.adapters,
+            priority=body.priority or 0,
+            timeout_s=gateway.settings.request_timeout_s,
+            wants_embedding=True,
         )
-    return requests
-
-
-def _check(token_ids: Sequence[int], base_model: common_pb2.BaseModel) -> None:
-    check_token_ids(token_ids, base_model.vocab_size, "input")
-    if len(token_ids) >= base_model.max_model_len:
-        error = PromptTooLong(len(token_ids), base_model.max_model_len - 1)
-        error.param = "input"
-        raise error
+        for index, token_ids in enumerate(await prompt_tokens(gateway, body.input, "input"))
+    ]
 
 
 async def embed(gateway: Gateway, requests: Sequence[engine_pb2.GenerateRequest]) -> list[list[float]]:

@@ -6,6 +6,7 @@ import asyncio
 import difflib
 import json
 import re
+import reprlib
 from typing import Any, TypeVar, get_args
 
 from fastapi import Request
@@ -197,7 +198,8 @@ def _path(location: tuple[int | str, ...]) -> str:
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
+    # The whole of a large value is not worth writing.
+    text = reprlib.repr(value) if isinstance(value, list | dict) else repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 

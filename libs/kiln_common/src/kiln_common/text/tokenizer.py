@@ -15,6 +15,10 @@ _READABLE_SPECIAL = frozenset(
 )
 
 
+_SLICE_CHARACTERS = 2**17
+_SLICE_MARGIN = 1024
+
+
 class TokenizerUnusable(KilnError):
     code = "tokenizer_unusable"
     kind = ErrorKind.INTERNAL
@@ -48,6 +52,8 @@ class TextTokenizer:
             for token_id, token in tokenizer.get_added_tokens_decoder().items()
         }
         self._bytes_by_id: dict[int, bytes] = {}
+        # In bytes: byte-level vocabularies write each as a character. A text has at least as many bytes.
+        self._longest_token = max(map(len, tokenizer.get_vocab(with_added_tokens=True)))
         self.num_tokens: int = tokenizer.get_vocab_size(with_added_tokens=True)
         """How many ids there are; the model's vocabulary may be padded beyond it."""
 
@@ -78,6 +84,23 @@ class TextTokenizer:
             raise InvalidText(f"character {error.start} of the text is an unpaired surrogate") from None
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
         return EncodedText(encoding.ids, encoding.offsets)
+
+    def has_far_more_tokens(self, text: str, limit: int) -> bool:
+        """Whether `text` has more than `limit` tokens by a wide margin, found out without all of them.
+
+        A long text takes seconds and hundreds of bytes a character. It is read in slices until that
+        is clear; a slice cuts words, which adds some tokens, hence the margin.
+        """
+        if len(text) <= limit:
+            return False
+        if len(text) > limit * self._longest_token:
+            return True
+        num_tokens = 0
+        for start in range(0, len(text), _SLICE_CHARACTERS):
+            num_tokens += len(self.encode(text[start : start + _SLICE_CHARACTERS]))
+            if num_tokens > 1.1 * limit + _SLICE_MARGIN:
+                return True
+        return False
 
     def decode(self, token_ids: list[int]) -> str:
         """The text of `token_ids`, special tokens written out, invalid UTF-8 replaced."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from kiln_common.errors import InvalidValue
+from kiln_common.errors import InvalidValue, PromptTooLong
 from kiln_common.ids import new_id
 from kiln_common.pb import engine_pb2
 from kiln_gateway.auth import Caller
@@ -55,12 +55,14 @@ async def prepare_chat(
 
 async def chat_prompt(gateway: Gateway, body: ChatCompletionBody) -> Prompt:
     """The conversation as the model reads it. Raises TemplateRefused, InvalidText, InvalidValue."""
+    base_model = await gateway.engines.base_model()
     return await gateway.prompts.chat(
         [message.to_template() for message in body.messages],
         tools=[tool.to_template() for tool in body.active_tools] or None,
         variables=gateway.prompts.variables(
             body.chat_template_kwargs, reasoning_effort=body.reasoning_effort
         ),
+        most_tokens=base_model.max_model_len - 1,
     )
 
 
@@ -68,12 +70,7 @@ async def prepare_text(gateway: Gateway, body: TextCompletionBody, caller: Calle
     """The same for a text completion: no template, no reasoning, no tools."""
     body.refuse_unsupported()
     target = await resolve_target(gateway, body)
-    base_model = await gateway.engines.base_model()
-    prompts = []
-    for prompt in body.prompt:
-        token_ids = await gateway.prompts.encode(prompt) if isinstance(prompt, str) else prompt
-        check_token_ids(token_ids, base_model.vocab_size, "prompt")
-        prompts.append(Prompt(token_ids))
+    prompts = [Prompt(token_ids) for token_ids in await prompt_tokens(gateway, body.prompt, "prompt")]
     return await _run(
         gateway,
         body,
@@ -87,6 +84,24 @@ async def prepare_text(gateway: Gateway, body: TextCompletionBody, caller: Calle
         num_prompt_logprobs=body.num_prompt_logprobs,
         key_of=None,
     )
+
+
+async def prompt_tokens(gateway: Gateway, prompts: Sequence[str | list[int]], param: str) -> list[list[int]]:
+    """The token ids of each prompt, which is text or ids already.
+
+    Raises:
+        PromptTooLong: one leaves no room for a token. InvalidTokenIds, InvalidText
+    """
+    base_model = await gateway.engines.base_model()
+    most = base_model.max_model_len - 1
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    of_texts = iter(await gateway.prompts.encode(texts, most, param))
+    all_ids = [next(of_texts) if isinstance(prompt, str) else prompt for prompt in prompts]
+    for token_ids in all_ids:
+        if len(token_ids) > most:
+            raise PromptTooLong(len(token_ids), most, param=param)
+        check_token_ids(token_ids, base_model.vocab_size, param)
+    return all_ids
 
 
 async def resolve_target(gateway: Gateway, body: CompletionFields | EmbeddingsBody) -> Target:

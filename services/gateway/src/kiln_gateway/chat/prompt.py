@@ -6,15 +6,17 @@ import asyncio
 import bisect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from kiln_common.errors import InvalidTokenIds, InvalidValue
+from kiln_common.errors import InvalidTokenIds, InvalidValue, PromptTooLong
 from kiln_common.text.chat_template import ChatTemplate, TemplateRefused
 from kiln_common.text.reasoning import opens_reasoning
 from kiln_common.text.tokenizer import EncodedText, TextTokenizer
 from kiln_gateway.chat.shared_prefix import TURN_MARK, SharedPrefixes, num_common_characters
 
 _THREAD_FROM_CHARACTERS = 8_192
+_THREAD_FROM_MESSAGES = 64
 _RESERVED_VARIABLES = frozenset({"messages", "tools", "add_generation_prompt"})
 # The next turn of every conversation, as far as its shape matters for what stays the same.
 _NEXT_TURN = [{"role": "assistant", "content": "x"}, {"role": "user", "content": "x"}]
@@ -74,17 +76,32 @@ class PromptRenderer:
         *,
         tools: Sequence[dict[str, Any]] | None,
         variables: Mapping[str, Any],
+        most_tokens: int,
     ) -> Prompt:
-        """The prompt of a chat request. Raises TemplateRefused, InvalidText."""
-        num_characters = sum(len(str(message.get("content"))) for message in messages)
-        if num_characters < _THREAD_FROM_CHARACTERS:
-            return self.render_chat(messages, tools=tools, variables=variables)
-        return await asyncio.to_thread(self.render_chat, messages, tools=tools, variables=variables)
+        """The prompt of a chat request. Raises TemplateRefused, InvalidText.
 
-    async def encode(self, text: str) -> list[int]:
-        if len(text) < _THREAD_FROM_CHARACTERS:
-            return self.tokenizer.encode(text)
-        return await asyncio.to_thread(self.tokenizer.encode, text)
+        PromptTooLong where it has far more than `most_tokens`; closer to it the caller has to look.
+        """
+        num_characters = sum(len(str(message.get("content"))) for message in messages)
+        render = partial(
+            self.render_chat, messages, tools=tools, variables=variables, most_tokens=most_tokens
+        )
+        is_short = num_characters < _THREAD_FROM_CHARACTERS and len(messages) < _THREAD_FROM_MESSAGES
+        return render() if is_short else await asyncio.to_thread(render)
+
+    async def encode(self, texts: Sequence[str], most_tokens: int, param: str) -> list[list[int]]:
+        """The tokens of each text. Raises InvalidText, and PromptTooLong as `chat` does."""
+
+        def encode_all() -> list[list[int]]:
+            return [self._encode(text, most_tokens, param).token_ids for text in texts]
+
+        is_short = sum(map(len, texts)) < _THREAD_FROM_CHARACTERS
+        return encode_all() if is_short else await asyncio.to_thread(encode_all)
+
+    def _encode(self, text: str, most_tokens: int | None, param: str) -> EncodedText:
+        if most_tokens is not None and self.tokenizer.has_far_more_tokens(text, most_tokens):
+            raise PromptTooLong(most_tokens, most_tokens, is_counted=False, param=param)
+        return self.tokenizer.encode_with_offsets(text)
 
     def render_text(
         self,
@@ -107,10 +124,11 @@ class PromptRenderer:
         *,
         tools: Sequence[dict[str, Any]] | None,
         variables: Mapping[str, Any],
+        most_tokens: int | None = None,
     ) -> Prompt:
-        """The prompt of a chat request, computed here and now."""
+        """`chat`, computed here and now."""
         text = self.render_text(messages, tools=tools, add_generation_prompt=True, variables=variables)
-        encoded = self.tokenizer.encode_with_offsets(text)
+        encoded = self._encode(text, most_tokens, "messages")
         num_stable_characters = self._num_stable_characters(text, messages, tools, variables)
         num_shared_characters = self._num_shared_characters(text, messages, tools, variables)
         return Prompt(

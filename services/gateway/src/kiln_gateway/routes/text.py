@@ -11,7 +11,7 @@ from kiln_common.errors import InvalidTokenIds
 from kiln_gateway.auth import require
 from kiln_gateway.gateway import gateway_of
 from kiln_gateway.json_response import json_response
-from kiln_gateway.schemas.text import DetokenizeBody, TokenizeBody
+from kiln_gateway.schemas.text import MOST_TOKENS, DetokenizeBody, TokenizeBody
 
 router = APIRouter(dependencies=[Depends(require("infer"))])
 
@@ -22,7 +22,7 @@ async def tokenize(request: Request) -> Response:
     gateway = gateway_of(request)
     body = await gateway.parse(request, TokenizeBody)
     if body.text is not None:
-        token_ids = await gateway.prompts.encode(body.text)
+        (token_ids,) = await gateway.prompts.encode([body.text], MOST_TOKENS, "text")
     else:
         text = await asyncio.to_thread(
             gateway.prompts.render_text,
@@ -31,7 +31,7 @@ async def tokenize(request: Request) -> Response:
             add_generation_prompt=body.add_generation_prompt,
             variables=gateway.prompts.variables(body.chat_template_kwargs),
         )
-        token_ids = await gateway.prompts.encode(text)
+        (token_ids,) = await gateway.prompts.encode([text], MOST_TOKENS, "messages")
     return json_response({"tokens": token_ids, "count": len(token_ids)})
 
 

@@ -39,7 +39,9 @@ class BatchBody(ChatFields):
     """`prompts` are conversations, or objects with `messages` and an adapter of their own."""
 
     prompts: Annotated[
-        list[Annotated[BatchPrompt, BeforeValidator(_to_prompt)]], BeforeValidator(_refuse_empty)
+        list[Annotated[BatchPrompt, BeforeValidator(_to_prompt)]],
+        Field(max_length=4096),
+        BeforeValidator(_refuse_empty),
     ]
 
     def chat_body(self, index: int) -> ChatCompletionBody:

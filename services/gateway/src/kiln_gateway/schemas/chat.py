@@ -97,7 +97,7 @@ def _refuse_empty(value: Any) -> Any:
     return value
 
 
-Messages = Annotated[list[ChatMessage], BeforeValidator(_refuse_empty)]
+Messages = Annotated[list[ChatMessage], Field(max_length=16_384), BeforeValidator(_refuse_empty)]
 
 
 class FunctionDefinition(Body):

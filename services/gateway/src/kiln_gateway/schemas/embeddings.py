@@ -14,7 +14,7 @@ MAX_INPUTS = 2048
 
 
 class EmbeddingsBody(Body):
-    input: Annotated[list[str | list[int]], prompt_list("input"), Field(max_length=MAX_INPUTS)]
+    input: Annotated[list[str | list[int]], Field(max_length=MAX_INPUTS), prompt_list("input")]
     model: Reference | None = Field(None, description="base model id, adapter name or name@version")
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Annotated[int, Field(ge=1)] | None = Field(

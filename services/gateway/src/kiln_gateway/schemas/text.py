@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -10,9 +10,12 @@ from pydantic_core import PydanticCustomError
 from kiln_gateway.schemas.base import Body, TokenIds
 from kiln_gateway.schemas.chat import Messages, Tool
 
+# Of one request; more is refused rather than read for seconds.
+MOST_TOKENS = 2**20
+
 
 class TokenizeBody(Body):
-    text: str | None = None
+    text: str | None = Field(None, description="at most 1,048,576 tokens")
     messages: Messages | None = None
     model: str | None = Field(None, description="accepted without effect: every model shares the tokenizer")
     tools: list[Tool] | None = None
@@ -29,5 +32,5 @@ class TokenizeBody(Body):
 
 
 class DetokenizeBody(Body):
-    tokens: TokenIds
+    tokens: Annotated[TokenIds, Field(max_length=MOST_TOKENS)]
     model: str | None = Field(None, description="accepted without effect")
