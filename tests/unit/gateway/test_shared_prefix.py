@@ -56,24 +56,26 @@ def test_a_turn_mark_in_the_system_message_does_not_end_it(prompts):
 
 
 def test_long_instructions_are_tokenised_once_and_rendered_apart_once(prompts, monkeypatch):
-    num_encodings, rendered = 0, []
-    encode, render = prompts.tokenizer.encode_with_offsets, prompts.render_text
+    encoded, rendered = [], []
+    encode, render = prompts.tokenizer.encode, prompts.render_text
 
-    def counting_encode(text):
-        nonlocal num_encodings
-        num_encodings += 1
+    def recording_encode(text):
+        encoded.append(text)
         return encode(text)
 
     def counting_render(messages, **options):
         rendered.append(messages)
         return render(messages, **options)
 
-    monkeypatch.setattr(prompts.tokenizer, "encode_with_offsets", counting_encode)
+    monkeypatch.setattr(prompts.tokenizer, "encode", recording_encode)
     monkeypatch.setattr(prompts, "render_text", counting_render)
     system = {"role": "system", "content": "Be brief. " * 50}
     for question in ("One?", "Two?", "Three?"):
         prompts.render_chat([system, {"role": "user", "content": question}], tools=None, variables={})
-    assert num_encodings == 3
+    assert sum("Be brief." in text for text in encoded) == 1
+    assert [text for text in encoded if "?" in text] == [
+        f"<|im_start|>user\n{question}<|im_end|>\n" for question in ("One?", "Two?", "Three?")
+    ]
     # The prompt and its next turn for each request, and the two first turns once.
     assert len(rendered) == 3 * 2 + 2
 

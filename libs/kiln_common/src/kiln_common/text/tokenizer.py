@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -30,14 +29,6 @@ class InvalidText(InvalidRequest):
 
     code = "invalid_text"
     hint = "Strings must be valid Unicode: a surrogate may only appear as half of a pair."
-
-
-@dataclass(frozen=True, slots=True)
-class EncodedText:
-    """Token ids, and for each the character range [start, end) of the text it came from."""
-
-    token_ids: list[int]
-    offsets: list[tuple[int, int]]
 
 
 class TextTokenizer:
@@ -75,15 +66,11 @@ class TextTokenizer:
         Raises:
             InvalidText: `text` holds an unpaired surrogate.
         """
-        return self.encode_with_offsets(text).token_ids
-
-    def encode_with_offsets(self, text: str) -> EncodedText:
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise InvalidText(f"character {error.start} of the text is an unpaired surrogate") from None
-        encoding = self._tokenizer.encode(text, add_special_tokens=False)
-        return EncodedText(encoding.ids, encoding.offsets)
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def has_far_more_tokens(self, text: str, limit: int) -> bool:
         """Whether `text` has more than `limit` tokens by a wide margin, found out without all of them.
@@ -112,6 +99,14 @@ class TextTokenizer:
         if known is None:
             known = self._bytes_by_id[token_id] = self._compute_bytes(token_id)
         return known
+
+    def stands_alone(self, token: str) -> bool:
+        """Whether this token is found wherever it is written, and nothing of the text beside it goes into it."""
+        added = self._tokenizer.get_added_tokens_decoder().values()
+        return any(
+            one.content == token and not (one.lstrip or one.rstrip or one.single_word or one.normalized)
+            for one in added
+        )
 
     def is_hidden(self, token_id: int) -> bool:
         """Whether generated text leaves the token out: end marks, turn marks and their like."""

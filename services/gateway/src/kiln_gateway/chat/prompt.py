@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import bisect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,8 +11,9 @@ from typing import Any
 from kiln_common.errors import InvalidTokenIds, InvalidValue, PromptTooLong
 from kiln_common.text.chat_template import ChatTemplate, TemplateRefused
 from kiln_common.text.reasoning import opens_reasoning
-from kiln_common.text.tokenizer import EncodedText, TextTokenizer
-from kiln_gateway.chat.shared_prefix import TURN_MARK, SharedPrefixes, num_common_characters
+from kiln_common.text.tokenizer import TextTokenizer
+from kiln_gateway.chat.shared_prefix import SharedPrefixes, num_common_characters
+from kiln_gateway.chat.turn_tokens import TurnEncoder
 
 _THREAD_FROM_CHARACTERS = 8_192
 _THREAD_FROM_MESSAGES = 64
@@ -47,6 +47,7 @@ class PromptRenderer:
         self.tokenizer = tokenizer
         self._enable_thinking_default = enable_thinking_default
         self._shared_prefixes = SharedPrefixes()
+        self._turns = TurnEncoder(tokenizer)
 
     def variables(
         self, chat_template_kwargs: Mapping[str, Any] | None = None, *, reasoning_effort: str | None = None
@@ -93,15 +94,16 @@ class PromptRenderer:
         """The tokens of each text. Raises InvalidText, and PromptTooLong as `chat` does."""
 
         def encode_all() -> list[list[int]]:
-            return [self._encode(text, most_tokens, param).token_ids for text in texts]
+            for text in texts:
+                self._check_length(text, most_tokens, param)
+            return [self.tokenizer.encode(text) for text in texts]
 
         is_short = sum(map(len, texts)) < _THREAD_FROM_CHARACTERS
         return encode_all() if is_short else await asyncio.to_thread(encode_all)
 
-    def _encode(self, text: str, most_tokens: int | None, param: str) -> EncodedText:
-        if most_tokens is not None and self.tokenizer.has_far_more_tokens(text, most_tokens):
+    def _check_length(self, text: str, most_tokens: int, param: str) -> None:
+        if self.tokenizer.has_far_more_tokens(text, most_tokens):
             raise PromptTooLong(most_tokens, most_tokens, is_counted=False, param=param)
-        return self.tokenizer.encode_with_offsets(text)
 
     def render_text(
         self,
@@ -128,28 +130,19 @@ class PromptRenderer:
     ) -> Prompt:
         """`chat`, computed here and now."""
         text = self.render_text(messages, tools=tools, add_generation_prompt=True, variables=variables)
-        encoded = self._encode(text, most_tokens, "messages")
+        if most_tokens is not None:
+            self._check_length(text, most_tokens, "messages")
+        encoded = self._turns.encode(text)
         num_stable_characters = self._num_stable_characters(text, messages, tools, variables)
         num_shared_characters = self._num_shared_characters(text, messages, tools, variables)
+        # The template may render an open turn differently once it is answered, so what stays the same
+        # ends where a turn begins.
         return Prompt(
             encoded.token_ids,
-            num_stable_prefix_tokens=self._num_tokens_before_turn(encoded, num_stable_characters),
-            num_shared_prefix_tokens=self._num_tokens_before_turn(encoded, num_shared_characters),
+            num_stable_prefix_tokens=encoded.num_tokens_before_turn(num_stable_characters),
+            num_shared_prefix_tokens=encoded.num_tokens_before_turn(num_shared_characters),
             starts_in_reasoning=opens_reasoning(text),
         )
-
-    def _num_tokens_before_turn(self, encoded: EncodedText, num_characters: int) -> int:
-        """How many tokens precede the last turn that begins within the first characters.
-
-        The template may render an open turn differently once it is answered, so what stays the same
-        ends where a turn begins; and its mark is a token of its own whatever follows.
-        """
-        turn_mark_id = self.tokenizer.id_of(TURN_MARK)
-        first_beyond = bisect.bisect_right(encoded.offsets, num_characters, key=lambda span: span[0])
-        for position in range(first_beyond - 1, -1, -1):
-            if encoded.token_ids[position] == turn_mark_id:
-                return position
-        return 0
 
     def _num_shared_characters(
         self,
