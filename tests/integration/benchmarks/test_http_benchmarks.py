@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from benchmarks.http import gateway_cost
+from benchmarks.http import edge_parts, gateway_cost
 
 
 @pytest.mark.processes
@@ -21,3 +21,14 @@ def test_a_gateways_cost_is_measured(tmp_path, monkeypatch):
     # A step takes 2.4 ms and more, and each request draws a token of each.
     assert 50 < float(row["tok_per_s"]) < 3 / 0.0024
     assert 0 < float(row["note"].split("gateway ")[1].split(" us")[0]) < 20_000
+
+
+def test_the_parts_of_the_edge_are_measured(tmp_path, monkeypatch):
+    monkeypatch.setenv("KILN_BENCH_RESULTS", str(tmp_path))
+    monkeypatch.setattr(edge_parts, "_NUM_TOKENS", 100)
+    edge_parts.main()
+    with (tmp_path / "http.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["num_samples"] for row in rows] == ["5", "5", "100"]
+    times = [float(part.split(" us")[0].split()[-1]) for row in rows for part in row["note"].split("; ")]
+    assert all(value > 0 for value in times)
