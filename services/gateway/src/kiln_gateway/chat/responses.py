@@ -20,6 +20,14 @@ def version_spans(run: CompletionRun, choices: Sequence[Choice]) -> list[dict[st
     ]
 
 
+def kiln_object(run: CompletionRun) -> dict[str, Any]:
+    """What a finished answer in another API's shape says of the adapters behind it."""
+    shown: dict[str, Any] = {"adapter": run.target.label}
+    if run.follows_latest:
+        shown["version_spans"] = version_spans(run, run.choices)
+    return shown
+
+
 def usage_object(run: CompletionRun) -> dict[str, Any]:
     usage = run.usage()
     return {

@@ -10,6 +10,7 @@ import orjson
 from kiln_gateway.chat.blocks import Block, BlockEvent, BlockGrew, BlockReader, BlockStarted
 from kiln_gateway.chat.choice import ChoiceDelta
 from kiln_gateway.chat.completion_run import CompletionRun
+from kiln_gateway.chat.responses import kiln_object
 from kiln_gateway.schemas.messages import MessagesBody
 
 # For each kind of block the type of its delta and the field that grows.
@@ -40,13 +41,14 @@ class MessageAnswer:
                 yield shown
         if delta.finish_reason is not None:
             usage = self._usage()
-            yield {"type": "message_delta", "delta": self._ending(), "usage": usage}
+            delta_and_usage = {"delta": self._ending(), "usage": usage, "kiln": kiln_object(self._run)}
+            yield {"type": "message_delta", **delta_and_usage}
             yield {"type": "message_stop"}
 
     def whole(self) -> dict[str, Any]:
         """The message, once the last delta was pushed."""
         content = [self._block(block, block.text) for block in self._reader.blocks]
-        return {**self._message(), "content": content, **self._ending()}
+        return {**self._message(), "content": content, **self._ending(), "kiln": kiln_object(self._run)}
 
     def _message(self) -> dict[str, Any]:
         return {

@@ -13,6 +13,7 @@ from kiln_common.ids import new_id
 from kiln_gateway.chat.blocks import Block, BlockEnded, BlockEvent, BlockGrew, BlockReader, BlockStarted
 from kiln_gateway.chat.choice import ChoiceDelta
 from kiln_gateway.chat.completion_run import CompletionRun
+from kiln_gateway.chat.responses import kiln_object
 from kiln_gateway.schemas.responses import ResponsesBody
 
 _ID_PREFIXES = {"reasoning": "rs", "text": "msg", "tool_call": "fc"}
@@ -87,7 +88,7 @@ class ResponseAnswer:
             "top_p": 1.0 if body.top_p is None else body.top_p,
             "truncation": "disabled",
             "usage": self._usage() if self._finish_reason is not None else None,
-            "kiln": {"adapter": self._run.target.label},
+            "kiln": kiln_object(self._run),
         }
 
     def message(self) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from kiln_gateway.errors import FieldNotBuiltYet
+from kiln_gateway.errors import FieldNotBuiltYet, UnsupportedField
 from kiln_gateway.schemas.base import Body, Reference, StopStrings, TokenIds
 
 MAX_TOP_LOGPROBS = 20
