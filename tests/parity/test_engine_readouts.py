@@ -23,7 +23,6 @@ from kiln_engine.domain import (
     SamplingParams,
     SequenceEvent,
 )
-from kiln_engine.execution import readouts
 from kiln_nn.lora import serialize_adapter
 from tests.parity.test_engine_devices import small_runner
 from tests.parity.test_engine_scheduled import ScheduledEngine
@@ -81,11 +80,8 @@ def check_logprobs(events: list[SequenceEvent], prompt: list[int], model: Any, n
     assert [[token_id for token_id, _ in top] for top in tops] == best.indices.tolist()
 
 
-def test_prompt_logprobs_match_over_chunks_and_beside_decoding_rows(
-    folder: Path, oracle: Any, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(readouts, "_MOST_LOGITS", 7 * 300)  # the head takes seven tokens at a time
-    engine = ScheduledEngine(folder, budget=32)
+def test_prompt_logprobs_match_over_chunks_and_beside_decoding_rows(folder: Path, oracle: Any):
+    engine = ScheduledEngine(folder, budget=32)  # the head takes six tokens at a time
     prompts = {f"p{length}": token_ids(length, seed=length) for length in (2, 16, 33, 90)}
     engine.add("company", token_ids(20, seed=1), max_tokens=30)
     asked = [

@@ -17,8 +17,6 @@ from kiln_engine.domain.plan import BatchPlan, PrefillChunk
 from kiln_engine.domain.result import ReadoutResult
 from kiln_engine.model import to_device
 
-_MOST_LOGITS = 2**25  # at once: 128 MiB of float32
-
 Head = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -83,10 +81,11 @@ def _alternatives(line: list[float], num_top: int) -> tuple[tuple[int, float], .
     return tuple((int(token_id), logprob) for token_id, logprob in zip(ids, logprobs, strict=True))
 
 
-def read_out(plan: BatchPlan, hidden_TD: torch.Tensor, head: Head, vocab_size: int) -> PendingReadouts:
+def read_out(plan: BatchPlan, hidden_TD: torch.Tensor, head: Head, most_rows: int) -> PendingReadouts:
     """Look up what the plan's chunks are asked, from all tokens' hidden states after the final norm.
 
-    `head` gives float32 logits `[n, V]` of hidden states `[n, D]`.
+    `head` gives float32 logits `[n, V]` of hidden states `[n, D]`; at most `most_rows` exist at once, and
+    as much again for their exponentials.
     """
     lengths = [len(chunk.token_ids) for chunk in plan.prefill_chunks]
     ends = accumulate(lengths, initial=len(plan.decode_rows))
@@ -115,7 +114,7 @@ def read_out(plan: BatchPlan, hidden_TD: torch.Tensor, head: Head, vocab_size: i
             to_device(targets, device, torch.long),
             num_top,
             head,
-            at_once=max(1, _MOST_LOGITS // vocab_size),
+            at_once=most_rows,
         ),
         torch.nn.functional.normalize(last_TD, dim=-1),
     )

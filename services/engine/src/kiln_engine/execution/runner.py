@@ -185,7 +185,8 @@ class TorchRunner:
         linears, readouts = Linears(self.model.matrices, adapters), None
         if any(chunk.readout for chunk in plan.prefill_chunks):
             hidden_TD = self.model.hidden_states(layout, linears)
-            readouts = read_out(plan, hidden_TD, linears.head, self.config.vocab_size)
+            # As many rows as the workspace has room for when tokens are drawn.
+            readouts = read_out(plan, hidden_TD, linears.head, self._max_rows)
             logits_RV = self.model.logits(hidden_TD, layout, linears) if rows else None
         else:
             logits_RV = self.model.forward(layout, linears)
