@@ -58,3 +58,18 @@ def test_an_unpaired_surrogate_is_refused():
 def test_a_tokenizer_that_is_not_byte_level_is_refused():
     with pytest.raises(TokenizerUnusable):
         TextTokenizer(Tokenizer(models.BPE()))
+
+
+def test_a_text_with_far_too_many_tokens_is_found_out_without_all_of_them(monkeypatch):
+    read = []
+    encode = TOKENIZER.encode
+    monkeypatch.setattr(TOKENIZER, "encode", lambda text: read.append(len(text)) or encode(text))
+    assert not TOKENIZER.has_far_more_tokens("ab " * 1000, 10)  # short enough to look
+    assert read == []
+    assert TOKENIZER.has_far_more_tokens("ab " * 10**6, 10)  # no token is that long
+    assert read == []
+    assert TOKENIZER.has_far_more_tokens("\n" * 10**6, 150_000)
+    assert sum(read) < 500_000
+    read.clear()
+    assert not TOKENIZER.has_far_more_tokens("x" * 400_000, 400_000)
+    assert not TOKENIZER.has_far_more_tokens("x" * 400_000, 395_000)  # within the margin: the caller looks

@@ -78,8 +78,8 @@ class TextTokenizer:
         A long text takes seconds and hundreds of bytes a character. It is read in slices until that
         is clear; a slice cuts words, which adds some tokens, hence the margin.
         """
-        if len(text) <= limit:
-            return False
+        if len(text) <= max(limit, _SLICE_CHARACTERS):
+            return False  # tokenising it takes no time to speak of
         if len(text) > limit * self._longest_token:
             return True
         num_tokens = 0
