@@ -6,6 +6,7 @@ What each client does is in clients/; a client that meets something unexpected e
 import asyncio
 import os
 
+import httpx
 import pytest
 import redis.asyncio
 
@@ -38,12 +39,13 @@ def answer_to(prompt):
     return "Hello there!"
 
 
-async def run(*command, timeout_s=120):
-    """Standard output and error of a command that must succeed."""
+async def run(folder, program, *arguments, timeout_s=120):
+    """Standard output and error of a program of this repository that must succeed; it runs in `folder`."""
     environment = {**os.environ, "LITELLM_LOCAL_MODEL_COST_MAP": "True", "PYTHONWARNINGS": "ignore"}
     process = await asyncio.create_subprocess_exec(
-        *command,
-        cwd=REPOSITORY,
+        REPOSITORY / program,
+        *arguments,
+        cwd=folder,
         env=environment,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
@@ -71,8 +73,6 @@ async def rig_and_address(tmp_path):
 
 async def structured_output(address):
     """Whether the gateway builds structured output: "built" or "not-built"."""
-    import httpx
-
     body = {"messages": [{"role": "user", "content": "Extract"}], "response_format": {"type": "json_object"}}
     async with httpx.AsyncClient() as http:
         status = (await http.post(f"{address}/v1/chat/completions", json=body)).status_code
@@ -81,12 +81,12 @@ async def structured_output(address):
 
 
 @pytest.mark.parametrize("client", CLIENTS)
-async def test_a_client_gets_what_it_asks_for(rig_and_address, client):
+async def test_a_client_gets_what_it_asks_for(rig_and_address, tmp_path, client):
     _, address = rig_and_address
-    await run("scripts/install_client.sh", client)
-    script = f"tests/conformance/clients/{client.replace('-', '_')}_client.py"
+    await run(tmp_path, "scripts/install_client.sh", client)
+    script = REPOSITORY / "tests/conformance/clients" / f"{client.replace('-', '_')}_client.py"
     python = f".venv-clients/{client}/bin/python"
-    await run(python, script, address, await structured_output(address))
+    await run(tmp_path, python, script, address, await structured_output(address))
 
 
 ROUTES = (
@@ -95,16 +95,15 @@ ROUTES = (
 )
 
 
-async def test_requests_made_up_from_the_openapi_document_meet_no_server_error(rig_and_address):
+async def test_requests_made_up_from_the_openapi_document_meet_no_server_error(rig_and_address, tmp_path):
     _, address = rig_and_address
-    await run("scripts/install_client.sh", "schemathesis")
-    program = [
-        ".venv-clients/schemathesis/bin/schemathesis",
-        "--config-file",
-        "tests/conformance/schemathesis.toml",
-    ]
+    await run(tmp_path, "scripts/install_client.sh", "schemathesis")
+    program = ".venv-clients/schemathesis/bin/schemathesis"
+    settings = REPOSITORY / "tests/conformance/schemathesis.toml"
     options = ["--checks", "not_a_server_error,content_type_conformance", "--phases", "fuzzing"]
     options += ["--max-examples", "4", "--seed", "1", "--suppress-health-check", "all"]
     chosen = ["--include-path-regex", f"^/v1/({'|'.join(ROUTES)})$", "--warnings", "off"]
-    output = await run(*program, "run", f"{address}/openapi.json", *options, *chosen)
+    output = await run(
+        tmp_path, program, "--config-file", settings, "run", f"{address}/openapi.json", *options, *chosen
+    )
     assert f"Tested: {len(ROUTES)}" in output, output[-3000:]
