@@ -119,7 +119,7 @@ def api_page(document: dict[str, Any]) -> str:
     lines = [
         "# HTTP API\n",
         "The gateway listens on `:8420`; `GET /openapi.json` has all of this for machines. Errors are described in "
-        "[errors.md](errors.md). A field that is not listed is refused with its name (`unknown_field`), and what "
+        "[errors.md](errors.md), every field of the OpenAI client in [openai-fields.md](openai-fields.md). A field that is not listed is refused with its name (`unknown_field`), and what "
         "is not built yet answers 501.\n",
         "| route | does |\n|---|---|",
     ]
