@@ -57,6 +57,7 @@ def report_swaps(results: ResultFile, report: SwapReport, settings: str) -> bool
         f" {answers.num_mixed} answers of several; {len(answers.failures)} failed, {len(answers.wrong)} wrong",
     )
     add_times(results, "swap, commit to first token", settings, report.first_token_s)
+    add_times(results, "first token without a swap", settings, report.ordinary_s)
     for line in [*answers.failures[:5], *answers.wrong[:5]]:
         print(line)
     return not answers.failures and not answers.wrong

@@ -44,6 +44,8 @@ class SwapReport:
     publish_s: list[float] = field(default_factory=list)
     swap_s: list[float] = field(default_factory=list)
     first_token_s: list[float] = field(default_factory=list)
+    # Of a request at a time when nothing is swapped: what the load alone costs.
+    ordinary_s: list[float] = field(default_factory=list)
     answers: Answers = field(default_factory=Answers)
 
 
@@ -217,6 +219,8 @@ async def run_swaps(
             await swapper.swap()  # so that the name exists
             async with load(http, adapters, report.answers, num_clients, max_tokens) as client:
                 for _ in range(num_swaps):
+                    asked_s = time.perf_counter()
+                    report.ordinary_s.append((await client.first_token())[1] - asked_s)
                     publish_s, swap_s = await swapper.swap()
                     live_s = time.perf_counter()
                     version, came_s = await client.first_token()

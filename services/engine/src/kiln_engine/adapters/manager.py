@@ -34,9 +34,10 @@ class AdapterSource(Protocol):
 class AdapterManager:
     """Owns the slot table; lives on the asyncio thread.
 
-    Bytes are fetched, checked and uploaded off the loop thread; a version starts to serve, and a
-    slot is emptied, on the loop thread between two steps, which only changes an index. Bytes come
-    from the registry, or ahead of their publication from a trainer on this host. Whoever needs a
+    Bytes are fetched, checked and uploaded off the loop thread; a slot is filled and emptied on the
+    loop thread between two steps, which only changes an index. Bytes come from the registry, or ahead
+    of their publication from a trainer on this host; then all that the commit still changes is
+    whether requests are given the slot. Whoever needs a
     version that is being fetched waits for that one fetch. When all slots are pinned, a request waits up to `slot_wait_s`
     for one.
     """
@@ -196,15 +197,17 @@ class AdapterManager:
         record = await self._resolve(version)
         adapter_bytes = await self._fetch(version)
         await self._stage(entry, evicted, adapter_bytes, record.config_json)
-        await self._activate(entry, version, started_s)
+        self._serve(entry, version, started_s)
 
     async def _stage(
         self, entry: SlotEntry, evicted: SlotEntry | None, content: bytes | memoryview, config_json: str
     ) -> None:
+        """Bring an adapter to where steps would find it, if a request named its slot."""
         if evicted is not None:
             self._config_of_unclaimed.pop(evicted.sha256, None)
             await self._between_steps(lambda: self._clear(evicted))
         await asyncio.to_thread(self._store.stage, entry.slot, content, config_json)
+        await self._between_steps(lambda: self._store.activate(entry.slot))
         self._slots.advance(entry, SlotState.STAGED)
 
     async def _receive(
@@ -220,18 +223,22 @@ class AdapterManager:
     async def _commit(self, entry: SlotEntry, version: AdapterVersion) -> None:
         """Let a version serve whose bytes were there before it; they stay unclaimed if it does not exist."""
         started_s = asyncio.get_running_loop().time()
-        record = await self._resolve(version)
-        entry.is_unclaimed = False
-        if self._config_of_unclaimed.pop(entry.sha256) != record.config_json:
-            # The same numbers, to be applied otherwise than it was said when they came.
-            await self._between_steps(lambda: self._store.clear(entry.slot))
-            await asyncio.to_thread(
-                self._store.stage, entry.slot, await self._fetch(version), record.config_json
-            )
-        await self._activate(entry, version, started_s)
+        self._slots.pin(entry)  # whoever asked may go away meanwhile
+        try:
+            record = await self._resolve(version)
+            entry.is_unclaimed = False
+            if self._config_of_unclaimed.pop(entry.sha256) != record.config_json:
+                # The same numbers, to be applied otherwise than it was said when they came.
+                adapter_bytes = await self._fetch(version)
+                await self._between_steps(lambda: self._store.clear(entry.slot))
+                await asyncio.to_thread(self._store.stage, entry.slot, adapter_bytes, record.config_json)
+                await self._between_steps(lambda: self._store.activate(entry.slot))
+        finally:
+            self._slots.unpin(entry)
+        self._serve(entry, version, started_s)
 
-    async def _activate(self, entry: SlotEntry, version: AdapterVersion, started_s: float) -> None:
-        await self._between_steps(lambda: self._store.activate(entry.slot))
+    def _serve(self, entry: SlotEntry, version: AdapterVersion, started_s: float) -> None:
+        """From here on requests get the slot: the flip, for which no step has to end."""
         entry.adapter = version
         self._slots.advance(entry, SlotState.RESIDENT)
         seconds = asyncio.get_running_loop().time() - started_s

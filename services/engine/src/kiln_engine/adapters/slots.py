@@ -14,7 +14,7 @@ class SlotState(Enum):
     """Life of a version in a slot; a version without a slot is absent."""
 
     FETCHING = "fetching"  # its bytes are on their way
-    STAGED = "staged"  # uploaded, waits for the next step boundary
+    STAGED = "staged"  # on the device, for no request yet
     RESIDENT = "resident"  # steps may use it
     RETIRING = "retiring"  # superseded: serves those who name it, and is the first to go
 
