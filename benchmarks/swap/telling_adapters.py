@@ -24,7 +24,7 @@ from kiln_nn.weights.names import EMBEDDING, HEAD
 
 _STRENGTH = 16.0
 _DOWN = 64.0
-_NUM_CANDIDATES = 256
+_NUM_CANDIDATES = 128
 _NUM_TOKENS = 61  # a prime: versions that are a round number apart differ
 _FIRST_PLAIN_TOKEN = 300  # special tokens and single bytes come before
 

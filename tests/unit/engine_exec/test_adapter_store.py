@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save
 
 from kiln_engine.domain import BatchPlan, DecodeRow, PrefillChunk, RowSampling, SamplingParams
-from kiln_engine.execution.adapter_store import AdapterRows, AdapterStore
+from kiln_engine.execution import adapter_upload
+from kiln_engine.execution.adapter_store import AdapterRejected, AdapterRows, AdapterStore
 from kiln_nn.lora import adapter_table, serialize_adapter
 from kiln_nn.lora.parameters import LoraParameters
 from tests.support.lora_builders import random_lora
@@ -160,6 +162,66 @@ def test_a_slot_keeps_nothing_of_the_adapter_before():
     static = loaded.store.static_rows(len(SLOTS))
     static.fill_(PLAN)
     check(loaded, static.rows, SLOTS)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("file_dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_an_upload_puts_the_same_numbers_into_the_same_places(file_dtype, monkeypatch):
+    """In many pieces, over the remains of another adapter, in the tables' format."""
+    monkeypatch.setattr(adapter_upload, "_PIECE_BYTES", 40_000)
+    config = tiny_config(layer_types=(("linear_attention",) * 3 + ("full_attention",)))
+    stores = [
+        AdapterStore(config, num_slots=2, max_rank=8, dtype=torch.bfloat16, device=torch.device(device))
+        for device in ("cpu", "cuda")
+    ]
+    for fields in ({"rank": 8, "seed": 5}, {"rank": 3, "seed": 6, "targets": ("q_proj", "down_proj")}):
+        lora = random_lora(config, **fields)
+        tensors = {path: (a.to(file_dtype), b.to(file_dtype)) for path, (a, b) in lora.tensors().items()}
+        config_json, adapter_bytes = serialize_adapter(tensors, lora.spec, "tiny")
+        for store in stores:
+            store.clear(2)
+            store.stage(2, adapter_bytes, config_json)
+            store.activate(2)
+        rank = lora.spec.rank
+        for path in adapter_table(config):
+            on_cpu, on_gpu = (store._tables.places(rank)[path] for store in stores)
+            for wanted, got in zip(on_cpu, on_gpu, strict=True):
+                assert torch.equal(got[1].cpu(), wanted[1]), path
+                assert not got[0].any(), path
+    bad = {path: (a.fill_(float("inf")), b) for path, (a, b) in tensors.items()}
+    stores[1].clear(2)
+    with pytest.raises(AdapterRejected, match="NaN or infinity"):
+        stores[1].stage(2, safetensors_of(bad), config_json)
+    with pytest.raises(KeyError):
+        stores[1].activate(2)
+
+
+def safetensors_of(tensors: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> bytes:
+    """An adapter's file, whatever is in it."""
+    return save(
+        {
+            f"base_model.model.{path}.{side}.weight": values.contiguous()
+            for path, pair in tensors.items()
+            for side, values in zip(("lora_A", "lora_B"), pair, strict=True)
+        }
+    )
+
+
+def test_what_is_not_finite_or_of_mixed_formats_is_told_apart():
+    loaded = Loaded()
+    tensors = dict(random_lora(loaded.config, rank=2, seed=3).tensors())
+    config_json, _ = serialize_adapter(tensors, random_lora(loaded.config, rank=2).spec, "tiny")
+    path = next(iter(tensors))
+    a, b = tensors[path]
+    loaded.store.stage(4, safetensors_of({**tensors, path: (a.half(), b.bfloat16())}), config_json)
+    loaded.store.activate(4)
+    loaded.store.clear(4)
+    bad = safetensors_of({**tensors, path: (torch.full_like(a, float("nan")), b)})
+    with pytest.raises(AdapterRejected, match=f"{path}.lora_A holds NaN"):
+        loaded.store.stage(4, bad, config_json)
+    with pytest.raises(KeyError):
+        loaded.store.activate(4)
 
 
 @pytest.mark.gpu
