@@ -83,15 +83,19 @@ class RecordingStore:
     def __init__(self) -> None:
         self.history: list[tuple[Any, ...]] = []
         self.threads: set[str] = set()
+        self._active: set[int] = set()
 
     def stage(self, slot: int, adapter_bytes: bytes, config_json: str) -> None:
+        assert slot not in self._active, "as the real store has it"
         self.history.append(("stage", slot, adapter_bytes))
 
     def activate(self, slot: int) -> None:
+        self._active.add(slot)
         self.threads.add(threading.current_thread().name)
         self.history.append(("activate", slot))
 
     def clear(self, slot: int) -> None:
+        self._active.discard(slot)
         self.threads.add(threading.current_thread().name)
         self.history.append(("clear", slot))
 

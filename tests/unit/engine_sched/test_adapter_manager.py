@@ -135,6 +135,18 @@ async def test_a_failed_fetch_names_its_code_and_leaves_nothing_behind(error, co
         assert (await manager.acquire([version_of("a")])).slots == (1,)
 
 
+async def test_a_version_that_does_not_come_leaves_the_slot_it_was_given_empty():
+    async with running_manager(num_slots=1) as (manager, store, source):
+        await manager.prepare(version_of("a"))
+        source.error = RegistryUnavailable("gone")
+        with pytest.raises(KilnError):
+            await manager.prepare(version_of("b"))
+        source.error = None
+        for name in ("b", "a"):
+            assert await manager.prepare(version_of(name)) == (1, True)
+        assert [entry[0] for entry in store.history].count("clear") == 2
+
+
 async def test_corrupt_bytes_are_refused():
     async with running_manager() as (manager, store, source):
         source.is_corrupt = True
@@ -277,3 +289,18 @@ async def test_a_slot_whose_commit_is_asked_about_does_not_give_way():
         source.may_resolve.set()
         assert (await manager.prepare(version_of("a")))[0] == 1
         assert source.num_fetches == 0
+
+
+async def test_bytes_with_another_config_whose_right_ones_do_not_come_leave_the_slot_empty():
+    async with running_manager(num_slots=1) as (manager, store, source):
+        await hand_over(manager, config_json='{"lora_alpha": 64}')
+        source.is_corrupt = True
+        with pytest.raises(AdapterUnavailable):
+            await manager.prepare(version_of("a"))
+        source.is_corrupt = False
+        assert await manager.prepare(version_of("a")) == (1, True)
+        assert [entry[0] for entry in store.history] == [
+            *["stage", "activate"],
+            "clear",
+            *["stage", "activate"],
+        ]

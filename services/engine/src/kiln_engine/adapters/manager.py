@@ -37,9 +37,8 @@ class AdapterManager:
     Bytes are fetched, checked and uploaded off the loop thread; a slot is filled and emptied on the
     loop thread between two steps, which only changes an index. Bytes come from the registry, or ahead
     of their publication from a trainer on this host; then all that the commit still changes is
-    whether requests are given the slot. Whoever needs a
-    version that is being fetched waits for that one fetch. When all slots are pinned, a request waits up to `slot_wait_s`
-    for one.
+    whether requests are given the slot. Whoever needs a version that is being fetched waits for that
+    one fetch. When all slots are pinned, a request waits up to `slot_wait_s` for one.
     """
 
     def __init__(
@@ -194,26 +193,28 @@ class AdapterManager:
     async def _load(self, entry: SlotEntry, version: AdapterVersion, evicted: SlotEntry | None) -> None:
         """From the registry to the steps."""
         started_s = asyncio.get_running_loop().time()
+        await self._empty(evicted)
         record = await self._resolve(version)
-        adapter_bytes = await self._fetch(version)
-        await self._stage(entry, evicted, adapter_bytes, record.config_json)
+        await self._fill(entry, await self._fetch(version), record.config_json)
+        self._slots.advance(entry, SlotState.STAGED)
         self._serve(entry, version, started_s)
 
-    async def _stage(
-        self, entry: SlotEntry, evicted: SlotEntry | None, content: bytes | memoryview, config_json: str
-    ) -> None:
-        """Bring an adapter to where steps would find it, if a request named its slot."""
+    async def _empty(self, evicted: SlotEntry | None) -> None:
         if evicted is not None:
             self._config_of_unclaimed.pop(evicted.sha256, None)
             await self._between_steps(lambda: self._clear(evicted))
+
+    async def _fill(self, entry: SlotEntry, content: bytes | memoryview, config_json: str) -> None:
+        """Bring an adapter to where steps would find it, if a request named its slot."""
         await asyncio.to_thread(self._store.stage, entry.slot, content, config_json)
         await self._between_steps(lambda: self._store.activate(entry.slot))
-        self._slots.advance(entry, SlotState.STAGED)
 
     async def _receive(
         self, entry: SlotEntry, evicted: SlotEntry | None, content: memoryview, config_json: str
     ) -> None:
-        await self._stage(entry, evicted, content, config_json)
+        await self._empty(evicted)
+        await self._fill(entry, content, config_json)
+        self._slots.advance(entry, SlotState.STAGED)
         entry.is_unclaimed = True
         self._config_of_unclaimed[entry.sha256] = config_json
 
@@ -229,10 +230,8 @@ class AdapterManager:
             entry.is_unclaimed = False
             if self._config_of_unclaimed.pop(entry.sha256) != record.config_json:
                 # The same numbers, to be applied otherwise than it was said when they came.
-                adapter_bytes = await self._fetch(version)
                 await self._between_steps(lambda: self._store.clear(entry.slot))
-                await asyncio.to_thread(self._store.stage, entry.slot, adapter_bytes, record.config_json)
-                await self._between_steps(lambda: self._store.activate(entry.slot))
+                await self._fill(entry, await self._fetch(version), record.config_json)
         finally:
             self._slots.unpin(entry)
         self._serve(entry, version, started_s)
@@ -277,7 +276,7 @@ class AdapterManager:
 
     def _retire_older(self, version: AdapterVersion) -> None:
         for entry in self._slots.retire_older(version):
-            self._loop.run_between_steps(partial(self._loop.retire_adapter, entry.sha256))
+            self._loop.run_between_steps(partial(self._loop.retire_adapter, entry.sha256), settles=False)
             log.info("adapter_retiring", adapter=entry.adapter.reference, pins=entry.num_pins)
 
     async def _between_steps(self, function: Callable[[], Any]) -> None:
