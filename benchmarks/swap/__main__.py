@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -25,6 +26,8 @@ from benchmarks.swap.swaps import StackAddresses, SwapReport, run_swaps
 from benchmarks.swap.telling_adapters import TellingAdapters
 from tests.support.stack import Stack
 
+# The first start on a kind of GPU compiles.
+_START_TIMEOUT_S = 400.0
 DEMO_MODEL = Path(__file__).resolve().parents[2] / "demo" / "model"
 
 
@@ -94,10 +97,15 @@ def main() -> None:
     options = _options()
     folder = options.model or DEMO_MODEL
     arguments = ["--model", str(folder)] if options.model else []
-    with tempfile.TemporaryDirectory() as state, Stack(Path(state) / "s", *arguments) as stack:
-        is_right = asyncio.run(measure(options, stack, folder))
-        if options.keep_logs:
-            (stack.state_dir / "logs").rename(options.keep_logs)
+    with tempfile.TemporaryDirectory() as state:
+        stack = Stack(Path(state) / "s", *arguments)
+        try:
+            stack.start(_START_TIMEOUT_S)
+            is_right = asyncio.run(measure(options, stack, folder))
+        finally:
+            stack.stop()
+            if options.keep_logs:
+                shutil.copytree(stack.state_dir / "logs", options.keep_logs)
     sys.exit(not is_right)
 
 

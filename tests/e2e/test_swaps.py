@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.swap.grpo import time_job
 from benchmarks.swap.swaps import StackAddresses, run_swaps
 from benchmarks.swap.telling_adapters import TellingAdapters
 
@@ -29,3 +30,10 @@ def test_every_token_of_a_hundred_swaps_is_of_the_version_its_answer_names(stack
     # The bytes came from memory each time: no slot was filled after its version was published.
     assert log.count('"event": "adapter_resident"') >= NUM_SWAPS
     assert "adapter_not_taken" not in log
+
+
+def test_a_job_is_timed_from_its_post_to_its_versions_first_token(stack):
+    seconds = asyncio.run(time_job(stack.url, "timed", num_rollouts=2, max_tokens=8))
+    milestones = ["claimed", "started", "step", "publishing", "published", "first token"]
+    assert [seconds[name] for name in milestones] == sorted(seconds[name] for name in milestones)
+    assert 0 < seconds["claimed"] < seconds["first token"] < 60
