@@ -23,7 +23,7 @@ from kiln_engine.settings import EngineSettings
 
 ROOT = Path(__file__).resolve().parents[1]
 ENGINE_PARTS = ("decode", "prefill", "waves", "prefix", "clients", "adapters", "idle")
-PARTS = ("kernels", *ENGINE_PARTS, "start", "http", "sharing")
+PARTS = ("kernels", *ENGINE_PARTS, "start", "http", "sharing", "swap")
 # Settings whose choices are all measured, one at a time, for the decode steps.
 _VARIED = ("state_dtype", "kv_dtype")
 
@@ -45,6 +45,9 @@ def commands(parts: list[str], model: Path, is_tiny: bool) -> Iterator[tuple[lis
         yield [*python, "-m", "benchmarks.engine.start", "--model", str(model)], ROOT
     if "http" in parts:
         yield [*python, "-m", "benchmarks.http", "--model", str(model), *tiny], ROOT
+    if "swap" in parts:
+        counts = ["--swaps", "20", "--jobs", "1"] if is_tiny else ["--swaps", "1000"]
+        yield [*python, "-m", "benchmarks.swap", "--model", str(model), *counts], ROOT
     if "sharing" in parts:
         yield [*python, "-m", "benchmarks.sharing", "--model", str(model), *tiny], ROOT
 

@@ -112,7 +112,7 @@ class GrpcPublisher:
         self._engines = engines
         self._loop = loop
         # Begun with the last version that was published: engines take it over at once.
-        self._going_live: asyncio.Task[tuple[str, ...]] | None = None
+        self._going_live: asyncio.Task[LiveReport] | None = None
         # Hash and bytes of that version: the next job of its adapter starts from them.
         self._last_published: tuple[str, memoryview] | None = None
 
@@ -148,26 +148,26 @@ class GrpcPublisher:
         version: registry_pb2.AdapterVersion,
         handover: asyncio.Task[dict[str, str]],
         content: memoryview,
-    ) -> tuple[str, ...]:
-        """Have every engine serve the version; returns those that do not."""
+    ) -> LiveReport:
+        """Have every engine serve a version that was just committed."""
+        began_s = time.monotonic()
         for engine, sha256 in (await handover).items():
             if sha256 == version.sha256:
                 self._last_published = sha256, content
             else:  # it will fetch the right ones
                 log.error("handed_adapter_differs", engine=engine, sha256=sha256, published=version.sha256)
         adapter = common_pb2.AdapterRef(name=version.name, version=version.version, sha256=version.sha256)
-        return await self._engines.prepare(adapter)
+        not_live = await self._engines.prepare(adapter)
+        return LiveReport(not_live, time.monotonic() - began_s)
 
     def max_adapter_rank(self) -> int:
         info = self._on_loop(self._engines.info())
         return info.max_adapter_rank if info is not None else 0
 
     def make_live(self, version: registry_pb2.AdapterVersion) -> LiveReport:
-        began_s = time.monotonic()
-        not_live = self._on_loop(self._until_live())
-        return LiveReport(not_live, time.monotonic() - began_s)
+        return self._on_loop(self._until_live())
 
-    async def _until_live(self) -> tuple[str, ...]:
+    async def _until_live(self) -> LiveReport:
         assert self._going_live is not None, "nothing was published"
         return await self._going_live
 

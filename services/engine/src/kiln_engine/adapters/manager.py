@@ -197,7 +197,7 @@ class AdapterManager:
         record = await self._resolve(version)
         await self._fill(entry, await self._fetch(version), record.config_json)
         self._slots.advance(entry, SlotState.STAGED)
-        self._serve(entry, version, started_s)
+        self._serve(entry, version, started_s, came_from="registry")
 
     async def _empty(self, evicted: SlotEntry | None) -> None:
         if evicted is not None:
@@ -224,24 +224,32 @@ class AdapterManager:
     async def _commit(self, entry: SlotEntry, version: AdapterVersion) -> None:
         """Let a version serve whose bytes were there before it; they stay unclaimed if it does not exist."""
         started_s = asyncio.get_running_loop().time()
+        came_from = "trainer"
         self._slots.pin(entry)  # whoever asked may go away meanwhile
         try:
             record = await self._resolve(version)
             entry.is_unclaimed = False
             if self._config_of_unclaimed.pop(entry.sha256) != record.config_json:
                 # The same numbers, to be applied otherwise than it was said when they came.
+                came_from = "registry"
                 await self._between_steps(lambda: self._store.clear(entry.slot))
                 await self._fill(entry, await self._fetch(version), record.config_json)
         finally:
             self._slots.unpin(entry)
-        self._serve(entry, version, started_s)
+        self._serve(entry, version, started_s, came_from=came_from)
 
-    def _serve(self, entry: SlotEntry, version: AdapterVersion, started_s: float) -> None:
+    def _serve(self, entry: SlotEntry, version: AdapterVersion, started_s: float, *, came_from: str) -> None:
         """From here on requests get the slot: the flip, for which no step has to end."""
         entry.adapter = version
         self._slots.advance(entry, SlotState.RESIDENT)
         seconds = asyncio.get_running_loop().time() - started_s
-        log.info("adapter_resident", adapter=version.reference, slot=entry.slot, seconds=round(seconds, 4))
+        log.info(
+            "adapter_resident",
+            adapter=version.reference,
+            slot=entry.slot,
+            came_from=came_from,
+            seconds=round(seconds, 4),
+        )
         self.on_resident(version)
 
     async def _resolve(self, version: AdapterVersion) -> registry_pb2.AdapterVersion:

@@ -7,6 +7,7 @@ thread that uploads: when it returns the numbers are there, so no step's stream 
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +25,7 @@ MatrixPlaces = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
 _PIECE_BYTES = 16 << 20
 _NUM_PINNED = 3
 # Copies of one thread are slower than the bus.
-_NUM_COPIERS = 4
+_NUM_COPIERS = max(1, min(8, (os.cpu_count() or 1) // 2))
 _LEAST_COPY_BYTES = 1 << 20
 
 

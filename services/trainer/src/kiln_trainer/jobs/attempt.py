@@ -78,13 +78,11 @@ class Attempt:
         self._job.sync()
         header = self._header(request, base, trained)
         version = self._wait_for(lambda: self._publisher.publish(header, trained.content))
-        committed_s = time.monotonic()
         published = {"adapter": version.name, "version": version.version, "sha256": version.sha256}
         self._job.write({}, ("published", published))
         report = self._publisher.make_live(version)
         log.info("adapter_live", adapter=f"{version.name}@{version.version}", not_live=report.not_live)
-        swap_s = round(time.monotonic() - committed_s, 6)
-        return {**published, "not_live": [*report.not_live], "swap_s": swap_s}
+        return {**published, "not_live": [*report.not_live], "swap_s": round(report.seconds, 6)}
 
     def _starting_version(self, config: trainer_pb2.JobConfig) -> registry_pb2.AdapterVersion | None:
         """What the job starts from: resolved once, recorded, and the same in every later attempt."""

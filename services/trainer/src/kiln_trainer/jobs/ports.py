@@ -64,7 +64,7 @@ class LiveReport:
     """Which engines serve a version now."""
 
     not_live: tuple[str, ...]  # boot ids, or addresses of engines that are away
-    seconds: float
+    seconds: float  # from the registry's commit until the last engine answered
 
 
 class Publisher(Protocol):
@@ -92,5 +92,5 @@ class Publisher(Protocol):
         ...
 
     def make_live(self, version: registry_pb2.AdapterVersion) -> LiveReport:
-        """Have every engine load the version. Never raises: engines that fail are in the report."""
+        """Have every engine serve the version published last. Never raises: engines that fail are in the report."""
         ...
