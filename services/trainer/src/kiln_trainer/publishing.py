@@ -111,6 +111,8 @@ class GrpcPublisher:
         self._registry = registry
         self._engines = engines
         self._loop = loop
+        # Begun with the last content that was to be published, and kept when the registry is asked again.
+        self._handover: tuple[AdapterContent, asyncio.Task[dict[str, str]]] | None = None
         # Begun with the last version that was published: engines take it over at once.
         self._going_live: asyncio.Task[LiveReport] | None = None
         # Hash and bytes of that version: the next job of its adapter starts from them.
@@ -138,7 +140,9 @@ class GrpcPublisher:
     async def _publish(
         self, header: registry_pb2.PublishHeader, content: AdapterContent
     ) -> registry_pb2.AdapterVersion:
-        handover = asyncio.create_task(self._engines.hand_over(header.name, content))
+        if self._handover is None or self._handover[0] is not content:
+            self._handover = content, asyncio.create_task(self._engines.hand_over(header.name, content))
+        handover = self._handover[1]
         version = await self._registry.publish(header, content.view())
         self._going_live = asyncio.create_task(self._go_live(version, handover, content.view()))
         return version
