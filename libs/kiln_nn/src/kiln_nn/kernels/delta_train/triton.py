@@ -55,12 +55,13 @@ class TrainConfig:
     key_warps: int
 
 
+_FLOAT32 = TrainConfig("tf32x3", 8, 8, 32, 4, 1, 16, 8, 8)
 # All that may ever be picked: by format, and whether a program may have 200 KB of shared memory.
 CONFIGS = {
     (torch.bfloat16, True): TrainConfig("bf16", 4, 4, 64, 4, 3, 64, 4, 8),
     (torch.bfloat16, False): TrainConfig("bf16", 4, 4, 64, 4, 1, 32, 4, 8),
-    (torch.float32, True): TrainConfig("tf32x3", 8, 8, 32, 4, 1, 32, 8, 8),
-    (torch.float32, False): TrainConfig("ieee", 8, 8, 32, 4, 1, 16, 8, 8),
+    (torch.float32, True): _FLOAT32,
+    (torch.float32, False): _FLOAT32,
 }
 
 

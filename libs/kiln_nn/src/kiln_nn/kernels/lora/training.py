@@ -5,8 +5,10 @@ For layers that read one input the adapters' first products are one product. Wit
     y = x W^T + h B^T                dx = dy W + dh (s A),  dh = dy B
     dA = s dh^T x                    dB = dy^T h
 
-Both updates are added where the base's product lies. Products take the base's format; the gradients of
-A and B are summed in float32 and stay there. The base gets none, so nothing of its size is ever made.
+The updates come first and the base's product is added to them where they lie: its sum is in float32 and
+is rounded once, and reading what lies there costs a product of that size nothing. Products take the
+base's format; the gradients of A and B are summed in float32 and stay there. The base gets none, so
+nothing of its size is ever made.
 
 Legend: `T` tokens, `I` inputs, `O` outputs of a layer, `r` rank, `Q` ranks of all adapted layers.
 """
@@ -68,8 +70,10 @@ class _AdaptedLinears(torch.autograd.Function):
         b = iter(copies.b_Or)
         outputs = []
         for weight, ranks in zip(weights, copies.ranks, strict=True):
-            y = F.linear(x, weight)
-            outputs.append(y if ranks is None else y.addmm_(h[:, ranks], next(b).t()))
+            if ranks is None:
+                outputs.append(F.linear(x, weight))
+            else:
+                outputs.append(torch.mm(h[:, ranks], next(b).t()).addmm_(x, weight.t()))
         ctx.save_for_backward(x, h, copies.scaled_a_QI, *copies.b_Or, *weights)
         ctx.ranks, ctx.scale, ctx.dtype = copies.ranks, copies.scale, tensors[-1].dtype
         return tuple(outputs)
@@ -80,15 +84,15 @@ class _AdaptedLinears(torch.autograd.Function):
         num_layers = len(grads)
         weights, b = rest[-num_layers:], iter(rest[:-num_layers])
         h_grad, b_grads = torch.empty_like(h), []
-        x_grad = torch.mm(grads[0], weights[0]) if ctx.needs_input_grad[2] else None
-        for layer, (grad, ranks) in enumerate(zip(grads, ctx.ranks, strict=True)):
-            if layer and x_grad is not None:
-                x_grad.addmm_(grad, weights[layer])
+        for grad, ranks in zip(grads, ctx.ranks, strict=True):
             if ranks is not None:
                 torch.mm(grad, next(b), out=h_grad[:, ranks])
                 b_grads.append(_product(grad.t(), h[:, ranks], ctx.dtype))
-        if x_grad is not None:
-            x_grad.addmm_(h_grad, scaled_a)
+        x_grad = None
+        if ctx.needs_input_grad[2]:
+            x_grad = torch.mm(h_grad, scaled_a)
+            for grad, weight in zip(grads, weights, strict=True):
+                x_grad.addmm_(grad, weight)
         a_grad = _product(h_grad.t(), x, ctx.dtype).mul_(ctx.scale)
         a_grads = [a_grad[ranks] for ranks in ctx.ranks if ranks is not None]
         of_pairs = [grad for pair in zip(a_grads, b_grads, strict=True) for grad in pair]
