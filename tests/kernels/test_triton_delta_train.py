@@ -26,8 +26,9 @@ from tests.support.triton_kernels import (
 )
 
 NAMES = ("q", "k", "v", "g", "beta")
-# bf16: the operands of each of a chain of products are rounded to 8 bits.
-TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1.5e-2}
+# float32: sums of three tf32 products on a GPU. bf16: the operands of each of a chain of products are
+# rounded to 8 bits, for which the written-out backward gives 4.6e-3.
+TOLERANCE = {torch.float32: 5e-6 if INTERPRETED else 5e-5, torch.bfloat16: 1.5e-2}
 PACKED = (0, 70, 71, 71, 135, 199)
 # Key heads, value heads, K, V.
 SMALL, EVEN, RELEASED = (1, 2, 16, 32), (2, 2, 32, 16), (16, 32, 128, 128)
