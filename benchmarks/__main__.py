@@ -23,7 +23,7 @@ from kiln_engine.settings import EngineSettings
 
 ROOT = Path(__file__).resolve().parents[1]
 ENGINE_PARTS = ("decode", "prefill", "waves", "prefix", "clients", "adapters", "idle")
-PARTS = ("kernels", *ENGINE_PARTS, "start", "http", "sharing", "swap")
+PARTS = ("kernels", *ENGINE_PARTS, "start", "http", "sharing", "swap", "training")
 # Settings whose choices are all measured, one at a time, for the decode steps.
 _VARIED = ("state_dtype", "kv_dtype")
 
@@ -50,6 +50,8 @@ def commands(parts: list[str], model: Path, is_tiny: bool) -> Iterator[tuple[lis
         yield [*python, "-m", "benchmarks.swap", "--model", str(model), *counts], ROOT
     if "sharing" in parts:
         yield [*python, "-m", "benchmarks.sharing", "--model", str(model), *tiny], ROOT
+    if "training" in parts:
+        yield [*python, "-m", "benchmarks.training", *tiny], ROOT
 
 
 def kernel_scripts() -> list[Path]:

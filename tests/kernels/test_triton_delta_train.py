@@ -5,8 +5,6 @@ Every configuration that may ever be picked is run, on the GPU and in the interp
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 
@@ -28,10 +26,10 @@ from tests.support.triton_kernels import (
 )
 
 NAMES = ("q", "k", "v", "g", "beta")
-# bf16: the operands of each of a chain of products are rounded to 8 bits.
-TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1.5e-2}
+# float32: sums of three tf32 products on a GPU. bf16: the operands of each of a chain of products are
+# rounded to 8 bits, for which the written-out backward gives 4.6e-3.
+TOLERANCE = {torch.float32: 5e-6 if INTERPRETED else 5e-5, torch.bfloat16: 1.5e-2}
 PACKED = (0, 70, 71, 71, 135, 199)
-SMALL_GPUS_BF16 = (torch.bfloat16, False)  # fits every GPU
 # Key heads, value heads, K, V.
 SMALL, EVEN, RELEASED = (1, 2, 16, 32), (2, 2, 32, 16), (16, 32, 128, 128)
 
@@ -43,8 +41,9 @@ def _kernel():
 
 
 def _config_keys() -> list:
-    formats = (torch.float32,) if INTERPRETED else (torch.float32, torch.bfloat16)
-    return [(dtype, has_room) for dtype in formats for has_room in (True, False)]
+    """Of all that differ; the interpreter computes none in bf16."""
+    both = [] if INTERPRETED else [(torch.bfloat16, True), (torch.bfloat16, False)]
+    return [(torch.float32, False), *both]
 
 
 def _inputs(shape: tuple[int, int, int, int], num_tokens: int, seed: int = 0, **options) -> DeltaInputs:
@@ -144,8 +143,8 @@ def test_every_configuration_at_the_released_shape(key, poisoned):
     arguments = _rounded(inputs, key[0])
     out_grad = _out_grad(inputs).to(DEVICE, key[0])
     config = _kernel().CONFIGS[key]
-    if config != _kernel().config_for(key[0], torch.device("cuda", 0)) and key != SMALL_GPUS_BF16:
-        pytest.skip("this GPU never takes this configuration")
+    if key[1] and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("this configuration needs more shared memory")
     actual = _run(arguments, cu_seqlens, out_grad, config)
     # The recurrence in float64 on the GPU: its states are too many for a CPU.
     leaves = [x.detach().double().requires_grad_() for x in arguments]
@@ -214,8 +213,8 @@ def test_the_public_function_chooses_the_kernels_on_a_gpu(monkeypatch):
 def test_it_compiles_for_every_supported_gpu(dtype):
     inputs = [x.float() for x in _inputs(RELEASED, 64).tensors()]
     arguments = [*(x.to(dtype) for x in inputs[:3]), *inputs[3:]]
-    for capabilities, has_room in (((80, 86, 89), False), ((90,), True)):
-        config = dataclasses.replace(_kernel().CONFIGS[dtype, has_room])
+    for capabilities, has_room in (((80, 86), False), ((90,), True)):
+        config = _kernel().CONFIGS[dtype, has_room]
         with compiling_instead_of_launching(capabilities) as compiled:
             _run(arguments, (0, 64), arguments[2], config)
         assert len(compiled) == 8 * len(capabilities)

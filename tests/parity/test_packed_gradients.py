@@ -10,6 +10,7 @@ import kiln_nn.packed_model as packed_model_module
 from kiln_nn.kernels.gated_delta import gated_delta_recurrent
 from kiln_nn.kernels.logprobs import token_logprobs
 from kiln_nn.kernels.varlen_attention import ATTENTION_OPERATORS
+from kiln_nn.lora import adapter_table
 from kiln_nn.lora.parameters import LoraParameters
 from kiln_nn.packed_model import PackedModel
 from tests.support.delta_inputs import relative_error
@@ -127,15 +128,23 @@ def test_computing_layers_again_changes_nothing():
         assert all(torch.equal(kept[name], recomputed[name]) for name in kept)
 
 
-def test_attention_is_not_computed_again_where_its_layer_is():
+def _num_calls(operators, num_kept_layers: int | None) -> int:
     config = tiny_config()
     weights, lora, documents = random_tensors(config), random_lora(config), _documents(config.vocab_size)
-    num_calls = {}
-    for num_kept_layers in (None, 0):
-        with CountingOperators(ATTENTION_OPERATORS) as counted:
-            _gradients(PackedModel(config, weights, num_kept_layers), lora, documents)
-        num_calls[num_kept_layers] = counted.num_calls
-    assert num_calls[0] == num_calls[None] > 0
+    with CountingOperators(operators) as counted:
+        _gradients(PackedModel(config, weights, num_kept_layers), lora, documents)
+    return counted.num_calls
+
+
+def test_attention_is_not_computed_again_where_its_layer_is():
+    assert _num_calls(ATTENTION_OPERATORS, 0) == _num_calls(ATTENTION_OPERATORS, None) > 0
+
+
+def test_a_layer_is_computed_again_up_to_its_last_product():
+    products = (torch.ops.aten.addmm_.default,)  # of an adapted linear layer with its base
+    num_layers, num_linears = tiny_config().num_layers, len(adapter_table(tiny_config()))
+    extra = _num_calls(products, 0) - _num_calls(products, None)
+    assert extra == num_linears - num_layers
 
 
 class CountingOperators(TorchDispatchMode):

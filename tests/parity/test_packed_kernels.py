@@ -51,7 +51,8 @@ def _gradients(
     lora = random_lora(config, rank=8, dtype=dtype)
     pairs = {path: (a.to(device), b.to(device)) for path, (a, b) in lora.tensors().items()}
     lora = LoraParameters(lora.spec, pairs)
-    model = PackedModel(config, {name: t.to(device) for name, t in weights.items()}, num_kept_layers=2)
+    # All layers but the last are computed again in the backward pass.
+    model = PackedModel(config, {name: t.to(device) for name, t in weights.items()}, num_kept_layers=1)
     ids = torch.cat(documents).to(device)
     bounds = (0, *torch.tensor([len(document) for document in documents]).cumsum(0).tolist())
     hidden = model.hidden_states(ids, bounds, lora.linear_fn(model.weights))

@@ -75,7 +75,8 @@ def _kept_bytes(model: PackedModel, linear: LinearFn, token_ids_T: torch.Tensor)
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in borrowed and not isinstance(tensor, torch.nn.Parameter):
             sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        # A result that its own graph held would never be freed.
+        return tensor.detach()
 
     def unchanged(tensor: Any) -> Any:
         return tensor

@@ -44,8 +44,9 @@ class Policy:
         hidden_TD = self.model.hidden_states(
             batch.token_ids_T, batch.cu_seqlens, self._adapted if with_adapter else None
         )
+        hidden_SD = hidden_TD.index_select(0, batch.rows_S)
         return token_logprobs(
-            hidden_TD[batch.rows_S], self.model.head_weight, batch.targets_S, temperature=batch.temperature_S
+            hidden_SD, self.model.head_weight, batch.targets_S, temperature=batch.temperature_S
         )
 
     @torch.no_grad()

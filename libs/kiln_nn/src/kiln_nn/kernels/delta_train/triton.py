@@ -50,17 +50,20 @@ class TrainConfig:
     pass_block_v: int
     pass_warps: int
     pass_stages: int
+    # Of the backward pass, which holds twice as many operands a tile.
+    back_stages: int
     grads_block_v: int
     query_warps: int
     key_warps: int
 
 
+_FLOAT32 = TrainConfig("tf32x3", 8, 8, 32, 4, 1, 1, 16, 8, 8)
 # All that may ever be picked: by format, and whether a program may have 200 KB of shared memory.
 CONFIGS = {
-    (torch.bfloat16, True): TrainConfig("bf16", 4, 4, 64, 4, 3, 64, 4, 8),
-    (torch.bfloat16, False): TrainConfig("bf16", 4, 4, 64, 4, 1, 32, 4, 8),
-    (torch.float32, True): TrainConfig("tf32x3", 8, 8, 32, 4, 1, 32, 8, 8),
-    (torch.float32, False): TrainConfig("ieee", 8, 8, 32, 4, 1, 16, 8, 8),
+    (torch.bfloat16, True): TrainConfig("bf16", 4, 4, 64, 4, 3, 2, 64, 4, 8),
+    (torch.bfloat16, False): TrainConfig("bf16", 4, 4, 64, 4, 1, 1, 32, 4, 8),
+    (torch.float32, True): _FLOAT32,
+    (torch.float32, False): _FLOAT32,
 }
 
 
@@ -230,10 +233,10 @@ def delta_backward(
         tiles.cu_seqlens_N1,
         **sizes,
         BLOCK_V=block_v,
-        STAGES=config.pass_stages,
+        STAGES=config.back_stages,
         FORM=form,
         num_warps=config.pass_warps,
-        num_stages=config.pass_stages,
+        num_stages=config.back_stages,
     )
     blocks = {"BLOCK_V": min(config.grads_block_v, sizes["V"]), "FORM": form, "num_stages": 1}
     shared = (kept.corrected_THV, kept.log_decays, kept.states, out_grad)

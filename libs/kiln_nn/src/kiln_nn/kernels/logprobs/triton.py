@@ -24,7 +24,9 @@ import triton.language as tl
 
 from kiln_nn.kernels.logprobs import reference
 
-_CHUNK_LOGITS = 2**27  # 512 MiB in float32, and half of that for the factors
+# 1 GiB in float32, and half of that for the factors: fewer rows would leave the second product, whose
+# result is only as wide as the hidden state, too few tiles for a large GPU.
+_CHUNK_LOGITS = 2**28
 _BLOCK = 4096
 
 

@@ -5,8 +5,10 @@ For layers that read one input the adapters' first products are one product. Wit
     y = x W^T + h B^T                dx = dy W + dh (s A),  dh = dy B
     dA = s dh^T x                    dB = dy^T h
 
-Both updates are added where the base's product lies. Products take the base's format; the gradients of
-A and B are summed in float32 and stay there. The base gets none, so nothing of its size is ever made.
+The updates come first and the base's product is added to them where they lie: its sum is in float32 and
+is rounded once, and reading what lies there costs a product of that size nothing. Products take the
+base's format; the gradients of A and B are summed in float32 and stay there. The base gets none, so
+nothing of its size is ever made.
 
 Legend: `T` tokens, `I` inputs, `O` outputs of a layer, `r` rank, `Q` ranks of all adapted layers.
 """
@@ -58,41 +60,68 @@ def _product(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> tor
     return torch.mm(left, right).to(dtype)
 
 
-class _AdaptedLinears(torch.autograd.Function):
+class _Shrink(torch.autograd.Function):
+    """`x` as it is and `h`: the part of the layers that keeps `x` for the backward pass.
+
+    One function cut in two: where a whole block is computed again, autograd stops once everything that
+    was kept is there, before `_Expand` and its products if that comes last.
+    """
+
     @staticmethod
     def forward(
-        ctx: Any, copies: AdapterCopies, num_layers: int, x: torch.Tensor, *tensors: torch.Tensor
+        ctx: Any, copies: AdapterCopies, x: torch.Tensor, *a: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.save_for_backward(x)
+        ctx.copies, ctx.dtype = copies, a[0].dtype
+        return x, F.linear(x, copies.scaled_a_QI)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (x,), (x_grad, h_grad) = ctx.saved_tensors, grads
+        a_grad = _product(h_grad.t(), x, ctx.dtype).mul_(ctx.copies.scale)
+        a_grads = [a_grad[ranks] for ranks in ctx.copies.ranks if ranks is not None]
+        return None, x_grad if ctx.needs_input_grad[1] else None, *a_grads
+
+
+class _Expand(torch.autograd.Function):
+    """The outputs from `x` and `h`; the gradient it gives to `x` is the whole one, that through `h` too.
+
+    It keeps `h` itself: narrow, and not counted among what must be there before the backward pass.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        copies: AdapterCopies,
+        num_layers: int,
+        x: torch.Tensor,
+        h: torch.Tensor,
+        *tensors: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
-        weights = tensors[:num_layers]
-        h = F.linear(x, copies.scaled_a_QI)
-        b = iter(copies.b_Or)
+        weights, b = tensors[:num_layers], iter(copies.b_Or)
         outputs = []
         for weight, ranks in zip(weights, copies.ranks, strict=True):
-            y = F.linear(x, weight)
-            outputs.append(y if ranks is None else y.addmm_(h[:, ranks], next(b).t()))
-        ctx.save_for_backward(x, h, copies.scaled_a_QI, *copies.b_Or, *weights)
-        ctx.ranks, ctx.scale, ctx.dtype = copies.ranks, copies.scale, tensors[-1].dtype
+            if ranks is None:
+                outputs.append(F.linear(x, weight))
+            else:
+                outputs.append(torch.mm(h[:, ranks], next(b).t()).addmm_(x, weight.t()))
+        ctx.copies, ctx.weights, ctx.h, ctx.dtype = copies, weights, h, tensors[-1].dtype
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, h, scaled_a, *rest = ctx.saved_tensors
-        num_layers = len(grads)
-        weights, b = rest[-num_layers:], iter(rest[:-num_layers])
-        h_grad, b_grads = torch.empty_like(h), []
-        x_grad = torch.mm(grads[0], weights[0]) if ctx.needs_input_grad[2] else None
-        for layer, (grad, ranks) in enumerate(zip(grads, ctx.ranks, strict=True)):
-            if layer and x_grad is not None:
-                x_grad.addmm_(grad, weights[layer])
+        copies, h = ctx.copies, ctx.h
+        h_grad, b_grads, b = torch.empty_like(h), [], iter(copies.b_Or)
+        for grad, ranks in zip(grads, copies.ranks, strict=True):
             if ranks is not None:
                 torch.mm(grad, next(b), out=h_grad[:, ranks])
                 b_grads.append(_product(grad.t(), h[:, ranks], ctx.dtype))
-        if x_grad is not None:
-            x_grad.addmm_(h_grad, scaled_a)
-        a_grad = _product(h_grad.t(), x, ctx.dtype).mul_(ctx.scale)
-        a_grads = [a_grad[ranks] for ranks in ctx.ranks if ranks is not None]
-        of_pairs = [grad for pair in zip(a_grads, b_grads, strict=True) for grad in pair]
-        return None, None, x_grad, *([None] * num_layers), *of_pairs
+        x_grad = None
+        if ctx.needs_input_grad[2]:
+            x_grad = torch.mm(h_grad, copies.scaled_a_QI)
+            for grad, weight in zip(grads, ctx.weights, strict=True):
+                x_grad.addmm_(grad, weight)
+        return None, None, x_grad, h_grad, *([None] * len(grads)), *b_grads
 
 
 def adapted_linears(
@@ -105,5 +134,8 @@ def adapted_linears(
 
     `copies` are those of `pairs`, in the format of `x` and the weights.
     """
-    parameters = [tensor for pair in pairs if pair is not None for tensor in pair]
-    return _AdaptedLinears.apply(copies, len(weights_OI), x_TI, *weights_OI, *parameters)  # type: ignore[no-any-return]
+    present = [pair for pair in pairs if pair is not None]
+    same_x, h = _Shrink.apply(copies, x_TI, *(a for a, _ in present))
+    # Where x needs no gradient its alias must not ask for one.
+    x = same_x if x_TI.requires_grad else x_TI
+    return _Expand.apply(copies, len(weights_OI), x, h, *weights_OI, *(b for _, b in present))  # type: ignore[no-any-return]
