@@ -210,10 +210,10 @@ def test_the_public_function_chooses_the_kernels_on_a_gpu(monkeypatch):
 @only_outside_interpreter
 @needs_triton
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_it_compiles_for_every_supported_gpu(dtype):
+def test_it_compiles_for_small_gpus_and_hopper(dtype):
     inputs = [x.float() for x in _inputs(RELEASED, 64).tensors()]
     arguments = [*(x.to(dtype) for x in inputs[:3]), *inputs[3:]]
-    for capabilities, has_room in (((80, 86), False), ((90,), True)):
+    for capabilities, has_room in (((86,), False), ((90,), True)):
         config = _kernel().CONFIGS[dtype, has_room]
         with compiling_instead_of_launching(capabilities) as compiled:
             _run(arguments, (0, 64), arguments[2], config)
