@@ -85,7 +85,7 @@ def _run(arguments, cu_seqlens, out_grad, config) -> tuple[torch.Tensor, ...]:
 
 def _compare(actual, expected, tolerance: float) -> None:
     errors = {
-        name: relative_error(got, want)
+        name: relative_error(got.detach(), want)
         for name, got, want in zip(("out", *NAMES), actual, expected, strict=True)
     }
     assert max(errors.values()) < tolerance, errors
