@@ -27,6 +27,9 @@ class _PacedStep:
     result: StepResult
     end_s: float
 
+    def draw(self) -> None:
+        pass
+
     def wait(self) -> StepResult:
         time.sleep(max(0.0, self.end_s - time.perf_counter()))
         return self.result

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from kiln_engine.domain import AdapterUse, GenerationRequest, SamplingParams
+from kiln_engine.domain.output_rules import OutputRules, ThinkingRules
 from kiln_engine.execution import step_graphs
 from kiln_engine.execution.memory_plan import MemoryRequest, plan_memory
 from kiln_engine.execution.runner import TorchRunner
@@ -42,6 +43,8 @@ SHAPE: dict[str, Any] = {
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 Answer = tuple[list[int], list[float]]
+# Constrained from the sixth token on: those rows are drawn when the token before is known.
+_RULES = OutputRules(thinking=ThinkingRules(7, 6, before_end_token_ids=(8,), after_end_token_ids=(9, 10)))
 
 
 @pytest.fixture(scope="module")
@@ -96,12 +99,16 @@ def serve(runner: TorchRunner, limits: SchedulerLimits, *, with_adapters: bool) 
         plan = scheduler.plan(0.0)
         if not plan.is_empty:
             launched.append((plan, runner.launch(plan)))
+            if len(launched) == 1:
+                launched[0][1].draw()
         while len(launched) > (0 if plan.is_empty else 1):
             plan_of, pending = launched.popleft()
             for event in scheduler.commit(plan_of, pending.wait()):
                 assert event.row is not None, event.error
                 answers[event.request_id][0].append(event.row.token_id)
                 answers[event.request_id][1].append(event.row.logprob)
+            if launched:
+                launched[0][1].draw()
     return answers
 
 
@@ -117,13 +124,16 @@ def _requests(with_adapters: bool) -> list[tuple[GenerationRequest, tuple[tuple[
         (token_ids(64, seed=8), {"logit_bias": {5: 4.0}}),
         (token_ids(17, seed=9), {"min_tokens": 5}),
         (token_ids(1, seed=10), {}),
+        (token_ids(40, seed=11), {"rules": _RULES}),
+        (shared[:144] + token_ids(5, seed=12), {"rules": _RULES, "num_top_logprobs": 2}),
     ]
     requests = []
     for number, (prompt, sampling) in enumerate(kinds):
+        rules = sampling.pop("rules", None)
         params = SamplingParams(**{"max_tokens": 50, "seed": 11 + number, **sampling})
         slot = number % 3 if with_adapters else 0
         uses = (AdapterUse(f"sha-{slot}"),) if slot else ()
-        request = GenerationRequest(f"r{number}", tuple(prompt), params, adapters=uses)
+        request = GenerationRequest(f"r{number}", tuple(prompt), params, adapters=uses, rules=rules)
         requests.append((request, ((slot, 1.0),) if slot else ()))
     return requests
 
@@ -193,6 +203,8 @@ def test_replayed_steps_give_what_launched_ones_give(
         assert replayed[name][0] == tokens, name
         assert replayed[name][1] == pytest.approx(logprobs, abs=1e-3)
         assert len(tokens) == 50
+    for name in ("r9", "r10"):
+        assert replayed[name][0][6:10] == [8, 7, 9, 10]
 
 
 @pytest.mark.gpu

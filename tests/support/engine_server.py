@@ -73,6 +73,9 @@ class StubbornRunner:
 
 
 class BurningStep:
+    def draw(self) -> None:
+        pass
+
     def wait(self) -> StepResult:
         raise RuntimeError("the device is on fire")
 

@@ -13,6 +13,14 @@ EMBED, BATCH = "/v1/embeddings", "/v1/completions/batch"
 SCORED = {"prompt": "p", "completions": [{"text": "x", "reward": 1}, {"text": "y", "reward": 0}]}
 
 
+def tool(name, properties=None, **function):
+    parameters = {"type": "object", "properties": properties or {}}
+    return {"type": "function", "function": {"name": name, "parameters": parameters, **function}}
+
+
+TOOL = tool("look")
+
+
 def without(body, *names, **changes):
     return {key: value for key, value in {**body, **changes}.items() if key not in names}
 
@@ -57,10 +65,24 @@ BODIES = [
     (CHAT, {"messages": [USER], "model": "nobody"}, 404, "model_not_found", "model"),
     (CHAT, {"messages": [USER], "adapter": "nobody"}, 404, "adapter_not_found", "adapter"),
     (CHAT, {"messages": [USER], "adapters": [{"name": "x", "scale": 0}]}, 400, "invalid_scale", "adapters[0]"),
-    (CHAT, {"messages": [USER], "response_format": {"type": "json_object"}}, 501, "not_implemented", "response_format"),
-    (CHAT, {"messages": [USER], "tool_choice": "required"}, 501, "not_implemented", "tool_choice"),
-    (CHAT, {"messages": [USER], "structured_outputs": {"regex": "a"}}, 501, "not_implemented", "structured_outputs"),
-    (CHAT, {"messages": [USER], "thinking_budget_tokens": 5}, 501, "not_implemented", "thinking_budget_tokens"),
+    (CHAT, {"messages": [USER], "response_format": {"type": "json_schema"}}, 400, "invalid_value", "response_format"),
+    (CHAT, {"messages": [USER], "response_format": {"type": "json_schema", "json_schema": {"name": 'a"b'}}}, 400, "invalid_value", "response_format.json_schema.name"),
+    (CHAT, {"messages": [USER], "response_format": {"type": "json_schema", "json_schema": {"name": "a", "shema": {}}}}, 400, "unknown_field", "response_format.json_schema.shema"),
+    (CHAT, {"messages": [USER], "structured_outputs": {"regex": "a", "choice": ["a"]}}, 400, "conflicting_fields", "structured_outputs"),
+    (CHAT, {"messages": [USER], "structured_outputs": {}}, 400, "conflicting_fields", "structured_outputs"),
+    (CHAT, {"messages": [USER], "structured_outputs": {"choice": []}}, 400, "invalid_value", "structured_outputs.choice"),
+    (CHAT, {"messages": [USER], "structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}}, 400, "invalid_value", "structured_outputs"),
+    (CHAT, {"messages": [USER], "structured_outputs": {"grammar": "start: w\nw: /a/"}, "tools": [TOOL]}, 400, "invalid_value", "structured_outputs"),
+    (CHAT, {"messages": [USER], "tool_choice": "required"}, 400, "invalid_value", "tool_choice"),
+    (CHAT, {"messages": [USER], "tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "nobody"}}}, 400, "invalid_value", "tool_choice"),
+    (CHAT, {"messages": [USER], "tools": [TOOL], "tool_choice": {"type": "any"}}, 400, "invalid_value", "tool_choice"),
+    (CHAT, {"messages": [USER], "tools": [tool('say "hi"')]}, 400, "invalid_value", "tools[0].function.name"),
+    (CHAT, {"messages": [USER], "tools": [tool("f", {"a>b": {"type": "string"}})], "tool_choice": "required"}, 400, "grammar_not_supported", "tools"),
+    (CHAT, {"messages": [USER], "tools": [tool("f", {"a": {"$ref": "#/$defs/nope"}})], "tool_choice": "required"}, 400, "grammar_not_supported", "tools"),
+    (CHAT, {"messages": [USER], "tools": [tool("f", {"a": {"$ref": "#/properties/a"}})], "tool_choice": "required"}, 400, "grammar_not_supported", "tools"),
+    (CHAT, {"messages": [USER], "tools": [tool("f", {"a": {"type": "string", "pattern": "^a|b$"}}, strict=True)]}, 400, "grammar_not_supported", "tools"),
+    (CHAT, {"messages": [USER], "thinking_budget_tokens": -1}, 400, "invalid_value", "thinking_budget_tokens"),
+    (CHAT, {"messages": [USER], "stop_token_ids": [1] * 2000}, 400, "invalid_value", "stop_token_ids"),
     (CHAT, {"messages": [USER], "adapter_policy": "newest"}, 400, "invalid_value", "adapter_policy"),
     (CHAT, {"messages": [USER], "model": "a@1", "adapter_policy": "latest"}, 400, "unsupported_field", "adapter_policy"),
     (CHAT, {"messages": [USER], "adapters": [{"name": "a@1"}], "adapter_policy": "latest"}, 400, "unsupported_field", "adapter_policy"),

@@ -164,8 +164,20 @@ async def test_text_known_only_from_untrainable_rollouts_is_tokenised_again(rig)
     assert (again.completion_id, list(again.behaviour_logprobs)) == ("", [])
 
 
-async def test_truncated_rollouts_are_corrected_or_refused(rig):
-    answer = (await rig.chat(n=2, top_p=0.9)).json()
+THINKING = {"enable_thinking": True}
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"top_p": 0.9},
+        {"response_format": {"type": "json_object"}},
+        {"structured_outputs": {"regex": "a"}},
+        {"thinking_budget_tokens": 9, "chat_template_kwargs": THINKING},
+    ],
+)
+async def test_rollouts_that_could_not_take_every_token_are_corrected_or_refused(rig, sampling):
+    answer = (await rig.chat(n=2, **sampling)).json()
     groups = groups_of(answer, [1, 0])
     assert (await grpo(rig, groups=groups)).status_code == 202
     assert rig.trainer.submitted[0].grpo.loss.importance_mode == "token"

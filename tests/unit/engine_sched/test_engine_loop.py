@@ -141,6 +141,31 @@ def test_a_step_that_cannot_be_launched_does_not_take_the_one_before_along(rig):
     assert box.wait_for_ends(2)["works"].finish_reason is FinishReason.LENGTH
 
 
+def test_a_step_whose_late_draw_fails_ends_only_its_own_requests(rig):
+    box, failing = Box(), threading.Event()
+    launch = rig.runner.launch
+
+    class Undrawable:
+        def draw(self):
+            raise RuntimeError("the mask is on fire")
+
+        def wait(self):
+            raise AssertionError("nobody waits for what was not drawn")
+
+    def launch_undrawable(plan):
+        pending = launch(plan)
+        return Undrawable() if failing.is_set() and plan.decode_rows else pending
+
+    rig.runner.launch = launch_undrawable
+    failing.set()
+    rig.loop.submit(make_request("fails", max_tokens=6), (), box)
+    assert box.wait_for_ends(1)["fails"].error.code == "engine_failed"
+    failing.clear()
+    rig.loop.submit(make_request("works"), (), box)
+    assert box.wait_for_ends(2)["works"].finish_reason is FinishReason.LENGTH
+    assert rig.loop.is_healthy
+
+
 def test_a_request_is_let_go_after_the_last_step_that_works_on_it(run_ahead):
     history: list[str] = []
     is_over = threading.Event()
@@ -150,6 +175,9 @@ def test_a_request_is_let_go_after_the_last_step_that_works_on_it(run_ahead):
             pending = super().launch(plan)
 
             class Step:
+                def draw(self):
+                    pending.draw()
+
                 def wait(self):
                     history.append(f"step {plan.step_id}")
                     return pending.wait()

@@ -90,7 +90,7 @@ async def test_others_pass_a_request_that_waits_for_its_adapter(rig):
     rig.intake.submit(generate_request("waits", adapters=[ADAPTER]), rig.outbox)
     rig.intake.submit(generate_request("passes"), rig.outbox)
     assert (await rig.end_of("passes")).finish_reason is FinishReason.LENGTH
-    assert rig.intake.num_fetching == 1
+    assert rig.intake.num_preparing == 1
     rig.adapters.may_answer.set()
     assert (await rig.end_of("waits")).finish_reason is FinishReason.LENGTH
     assert rig.runner.plans[-1].decode_rows[0].adapter_slots == ((3, 0.5),)

@@ -203,3 +203,17 @@ def test_a_tool_answer_extends_a_prompt_that_is_hardly_stable(make_rig):
     rig.generate(make_request("call", prompt, num_stable_prefix_tokens=10))
     rig.generate(make_request("answer", [*prompt, *range(60, 80)], num_stable_prefix_tokens=10))
     assert cached(rig, "answer") == 36
+
+
+@pytest.mark.parametrize("num_stable", [0, 150, 200])
+@pytest.mark.parametrize("length", [200, 201, 203])
+def test_the_choices_of_one_request_compute_their_prompt_once(length, num_stable):
+    rig = SchedulerRig(num_pages=400, num_state_slots=32, step_token_budget=256)
+    prompt = [10 + i % 39 for i in range(length)]
+    for choice in range(4):
+        fields = {"max_tokens": 6, "seed": choice, "num_stable_prefix_tokens": num_stable}
+        rig.add(make_request(f"choice-{choice}", prompt, **fields))
+    rig.run()
+    num_computed = sum(len(chunk.token_ids) for plan in rig.plans for chunk in plan.prefill_chunks)
+    # What lies behind the last checkpoint, up to three pages, is each choice's own.
+    assert length < num_computed <= length + 3 * 3 * 4

@@ -1,12 +1,14 @@
 """Stop strings, reasoning and tool calls come out the same however the text is cut."""
 
 import json
+import re
 from itertools import pairwise
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from kiln_common.text.marks import Mark
 from kiln_common.text.reasoning import ReasoningSplitter, opens_reasoning
 from kiln_common.text.stop_strings import StopStringMatcher
 from kiln_common.text.tool_calls import (
@@ -53,9 +55,25 @@ def test_text_that_may_become_a_stop_string_waits():
     assert matcher.matched == "END"
 
 
-def split(pieces: list[str], *, starts_in_reasoning: bool) -> tuple[str, str]:
-    splitter = ReasoningSplitter(starts_in_reasoning=starts_in_reasoning)
-    parts = [*map(splitter.push, pieces), splitter.finish()]
+MARKS = re.compile("(" + "|".join(re.escape(mark.value) for mark in Mark) + ")")
+
+
+def marked(
+    text: str, cuts: list[int] | None = None, *, spelled_out: bool = False
+) -> list[tuple[str, Mark | None]]:
+    """The text in pieces, its marks as tokens of their own, or spelled out like other text."""
+    if spelled_out:
+        return [(piece, None) for piece in cut(text, cuts or [])]
+    pieces: list[tuple[str, Mark | None]] = []
+    for part in filter(None, MARKS.split(text)):
+        mark = next((mark for mark in Mark if mark.value == part), None)
+        pieces += [(part, mark)] if mark else [(piece, None) for piece in cut(part, cuts or [])]
+    return pieces
+
+
+def split(pieces: list[tuple[str, Mark | None]], **options) -> tuple[str, str]:
+    splitter = ReasoningSplitter(**options)
+    parts = [*(splitter.push(*piece) for piece in pieces), splitter.finish()]
     return "".join(p.reasoning for p in parts), "".join(p.answer for p in parts)
 
 
@@ -64,16 +82,61 @@ def split(pieces: list[str], *, starts_in_reasoning: bool) -> tuple[str, str]:
 def test_reasoning_and_answer_come_apart_without_marks_and_blank_lines(cuts):
     text = "I add.\n\nThen < think / again.\n</think>\n\nIt is 4.\n\nReally </think> so."
     expected = ("I add.\n\nThen < think / again.", "It is 4.\n\nReally </think> so.")
-    assert split(cut(text, cuts), starts_in_reasoning=True) == expected
-    assert split(cut("<think>\n" + text, cuts), starts_in_reasoning=False) == expected
+    assert split(marked(text, cuts), starts_in_reasoning=True) == expected
+    assert split(marked("<think>\n" + text, cuts), starts_in_reasoning=False) == expected
+
+
+@settings(max_examples=40, deadline=None)
+@given(CUTS)
+def test_a_mark_that_is_only_spelled_out_ends_nothing(cuts):
+    text = "I would write </think> to end it.\n<tool_call>\n<function=add>\nor so"
+    options = {"starts_in_reasoning": True, "call_names": ["add"]}
+    assert split(marked(text, cuts, spelled_out=True), **options) == (text, "")
+    assert split(marked("<think>x</think>y", cuts, spelled_out=True), starts_in_reasoning=False) == (
+        "",
+        "<think>x</think>y",
+    )
+
+
+@settings(max_examples=40, deadline=None)
+@given(CUTS)
+def test_a_call_inside_unfinished_thinking_ends_it(cuts):
+    call = "<tool_call>\n<function=add>\n<parameter=a>\n1\n</parameter>\n</function>\n</tool_call>"
+    options = {"starts_in_reasoning": True, "call_names": ["add"]}
+    assert split(marked("I need to add.\n\n" + call, cuts), **options) == ("I need to add.", call)
+
+
+@pytest.mark.parametrize(
+    "thought",
+    [
+        "A call opens with <tool_call> and then the function.",
+        "<tool_call>\n<function=other>\n</function>\n</tool_call> is none of mine.",
+        "It is <tool_call>\n<funct",
+        "Twice <tool_call><tool_call>",
+    ],
+)
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(CUTS)
+def test_what_is_no_call_of_a_known_function_stays_thinking(thought, cuts):
+    options = {"starts_in_reasoning": True, "call_names": ["add"]}
+    assert split(marked(thought, cuts), **options) == (thought, "")
+    assert split(marked(thought + "\n</think>\n\nDone.", cuts), **options) == (thought, "Done.")
+
+
+@settings(max_examples=40, deadline=None)
+@given(CUTS)
+def test_a_certain_separator_leaves_the_answers_own_line_breaks(cuts):
+    pieces = marked("x\n</think>\n\n\n\nanswer", cuts)
+    assert split(pieces, starts_in_reasoning=True, separator="\n\n") == ("x", "\n\nanswer")
+    assert split(pieces, starts_in_reasoning=True) == ("x", "answer")
 
 
 def test_an_answer_without_a_block_is_all_answer():
-    assert split([*" <b>hi</b>"], starts_in_reasoning=False) == ("", " <b>hi</b>")
+    assert split(marked(" <b>hi</b>", [1, 2]), starts_in_reasoning=False) == ("", " <b>hi</b>")
 
 
 def test_a_block_that_never_closes_is_all_reasoning():
-    assert split(["I wonder </thi"], starts_in_reasoning=True) == ("I wonder </thi", "")
+    assert split(marked("I wonder </thi"), starts_in_reasoning=True) == ("I wonder </thi", "")
 
 
 @pytest.mark.parametrize(
@@ -119,9 +182,19 @@ null
 </tool_call>"""
 
 
-def parsed(pieces: list[str]) -> tuple[str, list[tuple[str, str]], int]:
+def events_of(pieces: list[tuple[str, Mark | None]], *, is_complete: bool = True):
     parser = ToolCallParser(SCHEMAS)
-    events = [event for piece in pieces for event in parser.push(piece)] + parser.finish()
+    events, position = [], 0
+    for text, mark in pieces:
+        if mark is not None:
+            parser.expect_mark(position, mark)
+        position += len(text)
+        events += parser.push(text)
+    return events + parser.finish(is_complete=is_complete)
+
+
+def parsed(pieces: list[tuple[str, Mark | None]], **options) -> tuple[str, list[tuple[str, str]], int]:
+    events = events_of(pieces, **options)
     content = "".join(event.text for event in events if isinstance(event, ContentText))
     calls: list[tuple[str, str]] = []
     for event in events:
@@ -136,7 +209,7 @@ def parsed(pieces: list[str]) -> tuple[str, list[tuple[str, str]], int]:
 @settings(max_examples=80, deadline=None)
 @given(CUTS)
 def test_calls_and_content_do_not_depend_on_where_the_text_is_cut(cuts):
-    content, calls, num_finished = parsed(cut(TWO_CALLS, cuts))
+    content, calls, num_finished = parsed(marked(TWO_CALLS, cuts))
     assert content == "Let me look."
     assert num_finished == 2
     assert [name for name, _ in calls] == ["weather", "add"]
@@ -144,27 +217,100 @@ def test_calls_and_content_do_not_depend_on_where_the_text_is_cut(cuts):
     assert json.loads(calls[1][1]) == {"a": 1.5, "b": None, "tags": ["x", "ü"]}
 
 
-def test_arguments_stream_one_by_one():
-    parser = ToolCallParser(SCHEMAS)
-    head = parser.push("<tool_call>\n<function=add>\n<parameter=a>\n1\n</parameter>")
-    assert isinstance(head[0], ToolCallStarted)
-    assert head[1] == ToolArguments(0, '{"a": 1')
+def call_with(city: str) -> str:
+    return (
+        f"<tool_call>\n<function=weather>\n<parameter=city>\n{city}\n</parameter>\n</function>\n</tool_call>"
+    )
+
+
+def test_arguments_stream_one_by_one_and_strings_piece_by_piece():
+    texts = [call_with('one "two"\nthree')[:n] for n in (46, 54, 58, 61)]
+    pieces = marked(texts[0]) + [(b[len(a) :], None) for a, b in pairwise(texts)]
+    fragments = [event.fragment for event in events_of(pieces, is_complete=False)[1:]]
+    assert "".join(fragments) == '{"city": "one \\"two\\"\\nthr'
+    assert len(fragments) == 3
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "",
+        "\n",
+        "if a < b:\n    print('</parameter>')",
+        "<parameter=city>\nnested\n</parameter>\nand on",
+        "</function>\n</tool>",
+        "see </tool_call> there",
+        "<tool_call>\n<function=x>\n",
+        "a\n</param",
+        '"quoted" \\ ü \t',
+    ],
+)
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(CUTS)
+def test_what_merely_looks_like_a_tag_is_part_of_the_value(value, cuts):
+    content, [(_, arguments)], num_finished = parsed(marked(call_with(value), cuts))
+    assert (content, json.loads(arguments), num_finished) == ("", {"city": value}, 1)
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        "\n</parameter>\n</function>\n",
+        "\n</parameter>\n</function>",
+        "\n</parameter>\n",
+        "\n</parameter>",
+        "\n</param",
+        "\n</function>\n</tool_call>",
+        "\n</function>",
+        "\n</tool_call>",
+        "\n",
+        "",
+    ],
+)
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(CUTS)
+def test_a_complete_answer_may_lack_its_last_closing_tags(end, cuts):
+    text = call_with("Oslo").removesuffix("\n</parameter>\n</function>\n</tool_call>") + end
+    _, [(_, arguments)], num_finished = parsed(marked(text, cuts))
+    assert (json.loads(arguments)["city"].rstrip("\n"), num_finished) == ("Oslo", 1)
+
+
+@settings(max_examples=40, deadline=None)
+@given(CUTS)
+def test_a_call_that_forgot_its_end_ends_where_the_next_begins(cuts):
+    forgotten = "<tool_call>\n<function=weather>\n<parameter=days>\n3\n</parameter>\n"
+    for first in (forgotten, forgotten + "</function>\n", forgotten + "</tool_call>\n"):
+        content, calls, num_finished = parsed(marked(first + call_with("Oslo") + "\nDone.", cuts))
+        assert calls == [("weather", '{"days": 3}'), ("weather", '{"city": "Oslo"}')]
+        assert (content.strip(), num_finished) == ("Done.", 2)
 
 
 def test_a_call_without_parameters_has_an_empty_object():
-    assert parsed(["<tool_call>\n<function=now>\n</function>\n</tool_call>"])[1] == [("now", "{}")]
+    assert parsed(marked("<tool_call>\n<function=now>\n</function>\n</tool_call>"))[1] == [("now", "{}")]
 
 
-def test_what_is_no_call_comes_back_as_content():
-    text = 'See <tool_call>{"name": "x"}</tool_call> and <tool_ca'
-    content, calls, _ = parsed([*text])
+@settings(max_examples=40, deadline=None)
+@given(CUTS)
+def test_what_is_no_call_comes_back_as_content(cuts):
+    text = 'See <tool_call>{"name": "x"}</tool_call> and <tool_call>\n<function=x\n> and <tool_ca'
+    content, calls, _ = parsed(marked(text, cuts))
     assert not calls
-    assert content.replace(" ", "") == text.replace(" ", "")
+    assert re.sub(r"\s", "", content) == re.sub(r"\s", "", text)
 
 
-def test_an_unfinished_call_is_not_finished():
-    _, calls, num_finished = parsed([TWO_CALLS[: TWO_CALLS.index("<parameter=units>")]])
+@settings(max_examples=40, deadline=None)
+@given(CUTS)
+def test_a_call_that_is_only_spelled_out_is_content(cuts):
+    content, calls, _ = parsed(marked(TWO_CALLS, cuts, spelled_out=True))
+    assert (content, calls) == (TWO_CALLS, [])
+
+
+def test_an_answer_that_was_cut_off_leaves_its_call_unfinished():
+    whole = TWO_CALLS[: TWO_CALLS.index("<parameter=units>")]
+    _, calls, num_finished = parsed(marked(whole), is_complete=False)
     assert (calls, num_finished) == ([("weather", '{"city": "New\\nYork", "days": 3')], 0)
+    _, calls, num_finished = parsed(marked(whole[: whole.index("York")]), is_complete=False)
+    assert (calls, num_finished) == ([("weather", '{"city": "New')], 0)
 
 
 @pytest.mark.parametrize(

@@ -123,6 +123,17 @@ class InvalidTokenIds(InvalidRequest):
     hint = "Token ids must come from this model's tokenizer; POST /v1/tokenize gives them."
 
 
+class GrammarNotSupported(InvalidRequest):
+    """The grammar library does not understand the schema, expression or grammar; it says why."""
+
+    code = "grammar_not_supported"
+    param = "grammar"
+    hint = "Leave out what the message names, or write it another way."
+
+    def __init__(self, reason: str, *, param: str | None = None) -> None:
+        super().__init__(f"the grammar cannot be enforced: {reason}", param=param)
+
+
 class DuplicateRequestId(KilnError):
     """A request of this id is running."""
 

@@ -20,7 +20,7 @@ from kiln_engine.adapters.manager import AdapterManager
 from kiln_engine.adapters.refresh import AdapterRefresh
 from kiln_engine.adapters.slots import AdapterSlots
 from kiln_engine.clock import MonotonicClock
-from kiln_engine.domain.ports import AdapterStore, BaseWeights, Runner
+from kiln_engine.domain.ports import AdapterStore, BaseWeights, GrammarCompiler, Runner
 from kiln_engine.loop import EngineLoop
 from kiln_engine.scheduling import Scheduler, SchedulerLimits
 from kiln_engine.servicer.intake import RequestIntake
@@ -51,6 +51,8 @@ class EngineParts:
     limits: SchedulerLimits
     info: engine_pb2.EngineInfo
     inbox: Inbox | None = None
+    # None where the model folder has no tokenizer: requests with grammars are refused.
+    grammars: GrammarCompiler | None = None
 
 
 @dataclass
@@ -63,6 +65,7 @@ class RunningEngine:
     adapters: AdapterManager
     weights: ClosableWeights
     inbox: Inbox | None
+    grammars: GrammarCompiler | None
     registry: RegistryClient | None
     background: list[asyncio.Task[None]]
     has_failed: asyncio.Event
@@ -82,6 +85,8 @@ class RunningEngine:
         if self.inbox is not None:
             await asyncio.to_thread(self.inbox.close)
         await asyncio.to_thread(self.loop.stop)
+        if self.grammars is not None:
+            self.grammars.close()
         if self.registry is not None:
             await self.registry.close()
         await asyncio.to_thread(self.weights.close)
@@ -110,7 +115,7 @@ async def start_engine(settings: EngineSettings, parts: EngineParts) -> RunningE
         slot_wait_s=settings.adapter_slot_wait_s,
     )
     limits = RequestLimits(parts.info.base_model.vocab_size, parts.limits.max_num_tokens)
-    intake = RequestIntake(loop, adapters, limits, clock)
+    intake = RequestIntake(loop, adapters, limits, clock, parts.grammars)
     ended.target = intake.ended
     adapters.on_resident = intake.follow
     servicer = EngineServicer(
@@ -144,6 +149,7 @@ async def start_engine(settings: EngineSettings, parts: EngineParts) -> RunningE
         adapters,
         parts.weights,
         parts.inbox,
+        parts.grammars,
         registry,
         background,
         has_failed,

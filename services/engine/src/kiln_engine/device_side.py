@@ -20,6 +20,7 @@ from kiln_engine.checkpoint_identity import model_name, stop_token_ids
 from kiln_engine.execution.memory_plan import MemoryPlan, MemoryRequest, NotEnoughMemory, plan_memory
 from kiln_engine.execution.runner import TorchRunner
 from kiln_engine.execution.step_graphs import decode_ladder
+from kiln_engine.grammar import ThreadedCompiler
 from kiln_engine.scheduling import SchedulerLimits
 from kiln_engine.settings import EngineSettings
 from kiln_nn.config import ModelConfig
@@ -153,7 +154,19 @@ def load_device_side(settings: EngineSettings) -> EngineParts:
     runner = TorchRunner(model.config, views, memory, is_batch_invariant=settings.batch_invariant)
     if has_graphs:
         _capture(runner)
-    return EngineParts(runner, runner.adapters, weights, limits, info, inbox)
+    grammars = _grammars(folder, info, settings.grammar_time_limit_s)
+    return EngineParts(runner, runner.adapters, weights, limits, info, inbox, grammars)
+
+
+def _grammars(folder: Path, info: engine_pb2.EngineInfo, time_limit_s: float) -> ThreadedCompiler | None:
+    """The compiler of grammars for the checkpoint's tokenizer, if it has one."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return None
+    model = info.base_model
+    return ThreadedCompiler(
+        path, vocab_size=model.vocab_size, end_token_ids=model.eos_token_ids, time_limit_s=time_limit_s
+    )
 
 
 def _capture(runner: TorchRunner) -> None:

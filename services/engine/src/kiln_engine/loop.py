@@ -227,6 +227,8 @@ class EngineLoop:
                 self._fail_steps([plan], error)
         else:
             self._launched.append(_LaunchedStep(plan, pending))
+            if len(self._launched) == 1:
+                self._draw_oldest()
 
     def _settle(self, num_left: int) -> None:
         """Wait for steps and take in their results, until `num_left` are under way."""
@@ -235,13 +237,25 @@ class EngineLoop:
             try:
                 result = step.pending.wait()
             except Exception as error:  # noqa: BLE001 as above
-                plans = [launched.plan for launched in self._launched]
-                self._launched.clear()
-                self._fail_steps(plans, error)
+                self._fail_launched(error)
             else:
                 self._launched.popleft()
                 self._deliver(self._scheduler.commit(step.plan, result))
                 self._num_failures = 0
+                self._draw_oldest()
+
+    def _draw_oldest(self) -> None:
+        """Draw what the oldest step under way had left until the steps before it were taken in."""
+        if self._launched:
+            try:
+                self._launched[0].pending.draw()
+            except Exception as error:  # noqa: BLE001 as above
+                self._fail_launched(error)
+
+    def _fail_launched(self, error: Exception) -> None:
+        plans = [launched.plan for launched in self._launched]
+        self._launched.clear()
+        self._fail_steps(plans, error)
 
     def _fail_steps(self, plans: list[BatchPlan], error: Exception) -> None:
         """End what was part of a step that failed, or of one that was launched on top of it."""

@@ -82,6 +82,9 @@ class EngineSettings(BaseSettings):
     adapter_slot_wait_s: float = Field(
         30.0, ge=0, description="how long a request waits for an adapter slot while all are in use"
     )
+    grammar_time_limit_s: PositiveFloat = Field(
+        1.0, description="longest that compiling a request's grammar may take"
+    )
     adapter_refresh_s: PositiveFloat = Field(
         5.0, description="about how often adapters are compared with the registry's default and latest"
     )

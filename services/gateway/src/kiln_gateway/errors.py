@@ -78,7 +78,7 @@ class OffPolicyRollout(InvalidRequest):
     """The rollout was not drawn from a distribution that training can score."""
 
     code = "off_policy_rollout"
-    hint = "Sample with temperature > 0 and without penalties, logit_bias or a grammar."
+    hint = "Sample with temperature > 0 and without penalties or logit_bias."
 
 
 class HostNotAllowed(KilnError):

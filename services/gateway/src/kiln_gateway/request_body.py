@@ -173,7 +173,7 @@ def _located(
         field = current[0].model_fields.get(part) if isinstance(part, str) else None
         if field is not None:
             current = _models_in(field.annotation) or current
-    return tuple(parts), list(current[0].model_fields)
+    return tuple(parts), [field.alias or name for name, field in current[0].model_fields.items()]
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:

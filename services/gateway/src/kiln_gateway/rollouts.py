@@ -33,11 +33,13 @@ class SamplingRecord:
     has_logit_bias: bool = False
     min_tokens: int = 0
     seed: int = 0
+    has_rules: bool = False  # a grammar, or a budget that may have ended the thinking
 
     @property
     def is_truncated(self) -> bool:
         """Whether some tokens could not be drawn at all."""
-        return self.top_p < 1 or self.top_k > 0 or self.min_p > 0 or self.min_tokens > 0
+        is_cut = self.top_p < 1 or self.top_k > 0 or self.min_p > 0
+        return is_cut or self.min_tokens > 0 or self.has_rules
 
     @property
     def is_reshaped(self) -> bool:

@@ -66,8 +66,34 @@ class SamplingParams(_message.Message):
     num_top_logprobs: int
     def __init__(self, max_tokens: _Optional[int] = ..., min_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., logit_bias: _Optional[_Mapping[int, float]] = ..., seed: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: bool = ..., num_top_logprobs: _Optional[int] = ...) -> None: ...
 
+class Grammar(_message.Message):
+    __slots__ = ("json_schema", "regex", "lark", "ebnf", "trigger_token_id")
+    JSON_SCHEMA_FIELD_NUMBER: _ClassVar[int]
+    REGEX_FIELD_NUMBER: _ClassVar[int]
+    LARK_FIELD_NUMBER: _ClassVar[int]
+    EBNF_FIELD_NUMBER: _ClassVar[int]
+    TRIGGER_TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
+    json_schema: str
+    regex: str
+    lark: str
+    ebnf: str
+    trigger_token_id: int
+    def __init__(self, json_schema: _Optional[str] = ..., regex: _Optional[str] = ..., lark: _Optional[str] = ..., ebnf: _Optional[str] = ..., trigger_token_id: _Optional[int] = ...) -> None: ...
+
+class Thinking(_message.Message):
+    __slots__ = ("end_token_id", "budget_tokens", "before_end_token_ids", "after_end_token_ids")
+    END_TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
+    BUDGET_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    BEFORE_END_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    AFTER_END_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    end_token_id: int
+    budget_tokens: int
+    before_end_token_ids: _containers.RepeatedScalarFieldContainer[int]
+    after_end_token_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, end_token_id: _Optional[int] = ..., budget_tokens: _Optional[int] = ..., before_end_token_ids: _Optional[_Iterable[int]] = ..., after_end_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+
 class GenerateRequest(_message.Message):
-    __slots__ = ("request_id", "prompt_token_ids", "sampling", "adapters", "num_stable_prefix_tokens", "cache_salt", "priority", "timeout_s", "num_shared_prefix_tokens", "adapter_policy", "num_prompt_logprobs", "wants_embedding")
+    __slots__ = ("request_id", "prompt_token_ids", "sampling", "adapters", "num_stable_prefix_tokens", "cache_salt", "priority", "timeout_s", "num_shared_prefix_tokens", "grammar", "thinking", "adapter_policy", "num_prompt_logprobs", "wants_embedding")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
@@ -77,6 +103,8 @@ class GenerateRequest(_message.Message):
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
     NUM_SHARED_PREFIX_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    GRAMMAR_FIELD_NUMBER: _ClassVar[int]
+    THINKING_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_POLICY_FIELD_NUMBER: _ClassVar[int]
     NUM_PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     WANTS_EMBEDDING_FIELD_NUMBER: _ClassVar[int]
@@ -89,10 +117,12 @@ class GenerateRequest(_message.Message):
     priority: int
     timeout_s: float
     num_shared_prefix_tokens: int
+    grammar: Grammar
+    thinking: Thinking
     adapter_policy: AdapterPolicy
     num_prompt_logprobs: int
     wants_embedding: bool
-    def __init__(self, request_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., adapters: _Optional[_Iterable[_Union[_common_pb2.AdapterRef, _Mapping]]] = ..., num_stable_prefix_tokens: _Optional[int] = ..., cache_salt: _Optional[str] = ..., priority: _Optional[int] = ..., timeout_s: _Optional[float] = ..., num_shared_prefix_tokens: _Optional[int] = ..., adapter_policy: _Optional[_Union[AdapterPolicy, str]] = ..., num_prompt_logprobs: _Optional[int] = ..., wants_embedding: bool = ...) -> None: ...
+    def __init__(self, request_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., adapters: _Optional[_Iterable[_Union[_common_pb2.AdapterRef, _Mapping]]] = ..., num_stable_prefix_tokens: _Optional[int] = ..., cache_salt: _Optional[str] = ..., priority: _Optional[int] = ..., timeout_s: _Optional[float] = ..., num_shared_prefix_tokens: _Optional[int] = ..., grammar: _Optional[_Union[Grammar, _Mapping]] = ..., thinking: _Optional[_Union[Thinking, _Mapping]] = ..., adapter_policy: _Optional[_Union[AdapterPolicy, str]] = ..., num_prompt_logprobs: _Optional[int] = ..., wants_embedding: bool = ...) -> None: ...
 
 class SessionRequest(_message.Message):
     __slots__ = ("submit", "abort")

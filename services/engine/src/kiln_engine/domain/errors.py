@@ -70,3 +70,34 @@ class SessionOverflow(Overloaded):
 
     code = "session_overflow"
     hint = "Read the stream without pause, or open fewer requests on it."
+
+
+class GrammarTooLarge(InvalidRequest):
+    code = "grammar_too_large"
+    param = "grammar"
+    hint = "Send a smaller schema or grammar: fewer properties, fewer alternatives."
+
+
+class GrammarTooSlow(InvalidRequest):
+    code = "grammar_too_slow"
+    param = "grammar"
+    hint = "Simplify the schema or grammar: fewer properties, smaller repetitions, fewer alternatives."
+
+    def __init__(self, limit_s: float) -> None:
+        super().__init__(f"the grammar was not compiled within {limit_s:g} s")
+
+
+class GrammarFailed(InvalidRequest):
+    """The completion took the grammar beyond what may be computed in a step."""
+
+    code = "grammar_failed"
+    param = "grammar"
+    hint = "Simplify the schema or grammar: it allows too many readings of the same text."
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"the grammar could not be followed: {reason}")
+
+
+class GrammarsUnavailable(Unavailable):
+    code = "grammars_unavailable"
+    hint = "The engine's model folder needs tokenizer.json."

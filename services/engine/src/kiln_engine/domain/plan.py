@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from kiln_engine.domain.output_rules import Constraint
 from kiln_engine.domain.request import SamplingParams
 
 
@@ -32,6 +33,8 @@ class RowSampling:
     output_token_ids: tuple[int, ...] = ()
     # Ids that must not be drawn now (stop tokens before min_tokens).
     banned_token_ids: frozenset[int] = frozenset()
+    # What the request's rules say about this draw, bans included; None where they say nothing.
+    constraint: Constraint | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +130,14 @@ class BatchPlan:
             yield BatchPlan(self.step_id, (row,))
         for chunk in self.prefill_chunks:
             yield BatchPlan(self.step_id, prefill_chunks=(chunk,))
+
+    @property
+    def has_late_rows(self) -> bool:
+        """Whether a row's draw is constrained by a token that a step under way is drawing.
+
+        Such a step is drawn once the steps before it have been committed.
+        """
+        return any(row.token_id is None and row.sampling.constraint is not None for row in self.decode_rows)
 
     @property
     def sequence_ids(self) -> tuple[int, ...]:

@@ -6,12 +6,20 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from kiln_engine.domain.adapter import AdapterLease, AdapterVersion, ResidentAdapter
+from kiln_engine.domain.output_rules import CompiledGrammar
 from kiln_engine.domain.plan import BatchPlan
 from kiln_engine.domain.result import StepResult
 
 
 class PendingStep(Protocol):
     """A step on its way through the device."""
+
+    def draw(self) -> None:
+        """Draw what could not be drawn at launch (`BatchPlan.has_late_rows`).
+
+        Called once every step before has been committed, and before the next one is launched.
+        """
+        ...
 
     def wait(self) -> StepResult:
         """Wait for what the step drew. Once for each step, in the order of their launch."""
@@ -24,6 +32,22 @@ class Runner(Protocol):
     def launch(self, plan: BatchPlan) -> PendingStep:
         """Start one step; the ones before may still be under way. Called from the loop thread only."""
         ...
+
+
+class GrammarCompiler(Protocol):
+    """Turns the text of grammars into what matchers start from."""
+
+    async def compile(self, language: str, text: str) -> CompiledGrammar:
+        """Compile away from the loop, or find what was compiled before; within a time limit.
+
+        `language` is the name of a field of engine.proto's Grammar.
+
+        Raises:
+            GrammarNotSupported, GrammarTooLarge, GrammarTooSlow, GrammarsUnavailable: with the reason.
+        """
+        ...
+
+    def close(self) -> None: ...
 
 
 class Clock(Protocol):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from kiln_engine.domain.adapter import AdapterUse
+from kiln_engine.domain.output_rules import OutputRules
 
 _NO_BIAS: Mapping[int, float] = MappingProxyType({})
 
@@ -44,6 +45,7 @@ class GenerationRequest:
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams
     adapters: tuple[AdapterUse, ...] = ()
+    rules: OutputRules | None = None
     num_stable_prefix_tokens: int = 0
     num_shared_prefix_tokens: int = 0
     cache_salt: str = ""

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 
@@ -16,7 +14,8 @@ from kiln_engine.execution.memory_plan import MemoryPlan
 from kiln_engine.execution.readouts import PendingReadouts, read_out
 from kiln_engine.execution.sampled_ids import SampledIds
 from kiln_engine.execution.sampler import PendingDraws, Sampler, sample
-from kiln_engine.execution.step_graphs import PREFILL_CHUNKS, GraphParts, StepGraphs
+from kiln_engine.execution.step_graphs import PREFILL_CHUNKS, Draw, GraphParts, StepGraphs
+from kiln_engine.execution.token_masks import compile_masks
 from kiln_engine.model import KvStore, Linears, PagedModel, PrefillCapacity, StateStore
 from kiln_engine.model.prefill_layout import prefill_numbers
 from kiln_engine.model.step_layout import join_layouts
@@ -29,30 +28,43 @@ _COMPILED_PROMPTS = (512, 2048)
 _LONG_PROMPT_TILE_ROWS = 128
 
 
-class _Part(NamedTuple):
-    """What runs as one: whom it draws for, and what is on its way to the host."""
-
-    rows: _Rows
-    draws: PendingDraws | None
-    readouts: PendingReadouts | None = None
-
-
 class TorchStep:
-    """A launched step and its results on their way to the host."""
+    """A launched step: for each of its parts the sequences, and their results on the way to the host."""
 
-    def __init__(self, step_id: int, parts: Sequence[_Part]) -> None:
+    def __init__(self, step_id: int) -> None:
         self._step_id = step_id
-        self._parts = parts
+        self._drawn: list[tuple[_Rows, PendingDraws]] = []
+        self._undrawn: list[tuple[_Rows, Draw]] = []
+        self._readouts: list[PendingReadouts] = []
+
+    def add(self, rows: _Rows, draw: Draw | None, *, is_late: bool = False) -> None:
+        """Add a part, and draw its tokens unless that has to wait for `draw`."""
+        if draw is None:
+            return
+        if is_late:
+            self._undrawn.append((rows, draw))
+        else:
+            self._drawn.append((rows, draw()))
+
+    def add_readouts(self, readouts: PendingReadouts) -> None:
+        """Add what the step's chunks tell."""
+        self._readouts.append(readouts)
+
+    @torch.inference_mode()
+    def draw(self) -> None:
+        """Draw what was left at launch."""
+        self._drawn += [(rows, draw()) for rows, draw in self._undrawn]
+        self._undrawn = []
 
     def wait(self) -> StepResult:
         """One row for each decode row and each chunk with sampling, and what chunks told."""
+        assert not self._undrawn
         rows = [
             RowResult(sequence_id, draw.token_id, draw.logprob, draw.sampled_logprob, draw.top_logprobs)
-            for part in self._parts
-            if part.draws is not None
-            for (sequence_id, _), draw in zip(part.rows, part.draws.wait(), strict=True)
+            for drawn, pending in self._drawn
+            for (sequence_id, _), draw in zip(drawn, pending.wait(), strict=True)
         ]
-        readouts = [told for part in self._parts if part.readouts for told in part.readouts.wait()]
+        readouts = [told for pending in self._readouts for told in pending.wait()]
         return StepResult(self._step_id, tuple(rows), tuple(readouts))
 
 
@@ -139,6 +151,7 @@ class TorchRunner:
         parts = GraphParts(self.model, self.adapters, sampler, self._sampled_ids, logits_RV, pool)
         graphs = StepGraphs(parts, self._max_rows)
         self._compile_long_prompts()
+        compile_masks(logits_RV)
         self._graphs = graphs
         return torch.cuda.memory_reserved() - reserved_bytes
 
@@ -157,45 +170,54 @@ class TorchRunner:
 
     @torch.inference_mode()
     def launch(self, plan: BatchPlan) -> TorchStep:
-        """Start one step; on a GPU it returns as soon as the work is queued."""
-        rows, samples = _rows_of(plan), _samples_of(plan)
-        parts: list[_Part] = []
+        """Start one step; on a GPU it returns as soon as the work is queued.
+
+        With late rows the pass is on its way and the step's `draw` completes it.
+        """
+        step = TorchStep(plan.step_id)
         rows_graph = self._graphs.for_rows(plan) if self._graphs and plan.decode_rows else None
         chunks_graph = self._graphs.for_chunks(plan) if self._graphs and plan.prefill_chunks else None
         if self._is_batch_invariant and self.device.type == "cpu":
-            parts += [self._launch_kernels(alone) for alone in plan.one_by_one()]
-        elif (plan.decode_rows and rows_graph is None) or (plan.prefill_chunks and chunks_graph is None):
-            parts.append(self._launch_kernels(plan))
-        else:
-            self.model.prepare(plan, has_clean_memory=False)
-            if rows_graph is not None:
-                parts.append(_Part(rows, rows_graph.run(plan, [sampling for _, sampling in rows])))
-            if chunks_graph is not None:
-                parts.append(_Part(samples, chunks_graph.run(plan, [sampling for _, sampling in samples])))
-        return TorchStep(plan.step_id, parts)
+            for alone in plan.one_by_one():
+                self._launch_kernels(alone, step)
+            return step
+        if (plan.decode_rows and rows_graph is None) or (plan.prefill_chunks and chunks_graph is None):
+            self._launch_kernels(plan, step)
+            return step
+        self.model.prepare(plan, has_clean_memory=False)
+        graphs = [(rows_graph, _rows_of(plan), plan.has_late_rows), (chunks_graph, _samples_of(plan), False)]
+        # The logits of all graphs lie in one place: what is left undrawn must come last.
+        for graph, drawn, is_late in sorted(graphs, key=lambda part: part[2]):
+            if graph is not None:
+                step.add(drawn, graph.run(plan, [sampling for _, sampling in drawn]), is_late=is_late)
+        return step
 
-    def _launch_kernels(self, plan: BatchPlan) -> _Part:
-        """The whole step, kernel by kernel."""
-        rows = _rows_of(plan) + _samples_of(plan)
+    def _launch_kernels(self, plan: BatchPlan, step: TorchStep) -> None:
+        """The whole pass, kernel by kernel, as a part of the step."""
         self.model.prepare(plan)
         layout = self.model.layout(plan)
         self._sampled_ids.feed_(layout)
         adapter_rows = self.adapters.rows_for(plan)
         adapters = None if adapter_rows is None else self.adapters.of_step(adapter_rows)
-        linears, readouts = Linears(self.model.matrices, adapters), None
+        linears = Linears(self.model.matrices, adapters)
+        rows = _rows_of(plan) + _samples_of(plan)
         if any(chunk.readout for chunk in plan.prefill_chunks):
             hidden_TD = self.model.hidden_states(layout, linears)
             # As many rows as the workspace has room for when tokens are drawn.
-            readouts = read_out(plan, hidden_TD, linears.head, self._max_rows)
+            step.add_readouts(read_out(plan, hidden_TD, linears.head, self._max_rows))
             logits_RV = self.model.logits(hidden_TD, layout, linears) if rows else None
         else:
             logits_RV = self.model.forward(layout, linears)
         if logits_RV is None or not rows:
-            return _Part(rows, None, readouts)
-        samplings = [sampling for _, sampling in rows]
-        draws = sample(logits_RV, samplings, is_batch_invariant=self._is_batch_invariant)
-        self._sampled_ids.keep_rows(layout.kept_slots, draws.token_ids_R)
-        return _Part(rows, draws, readouts)
+            return
+
+        def draw() -> PendingDraws:
+            samplings = [sampling for _, sampling in rows]
+            draws = sample(logits_RV, samplings, is_batch_invariant=self._is_batch_invariant)
+            self._sampled_ids.keep_rows(layout.kept_slots, draws.token_ids_R)
+            return draws
+
+        step.add(rows, draw, is_late=plan.has_late_rows)
 
 
 def _rows_of(plan: BatchPlan) -> _Rows:

@@ -1,9 +1,10 @@
 """From logits to tokens and log-probabilities, every row by its own rules.
 
-Order: bias, penalties and bans, temperature, top-k, top-p, min-p, then one uniform number of the
-row's own through the inverse distribution function. The work itself is `kiln_nn.kernels.sample`.
+Order: what a row's rules forbid, bias, penalties and bans, temperature, top-k, top-p, min-p, then one
+uniform number of the row's own through the inverse distribution function. The work itself is
+`kiln_nn.kernels.sample`.
 
-Legend: `R` rows, `V` vocabulary, `F` fields.
+Legend: `R` rows, `V` vocabulary, `F` fields, `M` rows with rules.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ import torch
 from kiln_engine.domain.plan import RowSampling
 from kiln_engine.execution.logit_edits import logit_edits, most_logit_edits
 from kiln_engine.execution.sampling_tables import SamplingTables, StaticTables, exact_tables
+from kiln_engine.execution.token_masks import token_masks
 from kiln_engine.model import to_device
 from kiln_nn.kernels.sample import draw_tokens
-from kiln_nn.kernels.sample.settings import NUM_DRAWN_FIELDS
+from kiln_nn.kernels.sample.settings import LOGPROB, NUM_DRAWN_FIELDS
 
 # Room for edits in a graph. Rows that name more go around the graph.
 MAX_EDITS = 8192
@@ -91,11 +93,15 @@ class Sampler:
         self._drawn_RF = torch.zeros(max_rows, NUM_DRAWN_FIELDS, dtype=torch.float64, device=device)
 
     def needs_eager(self, rows: Sequence[RowSampling]) -> bool:
-        """Whether a graph has no room for what these rows ask for: too many edits, or top log-probabilities.
+        """Whether a graph has no room for what these rows ask for.
+
+        That is too many edits, top log-probabilities, or rules about what may be drawn.
 
         Such a step goes through `sample`, which draws the same tokens.
         """
-        if len(rows) > self.max_rows or any(row.params.num_top_logprobs for row in rows):
+        if len(rows) > self.max_rows:
+            return True
+        if any(row.params.num_top_logprobs or row.constraint is not None for row in rows):
             return True
         if sum(map(most_logit_edits, rows)) <= self._max_edits:
             return False
@@ -130,14 +136,25 @@ class Sampler:
 def sample(
     logits_RV: torch.Tensor, rows: Sequence[RowSampling], *, is_batch_invariant: bool = False
 ) -> PendingDraws:
-    """Draw one token per row from float32 logits, which are not changed, whatever the rows ask for."""
+    """Draw one token per row from float32 logits, whatever the rows ask for.
+
+    Where a row's rules forbid tokens, their logits are -inf afterwards; the others are not changed.
+    """
     tables = exact_tables(rows, logits_RV.device)
+    top = None
+    if any(row.params.num_top_logprobs for row in rows):
+        top = (_top_logprobs_by_row if is_batch_invariant else _top_logprobs)(logits_RV, rows)
+    masks = token_masks(rows, logits_RV.shape[1], logits_RV.device)
+    log_totals_M = None if masks is None else masks.apply_(logits_RV)
     token_ids_R, drawn_RF = draw_tokens(
         logits_RV, tables.rows_RF, tables.edits_EF, is_batch_invariant=is_batch_invariant
     )
-    if any(row.params.num_top_logprobs for row in rows):
-        top = _top_logprobs_by_row if is_batch_invariant else _top_logprobs
-        drawn_RF = torch.cat([drawn_RF, top(logits_RV, rows)], dim=1)
+    if masks is not None and log_totals_M is not None:
+        # At temperature 1 nothing is forbidden.
+        drawn_M = logits_RV[masks.rows_M, token_ids_R[masks.rows_M]]
+        drawn_RF[masks.rows_M, LOGPROB] = (drawn_M - log_totals_M).double()
+    if top is not None:
+        drawn_RF = torch.cat([drawn_RF, top], dim=1)
     return PendingDraws(token_ids_R, drawn_RF, rows)
 
 

@@ -35,6 +35,9 @@ _PROGRESS_INTERVAL_S = 2.0
 _PREFILL_TOKENS = (64, 128, 256)
 PREFILL_CHUNKS = 8
 
+# Draws the tokens of a pass that has been launched.
+Draw = Callable[[], PendingDraws]
+
 
 def decode_ladder(max_rows: int) -> list[int]:
     """Batch sizes worth a graph of their own: few enough to capture, dense enough to waste little."""
@@ -66,11 +69,15 @@ class CapturedStep:
         self._forward = _captured(partial(self._run_forward, linears), parts.pool)
         self._draw = _captured(self._run_draw, parts.pool)
 
-    def replay(self, rows: Sequence[RowSampling]) -> PendingDraws | None:
-        """Run the pass for what is in the buffers and draw the rows' tokens."""
+    def replay(self, rows: Sequence[RowSampling]) -> Draw | None:
+        """Run the pass for what is in the buffers; returns what draws the rows' tokens.
+
+        That has to be called before any other step runs: the logits of all lie in one place.
+        """
         self._forward.replay()
-        if not rows:
-            return None
+        return partial(self._draw_rows, rows) if rows else None
+
+    def _draw_rows(self, rows: Sequence[RowSampling]) -> PendingDraws:
         sampler = self._parts.sampler
         if sampler.needs_eager(rows):
             is_invariant = sampler.is_batch_invariant
@@ -105,7 +112,7 @@ class DecodeGraph:
         layout = join_layouts(decode_layout(self._fields_FR), None)
         self._step = CapturedStep(parts, layout, Linears(parts.model.matrices, adapters))
 
-    def run(self, plan: BatchPlan, rows: Sequence[RowSampling]) -> PendingDraws | None:
+    def run(self, plan: BatchPlan, rows: Sequence[RowSampling]) -> Draw | None:
         """Run the plan's decode rows."""
         fields = decode_fields(plan.decode_rows, self._shape, self._capacity)
         copy_to(self._fields_FR, torch.from_numpy(fields))
@@ -125,7 +132,7 @@ class PrefillGraph:
         layout = join_layouts(None, padding.layout(self._flat))
         self._step = CapturedStep(parts, layout, Linears(parts.model.matrices))
 
-    def run(self, plan: BatchPlan, rows: Sequence[RowSampling]) -> PendingDraws | None:
+    def run(self, plan: BatchPlan, rows: Sequence[RowSampling]) -> Draw | None:
         """Run the plan's chunks."""
         numbers = prefill_numbers(plan.prefill_chunks, self._shape, self._capacity)
         copy_to(self._flat, torch.from_numpy(numbers.flat))

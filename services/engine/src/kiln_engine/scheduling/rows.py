@@ -93,10 +93,18 @@ def row_sampling(sequence: Sequence, num_tokens: int, eos_token_ids: frozenset[i
     needs_history = params.needs_history
     assert not needs_history or num_tokens <= len(sequence.tokens)
     output_index = num_tokens - sequence.num_prompt_tokens
+    constraint = sequence.constraint
+    # What is decoded again is not drawn again, whatever comes out.
+    is_drawn = num_tokens >= len(sequence.tokens)
+    if constraint is not None and is_drawn and constraint.applies_at(output_index):
+        banned: frozenset[int] = frozenset()  # the constraint has its own
+    else:
+        constraint, banned = None, banned_ids(params, eos_token_ids, output_index)
     return RowSampling(
         params=params,
         output_index=output_index,
         prompt_token_ids=sequence.request.prompt_token_ids if needs_history else (),
         output_token_ids=tuple(sequence.output_token_ids[:output_index]) if needs_history else (),
-        banned_token_ids=banned_ids(params, eos_token_ids, output_index),
+        banned_token_ids=banned,
+        constraint=constraint,
     )

@@ -19,11 +19,12 @@ from kiln_engine.scheduling.events import with_beginning
 from kiln_engine.scheduling.limits import SchedulerLimits
 from kiln_engine.scheduling.memory import SequenceMemory
 from kiln_engine.scheduling.moving import move
+from kiln_engine.scheduling.output_constraint import start_constraint
 from kiln_engine.scheduling.prefix_tree import Namespace
 from kiln_engine.scheduling.rows import can_decode, decode_row, prefill_chunk
 from kiln_engine.scheduling.sequence import Sequence, hash_pages
 from kiln_engine.scheduling.stats import SchedulerCounters, SchedulerStats, scheduler_stats
-from kiln_engine.scheduling.stopping import deadline_error, finish_reason
+from kiln_engine.scheduling.stopping import deadline_error, stop_ids, why_ended
 
 
 class Scheduler:
@@ -107,6 +108,7 @@ class Scheduler:
             page_hashes=hash_pages(namespace, cacheable, self.limits.page_tokens),
             tokens=list(request.prompt_token_ids),
             is_redecoded=self.limits.fixed_chunk_tokens > 0,
+            constraint=start_constraint(request, stop_ids(request.sampling, self._eos_token_ids)),
         )
         self._by_request_id[request.request_id] = sequence
         self._wait(sequence)
@@ -327,18 +329,16 @@ class Scheduler:
     def _append(self, sequence: Sequence, row: RowResult) -> SequenceEvent:
         if not math.isfinite(row.logprob):
             return self._fail(sequence, NonFiniteLogits(len(sequence.tokens)))
+        if sequence.constraint is not None:
+            try:
+                sequence.constraint.advance(row.token_id)
+            except KilnError as error:
+                return self._fail(sequence, error)
         is_first = sequence.num_outputs == 0
         sequence.tokens.append(row.token_id)
         self.counters.num_generated_tokens += 1
         request = sequence.request
-        reason = finish_reason(
-            request.sampling,
-            self._eos_token_ids,
-            token_id=row.token_id,
-            num_outputs=sequence.num_outputs,
-            num_tokens=len(sequence.tokens),
-            max_num_tokens=self.limits.max_num_tokens,
-        )
+        reason = why_ended(sequence, self._eos_token_ids, self.limits.max_num_tokens)
         if reason is not None:
             sequence.is_answer_useful = is_turn_end_useful(
                 sequence.num_prompt_tokens, request.num_stable_prefix_tokens

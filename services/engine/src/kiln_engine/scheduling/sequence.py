@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from kiln_engine.domain.adapter import AdapterVersion
 from kiln_engine.domain.plan import StateCheckpoint
 from kiln_engine.domain.request import GenerationRequest
+from kiln_engine.scheduling.output_constraint import OutputConstraint
 from kiln_engine.scheduling.prefix_tree import Namespace, PrefixNode
 
 
@@ -34,6 +35,8 @@ class Sequence:
     tokens: list[int]
     # After it gave way, what it had answered is decoded again, token by token, as the first time.
     is_redecoded: bool = False
+    # Follows the outputs in `tokens`; None without rules.
+    constraint: OutputConstraint | None = None
 
     num_computed: int = 0
     num_planned: int = 0

@@ -28,16 +28,31 @@ def finish_reason(
     num_outputs: int,
     num_tokens: int,
     max_num_tokens: int,
+    has_rules: bool = False,
 ) -> FinishReason | None:
     """Why the completion ends with `token_id`, its `num_outputs`th token, or None if it goes on.
 
-    `num_tokens` and `max_num_tokens` count prompt and completion together.
+    `num_tokens` and `max_num_tokens` count prompt and completion together. Rules may leave nothing
+    but a stop, however early.
     """
-    if token_id in stop_ids(params, eos_token_ids) and num_outputs > params.min_tokens:
+    if token_id in stop_ids(params, eos_token_ids) and (has_rules or num_outputs > params.min_tokens):
         return FinishReason.STOP
     if is_at_length(params, num_outputs, num_tokens, max_num_tokens):
         return FinishReason.LENGTH
     return None
+
+
+def why_ended(sequence: Sequence, eos_token_ids: frozenset[int], max_num_tokens: int) -> FinishReason | None:
+    """Why a sequence ends with its newest token, or None if it goes on."""
+    return finish_reason(
+        sequence.request.sampling,
+        eos_token_ids,
+        token_id=sequence.tokens[-1],
+        num_outputs=sequence.num_outputs,
+        num_tokens=len(sequence.tokens),
+        max_num_tokens=max_num_tokens,
+        has_rules=sequence.request.rules is not None,
+    )
 
 
 def is_at_length(params: SamplingParams, num_outputs: int, num_tokens: int, max_num_tokens: int) -> bool:

@@ -23,8 +23,8 @@ class LiveRequest:
 
     sink: Sink
     lease: AdapterLease | None = None
-    # Set while the request waits for its adapters; after that the loop has it.
-    fetching: asyncio.Task[None] | None = None
+    # Set while the request waits for its grammar and its adapters; after that the loop has it.
+    preparing: asyncio.Task[None] | None = None
     # Its adapters' scales, if it goes on with newer versions as they come.
     followed_scales: tuple[float, ...] = ()
 
@@ -57,7 +57,7 @@ class Followers:
 
     def is_behind(self, request: LiveRequest) -> bool:
         """Whether a request that follows its adapters' names could go on with a newer version."""
-        if not request.followed_scales or request.lease is None or request.fetching is not None:
+        if not request.followed_scales or request.lease is None or request.preparing is not None:
             return False
         return any(version.version < self._newest(version).version for version in request.lease.adapters)
 

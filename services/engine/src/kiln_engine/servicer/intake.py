@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import structlog
 
 from kiln_common.errors import DeadlineExceeded, DuplicateRequestId, KilnError
 from kiln_common.pb import engine_pb2
 from kiln_engine.domain.adapter import AdapterVersion
-from kiln_engine.domain.errors import AdapterUnavailable, EngineDraining
-from kiln_engine.domain.ports import AdapterResidency, Clock
+from kiln_engine.domain.errors import AdapterUnavailable, EngineDraining, GrammarsUnavailable
+from kiln_engine.domain.output_rules import OutputRules
+from kiln_engine.domain.ports import AdapterResidency, Clock, GrammarCompiler
 from kiln_engine.domain.request import GenerationRequest
 from kiln_engine.domain.result import FinishReason, SequenceEvent
 from kiln_engine.loop import EngineLoop
 from kiln_engine.mailbox import Sink
 from kiln_engine.servicer.followers import Followers, LiveRequest
-from kiln_engine.servicer.validation import RequestLimits, parse_adapter_version, parse_request
+from kiln_engine.servicer.validation import (
+    RequestLimits,
+    parse_adapter_version,
+    parse_request,
+    parse_thinking,
+)
 
 log = structlog.get_logger()
 
@@ -28,7 +34,7 @@ _ABORT_WAIT_S = 5.0
 
 @dataclass
 class RequestIntake:
-    """Accepts requests, brings their adapters, hands them to the loop, and sees each one end once.
+    """Accepts requests, brings their grammars and adapters, hands them to the loop, and sees each end once.
 
     Lives on the asyncio thread; `ended` is the one method for the loop's thread.
     """
@@ -37,6 +43,7 @@ class RequestIntake:
     adapters: AdapterResidency
     limits: RequestLimits
     clock: Clock
+    grammars: GrammarCompiler | None = None
     is_draining: bool = False
     _live: dict[str, LiveRequest] = field(default_factory=dict)
     _is_empty: asyncio.Event = field(default_factory=asyncio.Event)
@@ -51,9 +58,9 @@ class RequestIntake:
         return len(self._live)
 
     @property
-    def num_fetching(self) -> int:
-        """Requests that wait for an adapter."""
-        return sum(live.fetching is not None for live in self._live.values())
+    def num_preparing(self) -> int:
+        """Requests that wait for a grammar or an adapter."""
+        return sum(live.preparing is not None for live in self._live.values())
 
     def submit(self, message: engine_pb2.GenerateRequest, sink: Sink) -> None:
         """Accept a request; everything further about it, its end included, goes to the sink.
@@ -67,11 +74,14 @@ class RequestIntake:
         if request.request_id in self._live:
             raise DuplicateRequestId(request.request_id)
         live = LiveRequest(sink)
-        if request.adapters:
+        if message.HasField("thinking"):
+            request = replace(request, rules=OutputRules(thinking=parse_thinking(message.thinking)))
+        if request.adapters or message.HasField("grammar"):
             versions = [parse_adapter_version(adapter) for adapter in message.adapters]
-            if message.adapter_policy == engine_pb2.ADAPTER_POLICY_LATEST:
+            if versions and message.adapter_policy == engine_pb2.ADAPTER_POLICY_LATEST:
                 live.followed_scales = tuple(use.scale for use in request.adapters)
-            live.fetching = asyncio.create_task(self._fetch_then_submit(request, versions, live))
+            grammar = message.grammar if message.HasField("grammar") else None
+            live.preparing = asyncio.create_task(self._prepare_then_submit(request, grammar, versions, live))
         else:
             self.loop.submit(request, (), sink)
         self._live[request.request_id] = live
@@ -86,10 +96,10 @@ class RequestIntake:
         live = self._live.get(request_id)
         if live is None or live.sink is not sink:
             return
-        if live.fetching is None:
+        if live.preparing is None:
             self.loop.abort(request_id, error)
         else:
-            live.fetching.cancel()
+            live.preparing.cancel()
             reason = FinishReason.ABORT if error is None else FinishReason.ERROR
             sink.offer([SequenceEvent(request_id, finish_reason=reason, error=error)])
             self._forget(request_id)
@@ -126,20 +136,27 @@ class RequestIntake:
         if not self._asyncio_loop.is_closed():
             self._asyncio_loop.call_soon_threadsafe(self._forget_all, request_ids)
 
-    async def _fetch_then_submit(
-        self, request: GenerationRequest, versions: list[AdapterVersion], live: LiveRequest
+    async def _prepare_then_submit(
+        self,
+        request: GenerationRequest,
+        grammar: engine_pb2.Grammar | None,
+        versions: list[AdapterVersion],
+        live: LiveRequest,
     ) -> None:
         patience_s = None if request.deadline_s is None else request.deadline_s - self.clock.now()
         try:
             async with asyncio.timeout(patience_s):
-                live.lease = await self.adapters.acquire(versions)
-            live.fetching = None
-            slots = zip(live.lease.slots, request.adapters, strict=True)
+                if grammar is not None:
+                    request = await self._with_grammar(request, grammar)
+                if versions:
+                    live.lease = await self.adapters.acquire(versions)
+            live.preparing = None
+            slots = zip(live.lease.slots if live.lease else (), request.adapters, strict=True)
             self.loop.submit(request, tuple((slot, use.scale) for slot, use in slots), live.sink)
             if self.followers.is_behind(live):  # what came while it waited
                 self.followers.move_later(self._live)
         except TimeoutError:
-            late = DeadlineExceeded("the adapter was not there before the request's deadline")
+            late = DeadlineExceeded("grammar and adapters were not there before the request's deadline")
             self._refuse(request.request_id, live.sink, late)
         except KilnError as error:
             self._refuse(request.request_id, live.sink, error)
@@ -147,6 +164,21 @@ class RequestIntake:
             log.error("adapter_not_brought", request=request.request_id, exc_info=error)
             failure = AdapterUnavailable("the adapter could not be brought to the device")
             self._refuse(request.request_id, live.sink, failure)
+
+    async def _with_grammar(
+        self, request: GenerationRequest, grammar: engine_pb2.Grammar
+    ) -> GenerationRequest:
+        if self.grammars is None:
+            raise GrammarsUnavailable("the engine has no tokenizer to read grammars with")
+        language = grammar.WhichOneof("language")
+        assert language is not None
+        compiled = await self.grammars.compile(language, getattr(grammar, language))
+        rules = replace(
+            request.rules or OutputRules(),
+            grammar=compiled,
+            trigger_token_id=grammar.trigger_token_id if grammar.HasField("trigger_token_id") else None,
+        )
+        return replace(request, rules=rules)
 
     def _refuse(self, request_id: str, sink: Sink, error: KilnError) -> None:
         sink.offer([SequenceEvent(request_id, finish_reason=FinishReason.ERROR, error=error)])

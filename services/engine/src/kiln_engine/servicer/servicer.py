@@ -86,7 +86,7 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
         self, request: engine_pb2.GetStatsRequest, context: grpc.aio.ServicerContext
     ) -> engine_pb2.EngineStats:
         stats = engine_pb2.EngineStats(**asdict(self._loop.stats))
-        stats.num_waiting += self._intake.num_fetching
+        stats.num_waiting += self._intake.num_preparing
         for entry in self._adapters.resident:
             adapter = common_pb2.AdapterRef(**asdict(entry.adapter))
             stats.resident_adapters.add(adapter=adapter, slot=entry.slot, num_pins=entry.num_pins)

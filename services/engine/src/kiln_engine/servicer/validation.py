@@ -12,6 +12,7 @@ from kiln_common.errors import InvalidTokenIds, InvalidValue, PromptTooLong
 from kiln_common.pb import common_pb2, engine_pb2
 from kiln_engine.domain.adapter import AdapterVersion
 from kiln_engine.domain.errors import EmptyPrompt
+from kiln_engine.domain.output_rules import ThinkingRules
 from kiln_engine.domain.request import AdapterUse, GenerationRequest, SamplingParams
 
 MAX_TOP_LOGPROBS = 20
@@ -44,6 +45,7 @@ def parse_request(
         _check(0 <= count <= len(prompt), param, count, f"between 0 and {len(prompt)}")
     policies = engine_pb2.AdapterPolicy.values()
     _check(message.adapter_policy in policies, "adapter_policy", message.adapter_policy, f"one of {policies}")
+    check_rules(message, limits)
     is_read_out = message.wants_embedding or message.HasField("num_prompt_logprobs")
     if message.wants_embedding:
         _check(
@@ -85,6 +87,37 @@ def parse_adapter_version(adapter: common_pb2.AdapterRef) -> AdapterVersion:
     _check(bool(adapter.name), "adapters.name", adapter.name, "the name of a published adapter")
     _check(adapter.version >= 1, "adapters.version", adapter.version, "at least 1")
     return AdapterVersion(adapter.name, adapter.version, adapter.sha256)
+
+
+def check_rules(message: engine_pb2.GenerateRequest, limits: RequestLimits) -> None:
+    """What can be wrong with grammar and thinking before the grammar is compiled.
+
+    Raises:
+        InvalidTokenIds, InvalidValue: with the field at fault in `param`.
+    """
+    if message.HasField("grammar"):
+        grammar = message.grammar
+        _check(grammar.WhichOneof("language") is not None, "grammar", "", "a grammar in one of the languages")
+        if grammar.HasField("trigger_token_id"):
+            _check_ids([grammar.trigger_token_id], "grammar.trigger_token_id", limits.vocab_size)
+        if message.sampling.ignore_eos:
+            hint = "Leave ignore_eos out: the grammar says where the text may end."
+            raise InvalidValue("ignore_eos is set together with a grammar", param="ignore_eos", hint=hint)
+    if message.HasField("thinking"):
+        thinking = message.thinking
+        forced = [*thinking.before_end_token_ids, thinking.end_token_id, *thinking.after_end_token_ids]
+        _check_ids(forced, "thinking", limits.vocab_size)
+        _check(thinking.budget_tokens >= 0, "thinking.budget_tokens", thinking.budget_tokens, "at least 0")
+
+
+def parse_thinking(message: engine_pb2.Thinking) -> ThinkingRules:
+    """The rules behind a message that `check_rules` passed."""
+    return ThinkingRules(
+        end_token_id=message.end_token_id,
+        budget_tokens=message.budget_tokens if message.HasField("budget_tokens") else None,
+        before_end_token_ids=tuple(message.before_end_token_ids),
+        after_end_token_ids=tuple(message.after_end_token_ids),
+    )
 
 
 def _check_prompt(prompt: tuple[int, ...], limits: RequestLimits) -> None:

@@ -27,6 +27,9 @@ class SimulatedStep:
 
     result: StepResult
 
+    def draw(self) -> None:
+        """Nothing is left: rules are not simulated."""
+
     def wait(self) -> StepResult:
         return self.result
 

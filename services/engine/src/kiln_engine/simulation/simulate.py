@@ -45,6 +45,9 @@ class _TimedStep:
     end_s: float
     wait_until: Callable[[float], None]
 
+    def draw(self) -> None:
+        self.step.draw()
+
     def wait(self) -> StepResult:
         self.wait_until(self.end_s)
         return self.step.wait()

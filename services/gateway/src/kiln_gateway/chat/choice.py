@@ -11,7 +11,8 @@ from typing import Any
 
 from kiln_common.pb import engine_pb2
 from kiln_common.text.detokenizer import IncrementalDetokenizer
-from kiln_common.text.reasoning import ReasoningSplitter
+from kiln_common.text.marks import Mark, mark_ids
+from kiln_common.text.reasoning import ReasoningSplitter, SplitText
 from kiln_common.text.stop_strings import StopStringMatcher
 from kiln_common.text.tokenizer import TextTokenizer
 from kiln_common.text.tool_calls import ContentText, ToolCallFinished, ToolCallParser, ToolEvent
@@ -46,7 +47,9 @@ class PromptLogprob:
 class TextRules:
     """How a choice's text is taken apart.
 
-    `parameter_schemas` is None where no tool calls are looked for; see ToolCallParser.
+    `parameter_schemas` is None where no tool calls are looked for; see ToolCallParser. With
+    `has_grammar` thinking ends with its mark and nothing else, and `separator` follows; see
+    ReasoningSplitter.
     """
 
     splits_reasoning: bool = False
@@ -54,6 +57,8 @@ class TextRules:
     stop_strings: Sequence[str] = ()
     parameter_schemas: Mapping[str, Mapping[str, Any]] | None = None
     allows_parallel_tool_calls: bool = True
+    has_grammar: bool = False
+    separator: str | None = None
 
 
 @dataclass(slots=True)
@@ -79,11 +84,9 @@ class ChoiceAssembler:
 
     def __init__(self, tokenizer: TextTokenizer, rules: TextRules) -> None:
         self._detokenizer = IncrementalDetokenizer(tokenizer)
-        self._splitter = (
-            ReasoningSplitter(starts_in_reasoning=rules.starts_in_reasoning)
-            if rules.splits_reasoning
-            else None
-        )
+        self._marks = mark_ids(tokenizer) if rules.splits_reasoning else {}
+        self._splitter = _splitter(rules) if rules.splits_reasoning else None
+        self._num_answer_characters = 0
         self._stops = StopStringMatcher(rules.stop_strings)
         self._tools = ToolCallParser(rules.parameter_schemas) if rules.parameter_schemas is not None else None
         self._allows_parallel_tool_calls = rules.allows_parallel_tool_calls
@@ -136,8 +139,9 @@ class ChoiceAssembler:
             if self.is_finished:
                 break
         if not self.is_finished and output.finish_reason in _FINISH_REASONS:
-            self._flush(delta)
-            self._finish(_FINISH_REASONS[output.finish_reason])
+            reason = _FINISH_REASONS[output.finish_reason]
+            self._flush(delta, is_complete=reason == "stop")
+            self._finish(reason)
         self._reasoning_parts.append(delta.reasoning)
         self._content_parts.append(delta.content)
         delta.finish_reason = self.finish_reason
@@ -148,18 +152,27 @@ class ChoiceAssembler:
         delta.tokens.append(token)
         if self._splitter is not None and self._splitter.is_reasoning:
             self.num_reasoning_tokens += 1
-        self._take_text(self._detokenizer.push(token.token_id), delta)
+        text, mark = self._detokenizer.push(token.token_id), self._marks.get(token.token_id)
+        if mark is not None:
+            # An unfinished character may come out in front of it.
+            self._take_text(text.removesuffix(mark.value), None, delta)
+            text = mark.value
+        self._take_text(text, mark, delta)
 
-    def _take_text(self, text: str, delta: ChoiceDelta) -> None:
-        if not text:
-            return
-        if self._splitter is not None:
-            split = self._splitter.push(text)
-            delta.reasoning += split.reasoning
-            text = split.answer
-        self._take_answer(self._stops.push(text), delta)
+    def _take_text(self, text: str, mark: Mark | None, delta: ChoiceDelta) -> None:
+        if text and not self.is_finished:
+            split = SplitText(answer=text) if self._splitter is None else self._splitter.push(text, mark)
+            self._take_split(split, delta)
+
+    def _take_split(self, split: SplitText, delta: ChoiceDelta) -> None:
+        delta.reasoning += split.reasoning
+        if self._tools is not None:
+            for place, mark in split.marks:
+                self._tools.expect_mark(self._num_answer_characters + place, mark)
+        self._num_answer_characters += len(split.answer)
+        self._take_answer(self._stops.push(split.answer), delta)
         if self._stops.matched is not None and not self.is_finished:
-            self._flush_tools(delta)
+            self._flush_tools(delta, is_complete=True)
             self._finish("stop")
 
     def _take_answer(self, text: str, delta: ChoiceDelta) -> None:
@@ -174,25 +187,29 @@ class ChoiceAssembler:
                 self._finish("stop")
                 return
 
-    def _flush(self, delta: ChoiceDelta) -> None:
+    def _flush(self, delta: ChoiceDelta, *, is_complete: bool) -> None:
         """Everything held back comes out, now that no token follows."""
-        self._take_text(self._detokenizer.finish(), delta)
-        if self.is_finished:
-            return
-        if self._splitter is not None:
-            split = self._splitter.finish()
-            delta.reasoning += split.reasoning
-            self._take_answer(self._stops.push(split.answer), delta)
-        self._take_answer(self._stops.finish(), delta)
-        self._flush_tools(delta)
+        self._take_text(self._detokenizer.finish(), None, delta)
+        if self._splitter is not None and not self.is_finished:
+            self._take_split(self._splitter.finish(), delta)
+        if not self.is_finished:
+            self._take_answer(self._stops.finish(), delta)
+            self._flush_tools(delta, is_complete=is_complete)
 
-    def _flush_tools(self, delta: ChoiceDelta) -> None:
+    def _flush_tools(self, delta: ChoiceDelta, *, is_complete: bool) -> None:
         if self._tools is not None:
-            delta.events += self._tools.finish()
+            delta.events += self._tools.finish(is_complete=is_complete)
 
     def _finish(self, reason: str) -> None:
         if self.finish_reason is None:
             self.finish_reason = "tool_calls" if reason == "stop" and self.num_tool_calls else reason
+
+
+def _splitter(rules: TextRules) -> ReasoningSplitter:
+    calls = () if rules.has_grammar else rules.parameter_schemas or ()
+    return ReasoningSplitter(
+        starts_in_reasoning=rules.starts_in_reasoning, call_names=calls, separator=rules.separator
+    )
 
 
 def _token(output: engine_pb2.SequenceOutput, position: int, token_id: int) -> TokenLogprob:

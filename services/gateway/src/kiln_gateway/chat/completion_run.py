@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TypeVar
 
-from kiln_common.errors import EngineUnavailable
+from kiln_common.errors import EngineUnavailable, KilnError
 from kiln_common.pb import engine_pb2
 from kiln_common.text.tool_calls import ToolEvent
 from kiln_gateway.chat.choice import ChoiceAssembler, ChoiceDelta
@@ -68,6 +68,8 @@ class CompletionRun:
     match_key: Callable[[str], str] | None
     num_prompts: int
     follows_latest: bool = False
+    # The request's field that the engine's complaints about its grammar belong to.
+    grammar_field: str = ""
     created_at_s: int = field(default_factory=lambda: int(time.time()))
 
     async def deltas(
@@ -117,7 +119,7 @@ class CompletionRun:
         assembler = choice.assembler
         started_at = time.monotonic()
         with metrics.running_choices.track_inprogress():
-            async with contextlib.aclosing(engines.generate(choice.request)) as outputs:
+            async with contextlib.aclosing(self._outputs(choice, engines)) as outputs:
                 async for output in outputs:
                     is_first = not assembler.tokens
                     delta = assembler.push(output)
@@ -137,6 +139,18 @@ class CompletionRun:
                 metrics.rollouts.labels("kept" if is_kept else "lost").inc()
         yield choice, delta
 
+    async def _outputs(
+        self, choice: Choice, engines: EnginePool
+    ) -> AsyncGenerator[engine_pb2.SequenceOutput]:
+        try:
+            async with contextlib.aclosing(engines.generate(choice.request)) as outputs:
+                async for output in outputs:
+                    yield output
+        except KilnError as error:
+            if error.param == "grammar":
+                error.param = self.grammar_field
+            raise
+
     def _rollout(self, choice: Choice) -> Rollout:
         assembler = choice.assembler
         return Rollout(
@@ -147,7 +161,7 @@ class CompletionRun:
             completion_token_ids=[token.token_id for token in assembler.tokens],
             logprobs=[token.logprob for token in assembler.tokens],
             sampled_logprobs=[token.sampled_logprob for token in assembler.tokens],
-            sampling=record_of(choice.request.sampling, assembler.seed),
+            sampling=record_of(choice.request, assembler.seed),
             adapter_version=",".join(dict.fromkeys(span.adapter for span in self.version_spans(choice)))
             or self.target.label,
             version_spans=[asdict(span) for span in self.version_spans(choice)] if assembler.moves else [],

@@ -11,6 +11,14 @@ from kiln_common.pb import engine_pb2
 from kiln_gateway.auth import Caller
 from kiln_gateway.chat.choice import ChoiceAssembler, TextRules
 from kiln_gateway.chat.completion_run import Choice, CompletionRun
+from kiln_gateway.chat.output_rules import (
+    AFTER_THINK_CLOSE,
+    WantedGrammar,
+    chat_grammar,
+    text_grammar,
+    thinking_budget,
+    thinking_rules,
+)
 from kiln_gateway.chat.prompt import Prompt, check_token_ids
 from kiln_gateway.chat.sampling import sampling_params, seed_of_choice
 from kiln_gateway.errors import UnsupportedField
@@ -30,6 +38,7 @@ async def prepare_chat(
     body.refuse_unsupported()
     target = await resolve_target(gateway, body)
     tools = body.active_tools
+    grammar = chat_grammar(body, gateway.tokenizer)
     prompt = await chat_prompt(gateway, body)
     rules = TextRules(
         splits_reasoning=True,
@@ -37,6 +46,8 @@ async def prepare_chat(
         stop_strings=body.stop,
         parameter_schemas=parameter_schemas(tools) if tools else None,
         allows_parallel_tool_calls=body.parallel_tool_calls is not False,
+        has_grammar=grammar is not None,
+        separator=AFTER_THINK_CLOSE if grammar is not None and grammar.is_whole else None,
     )
     identity = canonical_messages(body.messages)
     return await _run(
@@ -46,6 +57,8 @@ async def prepare_chat(
         completion_id=new_id(id_prefix),
         prompts=[prompt],
         rules=rules,
+        grammar=grammar,
+        thinking=thinking_rules(prompt, thinking_budget(body), grammar, gateway.tokenizer),
         target=target,
         max_tokens=body.max_completion_tokens or body.max_tokens,
         num_top_logprobs=body.num_top_logprobs,
@@ -78,6 +91,8 @@ async def prepare_text(gateway: Gateway, body: TextCompletionBody, caller: Calle
         completion_id=new_id("cmpl"),
         prompts=prompts,
         rules=TextRules(stop_strings=body.stop),
+        grammar=text_grammar(body.structured_outputs),
+        thinking=None,
         target=target,
         max_tokens=body.max_tokens,
         num_top_logprobs=body.num_top_logprobs,
@@ -143,6 +158,8 @@ async def _run(
     completion_id: str,
     prompts: Sequence[Prompt],
     rules: TextRules,
+    grammar: WantedGrammar | None,
+    thinking: engine_pb2.Thinking | None,
     target: Target,
     max_tokens: int | None,
     num_top_logprobs: int,
@@ -184,6 +201,8 @@ async def _run(
                 priority=body.priority or 0,
                 timeout_s=gateway.settings.request_timeout_s,
                 num_prompt_logprobs=num_prompt_logprobs,
+                grammar=None if grammar is None else grammar.grammar,
+                thinking=thinking,
             )
             if (seed := seed_of_choice(body.seed, index)) is not None:
                 request.sampling.seed = seed
@@ -199,4 +218,5 @@ async def _run(
         match_key=key_of,
         num_prompts=len(prompts),
         follows_latest=follows_latest,
+        grammar_field="" if grammar is None else grammar.field,
     )

@@ -64,8 +64,9 @@ def seed_of_choice(seed: int | None, choice: int) -> int | None:
     return None if seed is None else (seed + choice) % _SEEDS
 
 
-def record_of(params: engine_pb2.SamplingParams, seed: int) -> SamplingRecord:
+def record_of(request: engine_pb2.GenerateRequest, seed: int) -> SamplingRecord:
     """What a rollout keeps of how it was drawn."""
+    params = request.sampling
     return SamplingRecord(
         temperature=params.temperature,
         top_p=params.top_p,
@@ -77,6 +78,7 @@ def record_of(params: engine_pb2.SamplingParams, seed: int) -> SamplingRecord:
         has_logit_bias=bool(params.logit_bias),
         min_tokens=params.min_tokens,
         seed=seed,
+        has_rules=request.HasField("grammar") or request.thinking.HasField("budget_tokens"),
     )
 
 

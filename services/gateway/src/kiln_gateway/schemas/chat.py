@@ -8,9 +8,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from kiln_gateway.errors import FieldNotBuiltYet, UnsupportedField
+from kiln_gateway.errors import UnsupportedField
 from kiln_gateway.schemas.base import Body
 from kiln_gateway.schemas.sampling import MAX_TOP_LOGPROBS, CompletionFields
+from kiln_gateway.schemas.structured import ResponseFormat
 
 
 def _join_text_parts(value: Any) -> Any:
@@ -101,10 +102,10 @@ Messages = Annotated[list[ChatMessage], Field(max_length=16_384), BeforeValidato
 
 
 class FunctionDefinition(Body):
-    name: Annotated[str, Field(min_length=1, max_length=64)]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
     description: str | None = None
     parameters: dict[str, Any] | None = None
-    strict: bool | None = None
+    strict: bool | None = Field(None, description="every call's arguments follow the schema")
 
 
 class Tool(Body):
@@ -115,23 +116,28 @@ class Tool(Body):
         return {"type": "function", "function": self.function.model_dump(exclude_none=True)}
 
 
-class ResponseFormat(Body):
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: dict[str, Any] | None = None
-
-
 class ChatFields(CompletionFields):
     """Everything about a chat completion except its messages."""
 
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = Field(
+        None, description="of the model's own distribution: temperature 1, nothing filtered or forbidden"
+    )
     tools: Annotated[list[Tool], Field(max_length=128)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
+    tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = Field(
+        None, description="required and a named function are enforced by a grammar"
+    )
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
-    thinking_budget_tokens: Annotated[int, Field(ge=0)] | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = Field(
+        None,
+        description="none: no thinking; minimal, low, medium: at most 256, 1,024, 4,096 tokens of it;"
+        " high, xhigh: as much as the model likes",
+    )
+    thinking_budget_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = Field(
+        None, description="most tokens of thinking before its end is forced; goes before reasoning_effort"
+    )
     chat_template_kwargs: dict[str, Any] | None = None
     # OpenAI's, refused by name in refuse_unsupported.
     modalities: list[str] | None = None
@@ -162,17 +168,6 @@ class ChatFields(CompletionFields):
                 raise UnsupportedField(name, f"Send `{instead}` instead.")
         if self.modalities not in (None, ["text"]):
             raise UnsupportedField("modalities", 'Only ["text"] is offered.')
-        if self.thinking_budget_tokens is not None:
-            raise FieldNotBuiltYet("thinking_budget_tokens")
-        if self.response_format is not None and self.response_format.type != "text":
-            raise FieldNotBuiltYet("response_format", 'Only {"type": "text"} works today.')
-        if self.tool_choice == "required" or isinstance(self.tool_choice, dict):
-            raise FieldNotBuiltYet("tool_choice", 'Only "auto" and "none" work today.')
-        for position, tool in enumerate(self.tools or []):
-            if tool.function.strict:
-                raise FieldNotBuiltYet(
-                    f"tools[{position}].function.strict", "Leave strict out or send false."
-                )
 
     @model_validator(mode="after")
     def _is_consistent(self) -> ChatFields:

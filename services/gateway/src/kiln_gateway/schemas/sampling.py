@@ -7,8 +7,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from kiln_gateway.errors import FieldNotBuiltYet, UnsupportedField
+from kiln_gateway.errors import UnsupportedField
 from kiln_gateway.schemas.base import Body, Reference, StopStrings, TokenIds
+from kiln_gateway.schemas.structured import StructuredOutputs
 
 MAX_TOP_LOGPROBS = 20
 
@@ -54,7 +55,9 @@ class CompletionFields(Body):
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
     stop: StopStrings = Field(default_factory=list)
     stop_token_ids: Annotated[TokenIds, Field(max_length=1024)] | None = None
-    min_tokens: Annotated[int, Field(ge=0)] | None = None
+    min_tokens: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="a grammar that has come to its end stops earlier"
+    )
     ignore_eos: bool | None = None
     return_token_ids: bool | None = None
     store: bool | None = Field(None, description="false keeps no rollout")
@@ -66,7 +69,7 @@ class CompletionFields(Body):
         None,
         description="`pin` keeps the version a request began with; `latest` goes on with newer ones between two tokens, and `kiln.version_spans` says which tokens came from which",
     )
-    structured_outputs: dict[str, Any] | None = None
+    structured_outputs: StructuredOutputs | None = None
     user: str | None = Field(None, description="accepted without effect")
     metadata: dict[str, Any] | None = Field(None, description="accepted without effect")
     service_tier: str | None = Field(None, description="accepted without effect")
@@ -96,8 +99,6 @@ class CompletionFields(Body):
         Raises:
             FieldNotBuiltYet, UnsupportedField
         """
-        if self.structured_outputs is not None:
-            raise FieldNotBuiltYet("structured_outputs")
         if self.adapter_policy == "latest" and any("@" in reference for reference in self._references):
             raise UnsupportedField("adapter_policy", 'Name the adapter without a version, or send "pin".')
 

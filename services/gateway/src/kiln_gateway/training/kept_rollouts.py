@@ -55,7 +55,7 @@ def check_on_policy(rollout: Rollout, *, corrects_importance: bool) -> None:
     """Refuse a rollout that was not drawn from a distribution training can score.
 
     `corrects_importance`: whether the loss weighs tokens by importance, which makes up for
-    truncation (top_p, top_k, min_p, min_tokens).
+    truncation (top_p, top_k, min_p, min_tokens, a grammar, a thinking budget).
 
     Raises:
         OffPolicyRollout: greedy, penalised or biased; or truncated without that correction.
@@ -68,7 +68,7 @@ def check_on_policy(rollout: Rollout, *, corrects_importance: bool) -> None:
         raise OffPolicyRollout(f"{name} was sampled under penalties or logit_bias")
     if sampling.is_truncated and not corrects_importance:
         raise OffPolicyRollout(
-            f"{name} was sampled under truncation and loss.importance.mode is none",
+            f"{name} was sampled under truncation, a grammar or a thinking budget, and loss.importance.mode is none",
             hint='Leave loss.importance out or use mode "token" or "sequence".',
             param="loss.importance.mode",
         )

@@ -1,0 +1,52 @@
+"""Pieces of a Lark grammar, as llguidance reads it."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+
+class LarkRules:
+    """Rules under construction, each under a name of its own."""
+
+    def __init__(self) -> None:
+        self._lines: list[str] = []
+
+    def add(self, body: str, *, is_lazy: bool = False) -> str:
+        """Add a rule; returns its name. A lazy one is a single expression that ends as early as it can."""
+        name = f"rule_{len(self._lines)}"
+        self._lines.append(f"{name}{'[lazy]' if is_lazy else ''}: {body}")
+        return name
+
+    def add_terminal(self, body: str) -> str:
+        """Add an expression; returns its name."""
+        name = f"TERMINAL_{len(self._lines)}"
+        self._lines.append(f"{name}: {body}")
+        return name
+
+    def text(self, start: str) -> str:
+        """The whole grammar, with `start` as the body of its start rule."""
+        return "\n".join([f"start: {start}", *self._lines]) + "\n"
+
+
+def literal(text: str) -> str:
+    """Exactly this text."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def expression(regex: str) -> str:
+    """A regular expression between slashes."""
+    escaped = re.sub(r"\\.|/", lambda found: r"\/" if found[0] == "/" else found[0], regex, flags=re.DOTALL)
+    return "/" + escaped.replace("\n", r"\n") + "/"
+
+
+def one_of(bodies: list[str]) -> str:
+    return bodies[0] if len(bodies) == 1 else "(" + " | ".join(bodies) + ")"
+
+
+def json_value(schema: Any, options: dict[str, Any]) -> str:
+    """JSON text that the schema allows, which becomes the body of a rule of its own."""
+    if isinstance(schema, dict):
+        schema = {**schema, "x-guidance": options}
+    return "%json " + json.dumps(schema, ensure_ascii=False)
