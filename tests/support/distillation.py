@@ -17,7 +17,14 @@ from kiln_nn.lora.parameters import LoraParameters
 from kiln_nn.packed_model import PackedModel
 from kiln_trainer.domain.training import StartingPoint
 from kiln_trainer.torch_backend.backend import TorchBackend
-from tests.support.training import RecordingHooks, ServedModel, job_config, sft_request, task
+from tests.support.training import (
+    RecordingHooks,
+    ServedModel,
+    job_config,
+    sft_request,
+    starting_point,
+    task,
+)
 
 PROMPTS = [[7, 8, 9], [20, 21], [101, 5, 66, 14], [250]]
 
@@ -48,12 +55,6 @@ def teacher_in(folder: Path, served: ServedModel) -> StartingPoint:
     request = sft_request(examples, epochs=12, learning_rate=4e-3, batch_tokens=256, checkpoint_every=100)
     result = TorchBackend(served.locate).run(task(request, folder), RecordingHooks()).folder
     return starting_point("teacher@1", result)
-
-
-def starting_point(reference: str, folder: Path) -> StartingPoint:
-    """A PEFT folder as a version to start from or to learn from."""
-    config_json = (folder / "adapter_config.json").read_text()
-    return StartingPoint(reference, config_json, folder / "adapter_model.safetensors")
 
 
 def adapter_at(served: ServedModel, folder: Path | None) -> LoraParameters | None:

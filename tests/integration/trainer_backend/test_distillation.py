@@ -28,7 +28,7 @@ from tests.support.distillation import (
     teacher_in,
 )
 from tests.support.lora_builders import random_lora
-from tests.support.training import RecordingHooks, ServedModel
+from tests.support.training import RecordingHooks, ServedModel, task
 
 DIVERGENCES = [("reverse_kl", 0.5), ("forward_kl", 0.5), ("jsd", 0.3)]
 LEARNING = {"learning_rate": 2e-3, "rank": 8, "checkpoint_every": 100}
@@ -46,7 +46,7 @@ def opd_task(
     sampler: ModelSampler | None = None,
     start: StartingPoint | None = None,
 ) -> TrainingTask:
-    return TrainingTask("job_test", request, start, folder, 1, teacher=teacher, sampler=sampler)
+    return task(request, folder, start, teacher=teacher, sampler=sampler)
 
 
 def moving_means(values: list[float], width: int) -> list[float]:
