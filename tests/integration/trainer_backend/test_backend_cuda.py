@@ -29,6 +29,7 @@ REQUESTS |= {
         [GROUP],
         {"type": loss_type, "kl_coef": 0.1},
         epochs=3,
+        learning_rate=1e-3,
         batch_tokens=10,
         gradient_accumulation=1,
         checkpoint_every=2,
