@@ -12,6 +12,8 @@ from kiln_gateway.schemas.base import Body, Reference, TokenIds
 from kiln_gateway.schemas.chat import Messages, Tool
 from kiln_gateway.schemas.training import GivenRollout, JobFields, PromptText
 
+DivergenceName = Literal["reverse_kl", "forward_kl", "jsd"]
+
 
 def _to_prompt(value: Any) -> Any:
     if isinstance(value, str):
@@ -65,7 +67,7 @@ class OpdGroupFields(Body):
 class DivergenceFields(Body):
     """What is lowered at every completion token. A string stands for `type`."""
 
-    type: Literal["reverse_kl", "forward_kl", "jsd"] = "reverse_kl"
+    type: DivergenceName = "reverse_kl"
     beta: Annotated[float, Field(gt=0, lt=1)] = Field(
         default=0.5, description="the teacher's share of the mixture, for jsd"
     )
@@ -91,19 +93,27 @@ class RolloutSettings(Body):
     )
 
 
+OpdPrompt = Annotated[
+    OpdPromptFields,
+    BeforeValidator(_to_prompt, json_schema_input_type=PromptText | Messages | OpdPromptFields),
+]
+Divergence = Annotated[
+    DivergenceFields,
+    BeforeValidator(_to_divergence, json_schema_input_type=DivergenceName | DivergenceFields),
+]
+
+
 class OpdBody(JobFields):
     teacher: Reference | dict[str, Any] = Field(
         description='"base", or an adapter; another engine\'s model is not built yet'
     )
-    prompts: (
-        Annotated[list[Annotated[OpdPromptFields, BeforeValidator(_to_prompt)]], Field(min_length=1)] | None
-    ) = Field(None, description="the job samples them as it goes")
+    prompts: Annotated[list[OpdPrompt], Field(min_length=1)] | None = Field(
+        None, description="the job samples them as it goes"
+    )
     groups: Annotated[list[OpdGroupFields], Field(min_length=1)] | None = Field(
         None, description="completions that are there already"
     )
-    divergence: Annotated[DivergenceFields, BeforeValidator(_to_divergence)] = Field(
-        default_factory=DivergenceFields
-    )
+    divergence: Divergence = Field(default_factory=DivergenceFields)
     rollout: RolloutSettings = Field(default_factory=RolloutSettings)
 
     def refuse_unsupported(self) -> None:
