@@ -12,15 +12,16 @@ from typing import Any
 import torch
 
 from kiln_common.pb import engine_pb2, trainer_pb2
-from kiln_nn.lora import read_adapter
+from kiln_nn.lora import parse_adapter
 from kiln_nn.lora.parameters import LoraParameters
 from kiln_nn.packed_model import PackedModel
-from kiln_trainer.domain.training import StartingPoint
+from kiln_trainer.domain.training import AdapterContent, StartingPoint
 from kiln_trainer.torch_backend.backend import TorchBackend
 from tests.support.training import (
     RecordingHooks,
     ServedModel,
     job_config,
+    peft_folder,
     sft_request,
     starting_point,
     task,
@@ -53,15 +54,20 @@ def teacher_in(folder: Path, served: ServedModel) -> StartingPoint:
     rng = random.Random(2)
     examples = [[*prompt, *rng.choices(range(40, 52), k=8)] for prompt in PROMPTS for _ in range(4)]
     request = sft_request(examples, epochs=12, learning_rate=4e-3, batch_tokens=256, checkpoint_every=100)
-    result = TorchBackend(served.locate).run(task(request, folder), RecordingHooks()).folder
-    return starting_point("teacher@1", result)
+    result = TorchBackend(served.locate).run(task(request, folder), RecordingHooks())
+    return starting_point("teacher@1", peft_folder(result, folder / "result"))
 
 
 def adapter_at(served: ServedModel, folder: Path | None) -> LoraParameters | None:
     """The adapter of a PEFT folder, to compute with."""
     if folder is None:
         return None
-    read = read_adapter(folder, served.loaded.config)
+    point = starting_point("any@1", folder)
+    return adapter_of(served, point.config_json, point.safetensors_path.read_bytes())
+
+
+def adapter_of(served: ServedModel, config_json: str, safetensors: bytes) -> LoraParameters:
+    read = parse_adapter(config_json, safetensors, served.loaded.config)
     return LoraParameters.from_tensors(served.loaded.config, read.spec, read.tensors)
 
 
@@ -79,21 +85,24 @@ def log_probabilities(
 class ModelSampler:
     """A StudentSampler that draws from the true student, token by token, with the seeds it is given.
 
-    `students` are the folders it was given, None for the starting point.
+    `students` are the adapters it was given, as files; None for the starting point.
     """
 
     served: ServedModel
     num_tokens: int = 6
     start: Path | None = None
-    students: list[Path | None] = field(default_factory=list)
+    students: list[bytes | None] = field(default_factory=list)
 
     @torch.no_grad()
     def sample(
-        self, student: Path | None, prompts: Sequence[tuple[Sequence[int], int]]
+        self, student: AdapterContent | None, prompts: Sequence[tuple[Sequence[int], int]]
     ) -> list[trainer_pb2.OpdRollout]:
-        self.students.append(student)
+        self.students.append(None if student is None else bytes(student.view()))
         model = PackedModel(self.served.loaded.config, self.served.loaded.arena.views())
-        lora = adapter_at(self.served, student or self.start)
+        if student is None:
+            lora = adapter_at(self.served, self.start)
+        else:
+            lora = adapter_of(self.served, student.config_json, bytes(student.view()))
         linear = lora.linear_fn(model.weights) if lora is not None else None
         generators = [torch.Generator().manual_seed(seed % 2**63) for _, seed in prompts]
         rollouts = [

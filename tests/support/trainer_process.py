@@ -1,8 +1,8 @@
 """A trainer-like second process: runs one job on weights that another process shares.
 
 `python -m tests.support.trainer_process LOCATION_JSON REQUEST_FILE FOLDER LOADS_JSON
-[TEACHER_FOLDER]` prints one line of JSON: every step's loss and partition, the bytes of base weights this process holds itself, and the
-memory that torch allocated. With loads (pairs of running and waiting requests, one for each look) it
+[TEACHER_FOLDER]` prints one line of JSON: every step's loss and partition, the bytes of base weights
+this process holds itself, and the memory that torch allocated. With loads (pairs of running and waiting requests, one for each look) it
 runs in a part of the GPU that follows them.
 """
 

@@ -11,6 +11,7 @@ from kiln_common.pb import engine_pb2
 from kiln_trainer.domain.errors import JobCancelled
 from kiln_trainer.publishing import EngineDirectory, GrpcPublisher
 from tests.support.engine_server import StubbornRunner, generate_request, make_parts, running_engine
+from tests.support.jobs import MemoryContent
 from tests.support.registry import adapter_bytes, publish_header, running_registry
 
 
@@ -69,12 +70,11 @@ async def test_what_the_check_raises_ends_the_requests(tmp_path):
 
 
 async def test_a_withdrawn_student_is_gone_and_one_that_never_was_is_no_error(tmp_path):
-    path = tmp_path / "adapter_model.safetensors"
-    path.write_bytes(adapter_bytes())
+    content = MemoryContent(adapter_bytes())
     async with connected(tmp_path) as (publisher, registry, _):
         await asyncio.to_thread(publisher.withdraw, "job_1")
         for _ in range(2):
-            await asyncio.to_thread(publisher.publish, publish_header("job_1"), path)
+            await asyncio.to_thread(publisher.publish, publish_header("job_1"), content)
         await asyncio.to_thread(publisher.withdraw, "job_1")
         with pytest.raises(KilnError) as caught:
             await registry.resolve("job_1")

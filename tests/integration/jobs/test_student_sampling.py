@@ -3,7 +3,6 @@
 import hashlib
 import threading
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import pytest
 
@@ -12,8 +11,8 @@ from kiln_common.pb import engine_pb2, registry_pb2
 from kiln_common.rpc import to_error_detail
 from kiln_trainer.domain.training import StepHooks, TrainedAdapter, TrainingTask
 from tests.integration.jobs.test_worker import ended, working
-from tests.support.jobs import ChainBackend, MemoryPublisher, opd_request
-from tests.support.registry import MODEL_HASH, adapter_bytes, peft_config
+from tests.support.jobs import ChainBackend, MemoryContent, MemoryPublisher, opd_request
+from tests.support.registry import MODEL_HASH, adapter_bytes
 
 PROMPTS = [([1, 2, 3], 11), ([4], 12)]
 
@@ -27,16 +26,8 @@ class SamplingBackend(ChainBackend):
     def run(self, task: TrainingTask, hooks: StepHooks) -> TrainedAdapter:
         assert task.sampler is not None
         self.rollouts = task.sampler.sample(None, PROMPTS)
-        self.rollouts += task.sampler.sample(student_folder(task.checkpoint_dir), PROMPTS)
+        self.rollouts += task.sampler.sample(MemoryContent(adapter_bytes(seed=4)), PROMPTS)
         return super().run(task, hooks)
-
-
-def student_folder(parent: Path) -> Path:
-    folder = parent / "student"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "adapter_config.json").write_text(peft_config())
-    (folder / "adapter_model.safetensors").write_bytes(adapter_bytes(seed=4))
-    return folder
 
 
 @pytest.fixture

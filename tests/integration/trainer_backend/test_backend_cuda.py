@@ -54,7 +54,7 @@ def test_losses_on_the_gpu_follow_those_on_the_cpu(tmp_path, name):
     with served_model(tmp_path / "gpu", "cuda") as served:
         before = served.loaded.arena.checksum()
         folder = teacher.safetensors_path.parent if teacher else None
-        seen = run_in_process(served, REQUESTS[name], tmp_path / "gpu-job", folder)
+        seen = run_in_process(served, REQUESTS[name], tmp_path / "gpu-job", teacher=folder)
         assert served.loaded.arena.checksum() == before
     # float32 on both; the GPU sums in another order and Adam's first steps magnify the difference.
     assert seen["losses"] == pytest.approx(expected, rel=2e-2, abs=2e-3)

@@ -13,7 +13,7 @@ from kiln_common.pb import trainer_pb2
 from kiln_nn.packed_model import PackedModel
 from kiln_trainer.data.packing import pack
 from kiln_trainer.domain.errors import NoLearningSignal, WeightsLost
-from kiln_trainer.domain.training import StartingPoint, TrainingTask
+from kiln_trainer.domain.training import AdapterContent, StartingPoint, TrainedAdapter, TrainingTask
 from kiln_trainer.recipes.opd import prepare_opd
 from kiln_trainer.recipes.opd_options import DistillationObjective
 from kiln_trainer.torch_backend.backend import TorchBackend
@@ -28,7 +28,7 @@ from tests.support.distillation import (
     teacher_in,
 )
 from tests.support.lora_builders import random_lora
-from tests.support.training import RecordingHooks, ServedModel, task
+from tests.support.training import RecordingHooks, ServedModel, peft_folder, task
 
 DIVERGENCES = [("reverse_kl", 0.5), ("forward_kl", 0.5), ("jsd", 0.3)]
 LEARNING = {"learning_rate": 2e-3, "rank": 8, "checkpoint_every": 100}
@@ -83,8 +83,8 @@ def test_the_distance_to_the_teacher_falls(served, tmp_path, teacher, divergence
     assert means == sorted(means, reverse=True), means
     assert means[-1] < 0.65 * distances[0]
     # On completions that no step has learned from as well.
-    folder = teacher.safetensors_path.parent
-    before, after = (own_distance(served, student, folder) for student in (None, result.folder))
+    folder, pupil = teacher.safetensors_path.parent, peft_folder(result, tmp_path / "pupil")
+    before, after = (own_distance(served, student, folder) for student in (None, pupil))
     assert before > 0.5
     assert after < 0.65 * before
 
@@ -97,7 +97,9 @@ def test_the_base_model_teaches_an_adapter_to_forget(served, tmp_path, teacher):
     result = TorchBackend(served.locate).run(job, hooks)
     distances = [report.metrics["teacher_kl"] for report in hooks.reports]
     assert distances[-1] < 0.6 * distances[0]
-    assert own_distance(served, result.folder, None) < 0.7 * own_distance(served, folder, None)
+    assert own_distance(served, peft_folder(result, tmp_path / "pupil"), None) < 0.7 * own_distance(
+        served, folder, None
+    )
 
 
 @pytest.mark.parametrize(("divergence", "beta"), DIVERGENCES)
@@ -132,7 +134,7 @@ def test_a_steps_gradient_is_that_of_the_mean_over_completion_tokens(served, tea
     documents = prepare_opd(rollouts, objective).documents
     for parameter in lora.parameters():
         parameter.grad = None
-    policy, sums = Policy(model, lora, torch.device("cpu"), taught), StepSums()
+    policy, sums = Policy(model, lora, torch.device("cpu"), teacher=taught), StepSums()
     for cut in (documents[:2], documents[2:]):
         forward_backward(policy, pack(cut), objective, float(num_tokens), sums, is_first_step=True)
     assert sums.metrics()["loss"] == pytest.approx(total.item() / num_tokens, rel=1e-4)
@@ -163,8 +165,8 @@ def opd_jobs(served: ServedModel) -> trainer_pb2.SubmitRequest:
     return opd_request(PROMPTS, settings=settings, epochs=4, checkpoint_every=3, batch_tokens=24)
 
 
-def adapter_bytes(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+def adapter_bytes(result: TrainedAdapter) -> tuple[str, bytes]:
+    return result.content.config_json, bytes(result.content.view())
 
 
 def test_interrupted_at_every_step_the_result_is_byte_identical(served, tmp_path, teacher):
@@ -180,7 +182,7 @@ def test_interrupted_at_every_step_the_result_is_byte_identical(served, tmp_path
         with pytest.raises(WeightsLost):
             TorchBackend(served.locate).run(job, RecordingHooks(step, WeightsLost("the engine is gone")))
         again = TorchBackend(served.locate).run(job, RecordingHooks())
-        assert adapter_bytes(again.folder) == adapter_bytes(result.folder), step
+        assert adapter_bytes(again) == adapter_bytes(result), step
         # Completions that were drawn before the interruption are not drawn again.
         assert len(sampler.students) == 4
 
@@ -197,16 +199,18 @@ def test_lost_completions_are_drawn_again_with_the_same_seeds(served, tmp_path, 
             for path in (tmp_path / name).iterdir():
                 if path.is_file():
                     path.unlink()
-        results.append(adapter_bytes(TorchBackend(served.locate).run(job, RecordingHooks()).folder))
+        results.append(adapter_bytes(TorchBackend(served.locate).run(job, RecordingHooks())))
     assert results[0] == results[1]
 
 
 def test_an_engine_that_goes_away_while_it_samples_costs_a_round_and_not_the_job(served, tmp_path, teacher):
+    failures = iter([EngineUnavailable("the engine went away")])
+
     class Flaky(ModelSampler):
-        def sample(self, student: Path | None, prompts: Any) -> list[trainer_pb2.OpdRollout]:
-            if student is not None and not self.students.count(student):
-                self.students.append(student)
-                raise EngineUnavailable("the engine went away")
+        def sample(self, student: AdapterContent | None, prompts: Any) -> list[trainer_pb2.OpdRollout]:
+            if student is not None:
+                for failure in failures:
+                    raise failure
             return super().sample(student, prompts)
 
     job = opd_task(opd_jobs(served), tmp_path, teacher, Flaky(served))
@@ -218,10 +222,11 @@ def test_an_engine_that_goes_away_while_it_samples_costs_a_round_and_not_the_job
     assert [report.step for report in hooks.reports][2:] == list(range(1, 9))
 
 
-def test_files_of_finished_rounds_do_not_pile_up(served, tmp_path, teacher):
+def test_files_of_rounds_before_a_checkpoint_do_not_pile_up(served, tmp_path, teacher):
     job = opd_task(opd_jobs(served), tmp_path, teacher, ModelSampler(served))
     TorchBackend(served.locate).run(job, RecordingHooks())
-    assert list(tmp_path.glob("rollouts-*")) == []
+    # The last checkpoint is that of step 6, where the third round ended.
+    assert [path.name[:15] for path in tmp_path.glob("rollouts-*")] == ["rollouts-000003"]
 
 
 def test_given_completions_need_no_sampler(served, tmp_path, teacher):
