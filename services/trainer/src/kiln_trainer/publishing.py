@@ -37,7 +37,7 @@ class EngineDirectory:
         *,
         info_timeout_s: float,
         live_timeout_s: float,
-        rollout_timeout_s: float,
+        rollout_timeout_s: float = 600.0,
     ) -> None:
         self._engines = [EngineClient(address, timeout_s=info_timeout_s) for address in addresses]
         self._live_timeout_s = live_timeout_s
