@@ -202,7 +202,7 @@ async def test_equal_rewards_are_counted_in_words_that_fit(rig):
 
 async def test_clients_are_told_when_trying_again_is_no_use(rig):
     hopeless = [
-        ("POST", "/v1/train/opd", 501),
+        ("POST", "/v1/evals/runs", 501),
         ("GET", "/v1/nothing", 404),
         ("GET", CHAT, 405),
         ("GET", "/v1/adapters/x", 404),

@@ -15,8 +15,8 @@ from kiln_gateway.schemas.chat import ChatCompletionBody
 from kiln_gateway.schemas.completions import TextCompletionBody
 from kiln_gateway.schemas.embeddings import EmbeddingsBody
 from kiln_gateway.schemas.messages import CountTokensBody, MessagesBody
-from kiln_gateway.schemas.responses import ResponsesBody
 from kiln_gateway.schemas.opd import OpdBody
+from kiln_gateway.schemas.responses import ResponsesBody
 from kiln_gateway.schemas.text import DetokenizeBody, TokenizeBody
 from kiln_gateway.schemas.training import GrpoBody, SftBody
 

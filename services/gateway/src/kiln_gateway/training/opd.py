@@ -65,7 +65,10 @@ class OpdSpecBuilder:
         )
         for wanted in self._body.prompts or ():
             prompt = await self._gateway.prompts.chat(
-                _messages(wanted.prompt, wanted.messages), tools=_tools(wanted.tools), variables=variables
+                _messages(wanted.prompt, wanted.messages),
+                tools=_tools(wanted.tools),
+                variables=variables,
+                most_tokens=self._base_model.max_model_len - 1,
             )
             prompts.append(trainer_pb2.OpdPrompt(token_ids=prompt.token_ids))
         return prompts
