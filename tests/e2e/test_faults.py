@@ -64,6 +64,28 @@ def test_a_job_whose_trainer_died_ends_with_the_adapter_of_an_undisturbed_run(st
     assert job["result"]["sha256"] == undisturbed["result"]["sha256"]
 
 
+def test_a_job_that_samples_its_student_goes_on_when_its_trainer_died(stack):
+    prompts = [f"What is {n} + {n}?" for n in range(1, 5)]
+    taught = stack.wait_for_job(_submit(stack, _sft_body(stack, "drifted", epochs=4)))
+    assert taught["status"] == "succeeded", taught
+    body = {"adapter": "drifted", "teacher": "base", "prompts": prompts, "epochs": 6, "checkpoint_every": 2}
+    body |= {"rollout": {"n": 2, "max_tokens": 8, "prompts_per_step": 4}, "learning_rate": 1e-3}
+    response = stack.post("/v1/train/opd", {**body, "attach": False})
+    assert response.status_code == 202, response.text
+    job_id = response.json()["id"]
+    _wait_for_step(stack, job_id, 3)
+    dead = stack.kill("trainer")
+    stack.wait_for_restart("trainer", dead)
+    job = stack.wait_for_job(job_id)
+    assert job["status"] == "succeeded", job
+    assert job["attempts"] >= 2
+    assert [step["round"] for step in job["history"]] == [1, 2, 3, 4, 5, 6]
+    # Of the pupils that were sampled on the way none is left, only what the jobs published.
+    names = {entry["name"] for entry in stack.get("/v1/adapters")["data"]}
+    assert job_id not in names
+    assert job["result"]["version"] == 2
+
+
 def test_chat_goes_on_while_the_trainer_is_away(stack):
     dead = stack.kill("trainer")
     assert stack.chat("What is 2 + 2?", max_tokens=4).status_code == 200

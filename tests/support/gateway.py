@@ -306,11 +306,12 @@ class FakeTrainer:
             config=request.config,
             queue_position=len(self.submitted) - 1,
             grpo_loss=request.grpo.loss,
+            opd_settings=request.opd.settings,
             created_at_s=100.0,
         )
-        for group in request.grpo.groups:
-            for rollout in group.rollouts:
-                job.sources[rollout.source] += 1
+        grpo = [rollout for group in request.grpo.groups for rollout in group.rollouts]
+        for rollout in [*grpo, *request.opd.rollouts]:
+            job.sources[rollout.source] += 1
         self.jobs[job.id] = job
         return job
 

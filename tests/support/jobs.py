@@ -6,12 +6,12 @@ import hashlib
 import json
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from kiln_common.errors import AdapterNotFound
-from kiln_common.pb import registry_pb2, trainer_pb2
+from kiln_common.pb import engine_pb2, registry_pb2, trainer_pb2
 from kiln_trainer.domain.training import (
     AdapterContent,
     StartingPoint,
@@ -55,6 +55,20 @@ def sft_request(adapter: str = "helper", **config: object) -> trainer_pb2.Submit
     return trainer_pb2.SubmitRequest(
         config=job_config(adapter, **config),
         sft=trainer_pb2.SftSpec(examples=[example]),
+        base_model_hash=MODEL_HASH,
+    )
+
+
+def opd_request(
+    adapter: str = "helper", teacher: str = "base", **config: object
+) -> trainer_pb2.SubmitRequest:
+    """A valid distillation job of two prompts, one to a step."""
+    sampling = engine_pb2.SamplingParams(max_tokens=4, temperature=1, top_p=1, repetition_penalty=1)
+    settings = trainer_pb2.OpdSettings(teacher=teacher, sampling=sampling, prompts_per_step=1)
+    prompts = [trainer_pb2.OpdPrompt(token_ids=ids) for ids in ([1, 2, 3], [4])]
+    return trainer_pb2.SubmitRequest(
+        config=job_config(adapter, **config),
+        opd=trainer_pb2.OpdSpec(settings=settings, prompts=prompts),
         base_model_hash=MODEL_HASH,
     )
 
@@ -152,7 +166,11 @@ class ChainBackend:
 
 
 class MemoryPublisher:
-    """A Publisher that keeps versions in memory, idempotent by publish key like the registry."""
+    """A Publisher that keeps versions in memory, idempotent by publish key like the registry.
+
+    Its engine answers each request with the tokens 7 and 8, and `finish_reason`; `before_generate`
+    runs on the worker thread before that and may raise.
+    """
 
     def __init__(self) -> None:
         self.headers: list[registry_pb2.PublishHeader] = []
@@ -162,6 +180,10 @@ class MemoryPublisher:
         self.before_live: Callable[[], None] = lambda: None
         self.not_live: tuple[str, ...] = ()
         self.max_rank = 0
+        self.before_generate: Callable[[], None] = lambda: None
+        self.finish_reason = engine_pb2.FINISH_REASON_STOP
+        self.generated: list[engine_pb2.GenerateRequest] = []
+        self.withdrawn: list[str] = []
         self._by_key: dict[str, registry_pb2.AdapterVersion] = {}
         self._lock = threading.Lock()
 
@@ -184,7 +206,7 @@ class MemoryPublisher:
         self.before_publish()
         with self._lock:
             self.num_publish_calls += 1
-            if header.publish_key in self._by_key:
+            if header.publish_key and header.publish_key in self._by_key:
                 return self._by_key[header.publish_key]
             known = self.versions.setdefault(header.name, [])
             version = registry_pb2.AdapterVersion(
@@ -205,3 +227,17 @@ class MemoryPublisher:
     def make_live(self, version: registry_pb2.AdapterVersion) -> LiveReport:
         self.before_live()
         return LiveReport(self.not_live, 0.01)
+
+    def generate(
+        self, requests: Sequence[engine_pb2.GenerateRequest], check: Callable[[], None]
+    ) -> list[list[engine_pb2.SequenceOutput]]:
+        self.generated += requests
+        self.before_generate()
+        check()
+        first = engine_pb2.SequenceOutput(token_ids=[7], logprobs=[-0.5])
+        last = engine_pb2.SequenceOutput(token_ids=[8], logprobs=[-1.5], finish_reason=self.finish_reason)
+        return [[first, last] for _ in requests]
+
+    def withdraw(self, name: str) -> None:
+        self.withdrawn.append(name)
+        self.versions.pop(name, None)

@@ -1,8 +1,8 @@
 """A trainer-like second process: runs one job on weights that another process shares.
 
-`python -m tests.support.trainer_process LOCATION_JSON REQUEST_FILE FOLDER LOADS_JSON` prints one line of
-JSON: every step's loss and partition, the bytes of base weights this process holds itself, and the
-memory that torch allocated. With loads (pairs of running and waiting requests, one for each look) it
+`python -m tests.support.trainer_process LOCATION_JSON REQUEST_FILE FOLDER LOADS_JSON
+[TEACHER_FOLDER]` prints one line of JSON: every step's loss and partition, the bytes of base weights
+this process holds itself, and the memory that torch allocated. With loads (pairs of running and waiting requests, one for each look) it
 runs in a part of the GPU that follows them.
 """
 
@@ -24,7 +24,7 @@ from kiln_trainer.domain.gpu_share import EngineLoad, Shares
 from kiln_trainer.torch_backend.backend import TorchBackend
 from kiln_trainer.torch_backend.gpu_share import GpuPartitions, GpuShare, LoadWatch, WholeDevice
 from kiln_trainer.torch_backend.weights import WeightLocation, WeightSession
-from tests.support.training import RecordingHooks, ServedModel, task
+from tests.support.training import RecordingHooks, ServedModel, starting_point, task
 
 _REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -34,8 +34,12 @@ def run_in_process(
     request: trainer_pb2.SubmitRequest,
     folder: Path,
     loads: Sequence[EngineLoad] = (),
+    teacher: Path | None = None,
 ) -> dict[str, Any]:
-    """Run the job in a process of its own; returns what it printed."""
+    """Run the job in a process of its own, with a teacher's PEFT folder if it has one.
+
+    Returns what it printed.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     request_file = folder / "request.bin"
     request_file.write_bytes(request.SerializeToString())
@@ -43,11 +47,12 @@ def run_in_process(
     loads_json = json.dumps([[load.num_running, load.num_waiting] for load in loads])
     module = "tests.support.trainer_process"
     command = [sys.executable, "-m", module, location, request_file, folder, loads_json]
+    command += [teacher] if teacher else []
     done = subprocess.run(command, cwd=_REPOSITORY, stdout=subprocess.PIPE, check=True, timeout=240)
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def main(location_json: str, request_file: str, folder: str, loads_json: str) -> None:
+def main(location_json: str, request_file: str, folder: str, loads_json: str, teacher: str = "") -> None:
     location = WeightLocation(**json.loads(location_json))
     request = trainer_pb2.SubmitRequest.FromString(Path(request_file).read_bytes())
     loads = iter([EngineLoad(*pair) for pair in json.loads(loads_json)])
@@ -61,7 +66,8 @@ def main(location_json: str, request_file: str, folder: str, loads_json: str) ->
 
     backend = TorchBackend(lambda: location, make_share=share_of)
     hooks = RecordingHooks()
-    backend.run(task(request, Path(folder)), hooks)
+    teacher_point = starting_point("teacher@1", Path(teacher)) if teacher else None
+    backend.run(task(request, Path(folder), teacher=teacher_point), hooks)
     report = {
         "losses": [report.metrics["loss"] for report in hooks.reports],
         "gpu_sms": [report.metrics.get("gpu_sms", 0) for report in hooks.reports],

@@ -11,7 +11,7 @@ from kiln_common.pb import trainer_pb2
 from kiln_nn.lora.peft_format import CONFIG_FILE, WEIGHTS_FILE
 from kiln_nn.sharing import WeightServer
 from kiln_nn.weights.loader import LoadedModel, load_checkpoint
-from kiln_trainer.domain.training import StepReport, TrainedAdapter, TrainingTask
+from kiln_trainer.domain.training import StartingPoint, StepReport, TrainedAdapter, TrainingTask
 from kiln_trainer.torch_backend.weights import LocateWeights, WeightLocation
 from tests.support.tiny_models import make_checkpoint
 
@@ -125,6 +125,13 @@ def peft_folder(result: TrainedAdapter, folder: Path) -> Path:
     return folder
 
 
-def task(request: trainer_pb2.SubmitRequest, folder: Path, starting_point: Any = None) -> TrainingTask:
+def task(
+    request: trainer_pb2.SubmitRequest, folder: Path, starting_point: Any = None, **fields: Any
+) -> TrainingTask:
     """A claimed job with its checkpoints in `folder`."""
-    return TrainingTask("job_test", request, starting_point, folder, claim_epoch=1)
+    return TrainingTask("job_test", request, starting_point, folder, claim_epoch=1, **fields)
+
+
+def starting_point(reference: str, folder: Path) -> StartingPoint:
+    """A PEFT folder as a version to start from or to learn from."""
+    return StartingPoint(reference, (folder / CONFIG_FILE).read_text(), folder / WEIGHTS_FILE)

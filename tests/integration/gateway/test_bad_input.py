@@ -10,6 +10,9 @@ CHAT, TEXT, GRPO, SFT = "/v1/chat/completions", "/v1/completions", "/v1/train/gr
 USER = {"role": "user", "content": "Hi"}
 SHORT = {"adapter": "a", "prompt": "Hi", "completions": ["x", "y"], "rewards": [1, 0]}
 EMBED, BATCH = "/v1/embeddings", "/v1/completions/batch"
+OPD = "/v1/train/opd"
+DISTIL = {"adapter": "a", "teacher": "base", "prompts": ["p"]}
+GIVEN = {"adapter": "a", "teacher": "base", "groups": [{"prompt": "p", "completions": ["x"]}]}
 SCORED = {"prompt": "p", "completions": [{"text": "x", "reward": 1}, {"text": "y", "reward": 0}]}
 
 
@@ -135,7 +138,7 @@ BODIES = [
     (GRPO, {**SHORT, "lora": {"rank": 1000}}, 400, "invalid_value", "lora.rank"),
     (GRPO, {**SHORT, "lora": {"rnk": 8}}, 400, "unknown_field", "lora.rnk"),
     (GRPO, {**SHORT, "lora": {"dropout": 0.1}}, 501, "not_implemented", "lora.dropout"),
-    (GRPO, {**SHORT, "loss": {"type": "gspo"}}, 501, "not_implemented", "loss.type"),
+    (GRPO, {**SHORT, "loss": {"type": "ppo"}}, 400, "invalid_value", "loss.type"),
     (GRPO, {**SHORT, "optimizer": "muon"}, 501, "not_implemented", "optimizer"),
     (GRPO, {**SHORT, "gate": {}}, 501, "not_implemented", "gate"),
     (GRPO, {**SHORT, "webhook": {"url": "http://x"}}, 501, "not_implemented", "webhook"),
@@ -145,6 +148,26 @@ BODIES = [
     (SFT, {"adapter": "a", "examples": [{"prompt": "x"}]}, 400, "conflicting_fields", "examples[0]"),
     (SFT, {"adapter": "a", "examples": [{"messages": [USER]}]}, 400, "no_assistant_message", "examples"),
     (SFT, {"adapter": "a", "dataset": "file_1"}, 501, "not_implemented", "dataset"),
+    (OPD, without(DISTIL, "teacher"), 400, "missing_field", "teacher"),
+    (OPD, {**DISTIL, "teacher": {"engine": "other:8431", "model": "m"}}, 501, "not_implemented", "teacher"),
+    (OPD, {**DISTIL, "teacher": "nobody"}, 404, "adapter_not_found", "teacher"),
+    (OPD, {**DISTIL, "teacher": 5}, 400, "invalid_value", "teacher"),
+    (OPD, without(DISTIL, "prompts"), 400, "missing_field", "prompts"),
+    (OPD, {**DISTIL, "prompts": []}, 400, "invalid_value", "prompts"),
+    (OPD, {**DISTIL, "prompts": ["p", ""]}, 400, "empty_prompt", "prompts[1].prompt"),
+    (OPD, {**DISTIL, "prompts": [[]]}, 400, "empty_messages", "prompts[0].messages"),
+    (OPD, {**DISTIL, "prompts": [{"prompt": "p", "messages": [USER]}]}, 400, "conflicting_fields", "prompts[0]"),
+    (OPD, {**DISTIL, "groups": [{"prompt": "p", "completions": ["x"]}]}, 400, "conflicting_fields", "prompts"),
+    (OPD, {**GIVEN, "rollout": {"n": 2}}, 400, "conflicting_fields", "rollout"),
+    (OPD, {**GIVEN, "groups": [{"completions": ["x"]}]}, 400, "missing_field", "groups[0]"),
+    (OPD, {**GIVEN, "groups": [{"prompt": "p"}]}, 400, "conflicting_fields", "groups[0]"),
+    (OPD, {**GIVEN, "groups": [{"prompt": "p", "completions": []}]}, 400, "invalid_value", "groups[0].completions"),
+    (OPD, {**GIVEN, "groups": [{"rollouts": [{"completion_id": "x", "reward": 1}]}]}, 400, "unknown_field", "groups[0].rollouts[0].reward"),
+    (OPD, {**DISTIL, "divergence": "kl"}, 400, "invalid_value", "divergence.type"),
+    (OPD, {**DISTIL, "divergence": {"type": "jsd", "beta": 1}}, 400, "invalid_value", "divergence.beta"),
+    (OPD, {**DISTIL, "rollout": {"max_tokens": 0}}, 400, "invalid_value", "rollout.max_tokens"),
+    (OPD, {**DISTIL, "rollout": {"stop_token_ids": [10**6]}}, 400, "invalid_token_ids", "stop_token_ids"),
+    (OPD, {**DISTIL, "rollout": {"presence_penalty": 1}}, 400, "unknown_field", "rollout.presence_penalty"),
 ]  # fmt: skip
 
 
@@ -201,7 +224,7 @@ async def test_equal_rewards_are_counted_in_words_that_fit(rig):
 
 async def test_clients_are_told_when_trying_again_is_no_use(rig):
     hopeless = [
-        ("POST", "/v1/train/opd", 501),
+        ("POST", "/v1/evals/runs", 501),
         ("GET", "/v1/nothing", 404),
         ("GET", CHAT, 405),
         ("GET", "/v1/adapters/x", 404),
@@ -260,7 +283,6 @@ async def test_routes_that_are_not_there_say_so(rig):
     cases = [
         ("GET", "/v1/nothing", 404, "route_not_found"),
         ("GET", CHAT, 405, "method_not_allowed"),
-        ("POST", "/v1/train/opd", 501, "not_implemented"),
         ("GET", "/v1/train/jobs/x/receipt", 501, "not_implemented"),
         ("POST", "/v1/adapters/x/rollback", 501, "not_implemented"),
         ("GET", "/v1/train/jobs/x", 404, "job_not_found"),

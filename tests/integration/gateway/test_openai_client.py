@@ -83,7 +83,7 @@ async def test_the_client_does_not_repeat_a_request_that_is_not_built(rig_and_cl
     raw = client.with_options(max_retries=2)
     raw._client.event_hooks["response"].append(_remember(seen))
     with pytest.raises(openai.InternalServerError):
-        await raw.post("/train/opd", body={}, cast_to=object)
+        await raw.post("/evals/runs", body={}, cast_to=object)
     assert seen == [501]
 
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from kiln_common.pb import trainer_pb2
 from kiln_trainer.torch_backend.backend import TorchBackend
+from tests.support.distillation import opd_request, teacher_in
 from tests.support.trainer_process import run_in_process
 from tests.support.training import RecordingHooks, grpo_request, rollout, served_model, sft_request, task
 
@@ -17,28 +19,42 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
-REQUESTS = {
-    "sft": sft_request([[5, 201, 17, 88, 240, 3], [9, 8, 7, 6]], epochs=5, max_grad_norm=1.0),
-    "grpo": grpo_request(
-        [[rollout([1, 2], [3 + i, 40 + i, 7], float(i), behaviour_logprobs=[-4.0] * 3) for i in range(4)]],
-        {"kl_coef": 0.1},
+GROUP = [rollout([1, 2], [3 + i, 40 + i, 7], float(i), behaviour_logprobs=[-4.0] * 3) for i in range(4)]
+GIVEN = [
+    trainer_pb2.OpdRollout(prompt_token_ids=[1, 2], completion_token_ids=[3 + i, 40 + i, 7]) for i in range(4)
+]
+REQUESTS = {"sft": sft_request([[5, 201, 17, 88, 240, 3], [9, 8, 7, 6]], epochs=5, max_grad_norm=1.0)}
+REQUESTS |= {
+    loss_type: grpo_request(
+        [GROUP],
+        {"type": loss_type, "kl_coef": 0.1},
         epochs=3,
+        learning_rate=1e-3,
         batch_tokens=10,
         gradient_accumulation=1,
         checkpoint_every=2,
-    ),
+    )
+    for loss_type in ("grpo", "dr_grpo", "dapo", "gspo", "cispo")
+}
+REQUESTS |= {
+    divergence: opd_request(rollouts=GIVEN, settings={"divergence": divergence}, epochs=3)
+    for divergence in ("reverse_kl", "forward_kl", "jsd")
 }
 
 
 @pytest.mark.parametrize("name", REQUESTS)
 def test_losses_on_the_gpu_follow_those_on_the_cpu(tmp_path, name):
     with served_model(tmp_path / "cpu") as served:
+        teacher = None
+        if REQUESTS[name].HasField("opd"):
+            teacher = teacher_in(tmp_path / "teacher", served)
         hooks = RecordingHooks()
-        TorchBackend(served.locate).run(task(REQUESTS[name], tmp_path / "cpu-job"), hooks)
+        TorchBackend(served.locate).run(task(REQUESTS[name], tmp_path / "cpu-job", teacher=teacher), hooks)
         expected = [report.metrics["loss"] for report in hooks.reports]
     with served_model(tmp_path / "gpu", "cuda") as served:
         before = served.loaded.arena.checksum()
-        seen = run_in_process(served, REQUESTS[name], tmp_path / "gpu-job")
+        folder = teacher.safetensors_path.parent if teacher else None
+        seen = run_in_process(served, REQUESTS[name], tmp_path / "gpu-job", teacher=folder)
         assert served.loaded.arena.checksum() == before
     # float32 on both; the GPU sums in another order and Adam's first steps magnify the difference.
     assert seen["losses"] == pytest.approx(expected, rel=2e-2, abs=2e-3)

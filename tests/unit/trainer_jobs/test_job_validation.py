@@ -190,7 +190,6 @@ def test_weights_must_be_usable():
     ("loss", "code"),
     [
         ({"type": "ppo"}, "unknown_training_option"),
-        ({"type": "gspo"}, "training_option_not_implemented"),
         ({"kl_coef": math.nan}, "invalid_job_config"),
         ({"clip_high": -0.1}, "invalid_job_config"),
         ({"kl_estimator": "k9"}, "unknown_training_option"),
@@ -200,3 +199,12 @@ def test_losses_are_checked(loss, code):
     request = grpo_request()
     request.grpo.loss.CopyFrom(trainer_pb2.GrpoLoss(**loss))
     assert code_of(request) == code
+
+
+def test_truncated_completions_that_are_masked_are_no_data():
+    request = grpo_request()
+    for rollout_ in request.grpo.groups[0].rollouts:
+        rollout_.is_truncated = True
+    check_request(request, BASE)
+    request.grpo.loss.mask_truncated_completions = True
+    assert code_of(request) == "empty_training_data"

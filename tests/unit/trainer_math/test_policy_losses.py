@@ -59,7 +59,7 @@ def test_on_policy_the_gradient_is_minus_the_advantage():
     assert losses.loss_S.tolist() == pytest.approx([-0.7, 0.3])
     assert grads == pytest.approx([-0.7, 0.3])
     assert losses.old_logprob_S.tolist() == [-1.0, -2.0]
-    assert not losses.is_clipped_S.any()
+    assert not (losses.is_clipped_low_S | losses.is_clipped_high_S).any()
 
 
 def test_ratios_outside_the_bounds_stop_learning_on_the_side_they_should():
@@ -70,7 +70,8 @@ def test_ratios_outside_the_bounds_stop_learning_on_the_side_they_should():
     # Better tokens: 1.5 is cut to 1.3, 0.6 learns on. Worse ones: 1.5 learns on, 0.6 is cut to 0.8.
     assert losses.loss_S.tolist() == pytest.approx([-1.3, -0.6, 1.5, 0.8])
     assert grads == pytest.approx([0.0, -0.6, 1.5, 0.0])
-    assert losses.is_clipped_S.tolist() == [True, False, False, True]
+    assert losses.is_clipped_high_S.tolist() == [True, False, False, False]
+    assert losses.is_clipped_low_S.tolist() == [False, False, False, True]
 
 
 def test_lower_and_upper_bound_are_separate():

@@ -12,7 +12,6 @@ from kiln_trainer.recipes.errors import (
     DropoutNotBuilt,
     InvalidTrainingData,
     NoTrainableTokens,
-    TrainingOptionNotBuilt,
     UnknownOption,
 )
 from kiln_trainer.recipes.grpo import prepare_grpo
@@ -120,18 +119,73 @@ def test_a_group_of_one_is_refused():
         prepare_grpo(grpo_spec([[rollout([1], [2], 1.0)]]))
 
 
+@pytest.mark.parametrize(
+    ("loss_type", "weights", "normalisers"),
+    [
+        ("gspo", [[0.5, 0.5], [1.0]], [1.0, 1.0]),
+        ("dapo", [[1.0, 1.0], [1.0]], [2.0, 1.0]),
+        ("cispo", [[1.0, 1.0], [1.0]], [2.0, 1.0]),
+    ],
+)
+def test_completions_or_tokens_have_the_same_say(loss_type, weights, normalisers):
+    documents = prepare_grpo(grpo_spec([GOOD_GROUP], type=loss_type)).documents
+    assert [document.policy_weight_s.tolist() for document in documents] == weights
+    assert [document.normaliser for document in documents] == normalisers
+
+
+def test_truncated_completions_are_counted_and_left_out_where_that_is_asked_for():
+    groups = [[rollout([1], [2, 3, 4], 0.0, is_truncated=True), *GOOD_GROUP]]
+    everything = prepare_grpo(grpo_spec(groups, scale_rewards="none"))
+    assert len(everything.documents) == 3
+    assert everything.facts["num_rollouts_truncated"] == 1
+    assert "num_rollouts_masked" not in everything.facts
+    masked = prepare_grpo(
+        grpo_spec(groups, scale_rewards="none", type="dr_grpo", mask_truncated_completions=True)
+    )
+    assert masked.facts["num_rollouts_masked"] == 1
+    # Its reward is still part of the mean, its length no longer of the divisor.
+    assert [float(d.advantage_s[0]) for d in masked.documents] == pytest.approx([2 / 3, -1 / 3])
+    assert masked.documents[0].policy_weight_s.tolist() == [0.5, 0.5]
+
+
+def test_groups_of_truncated_completions_alone_teach_nothing():
+    group = [rollout([1], [2], reward, is_truncated=True) for reward in (0.0, 1.0)]
+    with pytest.raises(NoTrainableTokens):
+        prepare_grpo(grpo_spec([group], mask_truncated_completions=True))
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "clip_low", "clip_high", "scale"),
+    [
+        ("grpo", 0.2, 0.2, "group"),
+        ("dr_grpo", 0.2, 0.2, "none"),
+        ("dapo", 0.2, 0.28, "group"),
+        ("gspo", 3e-4, 4e-4, "group"),
+        ("cispo", 1.0, 4.0, "group"),
+    ],
+)
+def test_each_loss_has_its_papers_defaults_and_says_them(loss_type, clip_low, clip_high, scale):
+    options = GrpoOptions.from_proto(trainer_pb2.GrpoLoss(type=loss_type))
+    spelled_out = options.to_proto()
+    assert (spelled_out.type, spelled_out.scale_rewards) == (loss_type, scale)
+    assert (spelled_out.clip_low, spelled_out.clip_high) == (clip_low, clip_high)
+    assert GrpoOptions.from_proto(spelled_out) == options
+    given = trainer_pb2.GrpoLoss(type=loss_type, clip_low=0.1, clip_high=0.7, scale_rewards="batch")
+    given.mask_truncated_completions = True
+    chosen = GrpoOptions.from_proto(given)
+    assert (chosen.objective.clip_low, chosen.objective.clip_high) == (0.1, 0.7)
+    assert (chosen.scale_rewards, chosen.masks_truncated) == ("batch", True)
+
+
 def test_zeros_on_the_wire_mean_the_defaults():
     assert GrpoOptions.from_proto(trainer_pb2.GrpoLoss()) == GrpoOptions()
-    assert GrpoOptions().objective == PolicyObjective(0.2, 0.2, 0.0, "k3", "token", 2.0)
+    assert GrpoOptions().objective == PolicyObjective("grpo", 0.2, 0.2, 0.0, "k3", "token", 2.0)
     assert RunOptions.from_proto(trainer_pb2.JobConfig()) == RunOptions()
     wire = trainer_pb2.OptimizerConfig(learning_rate=1e-4)
     assert OptimizerOptions.from_proto(wire) == OptimizerOptions(1e-4)
 
 
 def test_variants_that_do_not_exist_yet_say_so():
-    with pytest.raises(TrainingOptionNotBuilt) as caught:
-        GrpoOptions.from_proto(trainer_pb2.GrpoLoss(type="gspo"))
-    assert caught.value.kind.http_status == 501
     with pytest.raises(DropoutNotBuilt) as caught:
         RunOptions.from_proto(job_config(dropout=0.1))
     assert caught.value.kind.http_status == 501

@@ -15,6 +15,7 @@ from kiln_gateway.schemas.chat import ChatCompletionBody
 from kiln_gateway.schemas.completions import TextCompletionBody
 from kiln_gateway.schemas.embeddings import EmbeddingsBody
 from kiln_gateway.schemas.messages import CountTokensBody, MessagesBody
+from kiln_gateway.schemas.opd import OpdBody
 from kiln_gateway.schemas.responses import ResponsesBody
 from kiln_gateway.schemas.text import DetokenizeBody, TokenizeBody
 from kiln_gateway.schemas.training import GrpoBody, SftBody
@@ -31,6 +32,7 @@ REQUEST_BODIES: dict[str, type[BaseModel]] = {
     "/v1/detokenize": DetokenizeBody,
     "/v1/train/sft": SftBody,
     "/v1/train/grpo": GrpoBody,
+    "/v1/train/opd": OpdBody,
     "/v1/adapters/{name}/attach": AttachBody,
 }
 _REF = "#/components/schemas/{model}"

@@ -76,7 +76,10 @@ async def start_trainer(
     store = JobStore(client, trainer_id, retention_s=settings.retention_s)
     registry = RegistryClient(settings.registry_address)
     engines = EngineDirectory(
-        settings.engine_addresses, info_timeout_s=_INFO_TIMEOUT_S, live_timeout_s=settings.live_timeout_s
+        settings.engine_addresses,
+        info_timeout_s=_INFO_TIMEOUT_S,
+        live_timeout_s=settings.live_timeout_s,
+        rollout_timeout_s=settings.rollout_timeout_s,
     )
     backend = await asyncio.to_thread(make_backend, settings)
     worker = Worker(

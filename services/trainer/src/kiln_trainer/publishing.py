@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import math
 import os
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,7 +15,7 @@ import structlog
 
 from kiln_common.clients.engine import EngineClient
 from kiln_common.clients.registry import RegistryClient
-from kiln_common.errors import ErrorKind, KilnError
+from kiln_common.errors import AdapterNotFound, ErrorKind, KilnError
 from kiln_common.pb import common_pb2, engine_pb2, registry_pb2
 from kiln_trainer.domain.training import AdapterContent, StartingPoint
 from kiln_trainer.jobs.ports import LiveReport
@@ -23,14 +24,24 @@ log = structlog.get_logger()
 T = TypeVar("T")
 
 _RETRY_S = 0.2
+_CHECK_S = 0.25
+_MAX_GENERATING = 64  # completions of a job that run at once
 
 
 class EngineDirectory:
     """The configured engines; used on the event loop."""
 
-    def __init__(self, addresses: Sequence[str], *, info_timeout_s: float, live_timeout_s: float) -> None:
+    def __init__(
+        self,
+        addresses: Sequence[str],
+        *,
+        info_timeout_s: float,
+        live_timeout_s: float,
+        rollout_timeout_s: float = 600.0,
+    ) -> None:
         self._engines = [EngineClient(address, timeout_s=info_timeout_s) for address in addresses]
         self._live_timeout_s = live_timeout_s
+        self._rollout_timeout_s = rollout_timeout_s
         self._info: engine_pb2.EngineInfo | None = None
         self._info_read_s = -math.inf
 
@@ -78,6 +89,25 @@ class EngineDirectory:
         """
         answers = await asyncio.gather(*(self._prepare_on(engine, adapter) for engine in self._engines))
         return tuple(name for name in answers if name is not None)
+
+    async def generate(
+        self, requests: Sequence[engine_pb2.GenerateRequest]
+    ) -> list[list[engine_pb2.SequenceOutput]]:
+        """What the engine whose weights are mapped answers to each request; the first failure ends all."""
+        room = asyncio.Semaphore(_MAX_GENERATING)
+
+        async def one(request: engine_pb2.GenerateRequest) -> list[engine_pb2.SequenceOutput]:
+            request.timeout_s = self._rollout_timeout_s
+            async with room:
+                return [output async for output in self._engines[0].generate(request)]
+
+        running = [asyncio.create_task(one(request)) for request in requests]
+        try:
+            return await asyncio.gather(*running)
+        finally:
+            for task in running:
+                task.cancel()
+            await asyncio.gather(*running, return_exceptions=True)
 
     async def _prepare_on(self, engine: EngineClient, adapter: common_pb2.AdapterRef) -> str | None:
         deadline_s = time.monotonic() + self._live_timeout_s
@@ -174,6 +204,25 @@ class GrpcPublisher:
     async def _until_live(self) -> LiveReport:
         assert self._going_live is not None, "nothing was published"
         return await self._going_live
+
+    def generate(
+        self, requests: Sequence[engine_pb2.GenerateRequest], check: Callable[[], None]
+    ) -> list[list[engine_pb2.SequenceOutput]]:
+        future = asyncio.run_coroutine_threadsafe(self._engines.generate(requests), self._loop)
+        try:
+            while not future.done():
+                concurrent.futures.wait([future], timeout=_CHECK_S)
+                check()
+            return future.result()
+        finally:
+            future.cancel()
+
+    def withdraw(self, name: str) -> None:
+        try:
+            self._on_loop(self._registry.delete(name))
+        except KilnError as error:
+            if error.code != AdapterNotFound.code:
+                raise
 
     def _on_loop(self, call: Coroutine[Any, Any, T]) -> T:
         """Every call has its own deadline, so this always returns."""

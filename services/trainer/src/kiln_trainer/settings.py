@@ -55,6 +55,9 @@ class TrainerSettings(BaseSettings):
     live_timeout_s: PositiveFloat = Field(
         30.0, description="how long engines get to load a result before the job lists them as not_live"
     )
+    rollout_timeout_s: PositiveFloat = Field(
+        600.0, description="how long one completion that a job samples may take"
+    )
     retention_s: PositiveInt = Field(7 * 24 * 3600, description="how long an ended job can be read")
     max_payload_bytes: PositiveInt = Field(64 * 1024**2, description="largest job accepted")
     stop_grace_s: NonNegativeFloat = Field(

@@ -1,3 +1,4 @@
+from kiln_common.pb import engine_pb2 as _engine_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
@@ -82,7 +83,7 @@ class SftSpec(_message.Message):
     def __init__(self, examples: _Optional[_Iterable[_Union[SftExample, _Mapping]]] = ...) -> None: ...
 
 class GrpoRollout(_message.Message):
-    __slots__ = ("prompt_token_ids", "completion_token_ids", "reward", "behaviour_logprobs", "temperature", "source", "adapter_version", "completion_id", "index")
+    __slots__ = ("prompt_token_ids", "completion_token_ids", "reward", "behaviour_logprobs", "temperature", "source", "adapter_version", "completion_id", "index", "is_truncated")
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     COMPLETION_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     REWARD_FIELD_NUMBER: _ClassVar[int]
@@ -92,6 +93,7 @@ class GrpoRollout(_message.Message):
     ADAPTER_VERSION_FIELD_NUMBER: _ClassVar[int]
     COMPLETION_ID_FIELD_NUMBER: _ClassVar[int]
     INDEX_FIELD_NUMBER: _ClassVar[int]
+    IS_TRUNCATED_FIELD_NUMBER: _ClassVar[int]
     prompt_token_ids: _containers.RepeatedScalarFieldContainer[int]
     completion_token_ids: _containers.RepeatedScalarFieldContainer[int]
     reward: float
@@ -101,7 +103,8 @@ class GrpoRollout(_message.Message):
     adapter_version: str
     completion_id: str
     index: int
-    def __init__(self, prompt_token_ids: _Optional[_Iterable[int]] = ..., completion_token_ids: _Optional[_Iterable[int]] = ..., reward: _Optional[float] = ..., behaviour_logprobs: _Optional[_Iterable[float]] = ..., temperature: _Optional[float] = ..., source: _Optional[str] = ..., adapter_version: _Optional[str] = ..., completion_id: _Optional[str] = ..., index: _Optional[int] = ...) -> None: ...
+    is_truncated: bool
+    def __init__(self, prompt_token_ids: _Optional[_Iterable[int]] = ..., completion_token_ids: _Optional[_Iterable[int]] = ..., reward: _Optional[float] = ..., behaviour_logprobs: _Optional[_Iterable[float]] = ..., temperature: _Optional[float] = ..., source: _Optional[str] = ..., adapter_version: _Optional[str] = ..., completion_id: _Optional[str] = ..., index: _Optional[int] = ..., is_truncated: bool = ...) -> None: ...
 
 class GrpoGroup(_message.Message):
     __slots__ = ("rollouts",)
@@ -110,7 +113,7 @@ class GrpoGroup(_message.Message):
     def __init__(self, rollouts: _Optional[_Iterable[_Union[GrpoRollout, _Mapping]]] = ...) -> None: ...
 
 class GrpoLoss(_message.Message):
-    __slots__ = ("type", "clip_low", "clip_high", "kl_coef", "kl_estimator", "importance_mode", "importance_cap", "scale_rewards")
+    __slots__ = ("type", "clip_low", "clip_high", "kl_coef", "kl_estimator", "importance_mode", "importance_cap", "scale_rewards", "mask_truncated_completions")
     TYPE_FIELD_NUMBER: _ClassVar[int]
     CLIP_LOW_FIELD_NUMBER: _ClassVar[int]
     CLIP_HIGH_FIELD_NUMBER: _ClassVar[int]
@@ -119,6 +122,7 @@ class GrpoLoss(_message.Message):
     IMPORTANCE_MODE_FIELD_NUMBER: _ClassVar[int]
     IMPORTANCE_CAP_FIELD_NUMBER: _ClassVar[int]
     SCALE_REWARDS_FIELD_NUMBER: _ClassVar[int]
+    MASK_TRUNCATED_COMPLETIONS_FIELD_NUMBER: _ClassVar[int]
     type: str
     clip_low: float
     clip_high: float
@@ -127,7 +131,8 @@ class GrpoLoss(_message.Message):
     importance_mode: str
     importance_cap: float
     scale_rewards: str
-    def __init__(self, type: _Optional[str] = ..., clip_low: _Optional[float] = ..., clip_high: _Optional[float] = ..., kl_coef: _Optional[float] = ..., kl_estimator: _Optional[str] = ..., importance_mode: _Optional[str] = ..., importance_cap: _Optional[float] = ..., scale_rewards: _Optional[str] = ...) -> None: ...
+    mask_truncated_completions: bool
+    def __init__(self, type: _Optional[str] = ..., clip_low: _Optional[float] = ..., clip_high: _Optional[float] = ..., kl_coef: _Optional[float] = ..., kl_estimator: _Optional[str] = ..., importance_mode: _Optional[str] = ..., importance_cap: _Optional[float] = ..., scale_rewards: _Optional[str] = ..., mask_truncated_completions: bool = ...) -> None: ...
 
 class GrpoSpec(_message.Message):
     __slots__ = ("groups", "loss")
@@ -137,19 +142,69 @@ class GrpoSpec(_message.Message):
     loss: GrpoLoss
     def __init__(self, groups: _Optional[_Iterable[_Union[GrpoGroup, _Mapping]]] = ..., loss: _Optional[_Union[GrpoLoss, _Mapping]] = ...) -> None: ...
 
+class OpdSettings(_message.Message):
+    __slots__ = ("teacher", "divergence", "beta", "sampling", "samples_per_prompt", "prompts_per_step", "refresh_every")
+    TEACHER_FIELD_NUMBER: _ClassVar[int]
+    DIVERGENCE_FIELD_NUMBER: _ClassVar[int]
+    BETA_FIELD_NUMBER: _ClassVar[int]
+    SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    SAMPLES_PER_PROMPT_FIELD_NUMBER: _ClassVar[int]
+    PROMPTS_PER_STEP_FIELD_NUMBER: _ClassVar[int]
+    REFRESH_EVERY_FIELD_NUMBER: _ClassVar[int]
+    teacher: str
+    divergence: str
+    beta: float
+    sampling: _engine_pb2.SamplingParams
+    samples_per_prompt: int
+    prompts_per_step: int
+    refresh_every: int
+    def __init__(self, teacher: _Optional[str] = ..., divergence: _Optional[str] = ..., beta: _Optional[float] = ..., sampling: _Optional[_Union[_engine_pb2.SamplingParams, _Mapping]] = ..., samples_per_prompt: _Optional[int] = ..., prompts_per_step: _Optional[int] = ..., refresh_every: _Optional[int] = ...) -> None: ...
+
+class OpdPrompt(_message.Message):
+    __slots__ = ("token_ids",)
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class OpdRollout(_message.Message):
+    __slots__ = ("prompt_token_ids", "completion_token_ids", "logprobs", "is_truncated", "source")
+    PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    COMPLETION_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    IS_TRUNCATED_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    prompt_token_ids: _containers.RepeatedScalarFieldContainer[int]
+    completion_token_ids: _containers.RepeatedScalarFieldContainer[int]
+    logprobs: _containers.RepeatedScalarFieldContainer[float]
+    is_truncated: bool
+    source: str
+    def __init__(self, prompt_token_ids: _Optional[_Iterable[int]] = ..., completion_token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ..., is_truncated: bool = ..., source: _Optional[str] = ...) -> None: ...
+
+class OpdSpec(_message.Message):
+    __slots__ = ("settings", "prompts", "rollouts")
+    SETTINGS_FIELD_NUMBER: _ClassVar[int]
+    PROMPTS_FIELD_NUMBER: _ClassVar[int]
+    ROLLOUTS_FIELD_NUMBER: _ClassVar[int]
+    settings: OpdSettings
+    prompts: _containers.RepeatedCompositeFieldContainer[OpdPrompt]
+    rollouts: _containers.RepeatedCompositeFieldContainer[OpdRollout]
+    def __init__(self, settings: _Optional[_Union[OpdSettings, _Mapping]] = ..., prompts: _Optional[_Iterable[_Union[OpdPrompt, _Mapping]]] = ..., rollouts: _Optional[_Iterable[_Union[OpdRollout, _Mapping]]] = ...) -> None: ...
+
 class SubmitRequest(_message.Message):
-    __slots__ = ("config", "sft", "grpo", "idempotency_key", "base_model_hash")
+    __slots__ = ("config", "sft", "grpo", "opd", "idempotency_key", "base_model_hash")
     CONFIG_FIELD_NUMBER: _ClassVar[int]
     SFT_FIELD_NUMBER: _ClassVar[int]
     GRPO_FIELD_NUMBER: _ClassVar[int]
+    OPD_FIELD_NUMBER: _ClassVar[int]
     IDEMPOTENCY_KEY_FIELD_NUMBER: _ClassVar[int]
     BASE_MODEL_HASH_FIELD_NUMBER: _ClassVar[int]
     config: JobConfig
     sft: SftSpec
     grpo: GrpoSpec
+    opd: OpdSpec
     idempotency_key: str
     base_model_hash: str
-    def __init__(self, config: _Optional[_Union[JobConfig, _Mapping]] = ..., sft: _Optional[_Union[SftSpec, _Mapping]] = ..., grpo: _Optional[_Union[GrpoSpec, _Mapping]] = ..., idempotency_key: _Optional[str] = ..., base_model_hash: _Optional[str] = ...) -> None: ...
+    def __init__(self, config: _Optional[_Union[JobConfig, _Mapping]] = ..., sft: _Optional[_Union[SftSpec, _Mapping]] = ..., grpo: _Optional[_Union[GrpoSpec, _Mapping]] = ..., opd: _Optional[_Union[OpdSpec, _Mapping]] = ..., idempotency_key: _Optional[str] = ..., base_model_hash: _Optional[str] = ...) -> None: ...
 
 class JobProgress(_message.Message):
     __slots__ = ("step", "num_steps", "num_tokens", "eta_s")
@@ -188,7 +243,7 @@ class JobError(_message.Message):
     def __init__(self, code: _Optional[str] = ..., message: _Optional[str] = ..., hint: _Optional[str] = ...) -> None: ...
 
 class Job(_message.Message):
-    __slots__ = ("id", "kind", "status", "config", "progress", "metrics", "error", "result", "created_at_s", "started_at_s", "finished_at_s", "queue_position", "resolved_base_adapter", "claim_epoch", "sources", "payload_sha256", "grpo_loss", "history")
+    __slots__ = ("id", "kind", "status", "config", "progress", "metrics", "error", "result", "created_at_s", "started_at_s", "finished_at_s", "queue_position", "resolved_base_adapter", "claim_epoch", "sources", "payload_sha256", "grpo_loss", "history", "opd_settings")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -221,6 +276,7 @@ class Job(_message.Message):
     PAYLOAD_SHA256_FIELD_NUMBER: _ClassVar[int]
     GRPO_LOSS_FIELD_NUMBER: _ClassVar[int]
     HISTORY_FIELD_NUMBER: _ClassVar[int]
+    OPD_SETTINGS_FIELD_NUMBER: _ClassVar[int]
     id: str
     kind: str
     status: str
@@ -239,7 +295,8 @@ class Job(_message.Message):
     payload_sha256: str
     grpo_loss: GrpoLoss
     history: _containers.RepeatedCompositeFieldContainer[StepMetrics]
-    def __init__(self, id: _Optional[str] = ..., kind: _Optional[str] = ..., status: _Optional[str] = ..., config: _Optional[_Union[JobConfig, _Mapping]] = ..., progress: _Optional[_Union[JobProgress, _Mapping]] = ..., metrics: _Optional[_Mapping[str, float]] = ..., error: _Optional[_Union[JobError, _Mapping]] = ..., result: _Optional[_Union[JobResult, _Mapping]] = ..., created_at_s: _Optional[float] = ..., started_at_s: _Optional[float] = ..., finished_at_s: _Optional[float] = ..., queue_position: _Optional[int] = ..., resolved_base_adapter: _Optional[str] = ..., claim_epoch: _Optional[int] = ..., sources: _Optional[_Mapping[str, int]] = ..., payload_sha256: _Optional[str] = ..., grpo_loss: _Optional[_Union[GrpoLoss, _Mapping]] = ..., history: _Optional[_Iterable[_Union[StepMetrics, _Mapping]]] = ...) -> None: ...
+    opd_settings: OpdSettings
+    def __init__(self, id: _Optional[str] = ..., kind: _Optional[str] = ..., status: _Optional[str] = ..., config: _Optional[_Union[JobConfig, _Mapping]] = ..., progress: _Optional[_Union[JobProgress, _Mapping]] = ..., metrics: _Optional[_Mapping[str, float]] = ..., error: _Optional[_Union[JobError, _Mapping]] = ..., result: _Optional[_Union[JobResult, _Mapping]] = ..., created_at_s: _Optional[float] = ..., started_at_s: _Optional[float] = ..., finished_at_s: _Optional[float] = ..., queue_position: _Optional[int] = ..., resolved_base_adapter: _Optional[str] = ..., claim_epoch: _Optional[int] = ..., sources: _Optional[_Mapping[str, int]] = ..., payload_sha256: _Optional[str] = ..., grpo_loss: _Optional[_Union[GrpoLoss, _Mapping]] = ..., history: _Optional[_Iterable[_Union[StepMetrics, _Mapping]]] = ..., opd_settings: _Optional[_Union[OpdSettings, _Mapping]] = ...) -> None: ...
 
 class StepMetrics(_message.Message):
     __slots__ = ("step", "metrics")

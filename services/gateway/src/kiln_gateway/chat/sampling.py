@@ -36,11 +36,7 @@ def sampling_params(
         error = PromptTooLong(num_prompt_tokens, base_model.max_model_len - 1)
         error.param = prompt_field
         raise error
-    stop_token_ids = list(fields.stop_token_ids or ())
-    check_token_ids(stop_token_ids, base_model.vocab_size, "stop_token_ids")
-    is_turn_end_new = turn_end_id is not None and turn_end_id not in base_model.eos_token_ids
-    if is_turn_end_new and not fields.ignore_eos and turn_end_id not in stop_token_ids:
-        stop_token_ids.append(turn_end_id)  # type: ignore[arg-type]
+    stop_token_ids = stop_ids(fields.stop_token_ids, base_model, None if fields.ignore_eos else turn_end_id)
     limit = room if max_tokens is None else min(max_tokens, room)
     return engine_pb2.SamplingParams(
         max_tokens=limit,
@@ -57,6 +53,19 @@ def sampling_params(
         ignore_eos=bool(fields.ignore_eos),
         num_top_logprobs=num_top_logprobs,
     )
+
+
+def stop_ids(given: list[int] | None, base_model: common_pb2.BaseModel, turn_end_id: int | None) -> list[int]:
+    """The ids a request stops at besides the engine's own, which may not include the turn's end.
+
+    Raises:
+        InvalidTokenIds: one is outside the vocabulary.
+    """
+    stop_token_ids = list(given or ())
+    check_token_ids(stop_token_ids, base_model.vocab_size, "stop_token_ids")
+    if turn_end_id is not None and turn_end_id not in [*base_model.eos_token_ids, *stop_token_ids]:
+        stop_token_ids.append(turn_end_id)
+    return stop_token_ids
 
 
 def seed_of_choice(seed: int | None, choice: int) -> int | None:

@@ -1,4 +1,4 @@
-"""POST /v1/train/sft and /v1/train/grpo; jobs, their events, and the overview."""
+"""POST /v1/train/sft, /v1/train/grpo and /v1/train/opd; jobs, their events, and the overview."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ from kiln_gateway.auth import Caller, require, require_scope
 from kiln_gateway.gateway import Gateway, gateway_of
 from kiln_gateway.json_response import json_response
 from kiln_gateway.ports import closing
+from kiln_gateway.schemas.opd import OpdBody
 from kiln_gateway.schemas.training import GrpoBody, JobFields, SftBody
 from kiln_gateway.training.documents import DocumentBuilder
 from kiln_gateway.training.grpo import GrpoSpecBuilder
-from kiln_gateway.training.job_config import GRPO_DEFAULTS, SFT_DEFAULTS, job_config
+from kiln_gateway.training.job_config import GRPO_DEFAULTS, OPD_DEFAULTS, SFT_DEFAULTS, job_config
 from kiln_gateway.training.job_view import event_object, job_object
 from kiln_gateway.training.kept_rollouts import KeptRollouts
+from kiln_gateway.training.opd import OpdSpecBuilder
 from kiln_gateway.training.sft import sft_spec
 
 router = APIRouter()
@@ -66,8 +68,25 @@ async def train_grpo(request: Request, caller: Caller = _TRAIN) -> Response:
     return await _submit(gateway, request, trainer_pb2.SubmitRequest(config=config, grpo=spec), key)
 
 
+@router.post("/v1/train/opd", status_code=_ACCEPTED)
+async def train_opd(request: Request, caller: Caller = _TRAIN) -> Response:
+    """Learn from a teacher's judgement of one's own completions (on-policy distillation)."""
+    gateway = gateway_of(request)
+    body = await gateway.parse(request, OpdBody)
+    key, job_id = await gateway.idempotency.find(request, caller.owner)
+    if job_id:
+        return await _accepted(gateway, job_id)
+    rollouts = await _check_and_open(gateway, body, caller)
+    base_model = await gateway.engines.base_model()
+    spec = await OpdSpecBuilder(body, gateway, rollouts, base_model).build()
+    lengths = [len(prompt.token_ids) + spec.settings.sampling.max_tokens for prompt in spec.prompts]
+    lengths += [len(given.prompt_token_ids) + len(given.completion_token_ids) for given in spec.rollouts]
+    config = job_config(body, OPD_DEFAULTS, longest_document=max(lengths), attach=_attaches(body, caller))
+    return await _submit(gateway, request, trainer_pb2.SubmitRequest(config=config, opd=spec), key)
+
+
 async def _check_and_open(gateway: Gateway, body: JobFields, caller: Caller) -> KeptRollouts:
-    """What both recipes check before any text is touched; then the caller's rollouts."""
+    """What all recipes check before any text is touched; then the caller's rollouts."""
     body.refuse_unsupported()
     check_adapter_name(body.adapter, reserved=await gateway.base_ids())
     base_model = await gateway.engines.base_model()

@@ -142,25 +142,28 @@ class ScoredCompletion(Body):
     reward: Reward
 
 
-class RolloutFields(Body):
-    """By reference (`completion_id`), or with explicit tokens."""
+FinishReason = Literal["stop", "length", "tool_calls"]
+
+
+class GivenRollout(Body):
+    """A completion by reference (`completion_id`), or with explicit tokens."""
 
     completion_id: Annotated[str, Field(max_length=128)] | None = None
     index: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    reward: Reward
     prompt_token_ids: TokenIds | None = None
     token_ids: TokenIds | None = None
     logprobs: list[Annotated[float, Field(le=1e-3)]] | None = None
-    temperature: Annotated[float, Field(gt=0, le=2)] = 1.0
-    adapter_version: str | None = None
+    finish_reason: FinishReason | None = Field(
+        None, description="`length` is a truncated completion; a kept rollout knows its own"
+    )
 
     @model_validator(mode="after")
-    def _has_one_form(self) -> RolloutFields:
+    def _has_one_form(self) -> GivenRollout:
         if (self.completion_id is None) == (self.token_ids is None):
             raise PydanticCustomError(
                 "conflicting_fields", "a rollout has either `completion_id` or `token_ids`"
             )
-        if self.completion_id is not None and (self.logprobs or self.prompt_token_ids):
+        if self.completion_id is not None and (self.logprobs or self.prompt_token_ids or self.finish_reason):
             raise PydanticCustomError(
                 "conflicting_fields", "a rollout with `completion_id` brings its own tokens"
             )
@@ -173,6 +176,14 @@ class RolloutFields(Body):
                 {"tokens": len(self.token_ids), "logprobs": len(self.logprobs)},
             )
         return self
+
+
+class RolloutFields(GivenRollout):
+    """A scored completion by reference (`completion_id`), or with explicit tokens."""
+
+    reward: Reward
+    temperature: Annotated[float, Field(gt=0, le=2)] = 1.0
+    adapter_version: str | None = None
 
 
 class GroupFields(Body):
@@ -219,12 +230,23 @@ class ImportanceFields(Body):
 
 
 class LossFields(Body):
+    """The policy loss; docs/training.md has each type's defaults, effective_config those of a job."""
+
     type: Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo"] = "grpo"
-    clip_low: Annotated[float, Field(gt=0, le=1)] = 0.2
-    clip_high: Annotated[float, Field(gt=0, le=100)] = 0.2
+    clip_low: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        default=None, description="the ratio's lower bound is 1 - clip_low; null takes the type's own"
+    )
+    clip_high: Annotated[float, Field(gt=0, le=100)] | None = Field(
+        default=None, description="the ratio's upper bound is 1 + clip_high; null takes the type's own"
+    )
     kl: KlFields = Field(default_factory=KlFields)
     importance: ImportanceFields = Field(default_factory=ImportanceFields)
-    scale_rewards: Literal["group", "batch", "none"] = "group"
+    scale_rewards: Literal["group", "batch", "none"] | None = Field(
+        default=None, description="which deviation divides advantages; null takes the type's own"
+    )
+    mask_truncated_completions: bool = Field(
+        default=False, description="learn nothing from completions that ended at max_tokens; rewards count"
+    )
 
 
 def _refuse_no_groups(value: Any) -> Any:
@@ -239,11 +261,6 @@ class GrpoBody(JobFields):
     rewards: Annotated[list[Reward], BeforeValidator(_to_rewards)] | None = None
     groups: Annotated[list[GroupFields], BeforeValidator(_refuse_no_groups)] | None = None
     loss: LossFields = Field(default_factory=LossFields)
-
-    def refuse_unsupported(self) -> None:
-        super().refuse_unsupported()
-        if self.loss.type not in ("grpo", "dr_grpo"):
-            raise FieldNotBuiltYet("loss.type", "Use grpo or dr_grpo.")
 
     def all_groups(self) -> list[GroupFields]:
         """The groups, the short form being one of them."""

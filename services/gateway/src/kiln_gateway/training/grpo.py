@@ -91,4 +91,5 @@ class GrpoSpecBuilder:
             temperature=rollout.temperature,
             source="token_ids",
             adapter_version=rollout.adapter_version or "",
+            is_truncated=rollout.finish_reason == "length",
         )

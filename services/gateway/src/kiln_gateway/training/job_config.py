@@ -24,6 +24,7 @@ class RecipeDefaults:
 
 SFT_DEFAULTS = RecipeDefaults(epochs=3, gradient_accumulation=1)
 GRPO_DEFAULTS = RecipeDefaults(epochs=1, gradient_accumulation=0)
+OPD_DEFAULTS = RecipeDefaults(epochs=1, gradient_accumulation=0)
 
 
 def job_config(
@@ -61,6 +62,7 @@ def job_config(
 
 
 def grpo_loss(loss: LossFields) -> trainer_pb2.GrpoLoss:
+    """What the request says; the trainer knows each loss type's defaults."""
     return trainer_pb2.GrpoLoss(
         type=loss.type,
         clip_low=loss.clip_low,
@@ -70,12 +72,13 @@ def grpo_loss(loss: LossFields) -> trainer_pb2.GrpoLoss:
         importance_mode=loss.importance.mode,
         importance_cap=loss.importance.cap,
         scale_rewards=loss.scale_rewards,
+        mask_truncated_completions=loss.mask_truncated_completions,
     )
 
 
-def effective_config(kind: str, config: trainer_pb2.JobConfig, loss: trainer_pb2.GrpoLoss) -> dict[str, Any]:
+def effective_config(job: trainer_pb2.Job) -> dict[str, Any]:
     """A job's settings as clients wrote them, or could have."""
-    optimizer = config.optimizer
+    config, optimizer = job.config, job.config.optimizer
     targets = list(config.lora.targets)
     is_group = len(targets) == 1 and targets[0] in ("all", "attention", "mlp")
     body: dict[str, Any] = {
@@ -101,13 +104,41 @@ def effective_config(kind: str, config: trainer_pb2.JobConfig, loss: trainer_pb2
         "publish": config.publish,
         "attach": config.attach,
     }
-    if kind == "grpo":
-        body["loss"] = {
-            "type": loss.type,
-            "clip_low": loss.clip_low,
-            "clip_high": loss.clip_high,
-            "kl": {"coef": loss.kl_coef, "estimator": loss.kl_estimator},
-            "importance": {"mode": loss.importance_mode, "cap": loss.importance_cap},
-            "scale_rewards": loss.scale_rewards,
-        }
+    if job.kind == "grpo":
+        body["loss"] = _loss(job.grpo_loss)
+    if job.kind == "opd":
+        body |= _opd_settings(job.opd_settings)
     return body
+
+
+def _loss(loss: trainer_pb2.GrpoLoss) -> dict[str, Any]:
+    return {
+        "type": loss.type,
+        "clip_low": loss.clip_low,
+        "clip_high": loss.clip_high,
+        "kl": {"coef": loss.kl_coef, "estimator": loss.kl_estimator},
+        "importance": {"mode": loss.importance_mode, "cap": loss.importance_cap},
+        "scale_rewards": loss.scale_rewards,
+        "mask_truncated_completions": loss.mask_truncated_completions,
+    }
+
+
+def _opd_settings(settings: trainer_pb2.OpdSettings) -> dict[str, Any]:
+    shown: dict[str, Any] = {
+        "teacher": settings.teacher,
+        "divergence": {"type": settings.divergence, "beta": settings.beta},
+    }
+    sampling = settings.sampling
+    if sampling.max_tokens:  # nothing is sampled where completions were given
+        shown["rollout"] = {
+            "n": settings.samples_per_prompt,
+            "max_tokens": sampling.max_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k,
+            "min_p": sampling.min_p,
+            "stop_token_ids": list(sampling.stop_token_ids),
+            "prompts_per_step": settings.prompts_per_step,
+            "refresh_every": settings.refresh_every,
+        }
+    return shown

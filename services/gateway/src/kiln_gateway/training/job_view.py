@@ -34,7 +34,7 @@ def job_object(job: trainer_pb2.Job) -> dict[str, Any]:
         "started_at": job.started_at_s or None,
         "finished_at": job.finished_at_s or None,
         "attempts": job.claim_epoch,
-        "effective_config": effective_config(job.kind, job.config, job.grpo_loss),
+        "effective_config": effective_config(job),
         "effective_seed": job.config.seed,
         "metadata": json.loads(job.config.metadata_json or "{}"),
         "payload_sha256": job.payload_sha256 or None,

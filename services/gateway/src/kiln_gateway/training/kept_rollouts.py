@@ -95,4 +95,5 @@ def to_grpo(rollout: Rollout, reward: float) -> trainer_pb2.GrpoRollout:
         adapter_version=rollout.adapter_version,
         completion_id=rollout.completion_id,
         index=rollout.index,
+        is_truncated=rollout.finish_reason == "length",
     )

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kiln_trainer.recipes.options import PolicyObjective
+from kiln_trainer.recipes.opd_options import Objective
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,10 @@ class Document:
     `scored_s` are the positions (1 to n-1, rising) of the tokens that are learned from; the other
     streams run along it. A job's loss is
 
-        sum of ce_weight * cross_entropy + policy_weight * policy_loss, over the step's tokens,
+        sum of ce_weight * cross_entropy + policy_weight * objective, over the step's tokens,
         divided by the sum of `normaliser` over the step's documents
+
+    where the objective is a policy loss or a divergence from a teacher.
 
     `sampler_logprob_s` is the sampler's log-probability at `temperature`, NaN where it is unknown.
     """
@@ -58,5 +60,5 @@ class PreparedJob:
     """
 
     documents: tuple[Document, ...]
-    objective: PolicyObjective | None
+    objective: Objective | None
     facts: Mapping[str, float]

@@ -7,7 +7,7 @@ hooks at each step boundary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -34,6 +34,23 @@ class StartingPoint:
     safetensors_path: Path
 
 
+class StudentSampler(Protocol):
+    """Draws completions from the engine for a job that learns from its own."""
+
+    def sample(
+        self, student: AdapterContent | None, prompts: Sequence[tuple[Sequence[int], int]]
+    ) -> list[trainer_pb2.OpdRollout]:
+        """One completion for each prompt (token ids) and seed, in order.
+
+        `student`: the adapter that draws them, None for the job's starting point.
+
+        Raises:
+            JobCancelled, ClaimLost, WorkerStopping; KilnError of kind UNAVAILABLE while the
+            registry or the engine is away: sample again.
+        """
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class TrainingTask:
     """One claimed job, ready to run."""
@@ -45,6 +62,10 @@ class TrainingTask:
     # Folder of this job's checkpoints; survives the process.
     checkpoint_dir: Path
     claim_epoch: int
+    # The adapter that teaches, for distillation; None where the bare base model does.
+    teacher: StartingPoint | None = None
+    # There for jobs that sample their own completions.
+    sampler: StudentSampler | None = None
 
 
 class AdapterContent(Protocol):

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import structlog
 
-from kiln_common.adapter_names import parse_reference
+from kiln_common.adapter_names import BASE_NAME, parse_reference
 from kiln_common.errors import AdapterMismatch, AdapterNotFound, ErrorKind, KilnError
 from kiln_common.pb import registry_pb2, trainer_pb2
 from kiln_trainer.domain.errors import WeightsLost
@@ -21,17 +21,20 @@ from kiln_trainer.jobs.claimed_job import ClaimedJob
 from kiln_trainer.jobs.errors import StartRankTooHigh, WorkerStopping
 from kiln_trainer.jobs.hooks import JobHooks
 from kiln_trainer.jobs.ports import JobBackend, Publisher
+from kiln_trainer.jobs.student import EngineStudent
 
 log = structlog.get_logger()
 T = TypeVar("T")
 
 _FIRST_WAIT_S, _LAST_WAIT_S = 0.1, 1.0
+# A service that is away, and an engine that has no room for a job's completions just now.
+_PASSING = frozenset({ErrorKind.UNAVAILABLE, ErrorKind.RATE_LIMITED})
 
 
 class Attempt:
     """Runs one claimed job on the worker thread; used once.
 
-    A service that is away (registry, engine) is waited for, at most `patience_s` seconds without
+    A service that is away or full (registry, engine) is waited for, at most `patience_s` seconds without
     a finished step in between.
     """
 
@@ -114,12 +117,7 @@ class Attempt:
         max_rank = self._publisher.max_adapter_rank()
         if 0 < max_rank < base.rank:
             raise StartRankTooHigh(f"{base.name}@{base.version}", base.rank, max_rank)
-        wanted = request.base_model_hash
-        if wanted and base.base_model_hash != wanted:
-            raise AdapterMismatch(
-                f"{base.name}@{base.version} was trained on base model {base.base_model_hash[:12]}, "
-                f"the job is for {wanted[:12]}"
-            )
+        _check_base_model(request, base)
 
     def _train(
         self, request: trainer_pb2.SubmitRequest, base: registry_pb2.AdapterVersion | None
@@ -130,11 +128,40 @@ class Attempt:
         if base is not None:
             start = base
             point = self._wait_for(lambda: self._publisher.download(start, self._folder / "start"))
-        task = TrainingTask(self._job.claim.job_id, request, point, self._folder, self._job.claim.claim_epoch)
+        task = TrainingTask(
+            job_id=self._job.claim.job_id,
+            request=request,
+            starting_point=point,
+            checkpoint_dir=self._folder,
+            claim_epoch=self._job.claim.claim_epoch,
+            teacher=self._teacher(request),
+            sampler=self._sampler(request, base),
+        )
         hooks = JobHooks(self._job)
         return self._wait_for(
             lambda: self._backend.run(task, hooks), num_done=lambda: hooks.num_steps_reported
         )
+
+    def _teacher(self, request: trainer_pb2.SubmitRequest) -> StartingPoint | None:
+        """The adapter that teaches, where one does. Raises AdapterNotFound, AdapterMismatch."""
+        reference = request.opd.settings.teacher
+        if reference in ("", BASE_NAME):
+            return None
+        version = self._wait_for(lambda: self._publisher.resolve(reference))
+        _check_base_model(request, version)
+        return self._wait_for(lambda: self._publisher.download(version, self._folder / "teacher"))
+
+    def _sampler(
+        self, request: trainer_pb2.SubmitRequest, base: registry_pb2.AdapterVersion | None
+    ) -> EngineStudent | None:
+        if not request.opd.prompts:
+            return None
+        return EngineStudent(
+            self._job, self._publisher, request, base, lambda: self._base_model_hash(request)
+        )
+
+    def _base_model_hash(self, request: trainer_pb2.SubmitRequest) -> str:
+        return request.base_model_hash or self._backend.mapped_model.model_hash
 
     def _header(
         self,
@@ -145,7 +172,7 @@ class Attempt:
         claim = self._job.claim
         return registry_pb2.PublishHeader(
             name=request.config.adapter,
-            base_model_hash=request.base_model_hash or self._backend.mapped_model.model_hash,
+            base_model_hash=self._base_model_hash(request),
             config_json=trained.content.config_json,
             parent_name=base.name if base else "",
             parent_version=base.version if base else 0,
@@ -166,7 +193,7 @@ class Attempt:
             try:
                 return call()
             except KilnError as error:
-                if not isinstance(error, WeightsLost) and error.kind is not ErrorKind.UNAVAILABLE:
+                if not isinstance(error, WeightsLost) and error.kind not in _PASSING:
                     raise
                 if num_done() > last_done:
                     last_done, wait_s = num_done(), _FIRST_WAIT_S
@@ -180,3 +207,12 @@ class Attempt:
             if self._stopping.wait(wait_s):
                 raise WorkerStopping
             wait_s = min(2 * wait_s, _LAST_WAIT_S)
+
+
+def _check_base_model(request: trainer_pb2.SubmitRequest, version: registry_pb2.AdapterVersion) -> None:
+    wanted = request.base_model_hash
+    if wanted and version.base_model_hash != wanted:
+        raise AdapterMismatch(
+            f"{version.name}@{version.version} was trained on base model {version.base_model_hash[:12]}, "
+            f"the job is for {wanted[:12]}"
+        )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from kiln_common.pb import registry_pb2
+from kiln_common.pb import engine_pb2, registry_pb2
 from kiln_trainer.domain.training import AdapterContent, StartingPoint, TrainingBackend
 
 
@@ -93,4 +94,17 @@ class Publisher(Protocol):
 
     def make_live(self, version: registry_pb2.AdapterVersion) -> LiveReport:
         """Have every engine serve the version published last. Never raises: engines that fail are in the report."""
+        ...
+
+    def generate(
+        self, requests: Sequence[engine_pb2.GenerateRequest], check: Callable[[], None]
+    ) -> list[list[engine_pb2.SequenceOutput]]:
+        """What the first engine answers to each request, in order; the last output ends it.
+
+        `check` is called now and then; what it raises ends the requests.
+        """
+        ...
+
+    def withdraw(self, name: str) -> None:
+        """Delete every version of a name; there may be none."""
         ...

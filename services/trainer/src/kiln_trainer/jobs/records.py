@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from kiln_common.pb import trainer_pb2
+from kiln_trainer.recipes.opd_options import OpdOptions
+from kiln_trainer.recipes.options import GrpoOptions
 
 FINAL_STATUSES = frozenset({"succeeded", "failed", "cancelled"})
 
@@ -38,19 +40,30 @@ class Claim:
 
 
 def submitted_fields(request: trainer_pb2.SubmitRequest, payload_sha256: str) -> dict[str, str | bytes]:
-    """The hash fields of a new job that follow from its request."""
-    sources = Counter(
-        rollout.source or "token_ids" for group in request.grpo.groups for rollout in group.rollouts
-    )
+    """The hash fields of a new job that follow from its request, which was checked before."""
+    kind = request.WhichOneof("recipe") or ""
+    grpo = [rollout for group in request.grpo.groups for rollout in group.rollouts]
+    sources = Counter(rollout.source or "token_ids" for rollout in [*grpo, *request.opd.rollouts])
     return {
         "adapter": request.config.adapter,
-        "kind": request.WhichOneof("recipe") or "",
+        "kind": kind,
         "config": request.config.SerializeToString(deterministic=True),
-        "grpo_loss": request.grpo.loss.SerializeToString(deterministic=True),
+        "grpo_loss": _grpo_loss(request) if kind == "grpo" else b"",
+        "opd_settings": _opd_settings(request) if kind == "opd" else b"",
         "sources": json.dumps(sources),
         "idempotency_key": request.idempotency_key,
         "payload_sha256": payload_sha256,
     }
+
+
+def _grpo_loss(request: trainer_pb2.SubmitRequest) -> bytes:
+    """The loss with every default spelled out, for clients to see."""
+    return GrpoOptions.from_proto(request.grpo.loss).to_proto().SerializeToString(deterministic=True)
+
+
+def _opd_settings(request: trainer_pb2.SubmitRequest) -> bytes:
+    wire = request.opd.settings
+    return OpdOptions.from_proto(wire).to_proto(wire).SerializeToString(deterministic=True)
 
 
 def to_job(
@@ -85,6 +98,8 @@ def to_job(
     )
     if job.kind == "grpo":
         job.grpo_loss.CopyFrom(trainer_pb2.GrpoLoss.FromString(fields.get(b"grpo_loss", b"")))
+    if job.kind == "opd":
+        job.opd_settings.CopyFrom(trainer_pb2.OpdSettings.FromString(fields.get(b"opd_settings", b"")))
     if progress := parsed("progress"):
         job.progress.CopyFrom(trainer_pb2.JobProgress(**progress))
     if error := parsed("error"):

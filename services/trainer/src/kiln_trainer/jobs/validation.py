@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 
 from kiln_common.adapter_names import check_adapter_name, parse_reference
-from kiln_common.errors import InvalidRequest, InvalidTokenIds, InvalidValue
+from kiln_common.errors import InvalidRequest, InvalidValue
 from kiln_common.pb import common_pb2, engine_pb2, trainer_pb2
 from kiln_trainer.domain.errors import NoLearningSignal
+from kiln_trainer.jobs.document_limits import DocumentLimits
 from kiln_trainer.jobs.errors import (
     EmptyTrainingData,
     GroupTooSmall,
@@ -18,8 +18,9 @@ from kiln_trainer.jobs.errors import (
     JobBaseModelMismatch,
     LengthMismatch,
 )
-from kiln_trainer.recipes.advantages import is_constant
-from kiln_trainer.recipes.errors import DocumentTooLong, NoTrainableTokens
+from kiln_trainer.jobs.opd_validation import check_opd
+from kiln_trainer.recipes.advantages import is_constant, is_learned_from
+from kiln_trainer.recipes.errors import NoTrainableTokens
 from kiln_trainer.recipes.options import GrpoOptions, OptimizerOptions, RunOptions
 
 MAX_RANK = 256
@@ -46,40 +47,16 @@ def check_request(request: trainer_pb2.SubmitRequest, engine: engine_pb2.EngineI
             f"the job is for base model {request.base_model_hash[:12]}, "
             f"the engine serves {base_model.model_hash[:12]}"
         )
-    limits = _Limits(request.config, base_model)
+    limits = DocumentLimits(request.config, base_model)
     match request.WhichOneof("recipe"):
         case "sft":
             _check_sft(request.sft, limits)
         case "grpo":
             _check_grpo(request.grpo, limits)
+        case "opd":
+            check_opd(request.opd, request.config, limits)
         case _:
-            raise InvalidRequest("the job names no recipe", hint="Give sft or grpo.")
-
-
-class _Limits:
-    """What one document may be like."""
-
-    def __init__(self, config: trainer_pb2.JobConfig, base_model: common_pb2.BaseModel | None) -> None:
-        self._batch_tokens = RunOptions.from_proto(config).batch_tokens
-        self._base_model = base_model
-
-    def check(self, index: int, *token_ids: Sequence[int]) -> None:
-        """Refuse document `index`, given as consecutive runs of token ids."""
-        num_tokens = sum(len(ids) for ids in token_ids)
-        if num_tokens > self._batch_tokens:
-            raise DocumentTooLong(index, num_tokens, self._batch_tokens)
-        lowest = min(min(ids) for ids in token_ids if ids)
-        highest = max(max(ids) for ids in token_ids if ids)
-        if lowest < 0:
-            raise InvalidTokenIds(f"document {index} has the token id {lowest}")
-        if self._base_model is None:
-            return
-        if highest >= self._base_model.vocab_size:
-            raise InvalidTokenIds(
-                f"document {index} has the token id {highest}, the vocabulary has {self._base_model.vocab_size}"
-            )
-        if num_tokens > self._base_model.max_model_len:
-            raise DocumentTooLong(index, num_tokens, self._base_model.max_model_len)
+            raise InvalidRequest("the job names no recipe", hint="Give sft, grpo or opd.")
 
 
 def _check_config(
@@ -144,7 +121,7 @@ def _check_metadata(metadata_json: str) -> None:
         raise InvalidJobConfig("metadata_json must be a JSON object", param="metadata")
 
 
-def _check_sft(spec: trainer_pb2.SftSpec, limits: _Limits) -> None:
+def _check_sft(spec: trainer_pb2.SftSpec, limits: DocumentLimits) -> None:
     if not spec.examples:
         raise EmptyTrainingData("there are no examples", param="examples")
     has_signal = False
@@ -164,7 +141,7 @@ def _check_sft(spec: trainer_pb2.SftSpec, limits: _Limits) -> None:
         raise NoTrainableTokens(f"none of {len(spec.examples)} examples has a token with a weight")
 
 
-def _check_grpo(spec: trainer_pb2.GrpoSpec, limits: _Limits) -> None:
+def _check_grpo(spec: trainer_pb2.GrpoSpec, limits: DocumentLimits) -> None:
     _check_loss(spec.loss)
     if not spec.groups:
         raise EmptyTrainingData("there are no groups", param="groups")
@@ -178,8 +155,12 @@ def _check_grpo(spec: trainer_pb2.GrpoSpec, limits: _Limits) -> None:
     telling = [group for group in spec.groups if not is_constant([r.reward for r in group.rollouts])]
     if not telling:
         raise NoLearningSignal(f"the rewards in each of {len(spec.groups)} groups are equal", param="rewards")
-    if not any(rollout.completion_token_ids for group in telling for rollout in group.rollouts):
-        raise EmptyTrainingData("every completion with a reward of its own is empty", param="groups")
+    masks = spec.loss.mask_truncated_completions
+    drawn = [rollout for group in telling for rollout in group.rollouts]
+    if not any(is_learned_from(rollout, masks_truncated=masks) for rollout in drawn):
+        raise EmptyTrainingData(
+            "every completion with a reward of its own is empty or masked", param="groups"
+        )
 
 
 def _check_loss(loss: trainer_pb2.GrpoLoss) -> None:
@@ -192,7 +173,7 @@ def _check_loss(loss: trainer_pb2.GrpoLoss) -> None:
     GrpoOptions.from_proto(loss)
 
 
-def _check_rollout(number: int, rollout: trainer_pb2.GrpoRollout, limits: _Limits) -> None:
+def _check_rollout(number: int, rollout: trainer_pb2.GrpoRollout, limits: DocumentLimits) -> None:
     if not rollout.prompt_token_ids:
         raise EmptyTrainingData(f"rollout {number} has no prompt tokens", param="groups")
     if not abs(rollout.reward) <= _MAX_REWARD:

@@ -43,9 +43,3 @@ class DropoutNotBuilt(NotBuiltYet):
 
     def __init__(self, dropout: float) -> None:
         super().__init__(f"lora.dropout is {dropout:g}; only 0 is built", param="lora.dropout")
-
-
-class TrainingOptionNotBuilt(NotBuiltYet):
-    """A variant that the contract names and that does not exist yet."""
-
-    code = "training_option_not_implemented"

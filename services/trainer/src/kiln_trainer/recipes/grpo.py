@@ -1,10 +1,7 @@
 """Group-relative policy optimisation: raise what scored above its group's mean, lower the rest.
 
-`grpo` gives every completion the same say and averages over its tokens; `dr_grpo` gives every token
-the same say, dividing by the job's longest completion instead of each one's own length. Both
-average over the completions of an optimiser step.
-
-Papers: Shao et al. 2024, DeepSeekMath (arXiv 2402.03300); Liu et al. 2025 (arXiv 2503.20783).
+The losses differ in the ratio they clip (recipes/losses.py), in the defaults of their bounds
+(recipes/options.py), and in what a token weighs, which `token_weight` says.
 """
 
 from __future__ import annotations
@@ -19,20 +16,20 @@ import torch
 from kiln_common.pb import trainer_pb2
 from kiln_trainer.data.documents import Document, PreparedJob
 from kiln_trainer.domain.errors import NoLearningSignal
-from kiln_trainer.recipes.advantages import group_advantages, is_constant
+from kiln_trainer.recipes.advantages import group_advantages, is_constant, is_learned_from
 from kiln_trainer.recipes.errors import InvalidTrainingData, NoTrainableTokens
-from kiln_trainer.recipes.options import GrpoOptions
+from kiln_trainer.recipes.options import GrpoOptions, LossType
 
 
 def prepare_grpo(spec: trainer_pb2.GrpoSpec) -> PreparedJob:
     """Turn scored rollouts into documents with advantages.
 
-    Groups whose rewards are all equal are counted and left out, as are empty completions (whose
-    reward still counts in their group's mean).
+    Groups whose rewards are all equal are counted and left out. So are empty completions and, if
+    the loss masks them, truncated ones; their rewards still count in their group's mean.
 
     Raises:
         NoLearningSignal: every group's rewards are equal.
-        NoTrainableTokens: every completion that would count is empty.
+        NoTrainableTokens: every completion that would count is empty or masked.
         InvalidTrainingData: a reward or log-probability is not finite, or lengths differ.
     """
     options = GrpoOptions.from_proto(spec.loss)
@@ -46,32 +43,54 @@ def prepare_grpo(spec: trainer_pb2.GrpoSpec) -> PreparedJob:
         (rollout, advantage)
         for group, group_adv, skip in zip(spec.groups, advantages, is_skipped, strict=True)
         for rollout, advantage in zip(group.rollouts, group_adv, strict=True)
-        if not skip and rollout.completion_token_ids
+        if not skip and is_learned_from(rollout, masks_truncated=options.masks_truncated)
     ]
     if not chosen:
-        raise NoTrainableTokens("every completion of the groups with different rewards is empty")
+        raise NoTrainableTokens("every completion of the groups with different rewards is empty or masked")
     longest = max(len(rollout.completion_token_ids) for rollout, _ in chosen)
-    documents = [
-        _document(rollout, advantage, longest if options.loss_type == "dr_grpo" else None)
-        for rollout, advantage in chosen
-    ]
+    loss_type = options.objective.loss_type
+    documents = [_document(rollout, advantage, loss_type, longest) for rollout, advantage in chosen]
     facts = _facts(spec.groups, [advantage for _, advantage in chosen], sum(is_skipped))
+    if options.masks_truncated:
+        facts["num_rollouts_masked"] = facts["num_rollouts_truncated"]
     return PreparedJob(tuple(documents), options.objective, facts)
 
 
-def _document(rollout: trainer_pb2.GrpoRollout, advantage: float, constant_length: int | None) -> Document:
+def token_weight(loss_type: LossType, num_tokens: int, longest: int) -> tuple[float, float]:
+    """What a token of a completion of `num_tokens` weighs, and what the completion adds to the divisor.
+
+    A step's loss is the weighted sum over its tokens, divided by the sum of its completions' divisors.
+
+    grpo, gspo: the mean of the completions' means, so every completion has the same say (DeepSeekMath,
+    arXiv 2402.03300; GSPO, arXiv 2507.18071). dr_grpo: sums over a constant, the job's longest
+    completion, so that long wrong answers are not spared (arXiv 2503.20783). dapo, cispo: the mean
+    over all tokens of the step, so every token has the same say (arXiv 2503.14476, 2506.13585).
+    """
+    match loss_type:
+        case "grpo" | "gspo":
+            return 1 / num_tokens, 1.0
+        case "dr_grpo":
+            return 1 / longest, 1.0
+        case "dapo" | "cispo":
+            return 1.0, float(num_tokens)
+
+
+def _document(
+    rollout: trainer_pb2.GrpoRollout, advantage: float, loss_type: LossType, longest: int
+) -> Document:
     num_prompt, num_scored = len(rollout.prompt_token_ids), len(rollout.completion_token_ids)
     ones_s = torch.ones(num_scored)
     sampler_logprobs = list(rollout.behaviour_logprobs) or [math.nan] * num_scored
+    weight, normaliser = token_weight(loss_type, num_scored, longest)
     return Document(
         token_ids_n=torch.tensor([*rollout.prompt_token_ids, *rollout.completion_token_ids]),
         scored_s=torch.arange(num_prompt, num_prompt + num_scored),
         ce_weight_s=0 * ones_s,
-        policy_weight_s=ones_s / (constant_length or num_scored),
+        policy_weight_s=weight * ones_s,
         advantage_s=advantage * ones_s,
         sampler_logprob_s=torch.tensor(sampler_logprobs, dtype=torch.float32),
         temperature=rollout.temperature or 1.0,
-        normaliser=1.0,
+        normaliser=normaliser,
     )
 
 
@@ -118,4 +137,5 @@ def _facts(
         "num_groups": float(len(groups)),
         "num_groups_skipped": float(num_skipped),
         "num_rollouts_retokenised": float(sources["retokenised"]),
+        "num_rollouts_truncated": float(sum(rollout.is_truncated for rollout in rollouts)),
     }

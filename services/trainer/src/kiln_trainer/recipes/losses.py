@@ -1,14 +1,14 @@
 """The loss of each scored token, from its log-probability and its streams.
 
 Three policies meet in a policy token: the *sampler* that drew it (the engine, in its arithmetic),
-*old*, the trainer's policy when the job began, and the current one.
+*old*, the trainer's policy when the job began, and the current one. What a token's loss weighs,
+which is where the losses differ as well, is decided in recipes/grpo.py.
 
 Legend: `S` scored tokens of a micro-batch.
 
-Papers: Schulman et al. 2017, PPO (arXiv 1707.06347), the clipped ratio; Yu et al. 2025, DAPO
-(arXiv 2503.14476), its two different bounds; Schulman 2020, "Approximating KL divergence", k1 to k3;
-Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training", the
-truncated correction between sampler and trainer.
+Papers: those of each loss below; Schulman 2020, "Approximating KL divergence", k1 to k3; Yao et
+al. 2025, "Your efficient RL framework secretly brings you off-policy RL training", the truncated
+correction between sampler and trainer.
 """
 
 from __future__ import annotations
@@ -34,8 +34,11 @@ class PolicyLosses:
 
     loss_S: torch.Tensor
     old_logprob_S: torch.Tensor
+    ratio_S: torch.Tensor
+    is_clipped_low_S: torch.Tensor
+    is_clipped_high_S: torch.Tensor
+    importance_S: torch.Tensor
     kl_S: torch.Tensor
-    is_clipped_S: torch.Tensor
     mismatch_S: torch.Tensor
 
 
@@ -47,7 +50,7 @@ def cross_entropy(logprob_S: torch.Tensor) -> torch.Tensor:
 def policy_losses(
     logprob_S: torch.Tensor, batch: PackedBatch, objective: PolicyObjective, *, is_first_step: bool
 ) -> PolicyLosses:
-    """The clipped policy loss with its correction and its pull towards the reference.
+    """The policy loss with its correction and its pull towards the reference.
 
     The ratio's denominator is the sampler's log-probability where it is known and importance_mode
     is "none"; otherwise the old policy's, and the distance from the sampler to it becomes a
@@ -63,25 +66,72 @@ def policy_losses(
         behaviour_S = torch.where(sampler_S.isnan(), old_S, sampler_S)
     else:
         behaviour_S = old_S
-    ratio_S = (logprob_S - behaviour_S).clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO).exp()
-    clipped_S = ratio_S.clamp(1 - objective.clip_low, 1 + objective.clip_high)
-    gain_S = torch.minimum(ratio_S * batch.advantage_S, clipped_S * batch.advantage_S)
-    loss_S = -importance_weights(old_S - sampler_S, batch, objective) * gain_S
+    log_ratio_S = logprob_S - behaviour_S
+    if objective.loss_type == "gspo":
+        log_ratio_S = mean_of_completion(log_ratio_S, batch)
+    ratio_S = log_ratio_S.clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO).exp()
+    is_low_S, is_high_S = ratio_S < 1 - objective.clip_low, ratio_S > 1 + objective.clip_high
+    if objective.loss_type == "cispo":
+        gain_S = cispo_gain(logprob_S, ratio_S, batch.advantage_S, objective)
+    else:
+        gain_S = clipped_gain(ratio_S, batch.advantage_S, objective)
+        is_low_S, is_high_S = is_low_S & (batch.advantage_S < 0), is_high_S & (batch.advantage_S > 0)
+    importance_S = importance_weights(old_S - sampler_S, batch, objective)
+    loss_S = -importance_S * gain_S
     kl_S = torch.zeros_like(now_S)
     if objective.kl_coef:
         penalty_S, kl_S = kl_penalty(logprob_S, batch.reference_logprob_S, objective.kl_estimator)
         loss_S = loss_S + objective.kl_coef * penalty_S
-    is_clipped_S = torch.where(
-        batch.advantage_S > 0, ratio_S > 1 + objective.clip_high, ratio_S < 1 - objective.clip_low
-    ) & (batch.advantage_S != 0)
     distance_S = (old_S - sampler_S).clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
-    return PolicyLosses(loss_S, old_S, kl_S, is_clipped_S, distance_S.expm1() - distance_S)
+    mismatch_S = distance_S.expm1() - distance_S
+    return PolicyLosses(loss_S, old_S, ratio_S.detach(), is_low_S, is_high_S, importance_S, kl_S, mismatch_S)
+
+
+def clipped_gain(
+    ratio_S: torch.Tensor, advantage_S: torch.Tensor, objective: PolicyObjective
+) -> torch.Tensor:
+    """min(r A, clip(r, 1 - low, 1 + high) A): a ratio past its bound gains nothing more.
+
+    Papers: Schulman et al. 2017, PPO (arXiv 1707.06347), and with it GRPO (Shao et al. 2024, arXiv
+    2402.03300) and Dr. GRPO (Liu et al. 2025, arXiv 2503.20783); two different bounds, the upper
+    one wider: Yu et al. 2025, DAPO (arXiv 2503.14476).
+    """
+    clipped_S = ratio_S.clamp(1 - objective.clip_low, 1 + objective.clip_high)
+    return torch.minimum(ratio_S * advantage_S, clipped_S * advantage_S)
+
+
+def mean_of_completion(log_ratio_S: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
+    """Each token's log-ratio replaced by the mean of its completion's: one ratio for all of it.
+
+    The ratio is the geometric mean of the tokens' own, (pi(y) / pi_old(y)) to the power 1 / |y|.
+    Rewards are for completions, so whole completions are weighed and clipped.
+
+    Paper: Zheng et al. 2025, Group sequence policy optimization, GSPO (arXiv 2507.18071).
+    """
+    per_document = log_ratio_S.new_zeros(batch.num_documents)
+    sums = per_document.index_add(0, batch.document_S, log_ratio_S)
+    counts = per_document.index_add(0, batch.document_S, torch.ones_like(log_ratio_S))
+    return (sums / counts)[batch.document_S]
+
+
+def cispo_gain(
+    logprob_S: torch.Tensor, ratio_S: torch.Tensor, advantage_S: torch.Tensor, objective: PolicyObjective
+) -> torch.Tensor:
+    """REINFORCE weighed by the clipped ratio, which has no gradient: every token goes on learning.
+
+    Paper: MiniMax 2025, MiniMax-M1, CISPO (arXiv 2506.13585).
+    """
+    weight_S = ratio_S.detach().clamp(1 - objective.clip_low, 1 + objective.clip_high)
+    return weight_S * advantage_S * logprob_S
 
 
 def importance_weights(
     log_ratio_S: torch.Tensor, batch: PackedBatch, objective: PolicyObjective
 ) -> torch.Tensor:
     """How much more likely the old policy draws each token (or its whole completion) than the sampler.
+
+    Truncated importance sampling: Ionides 2008; between an inference engine and its trainer: Yao et
+    al. 2025.
 
     `log_ratio_S` is old - sampler, NaN where either is unknown, which weighs 1. Cut off at
     `importance_cap`: an unbounded weight has an unbounded variance.

@@ -11,15 +11,32 @@ from typing import Literal, cast, get_args
 
 from kiln_common.errors import InvalidValue
 from kiln_common.pb import trainer_pb2
-from kiln_trainer.recipes.errors import DropoutNotBuilt, TrainingOptionNotBuilt, UnknownOption
+from kiln_trainer.recipes.errors import DropoutNotBuilt, UnknownOption
 
 Schedule = Literal["constant", "linear", "cosine"]
-LossType = Literal["grpo", "dr_grpo"]
+LossType = Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo"]
 KlEstimator = Literal["k1", "k2", "k3"]
 ImportanceMode = Literal["none", "token", "sequence"]
 RewardScale = Literal["group", "batch", "none"]
 
-_LATER_LOSS_TYPES = ("dapo", "gspo", "cispo")
+
+@dataclass(frozen=True)
+class _LossDefaults:
+    clip_low: float
+    clip_high: float
+    scale_rewards: RewardScale = "group"
+
+
+# From each loss's paper, but for cispo's upper bound, which its paper does not give: Khatri et al.
+# 2025 (arXiv 2510.13786) found weights up to 4, 5 and 8 to do equally well. A lower bound of
+# 1 - 1 = 0 never binds.
+_LOSS_DEFAULTS: dict[LossType, _LossDefaults] = {
+    "grpo": _LossDefaults(0.2, 0.2),
+    "dr_grpo": _LossDefaults(0.2, 0.2, "none"),
+    "dapo": _LossDefaults(0.2, 0.28),
+    "gspo": _LossDefaults(3e-4, 4e-4),
+    "cispo": _LossDefaults(1.0, 4.0),
+}
 
 
 @dataclass(frozen=True)
@@ -47,7 +64,7 @@ class OptimizerOptions:
             weight_decay=wire.weight_decay,
             max_grad_norm=wire.max_grad_norm,
             warmup_ratio=wire.warmup_ratio,
-            schedule=cast(Schedule, _choice("schedule", wire.schedule or "constant", get_args(Schedule))),
+            schedule=cast(Schedule, choice("schedule", wire.schedule or "constant", get_args(Schedule))),
             beta1=wire.adam_beta1 or cls.beta1,
             beta2=wire.adam_beta2 or cls.beta2,
             eps=wire.adam_eps or cls.eps,
@@ -89,6 +106,7 @@ class RunOptions:
 class PolicyObjective:
     """The clipped policy loss and what is added to it; see recipes/losses.py."""
 
+    loss_type: LossType = "grpo"
     clip_low: float = 0.2
     clip_high: float = 0.2
     kl_coef: float = 0.0
@@ -99,39 +117,57 @@ class PolicyObjective:
 
 @dataclass(frozen=True)
 class GrpoOptions:
-    """How rewards become advantages, and the objective they enter."""
+    """How rewards become advantages, which completions count, and the objective they enter."""
 
-    loss_type: LossType = "grpo"
     scale_rewards: RewardScale = "group"
+    masks_truncated: bool = False
     objective: PolicyObjective = PolicyObjective()
 
     @classmethod
     def from_proto(cls, wire: trainer_pb2.GrpoLoss) -> GrpoOptions:
-        """Read the wire form; 0 and "" mean the defaults, but for kl_coef.
+        """Read the wire form; 0 and "" mean the loss type's defaults, but for kl_coef.
 
         Raises:
-            UnknownOption, TrainingOptionNotBuilt: a variant that does not exist (yet).
+            UnknownOption: a variant that does not exist.
         """
-        if wire.type in _LATER_LOSS_TYPES:
-            raise TrainingOptionNotBuilt(
-                f"loss type {wire.type} is not built yet", hint="Use grpo or dr_grpo.", param="loss.type"
-            )
-        loss_type = _choice("loss.type", wire.type or "grpo", get_args(LossType))
-        estimator = _choice("loss.kl.estimator", wire.kl_estimator or "k3", get_args(KlEstimator))
-        mode = _choice("loss.importance.mode", wire.importance_mode or "token", get_args(ImportanceMode))
-        scale = _choice("loss.scale_rewards", wire.scale_rewards or "group", get_args(RewardScale))
+        loss_type = cast(LossType, choice("loss.type", wire.type or "grpo", get_args(LossType)))
+        defaults = _LOSS_DEFAULTS[loss_type]
+        estimator = choice("loss.kl.estimator", wire.kl_estimator or "k3", get_args(KlEstimator))
+        mode = choice("loss.importance.mode", wire.importance_mode or "token", get_args(ImportanceMode))
+        scale = wire.scale_rewards or defaults.scale_rewards
         objective = PolicyObjective(
-            clip_low=wire.clip_low or PolicyObjective.clip_low,
-            clip_high=wire.clip_high or PolicyObjective.clip_high,
+            loss_type=loss_type,
+            clip_low=wire.clip_low or defaults.clip_low,
+            clip_high=wire.clip_high or defaults.clip_high,
             kl_coef=wire.kl_coef,
             kl_estimator=cast(KlEstimator, estimator),
             importance_mode=cast(ImportanceMode, mode),
             importance_cap=wire.importance_cap or PolicyObjective.importance_cap,
         )
-        return cls(cast(LossType, loss_type), cast(RewardScale, scale), objective)
+        return cls(
+            scale_rewards=cast(RewardScale, choice("loss.scale_rewards", scale, get_args(RewardScale))),
+            masks_truncated=wire.mask_truncated_completions,
+            objective=objective,
+        )
+
+    def to_proto(self) -> trainer_pb2.GrpoLoss:
+        """The wire form with every default spelled out."""
+        objective = self.objective
+        return trainer_pb2.GrpoLoss(
+            type=objective.loss_type,
+            clip_low=objective.clip_low,
+            clip_high=objective.clip_high,
+            kl_coef=objective.kl_coef,
+            kl_estimator=objective.kl_estimator,
+            importance_mode=objective.importance_mode,
+            importance_cap=objective.importance_cap,
+            scale_rewards=self.scale_rewards,
+            mask_truncated_completions=self.masks_truncated,
+        )
 
 
-def _choice(field: str, value: str, known: tuple[str, ...]) -> str:
+def choice(field: str, value: str, known: tuple[str, ...]) -> str:
+    """`value`, if it is one of the known ones. Raises UnknownOption."""
     if value not in known:
         raise UnknownOption(field, value, known)
     return value

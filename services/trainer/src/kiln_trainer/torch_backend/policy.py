@@ -6,11 +6,13 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from kiln_nn.kernels.divergence import TokenDivergences, token_divergences
 from kiln_nn.kernels.logprobs import TokenLogprobs, token_logprobs
 from kiln_nn.lora.parameters import LoraParameters
 from kiln_nn.packed_model import PackedModel
 from kiln_trainer.data.documents import Document
 from kiln_trainer.data.packing import PackedBatch, first_fit, pack
+from kiln_trainer.recipes.opd_options import DistillationObjective
 from kiln_trainer.torch_backend.activation_memory import ActivationPlan
 
 
@@ -18,7 +20,8 @@ class Policy:
     """A frozen base model and the adapter on it; the reference policy is the same model without.
 
     Only the rows that predict a scored token go through the head, so a prompt costs no logits.
-    Without a plan every layer keeps its activations.
+    The teacher is the same model too: with the adapter `teacher`, or without any. Without a plan
+    every layer keeps its activations.
     """
 
     def __init__(
@@ -27,20 +30,21 @@ class Policy:
         lora: LoraParameters,
         device: torch.device,
         plan: ActivationPlan | None = None,
+        teacher: LoraParameters | None = None,
     ) -> None:
         self.model = model
         self.lora = lora
         self.device = device
         self._plan = plan
         self._adapted = lora.linear_fn(model.weights)
+        self._teacher = teacher.linear_fn(model.weights) if teacher is not None else None
 
     def score(self, batch: PackedBatch, *, with_adapter: bool = True) -> TokenLogprobs:
         """Log-probability and entropy of each scored token at its document's temperature.
 
         `batch` must be on the policy's device.
         """
-        if self._plan is not None:
-            self.model.num_kept_layers = self._plan.num_kept_layers(batch.token_ids_T.shape[0])
+        self._plan_activations(batch)
         hidden_TD = self.model.hidden_states(
             batch.token_ids_T, batch.cu_seqlens, self._adapted if with_adapter else None
         )
@@ -48,6 +52,30 @@ class Policy:
         return token_logprobs(
             hidden_SD, self.model.head_weight, batch.targets_S, temperature=batch.temperature_S
         )
+
+    def compare(self, batch: PackedBatch, objective: DistillationObjective) -> TokenDivergences:
+        """How far each scored token's distribution is from the teacher's, over the whole vocabulary.
+
+        `batch` must be on the policy's device.
+        """
+        with torch.no_grad():
+            teacher_TD = self.model.hidden_states(batch.token_ids_T, batch.cu_seqlens, self._teacher)
+            teacher_SD = teacher_TD[batch.rows_S]
+            del teacher_TD
+        self._plan_activations(batch)
+        student_TD = self.model.hidden_states(batch.token_ids_T, batch.cu_seqlens, self._adapted)
+        return token_divergences(
+            student_TD[batch.rows_S],
+            teacher_SD,
+            self.model.head_weight,
+            batch.targets_S,
+            objective.divergence,
+            beta=objective.beta,
+        )
+
+    def _plan_activations(self, batch: PackedBatch) -> None:
+        if self._plan is not None:
+            self.model.num_kept_layers = self._plan.num_kept_layers(batch.token_ids_T.shape[0])
 
     @torch.no_grad()
     def logprobs_of(

@@ -3,58 +3,67 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 
 import torch
 
-from kiln_common.errors import InvalidRequest, InvalidTokenIds
+from kiln_common.adapter_names import BASE_NAME
+from kiln_common.errors import InvalidRequest
 from kiln_common.pb import trainer_pb2
 from kiln_nn.config import ModelConfig
 from kiln_nn.lora import LoraSpec, parse_adapter
 from kiln_nn.lora.parameters import LoraParameters
-from kiln_trainer.data.documents import Document, PreparedJob
-from kiln_trainer.domain.training import TrainingTask
+from kiln_trainer.domain.errors import NoLearningSignal
+from kiln_trainer.domain.training import StartingPoint, TrainingTask
 from kiln_trainer.recipes.grpo import prepare_grpo
+from kiln_trainer.recipes.opd import prepare_opd
+from kiln_trainer.recipes.opd_options import OpdOptions
+from kiln_trainer.recipes.options import RunOptions
 from kiln_trainer.recipes.sft import prepare_sft
+from kiln_trainer.torch_backend.document_checks import check_documents
+from kiln_trainer.torch_backend.steps import FixedSteps, SampledSteps, StepSource
 
 _DEFAULT_RANK = 16
 _GROUPS = ("all", "attention", "mlp")
 
 
-def prepare(request: trainer_pb2.SubmitRequest) -> PreparedJob:
-    """Let the request's recipe make its documents.
+def step_source(task: TrainingTask, options: RunOptions, config: ModelConfig, job_hash: str) -> StepSource:
+    """Let the request's recipe make its documents, or a plan for sampling them.
 
     Raises:
-        InvalidRequest: there is no recipe, or what the recipe raises.
+        NoLearningSignal: a student is to learn from a teacher that it equals.
+        InvalidTokenIds, InvalidRequest: the model cannot read a document, there is no recipe, or
+            what the recipe raises.
     """
+    request = task.request
     match request.WhichOneof("recipe"):
         case "sft":
-            return prepare_sft(request.sft)
+            job = prepare_sft(request.sft)
         case "grpo":
-            return prepare_grpo(request.grpo)
+            job = prepare_grpo(request.grpo)
+        case "opd":
+            _check_teacher(task)
+            if request.opd.prompts:
+                assert task.sampler is not None, "a job with prompts comes with a sampler"
+                return SampledSteps(request.opd, task.sampler, options, config, task.checkpoint_dir, job_hash)
+            job = prepare_opd(request.opd.rollouts, OpdOptions.from_proto(request.opd.settings).objective)
         case _:
-            raise InvalidRequest("the job names no recipe", hint="Give sft or grpo.")
+            raise InvalidRequest("the job names no recipe", hint="Give sft, grpo or opd.")
+    check_documents(job.documents, config)
+    return FixedSteps(job, options)
 
 
-def check_documents(documents: Sequence[Document], config: ModelConfig) -> None:
-    """Check that the model can read every document.
+def _check_teacher(task: TrainingTask) -> None:
+    student = task.starting_point.reference if task.starting_point is not None else BASE_NAME
+    if student == task.request.opd.settings.teacher:
+        raise NoLearningSignal(
+            f"the student begins as its own teacher, {student}",
+            hint="Name another teacher, or another base_adapter to start from.",
+        )
 
-    Raises:
-        InvalidTokenIds: a token id is outside the vocabulary.
-        InvalidRequest: a document has more tokens than the model has positions.
-    """
-    for index, document in enumerate(documents):
-        lowest, highest = document.token_ids_n.aminmax()
-        if lowest < 0 or highest >= config.vocab_size:
-            worst = int(lowest if lowest < 0 else highest)
-            raise InvalidTokenIds(
-                f"document {index} has token id {worst}, the vocabulary has {config.vocab_size}"
-            )
-        if document.num_tokens > config.max_position_embeddings:
-            raise InvalidRequest(
-                f"document {index} has {document.num_tokens} tokens,"
-                f" the model has {config.max_position_embeddings} positions"
-            )
+
+def teacher_adapter(task: TrainingTask, config: ModelConfig, device: torch.device) -> LoraParameters | None:
+    """The adapter that teaches, if one does. Raises KilnNnError where it does not fit the model."""
+    return _existing_adapter(task.teacher, config, device) if task.teacher is not None else None
 
 
 def starting_adapter(task: TrainingTask, config: ModelConfig, device: torch.device) -> LoraParameters:
@@ -63,12 +72,15 @@ def starting_adapter(task: TrainingTask, config: ModelConfig, device: torch.devi
     Raises:
         KilnNnError: the existing version or the wanted shape does not fit the model.
     """
-    point = task.starting_point
-    if point is not None:
-        adapter = parse_adapter(point.config_json, point.safetensors_path.read_bytes(), config)
-        return LoraParameters.from_tensors(config, adapter.spec, adapter.tensors, device=device)
+    if task.starting_point is not None:
+        return _existing_adapter(task.starting_point, config, device)
     wire = task.request.config
     return LoraParameters.create(config, lora_spec(wire.lora), seed=wire.seed, device=device)
+
+
+def _existing_adapter(point: StartingPoint, config: ModelConfig, device: torch.device) -> LoraParameters:
+    adapter = parse_adapter(point.config_json, point.safetensors_path.read_bytes(), config)
+    return LoraParameters.from_tensors(config, adapter.spec, adapter.tensors, device=device)
 
 
 def lora_spec(wire: trainer_pb2.LoraConfig) -> LoraSpec:

@@ -11,6 +11,7 @@ import torch
 
 from kiln_trainer.data.packing import PackedBatch
 from kiln_trainer.recipes.losses import PolicyLosses, cross_entropy, policy_losses
+from kiln_trainer.recipes.opd_options import DistillationObjective, Objective
 from kiln_trainer.recipes.options import PolicyObjective
 from kiln_trainer.torch_backend.policy import Policy
 
@@ -20,23 +21,35 @@ class StepSums:
     """Running sums over an optimiser step's micro-batches, kept on the device until it ends."""
 
     sums: dict[str, torch.Tensor] = field(default_factory=dict)
+    extremes: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def add(self, name: str, value: torch.Tensor) -> None:
         """Add a scalar to the sum `name`."""
         value = value.detach()
         self.sums[name] = self.sums[name] + value if name in self.sums else value
 
+    def add_range(self, name: str, values_S: torch.Tensor) -> None:
+        """Add to the sum `name`, and keep the smallest and largest value seen."""
+        self.add(f"{name}_mean", values_S.sum())
+        for suffix, reduce in (("min", torch.minimum), ("max", torch.maximum)):
+            found = values_S.min() if suffix == "min" else values_S.max()
+            key = f"{name}_{suffix}"
+            self.extremes[key] = reduce(self.extremes[key], found) if key in self.extremes else found
+
     def metrics(self) -> dict[str, float]:
-        """Means over the step's scored tokens, and its loss. One transfer from the device."""
-        names = list(self.sums)
+        """Means over the step's scored tokens, extremes, and its loss. One transfer from the device."""
+        names = [*self.sums, *self.extremes]
         if not names:
             return {}
-        values = torch.stack([self.sums[name].double() for name in names]).tolist()
-        sums = dict(zip(names, values, strict=True))
-        num_scored, num_compared = sums.pop("num_scored"), sums.pop("num_compared", 0.0)
-        mismatch = sums.pop("mismatch", 0.0)
-        metrics = {"loss": sums.pop("loss"), "num_scored_tokens": num_scored}
-        metrics |= {name: value / num_scored for name, value in sums.items()}
+        tensors = [*self.sums.values(), *self.extremes.values()]
+        values = torch.stack([tensor.double() for tensor in tensors]).tolist()
+        found = dict(zip(names, values, strict=True))
+        num_scored, num_compared = found.pop("num_scored"), found.pop("num_compared", 0.0)
+        mismatch = found.pop("mismatch", 0.0)
+        metrics = {"loss": found.pop("loss"), "num_scored_tokens": num_scored}
+        metrics |= {
+            name: value if name in self.extremes else value / num_scored for name, value in found.items()
+        }
         if num_compared:
             metrics["sampler_trainer_kl"] = mismatch / num_compared
         return metrics
@@ -45,7 +58,7 @@ class StepSums:
 def forward_backward(
     policy: Policy,
     batch: PackedBatch,
-    objective: PolicyObjective | None,
+    objective: Objective | None,
     normaliser: float,
     sums: StepSums,
     *,
@@ -59,27 +72,56 @@ def forward_backward(
     Returns: the old policy's log-probabilities [S] with what this pass revealed of them, or None
     without a policy objective.
     """
+    if isinstance(objective, DistillationObjective):
+        _distil(policy, batch, objective, normaliser, sums)
+        return None
     scored = policy.score(batch)
     loss_S = batch.ce_weight_S * cross_entropy(scored.logprobs_T)
     losses = None
     if objective is not None:
         losses = policy_losses(scored.logprobs_T, batch, objective, is_first_step=is_first_step)
         loss_S = loss_S + batch.policy_weight_S * losses.loss_S
-    loss = loss_S.sum() / normaliser
-    loss.backward()  # type: ignore[no-untyped-call]
-    sums.add("loss", loss)
-    sums.add("num_scored", loss.new_tensor(float(batch.rows_S.shape[0])))
+    _backward(loss_S, batch, normaliser, sums)
     sums.add("entropy", scored.entropies_T.sum())
-    if losses is None:
+    if losses is None or objective is None:
         return None
     _add_policy_metrics(sums, losses, objective)
     return losses.old_logprob_S
 
 
-def _add_policy_metrics(sums: StepSums, losses: PolicyLosses, objective: PolicyObjective | None) -> None:
-    sums.add("clip_fraction", losses.is_clipped_S.float().sum())
-    if objective is not None and objective.kl_coef:
+def _distil(
+    policy: Policy, batch: PackedBatch, objective: DistillationObjective, normaliser: float, sums: StepSums
+) -> None:
+    found = policy.compare(batch, objective)
+    _backward(batch.policy_weight_S * found.divergences_T, batch, normaliser, sums)
+    sums.add("teacher_kl", found.reverse_kls_T.sum())
+    sums.add("entropy", found.entropies_T.sum())
+    distance_S = found.logprobs_T - batch.sampler_logprob_S
+    _add_mismatch(sums, distance_S.expm1() - distance_S)
+
+
+def _backward(loss_S: torch.Tensor, batch: PackedBatch, normaliser: float, sums: StepSums) -> None:
+    loss = loss_S.sum() / normaliser
+    loss.backward()  # type: ignore[no-untyped-call]
+    sums.add("loss", loss)
+    sums.add("num_scored", loss.new_tensor(float(batch.rows_S.shape[0])))
+
+
+def _add_policy_metrics(sums: StepSums, losses: PolicyLosses, objective: PolicyObjective) -> None:
+    sums.add("clip_fraction_low", losses.is_clipped_low_S.float().sum())
+    sums.add("clip_fraction_high", losses.is_clipped_high_S.float().sum())
+    sums.add("clip_fraction", (losses.is_clipped_low_S | losses.is_clipped_high_S).float().sum())
+    sums.add_range("ratio", losses.ratio_S)
+    if objective.importance_mode != "none":
+        is_capped_S = losses.importance_S >= objective.importance_cap
+        sums.add_range("importance", losses.importance_S)
+        sums.add("importance_capped_fraction", is_capped_S.float().sum())
+    if objective.kl_coef:
         sums.add("kl", losses.kl_S.sum())
-    is_known_S = ~losses.mismatch_S.isnan()
-    sums.add("mismatch", losses.mismatch_S.nan_to_num(nan=0.0).sum())
-    sums.add("num_compared", is_known_S.sum())
+    _add_mismatch(sums, losses.mismatch_S)
+
+
+def _add_mismatch(sums: StepSums, mismatch_S: torch.Tensor) -> None:
+    """The k3 estimate of KL(sampler || trainer), over the tokens whose sampler is known."""
+    sums.add("mismatch", mismatch_S.nan_to_num(nan=0.0).sum())
+    sums.add("num_compared", (~mismatch_S.isnan()).sum())
