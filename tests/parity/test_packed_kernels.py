@@ -85,6 +85,7 @@ def test_every_gradient_in_the_interpreter(monkeypatch):
     for package in ("delta_train", "rms_norm", "swiglu", "logprobs", "qk_norm_rope"):
         name = f"kiln_nn.kernels.{package}.may_train_on_triton"
         monkeypatch.setattr(name, lambda *_, package=package: bool(chosen.append(package)) or True)
+    monkeypatch.setattr("kiln_nn.kernels.delta_train.triton.PROVEN", frozenset({torch.float32}))
     errors = _errors(_gradients(config, weights, documents, "cpu"), expected)
     assert len(set(chosen)) == 5
     worst = max(errors, key=errors.__getitem__)

@@ -65,7 +65,7 @@ def gpu_host(tmp_path, monkeypatch, driver_dir):
     return tmp_path
 
 
-def share(folder: Path, choice="auto", device=None):
+def share(folder: Path, choice="mps", device=None):
     return shared_gpu(choice, device, folder / "run", folder / "state")
 
 
@@ -130,8 +130,9 @@ def test_a_program_that_hangs_is_given_up(gpu_host):
         server.start()
 
 
-def test_time_slices_keep_clear_of_any_server(gpu_host):
-    with share(gpu_host, "time_slices") as sharing:
+@pytest.mark.parametrize("choice", ["auto", "time_slices"])
+def test_time_slices_keep_clear_of_any_server(gpu_host, choice):
+    with share(gpu_host, choice) as sharing:
         assert not Path(sharing.env[PIPE_VARIABLE]).exists()
         assert sharing.env[SETTING] == "time_slices"
     assert not (gpu_host / "run" / "mps").exists()
@@ -139,7 +140,7 @@ def test_time_slices_keep_clear_of_any_server(gpu_host):
 
 def test_an_operators_server_is_used_as_it_is(gpu_host, monkeypatch):
     monkeypatch.setenv(PIPE_VARIABLE, "/tmp/nvidia-mps")
-    with share(gpu_host) as sharing:
+    with share(gpu_host, "auto") as sharing:
         assert sharing.env == {SETTING: "auto"}
         assert "/tmp/nvidia-mps" in sharing.note
 

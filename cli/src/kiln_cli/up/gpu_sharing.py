@@ -52,6 +52,8 @@ def shared_gpu(choice: Choice, device: str | None, run_dir: Path, state_dir: Pat
         yield GpuSharing({SETTING: choice}, note=f"using the MPS server in {os.environ[PIPE_VARIABLE]}")
     elif os.environ.get("KILN_TRAINER_DEVICE"):
         yield GpuSharing()  # a GPU for each
+    elif choice == "auto":  # until a whole stack has been seen to run under MPS
+        yield _turns(run_dir)
     else:
         server = MpsServer(run_dir / "mps", state_dir / "logs" / "mps")
         try:

@@ -79,6 +79,6 @@ def delta_train(
     if may_train_on_triton(q_ThK, k_ThK, v_THV, g_TH, beta_TH):
         from kiln_nn.kernels.delta_train import triton
 
-        if triton.supports(q_ThK, k_ThK, v_THV, g_TH, beta_TH):
+        if v_THV.dtype in triton.PROVEN and triton.supports(q_ThK, k_ThK, v_THV, g_TH, beta_TH):
             return triton.delta_train(q_ThK, k_ThK, v_THV, g_TH, beta_TH, bounds)
     return gated_delta_chunked(q_ThK, k_ThK, v_THV, g_TH, beta_TH, bounds).out_THV
