@@ -69,7 +69,7 @@ def _kernels_in_the_interpreter(monkeypatch):
     if INTERPRETED:
         for operation in (delta_decode, lora, paged_attention, rms_norm):
             monkeypatch.setattr(operation, "takes_triton", lambda *tensors: True)
-        monkeypatch.setattr(swiglu, "may_train_on_triton", lambda *tensors: True)
+        monkeypatch.setattr(swiglu, "takes_triton", lambda *tensors: True)
 
 
 def check(compute: Callable[[list[int]], list[Parts]]) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kiln_nn.kernels.varlen_attention import flash, reference, varlen_attention
-from tests.support.triton_kernels import relative_error
+from tests.support.triton_kernels import relative_error, trust_backward_kernels
 
 BOUNDS = (0, 1, 130, 130, 514)
 
@@ -20,7 +20,8 @@ def _draw(num_heads: int, num_kv_heads: int, head_dim: int, dtype, device: str) 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("sizes", [(16, 4, 256), (8, 2, 64), (4, 4, 128)])
-def test_outputs_and_gradients_equal_the_reference(sizes):
+def test_outputs_and_gradients_equal_the_reference(monkeypatch, sizes):
+    trust_backward_kernels(monkeypatch)
     leaves = _draw(*sizes, torch.bfloat16, "cuda")
     if flash.why_not(*leaves) is not None:
         pytest.skip(flash.why_not(*leaves))

@@ -23,6 +23,7 @@ from tests.support.triton_kernels import (
     poison_new_memory,
     relative_error,
     run_under_interpreter,
+    trust_backward_kernels,
 )
 
 NAMES = ("q", "k", "v", "g", "beta")
@@ -198,7 +199,7 @@ def test_the_public_function_chooses_the_kernels_on_a_gpu(monkeypatch):
     inputs = _inputs(EVEN, 80)
     leaves = [x.requires_grad_() for x in _rounded(inputs, torch.bfloat16)]
     calls = []
-    monkeypatch.setattr(_kernel(), "PROVEN", frozenset({torch.bfloat16}))
+    trust_backward_kernels(monkeypatch)
     forward = _kernel().delta_forward
     monkeypatch.setattr(_kernel(), "delta_forward", lambda *a: (calls.append(1), forward(*a))[1])
     out = delta_train(*leaves, (0, 80))

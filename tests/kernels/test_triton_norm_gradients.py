@@ -18,6 +18,7 @@ from tests.support.triton_kernels import (
     poison_new_memory,
     relative_error,
     run_under_interpreter,
+    trust_backward_kernels,
 )
 
 EPS = 1e-6
@@ -111,7 +112,8 @@ def test_swiglu(dtype, poisoned):
 
 @on_triton
 @pytest.mark.skipif(INTERPRETED, reason="the choice is made by device")
-def test_the_public_functions_choose_them_on_a_gpu():
+def test_the_public_functions_choose_them_on_a_gpu(monkeypatch):
+    trust_backward_kernels(monkeypatch)
     x, z = _leaves((4, 64), (4, 64), dtype=torch.bfloat16)
     weight = torch.ones(64, device=DEVICE)
     outputs = (

@@ -18,6 +18,7 @@ from tests.support.triton_kernels import (
     poison_new_memory,
     relative_error,
     run_under_interpreter,
+    trust_backward_kernels,
 )
 
 EPS = 1e-6
@@ -69,7 +70,8 @@ def test_values_and_gradient(sizes, dtype, monkeypatch):
 
 @on_triton
 @pytest.mark.skipif(INTERPRETED, reason="the choice is made by device")
-def test_the_public_function_chooses_it_on_a_gpu():
+def test_the_public_function_chooses_it_on_a_gpu(monkeypatch):
+    trust_backward_kernels(monkeypatch)
     x, *rest = _inputs(2, 32, 0.5, torch.bfloat16)
     assert type(qk_norm_rope(x.requires_grad_(), *rest).grad_fn).__name__ == "_QkNormRopeBackward"
 

@@ -22,6 +22,7 @@ from tests.support.triton_kernels import (
     on_triton,
     only_outside_interpreter,
     run_under_interpreter,
+    trust_backward_kernels,
 )
 
 only_on_gpu = pytest.mark.skipif(INTERPRETED, reason="too long for the interpreter")
@@ -37,6 +38,11 @@ FIELDS = {
     "linear_value_head_dim": 64,
     "layer_types": ("linear_attention", "linear_attention", "full_attention", "linear_attention"),
 }
+
+
+@pytest.fixture(autouse=True)
+def _trust(monkeypatch):
+    trust_backward_kernels(monkeypatch)
 
 
 def _documents(vocab_size: int, lengths=LENGTHS) -> list[torch.Tensor]:
@@ -83,9 +89,8 @@ def test_every_gradient_in_the_interpreter(monkeypatch):
     expected = _gradients(config, exact, documents, "cpu", torch.float64)
     chosen = []
     for package in ("delta_train", "rms_norm", "swiglu", "logprobs", "qk_norm_rope"):
-        name = f"kiln_nn.kernels.{package}.may_train_on_triton"
+        name = f"kiln_nn.kernels.{package}.may_train_on_gpu"
         monkeypatch.setattr(name, lambda *_, package=package: bool(chosen.append(package)) or True)
-    monkeypatch.setattr("kiln_nn.kernels.delta_train.triton.PROVEN", frozenset({torch.float32}))
     errors = _errors(_gradients(config, weights, documents, "cpu"), expected)
     assert len(set(chosen)) == 5
     worst = max(errors, key=errors.__getitem__)

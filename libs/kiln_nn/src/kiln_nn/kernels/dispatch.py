@@ -14,6 +14,9 @@ from functools import cache
 
 import torch
 
+# Operations whose backward kernels have passed their tests on a GPU, which is more than compiling:
+# compilers have got such kernels wrong before. The others' gradients come from the references.
+PROVEN_BACKWARD = frozenset({"delta_train_heads", "logprobs"})
 _OLDEST_CAPABILITY = (8, 0)  # bf16 tensor cores and asynchronous copies
 
 
@@ -78,7 +81,7 @@ def _is_new_enough(device_index: int) -> bool:
 
 def takes_triton(*tensors: torch.Tensor) -> bool:
     """Whether Triton kernels may compute with these tensors: where they are, not what shape."""
-    return not needs_gradients(*tensors) and may_train_on_triton(*tensors)
+    return not needs_gradients(*tensors) and _are_on_gpu(*tensors)
 
 
 def needs_gradients(*tensors: torch.Tensor) -> bool:
@@ -86,8 +89,12 @@ def needs_gradients(*tensors: torch.Tensor) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
-def may_train_on_triton(*tensors: torch.Tensor) -> bool:
-    """The same for operations whose kernels have a backward pass of their own."""
+def may_train_on_gpu(operation: str, *tensors: torch.Tensor) -> bool:
+    """The same for an operation whose kernels have a backward pass of their own; see `PROVEN_BACKWARD`."""
+    return operation in PROVEN_BACKWARD and _are_on_gpu(*tensors)
+
+
+def _are_on_gpu(*tensors: torch.Tensor) -> bool:
     device = tensors[0].device
     if device.type != "cuda" or not has_triton():
         return False

@@ -11,7 +11,7 @@ import torch
 
 from kiln_nn.kernels.causal_conv import causal_conv
 from kiln_nn.kernels.checks import check_cu_seqlens, check_shape
-from kiln_nn.kernels.dispatch import may_train_on_triton
+from kiln_nn.kernels.dispatch import may_train_on_gpu
 from kiln_nn.kernels.gated_delta import delta_rule_heads, gated_delta_chunked
 
 __all__ = ["delta_train", "delta_train_heads"]
@@ -41,7 +41,7 @@ def delta_train_heads(
     bounds = check_cu_seqlens(cu_seqlens, num_tokens)
     check_shape("weight", weight_CW, (num_channels, None))
     check_shape("positions", positions_T, (num_tokens,))
-    if may_train_on_triton(mixed_TC, weight_CW, positions_T):
+    if may_train_on_gpu("delta_train_heads", mixed_TC, weight_CW, positions_T):
         from kiln_nn.kernels.delta_train import triton_heads
 
         if triton_heads.supports(mixed_TC, weight_CW, key_dim, value_dim):
@@ -76,9 +76,9 @@ def delta_train(
     check_shape("k", k_ThK, (num_tokens, None, None))
     check_shape("g", g_TH, (num_tokens, num_heads))
     check_shape("beta", beta_TH, (num_tokens, num_heads))
-    if may_train_on_triton(q_ThK, k_ThK, v_THV, g_TH, beta_TH):
+    if may_train_on_gpu("delta_train", q_ThK, k_ThK, v_THV, g_TH, beta_TH):
         from kiln_nn.kernels.delta_train import triton
 
-        if v_THV.dtype in triton.PROVEN and triton.supports(q_ThK, k_ThK, v_THV, g_TH, beta_TH):
+        if triton.supports(q_ThK, k_ThK, v_THV, g_TH, beta_TH):
             return triton.delta_train(q_ThK, k_ThK, v_THV, g_TH, beta_TH, bounds)
     return gated_delta_chunked(q_ThK, k_ThK, v_THV, g_TH, beta_TH, bounds).out_THV

@@ -67,11 +67,6 @@ CONFIGS = {
 }
 
 
-# Formats whose configuration has passed tests/kernels/test_triton_delta_train.py on a GPU, which is more
-# than compiling: compilers have got this backward pass wrong before. The others take the reference.
-PROVEN: frozenset[torch.dtype] = frozenset()
-
-
 def config_for(dtype: torch.dtype, device: torch.device) -> TrainConfig:
     """The configuration for inputs of this format."""
     return CONFIGS[dtype, device_limits(device).shared_memory_bytes >= 200 * 1024]

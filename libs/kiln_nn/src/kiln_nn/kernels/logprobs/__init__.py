@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from kiln_nn.kernels.checks import accumulation_dtype, check_shape
-from kiln_nn.kernels.dispatch import may_train_on_triton
+from kiln_nn.kernels.dispatch import may_train_on_gpu
 from kiln_nn.kernels.logprobs import reference
 
 __all__ = ["TokenLogprobs", "token_logprobs"]
@@ -42,7 +42,7 @@ def token_logprobs(
     inverse = torch.as_tensor(temperature, dtype=dtype, device=hidden_TD.device).reciprocal()
     inverse_T = inverse.expand(num_tokens)
     run = reference.token_logprobs
-    if may_train_on_triton(hidden_TD, head_weight_VD, targets_T):
+    if may_train_on_gpu("logprobs", hidden_TD, head_weight_VD, targets_T):
         from kiln_nn.kernels.logprobs import triton
 
         if triton.supports(hidden_TD, head_weight_VD):

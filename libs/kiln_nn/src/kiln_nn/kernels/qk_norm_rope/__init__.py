@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from kiln_nn.kernels.checks import check_shape
-from kiln_nn.kernels.dispatch import may_train_on_triton
+from kiln_nn.kernels.dispatch import may_train_on_gpu
 from kiln_nn.kernels.qk_norm_rope import reference
 
 __all__ = ["qk_norm_rope"]
@@ -27,7 +27,7 @@ def qk_norm_rope(
     check_shape("weight", weight_D, (head_dim,))
     check_shape("cos", cos_TE, (num_tokens, None))
     check_shape("sin", sin_TE, tuple(cos_TE.shape))
-    if may_train_on_triton(x_THD, weight_D, cos_TE, sin_TE):
+    if may_train_on_gpu("qk_norm_rope", x_THD, weight_D, cos_TE, sin_TE):
         from kiln_nn.kernels.qk_norm_rope import triton
 
         if triton.supports(x_THD, weight_D, cos_TE, sin_TE):

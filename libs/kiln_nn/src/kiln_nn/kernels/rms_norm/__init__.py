@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from kiln_nn.kernels.checks import check_shape
-from kiln_nn.kernels.dispatch import may_train_on_triton, needs_gradients, takes_triton
+from kiln_nn.kernels.dispatch import may_train_on_gpu, needs_gradients, takes_triton
 from kiln_nn.kernels.rms_norm import reference
 from kiln_nn.kernels.rms_norm.reference import l2_normalise
 
@@ -82,7 +82,7 @@ def _may_train(weight_D: torch.Tensor, *inputs_D: torch.Tensor) -> bool:
     if (
         weight_D.requires_grad
         or not needs_gradients(*inputs_D)
-        or not may_train_on_triton(weight_D, *inputs_D)
+        or not may_train_on_gpu("rms_norm", weight_D, *inputs_D)
     ):
         return False
     from kiln_nn.kernels.rms_norm import triton

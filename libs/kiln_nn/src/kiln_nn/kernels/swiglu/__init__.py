@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from kiln_nn.kernels.checks import check_shape
-from kiln_nn.kernels.dispatch import may_train_on_triton, needs_gradients
+from kiln_nn.kernels.dispatch import may_train_on_gpu, takes_triton
 from kiln_nn.kernels.swiglu import reference
 
 __all__ = ["swiglu"]
@@ -18,10 +18,14 @@ def swiglu(gate_TF: torch.Tensor, up_TF: torch.Tensor) -> torch.Tensor:
         ShapeMismatch: gate and up differ in shape.
     """
     check_shape("up", up_TF, tuple(gate_TF.shape))
-    if may_train_on_triton(gate_TF, up_TF):
+    if takes_triton(gate_TF, up_TF):
+        from kiln_nn.kernels.swiglu import triton
+
+        if triton.takes(gate_TF, up_TF):
+            return triton.swiglu(gate_TF, up_TF)
+    elif may_train_on_gpu("swiglu", gate_TF, up_TF):
         from kiln_nn.kernels.swiglu import training, triton
 
         if triton.takes(gate_TF, up_TF):
-            run = training.swiglu if needs_gradients(gate_TF, up_TF) else triton.swiglu
-            return run(gate_TF, up_TF)
+            return training.swiglu(gate_TF, up_TF)
     return reference.swiglu(gate_TF, up_TF)

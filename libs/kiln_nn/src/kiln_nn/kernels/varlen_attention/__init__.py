@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from kiln_nn.kernels.checks import check_cu_seqlens, check_shape
+from kiln_nn.kernels.dispatch import may_train_on_gpu
 from kiln_nn.kernels.varlen_attention import flash, reference
 
 __all__ = ["ATTENTION_OPERATORS", "varlen_attention"]
@@ -36,6 +37,6 @@ def varlen_attention(
     check_shape("k", k_ThD, (num_tokens, None, head_dim))
     check_shape("v", v_ThD, tuple(k_ThD.shape))
     bounds = check_cu_seqlens(cu_seqlens, num_tokens)
-    if flash.why_not(q_THD, k_ThD, v_ThD) is None:
+    if may_train_on_gpu("varlen_attention", q_THD) and flash.why_not(q_THD, k_ThD, v_ThD) is None:
         return flash.varlen_attention(q_THD, k_ThD, v_ThD, bounds, scale)
     return reference.varlen_attention(q_THD, k_ThD, v_ThD, bounds, scale)
