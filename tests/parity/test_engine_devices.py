@@ -146,6 +146,7 @@ def small_runner(rig: EngineRig, dtype: torch.dtype) -> TorchRunner:
         step_token_budget=128,
         num_adapter_slots=1,
         max_adapter_rank=4,
+        has_kernels=rig.model.device.type == "cuda",
     )
     memory = plan_memory(rig.config, request, dtype, free_bytes=2**30)
     runner = TorchRunner(rig.config, rig.model.weights, memory)

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from kiln_engine.execution.adapter_store import AdapterStore
+from kiln_engine.execution.adapter_tables import largest_matrix_bytes
+from kiln_engine.execution.adapter_upload import upload_block_bytes
 from kiln_engine.execution.memory_plan import MemoryRequest, NotEnoughMemory, plan_memory
 from kiln_engine.model import KvStore, StateStore
 from kiln_engine.model.page_table import PageTable
@@ -68,6 +70,14 @@ def test_the_plan_counts_the_bytes_that_are_allocated(shape: str, dtype: torch.d
     assert plan.adapter_bytes == adapters.num_bytes
     shape = StoreShape.of(page_tokens=16, max_model_len=512, num_state_slots=plan.num_state_slots)
     assert plan.page_table_bytes == PageTable(shape, CPU).num_bytes
+
+
+def test_kernels_need_room_to_upload_adapters_through():
+    config = tiny_config()
+    with_kernels = dataclasses.replace(REQUEST, has_kernels=True)
+    plans = [plan_memory(config, each, torch.float32, free_bytes=2**34) for each in (REQUEST, with_kernels)]
+    block = upload_block_bytes(largest_matrix_bytes(config, REQUEST.max_adapter_rank))
+    assert plans[1].adapter_bytes - plans[0].adapter_bytes == block
 
 
 def test_pages_take_what_is_left_but_not_more_than_can_be_filled():

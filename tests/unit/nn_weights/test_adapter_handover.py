@@ -29,7 +29,7 @@ class Taking:
 
     def __init__(self, folder: Path) -> None:
         self.taken: list[HandedAdapter] = []
-        self.error: AdapterRefused | None = None
+        self.error: Exception | None = None
         self.inbox = AdapterInbox(folder / "private" / "adapters.sock")
         self.inbox.serve(self._take)
         self.path = str(self.inbox.socket_path)
@@ -72,6 +72,14 @@ def test_a_refusal_travels_back_with_its_code(taking):
         sealed().hand_over(taking.path, "helper", 5)
     taking.error = None
     sealed().hand_over(taking.path, "helper", 5)
+
+
+def test_a_failure_ends_one_handover_and_not_the_inbox(taking):
+    taking.error = RuntimeError("no memory left")
+    with pytest.raises(ShareRefused, match=r"no memory left.*internal"):
+        sealed().hand_over(taking.path, "helper", 5)
+    taking.error = None
+    assert sealed().hand_over(taking.path, "helper", 5)
 
 
 def exchange(path: str, message: dict, fd: int | None) -> dict:

@@ -117,7 +117,7 @@ async def start_engine(settings: EngineSettings, parts: EngineParts) -> RunningE
     limits = RequestLimits(
         parts.info.base_model.vocab_size,
         parts.limits.max_num_tokens,
-        # Its test on a GPU (tests/parity/test_engine_readouts.py) has not passed.
+        # Off until tests/parity/test_engine_readouts.py has passed on a GPU.
         can_read_out=not parts.info.device.startswith("cuda"),
     )
     intake = RequestIntake(loop, adapters, limits, clock, parts.grammars)

@@ -10,9 +10,11 @@ Rules, for kernels that use this:
   store (the memory may still be read by a kernel further back). It returns when the predecessor
   has ended; as that one waited too, everything before has ended as well.
 - Every program waits, also one that finds nothing to do: the next kernel counts on it.
-- Before the wait a kernel reads only what none writes while the engine serves (the weights), or
-  what a copy in the same stream wrote before the launch (an adapter's tables and its rows): copies
-  start no dependents. Or it brings data nearer with `prefetch_to_l2`, which puts nothing into registers.
+- Before the wait a kernel reads only what none writes while the engine serves (the weights), what
+  the host has seen complete before the launch (an adapter's tables), or what a copy in the same
+  stream wrote (its rows): copies start no dependents. Or what was written before a predecessor that
+  starts its dependents only after its own wait (`shows_producers` of the linear layers), past the L1
+  cache. Or it brings data nearer with `prefetch_to_l2`, which puts nothing into registers.
 - A kernel launched the usual way after one that starts its dependents is safe: it waits for its end.
 
 Source: CUDA programming guide, Programmatic Dependent Launch; PTX `griddepcontrol`.

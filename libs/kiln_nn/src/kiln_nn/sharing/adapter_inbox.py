@@ -7,6 +7,7 @@ what was taken or `{"error", "code"}`. Nothing can change between the engine's h
 
 from __future__ import annotations
 
+import logging
 import os
 import selectors
 import socket
@@ -19,6 +20,8 @@ from kiln_nn.errors import ShareRefused
 from kiln_nn.sharing.server import listen, unlink_own
 from kiln_nn.sharing.wire import HANDOVER_TIMEOUT_S, check_peer, peer_uid, receive_message, send_message
 from kiln_nn.weights.host_memory import check_sealed, map_readonly
+
+log = logging.getLogger(__name__)
 
 _MOST_BYTES = 8 << 30
 
@@ -95,6 +98,9 @@ def _answer(connection: socket.socket, take: Callable[[HandedAdapter], str]) -> 
         return {"error": str(error), "code": error.code}
     except AdapterRefused as error:
         return {"error": str(error), "code": error.code}
+    except Exception as error:  # one message must not end the inbox
+        log.exception("an adapter could not be taken")
+        return {"error": f"the adapter could not be taken: {error}", "code": "internal"}
 
 
 def _receive(connection: socket.socket) -> HandedAdapter:

@@ -45,6 +45,11 @@ class _Plan:
     pieces: tuple[_Piece, ...]
 
 
+def upload_block_bytes(largest_matrix_bytes: int) -> int:
+    """Device memory that an uploader takes beside the tables."""
+    return max(_PIECE_BYTES, largest_matrix_bytes)
+
+
 class AdapterUploader:
     """Uploads one adapter at a time into tables on a CUDA device.
 
@@ -56,7 +61,7 @@ class AdapterUploader:
     ) -> None:
         self._places_of = places_of
         self._device = device
-        self._piece_bytes = max(_PIECE_BYTES, largest_matrix_bytes)
+        self._piece_bytes = upload_block_bytes(largest_matrix_bytes)
         self._lock = threading.Lock()
         self._stream = torch.cuda.Stream(device)
         self._block_u8 = torch.empty(self._piece_bytes, dtype=torch.uint8, device=device)

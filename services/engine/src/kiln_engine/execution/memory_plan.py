@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from kiln_common.errors import KilnError
-from kiln_engine.execution.adapter_store import adapter_slot_bytes
+from kiln_engine.execution.adapter_tables import adapter_slot_bytes, largest_matrix_bytes
+from kiln_engine.execution.adapter_upload import upload_block_bytes
 from kiln_engine.model import kv_page_bytes, page_table_bytes, state_slot_bytes
 from kiln_nn.config import ModelConfig
 from kiln_nn.kernels.paged_attention.reference import MOST_GATHERED_TOKENS, MOST_SCORES
@@ -96,6 +97,8 @@ def plan_memory(
     )
     page = kv_page_bytes(config, request.page_tokens, kv_dtype)
     adapters = request.num_adapter_slots * adapter_slot_bytes(config, request.max_adapter_rank, dtype)
+    if request.has_kernels:
+        adapters += upload_block_bytes(largest_matrix_bytes(config, request.max_adapter_rank))
     workspace = _workspace_bytes(config, request, dtype)
     left = free_bytes - adapters - workspace
     num_slots = request.num_state_slots or _affordable_slots(request, slot, left)

@@ -36,6 +36,7 @@ class TorchStep:
         self._drawn: list[tuple[_Rows, PendingDraws]] = []
         self._undrawn: list[tuple[_Rows, Draw]] = []
         self._readouts: list[PendingReadouts] = []
+        self._ended: torch.cuda.Event | None = None
 
     def add(self, rows: _Rows, draw: Draw | None, *, is_late: bool = False) -> None:
         """Add a part, and draw its tokens unless that has to wait for `draw`."""
@@ -50,6 +51,15 @@ class TorchStep:
         """Add what the step's chunks tell."""
         self._readouts.append(readouts)
 
+    def mark_end(self, device: torch.device) -> None:
+        """Let `wait` wait for the device where no result would make it.
+
+        What a step reads may be given away once it has been waited for: pages, slots, adapters.
+        """
+        if device.type == "cuda" and not (self._drawn or self._undrawn or self._readouts):
+            self._ended = torch.cuda.Event(blocking=True)
+            self._ended.record()
+
     @torch.inference_mode()
     def draw(self) -> None:
         """Draw what was left at launch."""
@@ -59,6 +69,8 @@ class TorchStep:
     def wait(self) -> StepResult:
         """One row for each decode row and each chunk with sampling, and what chunks told."""
         assert not self._undrawn
+        if self._ended is not None:
+            self._ended.synchronize()
         rows = [
             RowResult(sequence_id, draw.token_id, draw.logprob, draw.sampled_logprob, draw.top_logprobs)
             for drawn, pending in self._drawn
@@ -175,22 +187,26 @@ class TorchRunner:
         With late rows the pass is on its way and the step's `draw` completes it.
         """
         step = TorchStep(plan.step_id)
+        self._launch(plan, step)
+        step.mark_end(self.device)
+        return step
+
+    def _launch(self, plan: BatchPlan, step: TorchStep) -> None:
         rows_graph = self._graphs.for_rows(plan) if self._graphs and plan.decode_rows else None
         chunks_graph = self._graphs.for_chunks(plan) if self._graphs and plan.prefill_chunks else None
         if self._is_batch_invariant and self.device.type == "cpu":
             for alone in plan.one_by_one():
                 self._launch_kernels(alone, step)
-            return step
+            return
         if (plan.decode_rows and rows_graph is None) or (plan.prefill_chunks and chunks_graph is None):
             self._launch_kernels(plan, step)
-            return step
+            return
         self.model.prepare(plan, has_clean_memory=False)
         graphs = [(rows_graph, _rows_of(plan), plan.has_late_rows), (chunks_graph, _samples_of(plan), False)]
         # The logits of all graphs lie in one place: what is left undrawn must come last.
         for graph, drawn, is_late in sorted(graphs, key=lambda part: part[2]):
             if graph is not None:
                 step.add(drawn, graph.run(plan, [sampling for _, sampling in drawn]), is_late=is_late)
-        return step
 
     def _launch_kernels(self, plan: BatchPlan, step: TorchStep) -> None:
         """The whole pass, kernel by kernel, as a part of the step."""

@@ -21,7 +21,7 @@ def move(sequence: Sequence, change: AdapterChange, page_tokens: int) -> None:
     sequence.moved_to = change.versions
     if not sequence.is_running and sequence.num_outputs == 0:
         sequence.namespace = Namespace(change.uses, sequence.namespace.salt)
-        prompt = sequence.request.prompt_token_ids
+        prompt = sequence.request.prompt_token_ids if sequence.request.uses_prefix_cache else ()
         sequence.page_hashes = hash_pages(sequence.namespace, prompt, page_tokens)
         return
     sequence.num_keepable_tokens = min(sequence.num_keepable_tokens, sequence.num_computed)

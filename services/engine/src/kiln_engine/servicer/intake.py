@@ -161,7 +161,7 @@ class RequestIntake:
         except KilnError as error:
             self._refuse(request.request_id, live.sink, error)
         except Exception as error:  # such as a device without memory: the request must end all the same
-            log.error("adapter_not_brought", request=request.request_id, exc_info=error)
+            log.error("request_not_prepared", request=request.request_id, exc_info=error)
             failure = AdapterUnavailable("the adapter could not be brought to the device")
             self._refuse(request.request_id, live.sink, failure)
 

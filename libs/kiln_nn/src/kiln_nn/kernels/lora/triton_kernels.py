@@ -3,8 +3,9 @@
 The first, shrink, leaves `A x` of every entry as float32 partial sums over pieces of the inputs,
 so that few tokens still occupy much of the GPU; the second, expand, adds the pieces in order,
 multiplies by B and adds to y. With few tokens both are short chains of loads that wait for each
-other, so the chains are kept short and begin before the predecessor has ended: the rows and the
-tables are written by copies long before, and may be read before `wait_for_producers`.
+other, so the chains are kept short and begin before the predecessor has ended: rows come by a copy
+in this stream, tables were complete before a step could name them, and both may be read before
+`wait_for_producers`; so may the sums, where what runs in between shows its producers.
 
 Partial sums lie as [entry, module, block of 16 ranks, token, rank, piece], the pieces of a sum side
 by side in room for a power of two.
@@ -188,8 +189,9 @@ def _update(
     """`B h` of one entry and one block of ranks, after adding up the pieces of h."""
     piece = tl.arange(0, PIECE_ROOM)
     places = h_sums + tl.arange(0, TOKENS * 16)[:, None] * PIECE_ROOM + piece[None, :]
-    # The whole room, in wide loads; nobody wrote what lies behind the pieces.
-    pieces = tl.where((piece < NUM_PIECES)[None, :], tl.load(places), 0.0)
+    # The whole room, in wide loads; nobody wrote what lies behind the pieces. From the L2 cache: before
+    # the wait, the nearer one may still hold what an earlier layer left at these addresses.
+    pieces = tl.where((piece < NUM_PIECES)[None, :], tl.load(places, cache_modifier=".cg"), 0.0)
     h_tile = tl.reshape(tl.sum(pieces, 1), (TOKENS, 16)) * scale[:, None]
     return _product(h_tile.to(b_tile.dtype), b_tile, INTERPRETED)
 
