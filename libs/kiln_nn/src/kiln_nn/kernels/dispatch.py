@@ -1,7 +1,8 @@
 """Which implementation of an operation runs, and what the device offers to it.
 
 Triton kernels serve tensors on the current CUDA device; where gradients are needed, only those kernels
-that bring their own backward pass. Everything else goes to the references. `KILN_KERNELS=reference` in the environment forces the references.
+that bring their own backward pass. Everything else goes to the references.
+`KILN_KERNELS=reference` in the environment forces them.
 """
 
 from __future__ import annotations

@@ -182,7 +182,7 @@ class StepGraphs:
         wanted: list[Callable[[], None]] = []
         for size in reversed(self.prefill_sizes):
             wanted.append(partial(self._capture_prefill, parts, size))
-        for has_adapters in (False, True) if parts.adapters.num_slots else (False,):
+        for has_adapters in (False, True):
             for size in reversed(self.decode_sizes):
                 wanted.append(partial(self._capture_decode, parts, size, has_adapters))
         logged_s = started_s

@@ -179,7 +179,7 @@ class Scheduler:
             self.memory.keep_checkpoints(sequence)
             self.memory.release_read_slot(sequence)
             if chunk.readout is not None:
-                events.append(self._take_readout(sequence, chunk, read_out[chunk.sequence_id]))
+                events.append(self._take_readout(sequence, read_out[chunk.sequence_id]))
             is_next = sequence.is_running and sequence.num_computed == len(sequence.tokens)
             if chunk.sampling is not None and is_next:
                 events.append(self._append(sequence, drawn[chunk.sequence_id]))
@@ -348,7 +348,7 @@ class Scheduler:
         sequence.moved_to = ()
         return with_beginning(event, sequence) if is_first else event
 
-    def _take_readout(self, sequence: Sequence, chunk: PrefillChunk, readout: ReadoutResult) -> SequenceEvent:
+    def _take_readout(self, sequence: Sequence, readout: ReadoutResult) -> SequenceEvent:
         """What a chunk told; the end, where nothing is drawn after the prompt."""
         if not readout.is_finite:
             return self._fail(sequence, NonFiniteLogits(sequence.num_computed))

@@ -10,7 +10,9 @@ Forward keeps for the backward pass, at the 4B shape in bf16, 28 KB a token and 
 each tile of 64 tokens, the corrected values and the inverses.
 
 Error of outputs and gradients against a float64 recurrence under the interpreter: below 2e-6 in
-float32.
+float32. On an H200 the float32 configuration has ended in an illegal access, in `query_grads_kernel`
+as it looks; until tests/kernels/test_triton_delta_train.py has passed on a GPU, nothing but tests
+and benchmarks comes here (`PROVEN_BACKWARD` in dispatch.py).
 """
 
 from __future__ import annotations
