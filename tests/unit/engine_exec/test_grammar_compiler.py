@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from kiln_common.errors import GrammarNotSupported
+from kiln_common.errors import GrammarNotSupported, GrammarTooLarge
 from kiln_common.text.tokenizer import TextTokenizer
-from kiln_engine.domain.errors import GrammarFailed, GrammarsUnavailable, GrammarTooLarge, GrammarTooSlow
+from kiln_engine.domain.errors import GrammarFailed, GrammarsUnavailable, GrammarTooSlow
 from kiln_engine.domain.output_rules import Allowance
 from kiln_engine.domain.plan import RowSampling
 from kiln_engine.domain.request import SamplingParams

@@ -139,6 +139,47 @@ def test_what_a_strict_tool_asks_in_vain_is_named(parameters, reason):
     assert caught.value.code == "grammar_not_supported"
 
 
+def doubling(num_levels, leaf):
+    """A schema that says twice what the next level says."""
+    levels = {
+        f"D{i}": {"anyOf": [{"$ref": f"#/$defs/D{i + 1}"}, {"$ref": f"#/$defs/D{i + 1}"}]}
+        for i in range(num_levels)
+    }
+    defs = {**levels, f"D{num_levels}": {"type": leaf}}
+    return of({"a": {"$ref": "#/$defs/D0"}}, **{"$defs": defs})
+
+
+CIRCLE = {"anyOf": [{"$ref": "#/$defs/A"}, {"$ref": "#/$defs/A"}]}
+NESTED = {"type": "integer"}
+for _ in range(40):
+    NESTED = {"anyOf": [NESTED]}
+
+
+@pytest.mark.parametrize("strict", [None, True])
+@pytest.mark.parametrize(
+    ("parameters", "code", "reason"),
+    [
+        (doubling(30, "string"), "grammar_too_large", "16384 alternatives"),
+        (doubling(30, "integer"), "grammar_too_large", "262144 bytes"),
+        (of({"a": {"type": ["string"] * 20_000}}), "grammar_too_large", "16384 alternatives"),
+        (of({"a": {"$ref": "#/$defs/A"}}, **{"$defs": {"A": CIRCLE}}), "grammar_not_supported", "circle"),
+        (of({"a": NESTED}), "grammar_not_supported", "32 unions"),
+        (of({"a": {"enum": ["x" * 300_000]}}), "grammar_too_large", "262144 bytes"),
+        (of({f"a{i}": {"type": "integer"} for i in range(9000)}), "grammar_too_large", "262144 bytes"),
+    ],
+)
+def test_a_grammar_that_would_grow_without_end_is_refused_while_it_is_built(parameters, code, reason, strict):
+    with pytest.raises(KilnError) as caught:
+        chat_grammar(body(parameters, strict=strict), TOKENIZER)
+    assert (caught.value.code, caught.value.param) == (code, "tools")
+    assert reason in str(caught.value)
+
+
+def test_few_levels_of_alternatives_are_enforced():
+    assert accepts(body(doubling(3, "integer")), call(a="3"))
+    assert not accepts(body(doubling(3, "integer")), call(a="x"))
+
+
 def test_text_of_a_schema_or_calls():
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "additionalProperties": False}
     wanted = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}

@@ -134,6 +134,12 @@ class GrammarNotSupported(InvalidRequest):
         super().__init__(f"the grammar cannot be enforced: {reason}", param=param)
 
 
+class GrammarTooLarge(InvalidRequest):
+    code = "grammar_too_large"
+    param = "grammar"
+    hint = "Send a smaller schema or grammar: fewer properties, fewer alternatives."
+
+
 class DuplicateRequestId(KilnError):
     """A request of this id is running."""
 

@@ -72,12 +72,6 @@ class SessionOverflow(Overloaded):
     hint = "Read the stream without pause, or open fewer requests on it."
 
 
-class GrammarTooLarge(InvalidRequest):
-    code = "grammar_too_large"
-    param = "grammar"
-    hint = "Send a smaller schema or grammar: fewer properties, fewer alternatives."
-
-
 class GrammarTooSlow(InvalidRequest):
     code = "grammar_too_slow"
     param = "grammar"

@@ -14,12 +14,11 @@ from typing import Any
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from llguidance.gbnf_to_lark import any_to_lark
 
-from kiln_common.errors import GrammarNotSupported
-from kiln_common.json_grammar import JSON_WHITE_SPACE
-from kiln_engine.domain.errors import GrammarsUnavailable, GrammarTooLarge, GrammarTooSlow
+from kiln_common.errors import GrammarNotSupported, GrammarTooLarge
+from kiln_common.json_grammar import JSON_WHITE_SPACE, MOST_GRAMMAR_BYTES
+from kiln_engine.domain.errors import GrammarsUnavailable, GrammarTooSlow
 from kiln_engine.grammar.matching import TokenMatcher, reason_of
 
-_MOST_BYTES = 256 * 1024
 # Each may follow each, so the work of a step grows with their number.
 _MOST_PROPERTIES = 1000
 _NUM_REMEMBERED = 64
@@ -67,8 +66,8 @@ class ThreadedCompiler:
 
     async def compile(self, language: str, text: str) -> CompiledGrammar:
         """See the port. Grammars that fail are not remembered."""
-        if len(text.encode()) > _MOST_BYTES:
-            raise GrammarTooLarge(f"the grammar has more than {_MOST_BYTES} bytes")
+        if len(text.encode()) > MOST_GRAMMAR_BYTES:
+            raise GrammarTooLarge(f"the grammar has more than {MOST_GRAMMAR_BYTES} bytes")
         await self._wait_for_tokenizer()
         key = sha256(f"{language}:{text}".encode()).digest()
         known = self._known.get(key)

@@ -68,15 +68,16 @@ def chat_grammar(body: ChatCompletionBody, tokenizer: TextTokenizer) -> WantedGr
     Raises:
         InvalidValue: fields contradict each other, or tool_choice names no tool.
         GrammarNotSupported: a strict tool's schema cannot be enforced.
+        GrammarTooLarge: the tools' schemas have too many alternatives, or their grammar too many bytes.
     """
     text = text_grammar(body.structured_outputs, body.response_format)
     tools, is_parallel = body.active_tools, body.parallel_tool_calls is not False
     if body.tool_choice == "required" or isinstance(body.tool_choice, dict):
-        rules = LarkRules()
+        rules = LarkRules("tools")
         calls = calls_body(rules, chosen_tools(body), tokenizer, is_parallel=is_parallel)
         return WantedGrammar(engine_pb2.Grammar(lark=rules.text(calls)), "tool_choice")
     if text is not None and tools:
-        rules = LarkRules()
+        rules = LarkRules(text.field)
         either = [_text_body(rules, text), calls_body(rules, tools, tokenizer, is_parallel=is_parallel)]
         return WantedGrammar(engine_pb2.Grammar(lark=rules.text(" | ".join(either))), text.field)
     if text is None and any(tool.function.strict for tool in tools):
@@ -184,7 +185,7 @@ def _text_body(rules: LarkRules, text: WantedGrammar) -> str:
 
 def _triggered_calls(tools: Sequence[Tool], tokenizer: TextTokenizer) -> WantedGrammar:
     """Free text in which every call is under the grammar."""
-    rules = LarkRules()
+    rules = LarkRules("tools")
     lark = rules.text(rest_of_call(rules, tools, tokenizer))
     opening = tokenizer.id_of(Mark.CALL_OPEN.value)
     return WantedGrammar(engine_pb2.Grammar(lark=lark, trigger_token_id=opening), "tools")

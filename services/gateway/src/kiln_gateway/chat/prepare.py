@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -38,7 +39,7 @@ async def prepare_chat(
     body.refuse_unsupported()
     target = await resolve_target(gateway, body)
     tools = body.active_tools
-    grammar = chat_grammar(body, gateway.tokenizer)
+    grammar = await _chat_grammar(gateway, body)
     prompt = await chat_prompt(gateway, body)
     rules = TextRules(
         splits_reasoning=True,
@@ -66,6 +67,13 @@ async def prepare_chat(
     )
 
 
+async def _chat_grammar(gateway: Gateway, body: ChatCompletionBody) -> WantedGrammar | None:
+    """`chat_grammar` on a thread: a schema may be large. Raises as it does."""
+    if not (body.tools or body.tool_choice or body.response_format or body.structured_outputs):
+        return None
+    return await asyncio.to_thread(chat_grammar, body, gateway.tokenizer)
+
+
 async def chat_prompt(gateway: Gateway, body: ChatCompletionBody) -> Prompt:
     """The conversation as the model reads it. Raises TemplateRefused, InvalidText, InvalidValue."""
     base_model = await gateway.engines.base_model()
@@ -91,7 +99,7 @@ async def prepare_text(gateway: Gateway, body: TextCompletionBody, caller: Calle
         completion_id=new_id("cmpl"),
         prompts=prompts,
         rules=TextRules(stop_strings=body.stop),
-        grammar=text_grammar(body.structured_outputs),
+        grammar=await asyncio.to_thread(text_grammar, body.structured_outputs),
         thinking=None,
         target=target,
         max_tokens=body.max_tokens,

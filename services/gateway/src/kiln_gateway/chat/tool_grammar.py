@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from kiln_common.errors import GrammarNotSupported
@@ -26,7 +26,8 @@ _PLAIN_KEYWORDS = frozenset(
     {"type", "properties", "required", "additionalProperties", "title", "description", "$defs"}
     | {"definitions", "$schema", "$id", "$comment", "default", "examples"}
 )
-_MOST_REFERENCES = 32
+# Unions that may lie in each other, and references that may lead to references.
+_MOST_NESTED = 32
 
 Schema = Mapping[str, Any]
 
@@ -38,6 +39,7 @@ def calls_body(
 
     Raises:
         GrammarNotSupported: a strict tool's schema cannot be enforced, or a name cannot be written.
+        GrammarTooLarge: the schemas have too many alternatives, or the grammar too many bytes.
     """
     call = rules.add(f"{_mark(Mark.CALL_OPEN, tokenizer)} {rest_of_call(rules, tools, tokenizer)}")
     return f"{call} ({literal(chr(10))} {call})*" if is_parallel else call
@@ -90,7 +92,7 @@ class _Arguments:
 
     def _value(self, schema: Any) -> str:
         """A value of the schema and the closing tag behind it."""
-        alternatives = self._alternatives(schema if isinstance(schema, dict) else {})
+        alternatives = self._alternatives(schema if isinstance(schema, dict) else {}, ())
         bodies = [self._one_value(alternative) for alternative in alternatives]
         # Any text includes whatever else there may be.
         return one_of(
@@ -101,7 +103,7 @@ class _Arguments:
         """A value without alternatives; None where any text will do."""
         if "enum" in schema or "const" in schema:
             values = schema["enum"] if isinstance(schema.get("enum"), list) else [schema.get("const")]
-            return one_of([literal(_written(value) + _VALUE_END) for value in values])
+            return self._rules.add(one_of([literal(_written(value) + _VALUE_END) for value in values]))
         kind = schema.get("type")
         if kind == "string":
             return self._bounded_text(schema) if self._is_strict else None
@@ -114,20 +116,29 @@ class _Arguments:
             f"{self._rules.add(json_value({**definitions, **schema}, self._options))} {literal(_VALUE_END)}"
         )
 
-    def _alternatives(self, schema: Schema, depth: int = 0) -> list[Schema]:
-        """The schema's unions and lists of types taken apart."""
+    def _alternatives(self, schema: Any, around: tuple[Schema, ...]) -> Iterator[Schema]:
+        """The schema's unions and lists of types taken apart; `around` are the unions it lies in."""
+        self._rules.count_alternative()
         schema = self._resolve(schema)
-        parts = _parts(schema)
-        if parts and depth < _MOST_REFERENCES:
-            return [found for part in parts for found in self._alternatives(part, depth + 1)]
+        if any(schema is union for union in around):
+            raise self._refuse("alternatives that lead in a circle")
+        if parts := _parts(schema):
+            if len(around) == _MOST_NESTED:
+                raise self._refuse(f"more than {_MOST_NESTED} unions in each other")
+            for part in parts:
+                yield from self._alternatives(part, (*around, schema))
+            return
         kinds = schema.get("type")
         if isinstance(kinds, list) and kinds and "enum" not in schema and "const" not in schema:
-            return [{**schema, "type": kind} for kind in kinds]
-        return [schema]
+            for kind in kinds:
+                self._rules.count_alternative()
+                yield {**schema, "type": kind}
+        else:
+            yield schema
 
     def _resolve(self, schema: Any) -> Schema:
         """Follow references into the tool's own parameters."""
-        for _ in range(_MOST_REFERENCES):
+        for _ in range(_MOST_NESTED):
             if not isinstance(schema, dict):
                 return {}
             reference = schema.get("$ref")
@@ -164,7 +175,7 @@ class _Arguments:
         """The pattern as one of the whole text: JSON Schema's may match anywhere in it."""
         start, end = pattern.startswith("^"), bool(re.search(r"(?<!\\)(\\\\)*\$$", pattern))
         body = pattern[start : len(pattern) - end]
-        if (start or end) and "|" in re.sub(r"\\.|\[[^\]]*\]|\([^()]*\)", "", body):
+        if (start or end) and "|" in re.sub(r"\\.|\[[^\]]*\]?|\([^()]*\)", "", body):
             raise self._refuse(f"alternatives between anchors in the pattern {pattern!r}")
         return f"{'' if start else '(?s:.*)'}(?:{body}){'' if end else '(?s:.*)'}"
 
