@@ -44,3 +44,31 @@ async def test_grammars_of_tools_are_built_on_a_thread_and_bounded(rig, monkeypa
     assert (await rig.chat()).status_code == 200
     assert len(names) == 1
     assert names[0] != threading.main_thread().name
+
+
+@pytest.mark.parametrize(
+    ("fields", "num_tokens", "num_per_token", "param"),
+    [
+        ({"prompt": [[5] * 50] * 2, "prompt_logprobs": 9}, 100, 10, "prompt_logprobs"),
+        (
+            {"prompt": [5] * 50, "n": 2, "prompt_logprobs": 0, "logprobs": 9, "echo": True},
+            100,
+            10,
+            "prompt_logprobs",
+        ),
+        ({"prompt": [5] * 50, "n": 2, "logprobs": 9, "echo": True}, 100, 10, "echo"),
+        ({"prompt": [5] * 100, "max_tokens": 0, "echo": True}, 100, 1, "echo"),
+    ],
+)
+async def test_what_is_told_of_prompts_is_bounded(tmp_path, fields, num_tokens, num_per_token, param):
+    number = num_tokens * num_per_token
+    async with gateway_rig(tmp_path, max_prompt_logprobs=number - 1) as rig:
+        response = await rig.post("/v1/completions", fields)
+        error = response.json()["error"]
+        assert (response.status_code, error["code"]) == (400, "too_many_prompt_logprobs")
+        assert error["param"] == param
+        for stated in (num_tokens, num_per_token, number, number - 1):
+            assert str(stated) in error["message"]
+        assert rig.engine.requests == []
+    async with gateway_rig(tmp_path, max_prompt_logprobs=number) as rig:
+        assert (await rig.post("/v1/completions", fields)).status_code == 200

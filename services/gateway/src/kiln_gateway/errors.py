@@ -47,6 +47,23 @@ class FieldNotBuiltYet(NotBuiltYet):
         super().__init__(f"`{field}` is part of the contract but not built yet", param=field, hint=hint)
 
 
+class TooManyPromptLogprobs(InvalidRequest):
+    """The answer would tell more of the prompts than the gateway holds for one request."""
+
+    code = "too_many_prompt_logprobs"
+    hint = (
+        "Send fewer or shorter prompts, a smaller n or fewer alternatives, "
+        "or raise KILN_GATEWAY_MAX_PROMPT_LOGPROBS."
+    )
+
+    def __init__(self, num_tokens: int, num_per_token: int, limit: int, *, param: str) -> None:
+        super().__init__(
+            f"{num_tokens} prompt tokens, counted once a choice, with {num_per_token} log-probabilities each "
+            f"are {num_tokens * num_per_token}, the limit is {limit}",
+            param=param,
+        )
+
+
 class ModelNotFound(KilnError):
     code = "model_not_found"
     kind = ErrorKind.NOT_FOUND

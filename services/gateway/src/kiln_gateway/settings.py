@@ -65,8 +65,12 @@ class GatewaySettings(BaseSettings):
     max_upload_bytes: PositiveInt = Field(2 * 1024**3, description="largest adapter upload, unpacked too")
     request_timeout_s: PositiveFloat = Field(600.0, description="longest a completion may take")
     max_choices: PositiveInt = Field(128, description="most choices of one request (prompts times n)")
-
     max_batch_choices: PositiveInt = Field(4096, description="most answers of one batch (prompts times n)")
+    max_prompt_logprobs: PositiveInt = Field(
+        2**19,
+        description="most log-probabilities of prompt tokens in one request: tokens of the prompts, times n, "
+        "times one and the alternatives; each takes about 500 bytes",
+    )
 
     api_keys: tuple[ApiKey, ...] = Field((), description='JSON: [{"key": "…", "scopes": ["infer", "train"]}]')
     allowed_hosts: CommaSeparated = Field(

@@ -22,7 +22,7 @@ from kiln_gateway.chat.output_rules import (
 )
 from kiln_gateway.chat.prompt import Prompt, check_token_ids
 from kiln_gateway.chat.sampling import sampling_params, seed_of_choice
-from kiln_gateway.errors import UnsupportedField
+from kiln_gateway.errors import TooManyPromptLogprobs, UnsupportedField
 from kiln_gateway.gateway import Gateway
 from kiln_gateway.model_resolver import Target, WantedAdapter
 from kiln_gateway.rollouts import match_key
@@ -92,6 +92,7 @@ async def prepare_text(gateway: Gateway, body: TextCompletionBody, caller: Calle
     body.refuse_unsupported()
     target = await resolve_target(gateway, body)
     prompts = [Prompt(token_ids) for token_ids in await prompt_tokens(gateway, body.prompt, "prompt")]
+    _check_prompt_logprobs(body, prompts, gateway.settings.max_prompt_logprobs)
     return await _run(
         gateway,
         body,
@@ -107,6 +108,17 @@ async def prepare_text(gateway: Gateway, body: TextCompletionBody, caller: Calle
         num_prompt_logprobs=body.num_prompt_logprobs,
         key_of=None,
     )
+
+
+def _check_prompt_logprobs(body: TextCompletionBody, prompts: Sequence[Prompt], limit: int) -> None:
+    """Raises TooManyPromptLogprobs. Every choice has its prompt's own."""
+    if body.num_prompt_logprobs is None:
+        return
+    num_tokens = sum(len(prompt.token_ids) for prompt in prompts) * body.num_choices
+    num_per_token = 1 + body.num_prompt_logprobs
+    if num_tokens * num_per_token > limit:
+        asked_by = "echo" if body.prompt_logprobs is None else "prompt_logprobs"
+        raise TooManyPromptLogprobs(num_tokens, num_per_token, limit, param=asked_by)
 
 
 async def prompt_tokens(gateway: Gateway, prompts: Sequence[str | list[int]], param: str) -> list[list[int]]:
