@@ -154,6 +154,7 @@ BODIES = [
     (OPD, {**DISTIL, "teacher": 5}, 400, "invalid_value", "teacher"),
     (OPD, without(DISTIL, "prompts"), 400, "missing_field", "prompts"),
     (OPD, {**DISTIL, "prompts": []}, 400, "invalid_value", "prompts"),
+    (OPD, {**DISTIL, "prompts": ["p"] * 4097}, 400, "invalid_value", "prompts"),
     (OPD, {**DISTIL, "prompts": ["p", ""]}, 400, "empty_prompt", "prompts[1].prompt"),
     (OPD, {**DISTIL, "prompts": [[]]}, 400, "empty_messages", "prompts[0].messages"),
     (OPD, {**DISTIL, "prompts": [{"prompt": "p", "messages": [USER]}]}, 400, "conflicting_fields", "prompts[0]"),

@@ -5,6 +5,7 @@ import threading
 import pytest
 
 from kiln_gateway.chat import prepare
+from kiln_gateway.chat.prompt import PromptRenderer
 from tests.support.gateway import gateway_rig
 
 USER = {"role": "user", "content": "Hi"}
@@ -72,3 +73,19 @@ async def test_what_is_told_of_prompts_is_bounded(tmp_path, fields, num_tokens, 
         assert rig.engine.requests == []
     async with gateway_rig(tmp_path, max_prompt_logprobs=number) as rig:
         assert (await rig.post("/v1/completions", fields)).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("/v1/train/opd", {"adapter": "pupil", "teacher": "base", "prompts": ["Hi", [USER]]}),
+        ("/v1/completions/batch", {"model": "base", "prompts": [[USER]] * 2}),
+        ("/v1/completions/batch", {"adapter": None, "prompts": [[USER]] * 2}),
+    ],
+)
+async def test_lists_of_short_prompts_are_rendered_on_a_thread(rig, monkeypatch, path, fields):
+    names = names_of_threads(monkeypatch, PromptRenderer, "render_chat")
+    response = await rig.post(path, fields)
+    assert response.status_code in (200, 202), response.text
+    assert len(names) == 2
+    assert threading.main_thread().name not in names

@@ -33,14 +33,22 @@ from kiln_gateway.schemas.sampling import CompletionFields
 
 
 async def prepare_chat(
-    gateway: Gateway, body: ChatCompletionBody, caller: Caller, *, id_prefix: str = "chatcmpl"
+    gateway: Gateway,
+    body: ChatCompletionBody,
+    caller: Caller,
+    *,
+    id_prefix: str = "chatcmpl",
+    is_one_of_many: bool = False,
 ) -> CompletionRun:
-    """Everything that can be wrong with a chat request is found here, before a token is computed."""
+    """Everything that can be wrong with a chat request is found here, before a token is computed.
+
+    Where it `is_one_of_many` to be prepared, others get their turn in between.
+    """
     body.refuse_unsupported()
     target = await resolve_target(gateway, body)
     tools = body.active_tools
     grammar = await _chat_grammar(gateway, body)
-    prompt = await chat_prompt(gateway, body)
+    prompt = await chat_prompt(gateway, body, is_one_of_many=is_one_of_many)
     rules = TextRules(
         splits_reasoning=True,
         starts_in_reasoning=prompt.starts_in_reasoning,
@@ -74,7 +82,7 @@ async def _chat_grammar(gateway: Gateway, body: ChatCompletionBody) -> WantedGra
     return await asyncio.to_thread(chat_grammar, body, gateway.tokenizer)
 
 
-async def chat_prompt(gateway: Gateway, body: ChatCompletionBody) -> Prompt:
+async def chat_prompt(gateway: Gateway, body: ChatCompletionBody, *, is_one_of_many: bool = False) -> Prompt:
     """The conversation as the model reads it. Raises TemplateRefused, InvalidText, InvalidValue."""
     base_model = await gateway.engines.base_model()
     return await gateway.prompts.chat(
@@ -84,6 +92,7 @@ async def chat_prompt(gateway: Gateway, body: ChatCompletionBody) -> Prompt:
             body.chat_template_kwargs, reasoning_effort=body.reasoning_effort
         ),
         most_tokens=base_model.max_model_len - 1,
+        is_one_of_many=is_one_of_many,
     )
 
 

@@ -78,17 +78,19 @@ class PromptRenderer:
         tools: Sequence[dict[str, Any]] | None,
         variables: Mapping[str, Any],
         most_tokens: int,
+        is_one_of_many: bool = False,
     ) -> Prompt:
-        """The prompt of a chat request. Raises TemplateRefused, InvalidText.
+        """The prompt of a chat request, where it `is_one_of_many` always on a thread.
 
-        PromptTooLong where it has far more than `most_tokens`; closer to it the caller has to look.
+        Raises TemplateRefused, InvalidText, and PromptTooLong where it has far more than `most_tokens`;
+        closer to it the caller has to look.
         """
         num_characters = sum(len(str(message.get("content"))) for message in messages)
         render = partial(
             self.render_chat, messages, tools=tools, variables=variables, most_tokens=most_tokens
         )
         is_short = num_characters < _THREAD_FROM_CHARACTERS and len(messages) < _THREAD_FROM_MESSAGES
-        return render() if is_short else await asyncio.to_thread(render)
+        return render() if is_short and not is_one_of_many else await asyncio.to_thread(render)
 
     async def encode(self, texts: Sequence[str], most_tokens: int, param: str) -> list[list[int]]:
         """The tokens of each text. Raises InvalidText, and PromptTooLong as `chat` does."""

@@ -50,7 +50,7 @@ async def _prepare(gateway: Gateway, body: BatchBody, caller: Caller) -> list[Co
     runs = []
     for index in range(len(body.prompts)):
         try:
-            runs.append(await prepare_chat(gateway, body.chat_body(index), caller))
+            runs.append(await prepare_chat(gateway, body.chat_body(index), caller, is_one_of_many=True))
         except KilnError as error:
             if error.param in BatchPrompt.model_fields:
                 error.param = f"prompts[{index}].{error.param}"

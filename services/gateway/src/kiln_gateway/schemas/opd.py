@@ -107,8 +107,8 @@ class OpdBody(JobFields):
     teacher: Reference | dict[str, Any] = Field(
         description='"base", or an adapter; another engine\'s model is not built yet'
     )
-    prompts: Annotated[list[OpdPrompt], Field(min_length=1)] | None = Field(
-        None, description="the job samples them as it goes"
+    prompts: Annotated[list[OpdPrompt], Field(min_length=1, max_length=4096)] | None = Field(
+        None, description="the job samples them as it goes; at most 4,096"
     )
     groups: Annotated[list[OpdGroupFields], Field(min_length=1)] | None = Field(
         None, description="completions that are there already"

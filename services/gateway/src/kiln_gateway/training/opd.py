@@ -14,7 +14,7 @@ from kiln_gateway.chat.sampling import stop_ids
 from kiln_gateway.gateway import Gateway
 from kiln_gateway.rollouts import Rollout
 from kiln_gateway.schemas.chat import ChatMessage, Tool
-from kiln_gateway.schemas.opd import OpdBody, OpdGroupFields
+from kiln_gateway.schemas.opd import OpdBody, OpdGroupFields, OpdPromptFields
 from kiln_gateway.schemas.training import GivenRollout
 from kiln_gateway.training.documents import DocumentBuilder
 from kiln_gateway.training.kept_rollouts import KeptRollouts
@@ -59,19 +59,21 @@ class OpdSpecBuilder:
         return f"{found.name}@{found.version}"
 
     async def _prompts(self) -> list[trainer_pb2.OpdPrompt]:
-        settings, prompts = self._body.rollout, []
+        settings = self._body.rollout
         variables = self._gateway.prompts.variables(
             settings.chat_template_kwargs, reasoning_effort=settings.reasoning_effort
         )
-        for wanted in self._body.prompts or ():
-            prompt = await self._gateway.prompts.chat(
+
+        def render(wanted: OpdPromptFields) -> trainer_pb2.OpdPrompt:
+            prompt = self._gateway.prompts.render_chat(
                 _messages(wanted.prompt, wanted.messages),
                 tools=_tools(wanted.tools),
                 variables=variables,
                 most_tokens=self._base_model.max_model_len - 1,
             )
-            prompts.append(trainer_pb2.OpdPrompt(token_ids=prompt.token_ids))
-        return prompts
+            return trainer_pb2.OpdPrompt(token_ids=prompt.token_ids)
+
+        return await asyncio.to_thread(lambda: [render(wanted) for wanted in self._body.prompts or ()])
 
     def _sampling(self) -> engine_pb2.SamplingParams:
         settings = self._body.rollout
