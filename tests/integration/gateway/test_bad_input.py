@@ -110,6 +110,7 @@ BODIES = [
     (BATCH, {"prompts": [[]]}, 400, "empty_messages", "prompts[0].messages"),
     (BATCH, {"prompts": [[USER]], "n": 5000}, 400, "invalid_value", "prompts"),
     (BATCH, {"prompts": [[USER], {"messages": [USER], "adapter": "nobody"}]}, 404, "adapter_not_found", "prompts[1].adapter"),
+    (BATCH, {"prompts": [[USER]], "adapter": "nobody"}, 404, "adapter_not_found", "adapter"),
     (BATCH, {"prompts": [[USER], [{"role": "user", "content": "x" * 2000}]]}, 400, "prompt_too_long", "prompts[1].messages"),
     (BATCH, {"prompts": [[USER]], "messages": []}, 400, "unknown_field", "messages"),
     ("/v1/detokenize", {"tokens": [10**6]}, 400, "invalid_token_ids", "tokens"),

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from kiln_common.errors import GrammarNotSupported
 from tests.support.gateway import gateway_rig
 
 TOOL = {
@@ -200,3 +201,13 @@ async def test_keys_are_taken_from_x_api_key(tmp_path):
         assert (response.status_code, response.json()["error"]["type"]) == (401, "authentication_error")
         response = await rig.post("/v1/messages", body, headers={"x-api-key": key["key"]})
         assert response.status_code == 200
+
+
+async def test_what_the_engine_refuses_is_named_in_this_apis_words(rig):
+    wanted = {"type": "json_schema", "schema": {"type": "object"}}
+    for streams in (False, True):
+        rig.engine.fail_after, rig.engine.failure = 0, GrammarNotSupported("no such keyword")
+        response = await send(rig, output_config={"format": wanted}, stream=streams)
+        error = response.json()["error"]
+        assert (response.status_code, error["code"]) == (400, "grammar_not_supported")
+        assert error["param"] == "output_config.format"

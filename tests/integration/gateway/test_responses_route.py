@@ -5,6 +5,7 @@ import json
 import pytest
 import redis.asyncio
 
+from kiln_common.errors import GrammarNotSupported
 from tests.support.gateway import gateway_rig
 from tests.support.redis_server import private_redis
 
@@ -200,3 +201,13 @@ async def test_what_responses_cannot_do_is_refused_by_name(rig):
         assert error["hint"], error
     assert (await send(rig, previous_response_id="resp_x")).json()["error"]["code"] == "queue_unavailable"
     assert rig.engine.requests == []
+
+
+async def test_what_the_engine_refuses_is_named_in_this_apis_words(rig):
+    wanted = {"type": "json_schema", "name": "x", "schema": {"type": "object"}}
+    for streams in (False, True):
+        rig.engine.fail_after, rig.engine.failure = 0, GrammarNotSupported("no such keyword")
+        response = await send(rig, text={"format": wanted}, stream=streams)
+        error = response.json()["error"]
+        assert (response.status_code, error["code"]) == (400, "grammar_not_supported")
+        assert error["param"] == "text.format"

@@ -18,7 +18,7 @@ from kiln_gateway.chat.prepare import prepare_chat
 from kiln_gateway.chat.responses import ChatAnswer
 from kiln_gateway.gateway import Gateway, gateway_of
 from kiln_gateway.json_response import json_response
-from kiln_gateway.schemas.batch import BatchBody, BatchPrompt
+from kiln_gateway.schemas.batch import BatchBody
 from kiln_gateway.together import together
 
 router = APIRouter()
@@ -52,7 +52,7 @@ async def _prepare(gateway: Gateway, body: BatchBody, caller: Caller) -> list[Co
         try:
             runs.append(await prepare_chat(gateway, body.chat_body(index), caller, is_one_of_many=True))
         except KilnError as error:
-            if error.param in BatchPrompt.model_fields:
+            if error.param in body.prompts[index].model_fields_set:
                 error.param = f"prompts[{index}].{error.param}"
             raise
     return runs

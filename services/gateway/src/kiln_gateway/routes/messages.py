@@ -51,12 +51,12 @@ async def count_tokens(request: Request) -> Response:
 
 
 async def _collect(gateway: Gateway, run: CompletionRun, answer: MessageAnswer) -> None:
-    async for _, delta in run.deltas(gateway.engines, gateway.rollouts, gateway.metrics):
-        for _event in answer.push(delta):
-            pass
+    async for _ in _events(gateway, run, answer):
+        pass
 
 
 async def _events(gateway: Gateway, run: CompletionRun, answer: MessageAnswer) -> AsyncGenerator[bytes]:
-    async for _, delta in run.deltas(gateway.engines, gateway.rollouts, gateway.metrics):
-        for event in answer.push(delta):
-            yield sse.frame(event, event=event["type"])
+    with complaints_about(SOURCES):
+        async for _, delta in run.deltas(gateway.engines, gateway.rollouts, gateway.metrics):
+            for event in answer.push(delta):
+                yield sse.frame(event, event=event["type"])

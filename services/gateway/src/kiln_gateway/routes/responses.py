@@ -69,9 +69,10 @@ async def _collect(
 async def _events(
     gateway: Gateway, run: CompletionRun, answer: ResponseAnswer, conversation: Messages | None
 ) -> AsyncGenerator[bytes]:
-    async for _, delta in run.deltas(gateway.engines, gateway.rollouts, gateway.metrics):
-        for event in answer.push(delta):
-            yield sse.frame(event, event=event["type"])
+    with complaints_about(SOURCES):
+        async for _, delta in run.deltas(gateway.engines, gateway.rollouts, gateway.metrics):
+            for event in answer.push(delta):
+                yield sse.frame(event, event=event["type"])
     if conversation is not None:
         kept = KeptResponse(run.owner, [*conversation, answer.message()], answer.whole())
         await gateway.responses.save(run.completion_id, kept)
