@@ -211,3 +211,13 @@ async def test_what_the_engine_refuses_is_named_in_this_apis_words(rig):
         error = response.json()["error"]
         assert (response.status_code, error["code"]) == (400, "grammar_not_supported")
         assert error["param"] == "output_config.format"
+
+
+async def test_an_answer_begun_by_the_caller_is_refused_by_name(rig):
+    body = {"model": "base", "messages": [USER, {"role": "assistant", "content": "Dear"}]}
+    for path, fields in (("/v1/messages", {"max_tokens": 8}), ("/v1/messages/count_tokens", {})):
+        response = await rig.post(path, {**body, **fields})
+        error = response.json()["error"]
+        assert (response.status_code, error["code"], error["param"]) == (501, "not_implemented", "messages")
+        assert error["hint"]
+    assert rig.engine.requests == []

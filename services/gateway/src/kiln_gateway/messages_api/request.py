@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from kiln_common.errors import NotBuiltYet
 from kiln_gateway.chat.translated import chat_body
 from kiln_gateway.errors import UnsupportedField
 from kiln_gateway.schemas.chat import ChatCompletionBody
@@ -37,7 +38,13 @@ _TOOL_CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 
 
 def to_chat(body: CountTokensBody) -> ChatCompletionBody:
-    """The same request in chat's words. Raises UnsupportedField, InvalidField."""
+    """The same request in chat's words. Raises UnsupportedField, InvalidField, NotBuiltYet."""
+    if body.messages[-1].role == "assistant":
+        raise NotBuiltYet(
+            "`messages` ends with an assistant's message; to go on from one is not built yet",
+            param="messages",
+            hint="End with a user's message; a form of answer is better asked for by output_config.format.",
+        )
     fields: dict[str, Any] = {
         "model": body.model,
         "messages": list(_messages(body)),

@@ -118,7 +118,9 @@ class CountTokensBody(Body):
     """What decides how many tokens a prompt has."""
 
     model: Reference | None = Field(None, description="base model id, adapter name or name@version")
-    messages: Annotated[list[InputMessage], BeforeValidator(_refuse_empty)]
+    messages: Annotated[list[InputMessage], BeforeValidator(_refuse_empty)] = Field(
+        description="the last one is not the assistant's: to go on from one is not built yet"
+    )
     system: Texts | None = None
     tools: Annotated[list[InputTool], Field(max_length=128)] | None = None
     tool_choice: InputToolChoice | None = None
