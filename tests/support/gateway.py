@@ -68,7 +68,7 @@ class FakeEngine:
     """Says what its script says, one token a step, then the turn's end mark.
 
     `logprob_of` gives each token's log-probability from its position. `pause_after` tokens it waits
-    for `go_on`; `fail_after` tokens it raises `failure`. `moves` are adapters that take over at a token.
+    for `go_on`; `fail_after` tokens it raises `failure`, `abort_after` tokens it gives the sequence up. `moves` are adapters that take over at a token.
     """
 
     def __init__(self, tokenizer: TextTokenizer, *, max_model_len: int = 512) -> None:
@@ -82,6 +82,7 @@ class FakeEngine:
         self.go_on = asyncio.Event()
         self.paused = asyncio.Event()
         self.fail_after: int | None = None
+        self.abort_after: int | None = None
         self.failure: KilnError = EngineUnavailable("the engine went away")
         self.is_up = True
         self.is_closed = asyncio.Event()
@@ -156,7 +157,9 @@ class FakeEngine:
             if position == 0:
                 output.num_cached_tokens = len(request.prompt_token_ids) // 2
                 output.seed = request.sampling.seed if request.sampling.HasField("seed") else 1234
-            if token_id in stops:
+            if position == self.abort_after:
+                output.finish_reason = engine_pb2.FINISH_REASON_ABORT
+            elif token_id in stops:
                 output.finish_reason = engine_pb2.FINISH_REASON_STOP
             elif position + 1 >= min(request.sampling.max_tokens, len(token_ids)):
                 output.finish_reason = engine_pb2.FINISH_REASON_LENGTH

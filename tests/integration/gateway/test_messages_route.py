@@ -221,3 +221,12 @@ async def test_an_answer_begun_by_the_caller_is_refused_by_name(rig):
         assert (response.status_code, error["code"], error["param"]) == (501, "not_implemented", "messages")
         assert error["hint"]
     assert rig.engine.requests == []
+
+
+async def test_an_answer_that_the_engine_gave_up_is_an_error(rig):
+    rig.engine.abort_after = 2
+    response = await send(rig)
+    assert (response.status_code, response.json()["error"]["code"]) == (503, "answer_aborted")
+    events = await stream(rig)
+    assert (events[-1][0], events[-1][1]["error"]["code"]) == ("error", "answer_aborted")
+    assert "message_stop" not in [name for name, _ in events]

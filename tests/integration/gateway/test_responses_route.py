@@ -211,3 +211,16 @@ async def test_what_the_engine_refuses_is_named_in_this_apis_words(rig):
         error = response.json()["error"]
         assert (response.status_code, error["code"]) == (400, "grammar_not_supported")
         assert error["param"] == "text.format"
+
+
+async def test_an_answer_that_the_engine_gave_up_is_an_error_and_not_kept(keeping_rig):
+    keeping_rig.engine.abort_after = 2
+    response = await send(keeping_rig)
+    assert (response.status_code, response.json()["error"]["code"]) == (503, "answer_aborted")
+    response = await send(keeping_rig, stream=True)
+    events = [json.loads(line[6:]) for line in response.text.splitlines() if line.startswith("data: ")]
+    assert events[-1]["error"]["code"] == "answer_aborted"
+    begun = events[0]["response"]["id"]
+    assert (await keeping_rig.http.get(f"/v1/responses/{begun}")).status_code == 404
+    chat = (await keeping_rig.chat()).json()
+    assert chat["choices"][0]["finish_reason"] == "abort"

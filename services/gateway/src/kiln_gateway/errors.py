@@ -82,6 +82,16 @@ class GatewayStopping(Unavailable):
     hint = "Send the request again in a moment; a stream of job events resumes with Last-Event-ID."
 
 
+class AnswerAborted(Unavailable):
+    """The engine gave the answer up before its end; chat and text completions say finish_reason abort."""
+
+    code = "answer_aborted"
+    hint = "Send the request again."
+
+    def __init__(self) -> None:
+        super().__init__("the engine gave the answer up before its end")
+
+
 class RolloutNotFound(KilnError):
     code = "rollout_not_found"
     kind = ErrorKind.NOT_FOUND

@@ -10,6 +10,7 @@ from typing import Literal
 
 from kiln_common.text.tool_calls import ContentText, ToolArguments, ToolCallFinished, ToolCallStarted
 from kiln_gateway.chat.choice import ChoiceDelta
+from kiln_gateway.errors import AnswerAborted
 
 Kind = Literal["reasoning", "text", "tool_call"]
 
@@ -57,6 +58,13 @@ class BlockReader:
         self._open: Block | None = None
 
     def push(self, delta: ChoiceDelta) -> list[BlockEvent]:
+        """What the delta adds.
+
+        Raises:
+            AnswerAborted: it ends an answer that has no end of its own.
+        """
+        if delta.finish_reason == "abort":
+            raise AnswerAborted
         events: list[BlockEvent] = []
         if delta.reasoning:
             self._grow("reasoning", delta.reasoning, events)

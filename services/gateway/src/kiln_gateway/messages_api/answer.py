@@ -32,7 +32,11 @@ class MessageAnswer:
         self._has_begun = False
 
     def push(self, delta: ChoiceDelta) -> Iterator[dict[str, Any]]:
-        """The events of one delta, each with its `type`; those of the last one end the message."""
+        """The events of one delta, each with its `type`; those of the last one end the message.
+
+        Raises:
+            AnswerAborted: the engine gave it up.
+        """
         if not self._has_begun:
             self._has_begun = True
             yield {"type": "message_start", "message": self._message()}
@@ -76,7 +80,7 @@ class MessageAnswer:
     def _ending(self) -> dict[str, Any]:
         (choice,) = self._run.choices
         assembler = choice.assembler
-        reasons = {"stop": "end_turn", "tool_calls": "tool_use", "length": "max_tokens", "abort": "end_turn"}
+        reasons = {"stop": "end_turn", "tool_calls": "tool_use", "length": "max_tokens"}
         reason = reasons[assembler.finish_reason or "stop"]
         if assembler.stop_string is not None:
             reason = "stop_sequence"

@@ -39,7 +39,11 @@ class ResponseAnswer:
         self._has_begun = False
 
     def push(self, delta: ChoiceDelta) -> Iterator[dict[str, Any]]:
-        """The events of one delta, each with its `type`; `ending` follows those of the last one."""
+        """The events of one delta, each with its `type`; `ending` follows those of the last one.
+
+        Raises:
+            AnswerAborted: the engine gave it up.
+        """
         if not self._has_begun:
             self._has_begun = True
             yield self._event("response.created", response=self.whole())
