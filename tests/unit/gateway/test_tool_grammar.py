@@ -175,6 +175,13 @@ def test_a_grammar_that_would_grow_without_end_is_refused_while_it_is_built(para
     assert reason in str(caught.value)
 
 
+def test_alternatives_are_the_tools_own_where_text_has_a_schema_too():
+    request = body(doubling(30, "string"), tool_choice="auto", response_format={"type": "json_object"})
+    with pytest.raises(KilnError) as caught:
+        chat_grammar(request, TOKENIZER)
+    assert caught.value.param == "tools"
+
+
 def test_few_levels_of_alternatives_are_enforced():
     assert accepts(body(doubling(3, "integer")), call(a="3"))
     assert not accepts(body(doubling(3, "integer")), call(a="x"))

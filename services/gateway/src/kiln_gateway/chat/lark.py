@@ -15,8 +15,8 @@ _MOST_ALTERNATIVES = 16_384
 class LarkRules:
     """Rules under construction, each under a name of its own.
 
-    They stay below what the engine compiles: what adds or counts raises GrammarTooLarge, which names
-    the request's field `param`.
+    They stay below what the engine compiles: `add` and `add_terminal` raise GrammarTooLarge, which
+    names the request's field `param`.
     """
 
     def __init__(self, param: str) -> None:
@@ -37,12 +37,16 @@ class LarkRules:
         self._append(f"{name}: {body}")
         return name
 
-    def count_alternative(self) -> None:
-        """One more alternative is looked at: a few that refer to each other can make any number."""
+    def count_alternative(self, param: str) -> None:
+        """One more alternative is looked at: a few that refer to each other can make any number.
+
+        Raises:
+            GrammarTooLarge: there are too many; names the field `param`.
+        """
         self._num_alternatives += 1
         if self._num_alternatives > _MOST_ALTERNATIVES:
             raise GrammarTooLarge(
-                f"the schemas have more than {_MOST_ALTERNATIVES} alternatives", param=self._param
+                f"the schemas have more than {_MOST_ALTERNATIVES} alternatives", param=param
             )
 
     def _append(self, line: str) -> None:

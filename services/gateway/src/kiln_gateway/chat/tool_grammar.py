@@ -118,7 +118,7 @@ class _Arguments:
 
     def _alternatives(self, schema: Any, around: tuple[Schema, ...]) -> Iterator[Schema]:
         """The schema's unions and lists of types taken apart; `around` are the unions it lies in."""
-        self._rules.count_alternative()
+        self._rules.count_alternative("tools")
         schema = self._resolve(schema)
         if any(schema is union for union in around):
             raise self._refuse("alternatives that lead in a circle")
@@ -131,7 +131,7 @@ class _Arguments:
         kinds = schema.get("type")
         if isinstance(kinds, list) and kinds and "enum" not in schema and "const" not in schema:
             for kind in kinds:
-                self._rules.count_alternative()
+                self._rules.count_alternative("tools")
                 yield {**schema, "type": kind}
         else:
             yield schema
@@ -149,8 +149,8 @@ class _Arguments:
                 found = (
                     found.get(step.replace("~1", "/").replace("~0", "~")) if isinstance(found, dict) else None
                 )
-            if found is None:
-                raise self._refuse(f"the reference {reference!r}")
+                if found is None:
+                    raise self._refuse(f"the reference {reference[:80]!r}")
             schema = found
         raise self._refuse("references that lead in a circle")
 
@@ -175,6 +175,7 @@ class _Arguments:
         """The pattern as one of the whole text: JSON Schema's may match anywhere in it."""
         start, end = pattern.startswith("^"), bool(re.search(r"(?<!\\)(\\\\)*\$$", pattern))
         body = pattern[start : len(pattern) - end]
+        # A bracket that nothing closes takes the rest: to look for its end from each would be quadratic.
         if (start or end) and "|" in re.sub(r"\\.|\[[^\]]*\]?|\([^()]*\)", "", body):
             raise self._refuse(f"alternatives between anchors in the pattern {pattern!r}")
         return f"{'' if start else '(?s:.*)'}(?:{body}){'' if end else '(?s:.*)'}"

@@ -41,7 +41,7 @@ class TextCompletionBody(CompletionFields):
     prompt: Annotated[list[str | list[int]], prompt_list("prompt")]
     max_tokens: Annotated[int, Field(ge=0)] | None = Field(
         None,
-        description=f"0 with echo or prompt_logprobs, where only the prompt is asked about; 0 {NOT_ON_A_GPU}",
+        description=f"0 with echo or prompt_logprobs, where only the prompt is asked about; 0 is {NOT_ON_A_GPU}",
     )
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     echo: bool | None = Field(None, description=f"with logprobs: {NOT_ON_A_GPU}")
