@@ -47,7 +47,7 @@ BODIES = [
     (CHAT, {"messages": [USER], "temprature": 1}, 400, "unknown_field", "temprature"),
     (CHAT, {"messages": [{**USER, "colour": 1}]}, 400, "unknown_field", "messages[0].colour"),
     (CHAT, {"messages": [{"role": "king", "content": "x"}]}, 400, "invalid_value", "messages[0].role"),
-    (CHAT, {"messages": [{"role": "user"}]}, 400, "invalid_value", "messages[0]"),
+    (CHAT, {"messages": [{"role": "user"}]}, 400, "invalid_value", "messages[0].content"),
     (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "unsupported_content", "messages[0].content"),
     (CHAT, {"messages": [{"role": "assistant", "content": "x"}]}, 400, "invalid_messages", "messages"),
     (CHAT, {"messages": [USER], "temperature": 3}, 400, "invalid_value", "temperature"),
@@ -68,7 +68,7 @@ BODIES = [
     (CHAT, {"messages": [USER], "model": "nobody"}, 404, "model_not_found", "model"),
     (CHAT, {"messages": [USER], "adapter": "nobody"}, 404, "adapter_not_found", "adapter"),
     (CHAT, {"messages": [USER], "adapters": [{"name": "x", "scale": 0}]}, 400, "invalid_scale", "adapters[0]"),
-    (CHAT, {"messages": [USER], "response_format": {"type": "json_schema"}}, 400, "invalid_value", "response_format"),
+    (CHAT, {"messages": [USER], "response_format": {"type": "json_schema"}}, 400, "invalid_value", "response_format.json_schema"),
     (CHAT, {"messages": [USER], "response_format": {"type": "json_schema", "json_schema": {"name": 'a"b'}}}, 400, "invalid_value", "response_format.json_schema.name"),
     (CHAT, {"messages": [USER], "response_format": {"type": "json_schema", "json_schema": {"name": "a", "shema": {}}}}, 400, "unknown_field", "response_format.json_schema.shema"),
     (CHAT, {"messages": [USER], "structured_outputs": {"regex": "a", "choice": ["a"]}}, 400, "conflicting_fields", "structured_outputs"),
@@ -180,6 +180,28 @@ async def test_wrong_bodies_are_refused_by_code_and_field(rig):
         assert error["message"], shown
         assert error["hint"], shown
         assert error["request_id"] == response.headers["X-Request-Id"]
+
+
+CONTRADICTIONS = [
+    (CHAT, {"messages": [USER], "top_logprobs": 2}, "top_logprobs", "needs logprobs: true"),
+    (CHAT, {"messages": [USER], "max_tokens": 5, "max_completion_tokens": 6}, "max_tokens", "is 5 and max_completion_tokens 6"),
+    (CHAT, {"messages": [{**USER, "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}]}, "messages[0].tool_calls", "role user"),
+    (CHAT, {"messages": [USER], "stream_options": {}}, "stream_options", "needs stream: true"),
+    (TEXT, {"prompt": "Hi", "stream_options": {}, "stream": False}, "stream_options", "needs stream: true"),
+    (BATCH, {"prompts": [[USER]], "top_logprobs": 2}, "top_logprobs", "needs logprobs: true"),
+    ("/v1/responses", {"input": "Hi", "stream_options": {}}, "stream_options", "needs stream: true"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("path", "body", "param", "says"), CONTRADICTIONS)
+async def test_fields_that_contradict_each_other_are_named_without_the_body(rig, path, body, param, says):
+    response = await rig.post(path, body)
+    error = response.json()["error"]
+    assert (response.status_code, error["code"], error["param"]) == (400, "invalid_value", param)
+    assert error["message"].startswith(param.split(".")[-1])
+    assert says in error["message"]
+    assert "Hi" not in error["message"]
+    assert error["hint"].startswith("Change one of the fields")
 
 
 async def test_the_nearest_known_field_is_named(rig):

@@ -54,6 +54,8 @@ _ALIASES = {
 }
 _DEFAULT_HINT = "GET /openapi.json has every field with its type and range."
 
+_CONTRADICTION_HINT = "Change one of the fields that the message names, or leave it out."
+
 
 async def read_body(request: Request, limit_bytes: int) -> bytes:
     """The whole body. Raises BodyTooLarge."""
@@ -144,9 +146,18 @@ def _to_invalid_field(problems: list[ErrorDetails], schema: type[BaseModel]) -> 
         return InvalidField(
             problem["type"], problem["msg"], param=context.get("param", param), hint=HINTS[problem["type"]]
         )
+    if problem["type"] == "value_error":
+        return _contradiction(str(problem["ctx"]["error"]), location, known)
     shown = _shown(problem["input"])
     message = f"`{param}`: {problem['msg'][:1].lower()}{problem['msg'][1:]}, got {shown}"
     return InvalidField("invalid_value", message, param=param, hint=_FIELD_HINTS.get(param, _DEFAULT_HINT))
+
+
+def _contradiction(message: str, location: tuple[int | str, ...], known: list[str]) -> InvalidField:
+    """What a schema's check over several fields says; its message begins with the field to change."""
+    field = message.split(" ", 1)[0]
+    param = _path((*location, field) if field in known else location)
+    return InvalidField("invalid_value", message, param=param, hint=_CONTRADICTION_HINT)
 
 
 def _unknown_field(name: str, param: str, known: list[str]) -> InvalidField:
