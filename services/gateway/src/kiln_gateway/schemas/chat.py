@@ -154,6 +154,10 @@ class ChatFields(CompletionFields):
         return self.top_logprobs or 0
 
     @property
+    def most_tokens(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
     def active_tools(self) -> list[Tool]:
         """The tools the model is told about."""
         return [] if self.tool_choice == "none" else self.tools or []
