@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from kiln_common.errors import ErrorKind, InvalidRequest, KilnError, NotBuiltYet, Unavailable
 
+_ROUTES_HINT = "GET / lists the routes there are."
+
 
 class InvalidField(InvalidRequest):
-    """A body that breaks its schema; `code` says how."""
+    """A body that breaks its schema; `code` says how, and is `invalid_value` or in request_body.HINTS."""
 
     def __init__(self, code: str, message: str, *, param: str, hint: str) -> None:
         super().__init__(message, param=param, hint=hint)
@@ -27,6 +29,33 @@ class BodyTooLarge(KilnError):
 
     def __init__(self, limit_bytes: int) -> None:
         super().__init__(f"the body is larger than the limit of {limit_bytes} bytes")
+
+
+class RouteNotFound(KilnError):
+    code = "route_not_found"
+    kind = ErrorKind.NOT_FOUND
+    hint = _ROUTES_HINT
+
+    def __init__(self, route: str) -> None:
+        super().__init__(f"there is no {route}")
+
+
+class MethodNotAllowed(InvalidRequest):
+    """The path is known, with other methods."""
+
+    code = "method_not_allowed"
+    http_status = 405  # no kind has it: gRPC has no such status
+    hint = _ROUTES_HINT
+
+    def __init__(self, route: str) -> None:
+        super().__init__(f"{route} is not a method of this route")
+
+
+class HttpRefused(InvalidRequest):
+    """The web framework refused the request before a route saw it; the message is its own."""
+
+    code = "http_error"
+    hint = _ROUTES_HINT
 
 
 class UnsupportedField(InvalidRequest):

@@ -25,7 +25,8 @@ _PARSE_IN_THREAD_BYTES = 256 * 1024
 _UNION_BRANCH = re.compile(r"constrained-\w+|(literal|list|dict)\[.*\]")
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
-# Codes a schema may raise by itself (PydanticCustomError) and what to do about them.
+# Codes of a body that breaks its schema, and what to do about them; docs/errors.md lists them too.
+# Schemas raise them as the type of a PydanticCustomError, all but unknown_field.
 HINTS = {
     "empty_messages": "Send at least one message, such as {'role': 'user', 'content': 'Hello'}.",
     "empty_prompt": "Send at least one character or token.",
@@ -41,6 +42,7 @@ HINTS = {
     "invalid_scale": "Leave the adapter out instead of scaling it to nothing.",
     "unsupported_content": "This model reads text: send a string or parts of type text.",
     "unsupported_tool": "Only functions can be called: describe the tool as one and run it on your side.",
+    "unknown_field": "Leave the field out; the answer's own hint names the nearest field, or all there are.",
     "missing_field": "Add the field; GET /openapi.json says what each route needs.",
 }
 # What to do about a value outside its range, where the range alone does not say it.
