@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 from kiln_common.errors import ErrorKind, InvalidRequest, KilnError, NotBuiltYet, Unavailable
 
 _ROUTES_HINT = "GET / lists the routes there are."
@@ -68,12 +70,18 @@ class UnsupportedField(InvalidRequest):
 
 
 class FieldNotBuiltYet(NotBuiltYet):
-    """A field of the HTTP contract that is not built yet."""
+    """A field of the HTTP contract, or one of its values, that is not built yet."""
 
     def __init__(
-        self, field: str, hint: str = "Leave the field out; docs/status.md lists what works today."
+        self,
+        field: str,
+        hint: str = "Leave the field out; docs/status.md lists what works today.",
+        *,
+        value: str | float | None = None,
     ) -> None:
-        super().__init__(f"`{field}` is part of the contract but not built yet", param=field, hint=hint)
+        """`value` is given where others of the field's values work."""
+        what = f"`{field}`" if value is None else f"`{field}` with the value {json.dumps(value)}"
+        super().__init__(f"{what} is part of the contract but not built yet", param=field, hint=hint)
 
 
 class ModelNotFound(KilnError):

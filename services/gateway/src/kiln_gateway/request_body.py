@@ -165,11 +165,12 @@ def _contradiction(message: str, location: tuple[int | str, ...], known: list[st
 def _unknown_field(name: str, param: str, known: list[str]) -> InvalidField:
     alias = _ALIASES.get(name)
     nearest = [alias] if alias in known else difflib.get_close_matches(name, known, n=1, cutoff=0.7)
-    hint = (
-        f"Did you mean `{nearest[0]}`?"
-        if nearest
-        else "Leave it out. Known here: " + ", ".join(sorted(known))
-    )
+    if nearest:
+        hint = f"Did you mean `{nearest[0]}`?"
+    elif known:
+        hint = "Leave it out. Known here: " + ", ".join(sorted(known))
+    else:
+        hint = "Leave it out: there are no fields here."
     return InvalidField("unknown_field", f"there is no field `{param}`", param=param, hint=hint)
 
 
