@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from kiln_gateway.request_query import refuse_unknown_query
 from tests.support.gateway import gateway_rig
 
 CHAT, TEXT, GRPO, SFT = "/v1/chat/completions", "/v1/completions", "/v1/train/grpo", "/v1/train/sft"
@@ -335,3 +336,22 @@ async def test_routes_that_are_not_there_say_so(rig):
     for method, path, status, code in cases:
         response = await rig.http.request(method, path)
         assert (response.status_code, response.json()["error"]["code"]) == (status, code), path
+
+
+async def test_query_parameters_that_a_route_does_not_take_are_named(rig):
+    for path, param, hint in (
+        ("/v1/train/jobs?limit=5&status=failed", "status", "Leave it out. Known here: limit"),
+        ("/v1/train/jobs?limits=5", "limits", "Did you mean `limit`?"),
+        ("/v1/adapters/a/download?versoin=1", "versoin", "Did you mean `version`?"),
+    ):
+        response = await rig.http.get(path)
+        error = response.json()["error"]
+        assert (response.status_code, error["code"], error["param"]) == (400, "unknown_field", param)
+        assert (error["message"], error["hint"]) == (f"there is no query parameter `{param}`", hint)
+
+
+async def test_every_route_with_query_parameters_refuses_unknown_ones(rig):
+    taking = [route for route in rig.app.state.api_routes if route.dependant.query_params]
+    assert {route.path for route in taking} >= {"/v1/train/jobs", "/v1/adapters/{name}/download"}
+    for route in taking:
+        assert refuse_unknown_query in [dependant.call for dependant in route.dependant.dependencies]

@@ -7,6 +7,7 @@ import difflib
 import json
 import re
 import reprlib
+from collections.abc import Collection
 from typing import Any, TypeVar, get_args
 
 from fastapi import Request
@@ -162,16 +163,20 @@ def _contradiction(message: str, location: tuple[int | str, ...], known: list[st
     return InvalidField("invalid_value", message, param=param, hint=_CONTRADICTION_HINT)
 
 
-def _unknown_field(name: str, param: str, known: list[str]) -> InvalidField:
+def _unknown_field(name: str, param: str, known: Collection[str]) -> InvalidField:
+    message = f"there is no field `{param}`"
+    return InvalidField("unknown_field", message, param=param, hint=unknown_name_hint(name, known))
+
+
+def unknown_name_hint(name: str, known: Collection[str]) -> str:
+    """What to do about a name that is not among `known`: the nearest, or all there are."""
     alias = _ALIASES.get(name)
     nearest = [alias] if alias in known else difflib.get_close_matches(name, known, n=1, cutoff=0.7)
     if nearest:
-        hint = f"Did you mean `{nearest[0]}`?"
-    elif known:
-        hint = "Leave it out. Known here: " + ", ".join(sorted(known))
-    else:
-        hint = "Leave it out: there are no fields here."
-    return InvalidField("unknown_field", f"there is no field `{param}`", param=param, hint=hint)
+        return f"Did you mean `{nearest[0]}`?"
+    if known:
+        return "Leave it out. Known here: " + ", ".join(sorted(known))
+    return "Leave it out: there are no fields here."
 
 
 def _located(
