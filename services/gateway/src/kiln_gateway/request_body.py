@@ -56,7 +56,6 @@ _ALIASES = {
     "max_new_tokens": "max_tokens",
 }
 _DEFAULT_HINT = "GET /openapi.json has every field with its type and range."
-
 _CONTRADICTION_HINT = "Change one of the fields that the message names, or leave it out."
 
 
