@@ -48,6 +48,8 @@ def all_classes() -> list[type]:
 
 def errors_page(classes: list[type]) -> str:
     from kiln_common.errors import KilnError
+    from kiln_gateway.errors import InvalidField
+    from kiln_gateway.request_body import HINTS
     from kiln_nn.errors import KilnNnError
 
     rows: dict[str, tuple[str, str, str]] = {}
@@ -55,12 +57,14 @@ def errors_page(classes: list[type]) -> str:
         if not issubclass(item, KilnError | KilnNnError) or "code" not in vars(item):
             continue
         kind = getattr(item, "kind", None)
-        status = str(kind.http_status) if kind is not None else "–"
+        status = str(getattr(item, "http_status", kind.http_status)) if kind is not None else "–"
         says = (
             inspect.cleandoc(item.__doc__).split("\n")[0] if "__doc__" in vars(item) and item.__doc__ else ""
         )
         known = rows.get(item.code)
         rows[item.code] = (status, known[1] or says if known else says, item.hint)
+    for code, hint in HINTS.items():
+        rows.setdefault(code, (str(InvalidField.kind.http_status), "", hint))
     lines = [
         "# Error codes\n",
         "Every error body has this shape; `code` is stable, `message` has the numbers, `hint` says what to do:\n",

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from kiln_gateway.request_query import refuse_unknown_query
 from tests.support.gateway import gateway_rig
 
 CHAT, TEXT, GRPO, SFT = "/v1/chat/completions", "/v1/completions", "/v1/train/grpo", "/v1/train/sft"
@@ -47,7 +48,7 @@ BODIES = [
     (CHAT, {"messages": [USER], "temprature": 1}, 400, "unknown_field", "temprature"),
     (CHAT, {"messages": [{**USER, "colour": 1}]}, 400, "unknown_field", "messages[0].colour"),
     (CHAT, {"messages": [{"role": "king", "content": "x"}]}, 400, "invalid_value", "messages[0].role"),
-    (CHAT, {"messages": [{"role": "user"}]}, 400, "invalid_value", "messages[0]"),
+    (CHAT, {"messages": [{"role": "user"}]}, 400, "invalid_value", "messages[0].content"),
     (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "unsupported_content", "messages[0].content"),
     (CHAT, {"messages": [{"role": "assistant", "content": "x"}]}, 400, "invalid_messages", "messages"),
     (CHAT, {"messages": [USER], "temperature": 3}, 400, "invalid_value", "temperature"),
@@ -68,7 +69,7 @@ BODIES = [
     (CHAT, {"messages": [USER], "model": "nobody"}, 404, "model_not_found", "model"),
     (CHAT, {"messages": [USER], "adapter": "nobody"}, 404, "adapter_not_found", "adapter"),
     (CHAT, {"messages": [USER], "adapters": [{"name": "x", "scale": 0}]}, 400, "invalid_scale", "adapters[0]"),
-    (CHAT, {"messages": [USER], "response_format": {"type": "json_schema"}}, 400, "invalid_value", "response_format"),
+    (CHAT, {"messages": [USER], "response_format": {"type": "json_schema"}}, 400, "invalid_value", "response_format.json_schema"),
     (CHAT, {"messages": [USER], "response_format": {"type": "json_schema", "json_schema": {"name": 'a"b'}}}, 400, "invalid_value", "response_format.json_schema.name"),
     (CHAT, {"messages": [USER], "response_format": {"type": "json_schema", "json_schema": {"name": "a", "shema": {}}}}, 400, "unknown_field", "response_format.json_schema.shema"),
     (CHAT, {"messages": [USER], "structured_outputs": {"regex": "a", "choice": ["a"]}}, 400, "conflicting_fields", "structured_outputs"),
@@ -184,6 +185,31 @@ async def test_wrong_bodies_are_refused_by_code_and_field(rig):
         assert error["request_id"] == response.headers["X-Request-Id"]
 
 
+CONTRADICTIONS = [
+    (CHAT, {"messages": [USER], "top_logprobs": 2}, "top_logprobs", "needs logprobs: true"),
+    (CHAT, {"messages": [USER], "max_tokens": 5, "max_completion_tokens": 6}, "max_tokens", "is 5 and max_completion_tokens 6"),
+    (CHAT, {"messages": [{**USER, "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}]}, "messages[0].tool_calls", "role user"),
+    (CHAT, {"messages": [USER], "min_tokens": 10, "max_tokens": 5}, "min_tokens", "is 10, and at most 5"),
+    (CHAT, {"messages": [USER], "min_tokens": 10, "max_completion_tokens": 5}, "min_tokens", "is 10, and at most 5"),
+    (TEXT, {"prompt": "Hi", "min_tokens": 1, "max_tokens": 0, "echo": True}, "min_tokens", "is 1, and at most 0"),
+    (CHAT, {"messages": [USER], "stream_options": {}}, "stream_options", "needs stream: true"),
+    (TEXT, {"prompt": "Hi", "stream_options": {}, "stream": False}, "stream_options", "needs stream: true"),
+    (BATCH, {"prompts": [[USER]], "top_logprobs": 2}, "top_logprobs", "needs logprobs: true"),
+    ("/v1/responses", {"input": "Hi", "stream_options": {}}, "stream_options", "needs stream: true"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("path", "body", "param", "says"), CONTRADICTIONS)
+async def test_fields_that_contradict_each_other_are_named_without_the_body(rig, path, body, param, says):
+    response = await rig.post(path, body)
+    error = response.json()["error"]
+    assert (response.status_code, error["code"], error["param"]) == (400, "invalid_value", param)
+    assert error["message"].startswith(param.split(".")[-1])
+    assert says in error["message"]
+    assert "Hi" not in error["message"]
+    assert error["hint"].startswith("Change one of the fields")
+
+
 async def test_the_nearest_known_field_is_named(rig):
     error = (await rig.post(CHAT, {"mesages": [USER]})).json()["error"]
     assert (error["code"], error["hint"]) == ("unknown_field", "Did you mean `messages`?")
@@ -201,6 +227,23 @@ async def test_a_field_near_no_other_gets_the_list_of_fields(rig):
         error = (await rig.post(path, body)).json()["error"]
         assert error["hint"].startswith("Leave it out."), error
         assert known in error["hint"]
+
+
+async def test_where_there_are_no_fields_the_hint_says_so(rig):
+    error = (await rig.post("/v1/adapters/detach", {"name": "a"})).json()["error"]
+    assert (error["code"], error["param"]) == ("unknown_field", "name")
+    assert error["hint"] == "Leave it out: there are no fields here."
+
+
+async def test_what_is_not_built_is_named_with_its_value_where_others_work(rig):
+    for fields, named in (
+        ({"optimizer": "muon"}, '`optimizer` with the value "muon" is'),
+        ({"publish": 5}, "`publish` with the value 5 is"),
+        ({"lora": {"dropout": 0.1}}, "`lora.dropout` with the value 0.1 is"),
+        ({"webhook": {"url": "http://x"}}, "`webhook` is"),
+    ):
+        error = (await rig.post(GRPO, {**SHORT, **fields})).json()["error"]
+        assert error["message"] == f"{named} part of the contract but not built yet"
 
 
 async def test_a_learning_rate_that_ruins_the_adapter_is_refused_with_its_number(rig):
@@ -295,3 +338,22 @@ async def test_routes_that_are_not_there_say_so(rig):
     for method, path, status, code in cases:
         response = await rig.http.request(method, path)
         assert (response.status_code, response.json()["error"]["code"]) == (status, code), path
+
+
+async def test_query_parameters_that_a_route_does_not_take_are_named(rig):
+    for path, param, hint in (
+        ("/v1/train/jobs?limit=5&status=failed", "status", "Leave it out. Known here: limit"),
+        ("/v1/train/jobs?limits=5", "limits", "Did you mean `limit`?"),
+        ("/v1/adapters/a/download?versoin=1", "versoin", "Did you mean `version`?"),
+    ):
+        response = await rig.http.get(path)
+        error = response.json()["error"]
+        assert (response.status_code, error["code"], error["param"]) == (400, "unknown_field", param)
+        assert (error["message"], error["hint"]) == (f"there is no query parameter `{param}`", hint)
+
+
+async def test_every_route_with_query_parameters_refuses_unknown_ones(rig):
+    taking = [route for route in rig.app.state.api_routes if route.dependant.query_params]
+    assert {route.path for route in taking} >= {"/v1/train/jobs", "/v1/adapters/{name}/download"}
+    for route in taking:
+        assert refuse_unknown_query in [dependant.call for dependant in route.dependant.dependencies]

@@ -52,11 +52,25 @@ async def test_echo_with_logprobs_tells_of_prompt_and_completion(rig):
     ]
     assert logprobs["token_logprobs"][len(prompt)] == rig.engine.logprob_of(0)
     assert logprobs["top_logprobs"][0] is None
-    assert len(logprobs["top_logprobs"][1]) == 2
+    assert len(logprobs["top_logprobs"][1]) == 3
     starts = logprobs["text_offset"]
     pieces = [choice["text"][a:b] for a, b in zip(starts, [*starts[1:], None], strict=True)]
     assert [piece for piece in pieces if piece] == [t for t in logprobs["tokens"] if t != "<|im_end|>"]
     assert len({len(values) for values in logprobs.values()}) == 1
+
+
+@pytest.mark.parametrize("num_top", [0, 1, 2])
+async def test_top_logprobs_of_a_text_hold_the_token_itself(rig, num_top):
+    rig.engine.script = lambda request: [1, 70, 71, 72, rig.engine.end_id]
+    body = {"prompt": [[75, 76, 77]], "echo": True, "logprobs": num_top}
+    logprobs = (await rig.post(TEXT, body)).json()["choices"][0]["logprobs"]
+    assert logprobs["top_logprobs"][0] is None
+    rows = list(zip(logprobs["tokens"], logprobs["token_logprobs"], logprobs["top_logprobs"], strict=True))
+    assert len(rows) == 3 + 5
+    for token, logprob, top in rows[1:]:
+        assert top[token] == logprob
+        is_among_the_top = token == rig.tokenizer.decode([1]) and num_top == 2
+        assert len(top) == num_top + (not is_among_the_top)
 
 
 async def test_a_stream_tells_the_same_as_the_whole(rig):

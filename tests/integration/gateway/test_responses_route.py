@@ -192,7 +192,7 @@ async def test_what_responses_cannot_do_is_refused_by_name(rig):
         ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "missing_field", "text.format"),
         ({"max_output_token": 5}, "unknown_field", "max_output_token"),
         ({"input": "x" * 2000}, "prompt_too_long", "input"),
-        ({"stream_options": {}}, "invalid_value", ""),
+        ({"stream_options": {}}, "invalid_value", "stream_options"),
     ]  # fmt: skip
     for fields, code, param in cases:
         response = await send(rig, **fields)

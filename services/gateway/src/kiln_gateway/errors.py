@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 from kiln_common.errors import ErrorKind, InvalidRequest, KilnError, NotBuiltYet, Unavailable
+
+_ROUTES_HINT = "GET / lists the routes there are."
 
 
 class InvalidField(InvalidRequest):
-    """A body that breaks its schema; `code` says how."""
+    """A body that breaks its schema; `code` says how, and is `invalid_value` or in request_body.HINTS."""
 
     def __init__(self, code: str, message: str, *, param: str, hint: str) -> None:
         super().__init__(message, param=param, hint=hint)
@@ -29,6 +33,33 @@ class BodyTooLarge(KilnError):
         super().__init__(f"the body is larger than the limit of {limit_bytes} bytes")
 
 
+class RouteNotFound(KilnError):
+    code = "route_not_found"
+    kind = ErrorKind.NOT_FOUND
+    hint = _ROUTES_HINT
+
+    def __init__(self, route: str) -> None:
+        super().__init__(f"there is no {route}")
+
+
+class MethodNotAllowed(InvalidRequest):
+    """The path is known, with other methods."""
+
+    code = "method_not_allowed"
+    http_status = 405  # no kind has it: gRPC has no such status
+    hint = _ROUTES_HINT
+
+    def __init__(self, route: str) -> None:
+        super().__init__(f"{route} is not a method of this route")
+
+
+class HttpRefused(InvalidRequest):
+    """The web framework refused the request before a route saw it; the message is its own."""
+
+    code = "http_error"
+    hint = _ROUTES_HINT
+
+
 class UnsupportedField(InvalidRequest):
     """A field of OpenAI's API that would change the answer and that Kiln does not offer."""
 
@@ -39,12 +70,18 @@ class UnsupportedField(InvalidRequest):
 
 
 class FieldNotBuiltYet(NotBuiltYet):
-    """A field of the HTTP contract that is not built yet."""
+    """A field of the HTTP contract, or one of its values, that is not built yet."""
 
     def __init__(
-        self, field: str, hint: str = "Leave the field out; docs/status.md lists what works today."
+        self,
+        field: str,
+        hint: str = "Leave the field out; docs/status.md lists what works today.",
+        *,
+        value: str | float | None = None,
     ) -> None:
-        super().__init__(f"`{field}` is part of the contract but not built yet", param=field, hint=hint)
+        """`value` is given where others of the field's values work."""
+        what = f"`{field}`" if value is None else f"`{field}` with the value {json.dumps(value)}"
+        super().__init__(f"{what} is part of the contract but not built yet", param=field, hint=hint)
 
 
 class TooManyPromptLogprobs(InvalidRequest):

@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 
 from kiln_common.errors import InvalidValue, KilnError
 from kiln_common.ids import new_id
+from kiln_gateway.errors import HttpRefused, MethodNotAllowed, RouteNotFound
 from kiln_gateway.messages_api.errors import message_error_body
 
 log = structlog.get_logger()
@@ -89,11 +90,9 @@ def install_error_handlers(app: FastAPI) -> None:
 
 
 def _routing_error(request: Request, error: HTTPException) -> KilnError:
-    where = f"{request.method} {request.url.path}"
-    codes = {404: "route_not_found", 405: "method_not_allowed"}
-    messages = {404: f"there is no {where}", 405: f"{where} is not a method of this route"}
-    kiln_error = InvalidValue(
-        messages.get(error.status_code, str(error.detail)), hint="GET / lists the routes there are."
-    )
-    kiln_error.code = codes.get(error.status_code, "http_error")
-    return kiln_error
+    route = f"{request.method} {request.url.path}"
+    if error.status_code == 404:
+        return RouteNotFound(route)
+    if error.status_code == MethodNotAllowed.http_status:
+        return MethodNotAllowed(route)
+    return HttpRefused(str(error.detail))

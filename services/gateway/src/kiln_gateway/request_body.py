@@ -7,6 +7,7 @@ import difflib
 import json
 import re
 import reprlib
+from collections.abc import Collection
 from typing import Any, TypeVar, get_args
 
 from fastapi import Request
@@ -25,7 +26,8 @@ _PARSE_IN_THREAD_BYTES = 256 * 1024
 _UNION_BRANCH = re.compile(r"constrained-\w+|(literal|list|dict)\[.*\]")
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
-# Codes a schema may raise by itself (PydanticCustomError) and what to do about them.
+# Codes of a body that breaks its schema, and what to do about them; docs/errors.md lists them too.
+# Schemas raise them as the type of a PydanticCustomError, all but unknown_field.
 HINTS = {
     "empty_messages": "Send at least one message, such as {'role': 'user', 'content': 'Hello'}.",
     "empty_prompt": "Send at least one character or token.",
@@ -41,6 +43,7 @@ HINTS = {
     "invalid_scale": "Leave the adapter out instead of scaling it to nothing.",
     "unsupported_content": "This model reads text: send a string or parts of type text.",
     "unsupported_tool": "Only functions can be called: describe the tool as one and run it on your side.",
+    "unknown_field": "Leave the field out; the answer's own hint names the nearest field, or all there are.",
     "missing_field": "Add the field; GET /openapi.json says what each route needs.",
 }
 # What to do about a value outside its range, where the range alone does not say it.
@@ -53,6 +56,7 @@ _ALIASES = {
     "max_new_tokens": "max_tokens",
 }
 _DEFAULT_HINT = "GET /openapi.json has every field with its type and range."
+_CONTRADICTION_HINT = "Change one of the fields that the message names, or leave it out."
 
 
 async def read_body(request: Request, limit_bytes: int) -> bytes:
@@ -144,20 +148,34 @@ def _to_invalid_field(problems: list[ErrorDetails], schema: type[BaseModel]) -> 
         return InvalidField(
             problem["type"], problem["msg"], param=context.get("param", param), hint=HINTS[problem["type"]]
         )
+    if problem["type"] == "value_error":
+        return _contradiction(str(problem["ctx"]["error"]), location, known)
     shown = _shown(problem["input"])
     message = f"`{param}`: {problem['msg'][:1].lower()}{problem['msg'][1:]}, got {shown}"
     return InvalidField("invalid_value", message, param=param, hint=_FIELD_HINTS.get(param, _DEFAULT_HINT))
 
 
-def _unknown_field(name: str, param: str, known: list[str]) -> InvalidField:
+def _contradiction(message: str, location: tuple[int | str, ...], known: list[str]) -> InvalidField:
+    """What a schema's check over several fields says; its message begins with the field to change."""
+    field = message.split(" ", 1)[0]
+    param = _path((*location, field) if field in known else location)
+    return InvalidField("invalid_value", message, param=param, hint=_CONTRADICTION_HINT)
+
+
+def _unknown_field(name: str, param: str, known: Collection[str]) -> InvalidField:
+    message = f"there is no field `{param}`"
+    return InvalidField("unknown_field", message, param=param, hint=unknown_name_hint(name, known))
+
+
+def unknown_name_hint(name: str, known: Collection[str]) -> str:
+    """What to do about a name that is not among `known`: the nearest, or all there are."""
     alias = _ALIASES.get(name)
     nearest = [alias] if alias in known else difflib.get_close_matches(name, known, n=1, cutoff=0.7)
-    hint = (
-        f"Did you mean `{nearest[0]}`?"
-        if nearest
-        else "Leave it out. Known here: " + ", ".join(sorted(known))
-    )
-    return InvalidField("unknown_field", f"there is no field `{param}`", param=param, hint=hint)
+    if nearest:
+        return f"Did you mean `{nearest[0]}`?"
+    if known:
+        return "Leave it out. Known here: " + ", ".join(sorted(known))
+    return "Leave it out: there are no fields here."
 
 
 def _located(

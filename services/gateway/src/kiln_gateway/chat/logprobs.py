@@ -30,11 +30,16 @@ def _shown(tokenizer: TextTokenizer, token_id: int, logprob: float) -> dict[str,
 def text_logprobs(
     tokenizer: TextTokenizer, tokens: Sequence[TokenLogprob], first_offset: int
 ) -> dict[str, Any]:
-    """The `logprobs` of a text completion; offsets count characters of the tokens' own texts."""
+    """The `logprobs` of a text completion; offsets count characters of the tokens' own texts.
+
+    Each entry of `top_logprobs` holds the token itself too, so up to one more than was asked for.
+    """
     return {
         **_places(tokenizer, [token.token_id for token in tokens], first_offset),
         "token_logprobs": [token.logprob for token in tokens],
-        "top_logprobs": [_by_text(tokenizer, token.top) for token in tokens],
+        "top_logprobs": [
+            _by_text(tokenizer, [*token.top, (token.token_id, token.logprob)]) for token in tokens
+        ],
     }
 
 
@@ -42,10 +47,12 @@ def echoed_logprobs(
     tokenizer: TextTokenizer, token_ids: Sequence[int], logprobs: Sequence[PromptLogprob], num_top: int
 ) -> dict[str, Any]:
     """The same of an echoed prompt: nothing is known of its first token."""
+    pairs = zip(token_ids[1:], logprobs, strict=True)
+    tops = [[*entry.top[:num_top], (token_id, entry.logprob)] for token_id, entry in pairs]
     return {
         **_places(tokenizer, token_ids, 0),
         "token_logprobs": [None, *(entry.logprob for entry in logprobs)],
-        "top_logprobs": [None, *(_by_text(tokenizer, entry.top[:num_top]) for entry in logprobs)],
+        "top_logprobs": [None, *(_by_text(tokenizer, top) for top in tops)],
     }
 
 
@@ -72,6 +79,7 @@ def _places(tokenizer: TextTokenizer, token_ids: Sequence[int], first_offset: in
 
 
 def _by_text(tokenizer: TextTokenizer, top: Sequence[tuple[int, float]]) -> dict[str, float]:
+    """The token itself comes last: where texts are equal, the entry is its own."""
     return {_text(tokenizer, token_id): logprob for token_id, logprob in top}
 
 

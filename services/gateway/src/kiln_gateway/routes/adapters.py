@@ -20,6 +20,7 @@ from kiln_gateway.adapters.upload import receive_upload
 from kiln_gateway.auth import Caller, require, require_scope
 from kiln_gateway.gateway import Gateway, gateway_of
 from kiln_gateway.json_response import json_response
+from kiln_gateway.request_query import refuse_unknown_query
 from kiln_gateway.schemas.adapters import AttachBody, EmptyBody
 
 router = APIRouter()
@@ -77,7 +78,7 @@ async def delete_adapter(request: Request, reference: str) -> Response:
     return json_response({"id": reference, "object": "adapter", "deleted": True, "versions": num_deleted})
 
 
-@router.get("/v1/adapters/{name}/download", dependencies=[_READ])
+@router.get("/v1/adapters/{name}/download", dependencies=[_READ, Depends(refuse_unknown_query)])
 async def download_adapter(
     request: Request, name: str, version: Annotated[int | None, Query(ge=1)] = None
 ) -> Response:

@@ -17,6 +17,7 @@ from kiln_gateway.auth import Caller, require, require_scope
 from kiln_gateway.gateway import Gateway, gateway_of
 from kiln_gateway.json_response import json_response
 from kiln_gateway.ports import closing
+from kiln_gateway.request_query import refuse_unknown_query
 from kiln_gateway.schemas.opd import OpdBody
 from kiln_gateway.schemas.training import GrpoBody, JobFields, SftBody
 from kiln_gateway.training.documents import DocumentBuilder
@@ -121,7 +122,7 @@ async def _accepted(gateway: Gateway, job_id: str) -> Response:
     return json_response(job_object(await gateway.clients.trainer.get(job_id)), status=_ACCEPTED)
 
 
-@router.get("/v1/train/jobs", dependencies=[_TRAIN])
+@router.get("/v1/train/jobs", dependencies=[_TRAIN, Depends(refuse_unknown_query)])
 async def list_jobs(request: Request, limit: int = Query(100, ge=1, le=1000)) -> Response:
     """The newest jobs first."""
     jobs = await gateway_of(request).clients.trainer.list(limit)

@@ -9,7 +9,11 @@ from pydantic_core import PydanticCustomError
 
 
 class Body(BaseModel):
-    """A request body or a part of one."""
+    """A request body or a part of one.
+
+    Where fields contradict each other, a model validator raises ValueError with a message that begins
+    with the name of the field to change: it becomes the error's `param`.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
 

@@ -71,9 +71,9 @@ class ChatMessage(Body):
     @model_validator(mode="after")
     def _has_content(self) -> ChatMessage:
         if self.content is None and not (self.role == "assistant" and self.tool_calls):
-            raise ValueError(f"a message of role {self.role} needs content")
+            raise ValueError(f"content is missing from a message of role {self.role}")
         if self.tool_calls and self.role != "assistant":
-            raise ValueError(f"a message of role {self.role} cannot have tool_calls")
+            raise ValueError(f"tool_calls cannot be in a message of role {self.role}")
         return self
 
     def to_template(self) -> dict[str, Any]:
@@ -154,6 +154,10 @@ class ChatFields(CompletionFields):
         return self.top_logprobs or 0
 
     @property
+    def most_tokens(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
     def active_tools(self) -> list[Tool]:
         """The tools the model is told about."""
         return [] if self.tool_choice == "none" else self.tools or []
@@ -175,7 +179,10 @@ class ChatFields(CompletionFields):
             raise ValueError("top_logprobs needs logprobs: true")
         both = self.max_tokens is not None and self.max_completion_tokens is not None
         if both and self.max_tokens != self.max_completion_tokens:
-            raise ValueError("max_tokens and max_completion_tokens differ")
+            raise ValueError(
+                f"max_tokens is {self.max_tokens} and max_completion_tokens {self.max_completion_tokens};"
+                " they mean the same"
+            )
         return self
 
 

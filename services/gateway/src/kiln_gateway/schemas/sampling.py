@@ -83,6 +83,11 @@ class CompletionFields(Body):
         return 1 if self.n is None else self.n
 
     @property
+    def most_tokens(self) -> int | None:
+        """The most tokens of a completion that the request allows; None where it does not say."""
+        return self.max_tokens
+
+    @property
     def is_adapter_given(self) -> bool:
         """Whether the request has the field `adapter`, null included."""
         return "adapter" in self.model_fields_set
@@ -106,4 +111,10 @@ class CompletionFields(Body):
     def _has_stream_for_its_options(self) -> CompletionFields:
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options needs stream: true")
+        return self
+
+    @model_validator(mode="after")
+    def _allows_as_many_as_it_asks_for(self) -> CompletionFields:
+        if self.min_tokens and self.most_tokens is not None and self.min_tokens > self.most_tokens:
+            raise ValueError(f"min_tokens is {self.min_tokens}, and at most {self.most_tokens} are allowed")
         return self

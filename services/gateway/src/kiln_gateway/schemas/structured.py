@@ -28,7 +28,7 @@ class ResponseFormat(Body):
     @model_validator(mode="after")
     def _has_its_schema(self) -> ResponseFormat:
         if (self.type == "json_schema") != (self.json_schema is not None):
-            raise ValueError("type json_schema and the field json_schema need each other")
+            raise ValueError("json_schema and the type json_schema need each other")
         return self
 
 

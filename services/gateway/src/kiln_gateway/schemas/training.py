@@ -88,11 +88,11 @@ class JobFields(Body):
             if getattr(self, name) is not None:
                 raise FieldNotBuiltYet(name)
         if self.optimizer != "adamw":
-            raise FieldNotBuiltYet("optimizer", "Use adamw.")
+            raise FieldNotBuiltYet("optimizer", "Use adamw.", value=self.optimizer)
         if self.lora.dropout:
-            raise FieldNotBuiltYet("lora.dropout", "Use 0.")
+            raise FieldNotBuiltYet("lora.dropout", "Use 0.", value=self.lora.dropout)
         if isinstance(self.publish, int):
-            raise FieldNotBuiltYet("publish", 'Use "end" or "never".')
+            raise FieldNotBuiltYet("publish", 'Use "end" or "never".', value=self.publish)
 
 
 class SftExampleFields(Body):
