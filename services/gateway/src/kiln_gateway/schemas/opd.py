@@ -10,7 +10,7 @@ from pydantic_core import PydanticCustomError
 from kiln_gateway.errors import FieldNotBuiltYet
 from kiln_gateway.schemas.base import Body, Reference, TokenIds
 from kiln_gateway.schemas.chat import Messages, Tool
-from kiln_gateway.schemas.training import GivenRollout, JobFields, PromptText
+from kiln_gateway.schemas.training import GivenRollout, JobFields, PromptText, check_is_one_group
 
 DivergenceName = Literal["reverse_kl", "forward_kl", "jsd"]
 
@@ -50,17 +50,7 @@ class OpdGroupFields(Body):
 
     @model_validator(mode="after")
     def _is_one_group(self) -> OpdGroupFields:
-        if (self.completions is None) == (self.rollouts is None):
-            raise PydanticCustomError("conflicting_fields", "a group has either `completions` or `rollouts`")
-        if self.prompt is not None and self.messages is not None:
-            raise PydanticCustomError("conflicting_fields", "a group has either `prompt` or `messages`")
-        has_prompt = self.prompt is not None or self.messages is not None
-        needs_prompt = self.completions is not None or any(
-            rollout.token_ids is not None and rollout.prompt_token_ids is None
-            for rollout in self.rollouts or ()
-        )
-        if needs_prompt and not has_prompt:
-            raise PydanticCustomError("missing_field", "the group's `prompt` or `messages` is missing")
+        check_is_one_group(self.prompt, self.messages, self.completions, self.rollouts)
         return self
 
 

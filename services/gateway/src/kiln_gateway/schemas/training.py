@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
@@ -186,6 +187,25 @@ class RolloutFields(GivenRollout):
     adapter_version: str | None = None
 
 
+def check_is_one_group(
+    prompt: object, messages: object, completions: object, rollouts: Sequence[GivenRollout] | None
+) -> None:
+    """That a group says what it is about once, and as much as its answers need.
+
+    Raises:
+        PydanticCustomError: `conflicting_fields` or `missing_field`.
+    """
+    if (completions is None) == (rollouts is None):
+        raise PydanticCustomError("conflicting_fields", "a group has either `completions` or `rollouts`")
+    if prompt is not None and messages is not None:
+        raise PydanticCustomError("conflicting_fields", "a group has either `prompt` or `messages`")
+    needs_prompt = completions is not None or any(
+        rollout.token_ids is not None and rollout.prompt_token_ids is None for rollout in rollouts or ()
+    )
+    if needs_prompt and prompt is None and messages is None:
+        raise PydanticCustomError("missing_field", "the group's `prompt` or `messages` is missing")
+
+
 class GroupFields(Body):
     """Completions of one prompt."""
 
@@ -201,17 +221,7 @@ class GroupFields(Body):
 
     @model_validator(mode="after")
     def _is_one_group(self) -> GroupFields:
-        if (self.completions is None) == (self.rollouts is None):
-            raise PydanticCustomError("conflicting_fields", "a group has either `completions` or `rollouts`")
-        if self.prompt is not None and self.messages is not None:
-            raise PydanticCustomError("conflicting_fields", "a group has either `prompt` or `messages`")
-        has_prompt = self.prompt is not None or self.messages is not None
-        needs_prompt = self.completions is not None or any(
-            rollout.token_ids is not None and rollout.prompt_token_ids is None
-            for rollout in self.rollouts or ()
-        )
-        if needs_prompt and not has_prompt:
-            raise PydanticCustomError("missing_field", "the group's `prompt` or `messages` is missing")
+        check_is_one_group(self.prompt, self.messages, self.completions, self.rollouts)
         if len(self.rewards) < 2:
             raise PydanticCustomError(
                 "group_too_small", "the group has {count} completions", {"count": len(self.rewards)}
