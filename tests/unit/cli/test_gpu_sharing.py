@@ -173,10 +173,10 @@ def test_engine_and_trainer_and_nobody_else_are_clients(tmp_path):
     assert clients == {"engine", "trainer"}
 
 
-async def run_until_fault(tmp_path, renew, code=EXIT_DEVICE):
-    """Engine, trainer and gateway; the trainer ends with `code` when told. Returns what was printed."""
+async def run_until_fault(tmp_path, renew, end=f"os._exit({EXIT_DEVICE})"):
+    """Engine, trainer and gateway; the trainer does `end` when told. Returns what was printed."""
     console, out = _console(tmp_path)
-    faulty = _SERVICE.replace("stop.wait()", f"stop.wait(); os._exit({code})")
+    faulty = _SERVICE.replace("stop.wait()", f"stop.wait(); {end}")
     specs = [
         _spec(tmp_path / "engine"),
         _spec(tmp_path / "trainer", "trainer", faulty),
@@ -229,8 +229,9 @@ async def test_mps_that_does_not_come_back_does_not_keep_the_services_away(tmp_p
     assert "MPS did not come back, engine and trainer take turns: the server is gone" in out.getvalue()
 
 
-async def test_a_service_that_ends_for_another_reason_leaves_the_others_alone(tmp_path):
-    supervisor, running, before, _ = await run_until_fault(tmp_path, lambda: pytest.fail("renewed"), code=1)
+@pytest.mark.parametrize("end", ["os._exit(1)", "os.abort()"])
+async def test_a_service_that_ends_for_another_reason_leaves_the_others_alone(tmp_path, end):
+    supervisor, running, before, _ = await run_until_fault(tmp_path, lambda: pytest.fail("renewed"), end)
     trainer = supervisor.processes["trainer"]
     async with asyncio.timeout(20):
         while trainer.pid == before["trainer"] or not trainer.is_ready.is_set():
