@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from kiln_trainer.domain.training import AdapterContent, StartingPoint, TrainedA
 from kiln_trainer.recipes.opd import prepare_opd
 from kiln_trainer.recipes.opd_options import DistillationObjective
 from kiln_trainer.torch_backend.backend import TorchBackend
+from kiln_trainer.torch_backend.gpu_share import WholeDevice
 from kiln_trainer.torch_backend.policy import Policy
 from kiln_trainer.torch_backend.step import StepSums, forward_backward
 from tests.support.distillation import (
@@ -158,6 +160,30 @@ def test_each_round_is_drawn_by_the_student_as_it_then_is(served, tmp_path, teac
     mismatch = [found["sampler_trainer_kl"] for found in metrics]
     assert max(mismatch[0], mismatch[2]) < 1e-9
     assert min(mismatch[1], mismatch[3]) > 1e-6
+
+
+def test_the_share_of_the_device_knows_that_nothing_is_computed_while_a_round_is_drawn(
+    served, tmp_path, teacher
+):
+    calls = []
+
+    class Share(WholeDevice):
+        def between_micro_batches(self):
+            calls.append("works")
+
+        def work_done(self):
+            calls.append("done")
+
+    class Sampler(ModelSampler):
+        def sample(self, student, prompts):
+            calls.append("draws")
+            return super().sample(student, prompts)
+
+    settings = {"prompts_per_step": 2, "refresh_every": 1}
+    request = opd_request(PROMPTS, settings=settings, epochs=1, checkpoint_every=100)
+    backend = TorchBackend(served.locate, make_share=lambda session: Share("none"))
+    backend.run(opd_task(request, tmp_path, teacher, Sampler(served)), RecordingHooks())
+    assert [call for call, _ in itertools.groupby(calls)] == ["draws", "works", "done"] * 2
 
 
 def opd_jobs(served: ServedModel) -> trainer_pb2.SubmitRequest:
