@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -272,6 +273,18 @@ def test_a_student_that_begins_as_its_teacher_is_told_so(served, tmp_path, teach
     job = opd_task(opd_request(PROMPTS, teacher=name), tmp_path, start, ModelSampler(served), start)
     with pytest.raises(NoLearningSignal, match="begins as its own teacher"):
         TorchBackend(served.locate).run(job, RecordingHooks())
+
+
+def test_given_log_probabilities_far_from_the_students_leave_its_metrics_finite(served, tmp_path, teacher):
+    rollout = trainer_pb2.OpdRollout(
+        prompt_token_ids=[7, 8, 9], completion_token_ids=[40, 41, 42], logprobs=[-1e4, -1e4, -0.5]
+    )
+    hooks = RecordingHooks()
+    request = opd_request(rollouts=[rollout], epochs=1)
+    TorchBackend(served.locate).run(opd_task(request, tmp_path, teacher), hooks)
+    metrics = dict(hooks.reports[0].metrics)
+    json.dumps(metrics, allow_nan=False)
+    assert metrics["sampler_trainer_kl"] > 1e6  # large, as it should be
 
 
 def test_a_completion_outside_the_vocabulary_is_refused(served, tmp_path, teacher):
