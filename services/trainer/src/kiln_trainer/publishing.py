@@ -17,6 +17,7 @@ from kiln_common.clients.engine import EngineClient
 from kiln_common.clients.registry import RegistryClient
 from kiln_common.errors import AdapterNotFound, ErrorKind, KilnError
 from kiln_common.pb import common_pb2, engine_pb2, registry_pb2
+from kiln_trainer.completions import draw
 from kiln_trainer.domain.training import AdapterContent, StartingPoint
 from kiln_trainer.jobs.ports import LiveReport
 
@@ -38,10 +39,12 @@ class EngineDirectory:
         info_timeout_s: float,
         live_timeout_s: float,
         rollout_timeout_s: float = 600.0,
+        patience_s: float = 300.0,
     ) -> None:
         self._engines = [EngineClient(address, timeout_s=info_timeout_s) for address in addresses]
         self._live_timeout_s = live_timeout_s
         self._rollout_timeout_s = rollout_timeout_s
+        self._patience_s = patience_s
         self._info: engine_pb2.EngineInfo | None = None
         self._info_read_s = -math.inf
 
@@ -93,13 +96,17 @@ class EngineDirectory:
     async def generate(
         self, requests: Sequence[engine_pb2.GenerateRequest]
     ) -> list[list[engine_pb2.SequenceOutput]]:
-        """What the engine whose weights are mapped answers to each request; the first failure ends all."""
+        """What the engine whose weights are mapped answers to each request.
+
+        Each is tried again by itself, so that one failure does not cost the others' completions; one
+        that stays ends all.
+        """
         room = asyncio.Semaphore(_MAX_GENERATING)
 
         async def one(request: engine_pb2.GenerateRequest) -> list[engine_pb2.SequenceOutput]:
             request.timeout_s = self._rollout_timeout_s
             async with room:
-                return [output async for output in self._engines[0].generate(request)]
+                return await draw(self._engines[0], request, self._patience_s)
 
         running = [asyncio.create_task(one(request)) for request in requests]
         try:

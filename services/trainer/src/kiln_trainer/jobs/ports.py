@@ -101,7 +101,8 @@ class Publisher(Protocol):
     ) -> list[list[engine_pb2.SequenceOutput]]:
         """What the first engine answers to each request, in order; the last output ends it.
 
-        `check` is called now and then; what it raises ends the requests.
+        `check` is called now and then; what it raises ends the requests. Raises what the engine
+        refuses, and what passes only where it has not for a long time.
         """
         ...
 
