@@ -72,6 +72,7 @@ def test_the_unfinished_student_is_neither_attached_nor_kept(store, publisher, t
     assert (unfinished.name, unfinished.attach, unfinished.job_id) == (job.id, False, job.id)
     assert unfinished.claim_epoch == 1
     assert publisher.withdrawn == [job.id]
+    assert publisher.audiences == ["sampler", "all"]
     assert (finished.name, finished.attach) == ("helper", True)
     assert (job.result.adapter, job.result.version) == ("helper", 1)
 

@@ -48,9 +48,10 @@ class EngineStudent:
             return self._draw(self._base, prompts)
         # Only the last claim may put a version into the registry.
         self._job.sync()
-        version = self._publisher.publish(self._header(student.config_json), student)
+        # The other engines need not take it, and one of them may be away.
+        version = self._publisher.publish(self._header(student.config_json), student, "sampler")
         try:
-            # Its bytes must not go before the engines have taken them.
+            # Its bytes must not go before the engine has taken them.
             self._publisher.make_live(version)
             return self._draw(version, prompts)
         finally:
