@@ -130,6 +130,20 @@ def test_a_program_that_hangs_is_given_up(gpu_host):
         server.start()
 
 
+def test_a_daemon_that_runs_but_answered_too_late_is_not_left_behind(gpu_host):
+    script = _CONTROL_SCRIPT.replace(
+        'touch "$CUDA_MPS_PIPE_DIRECTORY/control"\nelif',
+        'touch "$CUDA_MPS_PIPE_DIRECTORY/control"\n  exec sleep 30\nelif',
+    )
+    assert script != _CONTROL_SCRIPT
+    (gpu_host / "bin" / CONTROL).write_text(script)
+    server = MpsServer(gpu_host / "pipe", gpu_host / "log", command_timeout_s=1.0)
+    with pytest.raises(MpsUnavailable, match="did not answer"):
+        server.start()
+    assert (gpu_host / "log" / "calls").read_text().startswith("\n-d\n")
+    assert not (gpu_host / "pipe" / "control").exists()
+
+
 @pytest.mark.parametrize("choice", ["auto", "time_slices"])
 def test_time_slices_keep_clear_of_any_server(gpu_host, choice):
     with share(gpu_host, choice) as sharing:
@@ -145,10 +159,15 @@ def test_an_operators_server_is_used_as_it_is(gpu_host, monkeypatch):
         assert "/tmp/nvidia-mps" in sharing.note
 
 
-def test_a_gpu_for_each_needs_no_mps(gpu_host, monkeypatch):
+@pytest.mark.parametrize(
+    ("choice", "note"),
+    [("auto", ""), ("mps", "no MPS: the trainer has a GPU of its own (KILN_TRAINER_DEVICE=cuda:1)")],
+)
+def test_a_gpu_for_each_needs_no_mps_and_whoever_asked_for_it_is_told(gpu_host, monkeypatch, choice, note):
     monkeypatch.setenv("KILN_TRAINER_DEVICE", "cuda:1")
-    with share(gpu_host, "mps") as sharing:
-        assert (sharing.env, sharing.note) == ({}, "")
+    with share(gpu_host, choice) as sharing:
+        assert (sharing.env, sharing.note) == ({}, note)
+    assert not (gpu_host / "run" / "mps").exists()
 
 
 @pytest.mark.parametrize(("choice", "note"), [("auto", ""), ("mps", "mps needs a GPU"), ("time_slices", "")])
