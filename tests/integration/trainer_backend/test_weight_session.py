@@ -279,7 +279,6 @@ async def test_the_engines_load_is_asked_for_and_its_silence_is_no_failure(tmp_p
         assert load == EngineLoad(num_running=3, num_waiting=2)
     finally:
         await server.stop(grace=None)
-        read_load.close()
 
 
 def test_a_job_that_takes_turns_gives_the_bytes_of_one_that_does_not(served, tmp_path):
