@@ -20,7 +20,7 @@ from kiln_trainer.domain.training import (
     TrainedAdapter,
     TrainingTask,
 )
-from kiln_trainer.jobs.ports import LiveReport
+from kiln_trainer.jobs.ports import Audience, LiveReport
 from tests.support.registry import MODEL_HASH, adapter_bytes, peft_config
 
 WAIT_S = 20.0
@@ -174,6 +174,7 @@ class MemoryPublisher:
 
     def __init__(self) -> None:
         self.headers: list[registry_pb2.PublishHeader] = []
+        self.audiences: list[Audience] = []
         self.versions: dict[str, list[registry_pb2.AdapterVersion]] = {}
         self.num_publish_calls = 0
         self.before_publish: Callable[[], None] = lambda: None
@@ -201,7 +202,7 @@ class MemoryPublisher:
         return StartingPoint(f"{version.name}@{version.version}", version.config_json, path)
 
     def publish(
-        self, header: registry_pb2.PublishHeader, content: AdapterContent
+        self, header: registry_pb2.PublishHeader, content: AdapterContent, audience: Audience = "all"
     ) -> registry_pb2.AdapterVersion:
         self.before_publish()
         with self._lock:
@@ -218,6 +219,7 @@ class MemoryPublisher:
             )
             known.append(version)
             self.headers.append(header)
+            self.audiences.append(audience)
             self._by_key[header.publish_key] = version
             return version
 

@@ -6,7 +6,8 @@ import threading
 
 import pytest
 
-from kiln_common.errors import AdapterNotFound, KilnError
+from kiln_common.clients.engine import EngineClient
+from kiln_common.errors import AdapterNotFound, KilnError, Overloaded
 from kiln_common.pb import engine_pb2
 from kiln_trainer.domain.errors import JobCancelled
 from kiln_trainer.publishing import EngineDirectory, GrpcPublisher
@@ -67,6 +68,28 @@ async def test_what_the_check_raises_ends_the_requests(tmp_path):
         async with asyncio.timeout(10):
             while (await client.get_stats()).num_running:
                 await asyncio.sleep(0.01)
+
+
+async def test_a_draw_that_fails_half_way_costs_no_other(tmp_path, monkeypatch):
+    generate, asked_for = EngineClient.generate, []
+
+    async def fail_once(self, request):
+        asked_for.append(request.request_id)
+        async with contextlib.aclosing(generate(self, request)) as outputs:
+            async for output in outputs:
+                if request.request_id == "r1":
+                    raise Overloaded("all adapter slots are in use")
+                yield output
+
+    monkeypatch.setattr(EngineClient, "generate", fail_once)
+    requests = [generate_request(f"r{i}", max_tokens=8) for i in range(3)]
+    async with connected(tmp_path) as (publisher, _, _):
+        found = await asyncio.to_thread(publisher.generate, requests, nothing_to_say)
+    assert [sum(len(output.token_ids) for output in outputs) for outputs in found] == [8] * 3
+    assert asked_for[:3] == ["r0", "r1", "r2"]
+    assert [{output.request_id for output in outputs} for outputs in found] == [
+        {"r0"}, {asked_for[3]}, {"r2"},
+    ]  # fmt: skip
 
 
 async def test_a_withdrawn_student_is_gone_and_one_that_never_was_is_no_error(tmp_path):

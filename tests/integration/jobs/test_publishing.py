@@ -121,6 +121,20 @@ async def test_bytes_that_differ_from_the_published_ones_are_reported_and_not_us
     assert host.registry.num_fetches == 1
 
 
+async def test_a_student_does_not_wait_for_engines_that_do_not_sample(host, tmp_path):
+    engines = EngineDirectory(
+        [host.engine.address, f"unix:{tmp_path}/away.sock"], info_timeout_s=0.2, live_timeout_s=0.5
+    )
+    host.publisher = GrpcPublisher(host.registry, engines, asyncio.get_running_loop())
+    version = await asyncio.to_thread(host.publisher.publish, HEADER, sealed(), "sampler")
+    report = await asyncio.to_thread(host.publisher.make_live, version)
+    assert (report.not_live, host.engine.prepared) == ((), ["helper@1"])
+    version = await asyncio.to_thread(host.publisher.publish, HEADER, sealed())
+    report = await asyncio.to_thread(host.publisher.make_live, version)
+    assert report.not_live == (f"unix:{tmp_path}/away.sock",)
+    await engines.close()
+
+
 async def test_an_engine_that_takes_nothing_is_left_to_the_registry(host):
     for socket_path in ("", "/nowhere/adapters.sock"):
         host.engine.adapter_socket_path = socket_path

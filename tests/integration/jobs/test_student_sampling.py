@@ -8,7 +8,6 @@ import pytest
 
 from kiln_common.errors import AdapterNotFound, EngineUnavailable, Overloaded, RegistryUnavailable
 from kiln_common.pb import engine_pb2, registry_pb2
-from kiln_common.rpc import to_error_detail
 from kiln_trainer.domain.training import StepHooks, TrainedAdapter, TrainingTask
 from tests.integration.jobs.test_worker import ended, working
 from tests.support.jobs import ChainBackend, MemoryContent, MemoryPublisher, opd_request
@@ -73,6 +72,7 @@ def test_the_unfinished_student_is_neither_attached_nor_kept(store, publisher, t
     assert (unfinished.name, unfinished.attach, unfinished.job_id) == (job.id, False, job.id)
     assert unfinished.claim_epoch == 1
     assert publisher.withdrawn == [job.id]
+    assert publisher.audiences == ["sampler", "all"]
     assert (finished.name, finished.attach) == ("helper", True)
     assert (job.result.adapter, job.result.version) == ("helper", 1)
 
@@ -155,29 +155,15 @@ def test_completions_that_ran_into_their_limit_are_marked(store, publisher, tmp_
     assert {rollout.is_truncated for rollout in backend.rollouts} == {is_truncated}
 
 
-def test_what_the_engine_refuses_fails_the_job_with_the_engines_words(
-    store, publisher, tmp_path, monkeypatch
-):
-    refusal = engine_pb2.SequenceOutput(
-        finish_reason=engine_pb2.FINISH_REASON_ERROR, error=to_error_detail(AdapterNotFound("no such bytes"))
-    )
-    monkeypatch.setattr(publisher, "generate", lambda requests, check: [[refusal] for _ in requests])
+def test_what_the_engine_refuses_fails_the_job_with_the_engines_words(store, publisher, tmp_path):
+    def refuse():
+        raise AdapterNotFound("no such bytes")
+
+    publisher.before_generate = refuse
     job, _ = run(store, publisher, tmp_path, opd_request())
     assert (job.status, job.error.code, job.error.message) == (
         "failed", "adapter_not_found", "no such bytes",
     )  # fmt: skip
-
-
-def test_a_completion_that_the_engine_gave_up_is_drawn_again(store, publisher, tmp_path):
-    publisher.finish_reason = engine_pb2.FINISH_REASON_ABORT
-
-    def mend_at_second():
-        if len(publisher.generated) > 2:
-            publisher.finish_reason = engine_pb2.FINISH_REASON_STOP
-
-    publisher.before_generate = mend_at_second
-    job, _ = run(store, publisher, tmp_path, opd_request())
-    assert job.status == "succeeded"
 
 
 def test_a_cancel_ends_the_sampling(store, publisher, tmp_path):

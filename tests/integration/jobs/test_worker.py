@@ -158,6 +158,7 @@ def test_a_broken_device_ends_the_worker_and_another_goes_on_with_the_job(
     broken, sound = ChainBackend(before_step=before_step), ChainBackend()
     with working(store, broken, publisher, tmp_path) as worker:
         wait_until(lambda: not worker.is_alive)
+    assert isinstance(worker.failure, DeviceBroken)
     assert store.status(job_id) == "running"
     with working(other_store, sound, publisher, tmp_path):
         assert ended(store, job_id).status == "succeeded"

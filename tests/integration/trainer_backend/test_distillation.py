@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from kiln_trainer.domain.training import AdapterContent, StartingPoint, TrainedA
 from kiln_trainer.recipes.opd import prepare_opd
 from kiln_trainer.recipes.opd_options import DistillationObjective
 from kiln_trainer.torch_backend.backend import TorchBackend
+from kiln_trainer.torch_backend.gpu_share import WholeDevice
 from kiln_trainer.torch_backend.policy import Policy
 from kiln_trainer.torch_backend.step import StepSums, forward_backward
 from tests.support.distillation import (
@@ -160,6 +163,30 @@ def test_each_round_is_drawn_by_the_student_as_it_then_is(served, tmp_path, teac
     assert min(mismatch[1], mismatch[3]) > 1e-6
 
 
+def test_the_share_of_the_device_knows_that_nothing_is_computed_while_a_round_is_drawn(
+    served, tmp_path, teacher
+):
+    calls = []
+
+    class Share(WholeDevice):
+        def between_micro_batches(self):
+            calls.append("works")
+
+        def work_done(self):
+            calls.append("done")
+
+    class Sampler(ModelSampler):
+        def sample(self, student, prompts):
+            calls.append("draws")
+            return super().sample(student, prompts)
+
+    settings = {"prompts_per_step": 2, "refresh_every": 1}
+    request = opd_request(PROMPTS, settings=settings, epochs=1, checkpoint_every=100)
+    backend = TorchBackend(served.locate, make_share=lambda session: Share("none"))
+    backend.run(opd_task(request, tmp_path, teacher, Sampler(served)), RecordingHooks())
+    assert [call for call, _ in itertools.groupby(calls)] == ["draws", "works", "done"] * 2
+
+
 def opd_jobs(served: ServedModel) -> trainer_pb2.SubmitRequest:
     settings = {"prompts_per_step": 2, "refresh_every": 2, "samples_per_prompt": 2}
     return opd_request(PROMPTS, settings=settings, epochs=4, checkpoint_every=3, batch_tokens=24)
@@ -246,6 +273,18 @@ def test_a_student_that_begins_as_its_teacher_is_told_so(served, tmp_path, teach
     job = opd_task(opd_request(PROMPTS, teacher=name), tmp_path, start, ModelSampler(served), start)
     with pytest.raises(NoLearningSignal, match="begins as its own teacher"):
         TorchBackend(served.locate).run(job, RecordingHooks())
+
+
+def test_given_log_probabilities_far_from_the_students_leave_its_metrics_finite(served, tmp_path, teacher):
+    rollout = trainer_pb2.OpdRollout(
+        prompt_token_ids=[7, 8, 9], completion_token_ids=[40, 41, 42], logprobs=[-1e4, -1e4, -0.5]
+    )
+    hooks = RecordingHooks()
+    request = opd_request(rollouts=[rollout], epochs=1)
+    TorchBackend(served.locate).run(opd_task(request, tmp_path, teacher), hooks)
+    metrics = dict(hooks.reports[0].metrics)
+    json.dumps(metrics, allow_nan=False)
+    assert metrics["sampler_trainer_kl"] > 1e6  # large, as it should be
 
 
 def test_a_completion_outside_the_vocabulary_is_refused(served, tmp_path, teacher):

@@ -185,6 +185,33 @@ def test_a_failure_of_the_device_is_told_apart_from_one_of_the_job(served, tmp_p
     backend.close()
 
 
+def test_an_idle_trainer_outlives_a_device_without_room_for_the_weights(served, monkeypatch):
+    backend, attempts = TorchBackend(served.locate), []
+
+    def fail(*args: Any) -> None:
+        attempts.append(args)
+        raise torch.OutOfMemoryError("tried to allocate 18 GiB")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(WeightSession, "open", fail)
+        for _ in range(2):
+            backend.keep_mapped()
+    assert len(attempts) == 2
+    assert backend.mapped_model == MappedModel()
+    backend.keep_mapped()  # there is room now
+    assert backend.mapped_model != MappedModel()
+    backend.close()
+
+
+def test_a_device_that_fails_while_the_weights_are_mapped_is_told_as_broken(served, monkeypatch):
+    def fail(*args: Any) -> None:
+        raise torch.AcceleratorError("CUDA error: unspecified launch failure")
+
+    monkeypatch.setattr(WeightSession, "open", fail)
+    with pytest.raises(DeviceBroken, match="unspecified launch failure"):
+        TorchBackend(served.locate).keep_mapped()
+
+
 def test_the_number_of_threads_is_the_settings(tmp_path):
     def nobody() -> WeightLocation:
         raise WeightsLost("no engine")
@@ -252,7 +279,6 @@ async def test_the_engines_load_is_asked_for_and_its_silence_is_no_failure(tmp_p
         assert load == EngineLoad(num_running=3, num_waiting=2)
     finally:
         await server.stop(grace=None)
-        read_load.close()
 
 
 def test_a_job_that_takes_turns_gives_the_bytes_of_one_that_does_not(served, tmp_path):

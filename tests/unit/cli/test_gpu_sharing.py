@@ -130,6 +130,20 @@ def test_a_program_that_hangs_is_given_up(gpu_host):
         server.start()
 
 
+def test_a_daemon_that_runs_but_answered_too_late_is_not_left_behind(gpu_host):
+    script = _CONTROL_SCRIPT.replace(
+        'touch "$CUDA_MPS_PIPE_DIRECTORY/control"\nelif',
+        'touch "$CUDA_MPS_PIPE_DIRECTORY/control"\n  exec sleep 30\nelif',
+    )
+    assert script != _CONTROL_SCRIPT
+    (gpu_host / "bin" / CONTROL).write_text(script)
+    server = MpsServer(gpu_host / "pipe", gpu_host / "log", command_timeout_s=1.0)
+    with pytest.raises(MpsUnavailable, match="did not answer"):
+        server.start()
+    assert (gpu_host / "log" / "calls").read_text().startswith("\n-d\n")
+    assert not (gpu_host / "pipe" / "control").exists()
+
+
 @pytest.mark.parametrize("choice", ["auto", "time_slices"])
 def test_time_slices_keep_clear_of_any_server(gpu_host, choice):
     with share(gpu_host, choice) as sharing:
@@ -145,10 +159,15 @@ def test_an_operators_server_is_used_as_it_is(gpu_host, monkeypatch):
         assert "/tmp/nvidia-mps" in sharing.note
 
 
-def test_a_gpu_for_each_needs_no_mps(gpu_host, monkeypatch):
+@pytest.mark.parametrize(
+    ("choice", "note"),
+    [("auto", ""), ("mps", "no MPS: the trainer has a GPU of its own (KILN_TRAINER_DEVICE=cuda:1)")],
+)
+def test_a_gpu_for_each_needs_no_mps_and_whoever_asked_for_it_is_told(gpu_host, monkeypatch, choice, note):
     monkeypatch.setenv("KILN_TRAINER_DEVICE", "cuda:1")
-    with share(gpu_host, "mps") as sharing:
-        assert (sharing.env, sharing.note) == ({}, "")
+    with share(gpu_host, choice) as sharing:
+        assert (sharing.env, sharing.note) == ({}, note)
+    assert not (gpu_host / "run" / "mps").exists()
 
 
 @pytest.mark.parametrize(("choice", "note"), [("auto", ""), ("mps", "mps needs a GPU"), ("time_slices", "")])
@@ -173,10 +192,10 @@ def test_engine_and_trainer_and_nobody_else_are_clients(tmp_path):
     assert clients == {"engine", "trainer"}
 
 
-async def run_until_fault(tmp_path, renew, code=EXIT_DEVICE):
-    """Engine, trainer and gateway; the trainer ends with `code` when told. Returns what was printed."""
+async def run_until_fault(tmp_path, renew, end=f"os._exit({EXIT_DEVICE})"):
+    """Engine, trainer and gateway; the trainer does `end` when told. Returns what was printed."""
     console, out = _console(tmp_path)
-    faulty = _SERVICE.replace("stop.wait()", f"stop.wait(); os._exit({code})")
+    faulty = _SERVICE.replace("stop.wait()", f"stop.wait(); {end}")
     specs = [
         _spec(tmp_path / "engine"),
         _spec(tmp_path / "trainer", "trainer", faulty),
@@ -229,8 +248,9 @@ async def test_mps_that_does_not_come_back_does_not_keep_the_services_away(tmp_p
     assert "MPS did not come back, engine and trainer take turns: the server is gone" in out.getvalue()
 
 
-async def test_a_service_that_ends_for_another_reason_leaves_the_others_alone(tmp_path):
-    supervisor, running, before, _ = await run_until_fault(tmp_path, lambda: pytest.fail("renewed"), code=1)
+@pytest.mark.parametrize("end", ["os._exit(1)", "os.abort()"])
+async def test_a_service_that_ends_for_another_reason_leaves_the_others_alone(tmp_path, end):
+    supervisor, running, before, _ = await run_until_fault(tmp_path, lambda: pytest.fail("renewed"), end)
     trainer = supervisor.processes["trainer"]
     async with asyncio.timeout(20):
         while trainer.pid == before["trainer"] or not trainer.is_ready.is_set():

@@ -4,10 +4,12 @@ import asyncio
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from kiln_common.settings import EXIT_CONFIG, EXIT_DEVICE
 from kiln_engine import __main__ as engine_main
 from kiln_trainer import __main__ as trainer_main
+from kiln_trainer.domain.errors import DeviceBroken
 
 
 @pytest.mark.parametrize(("has_failed", "expected"), [(True, EXIT_DEVICE), (False, 0)])
@@ -35,18 +37,41 @@ async def test_an_engine_whose_steps_fail_ends_with_a_code_of_its_own(monkeypatc
     assert stopped.is_set()
 
 
-@pytest.mark.parametrize(("is_asked_to_stop", "expected"), [(True, 0), (False, EXIT_DEVICE)])
-def test_a_trainer_whose_worker_died_ends_with_the_same(monkeypatch, is_asked_to_stop, expected):
-    async def serve(settings):
-        return is_asked_to_stop
+@pytest.mark.parametrize(
+    ("failure", "expected"),
+    [
+        (DeviceBroken("illegal memory access"), EXIT_DEVICE),
+        (torch.AcceleratorError("CUDA error: unspecified launch failure"), EXIT_DEVICE),
+        (OSError(28, "No space left on device"), 1),
+        (KeyError("a plain bug"), 1),
+        (None, 0),
+    ],
+)
+def test_only_a_failed_device_ends_a_trainer_with_the_same(monkeypatch, failure, expected):
+    """None: the worker lives on, and somebody asks the trainer to stop."""
+    stopped = asyncio.Event()
+
+    async def stop():
+        stopped.set()
+
+    async def start(settings):
+        worker = SimpleNamespace(is_alive=failure is None, failure=failure)
+        return SimpleNamespace(worker=worker, stop=stop)
+
+    async def signal():
+        if failure is not None:
+            await asyncio.Event().wait()
 
     settings = SimpleNamespace(log_level="ERROR", cpu_niceness=0)
     monkeypatch.setattr(trainer_main, "read_settings", lambda settings_class: settings)
     monkeypatch.setattr(trainer_main, "configure_logs", lambda *args: None)
-    monkeypatch.setattr(trainer_main, "serve", serve)
+    monkeypatch.setattr(trainer_main.os, "nice", lambda increment: None)
+    monkeypatch.setattr(trainer_main, "start_trainer", start)
+    monkeypatch.setattr(trainer_main, "wait_for_stop_signal", signal)
     with pytest.raises(SystemExit) as ended:
         trainer_main.main()
     assert ended.value.code == expected
+    assert stopped.is_set()
 
 
 def test_the_codes_differ_from_each_other_and_from_ordinary_failures():

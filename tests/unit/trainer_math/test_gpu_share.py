@@ -92,6 +92,22 @@ def test_turns_hold_the_share_while_requests_run_and_cost_nothing_while_none_do(
     assert share.take_metrics() == {"gpu_share": 1.0, "gpu_yield_s": 0.0}
 
 
+@pytest.mark.parametrize(("away_s", "rest_s"), [(0.0, 0.6), (0.25, 0.35), (60.0, 0.0)])
+def test_sampling_and_checkpoints_between_two_steps_count_as_rest_and_not_as_work(away_s, rest_s):
+    scene = Scene(ONE)
+    share = TimeSlices(CPU, scene.watch(Shares(light=0.25)))
+    with share.occupied():
+        share.between_micro_batches()
+        scene.now_s += 0.2
+        share.work_done()
+        scene.now_s += away_s
+        share.between_micro_batches()
+        assert share.take_metrics()["gpu_yield_s"] == pytest.approx(rest_s)
+        scene.now_s += 0.2
+        share.between_micro_batches()
+    assert share.take_metrics()["gpu_yield_s"] == pytest.approx(0.6)
+
+
 def test_a_rest_ends_when_the_load_that_asked_for_it_is_gone():
     scene = Scene(ONE)
     share = TimeSlices(CPU, scene.watch(Shares(light=0.1)))

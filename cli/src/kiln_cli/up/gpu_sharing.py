@@ -50,8 +50,9 @@ def shared_gpu(choice: Choice, device: str | None, run_dir: Path, state_dir: Pat
         yield _turns(run_dir)
     elif PIPE_VARIABLE in os.environ:  # an operator runs a server of their own
         yield GpuSharing({SETTING: choice}, note=f"using the MPS server in {os.environ[PIPE_VARIABLE]}")
-    elif os.environ.get("KILN_TRAINER_DEVICE"):
-        yield GpuSharing()  # a GPU for each
+    elif own_device := os.environ.get("KILN_TRAINER_DEVICE"):  # a GPU for each
+        note = f"no MPS: the trainer has a GPU of its own (KILN_TRAINER_DEVICE={own_device})"
+        yield GpuSharing(note=note if choice == "mps" else "")
     elif choice == "auto":  # until a whole stack has been seen to run under MPS
         yield _turns(run_dir)
     else:

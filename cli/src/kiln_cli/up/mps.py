@@ -51,8 +51,9 @@ class MpsServer:
         for folder in (self._pipe_dir, self._log_dir):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         # One that outlived a killed supervisor, or a fault, may take a moment to end.
-        self._start_daemon(patience_s=_END_TIMEOUT_S if self.stop() else 0.0)
+        patience_s = _END_TIMEOUT_S if self.stop() else 0.0
         try:
+            self._start_daemon(patience_s)  # which may be there although it did not answer
             self._probe()
         except BaseException:  # an interrupt too: nobody else would end it
             self.stop()

@@ -121,7 +121,8 @@ class Supervisor:
             return
         self._console.service_exited(name, code, delay_s)
         fate = self._shared_fate
-        is_fault = code in (EXIT_DEVICE, -signal.SIGABRT)
+        # By that code alone: an abort (-SIGABRT) may be one process's own bug and costs it alone.
+        is_fault = code == EXIT_DEVICE
         if fate is not None and name in fate.names and is_fault and self._renewal is None:
             self._renewal = asyncio.create_task(self._renew(fate))
 

@@ -80,6 +80,7 @@ async def start_trainer(
         info_timeout_s=_INFO_TIMEOUT_S,
         live_timeout_s=settings.live_timeout_s,
         rollout_timeout_s=settings.rollout_timeout_s,
+        patience_s=settings.patience_s,
     )
     backend = await asyncio.to_thread(make_backend, settings)
     worker = Worker(

@@ -17,8 +17,9 @@ from kiln_common.clients.engine import EngineClient
 from kiln_common.clients.registry import RegistryClient
 from kiln_common.errors import AdapterNotFound, ErrorKind, KilnError
 from kiln_common.pb import common_pb2, engine_pb2, registry_pb2
+from kiln_trainer.completions import draw
 from kiln_trainer.domain.training import AdapterContent, StartingPoint
-from kiln_trainer.jobs.ports import LiveReport
+from kiln_trainer.jobs.ports import Audience, LiveReport
 
 log = structlog.get_logger()
 T = TypeVar("T")
@@ -38,10 +39,12 @@ class EngineDirectory:
         info_timeout_s: float,
         live_timeout_s: float,
         rollout_timeout_s: float = 600.0,
+        patience_s: float = 300.0,
     ) -> None:
         self._engines = [EngineClient(address, timeout_s=info_timeout_s) for address in addresses]
         self._live_timeout_s = live_timeout_s
         self._rollout_timeout_s = rollout_timeout_s
+        self._patience_s = patience_s
         self._info: engine_pb2.EngineInfo | None = None
         self._info_read_s = -math.inf
 
@@ -62,13 +65,17 @@ class EngineDirectory:
             break
         return self._info
 
-    async def hand_over(self, name: str, content: AdapterContent) -> dict[str, str]:
+    def _wanted(self, audience: Audience) -> list[EngineClient]:
+        return self._engines if audience == "all" else self._engines[:1]
+
+    async def hand_over(self, name: str, content: AdapterContent, audience: Audience) -> dict[str, str]:
         """Give the bytes to the engines of this host; returns by address the sha256 of what they took.
 
         The others, and those that do not take them, fetch them from the registry later.
         """
-        answers = await asyncio.gather(*(self._hand_to(engine, name, content) for engine in self._engines))
-        pairs = zip(self._engines, answers, strict=True)
+        engines = self._wanted(audience)
+        answers = await asyncio.gather(*(self._hand_to(engine, name, content) for engine in engines))
+        pairs = zip(engines, answers, strict=True)
         return {engine.address: sha256 for engine, sha256 in pairs if sha256}
 
     async def _hand_to(self, engine: EngineClient, name: str, content: AdapterContent) -> str:
@@ -81,25 +88,31 @@ class EngineDirectory:
             log.warning("adapter_not_handed_over", engine=engine.address, reason=str(error))
             return ""
 
-    async def prepare(self, adapter: common_pb2.AdapterRef) -> tuple[str, ...]:
-        """Have every engine load the version; returns those that do not serve it.
+    async def prepare(self, adapter: common_pb2.AdapterRef, audience: Audience) -> tuple[str, ...]:
+        """Have the engines load the version; returns those that do not serve it.
 
         They are named by boot id, or by address where they are away.
         An engine that is away is asked again for `live_timeout_s` seconds.
         """
-        answers = await asyncio.gather(*(self._prepare_on(engine, adapter) for engine in self._engines))
+        answers = await asyncio.gather(
+            *(self._prepare_on(engine, adapter) for engine in self._wanted(audience))
+        )
         return tuple(name for name in answers if name is not None)
 
     async def generate(
         self, requests: Sequence[engine_pb2.GenerateRequest]
     ) -> list[list[engine_pb2.SequenceOutput]]:
-        """What the engine whose weights are mapped answers to each request; the first failure ends all."""
+        """What the engine whose weights are mapped answers to each request.
+
+        Each is tried again by itself, so that one failure does not cost the others' completions; one
+        that stays ends all.
+        """
         room = asyncio.Semaphore(_MAX_GENERATING)
 
         async def one(request: engine_pb2.GenerateRequest) -> list[engine_pb2.SequenceOutput]:
             request.timeout_s = self._rollout_timeout_s
             async with room:
-                return [output async for output in self._engines[0].generate(request)]
+                return await draw(self._engines[0], request, self._patience_s)
 
         running = [asyncio.create_task(one(request)) for request in requests]
         try:
@@ -163,18 +176,19 @@ class GrpcPublisher:
         return StartingPoint(f"{version.name}@{version.version}", version.config_json, path)
 
     def publish(
-        self, header: registry_pb2.PublishHeader, content: AdapterContent
+        self, header: registry_pb2.PublishHeader, content: AdapterContent, audience: Audience = "all"
     ) -> registry_pb2.AdapterVersion:
-        return self._on_loop(self._publish(header, content))
+        return self._on_loop(self._publish(header, content, audience))
 
     async def _publish(
-        self, header: registry_pb2.PublishHeader, content: AdapterContent
+        self, header: registry_pb2.PublishHeader, content: AdapterContent, audience: Audience
     ) -> registry_pb2.AdapterVersion:
         if self._handover is None or self._handover[0] is not content:
-            self._handover = content, asyncio.create_task(self._engines.hand_over(header.name, content))
+            handing = self._engines.hand_over(header.name, content, audience)
+            self._handover = content, asyncio.create_task(handing)
         handover = self._handover[1]
         version = await self._registry.publish(header, content.view())
-        self._going_live = asyncio.create_task(self._go_live(version, handover, content.view()))
+        self._going_live = asyncio.create_task(self._go_live(version, handover, content.view(), audience))
         return version
 
     async def _go_live(
@@ -182,8 +196,9 @@ class GrpcPublisher:
         version: registry_pb2.AdapterVersion,
         handover: asyncio.Task[dict[str, str]],
         content: memoryview,
+        audience: Audience,
     ) -> LiveReport:
-        """Have every engine serve a version that was just committed."""
+        """Have its engines serve a version that was just committed."""
         began_s = time.monotonic()
         for engine, sha256 in (await handover).items():
             if sha256 == version.sha256:
@@ -191,7 +206,7 @@ class GrpcPublisher:
             else:  # it will fetch the right ones
                 log.error("handed_adapter_differs", engine=engine, sha256=sha256, published=version.sha256)
         adapter = common_pb2.AdapterRef(name=version.name, version=version.version, sha256=version.sha256)
-        not_live = await self._engines.prepare(adapter)
+        not_live = await self._engines.prepare(adapter, audience)
         return LiveReport(not_live, time.monotonic() - began_s)
 
     def max_adapter_rank(self) -> int:

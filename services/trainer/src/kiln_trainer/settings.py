@@ -56,7 +56,7 @@ class TrainerSettings(BaseSettings):
         30.0, description="how long engines get to load a result before the job lists them as not_live"
     )
     rollout_timeout_s: PositiveFloat = Field(
-        600.0, description="how long one completion that a job samples may take"
+        600.0, description="how long one completion that a job samples may take before it is drawn again"
     )
     retention_s: PositiveInt = Field(7 * 24 * 3600, description="how long an ended job can be read")
     max_payload_bytes: PositiveInt = Field(64 * 1024**2, description="largest job accepted")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 from kiln_common.pb import engine_pb2, registry_pb2
 from kiln_trainer.domain.training import AdapterContent, StartingPoint, TrainingBackend
@@ -60,6 +60,10 @@ class JobBackend(TrainingBackend, Protocol):
         ...
 
 
+# Which engines get a version as it is published: all, or the one that draws a job's completions.
+Audience = Literal["all", "sampler"]
+
+
 @dataclass(frozen=True, slots=True)
 class LiveReport:
     """Which engines serve a version now."""
@@ -83,9 +87,9 @@ class Publisher(Protocol):
         ...
 
     def publish(
-        self, header: registry_pb2.PublishHeader, content: AdapterContent
+        self, header: registry_pb2.PublishHeader, content: AdapterContent, audience: Audience = "all"
     ) -> registry_pb2.AdapterVersion:
-        """Publish a version, idempotent by header.publish_key, and meanwhile hand its bytes to the engines."""
+        """Publish a version, idempotent by header.publish_key, and meanwhile hand its bytes to its engines."""
         ...
 
     def max_adapter_rank(self) -> int:
@@ -93,7 +97,7 @@ class Publisher(Protocol):
         ...
 
     def make_live(self, version: registry_pb2.AdapterVersion) -> LiveReport:
-        """Have every engine serve the version published last. Never raises: engines that fail are in the report."""
+        """Have its engines serve the version published last. Never raises: engines that fail are in the report."""
         ...
 
     def generate(
@@ -101,7 +105,8 @@ class Publisher(Protocol):
     ) -> list[list[engine_pb2.SequenceOutput]]:
         """What the first engine answers to each request, in order; the last output ends it.
 
-        `check` is called now and then; what it raises ends the requests.
+        `check` is called now and then; what it raises ends the requests. Raises what the engine
+        refuses, and what passes only where it has not for a long time.
         """
         ...
 

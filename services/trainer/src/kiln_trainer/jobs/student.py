@@ -6,10 +6,9 @@ from collections.abc import Callable, Sequence
 
 import structlog
 
-from kiln_common.errors import EngineUnavailable, KilnError
+from kiln_common.errors import KilnError
 from kiln_common.ids import new_id
 from kiln_common.pb import common_pb2, engine_pb2, registry_pb2, trainer_pb2
-from kiln_common.rpc import from_error_detail
 from kiln_trainer.domain.training import AdapterContent
 from kiln_trainer.jobs.claimed_job import ClaimedJob
 from kiln_trainer.jobs.ports import Publisher
@@ -49,9 +48,10 @@ class EngineStudent:
             return self._draw(self._base, prompts)
         # Only the last claim may put a version into the registry.
         self._job.sync()
-        version = self._publisher.publish(self._header(student.config_json), student)
+        # The other engines need not take it, and one of them may be away.
+        version = self._publisher.publish(self._header(student.config_json), student, "sampler")
         try:
-            # Its bytes must not go before the engines have taken them.
+            # Its bytes must not go before the engine has taken them.
             self._publisher.make_live(version)
             return self._draw(version, prompts)
         finally:
@@ -104,16 +104,11 @@ class EngineStudent:
 def _to_rollout(
     request: engine_pb2.GenerateRequest, outputs: Sequence[engine_pb2.SequenceOutput]
 ) -> trainer_pb2.OpdRollout:
-    """The completion as a document. Raises what the engine said went wrong with it."""
-    last = outputs[-1]
-    if last.finish_reason == engine_pb2.FINISH_REASON_ERROR:
-        raise from_error_detail(last.error)
-    if last.finish_reason == engine_pb2.FINISH_REASON_ABORT:
-        raise EngineUnavailable("the engine gave a completion up")
+    """The completion as a document."""
     return trainer_pb2.OpdRollout(
         prompt_token_ids=request.prompt_token_ids,
         completion_token_ids=[token_id for output in outputs for token_id in output.token_ids],
         logprobs=[logprob for output in outputs for logprob in output.logprobs],
-        is_truncated=last.finish_reason == engine_pb2.FINISH_REASON_LENGTH,
+        is_truncated=outputs[-1].finish_reason == engine_pb2.FINISH_REASON_LENGTH,
         source="rollout",
     )

@@ -57,6 +57,7 @@ class Worker:
         self._patience_s = patience_s
         self._stopping = threading.Event()
         self._claim: Claim | None = None
+        self._failure: BaseException | None = None
         # Log fields of the process, such as its service, go along.
         context = contextvars.copy_context()
         self._thread = threading.Thread(target=context.run, args=(self._run,), name="worker", daemon=True)
@@ -70,6 +71,11 @@ class Worker:
     @property
     def is_alive(self) -> bool:
         return self._thread.is_alive()
+
+    @property
+    def failure(self) -> BaseException | None:
+        """What ended the thread before it was asked to stop; may be read once it is not alive."""
+        return self._failure
 
     def start(self) -> None:
         self._thread.start()
@@ -87,6 +93,13 @@ class Worker:
             self._release(claim)
 
     def _run(self) -> None:
+        try:
+            self._work()
+        except BaseException as error:
+            self._failure = error
+            raise
+
+    def _work(self) -> None:
         self._jobs_dir.mkdir(parents=True, exist_ok=True)
         is_ready = is_away = False
         try:

@@ -82,9 +82,14 @@ def policy_losses(
     if objective.kl_coef:
         penalty_S, kl_S = kl_penalty(logprob_S, batch.reference_logprob_S, objective.kl_estimator)
         loss_S = loss_S + objective.kl_coef * penalty_S
-    distance_S = (old_S - sampler_S).clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
-    mismatch_S = distance_S.expm1() - distance_S
+    mismatch_S = k3_estimate(old_S - sampler_S)
     return PolicyLosses(loss_S, old_S, ratio_S.detach(), is_low_S, is_high_S, importance_S, kl_S, mismatch_S)
+
+
+def k3_estimate(log_ratio_S: torch.Tensor) -> torch.Tensor:
+    """k3 of KL(q || p) at tokens drawn from q, from log p - log q; finite, and NaN where that is NaN."""
+    distance_S = log_ratio_S.clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
+    return distance_S.expm1() - distance_S
 
 
 def clipped_gain(
@@ -157,5 +162,5 @@ def kl_penalty(
     if estimator == "k1":
         estimate_S = -distance_S.detach()
         return estimate_S * (1 + logprob_S - logprob_S.detach()), estimate_S
-    penalty_S = distance_S.square() / 2 if estimator == "k2" else distance_S.expm1() - distance_S
+    penalty_S = distance_S.square() / 2 if estimator == "k2" else k3_estimate(distance_S)
     return penalty_S, penalty_S.detach()

@@ -104,16 +104,19 @@ class TorchBackend:
 
         Takes a step on nothing when they are mapped for the first time. Tries once; a failure is
         logged, and told by the next job that needs the weights.
+
+        Raises:
+            DeviceBroken: as `run`.
         """
         failure = ""
         try:
-            session = self._open_session()
-            if not self._is_warm:
-                self._is_warm = True
-                torch.set_num_threads(self._num_threads)
-                with _translated_errors():
+            with _translated_errors():
+                session = self._open_session()
+                if not self._is_warm:
+                    self._is_warm = True
+                    torch.set_num_threads(self._num_threads)
                     warm_up(session, self._share_of(session))
-        except (KilnError, KilnNnError) as error:
+        except KilnError as error:
             failure = str(error)
             if failure != self._last_failure:
                 log.info("weights_not_mapped_yet", reason=failure)

@@ -15,13 +15,13 @@ class EngineLoadReader:
     """The load of the engine at "host:port" or "unix:/path"; None when it does not say so in time.
 
     Synchronous and on a channel of its own: it must not depend on the event loop that serves the
-    trainer's clients.
+    trainer's clients. The channel lives as long as the reader, which is the process's life.
     """
 
     def __init__(self, engine_address: str, timeout_s: float = _TIMEOUT_S) -> None:
         self._timeout_s = timeout_s
-        self._channel = grpc.insecure_channel(engine_address, options=CHANNEL_OPTIONS)
-        self._engine = engine_pb2_grpc.EngineStub(self._channel)  # type: ignore[no-untyped-call]
+        channel = grpc.insecure_channel(engine_address, options=CHANNEL_OPTIONS)
+        self._engine = engine_pb2_grpc.EngineStub(channel)  # type: ignore[no-untyped-call]
 
     def __call__(self) -> EngineLoad | None:
         try:
@@ -29,6 +29,3 @@ class EngineLoadReader:
         except grpc.RpcError:
             return None
         return EngineLoad(stats.num_running, stats.num_waiting)
-
-    def close(self) -> None:
-        self._channel.close()

@@ -62,6 +62,11 @@ class GpuShare(Protocol):
         """Wait until the device has done what was asked of it, and give the engine what it needs."""
         ...
 
+    def work_done(self) -> None:
+        """A step has ended: what comes before the next micro-batch (a checkpoint, sampling) is no work of
+        training's on the device."""
+        ...
+
     def take_metrics(self) -> dict[str, float]:
         """Figures since the last call, for the metrics of a step."""
         ...
@@ -77,6 +82,9 @@ class WholeDevice:
         return nullcontext()
 
     def between_micro_batches(self) -> None:
+        pass
+
+    def work_done(self) -> None:
         pass
 
     def take_metrics(self) -> dict[str, float]:
@@ -128,11 +136,14 @@ class LoadWatch:
             num_before = load.num_waiting
             self._wait(_POLL_S)
 
-    def pause(self, busy_s: float, share: float) -> None:
-        """Leave the device alone after `busy_s` of work; for less long when the load falls meanwhile."""
+    def pause(self, busy_s: float, share: float, rested_s: float = 0.0) -> None:
+        """Leave the device alone after `busy_s` of work; for less long when the load falls meanwhile.
+
+        `rested_s`: for how long it has been left alone already.
+        """
         began_s = self.clock()
         while share < 1.0:
-            left_s = min(pause_s(busy_s, share), _MOST_PAUSE_S) - (self.clock() - began_s)
+            left_s = min(pause_s(busy_s, share), _MOST_PAUSE_S) - rested_s - (self.clock() - began_s)
             if left_s <= 0:
                 break
             self._wait(min(_POLL_S, left_s))
@@ -157,22 +168,30 @@ class TimeSlices:
         self.use = GpuUse("time_slices")
         self._device = device
         self._watch = watch
-        self._resumed_s: float | None = None
+        self._resumed_s: float | None = None  # while training works
+        self._busy_s = self._ended_s = 0.0  # of the work that was done last
 
     @contextmanager
     def occupied(self) -> Iterator[None]:
-        self._resumed_s = None
+        self._resumed_s, self._busy_s = None, 0.0
         yield
 
     def between_micro_batches(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        ended_s = self._watch.clock()
+        self.work_done()
+        rested_s = self._watch.clock() - self._ended_s
         share = self._watch.await_turn()
         self.use = GpuUse("time_slices", share)
-        if self._resumed_s is not None:
-            self._watch.pause(ended_s - self._resumed_s, share)
+        if self._busy_s:
+            self._watch.pause(self._busy_s, share, rested_s)
         self._resumed_s = self._watch.clock()
+
+    def work_done(self) -> None:
+        if self._resumed_s is None:
+            return
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        self._ended_s = self._watch.clock()
+        self._busy_s, self._resumed_s = self._ended_s - self._resumed_s, None
 
     def take_metrics(self) -> dict[str, float]:
         return self._watch.take_metrics()
@@ -209,6 +228,9 @@ class GpuPartitions:
         torch.cuda.current_stream(self._device).synchronize()
         self._move_to(self._watch.await_turn())
         self._counts.append(self.use.num_sms)
+
+    def work_done(self) -> None:
+        pass
 
     def take_metrics(self) -> dict[str, float]:
         counts, self._counts = self._counts or [self.use.num_sms], []

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from kiln_trainer.data.packing import PackedBatch
-from kiln_trainer.recipes.losses import PolicyLosses, cross_entropy, policy_losses
+from kiln_trainer.recipes.losses import PolicyLosses, cross_entropy, k3_estimate, policy_losses
 from kiln_trainer.recipes.opd_options import DistillationObjective, Objective
 from kiln_trainer.recipes.options import PolicyObjective
 from kiln_trainer.torch_backend.policy import Policy
@@ -96,8 +96,7 @@ def _distil(
     _backward(batch.policy_weight_S * found.divergences_T, batch, normaliser, sums)
     sums.add("teacher_kl", found.reverse_kls_T.sum())
     sums.add("entropy", found.entropies_T.sum())
-    distance_S = found.logprobs_T - batch.sampler_logprob_S
-    _add_mismatch(sums, distance_S.expm1() - distance_S)
+    _add_mismatch(sums, k3_estimate(found.logprobs_T - batch.sampler_logprob_S))
 
 
 def _backward(loss_S: torch.Tensor, batch: PackedBatch, normaliser: float, sums: StepSums) -> None:

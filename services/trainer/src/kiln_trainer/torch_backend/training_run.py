@@ -128,6 +128,7 @@ class TrainingRun:
             )
         self._session.check_alive()  # a step computed on weights that may be gone is not applied
         rate = self._optimizer.step()
+        self._share.work_done()
         self._num_tokens += data.num_tokens
         metrics |= {"grad_norm": grad_norm, "learning_rate": rate, "tokens": float(data.num_tokens)}
         metrics |= data.facts
