@@ -200,6 +200,8 @@ async def test_requests_that_follow_a_name_move_together_and_the_others_stay(mov
     assert await asyncio.to_thread(moving.runner.wait_until_held, 10)
     assert moving.adapters.held[1] == 3
     publish_second(moving)
+    while moving.adapters.held[2] < 2:  # then the move is in the loop's mailbox
+        await asyncio.sleep(0)
     moving.runner.let_go()
     await moving.until_empty()
     slots = [[row.adapter_slots for row in plan.decode_rows] for plan in moving.runner.plans]
