@@ -81,7 +81,13 @@ def test_a_public_address_without_keys_is_refused_before_anything_starts(tmp_pat
 def test_ctrl_c_ends_the_demo_at_once_and_everything_it_started(tmp_path):
     state_dir = tmp_path / "demo"
     command = [sys.executable, "-m", "kiln_cli", "demo", "--state-dir", str(state_dir)]
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    options = {
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.PIPE,
+        "text": True,
+        # A shell's background job ignores Ctrl-C, and so would whatever the tests of such a job start.
+        "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    }
     with subprocess.Popen(command, env=_marked(state_dir), **options) as demo:
         assert demo.stdout is not None
         for line in demo.stdout:
