@@ -19,7 +19,7 @@ pytest=(python3 -m pytest -q -p no:cacheprovider)
 failed=0
 
 if [ -z "${COVERAGE:-}" ]; then
-  for file in tests/kernels/test_triton_*.py; do
+  for file in $(grep -lE 'on_triton|run_under_interpreter' tests/kernels/test_*.py); do
     name=$(basename "$file" .py)
     TRITON_INTERPRET=1 CUDA_VISIBLE_DEVICES='' OMP_NUM_THREADS=1 KILN_KERNEL_COVERAGE=$out/$name.coverage.json \
       "${pytest[@]}" -p scripts.gpu.kernel_coverage "$file" >"$out/$name.log" 2>&1 &

@@ -11,7 +11,7 @@ from kiln_nn.lora import LoraSpec
 from kiln_nn.lora.parameters import LoraParameters
 from kiln_trainer.recipes.options import OptimizerOptions
 from kiln_trainer.torch_backend.optimizer import AdapterOptimizer
-from tests.support.tiny_models import tiny_config
+from tests.support.tiny_models import random_tensors, tiny_config
 
 OPTIONS = OptimizerOptions(learning_rate=0.1, weight_decay=0.01, schedule="cosine", warmup_ratio=0.3)
 
@@ -37,6 +37,18 @@ def test_one_step_is_adamw_worked_out_by_hand():
         # After bias correction the first moments are the gradient and its square.
         update = grads[name] / (grads[name].abs() + 1e-8)
         torch.testing.assert_close(tensor, before[name] * (1 - 0.1 * 0.5) - 0.1 * update)
+
+
+def test_the_pass_after_a_step_computes_with_what_it_wrote():
+    lora = LoraParameters.create(tiny_config(), LoraSpec(2, 4.0, ("gate_proj",)), seed=3)
+    weights, paths = random_tensors(tiny_config()), ("model.layers.0.mlp.gate_proj",)
+    optimizer = AdapterOptimizer(lora, OptimizerOptions(0.1), num_steps=2)
+    kept, x = lora.linear_fn(weights), torch.ones(1, tiny_config().hidden_size)
+    for step in (1, 2):
+        kept(paths, x)
+        give_gradients(lora, step)
+        optimizer.step()
+        assert torch.equal(kept(paths, x)[0], lora.linear_fn(weights)(paths, x)[0])
 
 
 def test_clipping_scales_all_gradients_to_the_limit_and_reports_the_norm_before():

@@ -27,16 +27,13 @@ class AdapterOptimizer:
         self._options = options
         self._num_steps = num_steps
         self._parameters = dict(lora.named_parameters())
-        # One kernel for all parameters where torch has it; the loop over operations elsewhere.
-        self._is_fused = all(parameter.is_cuda for parameter in self._parameters.values())
         self._adamw = torch.optim.AdamW(
             self._parameters.values(),
             lr=options.learning_rate,
             betas=(options.beta1, options.beta2),
             eps=options.eps,
             weight_decay=options.weight_decay,
-            fused=self._is_fused,
-            foreach=not self._is_fused,
+            fused=True,  # one kernel for all parameters
         )
 
     def clip(self) -> torch.Tensor:
@@ -50,6 +47,8 @@ class AdapterOptimizer:
         for group in self._adamw.param_groups:
             group["lr"] = rate
         self._adamw.step()
+        # torch does not count what its fused kernel writes, and copies of parameters go by that count.
+        torch.autograd.graph.increment_version(self._parameters.values())
         self.clear()
         self.num_steps_done += 1
         return rate
@@ -72,6 +71,6 @@ class AdapterOptimizer:
             state = {
                 moment: moments[f"{name}.{moment}"].to(parameter.device, copy=True) for moment in _MOMENTS
             }
-            step = torch.tensor(float(num_steps_done), device=parameter.device if self._is_fused else None)
+            step = torch.tensor(float(num_steps_done), device=parameter.device)
             self._adamw.state[parameter] = {"step": step, **state}
         self.num_steps_done = num_steps_done
