@@ -134,8 +134,14 @@ def choose_tests(tests: Mapping[str, Mapping[str, Any]], kernels: set[str]) -> t
 
 def main() -> None:
     tests: dict[str, dict[str, Any]] = {}
-    for path in sys.argv[1:]:
+    among: set[str] | None = None
+    paths = sys.argv[1:]
+    if paths[:1] == ["--among"]:  # names of tests, one a line
+        among, paths = set(Path(paths[1]).read_text().splitlines()), paths[2:]
+    for path in paths:
         tests |= json.loads(Path(path).read_text())
+    if among is not None:
+        tests = {name: test for name, test in tests.items() if name in among}
     chosen, missing = choose_tests(tests, entry_kernels())
     print("\n".join(chosen))
     if missing:

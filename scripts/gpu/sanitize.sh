@@ -27,8 +27,10 @@ if [ -z "${COVERAGE:-}" ]; then
   wait
   COVERAGE=$(echo "$out"/*.coverage.json)
 fi
+# Some cases exist in the interpreter alone.
+"${pytest[@]}" --collect-only tests/kernels >"$out/collected.txt"
 # shellcheck disable=SC2086
-python3 scripts/gpu/kernel_coverage.py $COVERAGE >"$out/chosen.txt" || failed=1
+python3 scripts/gpu/kernel_coverage.py --among "$out/collected.txt" $COVERAGE >"$out/chosen.txt" || failed=1
 mapfile -t chosen <"$out/chosen.txt"
 echo "${#chosen[@]} tests launch every kernel that any test launches"
 "${pytest[@]}" --durations=5 "${chosen[@]}" >"$out/compile.log" 2>&1

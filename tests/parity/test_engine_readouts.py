@@ -25,6 +25,7 @@ from kiln_engine.domain import (
 )
 from kiln_nn.lora import serialize_adapter
 from tests.parity.test_engine_devices import small_runner
+from tests.parity.test_engine_graphs import SHAPE as FIT_FOR_KERNELS
 from tests.parity.test_engine_scheduled import ScheduledEngine
 from tests.support.engine_plans import EngineRig, token_ids
 from tests.support.lora_builders import peft_model_with, random_lora
@@ -126,11 +127,12 @@ def test_embeddings_match_the_last_hidden_state(folder: Path, oracle: Any):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("is_captured", [False, True])
-def test_a_gpu_reads_out_what_the_cpu_does(folder: Path, is_captured: bool):
+def test_a_gpu_reads_out_what_the_cpu_does(tmp_path: Path, is_captured: bool):
     prompt = token_ids(75)
+    make_checkpoint(tmp_path, seed=6, **(FIT_FOR_KERNELS if is_captured else SHAPES["tied"]))
 
     def read_out(device: str) -> ReadoutResult:
-        rig = EngineRig(folder, device=device)
+        rig = EngineRig(tmp_path, device=device)
         runner = small_runner(rig, torch.float32)
         if is_captured and device == "cuda":
             runner.capture()

@@ -1,8 +1,7 @@
-import dataclasses
 
 import pytest
 
-from kiln_common.errors import KilnError, NotBuiltYet
+from kiln_common.errors import KilnError
 from kiln_common.pb import common_pb2
 from kiln_engine.servicer.validation import RequestLimits, parse_request
 from tests.support.engine_server import generate_request
@@ -49,14 +48,6 @@ def test_a_prompt_can_be_asked_about_without_a_completion():
         assert request.num_prompt_logprobs == fields.get("num_prompt_logprobs")
         assert not request.uses_prefix_cache
     assert parse_request(generate_request(), LIMITS, 0.0).num_prompt_logprobs is None
-
-
-def test_an_engine_that_cannot_read_prompts_out_says_so():
-    limits = dataclasses.replace(LIMITS, can_read_out=False)
-    for fields in ({"wants_embedding": True}, {"num_prompt_logprobs": 0}):
-        with pytest.raises(NotBuiltYet, match="on a GPU"):
-            parse_request(generate_request(max_tokens=0, **fields), limits, 0.0)
-    assert parse_request(generate_request(), limits, 0.0)
 
 
 @pytest.mark.parametrize(

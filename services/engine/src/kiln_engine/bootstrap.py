@@ -114,12 +114,7 @@ async def start_engine(settings: EngineSettings, parts: EngineParts) -> RunningE
         loop,
         slot_wait_s=settings.adapter_slot_wait_s,
     )
-    limits = RequestLimits(
-        parts.info.base_model.vocab_size,
-        parts.limits.max_num_tokens,
-        # Off until tests/parity/test_engine_readouts.py has passed on a GPU.
-        can_read_out=not parts.info.device.startswith("cuda"),
-    )
+    limits = RequestLimits(parts.info.base_model.vocab_size, parts.limits.max_num_tokens)
     intake = RequestIntake(loop, adapters, limits, clock, parts.grammars)
     ended.target = intake.ended
     adapters.on_resident = intake.follow

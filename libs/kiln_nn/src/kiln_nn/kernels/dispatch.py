@@ -17,7 +17,9 @@ import torch
 
 # Operations whose backward kernels have passed their tests on a GPU, which is more than compiling:
 # compilers have got such kernels wrong before. The others' gradients come from the references.
-PROVEN_BACKWARD = frozenset({"delta_train_heads", "logprobs"})
+PROVEN_BACKWARD = frozenset(
+    {"delta_train", "delta_train_heads", "logprobs", "qk_norm_rope", "rms_norm", "swiglu", "varlen_attention"}
+)
 _OLDEST_CAPABILITY = (8, 0)  # bf16 tensor cores and asynchronous copies
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from kiln_common.errors import InvalidTokenIds, InvalidValue, NotBuiltYet, PromptTooLong
+from kiln_common.errors import InvalidTokenIds, InvalidValue, PromptTooLong
 from kiln_common.pb import common_pb2, engine_pb2
 from kiln_engine.domain.adapter import AdapterVersion
 from kiln_engine.domain.errors import EmptyPrompt
@@ -26,8 +26,6 @@ class RequestLimits:
     vocab_size: int
     # Most tokens of prompt and completion together.
     max_num_tokens: int
-    # Whether prompts can be asked for their tokens' log-probabilities and for embeddings.
-    can_read_out: bool = True
 
 
 def parse_request(
@@ -37,7 +35,6 @@ def parse_request(
 
     Raises:
         EmptyPrompt, PromptTooLong, InvalidTokenIds, InvalidValue: with the field at fault in `param`.
-        NotBuiltYet: the prompt is to be read out, which this engine cannot.
     """
     if not message.request_id:
         raise InvalidValue("request_id is empty", param="request_id")
@@ -50,8 +47,6 @@ def parse_request(
     _check(message.adapter_policy in policies, "adapter_policy", message.adapter_policy, f"one of {policies}")
     check_rules(message, limits)
     is_read_out = message.wants_embedding or message.HasField("num_prompt_logprobs")
-    if is_read_out and not limits.can_read_out:
-        raise NotBuiltYet("prompt log-probabilities and embeddings are not available on a GPU yet")
     if message.wants_embedding:
         _check(
             message.sampling.max_tokens == 0, "max_tokens", message.sampling.max_tokens, "0 for an embedding"
