@@ -1,4 +1,3 @@
-
 import pytest
 
 from kiln_common.errors import KilnError

@@ -21,6 +21,7 @@ from kiln_engine.grammar.matching import TokenMatcher, reason_of
 
 # Each may follow each, so the work of a step grows with their number.
 _MOST_PROPERTIES = 1000
+_MOST_NESTED = 200
 _NUM_REMEMBERED = 64
 _NUM_THREADS = 2
 _DEFAULTS: Any = JSON_WHITE_SPACE
@@ -136,16 +137,18 @@ def _ebnf_to_lark(text: str) -> str:
 
 
 def _check_size(schema: Any) -> None:
-    """Count the properties of all objects in the schema. Raises GrammarTooLarge."""
+    """Measure how deep the schema is and how many properties its objects have. Raises GrammarTooLarge."""
     num_properties = 0
-    pending = [schema]
+    pending = [(schema, 1)]
     while pending:
-        part = pending.pop()
+        part, depth = pending.pop()
+        if depth > _MOST_NESTED:  # where a parser's recursion ends differs between versions of Python
+            raise GrammarTooLarge(f"the schema is nested more than {_MOST_NESTED} deep")
         if isinstance(part, dict):
             properties = part.get("properties")
             num_properties += len(properties) if isinstance(properties, dict) else 0
-            pending.extend(part.values())
+            pending.extend((inner, depth + 1) for inner in part.values())
         elif isinstance(part, list):
-            pending.extend(part)
+            pending.extend((inner, depth + 1) for inner in part)
     if num_properties > _MOST_PROPERTIES:
         raise GrammarTooLarge(f"the schema has {num_properties} properties, the limit is {_MOST_PROPERTIES}")
