@@ -8,7 +8,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -102,6 +103,16 @@ class Stack:
         pid = wait_for(lambda: self.pid(service), f"the pid of {service}")
         os.kill(pid, signal.SIGKILL)
         return pid
+
+    @contextmanager
+    def stopped(self, service: str) -> Iterator[None]:
+        """SIGSTOP the service for as long as the context lasts: its callers wait."""
+        pid = wait_for(lambda: self.pid(service), f"the pid of {service}")
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.kill(pid, signal.SIGCONT)
 
     def wait_for_restart(self, service: str, dead_pid: int, timeout_s: float = 30.0) -> int:
         def restarted() -> int | None:

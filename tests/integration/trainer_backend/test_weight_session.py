@@ -103,6 +103,7 @@ def test_an_engine_that_does_not_answer_is_a_loss_to_wait_out(tmp_path):
     with pytest.raises(WeightsLost, match="did not answer") as caught:
         TorchBackend(locate).run(task(sft_request([[1, 2]]), tmp_path), RecordingHooks())
     assert "\n" not in str(caught.value)
+    assert "nobody.sock" not in str(caught.value)
 
 
 def test_an_engine_that_was_replaced_between_two_questions_is_a_loss(served):

@@ -11,8 +11,8 @@ from kiln_common.rpc import from_error_detail, from_rpc_error, to_error_detail
 class FailedCall(grpc.RpcError):
     """What a gRPC call raises, with the parts that clients read."""
 
-    def __init__(self, status, metadata=()):
-        self._status, self._metadata = status, metadata
+    def __init__(self, status, metadata=(), details="some details"):
+        self._status, self._metadata, self._details = status, metadata, details
 
     def code(self):
         return self._status
@@ -21,7 +21,7 @@ class FailedCall(grpc.RpcError):
         return self._metadata
 
     def details(self):
-        return "some details"
+        return self._details
 
 
 def make_error(kind):
@@ -50,3 +50,12 @@ def test_a_failed_call_without_our_metadata_means_the_service_is_away():
     error = from_rpc_error(FailedCall(grpc.StatusCode.UNAVAILABLE), "engine", Unavailable)
     assert isinstance(error, Unavailable)
     assert "engine did not answer (unavailable: some details)" in error.message
+
+
+@pytest.mark.parametrize("address", ["unix:/srv/kiln/run/trainer.sock:", "ipv4:127.0.0.1:8432:"])
+def test_a_service_that_is_away_is_not_told_by_its_address(address):
+    details = f"failed to connect to all addresses; last error: UNKNOWN: {address} connect: Refused (111)"
+    error = from_rpc_error(FailedCall(grpc.StatusCode.UNAVAILABLE, (), details), "trainer", Unavailable)
+    assert "last error: UNKNOWN: connect: Refused (111)" in error.message
+    assert "trainer.sock" not in error.message
+    assert "8432" not in error.message

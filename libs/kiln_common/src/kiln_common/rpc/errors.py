@@ -6,6 +6,7 @@ failure of one request among several. The gRPC status repeats the kind for clien
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -16,6 +17,8 @@ from kiln_common.errors import ErrorKind, KilnError, RemoteError
 from kiln_common.pb import common_pb2
 
 _METADATA_KEY = "kiln-error-bin"
+# As gRPC writes them into its messages: unix:/run/engine.sock, ipv4:127.0.0.1:8431, each with a colon after it.
+_ADDRESS = re.compile(r"\b(?:unix|unix-abstract|ipv4|ipv6|dns):\S+\s?")
 log = structlog.get_logger()
 
 
@@ -53,7 +56,13 @@ def from_rpc_error(error: grpc.RpcError, service: str, unavailable: type[KilnErr
     for key, value in error.trailing_metadata() or ():  # type: ignore[attr-defined]
         if key == _METADATA_KEY:
             return from_error_detail(common_pb2.ErrorDetail.FromString(value))
-    return unavailable(f"the {service} did not answer ({status.name.lower()}: {error.details()})")  # type: ignore[attr-defined]
+    return unavailable(f"the {service} did not answer ({status.name.lower()}: {details_of(error)})")
+
+
+def details_of(error: grpc.RpcError) -> str:
+    """What gRPC says about a failed call, without addresses: clients of clients read it too."""
+    details = error.details() or error.code().name.lower()  # type: ignore[attr-defined]
+    return _ADDRESS.sub("", details)
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):

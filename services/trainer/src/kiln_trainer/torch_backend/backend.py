@@ -23,6 +23,9 @@ from kiln_trainer.torch_backend.weights import LocateWeights, WeightSession, eng
 
 log = structlog.get_logger()
 
+# How torch says that the host has no memory left: it has no class of its own for that.
+_HOST_MEMORY = "DefaultCPUAllocator: can't allocate memory"
+
 
 @dataclass(frozen=True)
 class MappedModel:
@@ -168,7 +171,11 @@ def _translated_errors() -> Iterator[None]:
         raise DeviceBroken(str(error)) from error
     except KilnNnError as error:
         raise ModelError(error) from error
-    except torch.OutOfMemoryError as error:
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise OutOfTrainingMemory(str(error)) from error
+    except RuntimeError as error:
+        if _HOST_MEMORY not in str(error):
+            raise
         raise OutOfTrainingMemory(str(error)) from error
     finally:
         if is_usable and torch.cuda.is_initialized():

@@ -50,6 +50,9 @@ class OutOfTrainingMemory(KilnError):
     kind = ErrorKind.CONFLICT
     hint = "Lower batch_tokens; gradient_accumulation keeps the size of a step."
 
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"a micro-batch found no memory: {' '.join(reason.split()) or 'none is left'}")
+
 
 class GpuPartitionUnavailable(KilnError):
     """Under MPS, training needs a part of the GPU of its own, and the driver or torch cannot make one."""

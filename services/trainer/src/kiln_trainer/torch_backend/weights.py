@@ -9,6 +9,7 @@ import grpc
 import torch
 
 from kiln_common.pb import engine_pb2, engine_pb2_grpc
+from kiln_common.rpc import details_of
 from kiln_common.rpc.channel import CHANNEL_OPTIONS
 from kiln_nn.config import ModelConfig
 from kiln_nn.errors import ShareRefused
@@ -49,8 +50,7 @@ def engine_locator(engine_address: str, timeout_s: float = _CALL_TIMEOUT_S) -> L
                 info = engine.GetInfo(engine_pb2.GetInfoRequest(), timeout=timeout_s)
                 share = engine.ShareWeights(engine_pb2.ShareWeightsRequest(), timeout=timeout_s)
             except grpc.RpcError as error:
-                reason = error.details() or error.code().name.lower()  # type: ignore[attr-defined]
-                raise WeightsLost(f"the engine at {engine_address} did not answer: {reason}") from error
+                raise WeightsLost(f"the engine did not answer: {details_of(error)}") from error
         return WeightLocation(share.socket_path, share.boot_id, share.model_hash, info.base_model.model_id)
 
     return locate
