@@ -1,10 +1,10 @@
 """Serves a checkpoint with `kiln up`, samples, trains one GRPO job by completion id, and measures.
 
-    python scripts/gpu/loop_on_random_model.py /tmp/random-4b
+    python scripts/gpu/loop_on_random_model.py /tmp/random-4b [--gpu-sharing mps …]
 
 Prints: start-up, decode tokens per second at several batch sizes, the job's time from POST to
 `succeeded`, the swap, the trainer's and engine's GPU memory, and the arena's checksum before and
-after. The reference path is plain torch; these are its figures, not the kernels' to come.
+after.
 """
 
 from __future__ import annotations
@@ -83,10 +83,10 @@ def train_by_completion_id(stack: Stack) -> None:
 
 
 def main() -> None:
-    model = sys.argv[1]
+    model, *more = sys.argv[1:]  # the rest goes to `kiln up`
     with tempfile.TemporaryDirectory() as folder:
         started_s = time.monotonic()
-        with Stack(Path(folder) / "s", "--model", model) as stack:
+        with Stack(Path(folder) / "s", "--model", model, *more) as stack:
             row("start to ready, s", f"{time.monotonic() - started_s:.1f}")
             engine = engine_stub(stack)
             before = engine.ChecksumWeights(engine_pb2.ChecksumWeightsRequest(), timeout=120).sha256

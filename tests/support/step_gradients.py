@@ -51,7 +51,7 @@ _FIELDS = {
     "head_dim": 64,
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
-    "linear_key_head_dim": 32,
+    "linear_key_head_dim": 64,
     "linear_value_head_dim": 64,
     "layer_types": ("linear_attention", "linear_attention", "full_attention", "linear_attention"),
 }
