@@ -10,9 +10,12 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -20,7 +23,7 @@ from safetensors.torch import load_file, save_file
 import kiln_nn.packed_model as packed_model_module
 from kiln_common.pb import trainer_pb2
 from kiln_nn.kernels import dispatch
-from kiln_nn.kernels.gated_delta import gated_delta_recurrent
+from kiln_nn.kernels.gated_delta import gated_delta_chunked, gated_delta_recurrent
 from kiln_nn.lora.parameters import LoraParameters
 from kiln_nn.packed_model import PackedModel
 from kiln_trainer.data.documents import Document, PreparedJob
@@ -105,12 +108,34 @@ def gradients(case: StepCase) -> dict[str, torch.Tensor]:
 
 def exact_gradients(case: StepCase) -> dict[str, torch.Tensor]:
     """The same step in float64 on the CPU, where the DeltaNet rule is the plain one, token by token."""
-    chunked = packed_model_module.delta_train
-    packed_model_module.delta_train = lambda *arguments: gated_delta_recurrent(*arguments)[0]
-    try:
+    with _delta_rule(lambda *arguments: gated_delta_recurrent(*arguments)[0]):
         return gradients(replace(case, dtype="float64", device="cpu", kernels=()))
+
+
+def rounded_gradients(case: StepCase) -> dict[str, torch.Tensor]:
+    """The same step in plain torch, with what enters and leaves the DeltaNet rule in bfloat16.
+
+    That is what kernels do; plain torch by itself keeps all of it in float32.
+    """
+
+    def rule(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, beta: torch.Tensor, bounds: Any
+    ) -> torch.Tensor:
+        q, k, v = (x.bfloat16().float() for x in (q, k, v))
+        return gated_delta_chunked(q, k, v, g, beta, tuple(bounds)).out_THV.bfloat16()
+
+    with _delta_rule(rule):
+        return gradients(case)
+
+
+@contextmanager
+def _delta_rule(rule: Callable[..., torch.Tensor]) -> Iterator[None]:
+    own = packed_model_module.delta_train
+    packed_model_module.delta_train = rule
+    try:
+        yield
     finally:
-        packed_model_module.delta_train = chunked
+        packed_model_module.delta_train = own
 
 
 def gradients_in_process(case: StepCase, folder: Path, **environment: str) -> dict[str, torch.Tensor]:
