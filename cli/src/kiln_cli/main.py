@@ -70,7 +70,7 @@ def up(
         str | None,
         typer.Option(
             help="How engine and trainer share a GPU. mps: at once, a fault ends both; time_slices: in"
-            " turns, isolated; auto: time_slices, or an MPS server that is set.",
+            " turns, isolated; auto: mps where it can run.",
             show_default="auto",
         ),
     ] = None,

@@ -69,9 +69,10 @@ def share(folder: Path, choice="mps", device=None):
     return shared_gpu(choice, device, folder / "run", folder / "state")
 
 
-def test_mps_runs_for_as_long_as_it_is_needed(gpu_host):
+@pytest.mark.parametrize("choice", ["auto", "mps"])
+def test_mps_runs_for_as_long_as_it_is_needed(gpu_host, choice):
     control = gpu_host / "run" / "mps" / "control"
-    with share(gpu_host) as sharing:
+    with share(gpu_host, choice) as sharing:
         assert control.exists()
         assert sharing.env[PIPE_VARIABLE] == str(control.parent)
         assert sharing.env[SETTING] == "mps"
@@ -144,9 +145,8 @@ def test_a_daemon_that_runs_but_answered_too_late_is_not_left_behind(gpu_host):
     assert not (gpu_host / "pipe" / "control").exists()
 
 
-@pytest.mark.parametrize("choice", ["auto", "time_slices"])
-def test_time_slices_keep_clear_of_any_server(gpu_host, choice):
-    with share(gpu_host, choice) as sharing:
+def test_time_slices_keep_clear_of_any_server(gpu_host):
+    with share(gpu_host, "time_slices") as sharing:
         assert not Path(sharing.env[PIPE_VARIABLE]).exists()
         assert sharing.env[SETTING] == "time_slices"
     assert not (gpu_host / "run" / "mps").exists()

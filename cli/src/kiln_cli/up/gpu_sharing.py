@@ -53,8 +53,6 @@ def shared_gpu(choice: Choice, device: str | None, run_dir: Path, state_dir: Pat
     elif own_device := os.environ.get("KILN_TRAINER_DEVICE"):  # a GPU for each
         note = f"no MPS: the trainer has a GPU of its own (KILN_TRAINER_DEVICE={own_device})"
         yield GpuSharing(note=note if choice == "mps" else "")
-    elif choice == "auto":  # until a whole stack has been seen to run under MPS
-        yield _turns(run_dir)
     else:
         server = MpsServer(run_dir / "mps", state_dir / "logs" / "mps")
         try:
