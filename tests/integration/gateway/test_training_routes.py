@@ -5,7 +5,9 @@ import redis.asyncio
 
 from kiln_common.bus import keys
 from kiln_common.pb import trainer_pb2
+from kiln_gateway.schemas.training import RetryBody
 from kiln_gateway.settings import ApiKey
+from kiln_gateway.training.retry import PATHS
 from tests.support.gateway import FakeEngine, gateway_rig, parse_events
 from tests.support.redis_server import private_redis
 
@@ -307,6 +309,49 @@ async def test_jobs_can_be_read_watched_and_cancelled(rig):
     assert [event["id"] for event in parse_events(resumed.text)] == ["2-0"]
     cancelled = (await rig.post(f"/v1/train/jobs/{job_id}/cancel")).json()
     assert (cancelled["status"], cancelled["queue_position"]) == ("cancelled", None)
+
+
+async def test_jobs_are_listed_by_status(rig):
+    ids = [
+        (await grpo(rig, adapter=name, prompt="Hi", completions=["a", "b"], rewards=[1, 0])).json()["id"]
+        for name in "abc"
+    ]
+    for job_id, status in zip(ids, ("running", "failed", "queued"), strict=True):
+        rig.trainer.jobs[job_id].status = status
+    listed = await rig.http.get("/v1/train/jobs?status=running&status=failed")
+    assert [job["id"] for job in listed.json()["data"]] == [ids[1], ids[0]]
+    refused = await rig.http.get("/v1/train/jobs?status=lost")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "invalid_value")
+
+
+async def test_a_retry_names_the_settings_that_change(rig):
+    first = (await grpo(rig, prompt="Hi", completions=["a", "b"], rewards=[1, 0], epochs=2)).json()
+    path = f"/v1/train/jobs/{first['id']}/retry"
+    early = await rig.post(path)
+    assert (early.status_code, early.json()["error"]["code"]) == (409, "job_not_ended")
+    rig.trainer.jobs[first["id"]].status = "failed"
+    same = await rig.post(path)
+    assert (same.status_code, same.json()["retry_of"]) == (202, first["id"])
+    assert same.json()["effective_config"] == first["effective_config"]
+    assert rig.trainer.submitted[-1].grpo == rig.trainer.submitted[0].grpo
+    headers = {"Idempotency-Key": "again"}
+    body = {"learning_rate": 0.5, "lora": {"rank": 4}, "base_adapter": None, "metadata": {"run": 2}}
+    other = (await rig.post(path, body, headers=headers)).json()
+    effective = other["effective_config"]
+    assert (effective["learning_rate"], effective["lora"]["rank"], effective["epochs"]) == (0.5, 4, 2)
+    assert (other["metadata"], rig.trainer.submitted[-1].config.start_fresh) == ({"run": 2}, True)
+    assert (await rig.post(path, body, headers=headers)).json()["id"] == other["id"]
+    for fields, code in (
+        ({"epochs": 0}, "invalid_value"),
+        ({"prompt": "Hi"}, "unknown_field"),
+        ({"adapter": "kiln/tiny"}, "invalid_adapter_name"),
+    ):
+        refused = await rig.post(path, fields)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (400, code)
+
+
+def test_every_setting_can_be_changed_by_a_retry_or_is_not_built_yet():
+    assert set(RetryBody.model_fields) - set(PATHS) == {"optimizer", "gate", "webhook"}
 
 
 async def test_without_a_trainer_a_job_is_a_503(rig):

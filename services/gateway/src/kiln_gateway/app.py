@@ -26,6 +26,7 @@ from kiln_gateway.routes import (
     responses,
     text,
     training,
+    training_jobs,
 )
 from kiln_gateway.settings import GatewaySettings
 from kiln_gateway.sse import ClientLeft
@@ -40,6 +41,7 @@ _ROUTERS = (
     text.router,
     models.router,
     training.router,
+    training_jobs.router,
     adapters.router,
     health.router,
     not_built.router,

@@ -20,6 +20,7 @@ from kiln_trainer.jobs.durability import check_durable
 from kiln_trainer.jobs.errors import PayloadTooLarge
 from kiln_trainer.jobs.events import watch_events
 from kiln_trainer.jobs.ports import JobBackend
+from kiln_trainer.jobs.retry import retried
 from kiln_trainer.jobs.store import JobStore
 from kiln_trainer.jobs.validation import check_request
 from kiln_trainer.jobs.worker import Worker
@@ -57,6 +58,15 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServicer):
         self._max_payload_bytes = max_payload_bytes
 
     async def Submit(self, request: pb.SubmitRequest, context: grpc.aio.ServicerContext) -> pb.Job:
+        request.ClearField("retry_of")
+        return await self._submit(request)
+
+    async def RetryJob(self, request: pb.RetryJobRequest, context: grpc.aio.ServicerContext) -> pb.Job:
+        job = await _on_redis(lambda: self._store.get(request.id))
+        accepted = await _on_redis(lambda: self._store.read_payload(request.id))
+        return await self._submit(retried(job, accepted, request))
+
+    async def _submit(self, request: pb.SubmitRequest) -> pb.Job:
         num_bytes = request.ByteSize()
         if num_bytes > self._max_payload_bytes:
             raise PayloadTooLarge(f"the job has {num_bytes} bytes, at most {self._max_payload_bytes}")
@@ -72,7 +82,14 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServicer):
     async def ListJobs(
         self, request: pb.ListJobsRequest, context: grpc.aio.ServicerContext
     ) -> pb.ListJobsResponse:
-        return pb.ListJobsResponse(jobs=await _on_redis(lambda: self._store.list_jobs(request.limit)))
+        owner = request.owner if request.HasField("owner") else None
+        jobs = await _on_redis(lambda: self._store.list_jobs(request.limit, request.statuses, owner))
+        return pb.ListJobsResponse(jobs=jobs)
+
+    async def ListQueue(
+        self, request: pb.ListQueueRequest, context: grpc.aio.ServicerContext
+    ) -> pb.ListJobsResponse:
+        return pb.ListJobsResponse(jobs=await _on_redis(self._store.list_open))
 
     async def CancelJob(self, request: pb.CancelJobRequest, context: grpc.aio.ServicerContext) -> pb.Job:
         await _on_redis(lambda: self._store.cancel(request.id))

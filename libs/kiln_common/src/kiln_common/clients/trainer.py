@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import builtins
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import grpc
@@ -34,10 +35,24 @@ class TrainerClient:
         """One job with its history. Raises job_not_found."""
         return await self._call(self._stub.GetJob, trainer_pb2.GetJobRequest(id=job_id))
 
-    async def list(self, limit: int = 0) -> list[trainer_pb2.Job]:
-        """The newest `limit` jobs (0 means 100), without their histories."""
-        answer = await self._call(self._stub.ListJobs, trainer_pb2.ListJobsRequest(limit=limit))
+    async def list(
+        self, limit: int = 0, statuses: Sequence[str] = (), owner: str | None = None
+    ) -> list[trainer_pb2.Job]:
+        """The newest `limit` jobs (0 means 100), without their histories.
+
+        `statuses` and `owner` narrow them down; none of either means all.
+        """
+        request = trainer_pb2.ListJobsRequest(limit=limit, statuses=statuses, owner=owner)
+        return [*(await self._call(self._stub.ListJobs, request)).jobs]
+
+    async def queue(self) -> builtins.list[trainer_pb2.Job]:
+        """Running jobs, then queued ones in the order in which they will run."""
+        answer = await self._call(self._stub.ListQueue, trainer_pb2.ListQueueRequest())
         return [*answer.jobs]
+
+    async def retry(self, request: trainer_pb2.RetryJobRequest) -> trainer_pb2.Job:
+        """Do a job that has ended again, as a new one. Raises job_not_found, job_not_ended, payload_gone."""
+        return await self._call(self._stub.RetryJob, request)
 
     async def cancel(self, job_id: str) -> trainer_pb2.Job:
         """Cancel: at once while queued, at the next step boundary while running."""

@@ -1,3 +1,4 @@
+from google.protobuf import field_mask_pb2 as _field_mask_pb2
 from kiln_common.pb import engine_pb2 as _engine_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
@@ -39,7 +40,7 @@ class OptimizerConfig(_message.Message):
     def __init__(self, learning_rate: _Optional[float] = ..., weight_decay: _Optional[float] = ..., max_grad_norm: _Optional[float] = ..., warmup_ratio: _Optional[float] = ..., schedule: _Optional[str] = ..., adam_beta1: _Optional[float] = ..., adam_beta2: _Optional[float] = ..., adam_eps: _Optional[float] = ...) -> None: ...
 
 class JobConfig(_message.Message):
-    __slots__ = ("adapter", "base_adapter", "start_fresh", "lora", "optimizer", "epochs", "batch_tokens", "gradient_accumulation", "seed", "checkpoint_every", "attach", "metadata_json", "publish")
+    __slots__ = ("adapter", "base_adapter", "start_fresh", "lora", "optimizer", "epochs", "batch_tokens", "gradient_accumulation", "seed", "checkpoint_every", "attach", "metadata_json", "publish", "priority")
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
     BASE_ADAPTER_FIELD_NUMBER: _ClassVar[int]
     START_FRESH_FIELD_NUMBER: _ClassVar[int]
@@ -53,6 +54,7 @@ class JobConfig(_message.Message):
     ATTACH_FIELD_NUMBER: _ClassVar[int]
     METADATA_JSON_FIELD_NUMBER: _ClassVar[int]
     PUBLISH_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
     adapter: str
     base_adapter: str
     start_fresh: bool
@@ -66,7 +68,8 @@ class JobConfig(_message.Message):
     attach: bool
     metadata_json: str
     publish: str
-    def __init__(self, adapter: _Optional[str] = ..., base_adapter: _Optional[str] = ..., start_fresh: bool = ..., lora: _Optional[_Union[LoraConfig, _Mapping]] = ..., optimizer: _Optional[_Union[OptimizerConfig, _Mapping]] = ..., epochs: _Optional[int] = ..., batch_tokens: _Optional[int] = ..., gradient_accumulation: _Optional[int] = ..., seed: _Optional[int] = ..., checkpoint_every: _Optional[int] = ..., attach: bool = ..., metadata_json: _Optional[str] = ..., publish: _Optional[str] = ...) -> None: ...
+    priority: int
+    def __init__(self, adapter: _Optional[str] = ..., base_adapter: _Optional[str] = ..., start_fresh: bool = ..., lora: _Optional[_Union[LoraConfig, _Mapping]] = ..., optimizer: _Optional[_Union[OptimizerConfig, _Mapping]] = ..., epochs: _Optional[int] = ..., batch_tokens: _Optional[int] = ..., gradient_accumulation: _Optional[int] = ..., seed: _Optional[int] = ..., checkpoint_every: _Optional[int] = ..., attach: bool = ..., metadata_json: _Optional[str] = ..., publish: _Optional[str] = ..., priority: _Optional[int] = ...) -> None: ...
 
 class SftExample(_message.Message):
     __slots__ = ("token_ids", "loss_weights")
@@ -191,20 +194,38 @@ class OpdSpec(_message.Message):
     def __init__(self, settings: _Optional[_Union[OpdSettings, _Mapping]] = ..., prompts: _Optional[_Iterable[_Union[OpdPrompt, _Mapping]]] = ..., rollouts: _Optional[_Iterable[_Union[OpdRollout, _Mapping]]] = ...) -> None: ...
 
 class SubmitRequest(_message.Message):
-    __slots__ = ("config", "sft", "grpo", "opd", "idempotency_key", "base_model_hash")
+    __slots__ = ("config", "sft", "grpo", "opd", "idempotency_key", "base_model_hash", "owner", "retry_of")
     CONFIG_FIELD_NUMBER: _ClassVar[int]
     SFT_FIELD_NUMBER: _ClassVar[int]
     GRPO_FIELD_NUMBER: _ClassVar[int]
     OPD_FIELD_NUMBER: _ClassVar[int]
     IDEMPOTENCY_KEY_FIELD_NUMBER: _ClassVar[int]
     BASE_MODEL_HASH_FIELD_NUMBER: _ClassVar[int]
+    OWNER_FIELD_NUMBER: _ClassVar[int]
+    RETRY_OF_FIELD_NUMBER: _ClassVar[int]
     config: JobConfig
     sft: SftSpec
     grpo: GrpoSpec
     opd: OpdSpec
     idempotency_key: str
     base_model_hash: str
-    def __init__(self, config: _Optional[_Union[JobConfig, _Mapping]] = ..., sft: _Optional[_Union[SftSpec, _Mapping]] = ..., grpo: _Optional[_Union[GrpoSpec, _Mapping]] = ..., opd: _Optional[_Union[OpdSpec, _Mapping]] = ..., idempotency_key: _Optional[str] = ..., base_model_hash: _Optional[str] = ...) -> None: ...
+    owner: str
+    retry_of: str
+    def __init__(self, config: _Optional[_Union[JobConfig, _Mapping]] = ..., sft: _Optional[_Union[SftSpec, _Mapping]] = ..., grpo: _Optional[_Union[GrpoSpec, _Mapping]] = ..., opd: _Optional[_Union[OpdSpec, _Mapping]] = ..., idempotency_key: _Optional[str] = ..., base_model_hash: _Optional[str] = ..., owner: _Optional[str] = ..., retry_of: _Optional[str] = ...) -> None: ...
+
+class RetryJobRequest(_message.Message):
+    __slots__ = ("id", "changes", "changed", "idempotency_key", "owner")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    CHANGES_FIELD_NUMBER: _ClassVar[int]
+    CHANGED_FIELD_NUMBER: _ClassVar[int]
+    IDEMPOTENCY_KEY_FIELD_NUMBER: _ClassVar[int]
+    OWNER_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    changes: JobConfig
+    changed: _field_mask_pb2.FieldMask
+    idempotency_key: str
+    owner: str
+    def __init__(self, id: _Optional[str] = ..., changes: _Optional[_Union[JobConfig, _Mapping]] = ..., changed: _Optional[_Union[_field_mask_pb2.FieldMask, _Mapping]] = ..., idempotency_key: _Optional[str] = ..., owner: _Optional[str] = ...) -> None: ...
 
 class JobProgress(_message.Message):
     __slots__ = ("step", "num_steps", "num_tokens", "eta_s")
@@ -243,7 +264,7 @@ class JobError(_message.Message):
     def __init__(self, code: _Optional[str] = ..., message: _Optional[str] = ..., hint: _Optional[str] = ...) -> None: ...
 
 class Job(_message.Message):
-    __slots__ = ("id", "kind", "status", "config", "progress", "metrics", "error", "result", "created_at_s", "started_at_s", "finished_at_s", "queue_position", "resolved_base_adapter", "claim_epoch", "sources", "payload_sha256", "grpo_loss", "history", "opd_settings")
+    __slots__ = ("id", "kind", "status", "config", "progress", "metrics", "error", "result", "created_at_s", "started_at_s", "finished_at_s", "queue_position", "resolved_base_adapter", "claim_epoch", "sources", "payload_sha256", "grpo_loss", "history", "opd_settings", "owner", "retry_of")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -277,6 +298,8 @@ class Job(_message.Message):
     GRPO_LOSS_FIELD_NUMBER: _ClassVar[int]
     HISTORY_FIELD_NUMBER: _ClassVar[int]
     OPD_SETTINGS_FIELD_NUMBER: _ClassVar[int]
+    OWNER_FIELD_NUMBER: _ClassVar[int]
+    RETRY_OF_FIELD_NUMBER: _ClassVar[int]
     id: str
     kind: str
     status: str
@@ -296,7 +319,9 @@ class Job(_message.Message):
     grpo_loss: GrpoLoss
     history: _containers.RepeatedCompositeFieldContainer[StepMetrics]
     opd_settings: OpdSettings
-    def __init__(self, id: _Optional[str] = ..., kind: _Optional[str] = ..., status: _Optional[str] = ..., config: _Optional[_Union[JobConfig, _Mapping]] = ..., progress: _Optional[_Union[JobProgress, _Mapping]] = ..., metrics: _Optional[_Mapping[str, float]] = ..., error: _Optional[_Union[JobError, _Mapping]] = ..., result: _Optional[_Union[JobResult, _Mapping]] = ..., created_at_s: _Optional[float] = ..., started_at_s: _Optional[float] = ..., finished_at_s: _Optional[float] = ..., queue_position: _Optional[int] = ..., resolved_base_adapter: _Optional[str] = ..., claim_epoch: _Optional[int] = ..., sources: _Optional[_Mapping[str, int]] = ..., payload_sha256: _Optional[str] = ..., grpo_loss: _Optional[_Union[GrpoLoss, _Mapping]] = ..., history: _Optional[_Iterable[_Union[StepMetrics, _Mapping]]] = ..., opd_settings: _Optional[_Union[OpdSettings, _Mapping]] = ...) -> None: ...
+    owner: str
+    retry_of: str
+    def __init__(self, id: _Optional[str] = ..., kind: _Optional[str] = ..., status: _Optional[str] = ..., config: _Optional[_Union[JobConfig, _Mapping]] = ..., progress: _Optional[_Union[JobProgress, _Mapping]] = ..., metrics: _Optional[_Mapping[str, float]] = ..., error: _Optional[_Union[JobError, _Mapping]] = ..., result: _Optional[_Union[JobResult, _Mapping]] = ..., created_at_s: _Optional[float] = ..., started_at_s: _Optional[float] = ..., finished_at_s: _Optional[float] = ..., queue_position: _Optional[int] = ..., resolved_base_adapter: _Optional[str] = ..., claim_epoch: _Optional[int] = ..., sources: _Optional[_Mapping[str, int]] = ..., payload_sha256: _Optional[str] = ..., grpo_loss: _Optional[_Union[GrpoLoss, _Mapping]] = ..., history: _Optional[_Iterable[_Union[StepMetrics, _Mapping]]] = ..., opd_settings: _Optional[_Union[OpdSettings, _Mapping]] = ..., owner: _Optional[str] = ..., retry_of: _Optional[str] = ...) -> None: ...
 
 class StepMetrics(_message.Message):
     __slots__ = ("step", "metrics")
@@ -320,10 +345,18 @@ class GetJobRequest(_message.Message):
     def __init__(self, id: _Optional[str] = ...) -> None: ...
 
 class ListJobsRequest(_message.Message):
-    __slots__ = ("limit",)
+    __slots__ = ("limit", "statuses", "owner")
     LIMIT_FIELD_NUMBER: _ClassVar[int]
+    STATUSES_FIELD_NUMBER: _ClassVar[int]
+    OWNER_FIELD_NUMBER: _ClassVar[int]
     limit: int
-    def __init__(self, limit: _Optional[int] = ...) -> None: ...
+    statuses: _containers.RepeatedScalarFieldContainer[str]
+    owner: str
+    def __init__(self, limit: _Optional[int] = ..., statuses: _Optional[_Iterable[str]] = ..., owner: _Optional[str] = ...) -> None: ...
+
+class ListQueueRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class ListJobsResponse(_message.Message):
     __slots__ = ("jobs",)

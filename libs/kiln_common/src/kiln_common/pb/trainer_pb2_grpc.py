@@ -49,9 +49,19 @@ class TrainerStub(object):
                 request_serializer=kiln_dot_v1_dot_trainer__pb2.ListJobsRequest.SerializeToString,
                 response_deserializer=kiln_dot_v1_dot_trainer__pb2.ListJobsResponse.FromString,
                 _registered_method=True)
+        self.ListQueue = channel.unary_unary(
+                '/kiln.v1.Trainer/ListQueue',
+                request_serializer=kiln_dot_v1_dot_trainer__pb2.ListQueueRequest.SerializeToString,
+                response_deserializer=kiln_dot_v1_dot_trainer__pb2.ListJobsResponse.FromString,
+                _registered_method=True)
         self.CancelJob = channel.unary_unary(
                 '/kiln.v1.Trainer/CancelJob',
                 request_serializer=kiln_dot_v1_dot_trainer__pb2.CancelJobRequest.SerializeToString,
+                response_deserializer=kiln_dot_v1_dot_trainer__pb2.Job.FromString,
+                _registered_method=True)
+        self.RetryJob = channel.unary_unary(
+                '/kiln.v1.Trainer/RetryJob',
+                request_serializer=kiln_dot_v1_dot_trainer__pb2.RetryJobRequest.SerializeToString,
                 response_deserializer=kiln_dot_v1_dot_trainer__pb2.Job.FromString,
                 _registered_method=True)
         self.WatchJob = channel.unary_stream(
@@ -88,9 +98,23 @@ class TrainerServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListQueue(self, request, context):
+        """Running jobs, then queued ones in the order in which they will run.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def CancelJob(self, request, context):
         """Takes effect at the next step boundary; a queued job is cancelled at once, and one that has
         begun to publish goes on to its end.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RetryJob(self, request, context):
+        """Accepts a job like one that has ended. Idempotent by idempotency_key.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -127,9 +151,19 @@ def add_TrainerServicer_to_server(servicer, server):
                     request_deserializer=kiln_dot_v1_dot_trainer__pb2.ListJobsRequest.FromString,
                     response_serializer=kiln_dot_v1_dot_trainer__pb2.ListJobsResponse.SerializeToString,
             ),
+            'ListQueue': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListQueue,
+                    request_deserializer=kiln_dot_v1_dot_trainer__pb2.ListQueueRequest.FromString,
+                    response_serializer=kiln_dot_v1_dot_trainer__pb2.ListJobsResponse.SerializeToString,
+            ),
             'CancelJob': grpc.unary_unary_rpc_method_handler(
                     servicer.CancelJob,
                     request_deserializer=kiln_dot_v1_dot_trainer__pb2.CancelJobRequest.FromString,
+                    response_serializer=kiln_dot_v1_dot_trainer__pb2.Job.SerializeToString,
+            ),
+            'RetryJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.RetryJob,
+                    request_deserializer=kiln_dot_v1_dot_trainer__pb2.RetryJobRequest.FromString,
                     response_serializer=kiln_dot_v1_dot_trainer__pb2.Job.SerializeToString,
             ),
             'WatchJob': grpc.unary_stream_rpc_method_handler(
@@ -235,6 +269,33 @@ class Trainer(object):
             _registered_method=True)
 
     @staticmethod
+    def ListQueue(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kiln.v1.Trainer/ListQueue',
+            kiln_dot_v1_dot_trainer__pb2.ListQueueRequest.SerializeToString,
+            kiln_dot_v1_dot_trainer__pb2.ListJobsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def CancelJob(request,
             target,
             options=(),
@@ -250,6 +311,33 @@ class Trainer(object):
             target,
             '/kiln.v1.Trainer/CancelJob',
             kiln_dot_v1_dot_trainer__pb2.CancelJobRequest.SerializeToString,
+            kiln_dot_v1_dot_trainer__pb2.Job.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RetryJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kiln.v1.Trainer/RetryJob',
+            kiln_dot_v1_dot_trainer__pb2.RetryJobRequest.SerializeToString,
             kiln_dot_v1_dot_trainer__pb2.Job.FromString,
             options,
             channel_credentials,

@@ -74,6 +74,9 @@ class JobFields(Body):
     checkpoint_every: PositiveInt = 10
     publish: Literal["end", "never"] | PositiveInt = "end"
     attach: bool | None = Field(None, description="true unless the key may not attach")
+    priority: Annotated[int, Field(ge=-10, le=10)] = Field(
+        0, description="lower numbers run first; below 0 takes the scope admin"
+    )
     gate: dict[str, Any] | None = None
     webhook: dict[str, Any] | None = None
     metadata: dict[str, Any] | None = None
@@ -94,6 +97,12 @@ class JobFields(Body):
             raise FieldNotBuiltYet("lora.dropout", "Use 0.", value=self.lora.dropout)
         if isinstance(self.publish, int):
             raise FieldNotBuiltYet("publish", 'Use "end" or "never".', value=self.publish)
+
+
+class RetryBody(JobFields):
+    """The settings to change; what is left out stays as it was, with the version the job started from."""
+
+    adapter: Reference | None = None  # type: ignore[assignment]
 
 
 class SftExampleFields(Body):

@@ -58,6 +58,7 @@ def job_config(
         attach=attach,
         metadata_json=json.dumps(body.metadata or {}),
         publish=str(body.publish),
+        priority=body.priority,
     )
 
 
@@ -103,6 +104,7 @@ def effective_config(job: trainer_pb2.Job) -> dict[str, Any]:
         "checkpoint_every": config.checkpoint_every,
         "publish": config.publish,
         "attach": config.attach,
+        "priority": config.priority,
     }
     if job.kind == "grpo":
         body["loss"] = _loss(job.grpo_loss)

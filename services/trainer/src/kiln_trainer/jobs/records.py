@@ -31,7 +31,6 @@ class Claim:
     job_id: str
     adapter: str
     claim_epoch: int
-    entry_id: str
     # Claims in a row that ended without a word and without a new checkpoint.
     num_crashes: int
     is_cancel_requested: bool
@@ -53,6 +52,7 @@ def submitted_fields(request: trainer_pb2.SubmitRequest, payload_sha256: str) ->
         "sources": json.dumps(sources),
         "idempotency_key": request.idempotency_key,
         "payload_sha256": payload_sha256,
+        "retry_of": request.retry_of,
     }
 
 
@@ -95,6 +95,8 @@ def to_job(
         sources=parsed("sources"),
         payload_sha256=text("payload_sha256"),
         history=history,
+        owner=text("owner"),
+        retry_of=text("retry_of"),
     )
     if job.kind == "grpo":
         job.grpo_loss.CopyFrom(trainer_pb2.GrpoLoss.FromString(fields.get(b"grpo_loss", b"")))

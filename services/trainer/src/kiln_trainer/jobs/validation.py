@@ -25,6 +25,7 @@ from kiln_trainer.recipes.options import GrpoOptions, OptimizerOptions, RunOptio
 
 MAX_RANK = 256
 _MAX_EPOCHS = 1000
+MAX_PRIORITY = 10  # the queue's scores have room for these
 _MAX_LEARNING_RATE = 1.0  # AdamW moves each weight by about this much a step
 _MAX_REWARD = 1e9  # float32 advantages, and their products with gradients, stay finite
 _TARGET_GROUPS = frozenset({"all", "attention", "mlp"})
@@ -91,6 +92,10 @@ def _check_config(
         raise InvalidJobConfig(f"epochs is {config.epochs}, at most {_MAX_EPOCHS}", param="epochs")
     if config.publish not in ("", "end", "never"):
         raise InvalidJobConfig(f"publish is {config.publish[:40]!r}, known are end, never", param="publish")
+    if abs(config.priority) > MAX_PRIORITY:
+        raise InvalidJobConfig(
+            f"priority is {config.priority}, it must be {-MAX_PRIORITY} to {MAX_PRIORITY}", param="priority"
+        )
     _check_metadata(config.metadata_json)
     RunOptions.from_proto(config)
 
