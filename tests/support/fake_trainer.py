@@ -15,6 +15,7 @@ class FakeTrainer:
 
     def __init__(self) -> None:
         self.submitted: list[trainer_pb2.SubmitRequest] = []
+        self.cancels: list[tuple[str, bool]] = []
         self.retries: list[trainer_pb2.RetryJobRequest] = []
         self.jobs: dict[str, trainer_pb2.Job] = {}
         self.events: list[trainer_pb2.JobEvent] = []
@@ -71,8 +72,9 @@ class FakeTrainer:
         accepted = self.submitted[[*self.jobs].index(request.id)]
         return await self.submit(retried(await self.get(request.id), accepted, request))
 
-    async def cancel(self, job_id: str) -> trainer_pb2.Job:
+    async def cancel(self, job_id: str, *, discards: bool = False) -> trainer_pb2.Job:
         job = await self.get(job_id)
+        self.cancels.append((job_id, discards))
         job.status = "cancelled"
         return job
 

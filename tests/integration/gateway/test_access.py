@@ -61,7 +61,13 @@ async def test_only_admins_attach_what_they_train(rig):
 async def test_jobs_belong_to_their_key_and_admins_see_all(rig):
     mine = (await rig.post("/v1/train/grpo", GRPO, headers=bearer("admin"))).json()["id"]
     path = f"/v1/train/jobs/{mine}"
-    for method, suffix in (("GET", ""), ("GET", "/events"), ("POST", "/cancel"), ("POST", "/retry")):
+    for method, suffix in (
+        ("GET", ""),
+        ("GET", "/events"),
+        ("GET", "/receipt"),
+        ("POST", "/cancel"),
+        ("POST", "/retry"),
+    ):
         answer = await rig.http.request(method, path + suffix, headers=bearer("train"))
         assert (answer.status_code, answer.json()["error"]["code"]) == (404, "job_not_found")
     theirs = (await rig.post("/v1/train/grpo", GRPO, headers=bearer("train"))).json()["id"]

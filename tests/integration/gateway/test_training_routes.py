@@ -350,6 +350,37 @@ async def test_a_retry_names_the_settings_that_change(rig):
         assert (refused.status_code, refused.json()["error"]["code"]) == (400, code)
 
 
+async def test_a_cancel_keeps_or_discards_what_was_published(rig):
+    job = (await grpo(rig, prompt="Hi", completions=["a", "b"], rewards=[1, 0], publish=3)).json()
+    assert job["effective_config"]["publish"] == 3
+    path = f"/v1/train/jobs/{job['id']}/cancel"
+    for body in (None, {"published": "keep"}, {"published": "discard"}):
+        assert (await rig.post(path, body)).status_code == 200
+    assert [discards for _, discards in rig.trainer.cancels] == [False, False, True]
+    refused = await rig.post(path, {"published": "maybe"})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "published")
+
+
+async def test_a_receipt_says_what_an_ended_job_was_made_of(rig):
+    job = (await grpo(rig, prompt="Hi", completions=["a", "b"], rewards=[1, 0], seed=5)).json()
+    path = f"/v1/train/jobs/{job['id']}/receipt"
+    early = await rig.http.get(path)
+    assert (early.status_code, early.json()["error"]["code"]) == (409, "job_not_ended")
+    kept = rig.trainer.jobs[job["id"]]
+    kept.status, kept.base_model_hash, kept.data_sha256 = "succeeded", "m" * 64, "d" * 64
+    kept.resolved_base_adapter, kept.base_adapter_sha256 = "helpful@1", "b" * 64
+    kept.environment["torch"] = "2.11"
+    kept.result.sha256 = "a" * 64
+    kept.published.add(step=3, adapter="helpful", version=2, sha256="a" * 64)
+    receipt = (await rig.http.get(path)).json()
+    assert receipt["model"] == {"sha256": "m" * 64}
+    assert receipt["base_adapter"] == {"reference": "helpful@1", "sha256": "b" * 64}
+    assert (receipt["data"]["sha256"], receipt["seeds"]) == ("d" * 64, {"job": 5})
+    assert receipt["software"] == {"torch": "2.11"}
+    assert receipt["effective_config"] == job["effective_config"]
+    assert (receipt["result"]["sha256"], receipt["published"][0]["version"]) == ("a" * 64, 2)
+
+
 def test_every_setting_can_be_changed_by_a_retry_or_is_not_built_yet():
     assert set(RetryBody.model_fields) - set(PATHS) == {"optimizer", "gate", "webhook"}
 

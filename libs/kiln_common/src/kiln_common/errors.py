@@ -171,6 +171,20 @@ class JobNotFound(KilnError):
     hint = "GET /v1/train/jobs lists the jobs there are."
 
 
+class JobNotEnded(KilnError):
+    """What was asked for exists once the job has ended."""
+
+    code = "job_not_ended"
+    kind = ErrorKind.CONFLICT
+    hint = "Wait for the job's end, or cancel it."
+
+
+class DatasetNotFound(KilnError):
+    code = "dataset_not_found"
+    kind = ErrorKind.NOT_FOUND
+    hint = "GET /v1/datasets lists the datasets there are."
+
+
 class IdempotencyConflict(KilnError):
     code = "idempotency_conflict"
     kind = ErrorKind.CONFLICT

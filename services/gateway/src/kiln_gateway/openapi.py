@@ -18,7 +18,7 @@ from kiln_gateway.schemas.messages import CountTokensBody, MessagesBody
 from kiln_gateway.schemas.opd import OpdBody
 from kiln_gateway.schemas.responses import ResponsesBody
 from kiln_gateway.schemas.text import DetokenizeBody, TokenizeBody
-from kiln_gateway.schemas.training import GrpoBody, RetryBody, SftBody
+from kiln_gateway.schemas.training import CancelBody, GrpoBody, RetryBody, SftBody
 
 REQUEST_BODIES: dict[str, type[BaseModel]] = {
     "/v1/chat/completions": ChatCompletionBody,
@@ -33,10 +33,11 @@ REQUEST_BODIES: dict[str, type[BaseModel]] = {
     "/v1/train/sft": SftBody,
     "/v1/train/grpo": GrpoBody,
     "/v1/train/opd": OpdBody,
+    "/v1/train/jobs/{job_id}/cancel": CancelBody,
     "/v1/train/jobs/{job_id}/retry": RetryBody,
     "/v1/adapters/{name}/attach": AttachBody,
 }
-_OPTIONAL = (AttachBody, RetryBody)
+_OPTIONAL = (AttachBody, CancelBody, RetryBody)
 _REF = "#/components/schemas/{model}"
 
 

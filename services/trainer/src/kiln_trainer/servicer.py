@@ -92,7 +92,7 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServicer):
         return pb.ListJobsResponse(jobs=await _on_redis(self._store.list_open))
 
     async def CancelJob(self, request: pb.CancelJobRequest, context: grpc.aio.ServicerContext) -> pb.Job:
-        await _on_redis(lambda: self._store.cancel(request.id))
+        await _on_redis(lambda: self._store.cancel(request.id, discards=request.discard_published))
         log.info("job_cancel_requested", job_id=request.id)
         return await _on_redis(lambda: self._store.get(request.id))
 

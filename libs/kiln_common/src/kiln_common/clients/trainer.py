@@ -54,9 +54,13 @@ class TrainerClient:
         """Do a job that has ended again, as a new one. Raises job_not_found, job_not_ended, payload_gone."""
         return await self._call(self._stub.RetryJob, request)
 
-    async def cancel(self, job_id: str) -> trainer_pb2.Job:
-        """Cancel: at once while queued, at the next step boundary while running."""
-        return await self._call(self._stub.CancelJob, trainer_pb2.CancelJobRequest(id=job_id))
+    async def cancel(self, job_id: str, *, discards: bool = False) -> trainer_pb2.Job:
+        """Cancel: at once while queued, at the next step boundary while running.
+
+        `discards`: delete the versions that the job has published on the way.
+        """
+        request = trainer_pb2.CancelJobRequest(id=job_id, discard_published=discards)
+        return await self._call(self._stub.CancelJob, request)
 
     async def watch(self, job_id: str, after_event_id: str = "") -> AsyncIterator[trainer_pb2.JobEvent]:
         """Events after `after_event_id`, then new ones until the job has ended.

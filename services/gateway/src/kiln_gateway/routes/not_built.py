@@ -14,7 +14,6 @@ router = APIRouter(dependencies=[Depends(require(None))])
 
 # Method, path, and what works instead today.
 NOT_BUILT: tuple[tuple[str, str, str], ...] = (
-    ("GET", "/v1/train/jobs/{job_id}/receipt", "GET /v1/train/jobs/{id} has the result and its sha256."),
     ("POST", "/v1/datasets", "Send the examples in the body of POST /v1/train/sft."),
     ("GET", "/v1/datasets", "Send the examples in the body of POST /v1/train/sft."),
     ("GET", "/v1/datasets/{dataset_id}", "Send the examples in the body of POST /v1/train/sft."),

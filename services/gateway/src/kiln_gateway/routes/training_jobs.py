@@ -15,9 +15,10 @@ from kiln_gateway.gateway import gateway_of
 from kiln_gateway.json_response import json_response
 from kiln_gateway.ports import closing
 from kiln_gateway.request_query import refuse_unknown_query
-from kiln_gateway.schemas.training import RetryBody
+from kiln_gateway.schemas.training import CancelBody, RetryBody
 from kiln_gateway.training.job_rights import visible_job
 from kiln_gateway.training.job_view import event_object, job_object
+from kiln_gateway.training.receipt import receipt
 from kiln_gateway.training.retry import retry_request
 
 router = APIRouter(prefix="/v1/train/jobs")
@@ -50,9 +51,17 @@ async def get_job(request: Request, job_id: str, caller: Caller = _TRAIN) -> Res
 @router.post("/{job_id}/cancel")
 async def cancel_job(request: Request, job_id: str, caller: Caller = _TRAIN) -> Response:
     """Cancel: at once while queued, at the next step boundary while running."""
-    trainer = gateway_of(request).clients.trainer
-    await visible_job(trainer, job_id, caller)
-    return json_response(job_object(await trainer.cancel(job_id)))
+    gateway = gateway_of(request)
+    body = await gateway.parse_optional(request, CancelBody)
+    await visible_job(gateway.clients.trainer, job_id, caller)
+    job = await gateway.clients.trainer.cancel(job_id, discards=body.published == "discard")
+    return json_response(job_object(job))
+
+
+@router.get("/{job_id}/receipt")
+async def job_receipt(request: Request, job_id: str, caller: Caller = _TRAIN) -> Response:
+    """What an ended job was made of and what came out: enough to do it again and compare."""
+    return json_response(receipt(await visible_job(gateway_of(request).clients.trainer, job_id, caller)))
 
 
 @router.post("/{job_id}/retry", status_code=_ACCEPTED)

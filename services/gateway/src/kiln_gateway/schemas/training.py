@@ -72,7 +72,9 @@ class JobFields(Body):
     optimizer: Literal["adamw", "muon"] = "adamw"
     seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
     checkpoint_every: PositiveInt = 10
-    publish: Literal["end", "never"] | PositiveInt = "end"
+    publish: Literal["end", "never"] | Annotated[int, Field(ge=1, lt=10**9)] = Field(
+        "end", description="a number N publishes a version every N steps, and at the end"
+    )
     attach: bool | None = Field(None, description="true unless the key may not attach")
     priority: Annotated[int, Field(ge=-10, le=10)] = Field(
         0, description="lower numbers run first; below 0 takes the scope admin"
@@ -95,14 +97,18 @@ class JobFields(Body):
             raise FieldNotBuiltYet("optimizer", "Use adamw.", value=self.optimizer)
         if self.lora.dropout:
             raise FieldNotBuiltYet("lora.dropout", "Use 0.", value=self.lora.dropout)
-        if isinstance(self.publish, int):
-            raise FieldNotBuiltYet("publish", 'Use "end" or "never".', value=self.publish)
 
 
 class RetryBody(JobFields):
     """The settings to change; what is left out stays as it was, with the version the job started from."""
 
     adapter: Reference | None = None  # type: ignore[assignment]
+
+
+class CancelBody(Body):
+    published: Literal["keep", "discard"] = Field(
+        "keep", description="what to do with versions that the job published on its way"
+    )
 
 
 class SftExampleFields(Body):

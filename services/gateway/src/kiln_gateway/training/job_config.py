@@ -102,7 +102,7 @@ def effective_config(job: trainer_pb2.Job) -> dict[str, Any]:
         "optimizer": "adamw",
         "seed": config.seed,
         "checkpoint_every": config.checkpoint_every,
-        "publish": config.publish,
+        "publish": int(config.publish) if config.publish.isdecimal() else config.publish,
         "attach": config.attach,
         "priority": config.priority,
     }

@@ -25,8 +25,9 @@ def job_object(job: trainer_pb2.Job) -> dict[str, Any]:
         },
         "metrics": dict(job.metrics),
         "history": [{"step": entry.step, **entry.metrics} for entry in job.history],
-        "error": _error(job),
-        "result": _result(job),
+        "error": error_of(job),
+        "result": result_of(job),
+        "published": published(job),
         "source": _source(job),
         "sources": dict(job.sources),
         "base_adapter": job.resolved_base_adapter or None,
@@ -48,13 +49,21 @@ def event_object(event: trainer_pb2.JobEvent) -> dict[str, Any]:
     return {**details, "id": event.id, "type": event.type, "at_s": event.at_s}
 
 
-def _error(job: trainer_pb2.Job) -> dict[str, Any] | None:
+def published(job: trainer_pb2.Job) -> list[dict[str, Any]]:
+    """Every version that the job has published, with the steps before it."""
+    return [
+        {"step": each.step, "adapter": each.adapter, "version": each.version, "sha256": each.sha256}
+        for each in job.published
+    ]
+
+
+def error_of(job: trainer_pb2.Job) -> dict[str, Any] | None:
     if not job.error.code:
         return None
     return {"code": job.error.code, "message": job.error.message, "hint": job.error.hint or None}
 
 
-def _result(job: trainer_pb2.Job) -> dict[str, Any] | None:
+def result_of(job: trainer_pb2.Job) -> dict[str, Any] | None:
     if not job.HasField("result"):
         return None
     return {

@@ -44,14 +44,6 @@ class PayloadTooLarge(KilnError):
     hint = "Split the data over several jobs."
 
 
-class JobNotEnded(KilnError):
-    """What was asked for exists once the job has ended."""
-
-    code = "job_not_ended"
-    kind = ErrorKind.CONFLICT
-    hint = "Wait for the job's end, or cancel it."
-
-
 class PayloadGone(KilnError):
     """A job's data was let go of to make room; its record is still there."""
 

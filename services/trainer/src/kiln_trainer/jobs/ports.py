@@ -110,6 +110,18 @@ class Publisher(Protocol):
         """
         ...
 
-    def withdraw(self, name: str) -> None:
-        """Delete every version of a name; there may be none."""
+    def withdraw(self, name: str, version: int = 0) -> None:
+        """Delete a version, or every version of a name (0); there may be none."""
+        ...
+
+    def versions(self, name: str) -> Sequence[registry_pb2.AdapterVersion]:
+        """Every version of a name; empty where there is none."""
+        ...
+
+    def default_adapter(self) -> str:
+        """The deployment's default as "name@version", "" for none."""
+        ...
+
+    def attach(self, reference: str) -> None:
+        """Make a version the default, or none (""). Raises adapter_not_found."""
         ...

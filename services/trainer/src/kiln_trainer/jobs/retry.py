@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from google.protobuf.message import Message
 
+from kiln_common.errors import JobNotEnded
 from kiln_common.pb import trainer_pb2
-from kiln_trainer.jobs.errors import InvalidJobConfig, JobNotEnded
+from kiln_trainer.jobs.errors import InvalidJobConfig
 from kiln_trainer.jobs.records import FINAL_STATUSES
 
 _START_PATHS = ("base_adapter", "start_fresh")

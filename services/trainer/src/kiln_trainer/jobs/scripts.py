@@ -111,7 +111,8 @@ local epoch = redis.call('HINCRBY', job, 'claim_epoch', 1)
 redis.call('HSET', job, 'trainer_id', ARGV[2], 'write_number', 0)
 redis.call('ZADD', KEYS[1], server_time_s(), job_id)
 add_event(events_key(job_id), 'claimed', cjson.encode({{claim_epoch = epoch, trainer_id = ARGV[2]}}), ARGV[3])
-local read = redis.call('HMGET', job, 'adapter', 'num_crashes', 'cancel_requested', 'resolved_base')
+local read = redis.call('HMGET', job, 'adapter', 'num_crashes', 'cancel_requested', 'resolved_base',
+                        'published')
 return {{'claimed', job_id, epoch, unpack(read)}}
 """
 
@@ -139,9 +140,10 @@ return {{'ok', found[4] or ''}}
 """
 
 # Ends a job. With an empty claim_epoch it is a cancellation from outside: a queued job ends at
-# once, a running one is asked to, one that publishes its result goes on.
+# once, a running one is asked to (and to "keep" or "discard" what it has published), one that publishes
+# its result goes on.
 # KEYS job, events, running, adapter list, queued, payload, idempotency
-# ARGV claim_epoch, job_id, status, now_s, retention_s, event data, (name, value)...
+# ARGV claim_epoch, job_id, status, now_s, retention_s, event data, cancel, (name, value)...
 FINISH = f"""{_COMMON}
 local found = redis.call('HMGET', KEYS[1], 'status', 'claim_epoch', 'is_publishing', 'priority', 'owner')
 if not found[1] then return {{'gone'}} end
@@ -149,14 +151,14 @@ if final[found[1]] then return {{'final', found[1], found[2]}} end
 if ARGV[1] == '' then
   if found[1] ~= 'queued' then
     if found[3] then return {{'too_late'}} end
-    redis.call('HSET', KEYS[1], 'cancel_requested', 1)
+    redis.call('HSET', KEYS[1], 'cancel_requested', ARGV[7])
     return {{'requested'}}
   end
 elseif found[1] ~= 'running' or found[2] ~= ARGV[1] then
   return {{'lost'}}
 end
 redis.call('HSET', KEYS[1], 'status', ARGV[3], 'finished_at_s', ARGV[4])
-for i = 7, #ARGV, 2 do redis.call('HSET', KEYS[1], ARGV[i], ARGV[i + 1]) end
+for i = 8, #ARGV, 2 do redis.call('HSET', KEYS[1], ARGV[i], ARGV[i + 1]) end
 add_event(KEYS[2], ARGV[3], ARGV[6], ARGV[4])
 redis.call('ZREM', KEYS[3], ARGV[2])
 local place = redis.call('ZSCORE', KEYS[5], ARGV[2])

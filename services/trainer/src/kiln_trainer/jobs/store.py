@@ -21,6 +21,7 @@ from kiln_trainer.jobs.records import (
     FINAL_STATUSES,
     Claim,
     JobFailure,
+    Published,
     downsample,
     submitted_fields,
     to_event,
@@ -146,13 +147,16 @@ class JobStore:
     def num_queued(self) -> int:
         return self._redis.zcard(keys.JOB_QUEUED)
 
-    def cancel(self, job_id: str) -> None:
-        """End a queued job, ask a running one to end, leave one that publishes or has ended.
+    def cancel(self, job_id: str, *, discards: bool = False) -> None:
+        """End a queued job, ask a running one to end, leave one that publishes its result or has ended.
+
+        `discards`: delete what the job has published on the way.
 
         Raises:
             JobNotFound: there is no such job.
         """
-        outcome, *_ = self._end(job_id, "", "cancelled", {}, {})
+        cancel = "discard" if discards else "keep"
+        outcome, *_ = self._end(job_id, "", "cancelled", {}, {}, cancel)
         if outcome == b"gone":
             raise JobNotFound(f"there is no job {job_id[:80]!r}")
 
@@ -174,14 +178,15 @@ class JobStore:
         )
         if outcome != b"claimed":
             return None
-        job_id, claim_epoch, adapter, num_crashes, cancel, base = found
+        job_id, claim_epoch, adapter, num_crashes, cancel, base, published = found
         return Claim(
             job_id=job_id.decode(),
             adapter=adapter.decode(),
             claim_epoch=claim_epoch,
             num_crashes=int(num_crashes),
-            is_cancel_requested=bool(cancel),
+            cancel=(cancel or b"").decode(),
             resolved_base=None if base is None else base.decode(),
+            published=Published.from_json((published or b"").decode()),
         )
 
     def read_payload(self, job_id: str) -> trainer_pb2.SubmitRequest:
@@ -202,16 +207,16 @@ class JobStore:
     def _payload_sha256(self, job_id: str) -> str:
         return (self._redis.hget(keys.job(job_id), "payload_sha256") or b"").decode()
 
-    def heartbeat(self, claim: Claim) -> bool:
-        """Renew the claim; returns whether the job is to be cancelled. Raises ClaimLost."""
-        return _is_cancel_requested(claim, self._heartbeat(
+    def heartbeat(self, claim: Claim) -> str:
+        """Renew the claim; returns how the job is to be cancelled, as in Claim. Raises ClaimLost."""
+        return _cancel_of(claim, self._heartbeat(
             keys=[keys.job(claim.job_id), keys.JOB_RUNNING], args=[claim.claim_epoch, claim.job_id],
         ))  # fmt: skip
 
     def write(
         self, claim: Claim, write_number: int, fields: Mapping[str, str], events: Sequence[Event]
-    ) -> bool:
-        """Set fields and append events; returns whether the job is to be cancelled.
+    ) -> str:
+        """Set fields and append events; returns how the job is to be cancelled, as in Claim.
 
         A `write_number` not above the claim's last one was written before and does nothing.
 
@@ -219,7 +224,7 @@ class JobStore:
             ClaimLost: a later claim exists; nothing was written.
         """
         flat_events = [part for type_, data, at_s in events for part in (type_, json.dumps(data), at_s)]
-        return _is_cancel_requested(claim, self._write(
+        return _cancel_of(claim, self._write(
             keys=[keys.job(claim.job_id), keys.job_events(claim.job_id)],
             args=[claim.claim_epoch, write_number, len(fields), *_flatten(fields), *flat_events],
         ))  # fmt: skip
@@ -251,7 +256,13 @@ class JobStore:
             raise ClaimLost(f"claim {claim.claim_epoch} of {claim.job_id} is not the last one")
 
     def _end(
-        self, job_id: str, epoch: str, status: str, fields: Mapping[str, str], data: dict[str, Any]
+        self,
+        job_id: str,
+        epoch: str,
+        status: str,
+        fields: Mapping[str, str],
+        data: dict[str, Any],
+        cancel: str = "",
     ) -> list[bytes]:
         adapter, key = self._redis.hmget(keys.job(job_id), "adapter", "idempotency_key")
         return self._finish(
@@ -261,7 +272,8 @@ class JobStore:
                 keys.job_idempotency((key or b"").decode()),
             ],
             args=[
-                epoch, job_id, status, time.time(), self._retention_s, json.dumps(data), *_flatten(fields),
+                epoch, job_id, status, time.time(), self._retention_s, json.dumps(data), cancel,
+                *_flatten(fields),
             ],
         )  # fmt: skip
 
@@ -275,7 +287,7 @@ def _flatten(fields: Mapping[str, Any]) -> list[Any]:
     return [part for pair in fields.items() for part in pair]
 
 
-def _is_cancel_requested(claim: Claim, answer: Sequence[bytes]) -> bool:
+def _cancel_of(claim: Claim, answer: Sequence[bytes]) -> str:
     if answer[0] != b"ok":
         raise ClaimLost(f"claim {claim.claim_epoch} of {claim.job_id} is not the last one")
-    return bool(answer[1])
+    return answer[1].decode()

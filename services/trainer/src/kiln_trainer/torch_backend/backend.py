@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import contextlib
+import importlib.metadata
+import platform
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +15,6 @@ import torch
 
 from kiln_common.errors import KilnError
 from kiln_nn.errors import KilnNnError
-from kiln_nn.sharing import SealedAdapter
 from kiln_trainer.domain.errors import DeviceBroken
 from kiln_trainer.domain.training import StepHooks, TrainedAdapter, TrainingTask
 from kiln_trainer.torch_backend.errors import ModelError, OutOfTrainingMemory
@@ -81,6 +83,24 @@ class TorchBackend:
         """How training shares its device; before anything was mapped, that it does not."""
         return self._share.use if self._share is not None else GpuUse()
 
+    @property
+    def environment(self) -> Mapping[str, str]:
+        """Versions and the device; without weights there is no device yet."""
+        found = {
+            "kiln": importlib.metadata.version("kiln-trainer"),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "machine": platform.machine(),
+            "num_threads": str(self._num_threads),
+        }
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found["triton"] = importlib.metadata.version("triton")
+        if self._session is not None:
+            device = self._session.device
+            found["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+            found["weights_dtype"] = str(next(iter(self._session.weights.values())).dtype).rpartition(".")[2]
+        return found
+
     def run(self, task: TrainingTask, hooks: StepHooks) -> TrainedAdapter:
         """Train from the last checkpoint in task.checkpoint_dir (or from the start) to the end.
 
@@ -98,9 +118,7 @@ class TorchBackend:
             with share.occupied():
                 training = TrainingRun(task, session, share)
                 training.execute(hooks)
-                lora = training.policy.lora
-                content = SealedAdapter(lora.tensors(), lora.spec, session.model_id)
-        return TrainedAdapter(content, dict(training.latest_metrics))
+                return training.trained()
 
     def keep_mapped(self) -> None:
         """Map the weights unless they are mapped, and let go of those whose engine has gone.

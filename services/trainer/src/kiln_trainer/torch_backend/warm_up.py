@@ -12,8 +12,7 @@ from pathlib import Path
 import structlog
 
 from kiln_common.pb import trainer_pb2
-from kiln_nn.sharing import SealedAdapter
-from kiln_trainer.domain.training import StepReport, TrainingTask
+from kiln_trainer.domain.training import StepReport, TrainedAdapter, TrainingTask
 from kiln_trainer.torch_backend.gpu_share import GpuShare
 from kiln_trainer.torch_backend.training_run import TrainingRun
 from kiln_trainer.torch_backend.weights import WeightSession
@@ -34,6 +33,9 @@ class _NoHooks:
     def after_checkpoint(self, step: int) -> None:
         pass
 
+    def publish(self, trained: TrainedAdapter) -> None:
+        pass
+
 
 def warm_up(session: WeightSession, share: GpuShare) -> None:
     """Train a throwaway adapter for one step and pack it; a failure is logged, and left to the jobs."""
@@ -44,8 +46,7 @@ def warm_up(session: WeightSession, share: GpuShare) -> None:
             with share.occupied():
                 training = TrainingRun(task, session, share)
                 training.execute(_NoHooks())
-                lora = training.policy.lora
-                SealedAdapter(lora.tensors(), lora.spec, session.model_id).close()
+                training.trained().content.close()
     except Exception as error:
         log.warning("trainer_not_warm", reason=str(error), exc_info=error)
     else:
