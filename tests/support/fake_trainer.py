@@ -39,6 +39,7 @@ class FakeTrainer:
             created_at_s=100.0,
             owner=request.owner,
             retry_of=request.retry_of,
+            dataset=request.dataset,
         )
         grpo = [rollout for group in request.grpo.groups for rollout in group.rollouts]
         for rollout in [*grpo, *request.opd.rollouts]:

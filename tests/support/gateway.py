@@ -26,6 +26,7 @@ from kiln_gateway.app import create_app
 from kiln_gateway.ports import Clients
 from kiln_gateway.server import GatewayServer
 from kiln_gateway.settings import GatewaySettings
+from tests.support.fake_datasets import FakeDatasets
 from tests.support.fake_trainer import FakeTrainer
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -294,6 +295,7 @@ class Rig:
     engine: FakeEngine
     registry: FakeRegistry
     trainer: FakeTrainer
+    datasets: FakeDatasets
     settings: GatewaySettings
     redis: Any = None
     http: httpx.AsyncClient = field(init=False)
@@ -332,9 +334,10 @@ def build_rig(folder: Path, *, redis: Any = None, max_model_len: int = 512, **se
         FakeRegistry(),
         FakeTrainer(),
     )
-    clients = Clients(engines=[engine], registry=registry, trainer=trainer, redis=redis)
+    datasets = FakeDatasets()
+    clients = Clients([engine], registry, trainer, datasets, redis)
     app = create_app(gateway_settings, clients)
-    return Rig(app, tokenizer, engine, registry, trainer, gateway_settings, redis)
+    return Rig(app, tokenizer, engine, registry, trainer, datasets, gateway_settings, redis)
 
 
 @asynccontextmanager

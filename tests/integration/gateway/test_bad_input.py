@@ -148,7 +148,6 @@ BODIES = [
     (SFT, {"adapter": "a", "examples": []}, 400, "empty_examples", "examples"),
     (SFT, {"adapter": "a", "examples": [{"prompt": "x"}]}, 400, "conflicting_fields", "examples[0]"),
     (SFT, {"adapter": "a", "examples": [{"messages": [USER]}]}, 400, "no_assistant_message", "examples"),
-    (SFT, {"adapter": "a", "dataset": "file_1"}, 501, "not_implemented", "dataset"),
     (OPD, without(DISTIL, "teacher"), 400, "missing_field", "teacher"),
     (OPD, {**DISTIL, "teacher": {"engine": "other:8431", "model": "m"}}, 501, "not_implemented", "teacher"),
     (OPD, {**DISTIL, "teacher": "nobody"}, 404, "adapter_not_found", "teacher"),

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
 
-from kiln_common.pb import engine_pb2, registry_pb2, trainer_pb2
+from kiln_common.pb import dataset_pb2, engine_pb2, registry_pb2, trainer_pb2
 
 Item = TypeVar("Item")
 
@@ -73,6 +73,18 @@ class TrainerPort(Protocol):
     async def status(self) -> trainer_pb2.TrainerStatus: ...
 
 
+class DatasetPort(Protocol):
+    async def put(self, header: dataset_pb2.DatasetHeader, path: Path) -> dataset_pb2.Dataset: ...
+
+    async def get(self, dataset_id: str) -> dataset_pb2.Dataset: ...
+
+    async def list(self, owner: str | None = None) -> builtins.list[dataset_pb2.Dataset]: ...
+
+    def fetch(self, dataset_id: str) -> AsyncIterator[bytes]: ...
+
+    async def delete(self, dataset_id: str) -> None: ...
+
+
 @dataclass(frozen=True)
 class Clients:
     """Every leaf behind the gateway. `redis` is a redis.asyncio client, or None without Redis."""
@@ -80,4 +92,5 @@ class Clients:
     engines: Sequence[EnginePort]
     registry: RegistryPort
     trainer: TrainerPort
+    datasets: DatasetPort
     redis: Any = None

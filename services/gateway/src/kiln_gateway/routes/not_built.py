@@ -14,10 +14,6 @@ router = APIRouter(dependencies=[Depends(require(None))])
 
 # Method, path, and what works instead today.
 NOT_BUILT: tuple[tuple[str, str, str], ...] = (
-    ("POST", "/v1/datasets", "Send the examples in the body of POST /v1/train/sft."),
-    ("GET", "/v1/datasets", "Send the examples in the body of POST /v1/train/sft."),
-    ("GET", "/v1/datasets/{dataset_id}", "Send the examples in the body of POST /v1/train/sft."),
-    ("DELETE", "/v1/datasets/{dataset_id}", "Send the examples in the body of POST /v1/train/sft."),
     ("POST", "/v1/corrections", "POST /v1/train/sft with the corrected messages works."),
     ("GET", "/v1/corrections", "POST /v1/train/sft with the corrected messages works."),
     ("DELETE", "/v1/corrections/{correction_id}", "POST /v1/train/sft with the corrected messages works."),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
@@ -12,10 +12,11 @@ from kiln_common.adapter_names import check_adapter_name
 from kiln_common.errors import AdapterNotFound
 from kiln_common.pb import trainer_pb2
 from kiln_gateway.auth import Caller, require
+from kiln_gateway.datasets.reading import DatasetReader, WrongDatasetFormat
 from kiln_gateway.gateway import Gateway, gateway_of
 from kiln_gateway.json_response import json_response
 from kiln_gateway.schemas.opd import OpdBody
-from kiln_gateway.schemas.training import GrpoBody, JobFields, SftBody
+from kiln_gateway.schemas.training import GroupFields, GrpoBody, JobFields, SftBody, SftExampleFields
 from kiln_gateway.training.documents import DocumentBuilder
 from kiln_gateway.training.grpo import GrpoSpecBuilder
 from kiln_gateway.training.job_config import GRPO_DEFAULTS, OPD_DEFAULTS, SFT_DEFAULTS, job_config
@@ -23,11 +24,12 @@ from kiln_gateway.training.job_rights import attaches, check_priority, is_visibl
 from kiln_gateway.training.job_view import job_object
 from kiln_gateway.training.kept_rollouts import KeptRollouts
 from kiln_gateway.training.opd import OpdSpecBuilder
-from kiln_gateway.training.sft import sft_spec
+from kiln_gateway.training.sft import dataset_spec, sft_spec
 
 router = APIRouter()
 _TRAIN = Depends(require("train"))
 _ACCEPTED = 202
+R = TypeVar("R", SftExampleFields, GroupFields)
 
 
 @router.post("/v1/train/sft", status_code=_ACCEPTED)
@@ -39,10 +41,19 @@ async def train_sft(request: Request, caller: Caller = _TRAIN) -> Response:
     if job_id:
         return await _accepted(gateway, job_id)
     rollouts = await _check_and_open(gateway, body, caller)
-    spec = await sft_spec(body, DocumentBuilder(gateway.prompts), rollouts)
+    builder = DocumentBuilder(gateway.prompts)
+    submit = trainer_pb2.SubmitRequest()
+    if body.dataset is None:
+        spec = await sft_spec(body, builder, rollouts)
+    else:
+        rows = await _dataset_rows(gateway, caller, body.dataset, SftExampleFields, submit)
+        spec = await dataset_spec(body.dataset, rows, body, builder)
     longest = max((len(example.token_ids) for example in spec.examples), default=0)
-    config = job_config(body, SFT_DEFAULTS, longest_document=longest, attach=attaches(body, caller))
-    return await _submit(gateway, request, caller, trainer_pb2.SubmitRequest(config=config, sft=spec), key)
+    submit.config.CopyFrom(
+        job_config(body, SFT_DEFAULTS, longest_document=longest, attach=attaches(body, caller))
+    )
+    submit.sft.CopyFrom(spec)
+    return await _submit(gateway, request, caller, submit, key)
 
 
 @router.post("/v1/train/grpo", status_code=_ACCEPTED)
@@ -55,14 +66,23 @@ async def train_grpo(request: Request, caller: Caller = _TRAIN) -> Response:
         return await _accepted(gateway, job_id)
     rollouts = await _check_and_open(gateway, body, caller)
     vocab_size = (await gateway.engines.base_model()).vocab_size
-    spec = await GrpoSpecBuilder(body, DocumentBuilder(gateway.prompts), rollouts, vocab_size).build()
+    builder = GrpoSpecBuilder(body, DocumentBuilder(gateway.prompts), rollouts, vocab_size)
+    submit = trainer_pb2.SubmitRequest()
+    groups = None
+    if body.dataset is not None:
+        rows = await _dataset_rows(gateway, caller, body.dataset, GroupFields, submit)
+        groups = [group for _, group in rows]
+    spec = await builder.build(groups)
     longest = max(
         len(rollout.prompt_token_ids) + len(rollout.completion_token_ids)
         for group in spec.groups
         for rollout in group.rollouts
     )
-    config = job_config(body, GRPO_DEFAULTS, longest_document=longest, attach=attaches(body, caller))
-    return await _submit(gateway, request, caller, trainer_pb2.SubmitRequest(config=config, grpo=spec), key)
+    submit.config.CopyFrom(
+        job_config(body, GRPO_DEFAULTS, longest_document=longest, attach=attaches(body, caller))
+    )
+    submit.grpo.CopyFrom(spec)
+    return await _submit(gateway, request, caller, submit, key)
 
 
 @router.post("/v1/train/opd", status_code=_ACCEPTED)
@@ -94,6 +114,23 @@ async def _check_and_open(gateway: Gateway, body: JobFields, caller: Caller) -> 
         with contextlib.suppress(AdapterNotFound):  # the first version of its name
             await gateway.resolver.version(body.adapter, base_model.model_hash, "adapter")
     return KeptRollouts(gateway.rollouts, caller.owner, base_model.model_hash)
+
+
+async def _dataset_rows(
+    gateway: Gateway, caller: Caller, dataset_id: str, wanted: type[R], submit: trainer_pb2.SubmitRequest
+) -> list[tuple[int, R]]:
+    """A dataset's rows with their lines' numbers; `submit` gets to name it.
+
+    Raises:
+        DatasetNotFound, WrongDatasetFormat, DatasetTooLargeForJob.
+    """
+    reader = DatasetReader(gateway.clients.datasets, caller)
+    dataset = await reader.find(dataset_id)
+    if (dataset.format == "rollouts") != (wanted is GroupFields):
+        raise WrongDatasetFormat(f"{dataset_id} is a dataset of {dataset.format}", param="dataset")
+    rows = await reader.rows(dataset, gateway.settings.max_job_dataset_bytes)
+    submit.dataset.CopyFrom(trainer_pb2.DatasetRef(id=dataset.id, sha256=dataset.sha256))
+    return [(line, row) for line, row in rows if isinstance(row, wanted)]
 
 
 async def _submit(

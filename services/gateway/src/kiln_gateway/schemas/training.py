@@ -45,6 +45,7 @@ def _refuse_empty_text(value: str) -> str:
 
 
 Reward = Annotated[float, BeforeValidator(_to_reward)]
+DatasetId = Annotated[str, Field(min_length=1, max_length=64, description="id of an uploaded dataset")]
 PromptText = Annotated[str, AfterValidator(_refuse_empty_text)]
 
 
@@ -138,18 +139,17 @@ def _refuse_no_examples(value: Any) -> Any:
 
 class SftBody(JobFields):
     examples: Annotated[list[SftExampleFields], BeforeValidator(_refuse_no_examples)] | None = None
-    dataset: str | None = None
+    dataset: DatasetId | None = None
     train_on: Literal["assistant", "all"] = "assistant"
-
-    def refuse_unsupported(self) -> None:
-        super().refuse_unsupported()
-        if self.dataset is not None:
-            raise FieldNotBuiltYet("dataset", "Send `examples`.")
 
     @model_validator(mode="after")
     def _has_data(self) -> SftBody:
         if self.examples is None and self.dataset is None:
             raise PydanticCustomError("missing_field", "`examples` is missing", {"param": "examples"})
+        if self.examples is not None and self.dataset is not None:
+            raise PydanticCustomError(
+                "conflicting_fields", "send `examples` or `dataset`, not both", {"param": "dataset"}
+            )
         return self
 
 
@@ -285,6 +285,7 @@ class GrpoBody(JobFields):
     completions: list[str] | None = None
     rewards: Annotated[list[Reward], BeforeValidator(_to_rewards)] | None = None
     groups: Annotated[list[GroupFields], BeforeValidator(_refuse_no_groups)] | None = None
+    dataset: DatasetId | None = None
     loss: LossFields = Field(default_factory=LossFields)
 
     def all_groups(self) -> list[GroupFields]:
@@ -300,6 +301,12 @@ class GrpoBody(JobFields):
     @model_validator(mode="after")
     def _has_a_signal(self) -> GrpoBody:
         short = [name for name in ("prompt", "completions", "rewards") if getattr(self, name) is not None]
+        if self.dataset is not None:
+            if short or self.groups is not None:
+                raise PydanticCustomError(
+                    "conflicting_fields", "send `dataset` or the groups themselves", {"param": "dataset"}
+                )
+            return self  # the trainer looks for a signal in it
         if self.groups is not None and short:
             raise PydanticCustomError(
                 "conflicting_fields",

@@ -29,7 +29,11 @@ def receipt(job: trainer_pb2.Job) -> dict[str, Any]:
         "error": error_of(job),
         "model": {"sha256": job.base_model_hash},
         "base_adapter": {"reference": base, "sha256": job.base_adapter_sha256} if base else None,
-        "data": {"sha256": job.data_sha256, "sources": dict(job.sources)},
+        "data": {
+            "sha256": job.data_sha256,
+            "sources": dict(job.sources),
+            "dataset": {"id": job.dataset.id, "sha256": job.dataset.sha256} if job.dataset.id else None,
+        },
         "payload_sha256": job.payload_sha256,
         "effective_config": effective_config(job),
         "seeds": {"job": job.config.seed},

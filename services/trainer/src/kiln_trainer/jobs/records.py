@@ -91,6 +91,7 @@ def submitted_fields(request: trainer_pb2.SubmitRequest, payload_sha256: str) ->
         "retry_of": request.retry_of,
         "base_model_hash": request.base_model_hash,
         "data_sha256": data_sha256(request),
+        "dataset": request.dataset.SerializeToString(deterministic=True),
     }
 
 
@@ -143,6 +144,7 @@ def to_job(
         base_adapter_sha256=text("base_adapter_sha256"),
         data_sha256=text("data_sha256"),
         environment=parsed("environment"),
+        dataset=trainer_pb2.DatasetRef.FromString(fields.get(b"dataset", b"")),
     )
     if job.kind == "grpo":
         job.grpo_loss.CopyFrom(trainer_pb2.GrpoLoss.FromString(fields.get(b"grpo_loss", b"")))
