@@ -40,6 +40,7 @@ class FakeTrainer:
             owner=request.owner,
             retry_of=request.retry_of,
             dataset=request.dataset,
+            correction_ids=request.correction_ids,
         )
         grpo = [rollout for group in request.grpo.groups for rollout in group.rollouts]
         for rollout in [*grpo, *request.opd.rollouts]:

@@ -13,6 +13,7 @@ from kiln_gateway.schemas.adapters import AttachBody
 from kiln_gateway.schemas.batch import BatchBody
 from kiln_gateway.schemas.chat import ChatCompletionBody
 from kiln_gateway.schemas.completions import TextCompletionBody
+from kiln_gateway.schemas.corrections import CorrectionBody
 from kiln_gateway.schemas.embeddings import EmbeddingsBody
 from kiln_gateway.schemas.messages import CountTokensBody, MessagesBody
 from kiln_gateway.schemas.opd import OpdBody
@@ -35,6 +36,7 @@ REQUEST_BODIES: dict[str, type[BaseModel]] = {
     "/v1/train/opd": OpdBody,
     "/v1/train/jobs/{job_id}/cancel": CancelBody,
     "/v1/train/jobs/{job_id}/retry": RetryBody,
+    "/v1/corrections": CorrectionBody,
     "/v1/adapters/{name}/attach": AttachBody,
 }
 _OPTIONAL = (AttachBody, CancelBody, RetryBody)

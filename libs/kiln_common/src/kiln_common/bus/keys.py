@@ -59,6 +59,16 @@ def rollout(completion_id: str, index: int) -> str:
     return f"kiln:rollout:{completion_id}:{index}"
 
 
+def correction(correction_id: str) -> str:
+    """Hash with one correction. Written by gateways; trainers' scripts set `reserved_by` and `used_by`."""
+    return f"kiln:correction:{correction_id}"
+
+
+def corrections(owner: str) -> str:
+    """Sorted set of the ids of a key's corrections by age. Written and read by gateways."""
+    return f"kiln:corrections:{owner}"
+
+
 # Sorted set of kept rollouts by age, and the sum of their bytes. Written by gateways.
 ROLLOUT_INDEX = "kiln:rollouts:index"
 ROLLOUT_BYTES = "kiln:rollouts:bytes"

@@ -194,7 +194,7 @@ class OpdSpec(_message.Message):
     def __init__(self, settings: _Optional[_Union[OpdSettings, _Mapping]] = ..., prompts: _Optional[_Iterable[_Union[OpdPrompt, _Mapping]]] = ..., rollouts: _Optional[_Iterable[_Union[OpdRollout, _Mapping]]] = ...) -> None: ...
 
 class SubmitRequest(_message.Message):
-    __slots__ = ("config", "sft", "grpo", "opd", "idempotency_key", "base_model_hash", "owner", "retry_of", "dataset")
+    __slots__ = ("config", "sft", "grpo", "opd", "idempotency_key", "base_model_hash", "owner", "retry_of", "dataset", "correction_ids")
     CONFIG_FIELD_NUMBER: _ClassVar[int]
     SFT_FIELD_NUMBER: _ClassVar[int]
     GRPO_FIELD_NUMBER: _ClassVar[int]
@@ -204,6 +204,7 @@ class SubmitRequest(_message.Message):
     OWNER_FIELD_NUMBER: _ClassVar[int]
     RETRY_OF_FIELD_NUMBER: _ClassVar[int]
     DATASET_FIELD_NUMBER: _ClassVar[int]
+    CORRECTION_IDS_FIELD_NUMBER: _ClassVar[int]
     config: JobConfig
     sft: SftSpec
     grpo: GrpoSpec
@@ -213,7 +214,8 @@ class SubmitRequest(_message.Message):
     owner: str
     retry_of: str
     dataset: DatasetRef
-    def __init__(self, config: _Optional[_Union[JobConfig, _Mapping]] = ..., sft: _Optional[_Union[SftSpec, _Mapping]] = ..., grpo: _Optional[_Union[GrpoSpec, _Mapping]] = ..., opd: _Optional[_Union[OpdSpec, _Mapping]] = ..., idempotency_key: _Optional[str] = ..., base_model_hash: _Optional[str] = ..., owner: _Optional[str] = ..., retry_of: _Optional[str] = ..., dataset: _Optional[_Union[DatasetRef, _Mapping]] = ...) -> None: ...
+    correction_ids: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, config: _Optional[_Union[JobConfig, _Mapping]] = ..., sft: _Optional[_Union[SftSpec, _Mapping]] = ..., grpo: _Optional[_Union[GrpoSpec, _Mapping]] = ..., opd: _Optional[_Union[OpdSpec, _Mapping]] = ..., idempotency_key: _Optional[str] = ..., base_model_hash: _Optional[str] = ..., owner: _Optional[str] = ..., retry_of: _Optional[str] = ..., dataset: _Optional[_Union[DatasetRef, _Mapping]] = ..., correction_ids: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class DatasetRef(_message.Message):
     __slots__ = ("id", "sha256")
@@ -274,7 +276,7 @@ class JobError(_message.Message):
     def __init__(self, code: _Optional[str] = ..., message: _Optional[str] = ..., hint: _Optional[str] = ...) -> None: ...
 
 class Job(_message.Message):
-    __slots__ = ("id", "kind", "status", "config", "progress", "metrics", "error", "result", "created_at_s", "started_at_s", "finished_at_s", "queue_position", "resolved_base_adapter", "claim_epoch", "sources", "payload_sha256", "grpo_loss", "history", "opd_settings", "owner", "retry_of", "published", "base_model_hash", "base_adapter_sha256", "data_sha256", "environment", "dataset")
+    __slots__ = ("id", "kind", "status", "config", "progress", "metrics", "error", "result", "created_at_s", "started_at_s", "finished_at_s", "queue_position", "resolved_base_adapter", "claim_epoch", "sources", "payload_sha256", "grpo_loss", "history", "opd_settings", "owner", "retry_of", "published", "base_model_hash", "base_adapter_sha256", "data_sha256", "environment", "dataset", "correction_ids")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -323,6 +325,7 @@ class Job(_message.Message):
     DATA_SHA256_FIELD_NUMBER: _ClassVar[int]
     ENVIRONMENT_FIELD_NUMBER: _ClassVar[int]
     DATASET_FIELD_NUMBER: _ClassVar[int]
+    CORRECTION_IDS_FIELD_NUMBER: _ClassVar[int]
     id: str
     kind: str
     status: str
@@ -350,7 +353,8 @@ class Job(_message.Message):
     data_sha256: str
     environment: _containers.ScalarMap[str, str]
     dataset: DatasetRef
-    def __init__(self, id: _Optional[str] = ..., kind: _Optional[str] = ..., status: _Optional[str] = ..., config: _Optional[_Union[JobConfig, _Mapping]] = ..., progress: _Optional[_Union[JobProgress, _Mapping]] = ..., metrics: _Optional[_Mapping[str, float]] = ..., error: _Optional[_Union[JobError, _Mapping]] = ..., result: _Optional[_Union[JobResult, _Mapping]] = ..., created_at_s: _Optional[float] = ..., started_at_s: _Optional[float] = ..., finished_at_s: _Optional[float] = ..., queue_position: _Optional[int] = ..., resolved_base_adapter: _Optional[str] = ..., claim_epoch: _Optional[int] = ..., sources: _Optional[_Mapping[str, int]] = ..., payload_sha256: _Optional[str] = ..., grpo_loss: _Optional[_Union[GrpoLoss, _Mapping]] = ..., history: _Optional[_Iterable[_Union[StepMetrics, _Mapping]]] = ..., opd_settings: _Optional[_Union[OpdSettings, _Mapping]] = ..., owner: _Optional[str] = ..., retry_of: _Optional[str] = ..., published: _Optional[_Iterable[_Union[PublishedVersion, _Mapping]]] = ..., base_model_hash: _Optional[str] = ..., base_adapter_sha256: _Optional[str] = ..., data_sha256: _Optional[str] = ..., environment: _Optional[_Mapping[str, str]] = ..., dataset: _Optional[_Union[DatasetRef, _Mapping]] = ...) -> None: ...
+    correction_ids: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, id: _Optional[str] = ..., kind: _Optional[str] = ..., status: _Optional[str] = ..., config: _Optional[_Union[JobConfig, _Mapping]] = ..., progress: _Optional[_Union[JobProgress, _Mapping]] = ..., metrics: _Optional[_Mapping[str, float]] = ..., error: _Optional[_Union[JobError, _Mapping]] = ..., result: _Optional[_Union[JobResult, _Mapping]] = ..., created_at_s: _Optional[float] = ..., started_at_s: _Optional[float] = ..., finished_at_s: _Optional[float] = ..., queue_position: _Optional[int] = ..., resolved_base_adapter: _Optional[str] = ..., claim_epoch: _Optional[int] = ..., sources: _Optional[_Mapping[str, int]] = ..., payload_sha256: _Optional[str] = ..., grpo_loss: _Optional[_Union[GrpoLoss, _Mapping]] = ..., history: _Optional[_Iterable[_Union[StepMetrics, _Mapping]]] = ..., opd_settings: _Optional[_Union[OpdSettings, _Mapping]] = ..., owner: _Optional[str] = ..., retry_of: _Optional[str] = ..., published: _Optional[_Iterable[_Union[PublishedVersion, _Mapping]]] = ..., base_model_hash: _Optional[str] = ..., base_adapter_sha256: _Optional[str] = ..., data_sha256: _Optional[str] = ..., environment: _Optional[_Mapping[str, str]] = ..., dataset: _Optional[_Union[DatasetRef, _Mapping]] = ..., correction_ids: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class PublishedVersion(_message.Message):
     __slots__ = ("step", "adapter", "version", "sha256")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
@@ -12,6 +12,7 @@ from kiln_common.adapter_names import check_adapter_name
 from kiln_common.errors import AdapterNotFound
 from kiln_common.pb import trainer_pb2
 from kiln_gateway.auth import Caller, require
+from kiln_gateway.corrections import Correction, NoUnusedCorrections
 from kiln_gateway.datasets.reading import DatasetReader, WrongDatasetFormat
 from kiln_gateway.gateway import Gateway, gateway_of
 from kiln_gateway.json_response import json_response
@@ -24,7 +25,7 @@ from kiln_gateway.training.job_rights import attaches, check_priority, is_visibl
 from kiln_gateway.training.job_view import job_object
 from kiln_gateway.training.kept_rollouts import KeptRollouts
 from kiln_gateway.training.opd import OpdSpecBuilder
-from kiln_gateway.training.sft import dataset_spec, sft_spec
+from kiln_gateway.training.sft import correction_documents, dataset_spec, sft_spec, to_spec
 
 router = APIRouter()
 _TRAIN = Depends(require("train"))
@@ -48,6 +49,10 @@ async def train_sft(request: Request, caller: Caller = _TRAIN) -> Response:
     else:
         rows = await _dataset_rows(gateway, caller, body.dataset, SftExampleFields, submit)
         spec = await dataset_spec(body.dataset, rows, body, builder)
+    if body.corrections is not None:
+        chosen = await _corrections(gateway, caller, body.corrections)
+        spec.MergeFrom(to_spec(correction_documents(chosen)))
+        submit.correction_ids.extend(each.id for each in chosen)
     longest = max((len(example.token_ids) for example in spec.examples), default=0)
     submit.config.CopyFrom(
         job_config(body, SFT_DEFAULTS, longest_document=longest, attach=attaches(body, caller))
@@ -114,6 +119,22 @@ async def _check_and_open(gateway: Gateway, body: JobFields, caller: Caller) -> 
         with contextlib.suppress(AdapterNotFound):  # the first version of its name
             await gateway.resolver.version(body.adapter, base_model.model_hash, "adapter")
     return KeptRollouts(gateway.rollouts, caller.owner, base_model.model_hash)
+
+
+async def _corrections(
+    gateway: Gateway, caller: Caller, wanted: Literal["unused"] | list[str]
+) -> list[Correction]:
+    """Oldest first. Raises NoUnusedCorrections, CorrectionNotFound; the trainer refuses taken ones."""
+    model_hash = (await gateway.engines.base_model()).model_hash
+    if wanted != "unused":
+        return [await gateway.corrections.get(each, caller.owner) for each in dict.fromkeys(wanted)]
+    found = await gateway.corrections.all_of(caller.owner)
+    unused = [each for each in reversed(found) if (each.status, each.model_hash) == ("unused", model_hash)]
+    if not unused:
+        raise NoUnusedCorrections(
+            f"none of {len(found)} corrections is unused and of this model", param="corrections"
+        )
+    return unused
 
 
 async def _dataset_rows(

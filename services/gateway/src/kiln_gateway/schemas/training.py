@@ -46,6 +46,7 @@ def _refuse_empty_text(value: str) -> str:
 
 Reward = Annotated[float, BeforeValidator(_to_reward)]
 DatasetId = Annotated[str, Field(min_length=1, max_length=64, description="id of an uploaded dataset")]
+CorrectionId = Annotated[str, Field(pattern=r"^corr_[0-9a-f]{32}$")]
 PromptText = Annotated[str, AfterValidator(_refuse_empty_text)]
 
 
@@ -140,11 +141,14 @@ def _refuse_no_examples(value: Any) -> Any:
 class SftBody(JobFields):
     examples: Annotated[list[SftExampleFields], BeforeValidator(_refuse_no_examples)] | None = None
     dataset: DatasetId | None = None
+    corrections: Literal["unused"] | Annotated[list[CorrectionId], Field(min_length=1)] | None = Field(
+        None, description="corrections to learn as well, by id or all that no job has: each is learned once"
+    )
     train_on: Literal["assistant", "all"] = "assistant"
 
     @model_validator(mode="after")
     def _has_data(self) -> SftBody:
-        if self.examples is None and self.dataset is None:
+        if self.examples is None and self.dataset is None and self.corrections is None:
             raise PydanticCustomError("missing_field", "`examples` is missing", {"param": "examples"})
         if self.examples is not None and self.dataset is not None:
             raise PydanticCustomError(

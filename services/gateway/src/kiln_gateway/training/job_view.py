@@ -33,6 +33,7 @@ def job_object(job: trainer_pb2.Job) -> dict[str, Any]:
         "base_adapter": job.resolved_base_adapter or None,
         "retry_of": job.retry_of or None,
         "dataset": job.dataset.id or None,
+        "corrections": list(job.correction_ids),
         "created_at": job.created_at_s or None,
         "started_at": job.started_at_s or None,
         "finished_at": job.finished_at_s or None,

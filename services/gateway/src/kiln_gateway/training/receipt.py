@@ -32,6 +32,7 @@ def receipt(job: trainer_pb2.Job) -> dict[str, Any]:
         "data": {
             "sha256": job.data_sha256,
             "sources": dict(job.sources),
+            "corrections": list(job.correction_ids),
             "dataset": {"id": job.dataset.id, "sha256": job.dataset.sha256} if job.dataset.id else None,
         },
         "payload_sha256": job.payload_sha256,

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from kiln_common.errors import InvalidRequest
 from kiln_common.pb import trainer_pb2
 from kiln_gateway.chat.prepare import canonical_messages
+from kiln_gateway.corrections import Correction
 from kiln_gateway.schemas.chat import ChatMessage
 from kiln_gateway.schemas.training import SftBody, SftExampleFields
 from kiln_gateway.training.documents import Document, DocumentBuilder, Turn, weigh_answer
@@ -45,6 +46,14 @@ async def dataset_spec(
                 f"line {line} of {dataset_id}: {error} ({error.code})", param="dataset"
             ) from error
     return to_spec(documents)
+
+
+def correction_documents(corrections: Sequence[Correction]) -> list[Document]:
+    """The better answers after the very tokens that led to the others."""
+    return [
+        weigh_answer(Turn(each.context_token_ids, each.completion_token_ids), 1.0, includes_prompt=False)
+        for each in corrections
+    ]
 
 
 def to_spec(documents: Sequence[Document]) -> trainer_pb2.SftSpec:

@@ -44,6 +44,14 @@ class PayloadTooLarge(KilnError):
     hint = "Split the data over several jobs."
 
 
+class CorrectionsTaken(KilnError):
+    """Each correction is learned once: another job has it, has learned it, or somebody deleted it."""
+
+    code = "corrections_taken"
+    kind = ErrorKind.CONFLICT
+    hint = "Post the job again: `unused` takes those that are free by then."
+
+
 class PayloadGone(KilnError):
     """A job's data was let go of to make room; its record is still there."""
 

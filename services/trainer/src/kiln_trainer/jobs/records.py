@@ -144,6 +144,7 @@ def to_job(
         base_adapter_sha256=text("base_adapter_sha256"),
         data_sha256=text("data_sha256"),
         environment=parsed("environment"),
+        correction_ids=[correction_id for correction_id in text("corrections").split(",") if correction_id],
         dataset=trainer_pb2.DatasetRef.FromString(fields.get(b"dataset", b"")),
     )
     if job.kind == "grpo":

@@ -9,6 +9,9 @@ acceptance. Each key's jobs of one priority take consecutive turns, the first of
 turn that was served last, so that keys alternate however many jobs one of them has queued (start-time
 fair queueing, Goyal et al. 1996). A score holds all three: priority * 2^48 + turn * 2^16 + order.
 
+Corrections that a job learns from are reserved for it in the transaction that accepts it, and free again
+or used up in the one that ends it.
+
 An adapter name's open jobs stand in a list, in order of acceptance. Only the first may run: a trainer
 passes over the others.
 """
@@ -33,17 +36,19 @@ local function wake_a_trainer()
 end
 local function job_key(id) return (string.gsub('{keys.job("@")}', '@', id)) end
 local function events_key(id) return (string.gsub('{keys.job_events("@")}', '@', id)) end
+local function correction_key(id) return '{keys.correction("")}' .. id end
 local function owner_queue(priority, owner)
   return '{keys.owner_queue("", "").removesuffix(":")}' .. priority .. ':' .. owner
 end
 """
 
 # KEYS idempotency, job, payload, events, index, adapter list, queued, sequence, turns
-# ARGV job_id, has_key, now_s, payload, event data, priority, owner, then the job's fields (name, value)...
+# ARGV job_id, has_key, now_s, payload, event data, priority, owner, correction ids joined by ",", whether
+# all of them must be free, then the job's fields (name, value)...
 SUBMIT = f"""{_COMMON}
 local job_id, priority = ARGV[1], tonumber(ARGV[6])
 local fields = {{}}
-for i = 8, #ARGV do fields[#fields + 1] = ARGV[i] end
+for i = 10, #ARGV do fields[#fields + 1] = ARGV[i] end
 local payload_sha256
 for i = 1, #fields, 2 do
   if fields[i] == 'payload_sha256' then payload_sha256 = fields[i + 1] end
@@ -55,9 +60,21 @@ if ARGV[2] == '1' then
     if known[2] ~= payload_sha256 then return {{'conflict', known[1]}} end
     return {{'exists', known[1]}}
   end
-  redis.call('HSET', KEYS[1], 'job_id', job_id, 'payload_sha256', payload_sha256)
 end
 if redis.call('EXISTS', KEYS[2]) == 1 then return {{'exists', job_id}} end
+local reserved = {{}}
+for id in string.gmatch(ARGV[8], '[^,]+') do
+  local found = redis.call('HMGET', correction_key(id), 'owner', 'reserved_by', 'used_by')
+  if found[1] and not found[2] and not found[3] then
+    reserved[#reserved + 1] = id
+  elseif ARGV[9] == '1' then
+    return {{'taken', id}}
+  end
+end
+for _, id in ipairs(reserved) do redis.call('HSET', correction_key(id), 'reserved_by', job_id) end
+if ARGV[2] == '1' then
+  redis.call('HSET', KEYS[1], 'job_id', job_id, 'payload_sha256', payload_sha256)
+end
 local own = owner_queue(ARGV[6], ARGV[7])
 local turn = tonumber(redis.call('HGET', KEYS[9], ARGV[6]) or 0)
 local last = redis.call('ZREVRANGE', own, 0, 0, 'WITHSCORES')[2]
@@ -70,7 +87,7 @@ redis.call('RPUSH', KEYS[6], job_id)
 redis.call('ZADD', KEYS[7], place, job_id)
 redis.call('ZADD', own, place, job_id)
 redis.call('HSET', KEYS[2], 'status', 'queued', 'created_at_s', ARGV[3], 'claim_epoch', 0, 'num_crashes', 0,
-           'priority', ARGV[6], 'owner', ARGV[7], unpack(fields))
+           'priority', ARGV[6], 'owner', ARGV[7], 'corrections', table.concat(reserved, ','), unpack(fields))
 add_event(KEYS[4], 'queued', ARGV[5], ARGV[3])
 wake_a_trainer()
 return {{'accepted', job_id}}
@@ -145,7 +162,8 @@ return {{'ok', found[4] or ''}}
 # KEYS job, events, running, adapter list, queued, payload, idempotency
 # ARGV claim_epoch, job_id, status, now_s, retention_s, event data, cancel, (name, value)...
 FINISH = f"""{_COMMON}
-local found = redis.call('HMGET', KEYS[1], 'status', 'claim_epoch', 'is_publishing', 'priority', 'owner')
+local found = redis.call('HMGET', KEYS[1], 'status', 'claim_epoch', 'is_publishing', 'priority', 'owner',
+                         'corrections')
 if not found[1] then return {{'gone'}} end
 if final[found[1]] then return {{'final', found[1], found[2]}} end
 if ARGV[1] == '' then
@@ -172,6 +190,13 @@ if place then
     redis.call('ZADD', KEYS[5], place, later[i])
     redis.call('ZADD', own, place, later[i])
     place = later[i + 1]
+  end
+end
+for id in string.gmatch(found[6] or '', '[^,]+') do
+  local correction = correction_key(id)
+  if redis.call('HGET', correction, 'reserved_by') == ARGV[2] then
+    redis.call('HDEL', correction, 'reserved_by')
+    if ARGV[3] == 'succeeded' then redis.call('HSET', correction, 'used_by', ARGV[2]) end
   end
 end
 redis.call('LREM', KEYS[4], 0, ARGV[2])

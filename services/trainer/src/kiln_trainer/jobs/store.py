@@ -16,7 +16,7 @@ from kiln_common.ids import new_id
 from kiln_common.pb import trainer_pb2
 from kiln_trainer.domain.errors import ClaimLost
 from kiln_trainer.jobs import scripts
-from kiln_trainer.jobs.errors import PayloadCorrupt, PayloadGone
+from kiln_trainer.jobs.errors import CorrectionsTaken, PayloadCorrupt, PayloadGone
 from kiln_trainer.jobs.records import (
     FINAL_STATUSES,
     Claim,
@@ -61,6 +61,7 @@ class JobStore:
 
         Raises:
             IdempotencyConflict: the key was used for another payload.
+            CorrectionsTaken: another job has one of the corrections, or it is gone.
         """
         job_id = job_id or new_id("job")
         payload, payload_sha256 = _serialise(request)
@@ -75,11 +76,14 @@ class JobStore:
             args=[
                 job_id, "1" if key else "", time.time(), payload,
                 json.dumps({"kind": fields["kind"], "adapter": fields["adapter"]}),
-                request.config.priority, request.owner, *_flatten(fields),
+                request.config.priority, request.owner, ",".join(request.correction_ids),
+                "" if request.retry_of else "1", *_flatten(fields),
             ],
         )  # fmt: skip
         if outcome == b"conflict":
             raise IdempotencyConflict(f"the idempotency key {key[:80]!r} was used for another body")
+        if outcome == b"taken":
+            raise CorrectionsTaken(f"the correction {found_id.decode()!r} is not free", param="corrections")
         return found_id.decode()
 
     def get(self, job_id: str) -> trainer_pb2.Job:

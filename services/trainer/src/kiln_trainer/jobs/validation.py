@@ -30,6 +30,7 @@ MAX_PRIORITY = 10  # the queue's scores have room for these
 _MAX_LEARNING_RATE = 1.0  # AdamW moves each weight by about this much a step
 _MAX_REWARD = 1e9  # float32 advantages, and their products with gradients, stay finite
 _PUBLISH_EVERY = re.compile(r"[1-9][0-9]{0,8}")
+_CORRECTION_ID = re.compile(r"corr_[0-9a-f]{32}")
 _TARGET_GROUPS = frozenset({"all", "attention", "mlp"})
 
 
@@ -50,6 +51,9 @@ def check_request(request: trainer_pb2.SubmitRequest, engine: engine_pb2.EngineI
             f"the job is for base model {request.base_model_hash[:12]}, "
             f"the engine serves {base_model.model_hash[:12]}"
         )
+    for correction_id in request.correction_ids:
+        if not _CORRECTION_ID.fullmatch(correction_id):
+            raise InvalidValue(f"{correction_id[:60]!r} is not a correction's id", param="corrections")
     limits = DocumentLimits(request.config, base_model)
     match request.WhichOneof("recipe"):
         case "sft":
