@@ -5,7 +5,7 @@ from __future__ import annotations
 import builtins
 from collections.abc import AsyncIterator, Sequence
 
-from kiln_common.errors import JobNotFound, TrainerUnavailable
+from kiln_common.errors import JobNotFound, KilnError, TrainerUnavailable
 from kiln_common.pb import trainer_pb2
 from kiln_trainer.jobs.retry import retried
 
@@ -20,6 +20,7 @@ class FakeTrainer:
         self.jobs: dict[str, trainer_pb2.Job] = {}
         self.events: list[trainer_pb2.JobEvent] = []
         self.is_up = True
+        self.refusal: KilnError | None = None
 
     def _check(self) -> None:
         if not self.is_up:
@@ -27,6 +28,8 @@ class FakeTrainer:
 
     async def submit(self, request: trainer_pb2.SubmitRequest) -> trainer_pb2.Job:
         self._check()
+        if self.refusal is not None:
+            raise self.refusal
         self.submitted.append(request)
         job = trainer_pb2.Job(
             id=f"job_{len(self.submitted)}",

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from kiln_common.errors import AdapterNotFound
 from kiln_common.pb import engine_pb2, registry_pb2, trainer_pb2
+from kiln_trainer.domain.capacity import Capacity
 from kiln_trainer.domain.training import (
     AdapterContent,
     StartingPoint,
@@ -138,6 +139,7 @@ class ChainBackend:
     mapped_model: NothingMapped = NothingMapped()
     gpu_use: NothingShared = NothingShared()
     num_idle_calls: int = 0
+    capacity: Capacity | None = None
     environment: Mapping[str, str] = field(default_factory=lambda: {"kiln": "test"})
 
     def run(self, task: TrainingTask, hooks: StepHooks) -> TrainedAdapter:

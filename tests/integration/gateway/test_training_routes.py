@@ -4,7 +4,8 @@ import pytest
 import redis.asyncio
 
 from kiln_common.bus import keys
-from kiln_common.pb import trainer_pb2
+from kiln_common.pb import common_pb2, trainer_pb2
+from kiln_common.rpc import from_error_detail
 from kiln_gateway.schemas.training import RetryBody
 from kiln_gateway.settings import ApiKey
 from kiln_gateway.training.retry import PATHS
@@ -383,6 +384,15 @@ async def test_a_receipt_says_what_an_ended_job_was_made_of(rig):
 
 def test_every_setting_can_be_changed_by_a_retry_or_is_not_built_yet():
     assert set(RetryBody.model_fields) - set(PATHS) == {"optimizer", "gate", "webhook"}
+
+
+async def test_what_the_trainer_counts_reaches_the_client(rig):
+    detail = common_pb2.ErrorDetail(
+        code="job_exceeds_memory", status="OUT_OF_RANGE", details_json='{"total_bytes": 5}'
+    )
+    rig.trainer.refusal = from_error_detail(detail)
+    response = await grpo(rig, prompt="Hi", completions=["a", "b"], rewards=[1, 0])
+    assert (response.status_code, response.json()["error"]["details"]) == (413, {"total_bytes": 5})
 
 
 async def test_without_a_trainer_a_job_is_a_503(rig):

@@ -16,6 +16,7 @@ from kiln_common.errors import KilnError, QueueUnavailable
 from kiln_common.ids import new_id
 from kiln_common.pb import trainer_pb2 as pb
 from kiln_common.pb import trainer_pb2_grpc
+from kiln_trainer.jobs.capacity_check import check_capacity
 from kiln_trainer.jobs.durability import check_durable
 from kiln_trainer.jobs.errors import PayloadTooLarge
 from kiln_trainer.jobs.events import watch_events
@@ -72,6 +73,7 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServicer):
             raise PayloadTooLarge(f"the job has {num_bytes} bytes, at most {self._max_payload_bytes}")
         info = await self._engines.info()
         await asyncio.to_thread(check_request, request, info)
+        await asyncio.to_thread(check_capacity, request, info, self._backend.capacity)
         job_id = await _on_redis(lambda: self._accept(request))
         log.info("job_accepted", job_id=job_id, adapter=request.config.adapter, num_bytes=num_bytes)
         return await _on_redis(lambda: self._store.get(job_id))

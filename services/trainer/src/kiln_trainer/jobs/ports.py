@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from kiln_common.pb import engine_pb2, registry_pb2
+from kiln_trainer.domain.capacity import Capacity
 from kiln_trainer.domain.training import AdapterContent, StartingPoint, TrainingBackend
 
 
@@ -46,6 +47,11 @@ class JobBackend(TrainingBackend, Protocol):
 
     @property
     def gpu_use(self) -> GpuUseView: ...
+
+    @property
+    def capacity(self) -> Capacity | None:
+        """Its memory, once weights are mapped and a first step has been taken. Any thread may ask."""
+        ...
 
     def keep_mapped(self) -> None:
         """Called again and again while there is no job, so that the next one finds the weights.

@@ -56,9 +56,9 @@ class TrainingRun:
         teacher = setup.teacher_adapter(task, session.config, session.device)
         model = PackedModel(session.config, session.weights)
         session.check_borrowed(model.weights)
-        plan = ActivationPlan.measure(model, lora.linear_fn(model.weights), session.device)
-        log.info("activations_planned", **asdict(plan))
-        self._policy = Policy(model, lora, session.device, plan, teacher)
+        self.plan = ActivationPlan.measure(model, lora.linear_fn(model.weights), session.device)
+        log.info("activations_planned", **asdict(self.plan))
+        self._policy = Policy(model, lora, session.device, self.plan, teacher)
         optimizer = OptimizerOptions.from_proto(task.request.config.optimizer)
         self._optimizer = AdapterOptimizer(lora, optimizer, self._source.num_steps)
         # Of every document, where a policy's loss compares it with what it was.

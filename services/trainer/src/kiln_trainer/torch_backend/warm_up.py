@@ -13,6 +13,7 @@ import structlog
 
 from kiln_common.pb import trainer_pb2
 from kiln_trainer.domain.training import StepReport, TrainedAdapter, TrainingTask
+from kiln_trainer.torch_backend.activation_memory import ActivationPlan
 from kiln_trainer.torch_backend.gpu_share import GpuShare
 from kiln_trainer.torch_backend.training_run import TrainingRun
 from kiln_trainer.torch_backend.weights import WeightSession
@@ -37,8 +38,11 @@ class _NoHooks:
         pass
 
 
-def warm_up(session: WeightSession, share: GpuShare) -> None:
-    """Train a throwaway adapter for one step and pack it; a failure is logged, and left to the jobs."""
+def warm_up(session: WeightSession, share: GpuShare) -> ActivationPlan | None:
+    """Train a throwaway adapter for one step and pack it; returns what its tokens took.
+
+    A failure is logged, and left to the jobs.
+    """
     started_s = time.monotonic()
     try:
         with tempfile.TemporaryDirectory(prefix="kiln-warm-up-") as folder:
@@ -49,8 +53,9 @@ def warm_up(session: WeightSession, share: GpuShare) -> None:
                 training.trained().content.close()
     except Exception as error:
         log.warning("trainer_not_warm", reason=str(error), exc_info=error)
-    else:
-        log.info("trainer_warm", seconds=round(time.monotonic() - started_s, 2))
+        return None
+    log.info("trainer_warm", seconds=round(time.monotonic() - started_s, 2))
+    return training.plan
 
 
 def _request(is_gpu: bool) -> trainer_pb2.SubmitRequest:
