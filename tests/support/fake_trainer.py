@@ -45,6 +45,8 @@ class FakeTrainer:
             dataset=request.dataset,
             correction_ids=request.correction_ids,
         )
+        if request.HasField("webhook"):
+            job.webhook.CopyFrom(trainer_pb2.WebhookState(url=request.webhook.url, status="pending"))
         grpo = [rollout for group in request.grpo.groups for rollout in group.rollouts]
         for rollout in [*grpo, *request.opd.rollouts]:
             job.sources[rollout.source] += 1

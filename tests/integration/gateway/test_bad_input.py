@@ -143,7 +143,8 @@ BODIES = [
     (GRPO, {**SHORT, "loss": {"type": "ppo"}}, 400, "invalid_value", "loss.type"),
     (GRPO, {**SHORT, "optimizer": "muon"}, 501, "not_implemented", "optimizer"),
     (GRPO, {**SHORT, "gate": {}}, 501, "not_implemented", "gate"),
-    (GRPO, {**SHORT, "webhook": {"url": "http://x"}}, 501, "not_implemented", "webhook"),
+    (GRPO, {**SHORT, "webhook": {"url": "http://x"}}, 400, "missing_field", "webhook.secret"),
+    (GRPO, {**SHORT, "webhook": {"url": "http://x", "secret": "short"}}, 400, "invalid_value", "webhook.secret"),
     (SFT, {"adapter": "a"}, 400, "missing_field", "examples"),
     (SFT, {"adapter": "a", "examples": []}, 400, "empty_examples", "examples"),
     (SFT, {"adapter": "a", "examples": [{"prompt": "x"}]}, 400, "conflicting_fields", "examples[0]"),
@@ -237,7 +238,7 @@ async def test_what_is_not_built_is_named_with_its_value_where_others_work(rig):
     for fields, named in (
         ({"optimizer": "muon"}, '`optimizer` with the value "muon" is'),
         ({"lora": {"dropout": 0.1}}, "`lora.dropout` with the value 0.1 is"),
-        ({"webhook": {"url": "http://x"}}, "`webhook` is"),
+        ({"gate": {"suite": "x"}}, "`gate` is"),
     ):
         error = (await rig.post(GRPO, {**SHORT, **fields})).json()["error"]
         assert error["message"] == f"{named} part of the contract but not built yet"

@@ -382,6 +382,20 @@ async def test_a_receipt_says_what_an_ended_job_was_made_of(rig):
     assert (receipt["result"]["sha256"], receipt["published"][0]["version"]) == ("a" * 64, 2)
 
 
+async def test_a_webhook_is_shown_without_its_secret_and_a_retry_may_change_it(rig):
+    hook = {"url": "https://example.com/hook", "secret": "s" * 16}
+    job = (await grpo(rig, prompt="Hi", completions=["a", "b"], rewards=[1, 0], webhook=hook)).json()
+    assert job["webhook"] == {"url": hook["url"], "status": "pending", "attempts": 0, "error": None}
+    assert "s" * 16 not in str(job)
+    assert rig.trainer.submitted[0].webhook.secret == hook["secret"]
+    rig.trainer.jobs[job["id"]].status = "failed"
+    path = f"/v1/train/jobs/{job['id']}/retry"
+    other = {"url": "https://example.com/other", "secret": "t" * 16}
+    for body, url in (({}, hook["url"]), ({"webhook": other}, other["url"]), ({"webhook": None}, None)):
+        again = (await rig.post(path, body)).json()
+        assert (again["webhook"] and again["webhook"]["url"]) == url
+
+
 def test_every_setting_can_be_changed_by_a_retry_or_is_not_built_yet():
     assert set(RetryBody.model_fields) - set(PATHS) == {"optimizer", "gate", "webhook"}
 

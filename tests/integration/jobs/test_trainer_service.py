@@ -36,6 +36,7 @@ async def stack(redis_url, tmp_path, backend=None, **settings):
         }
         trainer = await start_trainer(TrainerSettings(**fields), lambda _: backend or ChainBackend())
         client = TrainerClient(f"127.0.0.1:{trainer.port}")
+        client.address = f"127.0.0.1:{trainer.port}"
         try:
             yield client, registry, engine
         finally:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import TypeVar
 
 import grpc
@@ -23,9 +23,11 @@ from kiln_trainer.jobs.events import watch_events
 from kiln_trainer.jobs.ports import JobBackend
 from kiln_trainer.jobs.retry import retried
 from kiln_trainer.jobs.store import JobStore
+from kiln_trainer.jobs.submit_stream import gather_request
 from kiln_trainer.jobs.validation import check_request
 from kiln_trainer.jobs.worker import Worker
 from kiln_trainer.publishing import EngineDirectory
+from kiln_trainer.webhooks.addresses import Network, check_webhook
 
 log = structlog.get_logger()
 T = TypeVar("T")
@@ -48,6 +50,7 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServicer):
         engines: EngineDirectory,
         *,
         max_payload_bytes: int,
+        webhook_networks: Sequence[Network] = (),
     ) -> None:
         self._trainer_id = trainer_id
         self._client = client
@@ -57,10 +60,16 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServicer):
         self._backend = backend
         self._engines = engines
         self._max_payload_bytes = max_payload_bytes
+        self._webhook_networks = webhook_networks
 
     async def Submit(self, request: pb.SubmitRequest, context: grpc.aio.ServicerContext) -> pb.Job:
         request.ClearField("retry_of")
         return await self._submit(request)
+
+    async def SubmitStream(
+        self, request_iterator: AsyncIterator[pb.SubmitPart], context: grpc.aio.ServicerContext
+    ) -> pb.Job:
+        return await self.Submit(await gather_request(request_iterator, self._max_payload_bytes), context)
 
     async def RetryJob(self, request: pb.RetryJobRequest, context: grpc.aio.ServicerContext) -> pb.Job:
         job = await _on_redis(lambda: self._store.get(request.id))
@@ -71,6 +80,8 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServicer):
         num_bytes = request.ByteSize()
         if num_bytes > self._max_payload_bytes:
             raise PayloadTooLarge(f"the job has {num_bytes} bytes, at most {self._max_payload_bytes}")
+        if request.HasField("webhook"):
+            await asyncio.to_thread(check_webhook, request.webhook, self._webhook_networks)
         info = await self._engines.info()
         await asyncio.to_thread(check_request, request, info)
         await asyncio.to_thread(check_capacity, request, info, self._backend.capacity)

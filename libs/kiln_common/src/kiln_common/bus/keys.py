@@ -24,6 +24,10 @@ JOB_RUNNING = "kiln:jobs:running"
 JOB_WAKE = "kiln:jobs:wake"
 
 
+# Sorted set of the ids of ended jobs whose webhook is to be sent, by when. Written by trainers.
+WEBHOOKS = "kiln:webhooks"
+
+
 def owner_queue(priority: int | str, owner: str) -> str:
     """Sorted set of one key's queued jobs of one priority, with their places in JOB_QUEUED."""
     return f"kiln:jobs:owner:{priority}:{owner}"

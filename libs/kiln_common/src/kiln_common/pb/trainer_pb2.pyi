@@ -194,7 +194,7 @@ class OpdSpec(_message.Message):
     def __init__(self, settings: _Optional[_Union[OpdSettings, _Mapping]] = ..., prompts: _Optional[_Iterable[_Union[OpdPrompt, _Mapping]]] = ..., rollouts: _Optional[_Iterable[_Union[OpdRollout, _Mapping]]] = ...) -> None: ...
 
 class SubmitRequest(_message.Message):
-    __slots__ = ("config", "sft", "grpo", "opd", "idempotency_key", "base_model_hash", "owner", "retry_of", "dataset", "correction_ids")
+    __slots__ = ("config", "sft", "grpo", "opd", "idempotency_key", "base_model_hash", "owner", "retry_of", "dataset", "webhook", "correction_ids")
     CONFIG_FIELD_NUMBER: _ClassVar[int]
     SFT_FIELD_NUMBER: _ClassVar[int]
     GRPO_FIELD_NUMBER: _ClassVar[int]
@@ -204,6 +204,7 @@ class SubmitRequest(_message.Message):
     OWNER_FIELD_NUMBER: _ClassVar[int]
     RETRY_OF_FIELD_NUMBER: _ClassVar[int]
     DATASET_FIELD_NUMBER: _ClassVar[int]
+    WEBHOOK_FIELD_NUMBER: _ClassVar[int]
     CORRECTION_IDS_FIELD_NUMBER: _ClassVar[int]
     config: JobConfig
     sft: SftSpec
@@ -214,8 +215,43 @@ class SubmitRequest(_message.Message):
     owner: str
     retry_of: str
     dataset: DatasetRef
+    webhook: Webhook
     correction_ids: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, config: _Optional[_Union[JobConfig, _Mapping]] = ..., sft: _Optional[_Union[SftSpec, _Mapping]] = ..., grpo: _Optional[_Union[GrpoSpec, _Mapping]] = ..., opd: _Optional[_Union[OpdSpec, _Mapping]] = ..., idempotency_key: _Optional[str] = ..., base_model_hash: _Optional[str] = ..., owner: _Optional[str] = ..., retry_of: _Optional[str] = ..., dataset: _Optional[_Union[DatasetRef, _Mapping]] = ..., correction_ids: _Optional[_Iterable[str]] = ...) -> None: ...
+    def __init__(self, config: _Optional[_Union[JobConfig, _Mapping]] = ..., sft: _Optional[_Union[SftSpec, _Mapping]] = ..., grpo: _Optional[_Union[GrpoSpec, _Mapping]] = ..., opd: _Optional[_Union[OpdSpec, _Mapping]] = ..., idempotency_key: _Optional[str] = ..., base_model_hash: _Optional[str] = ..., owner: _Optional[str] = ..., retry_of: _Optional[str] = ..., dataset: _Optional[_Union[DatasetRef, _Mapping]] = ..., webhook: _Optional[_Union[Webhook, _Mapping]] = ..., correction_ids: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class SubmitPart(_message.Message):
+    __slots__ = ("settings", "sft_example", "grpo_group", "opd_prompt", "opd_rollout")
+    SETTINGS_FIELD_NUMBER: _ClassVar[int]
+    SFT_EXAMPLE_FIELD_NUMBER: _ClassVar[int]
+    GRPO_GROUP_FIELD_NUMBER: _ClassVar[int]
+    OPD_PROMPT_FIELD_NUMBER: _ClassVar[int]
+    OPD_ROLLOUT_FIELD_NUMBER: _ClassVar[int]
+    settings: SubmitRequest
+    sft_example: SftExample
+    grpo_group: GrpoGroup
+    opd_prompt: OpdPrompt
+    opd_rollout: OpdRollout
+    def __init__(self, settings: _Optional[_Union[SubmitRequest, _Mapping]] = ..., sft_example: _Optional[_Union[SftExample, _Mapping]] = ..., grpo_group: _Optional[_Union[GrpoGroup, _Mapping]] = ..., opd_prompt: _Optional[_Union[OpdPrompt, _Mapping]] = ..., opd_rollout: _Optional[_Union[OpdRollout, _Mapping]] = ...) -> None: ...
+
+class Webhook(_message.Message):
+    __slots__ = ("url", "secret")
+    URL_FIELD_NUMBER: _ClassVar[int]
+    SECRET_FIELD_NUMBER: _ClassVar[int]
+    url: str
+    secret: str
+    def __init__(self, url: _Optional[str] = ..., secret: _Optional[str] = ...) -> None: ...
+
+class WebhookState(_message.Message):
+    __slots__ = ("url", "status", "num_attempts", "error")
+    URL_FIELD_NUMBER: _ClassVar[int]
+    STATUS_FIELD_NUMBER: _ClassVar[int]
+    NUM_ATTEMPTS_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    url: str
+    status: str
+    num_attempts: int
+    error: str
+    def __init__(self, url: _Optional[str] = ..., status: _Optional[str] = ..., num_attempts: _Optional[int] = ..., error: _Optional[str] = ...) -> None: ...
 
 class DatasetRef(_message.Message):
     __slots__ = ("id", "sha256")
@@ -226,18 +262,20 @@ class DatasetRef(_message.Message):
     def __init__(self, id: _Optional[str] = ..., sha256: _Optional[str] = ...) -> None: ...
 
 class RetryJobRequest(_message.Message):
-    __slots__ = ("id", "changes", "changed", "idempotency_key", "owner")
+    __slots__ = ("id", "changes", "changed", "idempotency_key", "owner", "webhook")
     ID_FIELD_NUMBER: _ClassVar[int]
     CHANGES_FIELD_NUMBER: _ClassVar[int]
     CHANGED_FIELD_NUMBER: _ClassVar[int]
     IDEMPOTENCY_KEY_FIELD_NUMBER: _ClassVar[int]
     OWNER_FIELD_NUMBER: _ClassVar[int]
+    WEBHOOK_FIELD_NUMBER: _ClassVar[int]
     id: str
     changes: JobConfig
     changed: _field_mask_pb2.FieldMask
     idempotency_key: str
     owner: str
-    def __init__(self, id: _Optional[str] = ..., changes: _Optional[_Union[JobConfig, _Mapping]] = ..., changed: _Optional[_Union[_field_mask_pb2.FieldMask, _Mapping]] = ..., idempotency_key: _Optional[str] = ..., owner: _Optional[str] = ...) -> None: ...
+    webhook: Webhook
+    def __init__(self, id: _Optional[str] = ..., changes: _Optional[_Union[JobConfig, _Mapping]] = ..., changed: _Optional[_Union[_field_mask_pb2.FieldMask, _Mapping]] = ..., idempotency_key: _Optional[str] = ..., owner: _Optional[str] = ..., webhook: _Optional[_Union[Webhook, _Mapping]] = ...) -> None: ...
 
 class JobProgress(_message.Message):
     __slots__ = ("step", "num_steps", "num_tokens", "eta_s")
@@ -276,7 +314,7 @@ class JobError(_message.Message):
     def __init__(self, code: _Optional[str] = ..., message: _Optional[str] = ..., hint: _Optional[str] = ...) -> None: ...
 
 class Job(_message.Message):
-    __slots__ = ("id", "kind", "status", "config", "progress", "metrics", "error", "result", "created_at_s", "started_at_s", "finished_at_s", "queue_position", "resolved_base_adapter", "claim_epoch", "sources", "payload_sha256", "grpo_loss", "history", "opd_settings", "owner", "retry_of", "published", "base_model_hash", "base_adapter_sha256", "data_sha256", "environment", "dataset", "correction_ids")
+    __slots__ = ("id", "kind", "status", "config", "progress", "metrics", "error", "result", "created_at_s", "started_at_s", "finished_at_s", "queue_position", "resolved_base_adapter", "claim_epoch", "sources", "payload_sha256", "grpo_loss", "history", "opd_settings", "owner", "retry_of", "published", "base_model_hash", "base_adapter_sha256", "data_sha256", "environment", "dataset", "correction_ids", "webhook")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -326,6 +364,7 @@ class Job(_message.Message):
     ENVIRONMENT_FIELD_NUMBER: _ClassVar[int]
     DATASET_FIELD_NUMBER: _ClassVar[int]
     CORRECTION_IDS_FIELD_NUMBER: _ClassVar[int]
+    WEBHOOK_FIELD_NUMBER: _ClassVar[int]
     id: str
     kind: str
     status: str
@@ -354,7 +393,8 @@ class Job(_message.Message):
     environment: _containers.ScalarMap[str, str]
     dataset: DatasetRef
     correction_ids: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, id: _Optional[str] = ..., kind: _Optional[str] = ..., status: _Optional[str] = ..., config: _Optional[_Union[JobConfig, _Mapping]] = ..., progress: _Optional[_Union[JobProgress, _Mapping]] = ..., metrics: _Optional[_Mapping[str, float]] = ..., error: _Optional[_Union[JobError, _Mapping]] = ..., result: _Optional[_Union[JobResult, _Mapping]] = ..., created_at_s: _Optional[float] = ..., started_at_s: _Optional[float] = ..., finished_at_s: _Optional[float] = ..., queue_position: _Optional[int] = ..., resolved_base_adapter: _Optional[str] = ..., claim_epoch: _Optional[int] = ..., sources: _Optional[_Mapping[str, int]] = ..., payload_sha256: _Optional[str] = ..., grpo_loss: _Optional[_Union[GrpoLoss, _Mapping]] = ..., history: _Optional[_Iterable[_Union[StepMetrics, _Mapping]]] = ..., opd_settings: _Optional[_Union[OpdSettings, _Mapping]] = ..., owner: _Optional[str] = ..., retry_of: _Optional[str] = ..., published: _Optional[_Iterable[_Union[PublishedVersion, _Mapping]]] = ..., base_model_hash: _Optional[str] = ..., base_adapter_sha256: _Optional[str] = ..., data_sha256: _Optional[str] = ..., environment: _Optional[_Mapping[str, str]] = ..., dataset: _Optional[_Union[DatasetRef, _Mapping]] = ..., correction_ids: _Optional[_Iterable[str]] = ...) -> None: ...
+    webhook: WebhookState
+    def __init__(self, id: _Optional[str] = ..., kind: _Optional[str] = ..., status: _Optional[str] = ..., config: _Optional[_Union[JobConfig, _Mapping]] = ..., progress: _Optional[_Union[JobProgress, _Mapping]] = ..., metrics: _Optional[_Mapping[str, float]] = ..., error: _Optional[_Union[JobError, _Mapping]] = ..., result: _Optional[_Union[JobResult, _Mapping]] = ..., created_at_s: _Optional[float] = ..., started_at_s: _Optional[float] = ..., finished_at_s: _Optional[float] = ..., queue_position: _Optional[int] = ..., resolved_base_adapter: _Optional[str] = ..., claim_epoch: _Optional[int] = ..., sources: _Optional[_Mapping[str, int]] = ..., payload_sha256: _Optional[str] = ..., grpo_loss: _Optional[_Union[GrpoLoss, _Mapping]] = ..., history: _Optional[_Iterable[_Union[StepMetrics, _Mapping]]] = ..., opd_settings: _Optional[_Union[OpdSettings, _Mapping]] = ..., owner: _Optional[str] = ..., retry_of: _Optional[str] = ..., published: _Optional[_Iterable[_Union[PublishedVersion, _Mapping]]] = ..., base_model_hash: _Optional[str] = ..., base_adapter_sha256: _Optional[str] = ..., data_sha256: _Optional[str] = ..., environment: _Optional[_Mapping[str, str]] = ..., dataset: _Optional[_Union[DatasetRef, _Mapping]] = ..., correction_ids: _Optional[_Iterable[str]] = ..., webhook: _Optional[_Union[WebhookState, _Mapping]] = ...) -> None: ...
 
 class PublishedVersion(_message.Message):
     __slots__ = ("step", "adapter", "version", "sha256")

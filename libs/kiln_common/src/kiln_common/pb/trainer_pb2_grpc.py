@@ -39,6 +39,11 @@ class TrainerStub(object):
                 request_serializer=kiln_dot_v1_dot_trainer__pb2.SubmitRequest.SerializeToString,
                 response_deserializer=kiln_dot_v1_dot_trainer__pb2.Job.FromString,
                 _registered_method=True)
+        self.SubmitStream = channel.stream_unary(
+                '/kiln.v1.Trainer/SubmitStream',
+                request_serializer=kiln_dot_v1_dot_trainer__pb2.SubmitPart.SerializeToString,
+                response_deserializer=kiln_dot_v1_dot_trainer__pb2.Job.FromString,
+                _registered_method=True)
         self.GetJob = channel.unary_unary(
                 '/kiln.v1.Trainer/GetJob',
                 request_serializer=kiln_dot_v1_dot_trainer__pb2.GetJobRequest.SerializeToString,
@@ -81,6 +86,13 @@ class TrainerServicer(object):
 
     def Submit(self, request, context):
         """Accepts a job once it is durable in Redis. Idempotent by idempotency_key.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SubmitStream(self, request_iterator, context):
+        """The same for data that is sent in pieces: first the settings, then its documents one by one.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -139,6 +151,11 @@ def add_TrainerServicer_to_server(servicer, server):
             'Submit': grpc.unary_unary_rpc_method_handler(
                     servicer.Submit,
                     request_deserializer=kiln_dot_v1_dot_trainer__pb2.SubmitRequest.FromString,
+                    response_serializer=kiln_dot_v1_dot_trainer__pb2.Job.SerializeToString,
+            ),
+            'SubmitStream': grpc.stream_unary_rpc_method_handler(
+                    servicer.SubmitStream,
+                    request_deserializer=kiln_dot_v1_dot_trainer__pb2.SubmitPart.FromString,
                     response_serializer=kiln_dot_v1_dot_trainer__pb2.Job.SerializeToString,
             ),
             'GetJob': grpc.unary_unary_rpc_method_handler(
@@ -203,6 +220,33 @@ class Trainer(object):
             target,
             '/kiln.v1.Trainer/Submit',
             kiln_dot_v1_dot_trainer__pb2.SubmitRequest.SerializeToString,
+            kiln_dot_v1_dot_trainer__pb2.Job.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SubmitStream(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/kiln.v1.Trainer/SubmitStream',
+            kiln_dot_v1_dot_trainer__pb2.SubmitPart.SerializeToString,
             kiln_dot_v1_dot_trainer__pb2.Job.FromString,
             options,
             channel_credentials,

@@ -58,7 +58,7 @@ async def train_sft(request: Request, caller: Caller = _TRAIN) -> Response:
         job_config(body, SFT_DEFAULTS, longest_document=longest, attach=attaches(body, caller))
     )
     submit.sft.CopyFrom(spec)
-    return await _submit(gateway, request, caller, submit, key)
+    return await _submit(gateway, request, caller, body, submit, key)
 
 
 @router.post("/v1/train/grpo", status_code=_ACCEPTED)
@@ -87,7 +87,7 @@ async def train_grpo(request: Request, caller: Caller = _TRAIN) -> Response:
         job_config(body, GRPO_DEFAULTS, longest_document=longest, attach=attaches(body, caller))
     )
     submit.grpo.CopyFrom(spec)
-    return await _submit(gateway, request, caller, submit, key)
+    return await _submit(gateway, request, caller, body, submit, key)
 
 
 @router.post("/v1/train/opd", status_code=_ACCEPTED)
@@ -104,7 +104,9 @@ async def train_opd(request: Request, caller: Caller = _TRAIN) -> Response:
     lengths = [len(prompt.token_ids) + spec.settings.sampling.max_tokens for prompt in spec.prompts]
     lengths += [len(given.prompt_token_ids) + len(given.completion_token_ids) for given in spec.rollouts]
     config = job_config(body, OPD_DEFAULTS, longest_document=max(lengths), attach=attaches(body, caller))
-    return await _submit(gateway, request, caller, trainer_pb2.SubmitRequest(config=config, opd=spec), key)
+    return await _submit(
+        gateway, request, caller, body, trainer_pb2.SubmitRequest(config=config, opd=spec), key
+    )
 
 
 async def _check_and_open(gateway: Gateway, body: JobFields, caller: Caller) -> KeptRollouts:
@@ -155,8 +157,15 @@ async def _dataset_rows(
 
 
 async def _submit(
-    gateway: Gateway, request: Request, caller: Caller, submit: trainer_pb2.SubmitRequest, key: str
+    gateway: Gateway,
+    request: Request,
+    caller: Caller,
+    body: JobFields,
+    submit: trainer_pb2.SubmitRequest,
+    key: str,
 ) -> Response:
+    if body.webhook is not None:
+        submit.webhook.CopyFrom(body.webhook.to_proto())
     submit.idempotency_key = key
     submit.owner = caller.owner
     submit.base_model_hash = (await gateway.engines.base_model()).model_hash

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from kiln_common.pb import trainer_pb2
 from kiln_gateway.errors import FieldNotBuiltYet
 from kiln_gateway.schemas.base import Body, Reference, TokenIds
 from kiln_gateway.schemas.chat import Messages, Tool
@@ -57,6 +58,18 @@ class LoraFields(Body):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
 
+class WebhookFields(Body):
+    """Who is told that the job has ended."""
+
+    url: Annotated[str, Field(min_length=1, max_length=2048)] = Field(description="http or https")
+    secret: Annotated[str, Field(min_length=16, max_length=256)] = Field(
+        description="signs each message, as Standard Webhooks has it", repr=False
+    )
+
+    def to_proto(self) -> trainer_pb2.Webhook:
+        return trainer_pb2.Webhook(url=self.url, secret=self.secret)
+
+
 class JobFields(Body):
     """What every recipe shares. None means the recipe's default, shown in effective_config."""
 
@@ -82,7 +95,7 @@ class JobFields(Body):
         0, description="lower numbers run first; below 0 takes the scope admin"
     )
     gate: dict[str, Any] | None = None
-    webhook: dict[str, Any] | None = None
+    webhook: WebhookFields | None = None
     metadata: dict[str, Any] | None = None
 
     @property
@@ -92,7 +105,7 @@ class JobFields(Body):
 
     def refuse_unsupported(self) -> None:
         """Refuse, by name, what is not built yet. Raises FieldNotBuiltYet."""
-        for name in ("gate", "webhook"):
+        for name in ("gate",):
             if getattr(self, name) is not None:
                 raise FieldNotBuiltYet(name)
         if self.optimizer != "adamw":

@@ -41,6 +41,7 @@ def job_object(job: trainer_pb2.Job) -> dict[str, Any]:
         "effective_config": effective_config(job),
         "effective_seed": job.config.seed,
         "metadata": json.loads(job.config.metadata_json or "{}"),
+        "webhook": _webhook(job),
         "payload_sha256": job.payload_sha256 or None,
     }
 
@@ -74,6 +75,18 @@ def result_of(job: trainer_pb2.Job) -> dict[str, Any] | None:
         "sha256": job.result.sha256,
         "not_live": list(job.result.not_live),
         "swap_s": job.result.swap_s,
+    }
+
+
+def _webhook(job: trainer_pb2.Job) -> dict[str, Any] | None:
+    if not job.HasField("webhook"):
+        return None
+    state = job.webhook
+    return {
+        "url": state.url,
+        "status": state.status,
+        "attempts": state.num_attempts,
+        "error": state.error or None,
     }
 
 

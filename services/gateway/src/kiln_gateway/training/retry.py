@@ -56,4 +56,9 @@ def retry_request(
         changed=FieldMask(paths=dict.fromkeys(path for name in given for path in PATHS[name])),
         idempotency_key=key,
         owner=caller.owner,
+        webhook=_webhook(body) if "webhook" in body.model_fields_set else None,
     )
+
+
+def _webhook(body: RetryBody) -> trainer_pb2.Webhook:
+    return body.webhook.to_proto() if body.webhook is not None else trainer_pb2.Webhook()

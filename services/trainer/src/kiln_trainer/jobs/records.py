@@ -91,6 +91,7 @@ def submitted_fields(request: trainer_pb2.SubmitRequest, payload_sha256: str) ->
         "retry_of": request.retry_of,
         "base_model_hash": request.base_model_hash,
         "data_sha256": data_sha256(request),
+        "webhook": request.webhook.SerializeToString(deterministic=True),
         "dataset": request.dataset.SerializeToString(deterministic=True),
     }
 
@@ -147,6 +148,10 @@ def to_job(
         correction_ids=[correction_id for correction_id in text("corrections").split(",") if correction_id],
         dataset=trainer_pb2.DatasetRef.FromString(fields.get(b"dataset", b"")),
     )
+    if webhook := fields.get(b"webhook"):
+        state = parsed("webhook_state") or {"status": "pending"}
+        url = trainer_pb2.Webhook.FromString(webhook).url
+        job.webhook.CopyFrom(trainer_pb2.WebhookState(url=url, **state))
     if job.kind == "grpo":
         job.grpo_loss.CopyFrom(trainer_pb2.GrpoLoss.FromString(fields.get(b"grpo_loss", b"")))
     if job.kind == "opd":

@@ -37,6 +37,10 @@ def retried(
     again.idempotency_key = retry.idempotency_key
     again.owner = retry.owner
     again.retry_of = job.id
+    if retry.HasField("webhook"):
+        again.ClearField("webhook")
+        if retry.webhook.url:
+            again.webhook.CopyFrom(retry.webhook)
     return again
 
 

@@ -199,6 +199,9 @@ for id in string.gmatch(found[6] or '', '[^,]+') do
     if ARGV[3] == 'succeeded' then redis.call('HSET', correction, 'used_by', ARGV[2]) end
   end
 end
+if (redis.call('HGET', KEYS[1], 'webhook') or '') ~= '' then
+  redis.call('ZADD', '{keys.WEBHOOKS}', ARGV[4], ARGV[2])
+end
 redis.call('LREM', KEYS[4], 0, ARGV[2])
 if redis.call('LLEN', KEYS[4]) > 0 then wake_a_trainer() end
 for _, key in ipairs({{KEYS[1], KEYS[2], KEYS[6], KEYS[7]}}) do redis.call('EXPIRE', key, ARGV[5]) end
