@@ -265,6 +265,20 @@ def test_ended_jobs_expire_and_open_ones_never(store, redis_client):
     assert store.submit(request) != ended  # its key is free again
 
 
+def test_jobs_that_an_earlier_kiln_left_in_its_stream_are_taken_over(store, redis_client):
+    running, queued = (store.submit(grpo_request(name)) for name in "ab")
+    claim(store)
+    redis_client.delete(keys.JOB_RUNNING, keys.JOB_TURNS, keys.owner_queue(0, ""))
+    redis_client.xadd(keys.FORMER_JOB_QUEUE, {"job_id": running})
+    for number, job_id in enumerate((running, queued)):
+        redis_client.hdel(keys.job(job_id), "priority", "owner")
+        redis_client.zadd(keys.JOB_QUEUED, {job_id: number}, xx=True)
+    for _ in range(2):
+        store.adopt_from_stream()
+    assert not redis_client.exists(keys.FORMER_JOB_QUEUE)
+    assert [claim(store).job_id, claim(store).job_id] == [running, queued]
+
+
 def test_a_damaged_payload_is_noticed(store, redis_client):
     job_id = store.submit(grpo_request())
     redis_client.append(keys.job_payload(job_id), b"x")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import TypeVar
 
@@ -31,6 +32,8 @@ from kiln_trainer.webhooks.addresses import Network, check_webhook
 
 log = structlog.get_logger()
 T = TypeVar("T")
+
+_RESOLVE_TIMEOUT_S = 5.0
 
 # A Redis that is full, read-only or cannot write its file answers with one of these.
 _REFUSALS = ("OOM", "MISCONF", "READONLY", "NOREPLICAS")
@@ -81,7 +84,9 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServicer):
         if num_bytes > self._max_payload_bytes:
             raise PayloadTooLarge(f"the job has {num_bytes} bytes, at most {self._max_payload_bytes}")
         if request.HasField("webhook"):
-            await asyncio.to_thread(check_webhook, request.webhook, self._webhook_networks)
+            checking = asyncio.to_thread(check_webhook, request.webhook, self._webhook_networks)
+            with contextlib.suppress(TimeoutError):  # a name that is not known now may be later
+                await asyncio.wait_for(checking, _RESOLVE_TIMEOUT_S)
         info = await self._engines.info()
         await asyncio.to_thread(check_request, request, info)
         await asyncio.to_thread(check_capacity, request, info, self._backend.capacity)

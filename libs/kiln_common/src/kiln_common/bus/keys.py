@@ -13,6 +13,9 @@ JOB_INDEX = "kiln:jobs:index"
 JOB_QUEUED = "kiln:jobs:queued"
 JOB_SEQUENCE = "kiln:jobs:sequence"
 
+# Stream that was the queue before; trainers delete it once they have taken over what was running.
+FORMER_JOB_QUEUE = "kiln:jobs:queue"
+
 # Hash: the turn of the job that was claimed last, by priority.
 JOB_TURNS = "kiln:jobs:turns"
 

@@ -112,6 +112,7 @@ local job_id = of_a_silent_trainer() or first_that_may_run()
 if not job_id then return {{'none'}} end
 local job = job_key(job_id)
 local found = redis.call('HMGET', job, 'status', 'released', 'priority', 'owner')
+found[3], found[4] = found[3] or '0', found[4] or ''  -- of a job that an earlier Kiln accepted
 if found[1] == 'queued' then
   local place = tonumber(redis.call('ZSCORE', KEYS[2], job_id)) - tonumber(found[3]) * priority_unit
   local turn = math.max(math.floor(place / turn_unit), tonumber(redis.call('HGET', KEYS[3], found[3]) or 0))
@@ -182,7 +183,7 @@ redis.call('ZREM', KEYS[3], ARGV[2])
 local place = redis.call('ZSCORE', KEYS[5], ARGV[2])
 if place then
   -- The key's later jobs move up by one place each.
-  local own = owner_queue(found[4], found[5])
+  local own = owner_queue(found[4] or '0', found[5] or '')
   local later = redis.call('ZRANGEBYSCORE', own, '(' .. place, '+inf', 'WITHSCORES')
   redis.call('ZREM', KEYS[5], ARGV[2])
   redis.call('ZREM', own, ARGV[2])

@@ -34,6 +34,7 @@ Event = tuple[str, dict[str, Any], float]
 _MAX_HISTORY_POINTS = 200
 _DEFAULT_LIST_LIMIT = 100
 _LIST_PAGE = 200
+_MOST_ADOPTED = 1000
 
 
 class JobStore:
@@ -142,6 +143,15 @@ class JobStore:
             expired = [job_id for job_id, exists in zip(old, pipe.execute(), strict=True) if not exists]
         if expired:
             self._redis.zrem(keys.JOB_INDEX, *expired)
+
+    def adopt_from_stream(self) -> None:
+        """Take over what an earlier Kiln, whose queue was a stream, has left running. Safe to repeat."""
+        if not self._redis.exists(keys.FORMER_JOB_QUEUE):
+            return
+        running = {job.id: 0 for job in self.list_jobs(_MOST_ADOPTED, ["running"])}
+        if running:
+            self._redis.zadd(keys.JOB_RUNNING, running, nx=True)
+        self._redis.delete(keys.FORMER_JOB_QUEUE)
 
     def status(self, job_id: str) -> str | None:
         """A job's status, None when there is no such job (any more)."""

@@ -106,6 +106,7 @@ class Worker:
             while not self._stopping.is_set():
                 try:
                     if not is_ready:
+                        self._store.adopt_from_stream()
                         self._store.forget_expired()
                         self._remove_old_folders()
                         is_ready = True

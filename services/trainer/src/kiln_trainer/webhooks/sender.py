@@ -1,4 +1,4 @@
-"""The thread that sends webhooks, one after another, from each trainer."""
+"""The threads that send webhooks from each trainer; one slow receiver keeps one of them."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from kiln_trainer.webhooks.signing import message, signed_headers
 
 log = structlog.get_logger()
 
+_NUM_THREADS = 4
 _MAX_ATTEMPTS = 10
 _LONGEST_WAIT_S = 3600.0
 _POLL_S = 1.0
@@ -55,16 +56,23 @@ class WebhookSender:
             timeout=_TIMEOUT_S, follow_redirects=False, trust_env=False, transport=transport
         )
         self._stopping = threading.Event()
-        context = contextvars.copy_context()
-        self._thread = threading.Thread(target=context.run, args=(self._run,), name="webhooks", daemon=True)
+        self._threads = [
+            threading.Thread(
+                target=contextvars.copy_context().run, args=(self._run,), name="webhooks", daemon=True
+            )
+            for _ in range(_NUM_THREADS)
+        ]
 
     def start(self) -> None:
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
 
     def stop(self, timeout_s: float) -> None:
         """An attempt that takes longer dies with the process; another trainer makes it again."""
         self._stopping.set()
-        self._thread.join(timeout_s)
+        deadline_s = time.monotonic() + timeout_s
+        for thread in self._threads:
+            thread.join(max(0.0, deadline_s - time.monotonic()))
         self._http.close()
 
     def send_one(self) -> bool:
