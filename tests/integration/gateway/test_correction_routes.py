@@ -111,6 +111,15 @@ async def test_what_is_not_known_or_not_ones_own_is_not_found(tmp_path, store):
         assert (await rig.http.delete(f"{CORRECTIONS}/{kept['id']}", headers=two)).status_code == 404
 
 
+async def test_corrections_of_another_base_model_are_not_learned(rig, store):
+    kept = (await correct(rig, (await rig.chat()).json()["id"])).json()["id"]
+    await store.hset(keys.correction(kept), "model_hash", "0" * 64)
+    for wanted, code in (("unused", "no_unused_corrections"), ([kept], "correction_not_found")):
+        refused = await rig.post(SFT, {"adapter": "a", "corrections": wanted})
+        assert refused.json()["error"]["code"] == code
+    assert rig.trainer.submitted == []
+
+
 async def test_without_redis_there_are_no_corrections(tmp_path):
     async with gateway_rig(tmp_path) as rig:
         response = await rig.http.get(CORRECTIONS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any, Literal, TypeVar
+from typing import Any
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
@@ -12,8 +12,6 @@ from kiln_common.adapter_names import check_adapter_name
 from kiln_common.errors import AdapterNotFound
 from kiln_common.pb import trainer_pb2
 from kiln_gateway.auth import Caller, require
-from kiln_gateway.corrections import Correction, NoUnusedCorrections
-from kiln_gateway.datasets.reading import DatasetReader, WrongDatasetFormat
 from kiln_gateway.gateway import Gateway, gateway_of
 from kiln_gateway.json_response import json_response
 from kiln_gateway.schemas.opd import OpdBody
@@ -23,6 +21,7 @@ from kiln_gateway.training.grpo import GrpoSpecBuilder
 from kiln_gateway.training.job_config import GRPO_DEFAULTS, OPD_DEFAULTS, SFT_DEFAULTS, job_config
 from kiln_gateway.training.job_rights import attaches, check_priority, is_visible
 from kiln_gateway.training.job_view import job_object
+from kiln_gateway.training.kept_data import chosen_corrections, dataset_rows
 from kiln_gateway.training.kept_rollouts import KeptRollouts
 from kiln_gateway.training.opd import OpdSpecBuilder
 from kiln_gateway.training.sft import correction_documents, dataset_spec, sft_spec, to_spec
@@ -30,7 +29,6 @@ from kiln_gateway.training.sft import correction_documents, dataset_spec, sft_sp
 router = APIRouter()
 _TRAIN = Depends(require("train"))
 _ACCEPTED = 202
-R = TypeVar("R", SftExampleFields, GroupFields)
 
 
 @router.post("/v1/train/sft", status_code=_ACCEPTED)
@@ -47,10 +45,10 @@ async def train_sft(request: Request, caller: Caller = _TRAIN) -> Response:
     if body.dataset is None:
         spec = await sft_spec(body, builder, rollouts)
     else:
-        rows = await _dataset_rows(gateway, caller, body.dataset, SftExampleFields, submit)
+        rows = await dataset_rows(gateway, caller, body.dataset, SftExampleFields, submit)
         spec = await dataset_spec(body.dataset, rows, body, builder)
     if body.corrections is not None:
-        chosen = await _corrections(gateway, caller, body.corrections)
+        chosen = await chosen_corrections(gateway, caller, body.corrections)
         spec.MergeFrom(to_spec(correction_documents(chosen)))
         submit.correction_ids.extend(each.id for each in chosen)
     longest = max((len(example.token_ids) for example in spec.examples), default=0)
@@ -75,7 +73,7 @@ async def train_grpo(request: Request, caller: Caller = _TRAIN) -> Response:
     submit = trainer_pb2.SubmitRequest()
     groups = None
     if body.dataset is not None:
-        rows = await _dataset_rows(gateway, caller, body.dataset, GroupFields, submit)
+        rows = await dataset_rows(gateway, caller, body.dataset, GroupFields, submit)
         groups = [group for _, group in rows]
     spec = await builder.build(groups)
     longest = max(
@@ -121,39 +119,6 @@ async def _check_and_open(gateway: Gateway, body: JobFields, caller: Caller) -> 
         with contextlib.suppress(AdapterNotFound):  # the first version of its name
             await gateway.resolver.version(body.adapter, base_model.model_hash, "adapter")
     return KeptRollouts(gateway.rollouts, caller.owner, base_model.model_hash)
-
-
-async def _corrections(
-    gateway: Gateway, caller: Caller, wanted: Literal["unused"] | list[str]
-) -> list[Correction]:
-    """Oldest first. Raises NoUnusedCorrections, CorrectionNotFound; the trainer refuses taken ones."""
-    model_hash = (await gateway.engines.base_model()).model_hash
-    if wanted != "unused":
-        return [await gateway.corrections.get(each, caller.owner) for each in dict.fromkeys(wanted)]
-    found = await gateway.corrections.all_of(caller.owner)
-    unused = [each for each in reversed(found) if (each.status, each.model_hash) == ("unused", model_hash)]
-    if not unused:
-        raise NoUnusedCorrections(
-            f"none of {len(found)} corrections is unused and of this model", param="corrections"
-        )
-    return unused
-
-
-async def _dataset_rows(
-    gateway: Gateway, caller: Caller, dataset_id: str, wanted: type[R], submit: trainer_pb2.SubmitRequest
-) -> list[tuple[int, R]]:
-    """A dataset's rows with their lines' numbers; `submit` gets to name it.
-
-    Raises:
-        DatasetNotFound, WrongDatasetFormat, DatasetTooLargeForJob.
-    """
-    reader = DatasetReader(gateway.clients.datasets, caller)
-    dataset = await reader.find(dataset_id)
-    if (dataset.format == "rollouts") != (wanted is GroupFields):
-        raise WrongDatasetFormat(f"{dataset_id} is a dataset of {dataset.format}", param="dataset")
-    rows = await reader.rows(dataset, gateway.settings.max_job_dataset_bytes)
-    submit.dataset.CopyFrom(trainer_pb2.DatasetRef(id=dataset.id, sha256=dataset.sha256))
-    return [(line, row) for line, row in rows if isinstance(row, wanted)]
 
 
 async def _submit(
