@@ -1,5 +1,8 @@
 """The life of training jobs around the trainer, on the whole stack."""
 
+import json
+
+import httpx
 import pytest
 
 pytestmark = pytest.mark.processes
@@ -31,3 +34,22 @@ def test_a_job_done_again_gives_the_same_bytes_and_the_same_receipt(stack):
     assert {"torch", "kiln", "python", "device"} <= receipts[0]["software"].keys()
     assert receipts[1]["retry_of"] == first["id"]
     assert len(receipts[0]["model"]["sha256"]) == 64
+
+
+def test_a_dataset_and_a_correction_are_learned(stack):
+    lines = "".join(json.dumps(example) + "\n" for example in EXAMPLES)
+    broken = httpx.post(f"{stack.url}/v1/datasets", content=lines + '{"prompt": 1}\n')
+    assert (broken.status_code, broken.json()["error"]["details"]["lines"][0]["line"]) == (400, 7)
+    dataset = httpx.post(f"{stack.url}/v1/datasets?name=sums", content=lines).json()
+    completion_id = stack.chat("What is two and two?", max_tokens=8).json()["id"]
+    kept = stack.post("/v1/corrections", {"completion_id": completion_id, "correction": "Four."}).json()
+    body = {"adapter": "learned", "dataset": dataset["id"], "corrections": "unused", "attach": False}
+    job = stack.wait_for_job(stack.post(SFT, body).json()["id"])
+    assert job["status"] == "succeeded", job["error"]
+    assert job["metrics"]["num_examples"] == len(EXAMPLES) + 1
+    receipt = stack.get(f"/v1/train/jobs/{job['id']}/receipt")
+    assert receipt["data"]["dataset"] == {"id": dataset["id"], "sha256": dataset["sha256"]}
+    (correction,) = [each for each in stack.get("/v1/corrections")["data"] if each["id"] == kept["id"]]
+    assert (correction["status"], correction["job"]) == ("used", job["id"])
+    assert stack.post(SFT, {"adapter": "learned", "corrections": "unused"}).status_code == 400
+    assert httpx.delete(f"{stack.url}/v1/datasets/{dataset['id']}").status_code == 200

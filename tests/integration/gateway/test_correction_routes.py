@@ -1,5 +1,7 @@
 """Corrections of kept completions, and jobs that learn them, over a real Redis."""
 
+import json
+
 import pytest
 import redis.asyncio
 
@@ -96,6 +98,20 @@ async def test_a_correction_is_kept_once_a_key_and_can_be_deleted(rig):
         gone = await call
         assert (gone.status_code, gone.json()["error"]["code"]) == (404, "correction_not_found")
     assert (await rig.http.get(CORRECTIONS)).json()["data"] == []
+
+
+async def test_a_datasets_key_stands_for_its_bytes(rig):
+    headers = {"Idempotency-Key": "k"}
+
+    async def upload(completion):
+        line = json.dumps({"prompt": "Hi", "completion": completion})
+        return await rig.http.post("/v1/datasets", content=line, headers=headers)
+
+    first = await upload("a")
+    assert (await upload("a")).json() == first.json()
+    other = await upload("b")
+    assert (other.status_code, other.json()["error"]["code"]) == (409, "idempotency_conflict")
+    assert len(rig.datasets.kept) == 1
 
 
 async def test_what_is_not_known_or_not_ones_own_is_not_found(tmp_path, store):

@@ -51,6 +51,8 @@ async def upload_dataset(
     with tempfile.TemporaryDirectory(prefix="kiln-dataset-") as folder:
         limit_bytes = gateway.settings.max_upload_bytes
         upload = await receive_dataset(request, Path(folder), limit_bytes, name, format)
+        # What was uploaded before is found by its bytes; a key only says that it has to be the same.
+        key, _ = await gateway.idempotency.find(request, caller.owner, upload.sha256)
         header = dataset_pb2.DatasetHeader(
             owner=caller.owner,
             name=upload.name,
@@ -59,6 +61,7 @@ async def upload_dataset(
             sha256=upload.sha256,
         )
         kept = await gateway.clients.datasets.put(header, upload.path)
+        await gateway.idempotency.remember(request, key, kept.id, upload.sha256)
     return json_response(dataset_object(kept), status=200 if kept.is_repeat else 201)
 
 
