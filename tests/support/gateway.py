@@ -17,17 +17,17 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from kiln_common.errors import (
     AdapterNotFound,
     EngineUnavailable,
-    JobNotFound,
     KilnError,
     RegistryUnavailable,
-    TrainerUnavailable,
 )
-from kiln_common.pb import common_pb2, engine_pb2, registry_pb2, trainer_pb2
+from kiln_common.pb import common_pb2, engine_pb2, registry_pb2
 from kiln_common.text.tokenizer import TextTokenizer
 from kiln_gateway.app import create_app
 from kiln_gateway.ports import Clients
 from kiln_gateway.server import GatewayServer
 from kiln_gateway.settings import GatewaySettings
+from tests.support.fake_datasets import FakeDatasets
+from tests.support.fake_trainer import FakeTrainer
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -286,70 +286,6 @@ class FakeRegistry:
         return version
 
 
-class FakeTrainer:
-    """Accepts jobs and never runs them; `events` is what watch tells."""
-
-    def __init__(self) -> None:
-        self.submitted: list[trainer_pb2.SubmitRequest] = []
-        self.jobs: dict[str, trainer_pb2.Job] = {}
-        self.events: list[trainer_pb2.JobEvent] = []
-        self.is_up = True
-
-    def _check(self) -> None:
-        if not self.is_up:
-            raise TrainerUnavailable("the trainer is down")
-
-    async def submit(self, request: trainer_pb2.SubmitRequest) -> trainer_pb2.Job:
-        self._check()
-        self.submitted.append(request)
-        job = trainer_pb2.Job(
-            id=f"job_{len(self.submitted)}",
-            kind=request.WhichOneof("recipe"),
-            status="queued",
-            config=request.config,
-            queue_position=len(self.submitted) - 1,
-            grpo_loss=request.grpo.loss,
-            opd_settings=request.opd.settings,
-            created_at_s=100.0,
-        )
-        grpo = [rollout for group in request.grpo.groups for rollout in group.rollouts]
-        for rollout in [*grpo, *request.opd.rollouts]:
-            job.sources[rollout.source] += 1
-        self.jobs[job.id] = job
-        return job
-
-    async def get(self, job_id: str) -> trainer_pb2.Job:
-        self._check()
-        if job_id not in self.jobs:
-            raise JobNotFound(f"no job {job_id!r}")
-        return self.jobs[job_id]
-
-    async def list(self, limit: int = 0) -> list[trainer_pb2.Job]:
-        self._check()
-        return list(reversed(self.jobs.values()))
-
-    async def cancel(self, job_id: str) -> trainer_pb2.Job:
-        job = await self.get(job_id)
-        job.status = "cancelled"
-        return job
-
-    async def watch(self, job_id: str, after_event_id: str = "") -> AsyncIterator[trainer_pb2.JobEvent]:
-        await self.get(job_id)
-        for event in self.events:
-            if event.id > after_event_id:
-                yield event
-
-    async def status(self) -> trainer_pb2.TrainerStatus:
-        self._check()
-        return trainer_pb2.TrainerStatus(
-            trainer_id="trainer-1",
-            num_queued=len(self.jobs),
-            gpu_sharing="mps",
-            gpu_share=0.5,
-            gpu_sms=64,
-        )
-
-
 @dataclass
 class Rig:
     """A gateway and the leaves behind it."""
@@ -359,6 +295,7 @@ class Rig:
     engine: FakeEngine
     registry: FakeRegistry
     trainer: FakeTrainer
+    datasets: FakeDatasets
     settings: GatewaySettings
     redis: Any = None
     http: httpx.AsyncClient = field(init=False)
@@ -397,9 +334,10 @@ def build_rig(folder: Path, *, redis: Any = None, max_model_len: int = 512, **se
         FakeRegistry(),
         FakeTrainer(),
     )
-    clients = Clients(engines=[engine], registry=registry, trainer=trainer, redis=redis)
+    datasets = FakeDatasets()
+    clients = Clients([engine], registry, trainer, datasets, redis)
     app = create_app(gateway_settings, clients)
-    return Rig(app, tokenizer, engine, registry, trainer, gateway_settings, redis)
+    return Rig(app, tokenizer, engine, registry, trainer, datasets, gateway_settings, redis)
 
 
 @asynccontextmanager

@@ -17,6 +17,8 @@ from kiln_gateway.routes import (
     adapters,
     batch,
     completions,
+    corrections,
+    datasets,
     embeddings,
     health,
     home,
@@ -26,6 +28,7 @@ from kiln_gateway.routes import (
     responses,
     text,
     training,
+    training_jobs,
 )
 from kiln_gateway.settings import GatewaySettings
 from kiln_gateway.sse import ClientLeft
@@ -40,6 +43,9 @@ _ROUTERS = (
     text.router,
     models.router,
     training.router,
+    training_jobs.router,
+    datasets.router,
+    corrections.router,
     adapters.router,
     health.router,
     not_built.router,

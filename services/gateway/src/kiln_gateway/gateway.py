@@ -15,6 +15,7 @@ from kiln_common.text.chat_template import ChatTemplate
 from kiln_common.text.tokenizer import TextTokenizer
 from kiln_gateway.auth import Authenticator
 from kiln_gateway.chat.prompt import PromptRenderer
+from kiln_gateway.corrections import CorrectionStore
 from kiln_gateway.engine_pool import EnginePool
 from kiln_gateway.idempotency import IdempotencyRecords
 from kiln_gateway.metrics import GatewayMetrics
@@ -51,6 +52,7 @@ class Gateway:
         self.responses = ResponseStore(
             clients.redis, ttl_s=settings.response_ttl_s, max_bytes=settings.response_max_bytes
         )
+        self.corrections = CorrectionStore(clients.redis)
         self.idempotency = IdempotencyRecords(clients.redis)
         self.authenticator = Authenticator(settings.api_keys)
         self.metrics = GatewayMetrics()

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
 
-from kiln_common.pb import engine_pb2, registry_pb2, trainer_pb2
+from kiln_common.pb import dataset_pb2, engine_pb2, registry_pb2, trainer_pb2
 
 Item = TypeVar("Item")
 
@@ -58,13 +58,31 @@ class TrainerPort(Protocol):
 
     async def get(self, job_id: str) -> trainer_pb2.Job: ...
 
-    async def list(self, limit: int = 0) -> builtins.list[trainer_pb2.Job]: ...
+    async def list(
+        self, limit: int = 0, statuses: Sequence[str] = (), owner: str | None = None
+    ) -> builtins.list[trainer_pb2.Job]: ...
 
-    async def cancel(self, job_id: str) -> trainer_pb2.Job: ...
+    async def queue(self) -> builtins.list[trainer_pb2.Job]: ...
+
+    async def retry(self, request: trainer_pb2.RetryJobRequest) -> trainer_pb2.Job: ...
+
+    async def cancel(self, job_id: str, *, discards: bool = False) -> trainer_pb2.Job: ...
 
     def watch(self, job_id: str, after_event_id: str = "") -> AsyncIterator[trainer_pb2.JobEvent]: ...
 
     async def status(self) -> trainer_pb2.TrainerStatus: ...
+
+
+class DatasetPort(Protocol):
+    async def put(self, header: dataset_pb2.DatasetHeader, path: Path) -> dataset_pb2.Dataset: ...
+
+    async def get(self, dataset_id: str) -> dataset_pb2.Dataset: ...
+
+    async def list(self, owner: str | None = None) -> builtins.list[dataset_pb2.Dataset]: ...
+
+    def fetch(self, dataset_id: str) -> AsyncIterator[bytes]: ...
+
+    async def delete(self, dataset_id: str) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -74,4 +92,5 @@ class Clients:
     engines: Sequence[EnginePort]
     registry: RegistryPort
     trainer: TrainerPort
+    datasets: DatasetPort
     redis: Any = None

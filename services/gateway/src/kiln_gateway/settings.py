@@ -62,7 +62,12 @@ class GatewaySettings(BaseSettings):
         None, description="enable_thinking for requests that do not say; unset leaves it to the template"
     )
     max_body_bytes: PositiveInt = Field(32 * 1024 * 1024, description="largest JSON body")
-    max_upload_bytes: PositiveInt = Field(2 * 1024**3, description="largest adapter upload, unpacked too")
+    max_upload_bytes: PositiveInt = Field(
+        2 * 1024**3, description="largest upload: a dataset, or an adapter, unpacked too"
+    )
+    max_job_dataset_bytes: PositiveInt = Field(
+        64 * 1024 * 1024, description="largest dataset that one job learns from"
+    )
     request_timeout_s: PositiveFloat = Field(600.0, description="longest a completion may take")
     max_choices: PositiveInt = Field(128, description="most choices of one request (prompts times n)")
     max_batch_choices: PositiveInt = Field(4096, description="most answers of one batch (prompts times n)")

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 import redis
 import redis.asyncio
 import structlog
+from grpc_reflection.v1alpha import reflection
 
 from kiln_common.bus.connect import connect, connect_async
 from kiln_common.clients.registry import RegistryClient
 from kiln_common.ids import new_id
-from kiln_common.pb import trainer_pb2_grpc
+from kiln_common.pb import trainer_pb2, trainer_pb2_grpc
 from kiln_common.rpc import RpcServer
 from kiln_trainer.jobs.ports import JobBackend
 from kiln_trainer.jobs.store import JobStore
@@ -21,10 +22,14 @@ from kiln_trainer.jobs.worker import Worker
 from kiln_trainer.publishing import EngineDirectory, GrpcPublisher
 from kiln_trainer.servicer import TrainerServicer
 from kiln_trainer.settings import TrainerSettings
+from kiln_trainer.webhooks.outbox import WebhookOutbox
+from kiln_trainer.webhooks.sender import WebhookSender
 
 log = structlog.get_logger()
 
+_SERVICE = trainer_pb2.DESCRIPTOR.services_by_name["Trainer"].full_name
 _INFO_TIMEOUT_S = 2.0
+_WEBHOOK_GRACE_S = 2.0
 
 
 @dataclass
@@ -34,6 +39,7 @@ class RunningTrainer:
     trainer_id: str
     server: RpcServer
     worker: Worker
+    webhooks: WebhookSender
     engines: EngineDirectory
     registry: RegistryClient
     client: redis.Redis
@@ -49,6 +55,7 @@ class RunningTrainer:
         """Let go of the running job at its next step boundary, and end."""
         await self.server.set_serving(False)
         await asyncio.to_thread(self.worker.stop, self.stop_grace_s)
+        await asyncio.to_thread(self.webhooks.stop, _WEBHOOK_GRACE_S)
         await self.server.stop(0.5)
         await self.registry.close()
         await self.engines.close()
@@ -94,13 +101,23 @@ async def start_trainer(
     servicer = TrainerServicer(
         trainer_id, client, tail_client, store, worker, backend, engines,
         max_payload_bytes=settings.max_payload_bytes,
+        webhook_networks=settings.webhook_allowed_networks,
     )  # fmt: skip
+    webhooks = WebhookSender(
+        WebhookOutbox(client),
+        store.get,
+        allowed=settings.webhook_allowed_networks,
+        first_wait_s=settings.webhook_first_wait_s,
+    )
     server = RpcServer(settings.listen)
     trainer_pb2_grpc.add_TrainerServicer_to_server(servicer, server.grpc)
+    # Clients that are not ours can ask for the contract: grpcurl, or any reflection client.
+    reflection.enable_server_reflection((_SERVICE, reflection.SERVICE_NAME), server.grpc)
     await server.start()
     worker.start()
+    webhooks.start()
     await server.set_serving(True)
     log.info("trainer_ready", listen=settings.listen, port=server.port, trainer_id=trainer_id)
     return RunningTrainer(
-        trainer_id, server, worker, engines, registry, client, tail_client, settings.stop_grace_s
+        trainer_id, server, worker, webhooks, engines, registry, client, tail_client, settings.stop_grace_s
     )

@@ -232,12 +232,27 @@ class GrpcPublisher:
         finally:
             future.cancel()
 
-    def withdraw(self, name: str) -> None:
+    def withdraw(self, name: str, version: int = 0) -> None:
         try:
-            self._on_loop(self._registry.delete(name))
+            self._on_loop(self._registry.delete(name, version))
         except KilnError as error:
             if error.code != AdapterNotFound.code:
                 raise
+
+    def versions(self, name: str) -> Sequence[registry_pb2.AdapterVersion]:
+        try:
+            return self._on_loop(self._registry.get(name)).versions
+        except KilnError as error:
+            if error.code != AdapterNotFound.code:
+                raise
+            return ()
+
+    def default_adapter(self) -> str:
+        attached = self._on_loop(self._registry.get_default())
+        return f"{attached.name}@{attached.version}" if attached is not None else ""
+
+    def attach(self, reference: str) -> None:
+        self._on_loop(self._registry.set_default(reference))
 
     def _on_loop(self, call: Coroutine[Any, Any, T]) -> T:
         """Every call has its own deadline, so this always returns."""

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 
-from kiln_trainer.domain.training import StepReport
+from kiln_trainer.domain.training import StepReport, TrainedAdapter
 from kiln_trainer.jobs.claimed_job import ClaimedJob
 
 
 class JobHooks:
     """StepHooks that report to Redis. While it is away, steps go on and checkpoints wait.
 
-    A checkpoint waits because only Redis can say that no later claim exists.
+    A checkpoint waits because only Redis can say that no later claim exists; so does a version.
     """
 
-    def __init__(self, job: ClaimedJob) -> None:
+    def __init__(self, job: ClaimedJob, publish: Callable[[TrainedAdapter], None]) -> None:
         self._job = job
+        self.publish = publish
         self._began_s = time.monotonic()
         self._first_step: int | None = None
         self.num_steps_reported = 0
