@@ -12,6 +12,7 @@
 """
 
 from kiln.aio import AsyncClient, AsyncJob
+from kiln.call import Call, SseReader
 from kiln.client import Client, Job
 from kiln.errors import (
     ApiError,
@@ -32,6 +33,7 @@ from kiln.errors import (
     UnavailableError,
     WaitTimedOut,
 )
+from kiln.progress import ProgressLine
 from kiln.values import Adapter, AdapterVersion, JobEvent, JobOptions, JobState, LoraOptions, Rollout
 
 __version__ = "0.1.0"
@@ -43,6 +45,7 @@ __all__ = [
     "AsyncClient",
     "AsyncJob",
     "AuthenticationError",
+    "Call",
     "Client",
     "ConflictError",
     "ConnectionFailed",
@@ -58,10 +61,12 @@ __all__ = [
     "NotBuiltError",
     "NotFoundError",
     "PermissionDeniedError",
+    "ProgressLine",
     "RateLimitError",
     "Rollout",
     "ServerError",
     "ServerTimeoutError",
+    "SseReader",
     "TooLargeError",
     "UnavailableError",
     "WaitTimedOut",

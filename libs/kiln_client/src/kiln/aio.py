@@ -76,14 +76,15 @@ class AsyncClient:
         return await self.send(calls.list_models())
 
     async def health(self) -> JsonObject:
-        """The whole picture: model, engines, scheduler, memory, training, adapters."""
-        return await self.send(calls.get("/health"))
+        """Model, engines, scheduler, training, adapters; `status` is ok, degraded or unavailable."""
+        return await self.send(calls.health())
 
     async def send(self, call: Call[T]) -> T:
         """Make one request; what comes back is parsed."""
         with connecting(self.base_url):
             response = await self._http.request(call.method, call.path, **call.options)
-        raise_for_status(response)
+        if response.status_code not in call.answers_with:
+            raise_for_status(response)
         return call.parse(response)
 
     async def request(self, method: str, path: str, **options: Any) -> JsonObject:

@@ -20,12 +20,16 @@ DEFAULT_URL = "http://127.0.0.1:8420"
 
 @dataclass(frozen=True)
 class Call(Generic[T]):
-    """One request and what its answer means; `options` go to httpx as they are."""
+    """One request and what its answer means; `options` go to httpx as they are.
+
+    `answers_with` are statuses of 400 or above whose body is an answer nevertheless.
+    """
 
     method: str
     path: str
     parse: Callable[[httpx.Response], T]
     options: Mapping[str, Any] = field(default_factory=dict)
+    answers_with: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

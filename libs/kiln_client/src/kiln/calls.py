@@ -107,6 +107,10 @@ def get(path: str, **params: Any) -> Call[JsonObject]:
     return Call("GET", path, as_json, {"params": params} if params else {})
 
 
+def health() -> Call[JsonObject]:
+    return Call("GET", "/health", as_json, answers_with=(503,))
+
+
 def list_models() -> Call[list[JsonObject]]:
     return Call("GET", "/v1/models", as_data)
 

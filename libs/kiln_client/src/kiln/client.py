@@ -74,14 +74,15 @@ class Client:
         return self.send(calls.list_models())
 
     def health(self) -> JsonObject:
-        """The whole picture: model, engines, scheduler, memory, training, adapters."""
-        return self.send(calls.get("/health"))
+        """Model, engines, scheduler, training, adapters; `status` is ok, degraded or unavailable."""
+        return self.send(calls.health())
 
     def send(self, call: Call[T]) -> T:
         """Make one request; what comes back is parsed."""
         with connecting(self.base_url):
             response = self._http.request(call.method, call.path, **call.options)
-        raise_for_status(response)
+        if response.status_code not in call.answers_with:
+            raise_for_status(response)
         return call.parse(response)
 
     def request(self, method: str, path: str, **options: Any) -> JsonObject:

@@ -1,0 +1,16 @@
+"""The commands, a module each; what they do lies in the packages beside this one."""
+
+from __future__ import annotations
+
+import typer
+
+from kiln_cli.commands import adapters, chat, logs, status, train
+
+
+def register(app: typer.Typer) -> None:
+    """Add them all."""
+    status.register(app)
+    chat.register(app)
+    logs.register(app)
+    app.add_typer(train.app, name="train")
+    app.add_typer(adapters.app, name="adapters")

@@ -1,0 +1,169 @@
+"""Every example of `kiln … --help` and every command in docs/, run as they stand against a real stack."""
+
+import io
+import json
+import re
+import shlex
+import tarfile
+from pathlib import Path
+
+import pytest
+
+import kiln
+from tests.support.command import Command, leaves
+
+pytestmark = pytest.mark.processes
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+# They start a stack or end only with Ctrl-C; test_demo.py, the stack fixture and unit tests run those.
+STARTS_A_STACK = ("kiln up", "kiln serve", "kiln demo")
+NOT_BUILT = 6
+
+
+def commands_of_help():
+    for _, command in leaves():
+        yield from re.findall(r"\[bold\](kiln .*?)\[/bold\]", command.help or "", re.DOTALL)
+
+
+def commands_of_docs():
+    for page in sorted(DOCS.glob("*.md")):
+        for block in re.findall(r"```(?:bash|sh)\n(.*?)```", page.read_text(), re.DOTALL):
+            yield from (line for line in block.splitlines() if line.startswith("kiln "))
+
+
+EXAMPLES = [
+    text
+    for text in dict.fromkeys([*commands_of_help(), *commands_of_docs()])
+    if not text.startswith(STARTS_A_STACK)
+]
+
+
+@pytest.fixture(scope="module")
+def work(stack, tmp_path_factory):
+    """A folder with the files that the examples name, and a job that has ended."""
+    folder = tmp_path_factory.mktemp("work")
+    texts = ["Thank you, see you soon.", "No."]
+    examples = [{"prompt": "Who are you?", "completion": texts[0]}, {"prompt": "Hi", "completion": "Hello"}]
+    scored = [{"prompt": "Write a short reply.", "completion": text, "reward": len(text)} for text in texts]
+    for name, rows in {
+        "examples.jsonl": examples,
+        "scored.jsonl": scored,
+        "prompts.jsonl": [{"prompt": "Who are you?"}, {"prompt": "What is 2 + 3?"}],
+    }.items():
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with kiln.Client(stack.url) as client:
+        job = client.train.sft("polite", examples, attach=False).wait()
+        yield folder, job.id
+        client.adapters.detach()
+
+
+@pytest.fixture
+def run(stack, work, capsys, monkeypatch):
+    monkeypatch.chdir(work[0])
+    monkeypatch.setenv("KILN_URL", stack.url)
+    monkeypatch.setenv("KILN_STATE_DIR", str(stack.state_dir))
+    return Command(capsys)
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_each_example_does_what_it_says(run, work, example, monkeypatch):
+    if example == "kiln chat":
+        monkeypatch.setattr("sys.stdin", io.StringIO("Who are you?"))
+    ran = run(*shlex.split(example.replace("JOB", work[1]))[1:])
+    if ran.exit_code == NOT_BUILT:
+        pytest.skip("the server answers 501")
+    assert ran.exit_code == 0, ran.out + ran.err
+    assert ran.out
+    if "--json" in example:
+        for line in ran.out.splitlines():
+            json.loads(line)
+
+
+def test_an_answer_is_printed_and_thinking_is_kept_apart(run):
+    plain = run("chat", "What is 2 + 3?", "--model", "base", "--temperature", "0", "--max-tokens", "24")
+    assert plain.exit_code == 0
+    assert "5" in plain.out
+    assert "base · " in plain.err
+
+    answer = run("chat", "What is 2 + 3?", "--model", "base", "--think", "--max-tokens", "8", "--json").json
+    assert answer["adapter"] == "base"
+    assert answer["usage"]["completion_tokens"] == 8
+    assert answer["reasoning"]
+    assert answer["content"] == ""
+
+
+def test_a_conversation_switches_who_answers_and_says_what_went_wrong(run, stack, monkeypatch, capsys):
+    from rich.console import Console
+
+    from kiln_cli.chat.session import ChatSession
+
+    typed = iter(
+        ["/help", "/model polite", "Hello", "/model nobody", "/models", "/think off", "/what", "/quit"]
+    )
+    with kiln.Client(stack.url) as client:
+        ChatSession(client, Console(width=100), {"max_tokens": 4}, None).run(lambda: next(typed))
+    out = capsys.readouterr().out
+    assert "polite answers" in out
+    assert re.search(r"polite@\d+ · \d+ tokens", out)
+    assert "model_not_found: " in out
+    assert "polite@1" in out
+    assert "there is no /what" in out
+
+
+def test_a_job_that_fails_or_is_refused_has_its_exit_code(run, tmp_path):
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"\n[1]\n')
+    refused = run("train", "sft", str(broken), "-a", "x", "--json")
+    assert refused.exit_code == 2
+    assert "2 broken lines: line 2: " in refused.json["error"]["message"]
+
+    broken.write_text('{"prompt": "a", "completion": "b"}\n\n{"prompt": "a"}\n')
+    refused = run("train", "sft", str(broken), "-a", "x")
+    assert refused.exit_code == 4
+    assert "conflicting_fields: line 3: an example is either" in refused.err
+    assert "request req_" in refused.err
+
+    assert run("train", "status", "job_of_nobody").exit_code == 4
+    assert run("train", "sft", "nowhere.jsonl", "-a", "x").exit_code == 2
+    assert run("adapters", "rm", "polite").exit_code == 2
+
+
+def test_a_cancelled_job_is_an_answer_of_no(run, work):
+    detached = run("train", "sft", "examples.jsonl", "-a", "long", "--epochs", "900", "--no-attach", "-d")
+    job_id = detached.out.strip()
+    assert run("train", "cancel", job_id).exit_code == 0
+    watched = run("train", "watch", job_id, "--json")
+    assert (watched.exit_code, watched.json["status"]) == (1, "cancelled")
+    assert "cancelled" in run("train", "status", job_id).out
+
+
+def test_a_job_is_the_same_one_under_its_key(run):
+    arguments = ("train", "sft", "examples.jsonl", "-a", "once", "--no-attach", "--idempotency-key", "k1")
+    first, second = run(*arguments, "--json"), run(*arguments, "--json")
+    assert first.json["id"] == second.json["id"]
+    assert second.json["result"]["version"] == 1
+
+
+def test_a_pulled_adapter_is_a_peft_folder_that_can_be_pushed(run, work):
+    pulled = run("adapters", "pull", "polite@1", "-o", "pulled.tar.gz", "--json").json
+    with tarfile.open("pulled.tar.gz") as archive:
+        names = {Path(name).name for name in archive.getnames()}
+        archive.extractall("pulled", filter="data")
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= names
+    (folder,) = Path("pulled").iterdir()
+    pushed = run("adapters", "push", str(folder), "--name", "again", "--json").json
+    assert pushed["sha256"] == pulled["sha256"]
+    assert run("adapters", "push", "nowhere", "--name", "again").exit_code == 2
+
+
+def test_nothing_that_listens_has_an_exit_code_of_its_own(run):
+    ran = run("status", "--url", "http://127.0.0.1:9", "--json")
+    assert ran.exit_code == 3
+    assert ran.json["error"]["code"] == "connection_failed"
+
+
+def test_names_are_offered_to_the_shell(run):
+    from kiln_cli.completion import complete_adapter, complete_job, complete_model
+
+    assert "polite" in complete_adapter("pol")
+    assert complete_model("ba") == ["base"]
+    assert complete_job("job_")
