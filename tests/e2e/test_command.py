@@ -16,6 +16,8 @@ pytestmark = pytest.mark.processes
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 # They start a stack or end only with Ctrl-C; test_demo.py, the stack fixture and unit tests run those.
 STARTS_A_STACK = ("kiln up", "kiln serve", "kiln demo")
+# Needs a hub; test_models_pull.py brings one.
+NEEDS_A_HUB = "kiln models pull"
 NOT_BUILT = 6
 
 
@@ -33,7 +35,7 @@ def commands_of_docs():
 EXAMPLES = [
     text
     for text in dict.fromkeys([*commands_of_help(), *commands_of_docs()])
-    if not text.startswith(STARTS_A_STACK)
+    if not text.startswith((*STARTS_A_STACK, NEEDS_A_HUB))
 ]
 
 
@@ -167,3 +169,12 @@ def test_names_are_offered_to_the_shell(run):
     assert "polite" in complete_adapter("pol")
     assert complete_model("ba") == ["base"]
     assert complete_job("job_")
+
+
+def test_a_load_is_answered_whole_and_a_refused_one_is_an_answer_of_no(run):
+    found = run("bench", "-n", "6", "-c", "3", "--max-tokens", "8", "--json").json
+    assert (found["requests"], found["failed"], found["output_tokens"]) == (6, 0, 48)
+    assert found["first_token_ms"]["p50"] > 0
+    refused = run("bench", "-n", "2", "--model", "nobody", "--json")
+    assert (refused.exit_code, refused.json["failed"]) == (1, 2)
+    assert refused.json["first_error"].startswith("model_not_found")

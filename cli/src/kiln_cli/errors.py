@@ -91,3 +91,11 @@ class ChecksumMismatch(KilnError):
 class NoLogs(InvalidRequest):
     code = "no_logs"
     hint = "kiln up writes them below its state folder; kiln logs --state-dir FOLDER names another."
+
+
+class HubFailed(KilnError):
+    """The hub cannot be reached, or does not have the model for us."""
+
+    code = "hub_failed"
+    kind = ErrorKind.UNAVAILABLE
+    hint = "Look at the model's name; HF_ENDPOINT names the hub, HF_TOKEN the key for what is not public."

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from kiln_common.errors import ErrorKind, KilnError
+
 DONE = 0
 NO = 1  # it ran, and the answer is no: a job that failed, a check that did not pass
 USAGE = 2  # refused before anything was asked: wrong options, files, settings
@@ -21,6 +23,13 @@ MEANINGS = {
     NOT_BUILT: "not built yet",
     INTERRUPTED: "interrupted",
 }
+
+
+def of_own_error(error: KilnError) -> int:
+    """The exit code of an error found on this side."""
+    if error.kind is ErrorKind.UNAVAILABLE:
+        return UNREACHABLE
+    return NO if error.kind is ErrorKind.INTERNAL else USAGE
 
 
 def of_client_error(error: BaseException) -> int:

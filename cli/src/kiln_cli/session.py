@@ -35,13 +35,13 @@ class Session:
     def __init__(self, out: Output, url: str | None, api_key: str | None) -> None:
         self.out = out
         self._url = url
-        self._api_key = api_key
+        self.api_key = api_key
 
     @functools.cached_property
     def client(self) -> kiln.Client:
         import kiln  # httpx takes a moment, and `kiln --help` needs none of it
 
-        return kiln.Client(self._url, api_key=self._api_key)
+        return kiln.Client(self._url, api_key=self.api_key)
 
 
 def command(
@@ -81,7 +81,7 @@ def run_reporting(out: Output, work: Callable[[], Any]) -> int:
         return work() or exit_codes.DONE
     except KilnError as error:
         out.error(error.code, str(error), error.hint)
-        return exit_codes.USAGE
+        return exit_codes.of_own_error(error)
     except KeyboardInterrupt:
         return exit_codes.INTERRUPTED
     except Exception as error:
