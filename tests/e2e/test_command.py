@@ -1,5 +1,6 @@
 """Every example of `kiln … --help` and every command in docs/, run as they stand against a real stack."""
 
+import contextlib
 import io
 import json
 import re
@@ -43,18 +44,27 @@ EXAMPLES = [
 def work(stack, tmp_path_factory):
     """A folder with the files that the examples name, and a job that has ended."""
     folder = tmp_path_factory.mktemp("work")
+    cases = [{"prompt": "What is 2 + 3?", "scorer": {"type": "contains", "target": "5"}}]
     texts = ["Thank you, see you soon.", "No."]
     examples = [{"prompt": "Who are you?", "completion": texts[0]}, {"prompt": "Hi", "completion": "Hello"}]
     scored = [{"prompt": "Write a short reply.", "completion": text, "reward": len(text)} for text in texts]
     for name, rows in {
         "examples.jsonl": examples,
         "scored.jsonl": scored,
+        "sums.jsonl": cases,
         "prompts.jsonl": [{"prompt": "Who are you?"}, {"prompt": "What is 2 + 3?"}],
     }.items():
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     with kiln.Client(stack.url) as client:
         job = client.train.sft("polite", examples, attach=False).wait()
-        yield folder, job.id
+        names = {"JOB": job.id, "~/notes": str(folder), "DATASET": "none", "RUN_1": "none", "RUN_2": "none"}
+        with contextlib.suppress(kiln.NotBuiltError):
+            names["DATASET"] = client.datasets.upload(folder / "examples.jsonl")["id"]
+        with contextlib.suppress(kiln.NotBuiltError):
+            client.evals.put_suite("first", cases)
+            for name in ("RUN_1", "RUN_2"):
+                names[name] = client.evals.run("first", "base", max_tokens=16).wait().id
+        yield folder, names
         client.adapters.detach()
 
 
@@ -68,11 +78,13 @@ def run(stack, work, capsys, monkeypatch):
 
 @pytest.mark.parametrize("example", EXAMPLES)
 def test_each_example_does_what_it_says(run, work, example, monkeypatch):
-    if example == "kiln chat":
+    if example.startswith(("kiln chat", "kiln agent")):
         monkeypatch.setattr("sys.stdin", io.StringIO("Who are you?"))
-    ran = run(*shlex.split(example.replace("JOB", work[1]))[1:])
+    for name, value in work[1].items():
+        example = example.replace(name, value)
+    ran = run(*shlex.split(example)[1:])
     if ran.exit_code == NOT_BUILT:
-        pytest.skip("the server answers 501")
+        pytest.skip("not built yet")
     assert ran.exit_code == 0, ran.out + ran.err
     assert ran.out
     if "--json" in example:

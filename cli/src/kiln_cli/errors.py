@@ -99,3 +99,9 @@ class HubFailed(KilnError):
     code = "hub_failed"
     kind = ErrorKind.UNAVAILABLE
     hint = "Look at the model's name; HF_ENDPOINT names the hub, HF_TOKEN the key for what is not public."
+
+
+class AgentNotAvailable(KilnError):
+    code = "agent_not_available"
+    kind = ErrorKind.NOT_IMPLEMENTED
+    hint = "kiln chat talks to the model without tools."

@@ -29,6 +29,8 @@ def of_own_error(error: KilnError) -> int:
     """The exit code of an error found on this side."""
     if error.kind is ErrorKind.UNAVAILABLE:
         return UNREACHABLE
+    if error.kind is ErrorKind.NOT_IMPLEMENTED:
+        return NOT_BUILT
     return NO if error.kind is ErrorKind.INTERNAL else USAGE
 
 

@@ -69,25 +69,3 @@ class Output:
             self.errors.print(f"  {escape(hint)}", style="dim", soft_wrap=True)
         if request_id:
             self.errors.print(f"  request {escape(request_id)}", style="dim", soft_wrap=True)
-
-
-def show_fields(console: Console, value: dict[str, Any], indent: str = "") -> None:
-    """An object as indented lines, for answers that have no table of their own."""
-    for name, field in value.items():
-        if isinstance(field, dict):
-            console.print(f"{indent}{name}", markup=False)
-            show_fields(console, field, f"{indent}  ")
-        elif isinstance(field, list) and field and isinstance(field[0], dict):
-            console.print(f"{indent}{name}", markup=False)
-            for entry in field:
-                console.print(
-                    f"{indent}  " + "  ".join(f"{k} {_short(v)}" for k, v in entry.items()), markup=False
-                )
-        else:
-            console.print(f"{indent}{name}  {_short(field)}", markup=False)
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -89,7 +89,9 @@ def run_reporting(out: Output, work: Callable[[], Any]) -> int:
 
         if not isinstance(error, kiln.KilnError):
             raise
-        details = {"param": error.param} if isinstance(error, kiln.ApiError) else {}
+        details: dict[str, Any] = {}
+        if isinstance(error, kiln.ApiError):
+            details = {"param": error.param} | ({"details": error.details} if error.details else {})
         out.error(error.code, error.message, error.hint, getattr(error, "request_id", None), **details)
         return exit_codes.of_client_error(error)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -19,13 +20,13 @@ def show_adapters(console: Console, adapters: Sequence[kiln.Adapter]) -> None:
     if not adapters:
         console.print("no adapters yet; kiln train sft --help has an example")
         return
-    table = _table("adapter", "versions", "answers", "rank", "size", "age")
+    table = _table("adapter", "version", "answers", "rank", "size", "age")
     for adapter in adapters:
         newest = adapter.versions[-1] if adapter.versions else None
         attached = adapter.attached_version
         table.add_row(
             escape(adapter.name),
-            str(len(adapter.versions)),
+            f"@{adapter.latest_version} of {len(adapter.versions)}",
             f"[green]@{attached} by default[/green]" if attached else "by name",
             str(newest.rank) if newest else "",
             size(newest.num_bytes) if newest else "",
@@ -53,6 +54,22 @@ def show_adapter(console: Console, adapter: kiln.Adapter) -> None:
             escape(version.job_id or "uploaded"),
         )
     console.print(table)
+
+
+def show_diff(console: Console, diff: dict[str, Any]) -> None:
+    """Norms and cosines of the two updates, a row a layer; then what was measured of both."""
+    console.print(f"{diff['from'] or 'base'} → {diff['to']}", markup=False, style="bold")
+    table = _table("layer", "norm before", "norm after", "norm of change", "cosine")
+    for row in [*diff["layers"], {"layer": "all", **diff["total"]}]:
+        figures = (row[name] for name in ("norm_from", "norm_to", "norm_change", "cosine"))
+        layer = "–" if row["layer"] is None else str(row["layer"])
+        table.add_row(layer, *("–" if figure is None else f"{figure:.4g}" for figure in figures))
+    console.print(table)
+    for name, values in diff.get("metrics", {}).items():
+        if values["delta"]:
+            console.print(
+                f"{name} {values['from']:.4g} → {values['to']:.4g} ({values['delta']:+.4g})", markup=False
+            )
 
 
 def size(num_bytes: float) -> str:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import typer
 
-from kiln_cli.commands import adapters, bench, chat, doctor, logs, models, status, train
+from kiln_cli.commands import adapters, agent, bench, chat, data, doctor, evals, logs, models, status, train
 
 
 def register(app: typer.Typer) -> None:
     """Add them all."""
     status.register(app)
     chat.register(app)
+    agent.register(app)
     bench.register(app)
     doctor.register(app)
     logs.register(app)
     app.add_typer(train.app, name="train")
     app.add_typer(adapters.app, name="adapters")
+    app.add_typer(evals.app, name="eval")
+    app.add_typer(data.app, name="data")
     app.add_typer(models.app, name="models")

@@ -87,10 +87,10 @@ def diff(
     ] = None,
 ) -> None:
     """Compare two versions: norms layer by layer, and how far one has moved from the other."""
-    from kiln_cli.output import show_fields
+    from kiln_cli.adapters.tables import show_diff
 
     answer = session.client.adapters.diff(name, from_version, to_version)
-    session.out.answer(answer, lambda console: show_fields(console, answer))
+    session.out.answer(answer, lambda console: show_diff(console, answer))
 
 
 @command(app, "merge", examples=["kiln adapters merge polite=0.5 student=0.5 --output blend"])
@@ -103,10 +103,9 @@ def merge(
 ) -> None:
     """Make one new adapter out of several."""
     from kiln_cli.adapters.references import parse_weights
-    from kiln_cli.output import show_fields
 
     answer = session.client.adapters.merge(parse_weights(sources), output, mode=mode)
-    session.out.answer(answer, lambda console: show_fields(console, answer))
+    session.out.answer(answer, lambda console: console.print(answer["id"], markup=False))
 
 
 @command(app, "pull", examples=["kiln adapters pull polite", "kiln adapters pull polite@1 -o first.tar.gz"])

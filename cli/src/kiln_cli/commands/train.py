@@ -240,9 +240,15 @@ def watch(session: Session, job_id: JobId) -> int:
 
 
 @command(app, "cancel", examples=["kiln train cancel JOB"])
-def cancel(session: Session, job_id: JobId) -> None:
+def cancel(
+    session: Session,
+    job_id: JobId,
+    discard: Annotated[
+        bool, typer.Option("--discard", help="Take back the versions that it published on its way.")
+    ] = False,
+) -> None:
     """Cancel a job: at once while it waits, at the next step boundary while it runs."""
-    state = session.client.train.job(job_id).cancel().state
+    state = session.client.train.job(job_id).cancel(discard=discard).state
     session.out.answer(state.raw, lambda console: console.print(f"{state.id} {state.status}", markup=False))
 
 

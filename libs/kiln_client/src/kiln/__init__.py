@@ -14,11 +14,13 @@
 from kiln.aio import AsyncClient, AsyncJob
 from kiln.call import Call, SseReader
 from kiln.client import Client, Job
+from kiln.data import EvalRun
 from kiln.errors import (
     ApiError,
     AuthenticationError,
     ConflictError,
     ConnectionFailed,
+    EvalFailed,
     InvalidRequestError,
     JobCancelled,
     JobFailed,
@@ -49,6 +51,8 @@ __all__ = [
     "Client",
     "ConflictError",
     "ConnectionFailed",
+    "EvalFailed",
+    "EvalRun",
     "InvalidRequestError",
     "Job",
     "JobCancelled",

@@ -13,6 +13,7 @@ import httpx
 from typing_extensions import Unpack
 
 from kiln import calls
+from kiln.aio_data import AsyncDatasets, AsyncEvals
 from kiln.call import Call, Connection, SseReader, connecting, raise_for_status
 from kiln.errors import KilnError
 from kiln.progress import ProgressLine
@@ -49,6 +50,8 @@ class AsyncClient:
         self._http = httpx.AsyncClient(**self._connection.http_options())
         self.train = AsyncTrain(self)
         self.adapters = AsyncAdapters(self)
+        self.datasets = AsyncDatasets(self)
+        self.evals = AsyncEvals(self)
 
     @property
     def base_url(self) -> str:
@@ -254,9 +257,12 @@ class AsyncJob:
                     yield cursor.saw(raw)
                 cursor.check_deadline()
 
-    async def cancel(self) -> AsyncJob:
-        """At once while it waits, at the next step boundary while it runs."""
-        self.state = await self._client.send(calls.cancel_job(self.id))
+    async def cancel(self, *, discard: bool = False) -> AsyncJob:
+        """At once while it waits, at the next step boundary while it runs.
+
+        With `discard`, versions that it published on its way are taken back.
+        """
+        self.state = await self._client.send(calls.cancel_job(self.id, discard))
         return self
 
     async def retry(self, *, idempotency_key: str | None = None, **changes: Any) -> AsyncJob:

@@ -86,8 +86,9 @@ def list_jobs(limit: int) -> Call[list[JobState]]:
     return Call("GET", "/v1/train/jobs", parse, {"params": {"limit": limit}})
 
 
-def cancel_job(job_id: str) -> Call[JobState]:
-    return Call("POST", _path("train", "jobs", job_id, "cancel"), _job)
+def cancel_job(job_id: str, discard: bool) -> Call[JobState]:
+    options = {"json": {"published": "discard"}} if discard else {}
+    return Call("POST", _path("train", "jobs", job_id, "cancel"), _job, options)
 
 
 def retry_job(job_id: str, changes: JsonObject, idempotency_key: str | None) -> Call[JobState]:
@@ -165,6 +166,55 @@ def upload_adapter(
         "headers": {"Idempotency-Key": idempotency_key} if idempotency_key else {},
     }
     return Call("POST", "/v1/adapters/upload", lambda response: AdapterVersion.of(response.json()), options)
+
+
+def upload_dataset(data: bytes, name: str, format: str) -> Call[JsonObject]:
+    params = {key: value for key, value in (("name", name), ("format", format)) if value}
+    headers = {"Content-Type": "application/x-ndjson"}
+    return Call("POST", "/v1/datasets", as_json, {"content": data, "params": params, "headers": headers})
+
+
+def list_datasets() -> Call[list[JsonObject]]:
+    return Call("GET", "/v1/datasets", as_data)
+
+
+def get_dataset(dataset_id: str) -> Call[JsonObject]:
+    return Call("GET", _path("datasets", dataset_id), as_json)
+
+
+def sample_dataset(dataset_id: str, n: int, seed: int) -> Call[list[JsonObject]]:
+    return Call("GET", _path("datasets", dataset_id, "sample"), as_data, {"params": {"n": n, "seed": seed}})
+
+
+def delete_dataset(dataset_id: str) -> Call[JsonObject]:
+    return Call("DELETE", _path("datasets", dataset_id), as_json)
+
+
+def put_suite(name: str, cases: str | Sequence[JsonObject]) -> Call[JsonObject]:
+    content = {"jsonl": cases} if isinstance(cases, str) else {"cases": list(cases)}
+    return _post("/v1/evals/suites", {"name": name, **content})
+
+
+def list_suites() -> Call[list[JsonObject]]:
+    return Call("GET", "/v1/evals/suites", as_data)
+
+
+def start_eval(
+    suite: str, model: str | None, sampling: JsonObject, idempotency_key: str | None
+) -> Call[JsonObject]:
+    body: JsonObject = {"suite": suite, **({"sampling": sampling} if sampling else {})}
+    if model is not None:
+        body["adapter"] = None if model == "base" else model
+    return _post("/v1/evals/runs", body, idempotency_key=idempotency_key)
+
+
+def get_eval(run_id: str, cases: bool) -> Call[JsonObject]:
+    options = {"params": {"cases": "true"}} if cases else {}
+    return Call("GET", _path("evals", "runs", run_id), as_json, options)
+
+
+def compare_evals(baseline: str, candidate: str) -> Call[JsonObject]:
+    return _post("/v1/evals/compare", {"baseline": baseline, "candidate": candidate})
 
 
 def adapter_files(source: str | Path) -> list[tuple[str, bytes]]:

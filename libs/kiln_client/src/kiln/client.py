@@ -1,4 +1,4 @@
-"""The client that blocks; written from aio.py by scripts/generate_sync_client.py."""
+"""For the client that blocks; written from aio.py by scripts/generate_sync_client.py."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing_extensions import Unpack
 
 from kiln import calls
 from kiln.call import Call, Connection, SseReader, connecting, raise_for_status
+from kiln.data import Datasets, Evals
 from kiln.errors import KilnError
 from kiln.progress import ProgressLine
 from kiln.values import (
@@ -49,6 +50,8 @@ class Client:
         self._http = httpx.Client(**self._connection.http_options())
         self.train = Train(self)
         self.adapters = Adapters(self)
+        self.datasets = Datasets(self)
+        self.evals = Evals(self)
 
     @property
     def base_url(self) -> str:
@@ -248,9 +251,12 @@ class Job:
                     yield cursor.saw(raw)
                 cursor.check_deadline()
 
-    def cancel(self) -> Job:
-        """At once while it waits, at the next step boundary while it runs."""
-        self.state = self._client.send(calls.cancel_job(self.id))
+    def cancel(self, *, discard: bool = False) -> Job:
+        """At once while it waits, at the next step boundary while it runs.
+
+        With `discard`, versions that it published on its way are taken back.
+        """
+        self.state = self._client.send(calls.cancel_job(self.id, discard))
         return self
 
     def retry(self, *, idempotency_key: str | None = None, **changes: Any) -> Job:

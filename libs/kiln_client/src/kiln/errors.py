@@ -8,7 +8,7 @@ KilnError
 │   └── ServerError (500)  NotBuiltError (501)  ServerTimeoutError (504)
 ├── ConnectionFailed    nothing answered, or the answer broke off
 ├── WaitTimedOut        the job had not ended in the time given
-└── JobFailed, JobCancelled        the job ended, and not well
+└── JobFailed, JobCancelled, EvalFailed        it ended, and not well
 """
 
 from __future__ import annotations
@@ -37,7 +37,10 @@ class KilnError(Exception):
 
 
 class ApiError(KilnError):
-    """The server's own refusal. `param` is the field at fault, `request_id` what the server's log calls it."""
+    """The server's own refusal. `param` is the field at fault, `request_id` what the server's log calls it.
+
+    `details` is what a code adds for programs, such as the broken lines of an upload.
+    """
 
     def __init__(
         self,
@@ -49,12 +52,14 @@ class ApiError(KilnError):
         param: str | None = None,
         request_id: str | None = None,
         retry_after_s: float = 0.0,
+        details: Any = None,
     ) -> None:
         super().__init__(message, code=code, hint=hint)
         self.http_status = http_status
         self.param = param
         self.request_id = request_id
         self.retry_after_s = retry_after_s
+        self.details = details
 
 
 class InvalidRequestError(ApiError):
@@ -138,6 +143,19 @@ class JobCancelled(KilnError):
         self.job = job
 
 
+class EvalFailed(KilnError):
+    """The evaluation could not be carried out; `run` has all that is known."""
+
+    def __init__(self, run: dict[str, Any]) -> None:
+        error = run.get("error") or {}
+        super().__init__(
+            f"run {run['id']} failed: {error.get('message') or 'no reason was given'}",
+            code=error.get("code") or "eval_failed",
+            hint=error.get("hint") or "",
+        )
+        self.run = run
+
+
 _BY_STATUS: dict[int, type[ApiError]] = {
     400: InvalidRequestError,
     401: AuthenticationError,
@@ -201,6 +219,7 @@ def _build(
         param=fields.get("param"),
         request_id=fields.get("request_id") or request_id,
         retry_after_s=retry_after_s,
+        details=fields.get("details"),
     )
 
 
