@@ -3,8 +3,12 @@
 import contextlib
 import io
 import json
+import os
 import re
 import shlex
+import signal
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -175,12 +179,47 @@ def test_nothing_that_listens_has_an_exit_code_of_its_own(run):
     assert ran.json["error"]["code"] == "connection_failed"
 
 
-def test_names_are_offered_to_the_shell(run):
-    from kiln_cli.completion import complete_adapter, complete_job, complete_model
+def test_commands_and_names_are_offered_to_the_shell(run, stack):
+    def offered(words):
+        environment = {
+            **os.environ,
+            "_KILN_COMPLETE": "complete_bash",
+            "COMP_WORDS": words,
+            "COMP_CWORD": str(len(words.split()) - 1),
+            "KILN_URL": stack.url,
+        }
+        # The name it is called by decides which variable a shell sets.
+        script = "import sys; sys.argv = ['kiln']; from kiln_cli.main import main; main([])"
+        done = subprocess.run(
+            [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False
+        )
+        return done.stdout.split()
 
-    assert "polite" in complete_adapter("pol")
-    assert complete_model("ba") == ["base"]
-    assert complete_job("job_")
+    assert offered("kiln adapt") == ["adapters"]
+    assert "polite" in offered("kiln adapters show pol")
+    assert offered("kiln chat --model ba") == ["base"]
+    assert all(job.startswith("job_") for job in offered("kiln train watch job_"))
+
+
+def test_ctrl_c_leaves_the_job_alone(run, stack):
+    command = [
+        sys.executable,
+        "-m",
+        "kiln_cli",
+        "train",
+        "sft",
+        "examples.jsonl",
+        "-a",
+        "long",
+        "--no-attach",
+    ]
+    with subprocess.Popen([*command, "--epochs", "900"], stderr=subprocess.PIPE, text=True) as process:
+        job_id = next(line.split()[0] for line in process.stderr if "step" in line or "/" in line)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 130
+        assert f"{job_id} goes on" in process.stderr.read()
+    assert stack.get(f"/v1/train/jobs/{job_id}")["status"] == "running"
+    assert run("train", "cancel", job_id).exit_code == 0
 
 
 def test_a_load_is_answered_whole_and_a_refused_one_is_an_answer_of_no(run):

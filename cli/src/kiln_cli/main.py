@@ -12,7 +12,7 @@ import typer
 import kiln_cli
 from kiln_cli import commands, exit_codes
 from kiln_cli.output import Output
-from kiln_cli.session import Json
+from kiln_cli.session import MACHINE, Json
 from kiln_common.errors import KilnError
 
 app = typer.Typer(
@@ -40,7 +40,7 @@ def _root(
     """Serve Qwen3.5 through the OpenAI API, and let it learn from rewards while it serves."""
 
 
-@app.command()
+@app.command(rich_help_panel=MACHINE)
 def up(
     model: Annotated[
         str | None,
@@ -120,10 +120,10 @@ def up(
     raise typer.Exit(code)
 
 
-app.command("serve", help="The same as [bold]kiln up[/bold].")(up)
+app.command("serve", help="The same as [bold]kiln up[/bold].", rich_help_panel=MACHINE)(up)
 
 
-@app.command()
+@app.command(rich_help_panel=MACHINE)
 def demo(
     seed: Annotated[int, typer.Option(help="Order of prompts and shuffling.")] = 0,
     rounds: Annotated[int, typer.Option(help="Sample, score, train: how often.", min=1)] = 16,
@@ -149,7 +149,7 @@ def demo(
     raise typer.Exit(run(seed, state_dir, LearningPlan(num_rounds=rounds), as_json=as_json))
 
 
-@app.command()
+@app.command(rich_help_panel=MACHINE)
 def version(as_json: Json = False) -> None:
     """Print the version.
 

@@ -16,6 +16,9 @@ from kiln_common.errors import KilnError
 if TYPE_CHECKING:
     import kiln
 
+# Where the list of commands shows a command.
+MACHINE, SERVER, LEARNING = "This machine", "A running server", "Learning"
+
 Json = Annotated[bool, typer.Option("--json", help="Answer with one JSON document.")]
 Url = Annotated[
     str | None,
@@ -45,7 +48,12 @@ class Session:
 
 
 def command(
-    app: typer.Typer, name: str, *, examples: Sequence[str], asks_server: bool = True, hidden: bool = False
+    app: typer.Typer,
+    name: str,
+    *,
+    examples: Sequence[str],
+    asks_server: bool = True,
+    panel: str | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register `function(session, …options)` as a command with --json and, unless told not to, --url and
     --api-key. The function's docstring is the help; `examples` are run by the tests as they stand.
@@ -69,10 +77,19 @@ def command(
         text = inspect.cleandoc(function.__doc__ or "")
         shown = "\n".join(f"\n[bold]{example}[/bold]" for example in examples)
         label = "Example:" if len(examples) == 1 else "Examples:"
-        app.command(name, help=f"{text}\n\n{label}\n{shown}", hidden=hidden)(run)
+        app.command(
+            name,
+            help=f"{text}\n\n{label}\n{shown}",
+            short_help=first_sentence(text),
+            rich_help_panel=panel,
+        )(run)
         return function
 
     return register
+
+
+def first_sentence(text: str) -> str:
+    return " ".join(text.partition("\n\n")[0].split()).partition(". ")[0].rstrip(".") + "."
 
 
 def run_reporting(out: Output, work: Callable[[], Any]) -> int:

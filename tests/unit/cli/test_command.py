@@ -1,5 +1,7 @@
 """What `kiln` says about itself, and how it ends."""
 
+import json
+
 import pytest
 from typer.testing import CliRunner
 
@@ -98,3 +100,26 @@ def test_help_does_not_load_what_only_commands_need():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_what_happens_to_the_services_is_a_line_of_json_each(capsys, tmp_path):
+    from kiln_cli.up.json_lines import UpJsonLines
+
+    console = UpJsonLines("http://localhost:1", tmp_path, is_verbose=True)
+    console.starting("a model", tmp_path)
+    console.service_ready("engine", 1.23456, "on cpu")
+    console.service_line("engine", '{"event": "x", "level": "error"}')
+    console.all_ready()
+    console.all_ready()
+    console.service_exited("engine", -9, 0.5)
+    console.stopped()
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["event"] for line in lines] == [
+        "starting",
+        "service_ready",
+        "ready",
+        "service_exited",
+        "stopped",
+    ]
+    assert lines[1] == {"event": "service_ready", "service": "engine", "seconds": 1.235, "detail": "on cpu"}
+    assert lines[2]["url"] == "http://localhost:1"

@@ -14,7 +14,7 @@ import typer
 
 from kiln_cli import exit_codes
 from kiln_cli.chat.sampling import MaxTokens, Model, Temperature, request_fields
-from kiln_cli.session import Session, command
+from kiln_cli.session import SERVER, Session, command
 
 if TYPE_CHECKING:
     from kiln_cli.agent.session import Agent
@@ -39,8 +39,8 @@ class _Limits:
 
 
 def register(app: typer.Typer) -> None:
-    command(app, "agent", examples=["kiln agent", "kiln agent --work ~/notes --yes"])(agent)
-    command(app, "run", examples=["kiln run 'What is 2 + 3?' --max-tokens 32"])(run)
+    command(app, "agent", examples=["kiln agent", "kiln agent --work ~/notes --yes"], panel=SERVER)(agent)
+    command(app, "run", examples=["kiln run 'What is 2 + 3?' --max-tokens 32"], panel=SERVER)(run)
 
 
 def agent(

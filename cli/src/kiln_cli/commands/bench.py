@@ -8,7 +8,7 @@ import typer
 
 from kiln_cli import exit_codes
 from kiln_cli.chat.sampling import Model
-from kiln_cli.session import Session, command
+from kiln_cli.session import SERVER, Session, command
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def register(app: typer.Typer) -> None:
     examples = ["kiln bench", "kiln bench --requests 8 --concurrency 4 --max-tokens 16 --json"]
-    command(app, "bench", examples=examples)(bench)
+    command(app, "bench", examples=examples, panel=SERVER)(bench)
 
 
 def bench(

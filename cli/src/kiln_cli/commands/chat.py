@@ -9,12 +9,16 @@ import typer
 
 from kiln_cli.chat.sampling import MaxTokens, Model, Seed, Temperature, request_fields
 from kiln_cli.errors import NothingToSay
-from kiln_cli.session import Session, command
+from kiln_cli.session import SERVER, Session, command
 
 
 def register(app: typer.Typer) -> None:
-    command(app, "chat", examples=["kiln chat", "kiln chat 'What is 2 + 3?' --model base"])(chat)
-    command(app, "complete", examples=["kiln complete 'Once upon a time' --max-tokens 16"])(complete)
+    command(app, "chat", examples=["kiln chat", "kiln chat 'What is 2 + 3?' --model base"], panel=SERVER)(
+        chat
+    )
+    command(app, "complete", examples=["kiln complete 'Once upon a time' --max-tokens 16"], panel=SERVER)(
+        complete
+    )
 
 
 def chat(

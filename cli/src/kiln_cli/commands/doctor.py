@@ -8,11 +8,11 @@ from typing import Annotated
 import typer
 
 from kiln_cli import exit_codes
-from kiln_cli.session import Session, command
+from kiln_cli.session import MACHINE, Session, command
 
 
 def register(app: typer.Typer) -> None:
-    command(app, "doctor", examples=["kiln doctor", "kiln doctor --strict --json"])(doctor)
+    command(app, "doctor", examples=["kiln doctor", "kiln doctor --strict --json"], panel=MACHINE)(doctor)
 
 
 def doctor(

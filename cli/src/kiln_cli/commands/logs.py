@@ -9,12 +9,12 @@ from typing import Annotated, Literal
 
 import typer
 
-from kiln_cli.session import Session, command
+from kiln_cli.session import MACHINE, Session, command
 
 
 def register(app: typer.Typer) -> None:
     examples = ["kiln logs", "kiln logs engine trainer --level info --lines 20 --json"]
-    command(app, "logs", examples=examples, asks_server=False)(logs)
+    command(app, "logs", examples=examples, asks_server=False, panel=MACHINE)(logs)
 
 
 def logs(

@@ -5,11 +5,11 @@ from __future__ import annotations
 import typer
 
 from kiln_cli import exit_codes
-from kiln_cli.session import Session, command
+from kiln_cli.session import SERVER, Session, command
 
 
 def register(app: typer.Typer) -> None:
-    @command(app, "status", examples=["kiln status", "kiln status --json"])
+    @command(app, "status", examples=["kiln status", "kiln status --json"], panel=SERVER)
     def status(session: Session) -> int:
         """Say what a running server does: its model, engines, training and adapters.
 
