@@ -154,6 +154,22 @@ def test_a_cancelled_job_is_an_answer_of_no(run, work):
     assert "cancelled" in run("train", "status", job_id).out
 
 
+def test_at_a_terminal_a_job_is_watched_to_its_end(stack, work):
+    from rich.console import Console
+
+    from kiln_cli.train.live_view import watch
+
+    terminal = Console(force_terminal=True, width=100, file=io.StringIO())
+    with kiln.Client(stack.url) as client:
+        examples = [json.loads(line) for line in (work[0] / "examples.jsonl").read_text().splitlines()]
+        ended = watch(client.train.sft("seen", examples, epochs=8, attach=False), terminal)
+    shown = terminal.file.getvalue()
+    assert (ended.status, ended.version) == ("succeeded", "seen@1")
+    assert "step 8/8" in shown
+    assert "tokens/s" in shown
+    assert re.search(r"loss .*█", shown)
+
+
 def test_a_job_is_the_same_one_under_its_key(run):
     arguments = ("train", "sft", "examples.jsonl", "-a", "once", "--no-attach", "--idempotency-key", "k1")
     first, second = run(*arguments, "--json"), run(*arguments, "--json")

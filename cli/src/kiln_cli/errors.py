@@ -105,3 +105,8 @@ class AgentNotAvailable(KilnError):
     code = "agent_not_available"
     kind = ErrorKind.NOT_IMPLEMENTED
     hint = "kiln chat talks to the model without tools."
+
+
+class NoTrainingData(InvalidRequest):
+    code = "no_training_data"
+    hint = "kiln train sft examples.jsonl --adapter NAME, or --dataset ID; - is standard input."

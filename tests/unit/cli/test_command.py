@@ -81,6 +81,12 @@ def test_an_error_is_json_on_standard_output_when_json_was_asked_for(capsys):
     assert ran.json["error"]["code"] == "unknown_gpu_sharing"
 
 
+@pytest.mark.parametrize("data", [(), ("f.jsonl", "--dataset", "ds_1")])
+def test_examples_come_from_one_place(capsys, data):
+    ran = Command(capsys)("train", "sft", *data, "--adapter", "a", "--json")
+    assert (ran.exit_code, ran.json["error"]["code"]) == (2, "no_training_data")
+
+
 def test_nothing_is_asked_without_text(capsys):
     ran = Command(capsys)("chat", "  ")
     assert (ran.exit_code, ran.err.startswith("no_text: ")) == (2, True)

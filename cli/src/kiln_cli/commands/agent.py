@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 Work = Annotated[
     Path | None,
     typer.Option(
-        help="The folder that code may write to. A temporary one when left out.", show_default=False
+        help="The folder that code may write to. A temporary one when left out. Under root, a folder of root's is given to the user nobody.",
+        show_default=False,
     ),
 ]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Run tool calls without asking.")]

@@ -25,10 +25,14 @@ BaseAdapter = Annotated[
         help="Start from a name or name@version. The adapter's latest when left out.", show_default=False
     ),
 ]
-LearningRate = Annotated[float | None, typer.Option("--learning-rate", "--lr", show_default=False)]
+LearningRate = Annotated[
+    float | None, typer.Option("--learning-rate", "--lr", help="Highest of the schedule.", show_default=False)
+]
 Epochs = Annotated[int | None, typer.Option(help="Times through the data.", min=1, show_default=False)]
 Rank = Annotated[int | None, typer.Option(help="Rank of the LoRA.", min=1, show_default=False)]
-JobSeed = Annotated[int | None, typer.Option("--seed", min=0, show_default=False)]
+JobSeed = Annotated[
+    int | None, typer.Option("--seed", help="Order of the data and fresh weights.", min=0, show_default=False)
+]
 Attach = Annotated[
     bool | None,
     typer.Option(

@@ -7,6 +7,7 @@ from typing import Any
 
 import kiln
 from kiln_cli import exit_codes
+from kiln_cli.errors import NoTrainingData
 from kiln_cli.session import Session
 from kiln_cli.train.jsonl import Row, grpo_groups, line_of_field, read_rows
 
@@ -20,7 +21,9 @@ class Following:
 
 
 def sft_data(file: str | None, dataset: str | None) -> tuple[dict[str, Any], list[int]]:
-    """The body's data, and the file's lines that its entries stand on."""
+    """The body's data, and the file's lines that its entries stand on. Raises NoTrainingData."""
+    if (file is None) == (dataset is None):
+        raise NoTrainingData("give either a file of examples or --dataset")
     if dataset is not None:
         return {"dataset": dataset}, []
     rows = read_rows(file or "-")
