@@ -56,7 +56,8 @@ protos: setup-dev ## Regenerate the protobuf code
 	scripts/generate_protos.sh
 
 .PHONY: docs
-docs: setup-dev ## Regenerate the pages of docs/ that come from code
+docs: setup-dev ## Regenerate the pages of docs/ that come from code, and the blocking client
+	.venv/bin/python scripts/generate_sync_client.py
 	.venv/bin/python scripts/generate_docs.py
 	KILN_WRITE_DOCS=1 .venv/bin/python -m pytest -q tests/conformance/test_openai_fields.py
 
