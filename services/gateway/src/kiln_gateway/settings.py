@@ -44,11 +44,13 @@ class GatewaySettings(BaseSettings):
     model_path: str = Field(description="checkpoint folder or hub id: tokenizer and chat template")
     served_model_name: str = Field("", description="the base model's id; empty takes the engine's own")
     engine_addresses: CommaSeparated = Field(
-        ("127.0.0.1:8430",), description="gRPC addresses, comma separated"
+        ("127.0.0.1:8430",),
+        description="gRPC addresses, comma separated; engines that announce themselves on Redis are found"
+        " besides, and need not be named",
     )
     registry_address: str = "127.0.0.1:8431"
     trainer_address: str = "127.0.0.1:8432"
-    redis_url: str = Field("", description="empty: no rollouts are kept")
+    redis_url: str = Field("", description="empty: no rollouts are kept, and only configured engines found")
 
     rollout_ttl_s: PositiveInt = Field(3600, description="how long a rollout is kept")
     rollout_max_bytes: PositiveInt = Field(
