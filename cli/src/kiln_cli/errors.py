@@ -47,3 +47,10 @@ class UnknownGpuSharing(InvalidRequest):
 class ModelNotFound(InvalidRequest):
     code = "model_not_found"
     hint = "Give a folder with config.json and *.safetensors, or a hub id such as Qwen/Qwen3.5-4B."
+
+
+class NotEnoughGpus(InvalidRequest):
+    """`--engines` asks for more engines than there are GPUs."""
+
+    code = "not_enough_gpus"
+    hint = "Start fewer engines, show more GPUs with CUDA_VISIBLE_DEVICES, or add --device cpu."

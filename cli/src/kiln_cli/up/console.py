@@ -78,7 +78,7 @@ class UpConsole:
 
     @staticmethod
     def _tag(name: str) -> str:
-        return f"[{_COLOURS.get(name, 'white')}]{name:<9}[/]"
+        return f"[{_COLOURS.get(name.partition('-')[0], 'white')}]{name:<9}[/]"
 
 
 def _readable(line: str) -> tuple[str, str]:

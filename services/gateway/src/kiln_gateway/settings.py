@@ -38,6 +38,12 @@ class GatewaySettings(BaseSettings):
 
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8420, ge=0, le=65535)
+    reuse_port: bool = Field(
+        False, description="share the port with other gateways of this machine that are set so too"
+    )
+    socket_path: str = Field(
+        "", description="a Unix socket to answer on besides, for probes of one gateway of several"
+    )
     allow_public_bind: bool = Field(
         False, description="listen on an address other than loopback although no API keys are set"
     )
