@@ -156,9 +156,8 @@ async def test_what_an_engine_holds_is_believed_whoever_sent_it_there(engines):
         assert engine_of(engines, f"to {holder.address}") is holder
 
 
-async def test_requests_of_an_engine_that_stays_silent_are_ended(engines, monkeypatch):
-    monkeypatch.setattr("kiln_gateway.engine_pool._GIVE_UP_S", 0.0)
-    pool = EnginePool(engines[:1])
+async def test_requests_of_an_engine_that_stays_silent_are_ended(engines):
+    pool = EnginePool(engines[:1], silence_s=0.0)
     engines[0].pause_after = 1
     async with contextlib.aclosing(pool.generate(request("a"))) as running:
         await anext(running)

@@ -23,8 +23,6 @@ from kiln_gateway.routing import choose
 log = structlog.get_logger()
 _PROBE_INTERVAL_S = 2.0
 _PROBE_TIMEOUT_S = 2.0
-# An engine that is silent for so long has lost its requests: they end, and clients learn of it.
-_GIVE_UP_S = 10.0
 # Codes of engines that have not begun a request and never will.
 _NOT_BEGUN = ("engine_draining", EngineUnavailable.code)
 # A request that kills engines must not go from one to the next for ever.
@@ -36,14 +34,20 @@ class EnginePool:
     """Sends each request to an answering engine that serves the model; `routing` says to which.
 
     Configured engines always have a seat; others get one when they announce themselves (`connect`
-    opens a client for an address), and lose it when they are gone.
+    opens a client for an address), and lose it when they are gone. One that is silent for `silence_s`
+    seconds has lost its requests: they end, so that clients learn of it.
     """
 
     def __init__(
-        self, clients: Sequence[EnginePort], connect: Callable[[str], EnginePort] | None = None
+        self,
+        clients: Sequence[EnginePort],
+        connect: Callable[[str], EnginePort] | None = None,
+        *,
+        silence_s: float = 10.0,
     ) -> None:
         self.seats = [EngineSeat(number, client) for number, client in enumerate(clients)]
         self._connect = connect
+        self._silence_s = silence_s
         self._num_seated = len(self.seats)
         self._is_closed = False
 
@@ -198,7 +202,7 @@ class EnginePool:
                 log.warning("engine_away", engine=seat.number, address=seat.address)
             now_s = time.monotonic()
             seat.fell_silent(now_s)
-            if seat.is_given_up(now_s, _GIVE_UP_S):
+            if seat.is_given_up(now_s, self._silence_s):
                 seat.client.end_session("the engine has been silent for too long")
             return
         if seat.answered(info):

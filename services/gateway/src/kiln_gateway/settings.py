@@ -54,6 +54,9 @@ class GatewaySettings(BaseSettings):
         description="gRPC addresses, comma separated; engines that announce themselves on Redis are found"
         " besides, and need not be named",
     )
+    engine_silence_s: PositiveFloat = Field(
+        10.0, description="an engine that answers nothing for so long has its requests ended"
+    )
     registry_address: str = "127.0.0.1:8431"
     trainer_address: str = "127.0.0.1:8432"
     redis_url: str = Field("", description="empty: no rollouts are kept, and only configured engines found")

@@ -1,4 +1,4 @@
-"""Two engines behind three gateways: found, used, drained, killed, and both served by every job."""
+"""Two engines behind two gateways: found, used, drained, killed, and both served by every job."""
 
 import os
 import signal
@@ -7,33 +7,20 @@ import time
 import pytest
 
 from tests.support.load import ChatLoad
-from tests.support.stack import Stack, wait_for
 
 pytestmark = pytest.mark.processes
 
 
-@pytest.fixture(scope="module")
-def stack(tmp_path_factory):
-    with Stack(tmp_path_factory.mktemp("several"), "--gateways", "3", "--engines", "2") as running:
-        yield running
+@pytest.fixture
+def stack(system):
+    return system.stack
 
 
 def _engines(stack):
     return stack.get("/health")["engines"]
 
 
-def _wait_for_both(stack):
-    def both_answer():
-        engines = _engines(stack)
-        return len(engines) == 2 and all(engine["status"] == "ok" for engine in engines)
-
-    # Whichever gateway is asked.
-    for _ in range(6):
-        wait_for(both_answer, "two engines")
-
-
 def test_every_gateway_uses_both_engines(stack):
-    _wait_for_both(stack)
     with ChatLoad(stack.url, 8) as load:
         load.wait_for_ok(30)
     assert set(load.outcomes()) == {"ok"}
@@ -54,28 +41,26 @@ def test_a_job_has_succeeded_when_both_engines_serve_its_version(stack):
     assert all("both@1" in engine["resident_adapters"] for engine in _engines(stack))
 
 
-def test_an_engine_that_is_stopped_and_started_under_load_fails_no_request(stack):
+def test_an_engine_that_is_stopped_and_started_under_load_fails_no_request(system, stack):
     service = "engine"  # the one whose weights the trainer maps
-    _wait_for_both(stack)
     with ChatLoad(stack.url, 6) as load:
         load.wait_for_ok(6)
         pid = stack.pid(service)
         os.kill(pid, signal.SIGTERM)
         stack.wait_for_restart(service, pid)
         load.wait_for_ok(6)
-        _wait_for_both(stack)
+        system.wait_until_whole()
         load.wait_for_ok(6)
     assert set(load.outcomes()) == {"ok"}, load.outcomes()
 
 
-def test_an_engine_that_is_killed_costs_only_the_answers_it_had_begun(stack):
-    _wait_for_both(stack)
+def test_an_engine_that_is_killed_costs_only_the_answers_it_had_begun(system, stack):
     with ChatLoad(stack.url, 6) as load:
         load.wait_for_ok(6)
         dead = stack.kill("engine-2")
         assert load.wait_for_ok(6) < 20
         stack.wait_for_restart("engine-2", dead)
-        _wait_for_both(stack)
+        system.wait_until_whole()
         load.wait_for_ok(6)
     lost = load.outcomes()
     del lost["ok"]
@@ -84,7 +69,6 @@ def test_an_engine_that_is_killed_costs_only_the_answers_it_had_begun(stack):
 
 
 def test_a_gateway_that_is_stopped_finishes_what_it_has(stack):
-    _wait_for_both(stack)
     with ChatLoad(stack.url, 6) as load:
         load.wait_for_ok(6)
         pid = stack.pid("gateway-2")
@@ -95,13 +79,12 @@ def test_a_gateway_that_is_stopped_finishes_what_it_has(stack):
 
 
 def test_a_gateway_that_is_killed_breaks_only_its_own_connections(stack):
-    _wait_for_both(stack)
     began_s = time.monotonic()
     with ChatLoad(stack.url, 6) as load:
         load.wait_for_ok(6)
-        dead = stack.kill("gateway-3")
+        dead = stack.kill("gateway-2")
         load.wait_for_ok(6)
-        stack.wait_for_restart("gateway-3", dead)
+        stack.wait_for_restart("gateway-2", dead)
         load.wait_for_ok(6)
     lost = load.outcomes()
     del lost["ok"]
