@@ -31,8 +31,8 @@ demo: setup ## Run the whole loop once by itself: serve, score, train, hot-swap
 
 .PHONY: test
 test: setup-dev check ## Check the code and run all tests that need no GPU
-	.venv/bin/python -m pytest -n 2 --dist loadfile --ignore tests/e2e $(ARGS)
-	.venv/bin/python -m pytest tests/e2e $(ARGS)
+	.venv/bin/python -m pytest -n 2 --dist loadfile --ignore tests/e2e --ignore tests/chaos $(ARGS)
+	.venv/bin/python -m pytest tests/e2e tests/chaos $(ARGS)
 
 .PHONY: test-gpu
 test-gpu: setup-dev ## Run the tests that need a CUDA device

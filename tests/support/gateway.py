@@ -71,8 +71,12 @@ class FakeEngine:
     for `go_on`; `fail_after` tokens it raises `failure`, `abort_after` tokens it gives the sequence up. `moves` are adapters that take over at a token.
     """
 
-    def __init__(self, tokenizer: TextTokenizer, *, max_model_len: int = 512) -> None:
+    def __init__(
+        self, tokenizer: TextTokenizer, *, max_model_len: int = 512, address: str = "fake:1"
+    ) -> None:
         self._tokenizer = tokenizer
+        self.address = address
+        self.boot_id = "boot-1" if address == "fake:1" else f"boot of {address}"
         self.script: Script = lambda request: "Hello there!"
         self.moves: dict[int, list[common_pb2.AdapterRef]] = {}
         self.requests: list[engine_pb2.GenerateRequest] = []
@@ -86,6 +90,7 @@ class FakeEngine:
         self.failure: KilnError = EngineUnavailable("the engine went away")
         self.is_up = True
         self.is_closed = asyncio.Event()
+        self.session_ends: list[str] = []
         self.end_id = tokenizer.id_of("<|im_end|>")
         eos_ids = [tokenizer.id_of("<|endoftext|>"), self.end_id]
         self.base_model = common_pb2.BaseModel(
@@ -127,6 +132,9 @@ class FakeEngine:
                 wait.cancel()
         if self.is_closed.is_set():
             raise EngineUnavailable("the engine client was closed")
+
+    def end_session(self, reason: str) -> None:
+        self.session_ends.append(reason)
 
     async def close(self) -> None:
         self.is_closed.set()
@@ -194,7 +202,7 @@ class FakeEngine:
     async def get_info(self) -> engine_pb2.EngineInfo:
         if not self.is_up:
             raise EngineUnavailable("the engine is down")
-        return engine_pb2.EngineInfo(base_model=self.base_model, boot_id="boot-1", device="cpu")
+        return engine_pb2.EngineInfo(base_model=self.base_model, boot_id=self.boot_id, device="cpu")
 
     async def get_stats(self) -> engine_pb2.EngineStats:
         if not self.is_up:

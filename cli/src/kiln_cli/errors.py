@@ -110,3 +110,10 @@ class AgentNotAvailable(KilnError):
 class NoTrainingData(InvalidRequest):
     code = "no_training_data"
     hint = "kiln train sft examples.jsonl --adapter NAME, or --dataset ID; - is standard input."
+
+
+class NotEnoughGpus(InvalidRequest):
+    """`--engines` asks for more engines than there are GPUs."""
+
+    code = "not_enough_gpus"
+    hint = "Start fewer engines, show more GPUs with CUDA_VISIBLE_DEVICES, or add --device cpu."

@@ -75,6 +75,8 @@ def up(
             show_default="auto",
         ),
     ] = None,
+    gateways: Annotated[int, typer.Option(help="Gateway processes on the one port.", min=1)] = 1,
+    engines: Annotated[int, typer.Option(help="Engines: one for each GPU, or on the CPU.", min=1)] = 1,
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="Show every log line, not only warnings.")
     ] = False,
@@ -91,9 +93,10 @@ def up(
 
     from kiln_cli.up.console import UpConsole
     from kiln_cli.up.gpu_sharing import parse_choice, shared_gpu
+    from kiln_cli.up.gpus import assign_gpus
     from kiln_cli.up.json_lines import UpJsonLines
     from kiln_cli.up.options import StateDirLock, build_options, default_state_dir
-    from kiln_cli.up.specs import SharedFate, build_specs
+    from kiln_cli.up.specs import SharedFate, build_specs, engine_names
     from kiln_cli.up.supervisor import Supervisor
 
     choice = parse_choice(gpu_sharing)
@@ -107,6 +110,9 @@ def up(
             served_model_name=served_model_name,
             device=device,
         )
+        options = dataclasses.replace(
+            options, num_gateways=gateways, engine_gpus=assign_gpus(engines, device)
+        )
         url = f"http://{'localhost' if host == '127.0.0.1' else host}:{port}"
         console = (UpJsonLines if as_json else UpConsole)(url, folder / "logs", is_verbose=verbose)
         console.starting("the demo model" if options.is_demo_model else options.model, folder)
@@ -114,7 +120,8 @@ def up(
             if sharing.note:
                 console.note(sharing.note)
             specs = build_specs(dataclasses.replace(options, gpu_env=sharing.env))
-            fate = SharedFate(frozenset({"engine", "trainer"}), sharing.renew) if sharing.renew else None
+            sharers = frozenset({*engine_names(options), "trainer"})
+            fate = SharedFate(sharers, sharing.renew) if sharing.renew else None
             supervisor = Supervisor(specs, folder, console, inherited_fds=[lock.fd], shared_fate=fate)
             code = asyncio.run(supervisor.run_until_signal())
     raise typer.Exit(code)

@@ -83,7 +83,7 @@ def service_line(name: str, line: str) -> str:
 
 
 def _tag(name: str) -> str:
-    return f"[{_COLOURS.get(name, 'white')}]{name:<9}[/]"
+    return f"[{_COLOURS.get(name.partition('-')[0], 'white')}]{name:<9}[/]"
 
 
 def _readable(line: str) -> tuple[str, str]:

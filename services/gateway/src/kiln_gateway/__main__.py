@@ -12,6 +12,7 @@ from kiln_common.logs import configure_logs
 from kiln_common.settings import read_settings
 from kiln_gateway.app import create_app
 from kiln_gateway.bootstrap import open_clients
+from kiln_gateway.listeners import open_listeners
 from kiln_gateway.server import GatewayServer
 from kiln_gateway.settings import GatewaySettings
 
@@ -32,7 +33,7 @@ async def serve(settings: GatewaySettings) -> None:
             model_path=settings.model_path,
             has_api_keys=bool(settings.api_keys),
         )
-        await server.serve()
+        await server.serve(open_listeners(settings))
 
 
 def main() -> int:

@@ -9,6 +9,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import Response
 
 from kiln_gateway.edge import EdgeMiddleware
+from kiln_gateway.engine_discovery import discovering
 from kiln_gateway.gateway import Gateway
 from kiln_gateway.http_errors import install_error_handlers
 from kiln_gateway.openapi import install_openapi
@@ -63,7 +64,7 @@ def create_app(settings: GatewaySettings, clients: Clients) -> FastAPI:
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with gateway.engines.watching():
+        async with gateway.engines.watching(), discovering(clients.redis, gateway.engines):
             yield
 
     app = FastAPI(title="Kiln", docs_url=None, redoc_url=None, lifespan=lifespan)

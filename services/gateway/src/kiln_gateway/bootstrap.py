@@ -19,7 +19,13 @@ _REDIS_TIMEOUT_S = 1.0
 @contextlib.asynccontextmanager
 async def open_clients(settings: GatewaySettings) -> AsyncIterator[Clients]:
     """Clients of every service; none has to be up yet."""
-    engines = [EngineClient(address) for address in settings.engine_addresses]
+    engines: list[EngineClient] = []
+
+    def connect(address: str) -> EngineClient:
+        engines.append(EngineClient(address))
+        return engines[-1]
+
+    configured = [connect(address) for address in settings.engine_addresses]
     registry = RegistryClient(settings.registry_address)
     trainer = TrainerClient(settings.trainer_address)
     datasets = DatasetClient(settings.registry_address)
@@ -27,7 +33,14 @@ async def open_clients(settings: GatewaySettings) -> AsyncIterator[Clients]:
     if settings.redis_url:
         store = connect_async(settings.redis_url, timeout_s=_REDIS_TIMEOUT_S)
     try:
-        yield Clients(engines=engines, registry=registry, trainer=trainer, datasets=datasets, redis=store)
+        yield Clients(
+            engines=configured,
+            registry=registry,
+            trainer=trainer,
+            datasets=datasets,
+            redis=store,
+            connect=connect,
+        )
     finally:
         for engine in engines:
             await engine.close()

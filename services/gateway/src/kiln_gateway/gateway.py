@@ -44,7 +44,7 @@ class Gateway:
             enable_thinking_default=settings.enable_thinking_default,
         )
         self.turn_end_id = self.tokenizer.id_of(_TURN_END)
-        self.engines = EnginePool(clients.engines)
+        self.engines = EnginePool(clients.engines, clients.connect, silence_s=settings.engine_silence_s)
         self.resolver = ModelResolver(clients.registry)
         self.rollouts = RolloutStore(
             clients.redis, ttl_s=settings.rollout_ttl_s, max_bytes=settings.rollout_max_bytes

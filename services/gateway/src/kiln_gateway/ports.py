@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import builtins
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
@@ -20,6 +20,8 @@ def closing(iterator: AsyncIterator[Item]) -> contextlib.aclosing[Any]:
 
 
 class EnginePort(Protocol):
+    address: str
+
     def generate(self, request: engine_pb2.GenerateRequest) -> AsyncIterator[engine_pb2.SequenceOutput]:
         """Closing the iterator before its end aborts the request."""
         ...
@@ -27,6 +29,10 @@ class EnginePort(Protocol):
     async def get_info(self) -> engine_pb2.EngineInfo: ...
 
     async def get_stats(self) -> engine_pb2.EngineStats: ...
+
+    def end_session(self, reason: str) -> None:
+        """What runs ends with EngineUnavailable; what comes next begins anew."""
+        ...
 
     async def close(self) -> None:
         """What runs ends with EngineUnavailable. May be called again."""
@@ -87,10 +93,15 @@ class DatasetPort(Protocol):
 
 @dataclass(frozen=True)
 class Clients:
-    """Every leaf behind the gateway. `redis` is a redis.asyncio client, or None without Redis."""
+    """Every leaf behind the gateway.
+
+    `engines` are the configured ones. `redis` is a redis.asyncio client, or None without Redis.
+    `connect` opens a client of an engine that announced itself, by its address.
+    """
 
     engines: Sequence[EnginePort]
     registry: RegistryPort
     trainer: TrainerPort
     datasets: DatasetPort
     redis: Any = None
+    connect: Callable[[str], EnginePort] | None = None

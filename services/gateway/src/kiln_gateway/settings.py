@@ -38,17 +38,28 @@ class GatewaySettings(BaseSettings):
 
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8420, ge=0, le=65535)
+    reuse_port: bool = Field(
+        False, description="share the port with other gateways of this machine that are set so too"
+    )
+    socket_path: str = Field(
+        "", description="a Unix socket to answer on besides, for probes of one gateway of several"
+    )
     allow_public_bind: bool = Field(
         False, description="listen on an address other than loopback although no API keys are set"
     )
     model_path: str = Field(description="checkpoint folder or hub id: tokenizer and chat template")
     served_model_name: str = Field("", description="the base model's id; empty takes the engine's own")
     engine_addresses: CommaSeparated = Field(
-        ("127.0.0.1:8430",), description="gRPC addresses, comma separated"
+        ("127.0.0.1:8430",),
+        description="gRPC addresses, comma separated; engines that announce themselves on Redis are found"
+        " besides, and need not be named",
+    )
+    engine_silence_s: PositiveFloat = Field(
+        10.0, description="an engine that answers nothing for so long has its requests ended"
     )
     registry_address: str = "127.0.0.1:8431"
     trainer_address: str = "127.0.0.1:8432"
-    redis_url: str = Field("", description="empty: no rollouts are kept")
+    redis_url: str = Field("", description="empty: no rollouts are kept, and only configured engines found")
 
     rollout_ttl_s: PositiveInt = Field(3600, description="how long a rollout is kept")
     rollout_max_bytes: PositiveInt = Field(

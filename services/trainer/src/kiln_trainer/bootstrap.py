@@ -88,6 +88,7 @@ async def start_trainer(
         live_timeout_s=settings.live_timeout_s,
         rollout_timeout_s=settings.rollout_timeout_s,
         patience_s=settings.patience_s,
+        redis=tail_client,
     )
     backend = await asyncio.to_thread(make_backend, settings)
     worker = Worker(

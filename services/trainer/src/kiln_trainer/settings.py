@@ -21,8 +21,8 @@ class TrainerSettings(BaseSettings):
     registry_address: str = Field(min_length=1, description="gRPC address results are published to")
     engine_addresses: Annotated[tuple[str, ...], NoDecode] = Field(
         min_length=1,
-        description="gRPC addresses separated by commas; weights are mapped from the first, and all "
-        "of them load results",
+        description="gRPC addresses separated by commas; weights are mapped from the first, and all of"
+        " them load results, as do engines that announce themselves on Redis",
     )
     state_dir: Path = Field(description="folder of the checkpoints of jobs that have not ended")
     num_threads: PositiveInt = Field(1, description="CPU threads of one training step")

@@ -5,6 +5,15 @@ from __future__ import annotations
 # Stream of adapter facts. Written by the registry's outbox; read by engines and gateways.
 ADAPTER_EVENTS = "kiln:events:adapters"
 
+# Set of the boot ids of engines. Written by engines; readers take out those whose word has lapsed.
+ENGINES = "kiln:engines"
+
+
+def engine(boot_id: str) -> str:
+    """An engine's word about itself, as JSON (with a TTL of seconds). Written by that engine."""
+    return f"kiln:engine:{boot_id}"
+
+
 # Sorted set of job ids by creation time.
 JOB_INDEX = "kiln:jobs:index"
 

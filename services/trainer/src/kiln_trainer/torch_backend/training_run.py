@@ -102,9 +102,9 @@ class TrainingRun:
             # After the last step the adapter itself is about to be published.
             if is_due and not is_last:
                 hooks.before_checkpoint(step)
-                checkpoints.write(self._checkpoint())
-                self._source.forget(step)
-                hooks.after_checkpoint(step)
+                if checkpoints.write(self._checkpoint()):
+                    self._source.forget(step)
+                    hooks.after_checkpoint(step)
 
     def _take_step(self, step: int) -> StepReport:
         data = self._source.open(step, self._seal_student)
