@@ -1,0 +1,97 @@
+/** What the services write, newest last. */
+import { useEffect, useMemo, useRef, useState } from "preact/hooks";
+import { feed } from "../feed";
+import { useStore } from "../store";
+import type { LogLine } from "../types";
+import { Badge, Empty } from "../ui";
+
+const SHOWN = 400;
+const LEVELS = ["debug", "info", "warning", "error", "critical"];
+
+export function Logs() {
+  const logs = useStore(feed, (state) => state.logs);
+  const hello = useStore(feed, (state) => state.hello);
+  const [service, setService] = useState("");
+  const [least, setLeast] = useState("info");
+  const [text, setText] = useState("");
+  const [follows, setFollows] = useState(true);
+  const list = useRef<HTMLOListElement>(null);
+  const services = useMemo(() => [...new Set(logs.map((line) => line.service))].sort(), [logs]);
+  const shown = useMemo(() => {
+    const lowest = LEVELS.indexOf(least);
+    const wanted = text.toLowerCase();
+    const matches = (line: LogLine) =>
+      (!service || line.service === service) &&
+      LEVELS.indexOf(line.level) >= lowest &&
+      (!wanted || wordsOf(line).toLowerCase().includes(wanted));
+    return logs.filter(matches).slice(-SHOWN);
+  }, [logs, service, least, text]);
+  useEffect(() => {
+    if (follows && list.current) list.current.scrollTop = list.current.scrollHeight;
+  }, [shown, follows]);
+
+  if (hello && !hello.has_logs)
+    return hello.scopes.includes("admin") ? (
+      <Empty title="This gateway knows of no log files">
+        Started by kiln up it finds them by itself; elsewhere name their folder in KILN_GATEWAY_LOG_DIR.
+      </Empty>
+    ) : (
+      <Empty title="This key may not read logs">It lacks the scope “admin”.</Empty>
+    );
+  return (
+    <section class="card logs">
+      <div class="fields">
+        <label>
+          Service
+          <select value={service} onChange={(event) => setService(event.currentTarget.value)}>
+            <option value="">all</option>
+            {services.map((name) => (
+              <option key={name}>{name}</option>
+            ))}
+          </select>
+        </label>
+        <label>
+          At least
+          <select value={least} onChange={(event) => setLeast(event.currentTarget.value)}>
+            {LEVELS.slice(0, 4).map((level) => (
+              <option key={level}>{level}</option>
+            ))}
+          </select>
+        </label>
+        <label>
+          Contains
+          <input type="search" value={text} onInput={(event) => setText(event.currentTarget.value)} />
+        </label>
+        <label class="check">
+          <input type="checkbox" checked={follows} onChange={(event) => setFollows(event.currentTarget.checked)} />
+          Follow
+        </label>
+      </div>
+      {shown.length ? (
+        <ol ref={list} class="lines" tabIndex={0} aria-label="Log lines">
+          {shown.map((line) => (
+            <li key={line.number} class={line.level}>
+              <time>{line.at.slice(11, 23)}</time>
+              <span class="service">{line.service}</span>
+              {line.level !== "info" && <Badge kind={line.level}>{line.level}</Badge>}
+              <span class="event">{line.event}</span>
+              <span class="fields-of-line">{fieldsOf(line)}</span>
+            </li>
+          ))}
+        </ol>
+      ) : (
+        <Empty title="No line matches" />
+      )}
+    </section>
+  );
+}
+
+function fieldsOf(line: LogLine): string {
+  return Object.entries(line.fields)
+    .map(([name, value]) => `${name}=${value}`)
+    .join(" ");
+}
+
+function wordsOf(line: LogLine): string {
+  return `${line.event} ${fieldsOf(line)}`;
+}
