@@ -62,6 +62,7 @@ class Tour:
         """In both themes: a screenshot is kept, and axe has nothing serious to say. Nothing is cut off."""
         self._num_shots += 1
         ARTEFACTS.mkdir(parents=True, exist_ok=True)
+        self.page.evaluate("scrollTo(0, 0)")
         for theme in ("dark", "light"):
             self.page.emulate_media(color_scheme=theme)
             path = ARTEFACTS / f"{self.name}-{theme}-{self._num_shots}-{what}.png"
@@ -141,3 +142,10 @@ def test_a_visitor_teaches_the_model_and_takes_it_back(tour, stack):
     expect(page.get_by_role("list", name="Log lines")).to_contain_text("adapter_published")
     tour.look("logs")
     assert tour.watch.complaints == []
+
+
+def test_the_accessibility_check_finds_what_is_wrong(browser):
+    page = browser.new_page()
+    page.set_content("<html lang='en'><title>x</title><main><button></button></main></html>")
+    assert [finding.split(":")[0] for finding in accessibility_findings(page)] == ["button-name"]
+    page.close()

@@ -35,7 +35,7 @@ const VIEWS: View[] = [
     icon: "M6 4v16M6 9h8a4 4 0 0 1 4 4v3M18 16l-2.5-2.5M18 16l2.5-2.5",
     draw: () => <Adapters />,
   },
-  { id: "logs", title: "Logs", icon: "M5 6h14M5 12h14M5 18h9", draw: () => <Logs /> },
+  { id: "logs", title: "Logs", icon: "M5 6h14M5 12h14M5 18h9", draw: (wanted) => <Logs key={wanted} wanted={wanted} /> },
 ];
 
 function place(): { view: View; argument: string } {

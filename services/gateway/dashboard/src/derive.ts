@@ -20,6 +20,8 @@ export function latest<T>(values: (T | null)[]): T | null {
 export interface VersionNode {
   version: Version;
   isAttached: boolean;
+  /** What the bare name means. */
+  isLatest: boolean;
   children: VersionNode[];
 }
 
@@ -28,7 +30,12 @@ export function lineage(adapters: Adapter[]): VersionNode[] {
   const nodes = new Map<string, VersionNode>();
   for (const adapter of adapters)
     for (const version of adapter.versions)
-      nodes.set(version.id, { version, isAttached: adapter.attached_version === version.version, children: [] });
+      nodes.set(version.id, {
+        version,
+        isAttached: adapter.attached_version === version.version,
+        isLatest: adapter.latest_version === version.version,
+        children: [],
+      });
   const roots: VersionNode[] = [];
   for (const node of nodes.values()) {
     const parent = node.version.parent ? nodes.get(node.version.parent) : undefined;

@@ -85,6 +85,7 @@ export interface Version {
   alpha: number;
   targets: string[];
   parent: string | null;
+  merged_from?: { mode: string; sources: { id: string; weight: number }[] } | null;
   job_id: string | null;
   metrics: StepMetrics;
   created_at: number;
@@ -96,6 +97,23 @@ export interface Adapter {
   latest_version: number | null;
   attached_version: number | null;
   versions: Version[];
+}
+
+/** Norms of two versions' updates to the weights, and of their difference. */
+export interface Norms {
+  norm_from: number;
+  norm_to: number;
+  norm_change: number;
+  cosine: number | null;
+}
+
+export interface AdapterDiff {
+  from: string | null;
+  to: string;
+  parent: string | null;
+  total: Norms & { cosine_to_parent: number | null };
+  layers: (Norms & { layer: number | null })[];
+  metrics: Record<string, { from: number | null; to: number | null; delta: number | null }>;
 }
 
 export interface LogLine {

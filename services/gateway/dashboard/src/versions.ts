@@ -1,5 +1,6 @@
 /** Moving the default adapter. */
 import { call } from "./api";
+import type { AdapterDiff } from "./types";
 
 export function attach(name: string, version: number): Promise<unknown> {
   return call("POST", `/v1/adapters/${encodeURIComponent(name)}/attach`, { version });
@@ -13,7 +14,7 @@ export function detach(): Promise<unknown> {
   return call("POST", "/v1/adapters/detach");
 }
 
-export function diff(name: string, from: number, to: number): Promise<Record<string, unknown>> {
+export function diff(name: string, from: number, to: number): Promise<AdapterDiff> {
   return call("GET", `/v1/adapters/${encodeURIComponent(name)}/diff?from=${from}&to=${to}`);
 }
 

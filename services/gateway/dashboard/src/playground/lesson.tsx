@@ -8,7 +8,7 @@ import { useStore } from "../store";
 import type { Job, Message } from "../types";
 import { Problem, useAction } from "../ui";
 import { useWholeJob } from "../whole_job";
-import { detach, parseReference, rollBack } from "../versions";
+import { attach, detach, parseReference, rollBack } from "../versions";
 import { NumberField } from "./prompt_form";
 import { ask, playground, type Round } from "./state";
 import { rated, teach, type Lesson } from "./teach";
@@ -90,6 +90,13 @@ function Progress({ job, round }: { job: Job; round: Round }) {
   );
 }
 
+/** The default is again what it was before the job: an earlier version, another adapter, or none. */
+function goBack(job: Job): Promise<unknown> {
+  const earlier = parseReference(job.base_adapter ?? "base");
+  if (!earlier) return detach();
+  return earlier[0] === job.result?.adapter ? rollBack(...earlier) : attach(...earlier);
+}
+
 function progressOf(job: Job): string {
   if (job.status === "queued") return job.queue_position ? `${job.queue_position} jobs before it` : "next in the queue";
   if (job.status === "running") return `step ${job.progress.step} of ${job.progress.steps || "?"}`;
@@ -105,7 +112,6 @@ function Outcome({ job, messages }: { job: Job; messages: Message[] }) {
   if (!job.result) return null;
   const after = `${job.result.adapter}@${job.result.version}`;
   const before = job.base_adapter ?? "base";
-  const earlier = parseReference(before);
   return (
     <>
       <div class="buttons">
@@ -117,7 +123,7 @@ function Outcome({ job, messages }: { job: Job; messages: Message[] }) {
           disabled={moving.isBusy || isBack}
           onClick={() =>
             void moving.run(async () => {
-              await (earlier ? rollBack(...earlier) : detach());
+              await goBack(job);
               setBack(true);
             })
           }

@@ -4,9 +4,10 @@ import { lineage, type VersionNode } from "../derive";
 import { feed } from "../feed";
 import { ago, bytes, metric } from "../format";
 import { useStore } from "../store";
-import type { Adapter } from "../types";
-import { Badge, Empty, Problem, useAction } from "../ui";
-import { attach, detach, diff, rollBack } from "../versions";
+import type { Adapter, Version } from "../types";
+import { Badge, Empty, Fact, Problem, useAction } from "../ui";
+import { attach, detach, rollBack } from "../versions";
+import { Difference } from "./difference";
 
 export function Adapters() {
   const adapters = useStore(feed, (state) => state.adapters);
@@ -65,6 +66,7 @@ function TreeNode({ node, attached }: { node: VersionNode; attached: Adapter | u
         <div class="version-name">
           <b>{version.id}</b>
           {node.isAttached && <Badge kind="good">answers now</Badge>}
+          {node.isLatest && <Badge kind="version">latest</Badge>}
           {version.resident_on.length > 0 && <Badge kind="quiet">in memory</Badge>}
         </div>
         <span class="note">
@@ -100,10 +102,14 @@ function TreeNode({ node, attached }: { node: VersionNode; attached: Adapter | u
   );
 }
 
+function mergeOf(merged: NonNullable<Version["merged_from"]>): string {
+  return `${merged.mode} of ${merged.sources.map((source) => `${source.weight} × ${source.id}`).join(", ")}`;
+}
+
 function Details({ node: { version } }: { node: VersionNode }) {
   const facts: [string, string][] = [
     ["sha256", version.sha256],
-    ["From", version.parent ?? "base"],
+    ["From", version.merged_from ? mergeOf(version.merged_from) : (version.parent ?? "base")],
     ["Alpha", String(version.alpha)],
     ["Targets", version.targets.join(", ")],
     ...Object.entries(version.metrics).map(([name, value]): [string, string] => [name, metric(value)]),
@@ -111,107 +117,15 @@ function Details({ node: { version } }: { node: VersionNode }) {
   return (
     <dl class="facts-list">
       {facts.map(([name, value]) => (
-        <div key={name}>
-          <dt>{name}</dt>
-          <dd>{value}</dd>
-        </div>
+        <Fact key={name} name={name}>
+          {value}
+        </Fact>
       ))}
       {version.job_id && (
-        <div>
-          <dt>Job</dt>
-          <dd>
-            <a href={`#/training/${version.job_id}`}>{version.job_id}</a>
-          </dd>
-        </div>
+        <Fact name="Job">
+          <a href={`#/training/${version.job_id}`}>{version.job_id}</a>
+        </Fact>
       )}
     </dl>
-  );
-}
-
-function Difference({ adapters }: { adapters: Adapter[] }) {
-  const several = adapters.filter((adapter) => adapter.versions.length > 1);
-  const [name, setName] = useState("");
-  const [pair, setPair] = useState<[number, number] | null>(null);
-  const [found, setFound] = useState<Record<string, unknown> | null>(null);
-  const action = useAction();
-  const adapter = several.find((entry) => entry.name === name) ?? several[0];
-  if (!adapter) return null;
-  const numbers = adapter.versions.map((version) => version.version).sort((a, b) => a - b);
-  const [from, to] = pair ?? [numbers[numbers.length - 2]!, numbers[numbers.length - 1]!];
-  return (
-    <form
-      class="card"
-      aria-labelledby="diff-title"
-      onSubmit={(event) => {
-        event.preventDefault();
-        setFound(null);
-        void action.run(async () => setFound(await diff(adapter.name, from, to)));
-      }}
-    >
-      <h2 id="diff-title">Compare versions</h2>
-      <div class="fields">
-        <label>
-          Adapter
-          <select
-            value={adapter.name}
-            onChange={(event) => {
-              setName(event.currentTarget.value);
-              setPair(null);
-            }}
-          >
-            {several.map((entry) => (
-              <option key={entry.name}>{entry.name}</option>
-            ))}
-          </select>
-        </label>
-        <NumberSelect label="From" value={from} numbers={numbers} onChange={(value) => setPair([value, to])} />
-        <NumberSelect label="To" value={to} numbers={numbers} onChange={(value) => setPair([from, value])} />
-        <button type="submit" disabled={action.isBusy}>
-          Compare
-        </button>
-      </div>
-      <Problem error={action.error} />
-      {found && <Findings found={found} />}
-    </form>
-  );
-}
-
-function NumberSelect(props: { label: string; value: number; numbers: number[]; onChange: (value: number) => void }) {
-  return (
-    <label>
-      {props.label}
-      <select value={props.value} onChange={(event) => props.onChange(Number(event.currentTarget.value))}>
-        {props.numbers.map((number) => (
-          <option key={number} value={number}>
-            {number}
-          </option>
-        ))}
-      </select>
-    </label>
-  );
-}
-
-/** Whatever the comparison says: plain values as facts, the rest as it came. */
-function Findings({ found }: { found: Record<string, unknown> }) {
-  const isPlain = (value: unknown) => value === null || typeof value !== "object";
-  const plain = Object.entries(found).filter(([, value]) => isPlain(value));
-  const nested = Object.entries(found).filter(([, value]) => !isPlain(value));
-  return (
-    <div class="findings">
-      <dl class="facts-list">
-        {plain.map(([name, value]) => (
-          <div key={name}>
-            <dt>{name}</dt>
-            <dd>{typeof value === "number" ? metric(value) : String(value)}</dd>
-          </div>
-        ))}
-      </dl>
-      {nested.map(([name, value]) => (
-        <details key={name}>
-          <summary>{name}</summary>
-          <pre>{JSON.stringify(value, null, 2)}</pre>
-        </details>
-      ))}
-    </div>
   );
 }

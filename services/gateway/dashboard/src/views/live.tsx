@@ -87,7 +87,7 @@ function Charts({ shown, generated }: { shown: Sample[]; generated: (number | nu
   return (
     <div class="charts">
       <Chart title="Tokens per second" x={drawn.x} series={drawn.tokens} format={rate} isTime empty={quiet} />
-      <Chart title="Requests in the engines" x={drawn.x} series={drawn.requests} format={rate} isTime whole empty={quiet} />
+      <Chart title="Requests in the engines" x={drawn.x} series={drawn.requests} format={count} isTime whole empty={quiet} />
       <Chart title="Time to first token" x={drawn.x} series={drawn.first} format={seconds} isTime empty={quiet} note={window} />
       <Chart title="Between tokens" x={drawn.x} series={drawn.inter} format={seconds} isTime empty={quiet} note={window} />
     </div>

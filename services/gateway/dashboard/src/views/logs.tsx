@@ -8,12 +8,12 @@ import { Badge, Empty } from "../ui";
 const SHOWN = 400;
 const LEVELS = ["debug", "info", "warning", "error", "critical"];
 
-export function Logs() {
+export function Logs({ wanted: wantedAtFirst }: { wanted: string }) {
   const logs = useStore(feed, (state) => state.logs);
   const hello = useStore(feed, (state) => state.hello);
   const [service, setService] = useState("");
   const [least, setLeast] = useState("info");
-  const [text, setText] = useState("");
+  const [text, setText] = useState(wantedAtFirst);
   const [follows, setFollows] = useState(true);
   const list = useRef<HTMLOListElement>(null);
   const services = useMemo(() => [...new Set(logs.map((line) => line.service))].sort(), [logs]);

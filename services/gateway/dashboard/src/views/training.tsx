@@ -7,7 +7,7 @@ import { ago, count, metric, rate, seconds } from "../format";
 import { JobBadge } from "../job_badge";
 import { useStore } from "../store";
 import type { Job } from "../types";
-import { Empty, Problem, useAction } from "../ui";
+import { Empty, Fact, Problem, useAction } from "../ui";
 import { isOver, useWholeJob } from "../whole_job";
 
 export function Training({ jobId }: { jobId: string }) {
@@ -59,17 +59,17 @@ function JobDetail({ job }: { job: Job }) {
         </div>
         {!isOver(job) && <progress max={job.progress.steps || 1} value={job.progress.step} aria-label="Steps done" />}
         <dl class="facts-list">
-          <Fact name="Recipe" value={job.kind.toUpperCase()} />
-          <Fact name="Starts from" value={job.base_adapter ?? (job.started_at ? "base" : "–")} />
-          <Fact name="Result" value={job.result ? `${job.result.adapter}@${job.result.version}` : "–"} />
-          <Fact name="Steps" value={`${job.progress.step} of ${job.progress.steps || "?"}`} />
-          <Fact name="Tokens" value={count(job.progress.tokens)} />
-          <Fact name="Took" value={seconds(took)} />
-          <Fact name="Commit to live" value={seconds(job.result?.swap_s)} />
-          <Fact name="Learning rate" value={metric(Number(job.effective_config.learning_rate))} />
+          <Fact name="Recipe">{job.kind.toUpperCase()}</Fact>
+          <Fact name="Starts from">{job.base_adapter ?? (job.started_at ? "base" : "–")}</Fact>
+          <Fact name="Result">{job.result ? `${job.result.adapter}@${job.result.version}` : "–"}</Fact>
+          <Fact name="Steps">{`${job.progress.step} of ${job.progress.steps || "?"}`}</Fact>
+          <Fact name="Tokens">{count(job.progress.tokens)}</Fact>
+          <Fact name="Took">{seconds(took)}</Fact>
+          <Fact name="Commit to live">{seconds(job.result?.swap_s)}</Fact>
+          <Fact name="Learning rate">{metric(Number(job.effective_config.learning_rate))}</Fact>
         </dl>
         <p class="note">
-          <code>{job.id}</code>
+          <code>{job.id}</code> · <a href={`#/logs/${job.id}`}>its log lines</a>
         </p>
         {job.error && (
           <div class="problem" role="alert">
@@ -82,15 +82,6 @@ function JobDetail({ job }: { job: Job }) {
       </div>
       <Curves job={job} />
     </section>
-  );
-}
-
-function Fact({ name, value }: { name: string; value: string }) {
-  return (
-    <div>
-      <dt>{name}</dt>
-      <dd>{value}</dd>
-    </div>
   );
 }
 
