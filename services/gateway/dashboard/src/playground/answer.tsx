@@ -66,7 +66,9 @@ function AnswerCard({ round, place, answer, isRunning, onContinue }: AnswerProps
           <p class="text">{answer.reasoning}</p>
         </details>
       )}
-      <p class={`text ${isWriting ? "writing" : ""}`}>{answer.content.trim()}</p>
+      {(answer.content.trim() || isWriting) && (
+        <p class={`text ${isWriting ? "writing" : ""}`}>{answer.content.trim()}</p>
+      )}
       {answer.toolCalls.map((toolCall) => (
         <div class="tool-call" key={toolCall.id}>
           <span>

@@ -10,13 +10,13 @@ import { Problem, useAction } from "../ui";
 import { useWholeJob } from "../whole_job";
 import { attach, detach, parseReference, rollBack } from "../versions";
 import { NumberField } from "./prompt_form";
-import { ask, playground, type Round } from "./state";
-import { rated, teach, type Lesson } from "./teach";
+import { ask, playground, type Lesson, type Round } from "./state";
+import { rated, teach } from "./teach";
 
 export function TeachForm() {
-  const rounds = useStore(playground, (state) => state.rounds);
+  const { rounds, lesson } = useStore(playground, (state) => state);
   const mayTrain = useStore(feed, (state) => state.hello?.scopes.includes("train") ?? false);
-  const [lesson, setLesson] = useState<Lesson>({ adapter: "playground", learningRate: 0.001, epochs: 8 });
+  const setLesson = (changed: Lesson) => playground.update({ lesson: changed });
   const action = useAction();
   const ready = rated(rounds);
   if (!rounds.length) return null;
@@ -31,7 +31,7 @@ export function TeachForm() {
       aria-label="Train on the ratings"
       onSubmit={(event) => {
         event.preventDefault();
-        void action.run(() => teach(lesson));
+        void action.run(teach);
       }}
     >
       <p class="lead">{words}</p>

@@ -102,7 +102,7 @@ export function PromptForm() {
 
 function MoreFields({ settings, change }: { settings: Settings; change: (update: Partial<Settings>) => void }) {
   return (
-    <>
+    <div class="more">
       <div class="fields">
         <NumberField label="Temperature" value={settings.temperature} min={0} max={2} step={0.1} onChange={(temperature) => change({ temperature })} />
         <NumberField label="Most tokens" value={settings.maxTokens} min={1} max={32768} step={1} onChange={(maxTokens) => change({ maxTokens })} />
@@ -137,7 +137,7 @@ function MoreFields({ settings, change }: { settings: Settings; change: (update:
           Put in an example
         </button>
       )}
-    </>
+    </div>
   );
 }
 

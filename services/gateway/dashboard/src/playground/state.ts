@@ -45,9 +45,16 @@ export interface Settings {
   tools: string;
 }
 
+export interface Lesson {
+  adapter: string;
+  learningRate: number;
+  epochs: number;
+}
+
 export interface PlaygroundState {
   prompt: string;
   settings: Settings;
+  lesson: Lesson;
   /** The conversation that the next prompt goes on from. */
   context: Message[];
   rounds: Round[];
@@ -65,6 +72,7 @@ export const playground = new Store<PlaygroundState>({
     system: "",
     tools: "",
   },
+  lesson: { adapter: "playground", learningRate: 0.001, epochs: 8 },
   context: [],
   rounds: [],
 });

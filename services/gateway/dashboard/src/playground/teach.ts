@@ -33,14 +33,9 @@ export function rated(rounds: Round[]): Rated {
   return found;
 }
 
-export interface Lesson {
-  adapter: string;
-  learningRate: number;
-  epochs: number;
-}
-
-export async function teach(lesson: Lesson): Promise<Job> {
-  const { groups, roundIds } = rated(playground.value.rounds);
+export async function teach(): Promise<Job> {
+  const { lesson, rounds } = playground.value;
+  const { groups, roundIds } = rated(rounds);
   const job = await call<Job>("POST", "/v1/train/grpo", {
     adapter: lesson.adapter,
     groups,

@@ -33,7 +33,10 @@ function RoundCard({ round }: { round: Round }) {
   return (
     <section class="card round" aria-label={`Round ${round.id}`}>
       <header class="asked">
-        <p class="text">{prompt?.content}</p>
+        <p class="text">
+          {prompt?.role === "tool" && <span class="note">Result: </span>}
+          {prompt?.content}
+        </p>
         {numEarlier > 0 && <span class="note">after {numEarlier} messages</span>}
       </header>
       <div class={`answers of-${round.columns.length}`}>

@@ -26,12 +26,12 @@ export function Training({ jobId }: { jobId: string }) {
       <nav class="card job-list" aria-label="Jobs">
         {jobs.map((job) => (
           <a key={job.id} href={`#/training/${job.id}`} aria-current={job === chosen ? "true" : undefined}>
-            <span class="job-name">
-              <b>{job.result ? `${job.result.adapter}@${job.result.version}` : String(job.effective_config.adapter ?? "")}</b>
+            <b>{job.result ? `${job.result.adapter}@${job.result.version}` : String(job.effective_config.adapter ?? "")}</b>
+            <span class="job-line">
+              <span class="note">
+                {job.kind.toUpperCase()} · {job.status === "running" ? `step ${job.progress.step} of ${job.progress.steps || "?"}` : ago(job.created_at)}
+              </span>
               <JobBadge job={job} />
-            </span>
-            <span class="note">
-              {job.kind.toUpperCase()} · {job.status === "running" ? `step ${job.progress.step} of ${job.progress.steps || "?"}` : ago(job.created_at)}
             </span>
           </a>
         ))}
