@@ -70,11 +70,11 @@ class Tour:
             assert accessibility_findings(self.page) == []
         assert not is_wider_than_screen(self.page)
 
-    def chat(self):
+    def chat(self, round_number=1):
         """Two answers to one prompt."""
         self.page.get_by_label("Prompt", exact=True).fill(PROMPT)
         self.page.keyboard.press("Enter")
-        expect(self.round(1).get_by_role("group", name="Rate answer")).to_have_count(2)
+        expect(self.round(round_number).get_by_role("group", name="Rate answer")).to_have_count(2)
 
     def round(self, number):
         return self.page.get_by_role("region", name=f"Round {number}", exact=True)

@@ -11,6 +11,8 @@ from typing import Any
 
 import structlog
 
+from kiln_common.pb import registry_pb2, trainer_pb2
+
 log = structlog.get_logger()
 _INTERVAL_S = 1.0
 # Samples kept for those who come later: ten minutes.
@@ -19,13 +21,17 @@ _HISTORY = 600
 
 @dataclass(frozen=True)
 class Snapshot:
-    """How everything stood at one moment. `jobs` and `adapters` are None where their owner was away."""
+    """How everything stood at one moment. `jobs` and `adapters` are None where their owner was away.
+
+    `resident_on` lists engines (boot ids) by the "name@version" that they hold.
+    """
 
     sample: dict[str, Any]  # numbers that are drawn over time
     requests: dict[str, Any]
     status: dict[str, Any]
-    jobs: list[dict[str, Any]] | None
-    adapters: list[dict[str, Any]] | None
+    jobs: list[trainer_pb2.Job] | None
+    adapters: list[registry_pb2.Adapter] | None
+    resident_on: dict[str, list[str]]
 
 
 class Feed:
@@ -71,12 +77,16 @@ class Feed:
                 self._task = None
 
     async def _run(self) -> None:
+        has_failed = False
         while True:
             try:
                 self._latest = await self._read()
             except Exception as error:  # a bug here must not end every watcher's stream
-                log.error("feed_failed", exc_info=error)
+                if not has_failed:
+                    log.error("feed_failed", exc_info=error)
+                has_failed = True
             else:
+                has_failed = False
                 self.history.append(self._latest.sample)
                 changed, self._changed = self._changed, asyncio.Event()
                 changed.set()

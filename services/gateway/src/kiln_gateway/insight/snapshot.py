@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from kiln_common.errors import KilnError
-from kiln_gateway.adapters.adapter_view import adapter_object
+from kiln_common.pb import trainer_pb2
 from kiln_gateway.gateway import Gateway
 from kiln_gateway.insight.feed import Snapshot
 from kiln_gateway.routes.health import engine_object, engine_stats, stats_object, training_object
-from kiln_gateway.training.job_view import job_object
 
 Result = TypeVar("Result")
 _TIMEOUT_S = 2.0
@@ -42,14 +41,13 @@ async def read_snapshot(gateway: Gateway) -> Snapshot:
         sample={"at": round(time.time(), 3), "engine": total, "seconds": gateway.metrics.live.latencies()},
         requests=gateway.metrics.live.view(),
         status={"engines": engines, "training": training},
-        jobs=[job_object(await _with_history(gateway, job)) for job in jobs] if jobs is not None else None,
-        adapters=[adapter_object(adapter, resident_on) for adapter in adapters]
-        if adapters is not None
-        else None,
+        jobs=[await _with_history(gateway, job) for job in jobs] if jobs is not None else None,
+        adapters=adapters,
+        resident_on=resident_on,
     )
 
 
-async def _with_history(gateway: Gateway, job: Any) -> Any:
+async def _with_history(gateway: Gateway, job: trainer_pb2.Job) -> trainer_pb2.Job:
     """A list of jobs comes without histories; the curves of the running one are wanted."""
     if job.status != "running":
         return job

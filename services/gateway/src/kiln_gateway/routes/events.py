@@ -14,11 +14,13 @@ from fastapi.responses import Response
 
 from kiln_common.errors import KilnError
 from kiln_gateway import sse
+from kiln_gateway.adapters.adapter_view import adapter_object
 from kiln_gateway.auth import Caller, require
 from kiln_gateway.gateway import Gateway, gateway_of
 from kiln_gateway.insight.feed import Feed, Snapshot
 from kiln_gateway.insight.log_tail import LogTail
 from kiln_gateway.ports import closing
+from kiln_gateway.training.job_view import job_object
 
 router = APIRouter()
 _ANY_KEY = Depends(require(None))
@@ -52,12 +54,23 @@ def _parts(snapshot: Snapshot, caller: Caller, changes: _Changes) -> Iterable[tu
         yield "requests", snapshot.requests
     if changes.is_new("status", snapshot.status):
         yield "status", snapshot.status
-    if snapshot.adapters is not None and changes.is_new("adapters", snapshot.adapters):
-        yield "adapters", snapshot.adapters
+    adapters = _adapters(snapshot)
+    if adapters is not None and changes.is_new("adapters", adapters):
+        yield "adapters", adapters
     if snapshot.jobs is not None and "train" in caller.scopes:
-        new_jobs = [job for job in snapshot.jobs if changes.is_new(job["id"], job)]
+        jobs = map(job_object, snapshot.jobs)
+        new_jobs = [job for job in jobs if changes.is_new(job["id"], job)]
         if new_jobs:
             yield "jobs", new_jobs
+
+
+def _adapters(snapshot: Snapshot) -> list[dict[str, Any]] | None:
+    if snapshot.adapters is None:
+        return None
+    adapters = [adapter_object(adapter, {}) for adapter in snapshot.adapters]
+    for version in (version for adapter in adapters for version in adapter["versions"]):
+        version["resident_on"] = snapshot.resident_on.get(version["id"], [])
+    return adapters
 
 
 class _Changes:
