@@ -8,7 +8,7 @@ sources=services/gateway/dashboard
 target=services/gateway/src/kiln_gateway/dashboard/static
 
 hash_of_sources() {
-  (cd $sources && git ls-files -co --exclude-standard -- . | LC_ALL=C sort | xargs sha256sum) | sha256sum | cut -d' ' -f1
+  (cd $sources && find . -name node_modules -prune -o -type f -print | LC_ALL=C sort | xargs sha256sum) | sha256sum | cut -d' ' -f1
 }
 
 install_packages() {

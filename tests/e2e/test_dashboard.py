@@ -89,7 +89,7 @@ class Tour:
         self.page.get_by_label("Adapter", exact=True).fill(self.name)
         self.button("Train on them").click()
         lesson = self.round(round_number).get_by_role("region", name="Training on these ratings")
-        expect(lesson).to_contain_text(f"{self.name}@{version} answers", timeout=TRAINING_MS)
+        expect(lesson).to_contain_text(f"{self.name}@{version} was live", timeout=TRAINING_MS)
         return lesson
 
 

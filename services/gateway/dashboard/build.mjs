@@ -20,5 +20,7 @@ await build({
   logLevel: "warning",
 });
 for (const name of ["index.html", "icon.svg"]) await cp(join("public", name), join(target, name));
-const licenses = ["preact", "uplot"].map(async (name) => `${name}\n\n${await readFile(join("node_modules", name, "LICENSE"), "utf8")}`);
+const licenses = ["preact", "uplot"].map(
+  async (name) => `${name}\n\n${await readFile(join("node_modules", name, "LICENSE"), "utf8")}`,
+);
 await writeFile(join(target, "licenses.txt"), (await Promise.all(licenses)).join("\n"));

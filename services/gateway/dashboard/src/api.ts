@@ -42,7 +42,12 @@ async function send(path: string, init: RequestInit): Promise<Response> {
     response = await fetch(path, { ...init, headers });
   } catch (error) {
     if (error instanceof DOMException && error.name === "AbortError") throw error;
-    throw new ApiError(0, "gateway_unreachable", "the gateway does not answer", "Look at whether it still runs.");
+    throw new ApiError(
+      0,
+      "gateway_unreachable",
+      "the gateway does not answer",
+      "Look at whether it still runs.",
+    );
   }
   if (!response.ok) throw toError(response.status, await response.json().catch(() => null));
   return response;

@@ -26,55 +26,76 @@ const VIEWS: View[] = [
     id: "playground",
     title: "Playground",
     icon: "M4 5h16v11H9l-5 4z",
-    draw: () => <Playground />,
+    draw: (wanted) => <Playground focusesPrompt={wanted === "prompt"} />,
   },
-  { id: "training", title: "Training", icon: "M4 5v14h16M7 9c3 6 6 7 12 7", draw: (job) => <Training jobId={job} /> },
+  {
+    id: "training",
+    title: "Training",
+    icon: "M4 5v14h16M7 9c3 6 6 7 12 7",
+    draw: (job) => <Training jobId={job} />,
+  },
   {
     id: "adapters",
     title: "Adapters",
     icon: "M6 4v16M6 9h8a4 4 0 0 1 4 4v3M18 16l-2.5-2.5M18 16l2.5-2.5",
     draw: () => <Adapters />,
   },
-  { id: "logs", title: "Logs", icon: "M5 6h14M5 12h14M5 18h9", draw: (wanted) => <Logs key={wanted} wanted={wanted} /> },
+  {
+    id: "logs",
+    title: "Logs",
+    icon: "M5 6h14M5 12h14M5 18h9",
+    draw: (wanted) => <Logs key={wanted} wanted={wanted} />,
+  },
 ];
 
-function place(): { view: View; argument: string } {
+interface Place {
+  view: View;
+  argument: string;
+}
+
+function place(): Place {
   const [id, argument = ""] = location.hash.replace(/^#\/?/, "").split("/");
   return { view: VIEWS.find((view) => view.id === id) ?? VIEWS[0]!, argument: decodeURIComponent(argument) };
 }
 
-export function App() {
-  const [{ view, argument }, setPlace] = useState(place);
-  const [showsKeys, setShowsKeys] = useState(false);
-  const main = useRef<HTMLElement>(null);
-  const connection = useStore(feed, (state) => state.connection);
-
+function usePlace(): Place {
+  const [current, setPlace] = useState(place);
   useEffect(() => {
     const onHash = () => setPlace(place());
     addEventListener("hashchange", onHash);
     return () => removeEventListener("hashchange", onHash);
   }, []);
   useEffect(() => {
-    document.title = `${view.title} · Kiln`;
+    document.title = `${current.view.title} · Kiln`;
     scrollTo(0, 0);
-  }, [view]);
+  }, [current.view]);
+  return current;
+}
+
+function useKeys(showKeys: (isShown: boolean) => void): void {
   useEffect(() => {
     const onKey = (event: KeyboardEvent) => {
       if (event.ctrlKey || event.metaKey || event.altKey || isTyping(event.target)) return;
       const chosen = VIEWS[Number(event.key) - 1];
       if (chosen) location.hash = `#/${chosen.id}`;
-      else if (event.key === "?") setShowsKeys((shown) => !shown);
-      else if (event.key === "Escape") setShowsKeys(false);
+      else if (event.key === "?") showKeys(true);
       else if (event.key === "/") {
         event.preventDefault();
-        location.hash = "#/playground";
-        setPlace(place());
-        requestAnimationFrame(() => document.getElementById("prompt")?.focus());
+        if (place().view.id === "playground") document.getElementById("prompt")?.focus();
+        else location.hash = "#/playground/prompt";
       }
     };
     addEventListener("keydown", onKey);
     return () => removeEventListener("keydown", onKey);
   }, []);
+}
+
+export function App() {
+  const { view, argument } = usePlace();
+  const [showsKeys, setShowsKeys] = useState(false);
+  const main = useRef<HTMLElement>(null);
+  const connection = useStore(feed, (state) => state.connection);
+  useKeys(setShowsKeys);
 
   return (
     <div class="frame">
@@ -86,21 +107,7 @@ export function App() {
           <img src="/dashboard/icon.svg" alt="" width="28" height="28" />
           <span>Kiln</span>
         </a>
-        <nav aria-label="Views">
-          {VIEWS.map((entry, index) => (
-            <a
-              key={entry.id}
-              href={`#/${entry.id}`}
-              aria-current={entry.id === view.id ? "page" : undefined}
-              title={`${entry.title} (${index + 1})`}
-            >
-              <svg viewBox="0 0 24 24" aria-hidden="true">
-                <path d={entry.icon} />
-              </svg>
-              <span>{entry.title}</span>
-            </a>
-          ))}
-        </nav>
+        <Navigation view={view} />
         <State />
         <div class="tools">
           <ThemeChoice />
@@ -118,6 +125,26 @@ export function App() {
   );
 }
 
+function Navigation({ view }: { view: View }) {
+  return (
+    <nav aria-label="Views">
+      {VIEWS.map((entry, index) => (
+        <a
+          key={entry.id}
+          href={`#/${entry.id}`}
+          aria-current={entry.id === view.id ? "page" : undefined}
+          title={`${entry.title} (${index + 1})`}
+        >
+          <svg viewBox="0 0 24 24" aria-hidden="true">
+            <path d={entry.icon} />
+          </svg>
+          <span>{entry.title}</span>
+        </a>
+      ))}
+    </nav>
+  );
+}
+
 function isTyping(target: EventTarget | null): boolean {
   return target instanceof HTMLElement && /^(INPUT|TEXTAREA|SELECT)$/.test(target.tagName);
 }
@@ -125,7 +152,12 @@ function isTyping(target: EventTarget | null): boolean {
 function State() {
   const { connection, hello, adapters } = useStore(feed, (state) => state);
   const attached = attachedOf(adapters);
-  const words = { live: "Live", connecting: "Connecting", lost: "Connection lost", "key needed": "Key needed" };
+  const words = {
+    live: "Live",
+    connecting: "Connecting",
+    lost: "Connection lost",
+    "key needed": "Key needed",
+  };
   return (
     <div class="state">
       <span class={`dot ${connection.replace(" ", "-")}`} />

@@ -21,36 +21,34 @@ interface Props {
   /** Values are whole numbers, and so are the ticks. */
   whole?: boolean;
   /** A stretch of x to mark. */
-  band?: { from: number; to: number; label: string };
+  band?: { from: number; to: number };
   empty: string;
   note?: string;
 }
 
 const HEIGHT = 150;
+// As many points are marked one by one.
+const FEW_POINTS = 40;
 const WHOLE = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000];
 
-export function Chart({ title, x, series, format, isTime = false, whole = false, band, empty, note }: Props) {
-  const host = useRef<HTMLDivElement>(null);
-  const plot = useRef<uPlot | null>(null);
+/** Draws into the element that the reference gets; returns the index under the pointer. */
+function usePlot(host: { current: HTMLDivElement | null }, props: Props, hasData: boolean): number | null {
   const [hovered, setHovered] = useState<number | null>(null);
+  const plot = useRef<uPlot | null>(null);
+  const latest = useRef(props);
+  latest.current = props;
   const scheme = useStore(theme, (value) => value.drawn);
-  const shape = series.map((entry) => entry.label + entry.color).join();
-  const hasData = series.some((entry) => entry.values.some((value) => value != null));
-  const bandRef = useRef(band);
-  bandRef.current = band;
-  const formatRef = useRef(format);
-  formatRef.current = format;
-  const data = useMemo(() => [x, ...series.map((entry) => entry.values)] as uPlot.AlignedData, [x, series]);
-
+  const shape = props.series.map((entry) => entry.label + entry.color).join();
+  const data = useMemo(
+    () => [props.x, ...props.series.map((entry) => entry.values)] as uPlot.AlignedData,
+    [props.x, props.series],
+  );
   useEffect(() => {
-    if (!host.current || !hasData) return;
     const element = host.current;
-    const options = optionsOf(element, series, { isTime, whole }, (value) => formatRef.current(value), () => bandRef.current);
-    options.hooks = {
-      ...options.hooks,
-      setCursor: [(drawn) => setHovered(drawn.cursor.idx ?? null)],
-    };
+    if (!element || !hasData) return;
+    const options = optionsOf(element, () => latest.current);
     const drawn = new uPlot(options, data, element);
+    drawn.hooks.setCursor = [() => setHovered(drawn.cursor.idx ?? null)];
     plot.current = drawn;
     const observer = new ResizeObserver(() => drawn.setSize({ width: element.clientWidth, height: HEIGHT }));
     observer.observe(element);
@@ -59,10 +57,16 @@ export function Chart({ title, x, series, format, isTime = false, whole = false,
       drawn.destroy();
       plot.current = null;
     };
-  }, [shape, isTime, scheme, hasData]);
-
+  }, [shape, props.isTime, scheme, hasData]);
   useEffect(() => plot.current?.setData(data), [data]);
+  return hovered;
+}
 
+export function Chart(props: Props) {
+  const { title, series, format, empty, note } = props;
+  const host = useRef<HTMLDivElement>(null);
+  const hasData = series.some((entry) => entry.values.some((value) => value != null));
+  const hovered = usePlot(host, props, hasData);
   const shownAt = (values: (number | null)[]) =>
     hovered != null && hovered < values.length ? values[hovered] : lastKnown(values);
   const summary = series.map((entry) => `${entry.label} ${format(lastKnown(entry.values))}`).join(", ");
@@ -90,26 +94,23 @@ export function Chart({ title, x, series, format, isTime = false, whole = false,
 }
 
 function lastKnown(values: (number | null)[]): number | null {
-  for (let index = values.length - 1; index >= 0; index--) if (values[index] != null) return values[index] ?? null;
+  for (let index = values.length - 1; index >= 0; index--)
+    if (values[index] != null) return values[index] ?? null;
   return null;
 }
 
-function optionsOf(
-  element: HTMLElement,
-  series: Series[],
-  { isTime, whole }: { isTime: boolean; whole: boolean },
-  format: (value: number) => string,
-  band: () => Props["band"],
-): uPlot.Options {
+/** `props` gives the latest ones: uPlot draws again and again with the options of its start. */
+function optionsOf(element: HTMLElement, props: () => Props): uPlot.Options {
+  const { series, isTime = false, whole = false } = props();
   const style = getComputedStyle(element);
   const color = (name: string) => style.getPropertyValue(`--${name}`).trim();
-  const isSparse = series.every((entry) => entry.values.length < 40);
   const axis: uPlot.Axis = {
     stroke: color("muted"),
     grid: { stroke: color("line"), width: 1 },
     ticks: { show: false },
     font: "11px system-ui, sans-serif",
   };
+  const valueAxis = { ...axis, size: 58, space: 32, ...(whole && { incrs: WHOLE }) };
   return {
     width: element.clientWidth,
     height: HEIGHT,
@@ -122,32 +123,25 @@ function optionsOf(
     },
     axes: [
       { ...axis, size: 26, ...(isTime ? { values: clockTicks, space: 70 } : { incrs: WHOLE }) },
-      { ...axis, size: 58, space: 32, ...(whole && { incrs: WHOLE }), values: (_plot, ticks) => ticks.map((tick) => format(tick)) },
+      { ...valueAxis, values: (_plot, ticks) => ticks.map((tick) => props().format(tick)) },
     ],
-    series: [
-      {},
-      ...series.map((entry) => ({
-        label: entry.label,
-        stroke: color(entry.color),
-        width: 1.75,
-        points: { show: isSparse, size: 5, fill: color(entry.color) },
-        spanGaps: false,
-      })),
-    ],
-    hooks: {
-      drawClear: [
-        (plot) => {
-          const marked = band();
-          if (!marked) return;
-          const left = Math.max(plot.valToPos(marked.from, "x", true), plot.bbox.left);
-          const right = Math.min(plot.valToPos(marked.to, "x", true), plot.bbox.left + plot.bbox.width);
-          if (right <= left) return;
-          plot.ctx.fillStyle = color("band");
-          plot.ctx.fillRect(left, plot.bbox.top, right - left, plot.bbox.height);
-        },
-      ],
-    },
+    series: [{}, ...series.map((entry) => lineOf(entry.label, color(entry.color)))],
+    hooks: { drawClear: [(plot) => drawBand(plot, props().band, color("band"))] },
   };
+}
+
+function lineOf(label: string, color: string): uPlot.Series {
+  const points = { show: (plot: uPlot) => plot.data[0].length < FEW_POINTS, size: 5, fill: color };
+  return { label, stroke: color, width: 1.75, points, spanGaps: false };
+}
+
+function drawBand(plot: uPlot, band: Props["band"], color: string): void {
+  if (!band) return;
+  const left = Math.max(plot.valToPos(band.from, "x", true), plot.bbox.left);
+  const right = Math.min(plot.valToPos(band.to, "x", true), plot.bbox.left + plot.bbox.width);
+  if (right <= left) return;
+  plot.ctx.fillStyle = color;
+  plot.ctx.fillRect(left, plot.bbox.top, right - left, plot.bbox.height);
 }
 
 /** Zero is in sight for what is never negative, so that small changes look small. */

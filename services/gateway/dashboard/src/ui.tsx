@@ -89,7 +89,11 @@ export function PartsBar({ parts, total, label }: { parts: Part[]; total?: numbe
       {parts
         .filter((part) => part.value > 0)
         .map((part) => (
-          <i key={part.name} class={part.color} style={{ width: `${whole ? (100 * part.value) / whole : 0}%` }} />
+          <i
+            key={part.name}
+            class={part.color}
+            style={{ width: `${whole ? (100 * part.value) / whole : 0}%` }}
+          />
         ))}
     </div>
   );

@@ -13,7 +13,9 @@ export function useWholeJob(job: Job): ReturnType<typeof useAction> {
   const action = useAction();
   useEffect(() => {
     if (!isOver(job)) return;
-    void action.run(async () => takeJobs([await call<Job>("GET", `/v1/train/jobs/${encodeURIComponent(job.id)}`)]));
+    void action.run(async () =>
+      takeJobs([await call<Job>("GET", `/v1/train/jobs/${encodeURIComponent(job.id)}`)]),
+    );
   }, [job.id, isOver(job)]);
   return action;
 }

@@ -44,7 +44,8 @@ export function AnswerColumn({ round, place, onContinue }: ColumnProps) {
 }
 
 function facts(column: Column): string {
-  if (column.isRunning) return column.firstTokenS === null ? "" : `first token ${seconds(column.firstTokenS)}`;
+  if (column.isRunning)
+    return column.firstTokenS === null ? "" : `first token ${seconds(column.firstTokenS)}`;
   if (column.numTokens === null || !column.seconds) return column.error ? "" : "stopped";
   const speed = column.numTokens / column.seconds;
   return `first token ${seconds(column.firstTokenS)} · ${count(column.numTokens)} tokens · ${perSecond(speed)} tok/s`;
@@ -104,7 +105,9 @@ function AnswerCard({ round, place, answer, isRunning, onContinue }: AnswerProps
           )}
         </footer>
       )}
-      {isEnded && answer.toolCalls.length > 0 && <ToolResults round={round} answer={answer} onContinue={onContinue} />}
+      {isEnded && answer.toolCalls.length > 0 && (
+        <ToolResults round={round} answer={answer} onContinue={onContinue} />
+      )}
     </article>
   );
 }
@@ -149,4 +152,3 @@ function pretty(text: string): string {
     return text; // it is still being written
   }
 }
-

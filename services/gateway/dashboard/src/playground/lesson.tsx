@@ -45,8 +45,22 @@ export function TeachForm() {
             onInput={(event) => setLesson({ ...lesson, adapter: event.currentTarget.value })}
           />
         </label>
-        <NumberField label="Learning rate" value={lesson.learningRate} min={0} max={1} step="any" onChange={(learningRate) => setLesson({ ...lesson, learningRate })} />
-        <NumberField label="Steps" value={lesson.epochs} min={1} max={100} step={1} onChange={(epochs) => setLesson({ ...lesson, epochs })} />
+        <NumberField
+          label="Learning rate"
+          value={lesson.learningRate}
+          min={0}
+          max={1}
+          step="any"
+          onChange={(learningRate) => setLesson({ ...lesson, learningRate })}
+        />
+        <NumberField
+          label="Steps"
+          value={lesson.epochs}
+          min={1}
+          max={100}
+          step={1}
+          onChange={(epochs) => setLesson({ ...lesson, epochs })}
+        />
         <button type="submit" class="primary" disabled={!ready.groups.length || action.isBusy || !mayTrain}>
           Train on them
         </button>
@@ -77,7 +91,13 @@ function Progress({ job, round }: { job: Job; round: Round }) {
         <a href={`#/training/${job.id}`}>All curves</a>
       </header>
       {steps.length > 0 && (
-        <Chart title="Loss" x={steps} series={line("loss", "loss", "series-1")} format={metric} empty="No step yet." />
+        <Chart
+          title="Loss"
+          x={steps}
+          series={line("loss", "loss", "series-1")}
+          format={metric}
+          empty="No step yet."
+        />
       )}
       {job.error && (
         <div class="problem" role="alert">
@@ -98,9 +118,11 @@ function goBack(job: Job): Promise<unknown> {
 }
 
 function progressOf(job: Job): string {
-  if (job.status === "queued") return job.queue_position ? `${job.queue_position} jobs before it` : "next in the queue";
+  if (job.status === "queued")
+    return job.queue_position ? `${job.queue_position} jobs before it` : "next in the queue";
   if (job.status === "running") return `step ${job.progress.step} of ${job.progress.steps || "?"}`;
-  if (job.result) return `${job.result.adapter}@${job.result.version} answers, ${seconds(job.result.swap_s)} after it was published`;
+  if (job.result)
+    return `${job.result.adapter}@${job.result.version} was live ${seconds(job.result.swap_s)} after it was published`;
   return "";
 }
 
@@ -115,7 +137,12 @@ function Outcome({ job, messages }: { job: Job; messages: Message[] }) {
   return (
     <>
       <div class="buttons">
-        <button type="button" class="primary" disabled={asking.isBusy} onClick={() => void asking.run(() => ask(messages, [before, after], settings))}>
+        <button
+          type="button"
+          class="primary"
+          disabled={asking.isBusy}
+          onClick={() => void asking.run(() => ask(messages, [before, after], settings))}
+        >
           Ask before and after
         </button>
         <button

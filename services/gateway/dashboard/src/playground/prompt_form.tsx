@@ -4,7 +4,7 @@ import { modelChoices } from "../derive";
 import { feed } from "../feed";
 import { useStore } from "../store";
 import { Problem, useAction } from "../ui";
-import { ask, playground, stopAnswers, type Settings } from "./state";
+import { ask, parseTools, playground, stopAnswers, type Settings } from "./state";
 import type { Message } from "../types";
 
 const EXAMPLE_TOOLS = JSON.stringify(
@@ -36,6 +36,7 @@ export function PromptForm() {
   const send = () =>
     action.run(async () => {
       if (!prompt.trim()) return;
+      parseTools(settings.tools); // throws before the conversation is let go
       const system: Message[] =
         settings.system.trim() && !context.length ? [{ role: "system", content: settings.system }] : [];
       const messages: Message[] = [...system, ...context, { role: "user", content: prompt }];
@@ -51,34 +52,24 @@ export function PromptForm() {
         void send();
       }}
     >
-      {context.length > 0 && (
-        <p class="context">
-          Goes on from {context.length} messages.{" "}
-          <button type="button" class="quiet" onClick={() => playground.update({ context: [] })}>
-            Begin anew
-          </button>
-        </p>
-      )}
-      <label>
-        Prompt
-        <textarea
-          id="prompt"
-          rows={3}
-          placeholder="Write a short email reply to Tom about the spare key."
-          value={prompt}
-          onInput={(event) => playground.update({ prompt: event.currentTarget.value })}
-          onKeyDown={(event) => {
-            if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
-              event.preventDefault();
-              if (!isRunning) void send();
-            } else if (event.key === "Escape") stopAnswers();
-          }}
-        />
-      </label>
+      <Context messages={context} />
+      <PromptField isRunning={isRunning} send={send} />
       <div class="fields">
         <ModelSelect label="Version" value={settings.modelA} onChange={(modelA) => change({ modelA })} />
-        <ModelSelect label="Beside it" none value={settings.modelB} onChange={(modelB) => change({ modelB })} />
-        <NumberField label="Answers each" value={settings.numAnswers} min={1} max={8} step={1} onChange={(numAnswers) => change({ numAnswers })} />
+        <ModelSelect
+          label="Beside it"
+          none
+          value={settings.modelB}
+          onChange={(modelB) => change({ modelB })}
+        />
+        <NumberField
+          label="Answers each"
+          value={settings.numAnswers}
+          min={1}
+          max={8}
+          step={1}
+          onChange={(numAnswers) => change({ numAnswers })}
+        />
       </div>
       <details>
         <summary>Sampling, system message, tools</summary>
@@ -100,12 +91,66 @@ export function PromptForm() {
   );
 }
 
-function MoreFields({ settings, change }: { settings: Settings; change: (update: Partial<Settings>) => void }) {
+function Context({ messages }: { messages: Message[] }) {
+  if (!messages.length) return null;
+  return (
+    <p class="context">
+      Goes on from {messages.length} messages.{" "}
+      <button type="button" class="quiet" onClick={() => playground.update({ context: [] })}>
+        Begin anew
+      </button>
+    </p>
+  );
+}
+
+function PromptField({ isRunning, send }: { isRunning: boolean; send: () => Promise<void> }) {
+  const prompt = useStore(playground, (state) => state.prompt);
+  return (
+    <label>
+      Prompt
+      <textarea
+        id="prompt"
+        rows={3}
+        placeholder="Write a short email reply to Tom about the spare key."
+        value={prompt}
+        onInput={(event) => playground.update({ prompt: event.currentTarget.value })}
+        onKeyDown={(event) => {
+          if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
+            event.preventDefault();
+            if (!isRunning) void send();
+          } else if (event.key === "Escape") stopAnswers();
+        }}
+      />
+    </label>
+  );
+}
+
+function MoreFields({
+  settings,
+  change,
+}: {
+  settings: Settings;
+  change: (update: Partial<Settings>) => void;
+}) {
   return (
     <div class="more">
       <div class="fields">
-        <NumberField label="Temperature" value={settings.temperature} min={0} max={2} step={0.1} onChange={(temperature) => change({ temperature })} />
-        <NumberField label="Most tokens" value={settings.maxTokens} min={1} max={32768} step={1} onChange={(maxTokens) => change({ maxTokens })} />
+        <NumberField
+          label="Temperature"
+          value={settings.temperature}
+          min={0}
+          max={2}
+          step={0.1}
+          onChange={(temperature) => change({ temperature })}
+        />
+        <NumberField
+          label="Most tokens"
+          value={settings.maxTokens}
+          min={1}
+          max={32768}
+          step={1}
+          onChange={(maxTokens) => change({ maxTokens })}
+        />
         <label>
           Thinking
           <select
@@ -120,7 +165,11 @@ function MoreFields({ settings, change }: { settings: Settings; change: (update:
       </div>
       <label>
         System message
-        <textarea rows={2} value={settings.system} onInput={(event) => change({ system: event.currentTarget.value })} />
+        <textarea
+          rows={2}
+          value={settings.system}
+          onInput={(event) => change({ system: event.currentTarget.value })}
+        />
       </label>
       <label>
         Tools, a JSON array
@@ -155,7 +204,10 @@ function ModelSelect({ label, value, none, onChange }: ModelProps) {
   return (
     <label>
       {label}
-      <select value={value || (none ? "" : (choices[0]?.id ?? ""))} onChange={(event) => onChange(event.currentTarget.value)}>
+      <select
+        value={value || (none ? "" : (choices[0]?.id ?? ""))}
+        onChange={(event) => onChange(event.currentTarget.value)}
+      >
         {none && <option value="">nothing</option>}
         {choices.map((choice) => (
           <option key={choice.id} value={choice.id}>

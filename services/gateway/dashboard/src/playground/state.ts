@@ -119,7 +119,12 @@ function newColumn(model: string): Column {
   };
 }
 
-function bodyOf(model: string, messages: Message[], settings: Settings, tools: unknown[] | undefined): unknown {
+function bodyOf(
+  model: string,
+  messages: Message[],
+  settings: Settings,
+  tools: unknown[] | undefined,
+): unknown {
   const body: Record<string, unknown> = {
     model,
     messages,
@@ -130,7 +135,8 @@ function bodyOf(model: string, messages: Message[], settings: Settings, tools: u
     max_tokens: settings.maxTokens,
   };
   if (tools) body.tools = tools;
-  if (settings.thinking !== "default") body.chat_template_kwargs = { enable_thinking: settings.thinking === "on" };
+  if (settings.thinking !== "default")
+    body.chat_template_kwargs = { enable_thinking: settings.thinking === "on" };
   return body;
 }
 
@@ -191,7 +197,9 @@ function take(column: Column, chunk: Chunk, passedS: number): Column {
       ...before,
       content: before.content + (delta.content ?? ""),
       reasoning: before.reasoning + (delta.reasoning_content ?? ""),
-      toolCalls: delta.tool_calls ? delta.tool_calls.reduce(withToolCall, before.toolCalls) : before.toolCalls,
+      toolCalls: delta.tool_calls
+        ? delta.tool_calls.reduce(withToolCall, before.toolCalls)
+        : before.toolCalls,
       finishReason: finish_reason ?? before.finishReason,
     };
   }

@@ -38,7 +38,9 @@ export function Adapters() {
             </button>
           )}
         </div>
-        <p class="note">It answers requests for the base model's id. A request keeps the version it began with.</p>
+        <p class="note">
+          It answers requests for the base model's id. A request keeps the version it began with.
+        </p>
         <Problem error={moving.error} />
       </section>
       <section class="card" aria-labelledby="lineage-title">
@@ -75,12 +77,20 @@ function TreeNode({ node, attached }: { node: VersionNode; attached: Adapter | u
         </span>
         <div class="buttons">
           {!node.isAttached && (
-            <button type="button" disabled={action.isBusy} onClick={() => void action.run(() => attach(version.name, version.version))}>
+            <button
+              type="button"
+              disabled={action.isBusy}
+              onClick={() => void action.run(() => attach(version.name, version.version))}
+            >
               Attach
             </button>
           )}
           {isOlder && (
-            <button type="button" disabled={action.isBusy} onClick={() => void action.run(() => rollBack(version.name, version.version))}>
+            <button
+              type="button"
+              disabled={action.isBusy}
+              onClick={() => void action.run(() => rollBack(version.name, version.version))}
+            >
               Roll back to it
             </button>
           )}

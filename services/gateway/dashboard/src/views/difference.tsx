@@ -41,7 +41,12 @@ export function Difference({ adapters }: { adapters: Adapter[] }) {
             ))}
           </select>
         </label>
-        <NumberSelect label="From" value={from} numbers={numbers} onChange={(value) => setPair([value, to])} />
+        <NumberSelect
+          label="From"
+          value={from}
+          numbers={numbers}
+          onChange={(value) => setPair([value, to])}
+        />
         <NumberSelect label="To" value={to} numbers={numbers} onChange={(value) => setPair([from, value])} />
         <button type="submit" disabled={action.isBusy}>
           Compare
@@ -53,7 +58,12 @@ export function Difference({ adapters }: { adapters: Adapter[] }) {
   );
 }
 
-function NumberSelect(props: { label: string; value: number; numbers: number[]; onChange: (value: number) => void }) {
+function NumberSelect(props: {
+  label: string;
+  value: number;
+  numbers: number[];
+  onChange: (value: number) => void;
+}) {
   return (
     <label>
       {props.label}
@@ -75,10 +85,10 @@ function Findings({ found }: { found: AdapterDiff }) {
     <div class="findings" role="region" aria-label="Differences">
       <dl class="facts-list">
         <Fact name="Compared">{`${found.from ?? "base"} → ${found.to}`}</Fact>
-        <Fact name="Size of the update before">{metric(found.total.norm_from)}</Fact>
-        <Fact name="after">{metric(found.total.norm_to)}</Fact>
-        <Fact name="of the change">{metric(found.total.norm_change)}</Fact>
-        <Fact name="Same direction (cosine)">{metric(found.total.cosine)}</Fact>
+        <Fact name="Norm of the update before">{metric(found.total.norm_from)}</Fact>
+        <Fact name="Norm after">{metric(found.total.norm_to)}</Fact>
+        <Fact name="Norm of the change">{metric(found.total.norm_change)}</Fact>
+        <Fact name="Cosine of the two">{metric(found.total.cosine)}</Fact>
       </dl>
       <div class="columns">
         <table>

@@ -23,14 +23,26 @@ export function Live() {
     <>
       <EngineNotice status={status} />
       <dl class="tiles">
-        <Tile label="Generated" value={`${rate(latest(generated))} tok/s`} detail={totalOf(last, "generated_tokens_total")} />
+        <Tile
+          label="Generated"
+          value={`${rate(latest(generated))} tok/s`}
+          detail={totalOf(last, "generated_tokens_total")}
+        />
         <Tile
           label="Requests"
           value={`${count(last?.engine.running)} running`}
           detail={`${count(last?.engine.waiting)} waiting`}
         />
-        <Tile label="First token, p50" value={seconds(last?.seconds.first_token_p50)} detail={`p99 ${seconds(last?.seconds.first_token_p99)}`} />
-        <Tile label="Between tokens, p50" value={seconds(last?.seconds.inter_token_p50)} detail={`p99 ${seconds(last?.seconds.inter_token_p99)}`} />
+        <Tile
+          label="First token, p50"
+          value={seconds(last?.seconds.first_token_p50)}
+          detail={`p99 ${seconds(last?.seconds.first_token_p99)}`}
+        />
+        <Tile
+          label="Between tokens, p50"
+          value={seconds(last?.seconds.inter_token_p50)}
+          detail={`p99 ${seconds(last?.seconds.inter_token_p99)}`}
+        />
       </dl>
       <Charts shown={shown} generated={generated} />
       <div class="columns">
@@ -61,35 +73,43 @@ function EngineNotice({ status }: { status: Status }) {
 
 function Charts({ shown, generated }: { shown: Sample[]; generated: (number | null)[] }) {
   const drawn = useMemo(() => {
-    const line = (label: string, color: string, values: (number | null)[]): Series => ({ label, color, values });
+    const line = (
+      label: string,
+      color: string,
+      of: (sample: Sample) => number | null | undefined,
+    ): Series => ({
+      label,
+      color,
+      values: shown.map((sample) => of(sample) ?? null),
+    });
     return {
       x: shown.map((sample) => sample.at),
       tokens: [
-        line("generated", "series-1", generated),
-        line("prompt", "series-2", ratesOf(shown, "prompt_tokens_total")),
+        { label: "generated", color: "series-1", values: generated },
+        { label: "prompt", color: "series-2", values: ratesOf(shown, "prompt_tokens_total") },
       ],
       requests: [
-        line("running", "series-1", shown.map((sample) => sample.engine.running ?? null)),
-        line("waiting", "series-3", shown.map((sample) => sample.engine.waiting ?? null)),
+        line("running", "series-1", (sample) => sample.engine.running),
+        line("waiting", "series-3", (sample) => sample.engine.waiting),
       ],
       first: [
-        line("p50", "series-1", shown.map((sample) => sample.seconds.first_token_p50)),
-        line("p99", "series-3", shown.map((sample) => sample.seconds.first_token_p99)),
+        line("p50", "series-1", (sample) => sample.seconds.first_token_p50),
+        line("p99", "series-3", (sample) => sample.seconds.first_token_p99),
       ],
       inter: [
-        line("p50", "series-1", shown.map((sample) => sample.seconds.inter_token_p50)),
-        line("p99", "series-3", shown.map((sample) => sample.seconds.inter_token_p99)),
+        line("p50", "series-1", (sample) => sample.seconds.inter_token_p50),
+        line("p99", "series-3", (sample) => sample.seconds.inter_token_p99),
       ],
     };
   }, [shown, generated]);
   const window = "At this gateway, over the 15 seconds before each point.";
-  const quiet = "Nothing was answered in the last five minutes.";
+  const common = { x: drawn.x, isTime: true, empty: "Nothing was answered in the last five minutes." };
   return (
     <div class="charts">
-      <Chart title="Tokens per second" x={drawn.x} series={drawn.tokens} format={rate} isTime empty={quiet} />
-      <Chart title="Requests in the engines" x={drawn.x} series={drawn.requests} format={count} isTime whole empty={quiet} />
-      <Chart title="Time to first token" x={drawn.x} series={drawn.first} format={seconds} isTime empty={quiet} note={window} />
-      <Chart title="Between tokens" x={drawn.x} series={drawn.inter} format={seconds} isTime empty={quiet} note={window} />
+      <Chart {...common} title="Tokens per second" series={drawn.tokens} format={rate} />
+      <Chart {...common} title="Requests in the engines" series={drawn.requests} format={count} whole />
+      <Chart {...common} title="Time to first token" series={drawn.first} format={seconds} note={window} />
+      <Chart {...common} title="Between tokens" series={drawn.inter} format={seconds} note={window} />
     </div>
   );
 }
@@ -120,7 +140,11 @@ function Memory({ status, last }: { status: Status; last: Sample | undefined }) 
       <p class="lead">
         <b>{bytes(used)}</b> of {bytes(device)}
       </p>
-      <PartsBar parts={parts} total={isCpu ? used : device} label={`Memory: ${parts.map((part) => `${part.name} ${bytes(part.value)}`).join(", ")}`} />
+      <PartsBar
+        parts={parts}
+        total={isCpu ? used : device}
+        label={`Memory: ${parts.map((part) => `${part.name} ${bytes(part.value)}`).join(", ")}`}
+      />
       <ul class="parts">
         {parts.map((part) => (
           <li key={part.name}>
@@ -132,7 +156,8 @@ function Memory({ status, last }: { status: Status; last: Sample | undefined }) 
       </ul>
       <p class="note">
         In use: {percent(kv)} of the pages, {percent(states)} of the state slots.
-        {status.training && ` The trainer borrows ${bytes(status.training.borrowed_bytes)} of the weights and holds ${bytes(status.training.allocated_base_bytes)} of its own.`}
+        {status.training &&
+          ` The trainer borrows ${bytes(status.training.borrowed_bytes)} of the weights and holds ${bytes(status.training.allocated_base_bytes)} of its own.`}
       </p>
     </section>
   );
@@ -158,7 +183,10 @@ function Cache({ last }: { last: Sample | undefined }) {
       <p class="lead">
         <b>{percent(prompt ? cached / prompt : null)}</b> of {count(prompt)} prompt tokens came from it
       </p>
-      <PartsBar parts={parts} label={parts.map((part) => `${part.name}: ${count(part.value)} tokens`).join(", ")} />
+      <PartsBar
+        parts={parts}
+        label={parts.map((part) => `${part.name}: ${count(part.value)} tokens`).join(", ")}
+      />
       <ul class="parts">
         {parts.map((part) => (
           <li key={part.name}>
@@ -169,8 +197,9 @@ function Cache({ last }: { last: Sample | undefined }) {
         ))}
       </ul>
       <p class="note">
-        Matched tokens are computed again where no state checkpoint was kept. {count(last?.engine.pages_cached)} pages and{" "}
-        {count(last?.engine.state_slots_cached)} states are held for later; {count(last?.engine.preemptions_total)} preemptions.
+        Matched tokens are computed again where no state checkpoint was kept.{" "}
+        {count(last?.engine.pages_cached)} pages and {count(last?.engine.state_slots_cached)} states are held
+        for later; {count(last?.engine.preemptions_total)} preemptions.
       </p>
     </section>
   );

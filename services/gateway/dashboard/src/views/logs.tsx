@@ -8,27 +8,29 @@ import { Badge, Empty } from "../ui";
 const SHOWN = 400;
 const LEVELS = ["debug", "info", "warning", "error", "critical"];
 
+interface Filter {
+  service: string;
+  least: string;
+  text: string;
+  /** New lines are scrolled into sight. */
+  follows: boolean;
+}
+
 export function Logs({ wanted: wantedAtFirst }: { wanted: string }) {
   const logs = useStore(feed, (state) => state.logs);
   const hello = useStore(feed, (state) => state.hello);
-  const [service, setService] = useState("");
-  const [least, setLeast] = useState("info");
-  const [text, setText] = useState(wantedAtFirst);
-  const [follows, setFollows] = useState(true);
+  const [filter, setFilter] = useState<Filter>({
+    service: "",
+    least: "info",
+    text: wantedAtFirst,
+    follows: true,
+  });
   const list = useRef<HTMLOListElement>(null);
   const services = useMemo(() => [...new Set(logs.map((line) => line.service))].sort(), [logs]);
-  const shown = useMemo(() => {
-    const lowest = LEVELS.indexOf(least);
-    const wanted = text.toLowerCase();
-    const matches = (line: LogLine) =>
-      (!service || line.service === service) &&
-      LEVELS.indexOf(line.level) >= lowest &&
-      (!wanted || wordsOf(line).toLowerCase().includes(wanted));
-    return logs.filter(matches).slice(-SHOWN);
-  }, [logs, service, least, text]);
+  const shown = useMemo(() => logs.filter((line) => passes(line, filter)).slice(-SHOWN), [logs, filter]);
   useEffect(() => {
-    if (follows && list.current) list.current.scrollTop = list.current.scrollHeight;
-  }, [shown, follows]);
+    if (filter.follows && list.current) list.current.scrollTop = list.current.scrollHeight;
+  }, [shown, filter.follows]);
 
   if (hello && !hello.has_logs)
     return hello.scopes.includes("admin") ? (
@@ -40,33 +42,7 @@ export function Logs({ wanted: wantedAtFirst }: { wanted: string }) {
     );
   return (
     <section class="card logs">
-      <div class="fields">
-        <label>
-          Service
-          <select value={service} onChange={(event) => setService(event.currentTarget.value)}>
-            <option value="">all</option>
-            {services.map((name) => (
-              <option key={name}>{name}</option>
-            ))}
-          </select>
-        </label>
-        <label>
-          At least
-          <select value={least} onChange={(event) => setLeast(event.currentTarget.value)}>
-            {LEVELS.slice(0, 4).map((level) => (
-              <option key={level}>{level}</option>
-            ))}
-          </select>
-        </label>
-        <label>
-          Contains
-          <input type="search" value={text} onInput={(event) => setText(event.currentTarget.value)} />
-        </label>
-        <label class="check">
-          <input type="checkbox" checked={follows} onChange={(event) => setFollows(event.currentTarget.checked)} />
-          Follow
-        </label>
-      </div>
+      <Filters filter={filter} change={setFilter} services={services} />
       {shown.length ? (
         <ol ref={list} class="lines" tabIndex={0} aria-label="Log lines">
           {shown.map((line) => (
@@ -83,6 +59,66 @@ export function Logs({ wanted: wantedAtFirst }: { wanted: string }) {
         <Empty title="No line matches" />
       )}
     </section>
+  );
+}
+
+interface FilterProps {
+  filter: Filter;
+  change: (filter: Filter) => void;
+  services: string[];
+}
+
+function Filters({ filter, change, services }: FilterProps) {
+  return (
+    <div class="fields">
+      <label>
+        Service
+        <select
+          value={filter.service}
+          onChange={(event) => change({ ...filter, service: event.currentTarget.value })}
+        >
+          <option value="">all</option>
+          {services.map((name) => (
+            <option key={name}>{name}</option>
+          ))}
+        </select>
+      </label>
+      <label>
+        At least
+        <select
+          value={filter.least}
+          onChange={(event) => change({ ...filter, least: event.currentTarget.value })}
+        >
+          {LEVELS.slice(0, 4).map((level) => (
+            <option key={level}>{level}</option>
+          ))}
+        </select>
+      </label>
+      <label>
+        Contains
+        <input
+          type="search"
+          value={filter.text}
+          onInput={(event) => change({ ...filter, text: event.currentTarget.value })}
+        />
+      </label>
+      <label class="check">
+        <input
+          type="checkbox"
+          checked={filter.follows}
+          onChange={(event) => change({ ...filter, follows: event.currentTarget.checked })}
+        />
+        Follow
+      </label>
+    </div>
+  );
+}
+
+function passes(line: LogLine, { service, least, text }: Filter): boolean {
+  return (
+    (!service || line.service === service) &&
+    LEVELS.indexOf(line.level) >= LEVELS.indexOf(least) &&
+    wordsOf(line).toLowerCase().includes(text.toLowerCase())
   );
 }
 

@@ -1,4 +1,5 @@
 /** Ask one or two versions, rate what they say, train on it, ask again. */
+import { useEffect } from "preact/hooks";
 import { AnswerColumn } from "../playground/answer";
 import { LessonProgress, TeachForm } from "../playground/lesson";
 import { modelsOf, PromptForm } from "../playground/prompt_form";
@@ -8,7 +9,10 @@ import { useStore } from "../store";
 import type { Message } from "../types";
 import { Empty } from "../ui";
 
-export function Playground() {
+export function Playground({ focusesPrompt }: { focusesPrompt: boolean }) {
+  useEffect(() => {
+    if (focusesPrompt) document.getElementById("prompt")?.focus();
+  }, [focusesPrompt]);
   const rounds = useStore(playground, (state) => state.rounds);
   return (
     <div class="playground">
@@ -16,8 +20,8 @@ export function Playground() {
       <TeachForm />
       {rounds.length === 0 && (
         <Empty title="Ask, rate, train, ask again">
-          Each answer is kept for an hour with its exact tokens. Rate two answers to one prompt, and a training job
-          learns from the difference while the server goes on answering.
+          Each answer is kept for an hour with its exact tokens. Rate two answers to one prompt, and a
+          training job learns from the difference while the server goes on answering.
         </Empty>
       )}
       {rounds.map((round) => (

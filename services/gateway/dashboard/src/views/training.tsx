@@ -26,10 +26,17 @@ export function Training({ jobId }: { jobId: string }) {
       <nav class="card job-list" aria-label="Jobs">
         {jobs.map((job) => (
           <a key={job.id} href={`#/training/${job.id}`} aria-current={job === chosen ? "true" : undefined}>
-            <b>{job.result ? `${job.result.adapter}@${job.result.version}` : String(job.effective_config.adapter ?? "")}</b>
+            <b>
+              {job.result
+                ? `${job.result.adapter}@${job.result.version}`
+                : String(job.effective_config.adapter ?? "")}
+            </b>
             <span class="job-line">
               <span class="note">
-                {job.kind.toUpperCase()} · {job.status === "running" ? `step ${job.progress.step} of ${job.progress.steps || "?"}` : ago(job.created_at)}
+                {job.kind.toUpperCase()} ·{" "}
+                {job.status === "running"
+                  ? `step ${job.progress.step} of ${job.progress.steps || "?"}`
+                  : ago(job.created_at)}
               </span>
               <JobBadge job={job} />
             </span>
@@ -52,12 +59,20 @@ function JobDetail({ job }: { job: Job }) {
           <h2>{String(job.effective_config.adapter ?? job.id)}</h2>
           <JobBadge job={job} />
           {!isOver(job) && (
-            <button type="button" disabled={action.isBusy} onClick={() => void action.run(() => call("POST", `/v1/train/jobs/${encodeURIComponent(job.id)}/cancel`))}>
+            <button
+              type="button"
+              disabled={action.isBusy}
+              onClick={() =>
+                void action.run(() => call("POST", `/v1/train/jobs/${encodeURIComponent(job.id)}/cancel`))
+              }
+            >
               Cancel
             </button>
           )}
         </div>
-        {!isOver(job) && <progress max={job.progress.steps || 1} value={job.progress.step} aria-label="Steps done" />}
+        {!isOver(job) && (
+          <progress max={job.progress.steps || 1} value={job.progress.step} aria-label="Steps done" />
+        )}
         <dl class="facts-list">
           <Fact name="Recipe">{job.kind.toUpperCase()}</Fact>
           <Fact name="Starts from">{job.base_adapter ?? (job.started_at ? "base" : "–")}</Fact>
@@ -86,22 +101,43 @@ function JobDetail({ job }: { job: Job }) {
 }
 
 function Curves({ job }: { job: Job }) {
-  const samples = useStore(feed, (state) => state.samples);
-  const curves = useMemo(() => {
-    const of = (label: string, name: string, color: string) => ({
-      label,
-      color,
-      values: job.history.map((entry) => entry[name] ?? null),
-    });
-    return {
+  const curve = (label: string, name: string, color: string) => ({
+    label,
+    color,
+    values: job.history.map((entry) => entry[name] ?? null),
+  });
+  const curves = useMemo(
+    () => ({
       steps: job.history.map((entry) => entry.step ?? 0),
-      loss: [of("loss", "loss", "series-1")],
-      reward: [of("mean", "reward_mean", "series-2")],
-      kl: [of("sampler to trainer", "sampler_trainer_kl", "series-1"), of("to the reference", "kl", "series-3")],
-      clip: [of("clipped", "clip_fraction", "series-3")],
-      throughput: [of("trained", "tokens_per_s", "series-2")],
-    };
-  }, [job.history]);
+      loss: [curve("loss", "loss", "series-1")],
+      reward: [curve("mean", "reward_mean", "series-2")],
+      kl: [
+        curve("sampler to trainer", "sampler_trainer_kl", "series-1"),
+        curve("to the reference", "kl", "series-3"),
+      ],
+      clip: [curve("clipped", "clip_fraction", "series-3")],
+      throughput: [curve("trained", "tokens_per_s", "series-2")],
+    }),
+    [job.history],
+  );
+  const common = { x: curves.steps, format: metric, empty: "No step has reported it yet." };
+  const isPolicy = job.kind === "grpo";
+  const given = "Of the completions given; the same in every step over them.";
+  return (
+    <div class="charts">
+      <Chart {...common} title="Loss by step" series={curves.loss} />
+      {isPolicy && <Chart {...common} title="Reward" series={curves.reward} note={given} />}
+      {job.kind !== "sft" && <Chart {...common} title="KL divergence" series={curves.kl} />}
+      {isPolicy && <Chart {...common} title="Clip fraction" series={curves.clip} />}
+      <Chart {...common} title="Training tokens per second" series={curves.throughput} format={rate} />
+      <Serving job={job} />
+    </div>
+  );
+}
+
+/** The time between tokens of those who chatted, from shortly before the job to shortly after it. */
+function Serving({ job }: { job: Job }) {
+  const samples = useStore(feed, (state) => state.samples);
   const serving = useMemo(() => {
     const from = (job.started_at ?? 0) - 30;
     const to = (job.finished_at ?? Infinity) + 30;
@@ -114,19 +150,16 @@ function Curves({ job }: { job: Job }) {
       ],
     };
   }, [samples, job.started_at, job.finished_at]);
-  const band = job.started_at
-    ? { from: job.started_at, to: job.finished_at ?? Date.now() / 1000, label: "training" }
-    : undefined;
-  const noStep = "No step has been reported yet.";
-  const isPolicy = job.kind === "grpo";
   return (
-    <div class="charts">
-      <Chart title="Loss by step" x={curves.steps} series={curves.loss} format={metric} empty={noStep} />
-      {isPolicy && <Chart title="Reward" x={curves.steps} series={curves.reward} format={metric} empty={noStep} note="Of the completions given; the same in every step over them." />}
-      {job.kind !== "sft" && <Chart title="KL divergence" x={curves.steps} series={curves.kl} format={metric} empty="This job reports none." />}
-      {isPolicy && <Chart title="Clip fraction" x={curves.steps} series={curves.clip} format={metric} empty="This job reports none." />}
-      <Chart title="Training tokens per second" x={curves.steps} series={curves.throughput} format={rate} empty={noStep} />
-      <Chart title="Between tokens, while it trained" x={serving.x} series={serving.series} format={seconds} isTime band={band} empty="Nothing was answered meanwhile, or the dashboard was closed." note="Shaded: the job ran. This is what training costs those who chat." />
-    </div>
+    <Chart
+      title="Between tokens, while it trained"
+      x={serving.x}
+      series={serving.series}
+      format={seconds}
+      isTime
+      band={job.started_at ? { from: job.started_at, to: job.finished_at ?? Date.now() / 1000 } : undefined}
+      empty="Nothing was answered meanwhile, or the dashboard was closed."
+      note="Shaded: the job ran. This is what training costs those who chat."
+    />
   );
 }
