@@ -31,6 +31,7 @@ demo: setup ## Run the whole loop once by itself: serve, score, train, hot-swap
 
 .PHONY: test
 test: setup-dev check ## Check the code and run all tests that need no GPU
+	scripts/install_browser.sh
 	.venv/bin/python -m pytest -n 2 --dist loadfile --ignore tests/e2e --ignore tests/chaos $(ARGS)
 	.venv/bin/python -m pytest tests/e2e tests/chaos $(ARGS)
 
@@ -55,6 +56,10 @@ format: setup-dev ## Format the code
 protos: setup-dev ## Regenerate the protobuf code
 	scripts/generate_protos.sh
 
+.PHONY: dashboard
+dashboard: ## Build the dashboard into the gateway's package (needs node)
+	scripts/build_dashboard.sh
+
 .PHONY: docs
 docs: setup-dev ## Regenerate the pages of docs/ that come from code, and the blocking client
 	.venv/bin/python scripts/generate_sync_client.py
@@ -67,4 +72,4 @@ lock: setup-dev ## Pin the newest versions that fit together
 
 .PHONY: clean
 clean: ## Remove what the targets above made
-	rm -rf .venv .venv-protos .venv-torch-free .venv-clients .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf services/gateway/dashboard/node_modules .venv .venv-protos .venv-torch-free .venv-clients .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -271,6 +271,9 @@ class FakeRegistry:
 
     async def set_default(self, reference: str) -> registry_pb2.AdapterVersion | None:
         self.default = await self.resolve(reference) if reference else None
+        for adapter in self.adapters.values():
+            is_attached = self.default is not None and self.default.name == adapter.name
+            adapter.attached_version = self.default.version if self.default and is_attached else 0
         return self.default
 
     async def delete(self, name: str, version: int = 0) -> int:

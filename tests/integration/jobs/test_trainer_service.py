@@ -80,6 +80,7 @@ async def test_from_submit_to_the_engines(redis_server, tmp_path):
         status = await client.status()
         assert (status.num_queued, status.engine_boot_id) == (0, "boot")
         assert (status.gpu_sharing, status.gpu_share, status.gpu_sms) == ("none", 1.0, 0)
+        assert status.num_device_bytes > 2**20  # this process holds more than a MiB
 
 
 async def test_an_engine_that_does_not_take_the_result_is_named(redis_server, tmp_path):

@@ -178,6 +178,7 @@ def _gateway(options: UpOptions, name: str, address: Mapping[str, str], redis_ur
         "KILN_GATEWAY_REGISTRY_ADDRESS": address["registry"],
         "KILN_GATEWAY_TRAINER_ADDRESS": address["trainer"],
         "KILN_GATEWAY_REDIS_URL": redis_url,
+        "KILN_GATEWAY_LOG_DIR": str(options.state_dir / "logs"),
     }
     if options.is_demo_model:
         # The demo model is too small to think before each answer; a request can still ask for it.

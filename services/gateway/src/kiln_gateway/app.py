@@ -12,6 +12,8 @@ from kiln_gateway.edge import EdgeMiddleware
 from kiln_gateway.engine_discovery import discovering
 from kiln_gateway.gateway import Gateway
 from kiln_gateway.http_errors import install_error_handlers
+from kiln_gateway.insight.feed import Feed
+from kiln_gateway.insight.snapshot import read_snapshot
 from kiln_gateway.openapi import install_openapi
 from kiln_gateway.ports import Clients
 from kiln_gateway.routes import (
@@ -21,6 +23,7 @@ from kiln_gateway.routes import (
     corrections,
     datasets,
     embeddings,
+    events,
     health,
     home,
     messages,
@@ -49,6 +52,7 @@ _ROUTERS = (
     corrections.router,
     adapters.router,
     health.router,
+    events.router,
     not_built.router,
     home.router,
 )
@@ -69,6 +73,7 @@ def create_app(settings: GatewaySettings, clients: Clients) -> FastAPI:
 
     app = FastAPI(title="Kiln", docs_url=None, redoc_url=None, lifespan=lifespan)
     app.state.gateway = gateway
+    app.state.feed = Feed(lambda: read_snapshot(gateway))
     app.state.api_routes = [route for router in _ROUTERS for route in router.routes]
     install_error_handlers(app)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from kiln_common.pb import engine_pb2
+from kiln_gateway.insight.live_requests import LiveRequests
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 
@@ -14,6 +15,7 @@ class GatewayMetrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self.live = LiveRequests()
         self._requests = Counter(
             "kiln_gateway_requests", "HTTP requests", ["route", "method", "status"], registry=self.registry
         )

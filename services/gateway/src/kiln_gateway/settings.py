@@ -94,6 +94,9 @@ class GatewaySettings(BaseSettings):
     )
     allowed_origins: CommaSeparated = Field((), description="browser origins besides the server's own")
     log_level: LogLevel = "INFO"
+    log_dir: str = Field(
+        "", description="folder of the services' *.log files, for the dashboard to show; empty: none"
+    )
 
     @field_validator("engine_addresses", "allowed_hosts", "allowed_origins", mode="before")
     @classmethod

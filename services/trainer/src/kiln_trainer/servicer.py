@@ -17,6 +17,7 @@ from kiln_common.errors import KilnError, QueueUnavailable
 from kiln_common.ids import new_id
 from kiln_common.pb import trainer_pb2 as pb
 from kiln_common.pb import trainer_pb2_grpc
+from kiln_trainer.device_memory import num_device_bytes
 from kiln_trainer.jobs.capacity_check import check_capacity
 from kiln_trainer.jobs.durability import check_durable
 from kiln_trainer.jobs.errors import PayloadTooLarge
@@ -138,6 +139,7 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServicer):
             gpu_sharing=gpu_use.mode,
             gpu_share=gpu_use.share,
             gpu_sms=gpu_use.num_sms,
+            num_device_bytes=num_device_bytes(),
         )
 
     def _accept(self, request: pb.SubmitRequest) -> str:

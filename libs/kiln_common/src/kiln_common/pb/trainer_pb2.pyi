@@ -482,7 +482,7 @@ class GetTrainerStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class TrainerStatus(_message.Message):
-    __slots__ = ("trainer_id", "running_job_id", "num_queued", "engine_boot_id", "model_hash", "num_borrowed_bytes", "num_allocated_base_bytes", "gpu_sharing", "gpu_share", "gpu_sms")
+    __slots__ = ("trainer_id", "running_job_id", "num_queued", "engine_boot_id", "model_hash", "num_borrowed_bytes", "num_allocated_base_bytes", "gpu_sharing", "gpu_share", "gpu_sms", "num_device_bytes")
     TRAINER_ID_FIELD_NUMBER: _ClassVar[int]
     RUNNING_JOB_ID_FIELD_NUMBER: _ClassVar[int]
     NUM_QUEUED_FIELD_NUMBER: _ClassVar[int]
@@ -493,6 +493,7 @@ class TrainerStatus(_message.Message):
     GPU_SHARING_FIELD_NUMBER: _ClassVar[int]
     GPU_SHARE_FIELD_NUMBER: _ClassVar[int]
     GPU_SMS_FIELD_NUMBER: _ClassVar[int]
+    NUM_DEVICE_BYTES_FIELD_NUMBER: _ClassVar[int]
     trainer_id: str
     running_job_id: str
     num_queued: int
@@ -503,4 +504,5 @@ class TrainerStatus(_message.Message):
     gpu_sharing: str
     gpu_share: float
     gpu_sms: int
-    def __init__(self, trainer_id: _Optional[str] = ..., running_job_id: _Optional[str] = ..., num_queued: _Optional[int] = ..., engine_boot_id: _Optional[str] = ..., model_hash: _Optional[str] = ..., num_borrowed_bytes: _Optional[int] = ..., num_allocated_base_bytes: _Optional[int] = ..., gpu_sharing: _Optional[str] = ..., gpu_share: _Optional[float] = ..., gpu_sms: _Optional[int] = ...) -> None: ...
+    num_device_bytes: int
+    def __init__(self, trainer_id: _Optional[str] = ..., running_job_id: _Optional[str] = ..., num_queued: _Optional[int] = ..., engine_boot_id: _Optional[str] = ..., model_hash: _Optional[str] = ..., num_borrowed_bytes: _Optional[int] = ..., num_allocated_base_bytes: _Optional[int] = ..., gpu_sharing: _Optional[str] = ..., gpu_share: _Optional[float] = ..., gpu_sms: _Optional[int] = ..., num_device_bytes: _Optional[int] = ...) -> None: ...

@@ -15,6 +15,7 @@ from kiln_common.text.tool_calls import ToolEvent
 from kiln_gateway.chat.choice import ChoiceAssembler, ChoiceDelta
 from kiln_gateway.chat.sampling import record_of
 from kiln_gateway.engine_pool import EnginePool
+from kiln_gateway.insight.live_requests import RequestTrace
 from kiln_gateway.metrics import GatewayMetrics
 from kiln_gateway.model_resolver import Target
 from kiln_gateway.rollouts import Rollout, RolloutStore
@@ -118,11 +119,17 @@ class CompletionRun:
     ) -> AsyncGenerator[tuple[Choice, ChoiceDelta]]:
         assembler = choice.assembler
         started_at = time.monotonic()
-        with metrics.running_choices.track_inprogress():
+        with metrics.running_choices.track_inprogress(), self._following(choice, metrics) as trace:
             async with contextlib.aclosing(self._outputs(choice, engines)) as outputs:
                 async for output in outputs:
                     is_first = not assembler.tokens
                     delta = assembler.push(output)
+                    metrics.live.took(
+                        trace,
+                        len(delta.tokens),
+                        queue_s=output.queue_s,
+                        num_cached_tokens=output.num_cached_tokens,
+                    )
                     if is_first and assembler.tokens:
                         metrics.first_token_seconds.observe(time.monotonic() - started_at)
                     if delta.finish_reason is None:
@@ -132,12 +139,19 @@ class CompletionRun:
                     break
                 else:
                     raise EngineUnavailable("the engine ended the sequence without a reason")
+            trace.end = assembler.finish_reason or ""
             metrics.prompt_tokens.inc(len(choice.request.prompt_token_ids))
             metrics.completion_tokens.inc(len(assembler.tokens))
             if self.keeps_rollouts and assembler.tokens:
                 is_kept = await rollouts.save(self._rollout(choice))
                 metrics.rollouts.labels("kept" if is_kept else "lost").inc()
         yield choice, delta
+
+    def _following(
+        self, choice: Choice, metrics: GatewayMetrics
+    ) -> contextlib.AbstractContextManager[RequestTrace]:
+        num_prompt_tokens = len(choice.request.prompt_token_ids)
+        return metrics.live.following(self.completion_id, choice.index, self.target.label, num_prompt_tokens)
 
     async def _outputs(
         self, choice: Choice, engines: EnginePool

@@ -19,7 +19,7 @@ class JobHooks:
     def __init__(self, job: ClaimedJob, publish: Callable[[TrainedAdapter], None]) -> None:
         self._job = job
         self.publish = publish
-        self._began_s = time.monotonic()
+        self._began_s = self._last_step_s = time.monotonic()
         self._first_step: int | None = None
         self.num_steps_reported = 0
 
@@ -27,7 +27,11 @@ class JobHooks:
         if self._first_step is None:
             self._first_step = report.step
         self.num_steps_reported += 1
+        now_s = time.monotonic()
         metrics = dict(report.metrics)
+        if "tokens" in metrics:
+            metrics["tokens_per_s"] = metrics["tokens"] / max(now_s - self._last_step_s, 1e-9)
+        self._last_step_s = now_s
         progress = {
             "step": report.step,
             "num_steps": report.num_steps,
