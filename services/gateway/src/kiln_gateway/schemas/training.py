@@ -108,10 +108,6 @@ class JobFields(Body):
         for name in ("gate",):
             if getattr(self, name) is not None:
                 raise FieldNotBuiltYet(name)
-        if self.optimizer != "adamw":
-            raise FieldNotBuiltYet("optimizer", "Use adamw.", value=self.optimizer)
-        if self.lora.dropout:
-            raise FieldNotBuiltYet("lora.dropout", "Use 0.", value=self.lora.dropout)
 
 
 class RetryBody(JobFields):

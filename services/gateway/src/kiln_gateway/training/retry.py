@@ -17,6 +17,7 @@ PATHS: dict[str, tuple[str, ...]] = {
     "adapter": ("adapter",),
     "base_adapter": ("base_adapter", "start_fresh"),
     "lora": ("lora",),
+    "optimizer": ("optimizer.type",),
     "learning_rate": ("optimizer.learning_rate",),
     "epochs": ("epochs",),
     "batch_tokens": ("batch_tokens",),
