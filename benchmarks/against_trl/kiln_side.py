@@ -18,12 +18,12 @@ import torch
 from kiln_common.pb import trainer_pb2
 from kiln_nn.lora.peft_format import CONFIG_FILE, WEIGHTS_FILE
 from kiln_nn.sharing import WeightServer
-from kiln_nn.weights import load_checkpoint
+from kiln_nn.weights import LoadedModel, load_checkpoint
 from kiln_trainer.data.packing import plan_steps
 from kiln_trainer.domain.training import StartingPoint, StepReport, TrainingTask
 from kiln_trainer.recipes.options import RunOptions
 from kiln_trainer.torch_backend.backend import TorchBackend
-from kiln_trainer.torch_backend.weights import WeightLocation
+from kiln_trainer.torch_backend.weights import LocateWeights, WeightLocation
 
 Spec = dict[str, Any]
 
@@ -96,26 +96,25 @@ def rows_in_order(spec: Spec) -> list[Spec]:
 
 
 def run(spec: Spec) -> dict[str, Any]:
-    """Losses, gradient norms and seconds of every step, and the memory that was taken beside the weights."""
+    """Losses, gradient norms and seconds of every step, and the GPU memory taken, weights included."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    with (
-        _served(Path(spec["model"]), device, spec["dtype"]) as locate,
-        tempfile.TemporaryDirectory() as folder,
-    ):
+    loaded = load_checkpoint(Path(spec["model"]), device, getattr(torch, spec["dtype"]))
+    recorder = Recorder()
+    with _served(loaded) as locate, tempfile.TemporaryDirectory() as folder:
         backend = TorchBackend(locate, num_threads=spec["num_threads"])
         adapter = Path(spec["adapter"])
         point = StartingPoint("compared@1", (adapter / CONFIG_FILE).read_text(), adapter / WEIGHTS_FILE)
         task = TrainingTask("compared", job_request(spec), point, Path(folder), claim_epoch=1)
-        recorder = Recorder()
         backend.run(task, recorder).content.close()
         backend.close()
-    ended_s = recorder.ended_s
+    # The weights lie in the driver's memory, which torch does not count.
+    peak_bytes = loaded.manifest.nbytes + torch.cuda.max_memory_allocated() if device == "cuda" else 0
     return {
         "losses": [metrics["loss"] for metrics in recorder.metrics],
         "grad_norms": [metrics["grad_norm"] for metrics in recorder.metrics],
         # The first step has no start: setting up the job would count as its own.
-        "step_s": [after - before for before, after in pairwise(ended_s)],
-        "peak_bytes": torch.cuda.max_memory_allocated() if device == "cuda" else 0,
+        "step_s": [after - before for before, after in pairwise(recorder.ended_s)],
+        "peak_bytes": peak_bytes,
     }
 
 
@@ -126,11 +125,11 @@ def _batch_tokens(spec: Spec) -> int:
 
 
 @contextmanager
-def _served(model: Path, device: str, dtype: str) -> Iterator[Any]:
-    loaded = load_checkpoint(model, torch.device(device), dtype)
+def _served(loaded: LoadedModel) -> Iterator[LocateWeights]:
+    """As an engine shares its weights."""
+    manifest = loaded.manifest
     with tempfile.TemporaryDirectory(prefix="against-trl-") as folder:
         server = WeightServer(loaded.arena, Path(folder) / "weights.sock")
-        manifest = loaded.manifest
         location = WeightLocation(str(server.socket_path), manifest.boot_id, manifest.model_hash, "compared")
         try:
             yield lambda: location
