@@ -148,7 +148,7 @@ def _publish_key(caller: Caller, key: str) -> str:
 async def _residents(gateway: Gateway) -> dict[str, list[str]]:
     """Boot ids of the engines that hold each version now, by "name@version"."""
     residents: dict[str, list[str]] = {}
-    for seat in gateway.engines.seats:
+    for seat in list(gateway.engines.seats):
         if not seat.is_answering or seat.info is None:
             continue
         try:
