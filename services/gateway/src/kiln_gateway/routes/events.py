@@ -20,6 +20,7 @@ from kiln_gateway.gateway import Gateway, gateway_of
 from kiln_gateway.insight.feed import Feed, Snapshot
 from kiln_gateway.insight.log_tail import LogTail
 from kiln_gateway.ports import closing
+from kiln_gateway.training import job_rights
 from kiln_gateway.training.job_view import job_object
 
 router = APIRouter()
@@ -48,7 +49,7 @@ async def _frames(gateway: Gateway, feed: Feed, caller: Caller) -> AsyncGenerato
 
 
 def _parts(snapshot: Snapshot, caller: Caller, changes: _Changes) -> Iterable[tuple[str, Any]]:
-    """The events of one snapshot: jobs for those who may train; only what is new."""
+    """The events of one snapshot: its own jobs for a key that may train, all for admins."""
     yield "sample", snapshot.sample
     if changes.is_new("requests", snapshot.requests):
         yield "requests", snapshot.requests
@@ -58,7 +59,7 @@ def _parts(snapshot: Snapshot, caller: Caller, changes: _Changes) -> Iterable[tu
     if adapters is not None and changes.is_new("adapters", adapters):
         yield "adapters", adapters
     if snapshot.jobs is not None and "train" in caller.scopes:
-        jobs = map(job_object, snapshot.jobs)
+        jobs = [job_object(job) for job in snapshot.jobs if job_rights.is_visible(job, caller)]
         new_jobs = [job for job in jobs if changes.is_new(job["id"], job)]
         if new_jobs:
             yield "jobs", new_jobs
