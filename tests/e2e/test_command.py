@@ -145,6 +145,21 @@ def test_a_job_that_fails_or_is_refused_has_its_exit_code(run, tmp_path):
     assert run("adapters", "rm", "polite").exit_code == 2
 
 
+def test_uploaded_data_and_corrections_are_learned(run, work, stack):
+    kept = run("data", "upload", "examples.jsonl")
+    assert kept.exit_code == 0
+    data = ("--dataset", kept.out.strip())
+    assert run("train", "sft", *data, "-a", "kept", "--no-attach").exit_code == 0
+    with kiln.Client(stack.url) as client:
+        (answer,) = client.rollouts("Who are you?", max_tokens=8)
+        client.corrections.add(answer.completion_id, "A friend.")
+        learned = run("train", "sft", "--corrections", "-a", "corrected", "--no-attach", "--json")
+        assert (learned.exit_code, learned.json["status"]) == (0, "succeeded")
+        again = run("train", "sft", "--corrections", "-a", "corrected", "--no-attach")
+        assert again.exit_code == 4  # each is learned once
+        assert len(client.corrections.list()) == 1
+
+
 def test_a_cancelled_job_is_an_answer_of_no(run, work):
     detached = run("train", "sft", "examples.jsonl", "-a", "long", "--epochs", "900", "--no-attach", "-d")
     job_id = detached.out.strip()
