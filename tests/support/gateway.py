@@ -276,6 +276,17 @@ class FakeRegistry:
             adapter.attached_version = self.default.version if self.default and is_attached else 0
         return self.default
 
+    async def roll_back(
+        self, name: str, version: int, *, may_move_default: bool
+    ) -> registry_pb2.RollBackResponse:
+        found = await self.resolve(f"{name}@{version}")
+        self.adapters[name].latest_version = version
+        moves = self.default is not None and self.default.name == name and self.default.version > version
+        if moves:
+            assert may_move_default
+            self.default = found
+        return registry_pb2.RollBackResponse(version=found, has_moved_default=moves)
+
     async def delete(self, name: str, version: int = 0) -> int:
         adapter = await self.get(name)
         num_deleted = len(adapter.versions)

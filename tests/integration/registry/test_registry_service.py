@@ -45,6 +45,21 @@ async def test_what_is_published_can_be_fetched(tmp_path):
     assert [path.name for path in stored_files(tmp_path)] == [version.sha256]
 
 
+async def test_a_rollback_is_seen_by_the_next_to_resolve_the_name(tmp_path):
+    async with running_registry(tmp_path) as client:
+        for seed in range(2):
+            await client.publish(publish_header("helper", attach=True), adapter_bytes(seed=seed))
+        with pytest.raises(KilnError) as caught:
+            await client.roll_back("helper", 1, may_move_default=False)
+        assert (caught.value.code, caught.value.kind.http_status) == ("default_needs_admin", 403)
+        answer = await client.roll_back("helper", 1, may_move_default=True)
+        assert answer.has_moved_default
+        assert await client.resolve("helper") == answer.version
+        assert (answer.version.version, answer.version.rolled_back_over) == (1, 2)
+        assert (await client.get_default()).version == 1
+        assert (await client.get("helper")).latest_version == 1
+
+
 async def test_publishing_again_mends_bytes_that_the_disk_damaged(tmp_path):
     async with running_registry(tmp_path) as client:
         version = await client.publish(publish_header("helper"), adapter_bytes())

@@ -7,29 +7,28 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
-from typing import Any, TypeVar
+from dataclasses import replace
+from typing import TypeVar
 
-from sqlalchemy import Connection, Engine, RowMapping, delete, func, insert, select, update
+from sqlalchemy import Connection, Engine, delete, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from kiln_common.adapter_names import AdapterReference, check_adapter_name
-from kiln_common.errors import AdapterNotFound, IdempotencyConflict
+from kiln_common.errors import AdapterNotFound
 from kiln_registry import schema
+from kiln_registry import statements as sql
 from kiln_registry.domain import (
     AdapterInUse,
     AdapterRecord,
     BaseModelRecord,
+    DefaultNeedsAdmin,
     ModuleShape,
     Publication,
     RegistryEvent,
-    StaleClaim,
     UnknownBaseModel,
-    VersionDeleted,
     VersionRecord,
 )
 
-_DEFAULT_ALIAS = "default"
 _MAX_OUTBOX_ROWS = 10_000
 _MAX_RACES = 3
 T = TypeVar("T")
@@ -86,8 +85,8 @@ class Catalog:
     ) -> VersionRecord | None:
         """What `publish_key` made before; None when it made nothing. Same errors as `publish`."""
         with self._reader.begin() as connection:
-            _check_epoch(connection, job_id, claim_epoch)
-            return _find_published(connection, publish_key, name)
+            sql.check_epoch(connection, job_id, claim_epoch)
+            return sql.find_published(connection, publish_key, name)
 
     def publish(self, publication: Publication, now_s: float) -> VersionRecord:
         """Record the next version of a name, move its aliases, and queue the announcement.
@@ -101,19 +100,19 @@ class Catalog:
         """
 
         def publish(connection: Connection) -> VersionRecord:
-            _check_epoch(connection, publication.job_id, publication.claim_epoch)
-            _raise_epoch(connection, publication.job_id, publication.claim_epoch)
-            made_before = _find_published(connection, publication.publish_key, publication.name)
+            sql.check_epoch(connection, publication.job_id, publication.claim_epoch)
+            sql.raise_epoch(connection, publication.job_id, publication.claim_epoch)
+            made_before = sql.find_published(connection, publication.publish_key, publication.name)
             if made_before is not None:
                 return made_before
-            version = _next_version(connection, publication.name)
-            _insert_version(connection, publication, version, now_s)
-            _move_alias(connection, _latest_alias(publication.name), publication.name, version)
-            record = _version(connection, AdapterReference(publication.name, version))
-            _announce(connection, "AdapterPublished", _event_data(record), now_s)
+            version = sql.next_version(connection, publication.name)
+            sql.insert_version(connection, publication, version, now_s)
+            sql.move_alias(connection, sql.latest_alias(publication.name), publication.name, version)
+            record = sql.read_version(connection, AdapterReference(publication.name, version))
+            sql.announce(connection, "AdapterPublished", sql.event_data(record), now_s)
             if publication.attach:
-                _move_alias(connection, _DEFAULT_ALIAS, publication.name, version)
-                _announce(connection, "DefaultChanged", _event_data(record), now_s)
+                sql.move_alias(connection, sql.DEFAULT_ALIAS, publication.name, version)
+                sql.announce(connection, "DefaultChanged", sql.event_data(record), now_s)
             return record
 
         return self._write(publish)
@@ -121,7 +120,7 @@ class Catalog:
     def resolve(self, reference: AdapterReference) -> VersionRecord:
         """The version a reference means now. Raises AdapterNotFound."""
         with self._reader.begin() as connection:
-            return _version(connection, reference)
+            return sql.read_version(connection, reference)
 
     def get_adapter(self, name: str) -> AdapterRecord:
         """Raises AdapterNotFound."""
@@ -140,22 +139,53 @@ class Catalog:
         def change(connection: Connection) -> VersionRecord | None:
             if reference is None:
                 table = schema.aliases
-                removed = connection.execute(delete(table).where(table.c.alias == _DEFAULT_ALIAS))
+                removed = connection.execute(delete(table).where(table.c.alias == sql.DEFAULT_ALIAS))
                 if removed.rowcount:
-                    _announce(connection, "DefaultChanged", {}, now_s)
+                    sql.announce(connection, "DefaultChanged", {}, now_s)
                 return None
-            record = _version(connection, reference, lock=True)
-            if _alias(connection, _DEFAULT_ALIAS) != (record.name, record.version):
-                _move_alias(connection, _DEFAULT_ALIAS, record.name, record.version)
-                _announce(connection, "DefaultChanged", _event_data(record), now_s)
+            record = sql.read_version(connection, reference, lock=True)
+            if sql.read_alias(connection, sql.DEFAULT_ALIAS) != (record.name, record.version):
+                sql.move_alias(connection, sql.DEFAULT_ALIAS, record.name, record.version)
+                sql.announce(connection, "DefaultChanged", sql.event_data(record), now_s)
             return record
 
         return self._write(change)
 
     def get_default(self) -> VersionRecord | None:
         with self._reader.begin() as connection:
-            attached = _alias(connection, _DEFAULT_ALIAS)
-            return None if attached is None else _version(connection, AdapterReference(*attached))
+            attached = sql.read_alias(connection, sql.DEFAULT_ALIAS)
+            return None if attached is None else sql.read_version(connection, AdapterReference(*attached))
+
+    def roll_back(
+        self, reference: AdapterReference, *, may_move_default: bool, now_s: float
+    ) -> tuple[VersionRecord, bool]:
+        """Let the bare name mean this version again; returns it, and whether the default moved with it.
+
+        The default moves where it is a later version of the name. The next publish counts again.
+
+        Raises:
+            AdapterNotFound: there is no such version.
+            DefaultNeedsAdmin: the default would move and may not; nothing was changed.
+        """
+
+        def change(connection: Connection) -> tuple[VersionRecord, bool]:
+            record = sql.read_version(connection, reference, lock=True)
+            name, version = record.name, record.version
+            attached = sql.read_alias(connection, sql.DEFAULT_ALIAS)
+            moves_default = attached is not None and attached[0] == name and attached[1] > version
+            if attached is not None and moves_default and not may_move_default:
+                raise DefaultNeedsAdmin(f"{name}@{attached[1]}", f"{name}@{version}")
+            last_version = sql.read_last_version(connection, name)
+            over = last_version if version < last_version else 0
+            sql.move_alias(connection, sql.latest_alias(name), name, version, rolled_back_over=over)
+            data = {**sql.event_data(record), "rolled_back_over": over}
+            sql.announce(connection, "AdapterRolledBack", data, now_s)
+            if moves_default:
+                sql.move_alias(connection, sql.DEFAULT_ALIAS, name, version)
+                sql.announce(connection, "DefaultChanged", sql.event_data(record), now_s)
+            return replace(record, rolled_back_over=over), moves_default
+
+        return self._write(change)
 
     def delete(self, reference: AdapterReference, now_s: float) -> int:
         """Delete one version, or every version of a bare name; returns how many.
@@ -170,19 +200,19 @@ class Catalog:
             connection.execute(name_row.with_for_update())
             # Locked before the alias is read; set_default locks the same rows, so that a version
             # cannot be attached and deleted at once.
-            records = _live_versions(connection, reference.name, lock=True)
+            records = sql.read_live_versions(connection, reference.name, lock=True)
             doomed = [r for r in records if reference.version in (None, r.version)]
             if not doomed:
                 raise AdapterNotFound(f"there is no adapter {str(reference)[:160]!r}")
-            attached = _alias(connection, _DEFAULT_ALIAS)
+            attached = sql.read_alias(connection, sql.DEFAULT_ALIAS)
             for record in doomed:
                 if attached == (record.name, record.version):
                     raise AdapterInUse(f"{record.name}@{record.version} is attached as the default")
             for record in doomed:
-                _mark_deleted(connection, record, now_s)
-                _announce(connection, "AdapterDeleted", _event_data(record), now_s)
+                sql.mark_deleted(connection, record, now_s)
+                sql.announce(connection, "AdapterDeleted", sql.event_data(record), now_s)
             left = [r.version for r in records if r not in doomed]
-            _repair_latest(connection, reference.name, left)
+            sql.repair_latest(connection, reference.name, left)
             return len(doomed)
 
     def list_named_blobs(self) -> set[str]:
@@ -227,9 +257,9 @@ class Catalog:
 
     def _list(self, name: str | None) -> list[AdapterRecord]:
         with self._reader.begin() as connection:
-            records = _live_versions(connection, name)
+            records = sql.read_live_versions(connection, name)
             latest = {row.alias: row.version for row in connection.execute(select(schema.aliases)).all()}
-            attached = _alias(connection, _DEFAULT_ALIAS)
+            attached = sql.read_alias(connection, sql.DEFAULT_ALIAS)
         by_name: dict[str, list[VersionRecord]] = {}
         for record in records:
             by_name.setdefault(record.name, []).append(record)
@@ -237,143 +267,8 @@ class Catalog:
             AdapterRecord(
                 name=name,
                 versions=tuple(found),
-                latest_version=latest[_latest_alias(name)],
+                latest_version=latest[sql.latest_alias(name)],
                 attached_version=attached[1] if attached and attached[0] == name else 0,
             )
             for name, found in by_name.items()
         ]
-
-
-def _latest_alias(name: str) -> str:
-    return f"latest:{name}"
-
-
-def _event_data(record: VersionRecord) -> dict[str, Any]:
-    return {
-        "name": record.name,
-        "version": record.version,
-        "sha256": record.sha256,
-        "base_model_hash": record.base_model_hash,
-        "job_id": record.job_id,
-    }
-
-
-def _announce(connection: Connection, type_: str, data: dict[str, Any], now_s: float) -> None:
-    connection.execute(insert(schema.outbox).values(type=type_, data_json=json.dumps(data), at_s=now_s))
-
-
-def _check_epoch(connection: Connection, job_id: str, claim_epoch: int) -> None:
-    table = schema.job_claims
-    seen = connection.scalar(select(table.c.claim_epoch).where(table.c.job_id == job_id)) if job_id else None
-    if seen is not None and claim_epoch < seen:
-        raise StaleClaim(f"claim {claim_epoch} of job {job_id} is older than claim {seen}")
-
-
-def _raise_epoch(connection: Connection, job_id: str, claim_epoch: int) -> None:
-    if not job_id:
-        return
-    table = schema.job_claims
-    # A later claim may have come since the check: then the insert fails, and the check is made again.
-    is_not_later = (table.c.job_id == job_id) & (table.c.claim_epoch <= claim_epoch)
-    raised = connection.execute(update(table).where(is_not_later).values(claim_epoch=claim_epoch))
-    if not raised.rowcount:
-        connection.execute(insert(table).values(job_id=job_id, claim_epoch=claim_epoch))
-
-
-def _find_published(connection: Connection, publish_key: str, name: str) -> VersionRecord | None:
-    if not publish_key:
-        return None
-    table = schema.versions
-    row = connection.execute(select(table).where(table.c.publish_key == publish_key)).mappings().first()
-    if row is None:
-        return None
-    if row["name"] != name:
-        raise IdempotencyConflict(f"publish key {publish_key[:140]!r} made a version of {row['name']!r}")
-    if row["deleted_at_s"] is not None:
-        raise VersionDeleted(f"publish key {publish_key[:140]!r} made {name}@{row['version']}, now deleted")
-    return _record(row)
-
-
-def _next_version(connection: Connection, name: str) -> int:
-    table = schema.adapters
-    where = table.c.name == name
-    raised = connection.execute(update(table).where(where).values(last_version=table.c.last_version + 1))
-    if raised.rowcount:
-        return connection.execute(select(table.c.last_version).where(where)).scalar_one()
-    connection.execute(insert(table).values(name=name, last_version=1))
-    return 1
-
-
-def _insert_version(connection: Connection, publication: Publication, version: int, now_s: float) -> None:
-    fields = asdict(publication)
-    blob, inspected = fields.pop("blob"), fields.pop("inspected")
-    del fields["claim_epoch"], fields["attach"]
-    fields["publish_key"] = fields["publish_key"] or None
-    inspected["targets"] = ",".join(inspected["targets"])
-    connection.execute(
-        insert(schema.versions).values(**fields, **blob, **inspected, version=version, created_at_s=now_s)
-    )
-
-
-def _move_alias(connection: Connection, alias: str, name: str, version: int) -> None:
-    table = schema.aliases
-    moved = connection.execute(update(table).where(table.c.alias == alias).values(name=name, version=version))
-    if not moved.rowcount:
-        connection.execute(insert(table).values(alias=alias, name=name, version=version))
-
-
-def _alias(connection: Connection, alias: str) -> tuple[str, int] | None:
-    table = schema.aliases
-    row = connection.execute(select(table.c.name, table.c.version).where(table.c.alias == alias)).first()
-    return None if row is None else (row.name, row.version)
-
-
-def _version(connection: Connection, reference: AdapterReference, *, lock: bool = False) -> VersionRecord:
-    name, version = reference.name, reference.version
-    if version is None:
-        latest = _alias(connection, _latest_alias(name))
-        version = latest[1] if latest else 0
-    table = schema.versions
-    query = select(table).where(
-        table.c.name == name, table.c.version == version, table.c.deleted_at_s.is_(None)
-    )
-    row = connection.execute(query.with_for_update() if lock else query).mappings().first()
-    if row is None:
-        raise AdapterNotFound(f"there is no adapter {str(reference)[:160]!r}")
-    return _record(row)
-
-
-def _live_versions(connection: Connection, name: str | None, *, lock: bool = False) -> list[VersionRecord]:
-    table = schema.versions
-    query = select(table).where(table.c.deleted_at_s.is_(None)).order_by(table.c.name, table.c.version)
-    if name is not None:
-        query = query.where(table.c.name == name)
-    rows = connection.execute(query.with_for_update() if lock else query).mappings()
-    return [_record(row) for row in rows]
-
-
-def _mark_deleted(connection: Connection, record: VersionRecord, now_s: float) -> None:
-    table = schema.versions
-    connection.execute(
-        update(table)
-        .where(table.c.name == record.name, table.c.version == record.version)
-        .values(deleted_at_s=now_s)
-    )
-
-
-def _repair_latest(connection: Connection, name: str, versions_left: list[int]) -> None:
-    """Point the bare name at the newest version left when the one it meant is gone."""
-    table = schema.aliases
-    alias = _latest_alias(name)
-    if not versions_left:
-        connection.execute(delete(table).where(table.c.alias == alias))
-        return
-    current = _alias(connection, alias)
-    if current is None or current[1] not in versions_left:
-        _move_alias(connection, alias, name, max(versions_left))
-
-
-def _record(row: RowMapping) -> VersionRecord:
-    fields = {name: row[name] for name in VersionRecord.__slots__}
-    fields["targets"] = tuple(fields["targets"].split(","))
-    return VersionRecord(**fields)

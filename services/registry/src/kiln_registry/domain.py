@@ -107,6 +107,8 @@ class VersionRecord:
     metrics_json: str
     config_json: str
     created_at_s: float
+    # Where the bare name means this version since a rollback: the highest number there was then.
+    rolled_back_over: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +123,7 @@ class AdapterRecord:
 
 @dataclass(frozen=True, slots=True)
 class RegistryEvent:
-    """A fact for Redis: "AdapterPublished", "DefaultChanged" or "AdapterDeleted"."""
+    """A fact for Redis: "AdapterPublished", "AdapterRolledBack", "DefaultChanged" or "AdapterDeleted"."""
 
     id: int
     type: str
@@ -140,6 +142,17 @@ class AdapterInUse(KilnError):
     code = "adapter_in_use"
     kind = ErrorKind.CONFLICT
     hint = "Detach it first: POST /v1/adapters/detach."
+
+
+class DefaultNeedsAdmin(KilnError):
+    """A rollback would move the default, which this caller may not."""
+
+    code = "default_needs_admin"
+    kind = ErrorKind.FORBIDDEN
+    hint = "Ask with a key that carries the scope admin, or have one detach the default first."
+
+    def __init__(self, attached: str, target: str) -> None:
+        super().__init__(f"{attached} is the default; rolling back to {target} would change it for everybody")
 
 
 class StaleClaim(KilnError):

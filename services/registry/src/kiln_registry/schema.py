@@ -28,7 +28,7 @@ from sqlalchemy.exc import ArgumentError
 
 from kiln_common.errors import KilnError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 # Execution option of engines whose transactions only read.
 READ_ONLY = "kiln_read_only"
@@ -86,6 +86,8 @@ aliases = Table(
     Column("alias", String(160), primary_key=True),
     Column("name", String(128), nullable=False),
     Column("version", BigInteger, nullable=False),
+    # Since schema 3. Of "latest:<name>" after a rollback: the highest version there was; else 0.
+    Column("rolled_back_over", BigInteger, nullable=False, server_default="0"),
 )
 
 # Highest claim epoch that has published for a job; older ones are refused.
@@ -106,6 +108,13 @@ outbox = Table(
     Column("at_s", Float, nullable=False),
     sqlite_autoincrement=True,  # ids are never given out twice: readers may tell repeats by them
 )
+
+
+# What brings a catalogue to a schema from the one before; tables that are new are created anyway.
+_MIGRATIONS = {
+    2: ("ALTER TABLE base_models ADD COLUMN max_adapter_rank INTEGER NOT NULL DEFAULT 0",),
+    3: ("ALTER TABLE aliases ADD COLUMN rolled_back_over BIGINT NOT NULL DEFAULT 0",),
+}
 
 
 class DatabaseUrlUnusable(KilnError):
@@ -160,9 +169,9 @@ def create_schema(engine: Engine) -> None:
         elif found > SCHEMA_VERSION:
             raise CatalogTooNew(f"the catalogue has schema {found}, this registry knows {SCHEMA_VERSION}")
         elif found < SCHEMA_VERSION:
-            connection.execute(
-                text("ALTER TABLE base_models ADD COLUMN max_adapter_rank INTEGER NOT NULL DEFAULT 0")
-            )
+            for version in range(found + 1, SCHEMA_VERSION + 1):
+                for statement in _MIGRATIONS[version]:
+                    connection.execute(text(statement))
             connection.execute(update(schema_version).values(version=SCHEMA_VERSION))
 
 

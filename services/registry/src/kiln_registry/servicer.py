@@ -124,6 +124,19 @@ class RegistryServicer(registry_pb2_grpc.RegistryServicer):
         record = await asyncio.to_thread(self._catalog.get_default)
         return pb.GetDefaultResponse(attached=_version_pb(record) if record else None)
 
+    async def RollBack(
+        self, request: pb.RollBackRequest, context: grpc.aio.ServicerContext
+    ) -> pb.RollBackResponse:
+        record, has_moved_default = await asyncio.to_thread(
+            self._catalog.roll_back,
+            AdapterReference(request.name, request.version),
+            may_move_default=request.may_move_default,
+            now_s=time.time(),
+        )
+        self._on_change()
+        log.info("adapter_rolled_back", adapter=f"{record.name}@{record.version}", default=has_moved_default)
+        return pb.RollBackResponse(version=_version_pb(record), has_moved_default=has_moved_default)
+
     async def DeleteVersion(
         self, request: pb.DeleteVersionRequest, context: grpc.aio.ServicerContext
     ) -> pb.DeleteVersionResponse:

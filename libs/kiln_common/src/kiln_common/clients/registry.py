@@ -116,6 +116,16 @@ class RegistryClient:
         answer = await self._call(self._stub.GetDefault, registry_pb2.GetDefaultRequest())
         return answer.attached if answer.HasField("attached") else None
 
+    async def roll_back(
+        self, name: str, version: int, *, may_move_default: bool
+    ) -> registry_pb2.RollBackResponse:
+        """Let a bare name mean an earlier version again, and the default where it is a later one.
+
+        Raises default_needs_admin where the default would move and may not, and adapter_not_found.
+        """
+        request = registry_pb2.RollBackRequest(name=name, version=version, may_move_default=may_move_default)
+        return await self._call(self._stub.RollBack, request)
+
     async def delete(self, name: str, version: int = 0) -> int:
         """Delete a version, or all of the name (version 0); returns how many.
 

@@ -53,7 +53,7 @@ class PublishRequest(_message.Message):
     def __init__(self, header: _Optional[_Union[PublishHeader, _Mapping]] = ..., chunk: _Optional[bytes] = ...) -> None: ...
 
 class AdapterVersion(_message.Message):
-    __slots__ = ("name", "version", "sha256", "num_bytes", "rank", "alpha", "targets", "parent_name", "parent_version", "job_id", "base_model_hash", "metrics_json", "config_json", "created_at_s")
+    __slots__ = ("name", "version", "sha256", "num_bytes", "rank", "alpha", "targets", "parent_name", "parent_version", "job_id", "base_model_hash", "metrics_json", "config_json", "created_at_s", "rolled_back_over")
     NAME_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     SHA256_FIELD_NUMBER: _ClassVar[int]
@@ -68,6 +68,7 @@ class AdapterVersion(_message.Message):
     METRICS_JSON_FIELD_NUMBER: _ClassVar[int]
     CONFIG_JSON_FIELD_NUMBER: _ClassVar[int]
     CREATED_AT_S_FIELD_NUMBER: _ClassVar[int]
+    ROLLED_BACK_OVER_FIELD_NUMBER: _ClassVar[int]
     name: str
     version: int
     sha256: str
@@ -82,7 +83,8 @@ class AdapterVersion(_message.Message):
     metrics_json: str
     config_json: str
     created_at_s: float
-    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., sha256: _Optional[str] = ..., num_bytes: _Optional[int] = ..., rank: _Optional[int] = ..., alpha: _Optional[float] = ..., targets: _Optional[_Iterable[str]] = ..., parent_name: _Optional[str] = ..., parent_version: _Optional[int] = ..., job_id: _Optional[str] = ..., base_model_hash: _Optional[str] = ..., metrics_json: _Optional[str] = ..., config_json: _Optional[str] = ..., created_at_s: _Optional[float] = ...) -> None: ...
+    rolled_back_over: int
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., sha256: _Optional[str] = ..., num_bytes: _Optional[int] = ..., rank: _Optional[int] = ..., alpha: _Optional[float] = ..., targets: _Optional[_Iterable[str]] = ..., parent_name: _Optional[str] = ..., parent_version: _Optional[int] = ..., job_id: _Optional[str] = ..., base_model_hash: _Optional[str] = ..., metrics_json: _Optional[str] = ..., config_json: _Optional[str] = ..., created_at_s: _Optional[float] = ..., rolled_back_over: _Optional[int] = ...) -> None: ...
 
 class Adapter(_message.Message):
     __slots__ = ("name", "versions", "latest_version", "attached_version")
@@ -151,6 +153,24 @@ class GetDefaultResponse(_message.Message):
     ATTACHED_FIELD_NUMBER: _ClassVar[int]
     attached: AdapterVersion
     def __init__(self, attached: _Optional[_Union[AdapterVersion, _Mapping]] = ...) -> None: ...
+
+class RollBackRequest(_message.Message):
+    __slots__ = ("name", "version", "may_move_default")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    MAY_MOVE_DEFAULT_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    version: int
+    may_move_default: bool
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., may_move_default: bool = ...) -> None: ...
+
+class RollBackResponse(_message.Message):
+    __slots__ = ("version", "has_moved_default")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    HAS_MOVED_DEFAULT_FIELD_NUMBER: _ClassVar[int]
+    version: AdapterVersion
+    has_moved_default: bool
+    def __init__(self, version: _Optional[_Union[AdapterVersion, _Mapping]] = ..., has_moved_default: bool = ...) -> None: ...
 
 class DeleteVersionRequest(_message.Message):
     __slots__ = ("name", "version")

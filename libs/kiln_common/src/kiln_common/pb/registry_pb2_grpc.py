@@ -74,6 +74,11 @@ class RegistryStub(object):
                 request_serializer=kiln_dot_v1_dot_registry__pb2.GetDefaultRequest.SerializeToString,
                 response_deserializer=kiln_dot_v1_dot_registry__pb2.GetDefaultResponse.FromString,
                 _registered_method=True)
+        self.RollBack = channel.unary_unary(
+                '/kiln.v1.Registry/RollBack',
+                request_serializer=kiln_dot_v1_dot_registry__pb2.RollBackRequest.SerializeToString,
+                response_deserializer=kiln_dot_v1_dot_registry__pb2.RollBackResponse.FromString,
+                _registered_method=True)
         self.DeleteVersion = channel.unary_unary(
                 '/kiln.v1.Registry/DeleteVersion',
                 request_serializer=kiln_dot_v1_dot_registry__pb2.DeleteVersionRequest.SerializeToString,
@@ -139,6 +144,15 @@ class RegistryServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RollBack(self, request, context):
+        """Lets a bare name mean one of its earlier versions again, in one transaction with the default
+        where that is a later version of the name. Fails with "default_needs_admin" where the default
+        would move and may not.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def DeleteVersion(self, request, context):
         """Fails with "adapter_in_use" while the version is attached.
         """
@@ -188,6 +202,11 @@ def add_RegistryServicer_to_server(servicer, server):
                     servicer.GetDefault,
                     request_deserializer=kiln_dot_v1_dot_registry__pb2.GetDefaultRequest.FromString,
                     response_serializer=kiln_dot_v1_dot_registry__pb2.GetDefaultResponse.SerializeToString,
+            ),
+            'RollBack': grpc.unary_unary_rpc_method_handler(
+                    servicer.RollBack,
+                    request_deserializer=kiln_dot_v1_dot_registry__pb2.RollBackRequest.FromString,
+                    response_serializer=kiln_dot_v1_dot_registry__pb2.RollBackResponse.SerializeToString,
             ),
             'DeleteVersion': grpc.unary_unary_rpc_method_handler(
                     servicer.DeleteVersion,
@@ -411,6 +430,33 @@ class Registry(object):
             '/kiln.v1.Registry/GetDefault',
             kiln_dot_v1_dot_registry__pb2.GetDefaultRequest.SerializeToString,
             kiln_dot_v1_dot_registry__pb2.GetDefaultResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RollBack(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kiln.v1.Registry/RollBack',
+            kiln_dot_v1_dot_registry__pb2.RollBackRequest.SerializeToString,
+            kiln_dot_v1_dot_registry__pb2.RollBackResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,4 +1,4 @@
-"""Adapters: list, attach, detach, delete, upload, download."""
+"""Adapters: list, attach, detach, roll back, delete, upload, download."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from kiln_gateway.auth import Caller, require, require_scope
 from kiln_gateway.gateway import Gateway, gateway_of
 from kiln_gateway.json_response import json_response
 from kiln_gateway.request_query import refuse_unknown_query
-from kiln_gateway.schemas.adapters import AttachBody, EmptyBody
+from kiln_gateway.schemas.adapters import AttachBody, EmptyBody, RollbackBody
 
 router = APIRouter()
 _READ = Depends(require(None))
@@ -68,6 +68,28 @@ async def detach_adapter(request: Request) -> Response:
     await gateway.parse_optional(request, EmptyBody)
     await gateway.clients.registry.set_default("")
     return json_response({"attached": None})
+
+
+@router.post("/v1/adapters/{name}/rollback")
+async def roll_back_adapter(request: Request, name: str, caller: Caller = _TRAIN) -> Response:
+    """Let a name mean an earlier version again from the next request on, and the default with it.
+
+    The next version that is trained or uploaded counts again.
+    """
+    gateway = gateway_of(request)
+    body = await gateway.parse(request, RollbackBody)
+    base_model = await gateway.engines.base_model()
+    found = await _certain_version(gateway, name, body.version, base_model.model_hash)
+    rolled_back = await gateway.clients.registry.roll_back(
+        found.name, found.version, may_move_default="admin" in caller.scopes
+    )
+    return json_response(
+        {
+            "object": "adapter.rollback",
+            "version": version_object(rolled_back.version),
+            "default_moved": rolled_back.has_moved_default,
+        }
+    )
 
 
 @router.delete("/v1/adapters/{reference}", dependencies=[_ADMIN])

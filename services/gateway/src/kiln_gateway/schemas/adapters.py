@@ -13,5 +13,11 @@ class AttachBody(Body):
     version: Annotated[int, Field(ge=1)] | None = None
 
 
+class RollbackBody(Body):
+    """The version that the adapter's name is to mean again."""
+
+    version: Annotated[int, Field(ge=1)]
+
+
 class EmptyBody(Body):
     pass
