@@ -343,19 +343,18 @@ def parse_events(text: str) -> list[Any]:
     return [item if item == "[DONE]" else json.loads(item) for item in data]
 
 
-def build_rig(folder: Path, *, redis: Any = None, max_model_len: int = 512, **settings: Any) -> Rig:
-    """Everything but the HTTP client; needs a running event loop."""
+def build_rig(
+    folder: Path, *, redis: Any = None, registry: Any = None, max_model_len: int = 512, **settings: Any
+) -> Rig:
+    """Everything but the HTTP client; needs a running event loop. `registry` stands in for the fake one."""
     model_path = folder / "model"
     if not model_path.exists():
         write_model_folder(model_path)
     options = {"enable_thinking_default": False, **settings}
     gateway_settings = GatewaySettings(model_path=str(model_path), **options)
     tokenizer = TextTokenizer.load(model_path)
-    engine, registry, trainer = (
-        FakeEngine(tokenizer, max_model_len=max_model_len),
-        FakeRegistry(),
-        FakeTrainer(),
-    )
+    engine, trainer = FakeEngine(tokenizer, max_model_len=max_model_len), FakeTrainer()
+    registry = registry or FakeRegistry()
     datasets = FakeDatasets()
     clients = Clients([engine], registry, trainer, datasets, redis)
     app = create_app(gateway_settings, clients)

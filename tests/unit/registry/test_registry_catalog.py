@@ -35,7 +35,11 @@ from kiln_registry.schema import CatalogTooNew, DatabaseUrlUnusable, open_engine
 from kiln_registry.statements import raise_epoch
 
 # What came after schema 1.
-LATER_COLUMNS = [("base_models", "max_adapter_rank"), ("aliases", "rolled_back_over")]
+LATER_COLUMNS = [
+    ("base_models", "max_adapter_rank"),
+    ("aliases", "rolled_back_over"),
+    ("versions", "data_sha256"),
+]
 
 
 @pytest.fixture

@@ -87,6 +87,7 @@ class Publication:
     claim_epoch: int = 0
     attach: bool = False
     metrics_json: str = ""
+    data_sha256: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +108,7 @@ class VersionRecord:
     metrics_json: str
     config_json: str
     created_at_s: float
+    data_sha256: str  # of what it was trained on; "" for none
     # Where the bare name means this version since a rollback: the highest number there was then.
     rolled_back_over: int = 0
 

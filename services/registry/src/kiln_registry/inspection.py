@@ -78,7 +78,7 @@ def inspect_adapter(path: Path, config: PeftConfig, base_model: BaseModelRecord)
     if 0 < base_model.max_adapter_rank < config.rank:
         raise AdapterRankTooHigh(config.rank, base_model.max_adapter_rank)
     entries = read_entries(path)
-    sides = _pair_up(entries)
+    sides = pair_up(entries)
     for module_path, matrices in sides.items():
         shape = base_model.modules.get(module_path)
         if shape is None:
@@ -129,8 +129,12 @@ def _target_modules(value: Any) -> tuple[str, ...] | None:
     raise InvalidAdapterConfig("target_modules must be a list of module names, or a pattern")
 
 
-def _pair_up(entries: list[TensorEntry]) -> dict[str, dict[str, TensorEntry]]:
-    """{module path: {"A": entry, "B": entry}}, complete for every module."""
+def pair_up(entries: list[TensorEntry]) -> dict[str, dict[str, TensorEntry]]:
+    """{module path: {"A": entry, "B": entry}}, complete for every module.
+
+    Raises:
+        UnexpectedTensor, IncompleteAdapter
+    """
     sides: dict[str, dict[str, TensorEntry]] = defaultdict(dict)
     for entry in entries:
         match = _TENSOR_NAME.fullmatch(entry.name)

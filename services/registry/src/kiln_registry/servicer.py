@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
 from collections.abc import AsyncIterator, Callable
+from dataclasses import asdict
 
 import grpc
 import structlog
@@ -14,8 +16,10 @@ from sqlalchemy.exc import OperationalError
 from kiln_common.adapter_names import AdapterReference, parse_reference
 from kiln_common.pb import registry_pb2 as pb
 from kiln_common.pb import registry_pb2_grpc
+from kiln_registry.adapter_file import AdapterFile
 from kiln_registry.blobs import CHUNK_BYTES, BlobStore, Upload
 from kiln_registry.catalog import Catalog
+from kiln_registry.comparison import compare_adapters
 from kiln_registry.domain import (
     AdapterRecord,
     BaseModelRecord,
@@ -31,6 +35,7 @@ from kiln_registry.inspection import inspect_adapter, parse_peft_config
 log = structlog.get_logger()
 
 _MAX_METRICS_CHARS = 100_000
+_SHA256 = re.compile(r"([0-9a-f]{64})?")
 
 
 class RegistryServicer(registry_pb2_grpc.RegistryServicer):
@@ -43,6 +48,7 @@ class RegistryServicer(registry_pb2_grpc.RegistryServicer):
         self._catalog = catalog
         self._blobs = blobs
         self._on_change = on_change
+        self._arithmetic = asyncio.Semaphore(1)  # one at a time: each takes a core and some memory
 
     async def RegisterBaseModel(
         self, request: pb.RegisterBaseModelRequest, context: grpc.aio.ServicerContext
@@ -137,6 +143,20 @@ class RegistryServicer(registry_pb2_grpc.RegistryServicer):
         log.info("adapter_rolled_back", adapter=f"{record.name}@{record.version}", default=has_moved_default)
         return pb.RollBackResponse(version=_version_pb(record), has_moved_default=has_moved_default)
 
+    async def Compare(
+        self, request: pb.CompareRequest, context: grpc.aio.ServicerContext
+    ) -> pb.CompareResponse:
+        later = await asyncio.to_thread(self._catalog.resolve, parse_reference(request.later))
+        earlier = None
+        if request.earlier:
+            earlier = await asyncio.to_thread(self._catalog.resolve, parse_reference(request.earlier))
+        async with self._arithmetic:
+            modules = await asyncio.to_thread(self._compare, earlier, later)
+        answer = pb.CompareResponse(later=_version_pb(later), modules=modules)
+        if earlier is not None:
+            answer.earlier.CopyFrom(_version_pb(earlier))
+        return answer
+
     async def DeleteVersion(
         self, request: pb.DeleteVersionRequest, context: grpc.aio.ServicerContext
     ) -> pb.DeleteVersionResponse:
@@ -147,6 +167,13 @@ class RegistryServicer(registry_pb2_grpc.RegistryServicer):
         log.info("adapter_deleted", adapter=str(reference), num_deleted=num_deleted)
         return pb.DeleteVersionResponse(num_deleted=num_deleted)
 
+    def _compare(self, earlier: VersionRecord | None, later: VersionRecord) -> list[pb.ModuleComparison]:
+        before = self._open(earlier) if earlier is not None else None
+        return [pb.ModuleComparison(**asdict(found)) for found in compare_adapters(before, self._open(later))]
+
+    def _open(self, record: VersionRecord) -> AdapterFile:
+        return AdapterFile(self._blobs.open_path(record.sha256), record.alpha / record.rank)
+
     def _check_header(self, header: pb.PublishHeader) -> None:
         """Refuse what can be refused before the bytes arrive."""
         self._catalog.check_name(header.name)
@@ -154,6 +181,8 @@ class RegistryServicer(registry_pb2_grpc.RegistryServicer):
         parse_peft_config(header.config_json)
         if len(header.metrics_json) > _MAX_METRICS_CHARS or not _is_json_object(header.metrics_json or "{}"):
             raise InvalidPublish("metrics_json must be a JSON object", param="metrics_json")
+        if not _SHA256.fullmatch(header.data_sha256):
+            raise InvalidPublish("data_sha256 must be 64 lower-case hex digits", param="data_sha256")
 
     def _publish(self, header: pb.PublishHeader, upload: Upload) -> VersionRecord:
         upload.finish(header.sha256)
@@ -174,7 +203,7 @@ class RegistryServicer(registry_pb2_grpc.RegistryServicer):
                     parent_name=header.parent_name, parent_version=header.parent_version,
                     job_id=header.job_id, publish_key=header.publish_key,
                     claim_epoch=header.claim_epoch, attach=header.attach,
-                    metrics_json=header.metrics_json or "{}",
+                    metrics_json=header.metrics_json or "{}", data_sha256=header.data_sha256,
                 )  # fmt: skip
                 record = self._catalog.publish(publication, time.time())
             is_recorded = True

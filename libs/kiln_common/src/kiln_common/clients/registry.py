@@ -28,7 +28,7 @@ class RegistryClient:
     """Typed calls to one registry; errors come back as KilnError with the registry's code.
 
     Every call may raise RegistryUnavailable. `timeout_s` bounds a call, `transfer_timeout_s` one
-    that carries an adapter's bytes.
+    that carries an adapter's bytes or computes with them.
     """
 
     def __init__(self, address: str, *, timeout_s: float = 10.0, transfer_timeout_s: float = 300.0) -> None:
@@ -126,6 +126,11 @@ class RegistryClient:
         request = registry_pb2.RollBackRequest(name=name, version=version, may_move_default=may_move_default)
         return await self._call(self._stub.RollBack, request)
 
+    async def compare(self, earlier: str, later: str) -> registry_pb2.CompareResponse:
+        """How two versions ("name" or "name@3") differ; an empty `earlier` is the bare base model."""
+        request = registry_pb2.CompareRequest(earlier=earlier, later=later)
+        return await self._call(self._stub.Compare, request, self._transfer_timeout_s)
+
     async def delete(self, name: str, version: int = 0) -> int:
         """Delete a version, or all of the name (version 0); returns how many.
 
@@ -134,9 +139,9 @@ class RegistryClient:
         request = registry_pb2.DeleteVersionRequest(name=name, version=version)
         return (await self._call(self._stub.DeleteVersion, request)).num_deleted
 
-    async def _call(self, method: Any, request: Any) -> Any:
+    async def _call(self, method: Any, request: Any, timeout_s: float = 0.0) -> Any:
         try:
-            return await method(request, timeout=self._timeout_s)
+            return await method(request, timeout=timeout_s or self._timeout_s)
         except grpc.RpcError as error:
             raise from_rpc_error(error, "registry", RegistryUnavailable) from error
 

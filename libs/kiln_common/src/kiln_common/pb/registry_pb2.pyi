@@ -19,7 +19,7 @@ class RegisterBaseModelResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class PublishHeader(_message.Message):
-    __slots__ = ("name", "base_model_hash", "config_json", "parent_version", "parent_name", "job_id", "publish_key", "claim_epoch", "attach", "metrics_json", "sha256")
+    __slots__ = ("name", "base_model_hash", "config_json", "parent_version", "parent_name", "job_id", "publish_key", "claim_epoch", "attach", "metrics_json", "sha256", "data_sha256")
     NAME_FIELD_NUMBER: _ClassVar[int]
     BASE_MODEL_HASH_FIELD_NUMBER: _ClassVar[int]
     CONFIG_JSON_FIELD_NUMBER: _ClassVar[int]
@@ -31,6 +31,7 @@ class PublishHeader(_message.Message):
     ATTACH_FIELD_NUMBER: _ClassVar[int]
     METRICS_JSON_FIELD_NUMBER: _ClassVar[int]
     SHA256_FIELD_NUMBER: _ClassVar[int]
+    DATA_SHA256_FIELD_NUMBER: _ClassVar[int]
     name: str
     base_model_hash: str
     config_json: str
@@ -42,7 +43,8 @@ class PublishHeader(_message.Message):
     attach: bool
     metrics_json: str
     sha256: str
-    def __init__(self, name: _Optional[str] = ..., base_model_hash: _Optional[str] = ..., config_json: _Optional[str] = ..., parent_version: _Optional[int] = ..., parent_name: _Optional[str] = ..., job_id: _Optional[str] = ..., publish_key: _Optional[str] = ..., claim_epoch: _Optional[int] = ..., attach: bool = ..., metrics_json: _Optional[str] = ..., sha256: _Optional[str] = ...) -> None: ...
+    data_sha256: str
+    def __init__(self, name: _Optional[str] = ..., base_model_hash: _Optional[str] = ..., config_json: _Optional[str] = ..., parent_version: _Optional[int] = ..., parent_name: _Optional[str] = ..., job_id: _Optional[str] = ..., publish_key: _Optional[str] = ..., claim_epoch: _Optional[int] = ..., attach: bool = ..., metrics_json: _Optional[str] = ..., sha256: _Optional[str] = ..., data_sha256: _Optional[str] = ...) -> None: ...
 
 class PublishRequest(_message.Message):
     __slots__ = ("header", "chunk")
@@ -53,7 +55,7 @@ class PublishRequest(_message.Message):
     def __init__(self, header: _Optional[_Union[PublishHeader, _Mapping]] = ..., chunk: _Optional[bytes] = ...) -> None: ...
 
 class AdapterVersion(_message.Message):
-    __slots__ = ("name", "version", "sha256", "num_bytes", "rank", "alpha", "targets", "parent_name", "parent_version", "job_id", "base_model_hash", "metrics_json", "config_json", "created_at_s", "rolled_back_over")
+    __slots__ = ("name", "version", "sha256", "num_bytes", "rank", "alpha", "targets", "parent_name", "parent_version", "job_id", "base_model_hash", "metrics_json", "config_json", "created_at_s", "rolled_back_over", "data_sha256")
     NAME_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     SHA256_FIELD_NUMBER: _ClassVar[int]
@@ -69,6 +71,7 @@ class AdapterVersion(_message.Message):
     CONFIG_JSON_FIELD_NUMBER: _ClassVar[int]
     CREATED_AT_S_FIELD_NUMBER: _ClassVar[int]
     ROLLED_BACK_OVER_FIELD_NUMBER: _ClassVar[int]
+    DATA_SHA256_FIELD_NUMBER: _ClassVar[int]
     name: str
     version: int
     sha256: str
@@ -84,7 +87,8 @@ class AdapterVersion(_message.Message):
     config_json: str
     created_at_s: float
     rolled_back_over: int
-    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., sha256: _Optional[str] = ..., num_bytes: _Optional[int] = ..., rank: _Optional[int] = ..., alpha: _Optional[float] = ..., targets: _Optional[_Iterable[str]] = ..., parent_name: _Optional[str] = ..., parent_version: _Optional[int] = ..., job_id: _Optional[str] = ..., base_model_hash: _Optional[str] = ..., metrics_json: _Optional[str] = ..., config_json: _Optional[str] = ..., created_at_s: _Optional[float] = ..., rolled_back_over: _Optional[int] = ...) -> None: ...
+    data_sha256: str
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., sha256: _Optional[str] = ..., num_bytes: _Optional[int] = ..., rank: _Optional[int] = ..., alpha: _Optional[float] = ..., targets: _Optional[_Iterable[str]] = ..., parent_name: _Optional[str] = ..., parent_version: _Optional[int] = ..., job_id: _Optional[str] = ..., base_model_hash: _Optional[str] = ..., metrics_json: _Optional[str] = ..., config_json: _Optional[str] = ..., created_at_s: _Optional[float] = ..., rolled_back_over: _Optional[int] = ..., data_sha256: _Optional[str] = ...) -> None: ...
 
 class Adapter(_message.Message):
     __slots__ = ("name", "versions", "latest_version", "attached_version")
@@ -171,6 +175,38 @@ class RollBackResponse(_message.Message):
     version: AdapterVersion
     has_moved_default: bool
     def __init__(self, version: _Optional[_Union[AdapterVersion, _Mapping]] = ..., has_moved_default: bool = ...) -> None: ...
+
+class CompareRequest(_message.Message):
+    __slots__ = ("earlier", "later")
+    EARLIER_FIELD_NUMBER: _ClassVar[int]
+    LATER_FIELD_NUMBER: _ClassVar[int]
+    earlier: str
+    later: str
+    def __init__(self, earlier: _Optional[str] = ..., later: _Optional[str] = ...) -> None: ...
+
+class ModuleComparison(_message.Message):
+    __slots__ = ("path", "norm_earlier", "norm_later", "norm_change", "inner_product")
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    NORM_EARLIER_FIELD_NUMBER: _ClassVar[int]
+    NORM_LATER_FIELD_NUMBER: _ClassVar[int]
+    NORM_CHANGE_FIELD_NUMBER: _ClassVar[int]
+    INNER_PRODUCT_FIELD_NUMBER: _ClassVar[int]
+    path: str
+    norm_earlier: float
+    norm_later: float
+    norm_change: float
+    inner_product: float
+    def __init__(self, path: _Optional[str] = ..., norm_earlier: _Optional[float] = ..., norm_later: _Optional[float] = ..., norm_change: _Optional[float] = ..., inner_product: _Optional[float] = ...) -> None: ...
+
+class CompareResponse(_message.Message):
+    __slots__ = ("earlier", "later", "modules")
+    EARLIER_FIELD_NUMBER: _ClassVar[int]
+    LATER_FIELD_NUMBER: _ClassVar[int]
+    MODULES_FIELD_NUMBER: _ClassVar[int]
+    earlier: AdapterVersion
+    later: AdapterVersion
+    modules: _containers.RepeatedCompositeFieldContainer[ModuleComparison]
+    def __init__(self, earlier: _Optional[_Union[AdapterVersion, _Mapping]] = ..., later: _Optional[_Union[AdapterVersion, _Mapping]] = ..., modules: _Optional[_Iterable[_Union[ModuleComparison, _Mapping]]] = ...) -> None: ...
 
 class DeleteVersionRequest(_message.Message):
     __slots__ = ("name", "version")

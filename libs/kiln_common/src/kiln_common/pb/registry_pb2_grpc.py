@@ -79,6 +79,11 @@ class RegistryStub(object):
                 request_serializer=kiln_dot_v1_dot_registry__pb2.RollBackRequest.SerializeToString,
                 response_deserializer=kiln_dot_v1_dot_registry__pb2.RollBackResponse.FromString,
                 _registered_method=True)
+        self.Compare = channel.unary_unary(
+                '/kiln.v1.Registry/Compare',
+                request_serializer=kiln_dot_v1_dot_registry__pb2.CompareRequest.SerializeToString,
+                response_deserializer=kiln_dot_v1_dot_registry__pb2.CompareResponse.FromString,
+                _registered_method=True)
         self.DeleteVersion = channel.unary_unary(
                 '/kiln.v1.Registry/DeleteVersion',
                 request_serializer=kiln_dot_v1_dot_registry__pb2.DeleteVersionRequest.SerializeToString,
@@ -153,6 +158,13 @@ class RegistryServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Compare(self, request, context):
+        """How two versions differ, by the updates they make to the weights. Computed from the files.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def DeleteVersion(self, request, context):
         """Fails with "adapter_in_use" while the version is attached.
         """
@@ -207,6 +219,11 @@ def add_RegistryServicer_to_server(servicer, server):
                     servicer.RollBack,
                     request_deserializer=kiln_dot_v1_dot_registry__pb2.RollBackRequest.FromString,
                     response_serializer=kiln_dot_v1_dot_registry__pb2.RollBackResponse.SerializeToString,
+            ),
+            'Compare': grpc.unary_unary_rpc_method_handler(
+                    servicer.Compare,
+                    request_deserializer=kiln_dot_v1_dot_registry__pb2.CompareRequest.FromString,
+                    response_serializer=kiln_dot_v1_dot_registry__pb2.CompareResponse.SerializeToString,
             ),
             'DeleteVersion': grpc.unary_unary_rpc_method_handler(
                     servicer.DeleteVersion,
@@ -457,6 +474,33 @@ class Registry(object):
             '/kiln.v1.Registry/RollBack',
             kiln_dot_v1_dot_registry__pb2.RollBackRequest.SerializeToString,
             kiln_dot_v1_dot_registry__pb2.RollBackResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Compare(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kiln.v1.Registry/Compare',
+            kiln_dot_v1_dot_registry__pb2.CompareRequest.SerializeToString,
+            kiln_dot_v1_dot_registry__pb2.CompareResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -37,6 +37,7 @@ def version_object(version: registry_pb2.AdapterVersion, resident_on: Sequence[s
         "targets": list(version.targets),
         "parent": parent,
         "job_id": version.job_id or None,
+        "data_sha256": version.data_sha256 or None,
         "base_model_hash": version.base_model_hash,
         "metrics": json.loads(version.metrics_json or "{}"),
         "created_at": version.created_at_s,

@@ -24,7 +24,6 @@ NOT_BUILT: tuple[tuple[str, str, str], ...] = (
         "Sample both adapters with POST /v1/chat/completions and score on your side.",
     ),
     ("POST", "/v1/adapters/merge", "Chat takes several adapters at once in `adapters`."),
-    ("GET", "/v1/adapters/{name}/diff", "GET /v1/adapters/{name} lists every version with its metrics."),
 )
 
 
