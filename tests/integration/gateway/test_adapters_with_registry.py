@@ -90,3 +90,47 @@ async def test_a_diff_of_what_is_not_there_is_refused(rig):
         ("mine/diff?form=1", 400, "unknown_field"),
     ):
         assert (await get(rig, f"/v1/adapters/{path}", status))["error"]["code"] == code
+
+
+async def test_a_merge_becomes_a_version_that_names_its_sources(rig):
+    await publish(rig, "a")
+    await publish(rig, "a", seed=1)
+    await publish(rig, "b", seed=2)
+    body = {
+        "sources": [{"name": "a@1", "weight": 0.7}, {"name": "a"}, {"name": "b", "weight": -1}],
+        "mode": "concat",
+        "output": "all",
+    }
+    headers = {"Idempotency-Key": "once"}
+    response = await rig.post("/v1/adapters/merge", body, headers=headers)
+    merged = response.json()
+    assert (response.status_code, merged["id"], merged["rank"]) == (201, "all@1", 6)
+    sources = [{"id": "a@1", "weight": 0.7}, {"id": "a@2", "weight": 1.0}, {"id": "b@1", "weight": -1.0}]
+    assert merged["merged_from"] == {"mode": "concat", "sources": sources}
+    assert (await rig.chat(model="all")).headers["X-Kiln-Adapter"] == "all@1"
+    again = await rig.post("/v1/adapters/merge", body, headers=headers)
+    assert again.json() == merged
+    # The sources may go; where the version came from stays known.
+    await rig.http.delete("/v1/adapters/b")
+    assert (await get(rig, "/v1/adapters/all"))["versions"] == [merged]
+    other = await rig.post("/v1/adapters/merge", {**body, "output": "x", "sources": [{"name": "a"}]})
+    assert (other.json()["id"], other.json()["rank"]) == ("x@1", 2)
+
+
+async def test_a_merge_that_makes_no_sense_names_the_field_at_fault(rig):
+    await publish(rig, "a")
+    body = {"sources": [{"name": "a"}], "mode": "ties", "output": "m"}
+    for fields, code, param in (
+        ({"sources": []}, "invalid_value", "sources"),
+        ({"sources": [{"name": "a", "weight": 0}]}, "invalid_value", "sources"),
+        ({"sources": [{"name": "nobody"}]}, "adapter_not_found", "sources"),
+        ({"mode": "average"}, "invalid_value", "mode"),
+        ({"mode": "linear", "density": 0.5}, "invalid_value", "density"),
+        ({"density": 0.0}, "invalid_value", "density"),
+        ({"output": "base"}, "reserved_adapter_name", "output"),
+        ({"rank": 4}, "unknown_field", "rank"),
+    ):
+        error = (await rig.post("/v1/adapters/merge", {**body, **fields})).json()["error"]
+        assert (error["code"], error["param"]) == (code, param), fields
+        assert error["hint"]
+    assert [entry["name"] for entry in (await get(rig, "/v1/adapters"))["data"]] == ["a"]

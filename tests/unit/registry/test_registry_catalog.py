@@ -39,6 +39,7 @@ LATER_COLUMNS = [
     ("base_models", "max_adapter_rank"),
     ("aliases", "rolled_back_over"),
     ("versions", "data_sha256"),
+    ("versions", "merge_json"),
 ]
 
 

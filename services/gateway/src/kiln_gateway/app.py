@@ -17,6 +17,7 @@ from kiln_gateway.insight.snapshot import read_snapshot
 from kiln_gateway.openapi import install_openapi
 from kiln_gateway.ports import Clients
 from kiln_gateway.routes import (
+    adapter_arithmetic,
     adapters,
     batch,
     completions,
@@ -51,6 +52,7 @@ _ROUTERS = (
     datasets.router,
     corrections.router,
     adapters.router,
+    adapter_arithmetic.router,
     health.router,
     events.router,
     not_built.router,

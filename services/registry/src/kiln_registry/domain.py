@@ -5,6 +5,7 @@ Standard library only.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kiln_common.errors import AdapterNotFound, ErrorKind, InvalidRequest, KilnError
@@ -88,6 +89,7 @@ class Publication:
     attach: bool = False
     metrics_json: str = ""
     data_sha256: str = ""
+    merge_json: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +111,7 @@ class VersionRecord:
     config_json: str
     created_at_s: float
     data_sha256: str  # of what it was trained on; "" for none
+    merge_json: str  # {"mode", "sources"} where it was merged from others; else ""
     # Where the bare name means this version since a rollback: the highest number there was then.
     rolled_back_over: int = 0
 
@@ -244,6 +247,26 @@ class AdapterRankTooHigh(InvalidRequest):
 
     def __init__(self, rank: int, limit: int) -> None:
         super().__init__(f"the adapter has rank {rank}, the engine holds up to {limit}")
+
+
+class MergeRankTooHigh(AdapterRankTooHigh):
+    """The ranks of what is concatenated add up to more than an engine holds."""
+
+    hint = "Merge fewer adapters or lower ranks, use the mode linear or ties, or raise max_adapter_rank."
+
+    def __init__(self, ranks: Sequence[int], limit: int) -> None:
+        added = f"{' + '.join(map(str, ranks))} = {sum(ranks)}"
+        InvalidRequest.__init__(self, f"the merged adapter has rank {added}, the engine holds up to {limit}")
+
+
+class MergeRanksDiffer(InvalidRequest):
+    code = "merge_ranks_differ"
+    hint = "Use the mode concat, which adds the ranks up, or merge adapters of one rank."
+
+
+class InvalidMerge(InvalidRequest):
+    code = "invalid_merge"
+    hint = "Name one or more sources with finite weights other than 0, and a mode: linear, ties or concat."
 
 
 class UnsupportedDtype(InvalidRequest):

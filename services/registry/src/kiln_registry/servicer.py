@@ -17,7 +17,7 @@ from kiln_common.adapter_names import AdapterReference, parse_reference
 from kiln_common.pb import registry_pb2 as pb
 from kiln_common.pb import registry_pb2_grpc
 from kiln_registry.adapter_file import AdapterFile
-from kiln_registry.blobs import CHUNK_BYTES, BlobStore, Upload
+from kiln_registry.blobs import CHUNK_BYTES, BlobStore
 from kiln_registry.catalog import Catalog
 from kiln_registry.comparison import compare_adapters
 from kiln_registry.domain import (
@@ -26,11 +26,12 @@ from kiln_registry.domain import (
     InvalidBaseModel,
     InvalidPublish,
     ModuleShape,
-    Publication,
     RegistryStorageFull,
     VersionRecord,
 )
-from kiln_registry.inspection import inspect_adapter, parse_peft_config
+from kiln_registry.inspection import parse_peft_config
+from kiln_registry.merger import Merger
+from kiln_registry.publisher import Publisher
 
 log = structlog.get_logger()
 
@@ -48,6 +49,8 @@ class RegistryServicer(registry_pb2_grpc.RegistryServicer):
         self._catalog = catalog
         self._blobs = blobs
         self._on_change = on_change
+        self._publisher = Publisher(catalog, blobs)
+        self._merger = Merger(catalog, blobs, self._publisher)
         self._arithmetic = asyncio.Semaphore(1)  # one at a time: each takes a core and some memory
 
     async def RegisterBaseModel(
@@ -73,7 +76,7 @@ class RegistryServicer(registry_pb2_grpc.RegistryServicer):
                 if request.WhichOneof("part") != "chunk":
                     raise InvalidPublish("a second header came among the bytes")
                 await asyncio.to_thread(upload.write, request.chunk)
-            record = await asyncio.to_thread(self._publish, header, upload)
+            record = await asyncio.to_thread(self._publisher.publish, header, upload)
         except OSError as error:
             raise _storage_full(error) from error
         except OperationalError as error:
@@ -157,6 +160,16 @@ class RegistryServicer(registry_pb2_grpc.RegistryServicer):
             answer.earlier.CopyFrom(_version_pb(earlier))
         return answer
 
+    async def Merge(self, request: pb.MergeRequest, context: grpc.aio.ServicerContext) -> pb.AdapterVersion:
+        async with self._arithmetic:
+            record = await asyncio.to_thread(self._merger.merge, request)
+        self._on_change()
+        sources = [f"{source.name}@{source.version}" for source in request.sources]
+        log.info(
+            "adapter_merged", adapter=f"{record.name}@{record.version}", mode=request.mode, sources=sources
+        )
+        return _version_pb(record)
+
     async def DeleteVersion(
         self, request: pb.DeleteVersionRequest, context: grpc.aio.ServicerContext
     ) -> pb.DeleteVersionResponse:
@@ -184,34 +197,6 @@ class RegistryServicer(registry_pb2_grpc.RegistryServicer):
         if not _SHA256.fullmatch(header.data_sha256):
             raise InvalidPublish("data_sha256 must be 64 lower-case hex digits", param="data_sha256")
 
-    def _publish(self, header: pb.PublishHeader, upload: Upload) -> VersionRecord:
-        upload.finish(header.sha256)
-        # A repeat is answered without a second look at its bytes, which need not be the same ones.
-        made_before = self._catalog.find_published(
-            header.publish_key, header.name, header.job_id, header.claim_epoch
-        )
-        if made_before is not None:
-            return made_before
-        base_model = self._catalog.get_base_model(header.base_model_hash)
-        inspected = inspect_adapter(upload.path, parse_peft_config(header.config_json), base_model)
-        is_recorded = False
-        try:
-            with self._blobs.hold(upload) as blob:
-                publication = Publication(
-                    name=header.name, base_model_hash=header.base_model_hash,
-                    config_json=header.config_json, blob=blob, inspected=inspected,
-                    parent_name=header.parent_name, parent_version=header.parent_version,
-                    job_id=header.job_id, publish_key=header.publish_key,
-                    claim_epoch=header.claim_epoch, attach=header.attach,
-                    metrics_json=header.metrics_json or "{}", data_sha256=header.data_sha256,
-                )  # fmt: skip
-                record = self._catalog.publish(publication, time.time())
-            is_recorded = True
-            return record
-        finally:
-            if not is_recorded:
-                self._blobs.sweep(self._catalog.list_named_blobs)
-
 
 def _storage_full(error: BaseException | None) -> RegistryStorageFull:
     log.error("registry_storage_full", reason=str(error))
@@ -234,7 +219,13 @@ def _is_json_object(text: str) -> bool:
 
 
 def _version_pb(record: VersionRecord) -> pb.AdapterVersion:
-    return pb.AdapterVersion(**{name: getattr(record, name) for name in VersionRecord.__slots__})
+    fields = {name: getattr(record, name) for name in VersionRecord.__slots__ if name != "merge_json"}
+    merge = json.loads(record.merge_json or "{}")
+    return pb.AdapterVersion(
+        **fields,
+        merge_mode=merge.get("mode", ""),
+        merged_from=[pb.MergeSource(**source) for source in merge.get("sources", ())],
+    )
 
 
 def _adapter_pb(record: AdapterRecord) -> pb.Adapter:

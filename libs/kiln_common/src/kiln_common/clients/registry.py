@@ -131,6 +131,10 @@ class RegistryClient:
         request = registry_pb2.CompareRequest(earlier=earlier, later=later)
         return await self._call(self._stub.Compare, request, self._transfer_timeout_s)
 
+    async def merge(self, request: registry_pb2.MergeRequest) -> registry_pb2.AdapterVersion:
+        """A new version out of several. Idempotent by request.publish_key."""
+        return await self._call(self._stub.Merge, request, self._transfer_timeout_s)
+
     async def delete(self, name: str, version: int = 0) -> int:
         """Delete a version, or all of the name (version 0); returns how many.
 

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from kiln_common.pb import common_pb2 as kiln_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16kiln/v1/registry.proto\x12\x07kiln.v1\x1a\x14kiln/v1/common.proto\"\\\n\x18RegisterBaseModelRequest\x12&\n\nbase_model\x18\x01 \x01(\x0b\x32\x12.kiln.v1.BaseModel\x12\x18\n\x10max_adapter_rank\x18\x02 \x01(\x05\"\x1b\n\x19RegisterBaseModelResponse\"\xfd\x01\n\rPublishHeader\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x17\n\x0f\x62\x61se_model_hash\x18\x02 \x01(\t\x12\x13\n\x0b\x63onfig_json\x18\x03 \x01(\t\x12\x16\n\x0eparent_version\x18\x04 \x01(\x03\x12\x13\n\x0bparent_name\x18\x05 \x01(\t\x12\x0e\n\x06job_id\x18\x06 \x01(\t\x12\x13\n\x0bpublish_key\x18\x07 \x01(\t\x12\x13\n\x0b\x63laim_epoch\x18\x08 \x01(\x03\x12\x0e\n\x06\x61ttach\x18\t \x01(\x08\x12\x14\n\x0cmetrics_json\x18\n \x01(\t\x12\x0e\n\x06sha256\x18\x0b \x01(\t\x12\x13\n\x0b\x64\x61ta_sha256\x18\x0c \x01(\t\"S\n\x0ePublishRequest\x12(\n\x06header\x18\x01 \x01(\x0b\x32\x16.kiln.v1.PublishHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"\xc6\x02\n\x0e\x41\x64\x61pterVersion\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x03\x12\x0e\n\x06sha256\x18\x03 \x01(\t\x12\x11\n\tnum_bytes\x18\x04 \x01(\x03\x12\x0c\n\x04rank\x18\x05 \x01(\x05\x12\r\n\x05\x61lpha\x18\x06 \x01(\x01\x12\x0f\n\x07targets\x18\x07 \x03(\t\x12\x13\n\x0bparent_name\x18\x08 \x01(\t\x12\x16\n\x0eparent_version\x18\t \x01(\x03\x12\x0e\n\x06job_id\x18\n \x01(\t\x12\x17\n\x0f\x62\x61se_model_hash\x18\x0b \x01(\t\x12\x14\n\x0cmetrics_json\x18\x0c \x01(\t\x12\x13\n\x0b\x63onfig_json\x18\r \x01(\t\x12\x14\n\x0c\x63reated_at_s\x18\x0e \x01(\x01\x12\x18\n\x10rolled_back_over\x18\x0f \x01(\x03\x12\x13\n\x0b\x64\x61ta_sha256\x18\x10 \x01(\t\"t\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12)\n\x08versions\x18\x02 \x03(\x0b\x32\x17.kiln.v1.AdapterVersion\x12\x16\n\x0elatest_version\x18\x03 \x01(\x03\x12\x18\n\x10\x61ttached_version\x18\x04 \x01(\x03\"#\n\x0eResolveRequest\x12\x11\n\treference\x18\x01 \x01(\t\"!\n\x11GetAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x15\n\x13ListAdaptersRequest\":\n\x14ListAdaptersResponse\x12\"\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x10.kiln.v1.Adapter\"\x1e\n\x0c\x46\x65tchRequest\x12\x0e\n\x06sha256\x18\x01 \x01(\t\"\x1b\n\nFetchChunk\x12\r\n\x05\x63hunk\x18\x01 \x01(\x0c\"&\n\x11SetDefaultRequest\x12\x11\n\treference\x18\x01 \x01(\t\"Q\n\x12SetDefaultResponse\x12.\n\x08\x61ttached\x18\x01 \x01(\x0b\x32\x17.kiln.v1.AdapterVersionH\x00\x88\x01\x01\x42\x0b\n\t_attached\"\x13\n\x11GetDefaultRequest\"Q\n\x12GetDefaultResponse\x12.\n\x08\x61ttached\x18\x01 \x01(\x0b\x32\x17.kiln.v1.AdapterVersionH\x00\x88\x01\x01\x42\x0b\n\t_attached\"J\n\x0fRollBackRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x03\x12\x18\n\x10may_move_default\x18\x03 \x01(\x08\"W\n\x10RollBackResponse\x12(\n\x07version\x18\x01 \x01(\x0b\x32\x17.kiln.v1.AdapterVersion\x12\x19\n\x11has_moved_default\x18\x02 \x01(\x08\"0\n\x0e\x43ompareRequest\x12\x0f\n\x07\x65\x61rlier\x18\x01 \x01(\t\x12\r\n\x05later\x18\x02 \x01(\t\"v\n\x10ModuleComparison\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x14\n\x0cnorm_earlier\x18\x02 \x01(\x01\x12\x12\n\nnorm_later\x18\x03 \x01(\x01\x12\x13\n\x0bnorm_change\x18\x04 \x01(\x01\x12\x15\n\rinner_product\x18\x05 \x01(\x01\"\xa0\x01\n\x0f\x43ompareResponse\x12-\n\x07\x65\x61rlier\x18\x01 \x01(\x0b\x32\x17.kiln.v1.AdapterVersionH\x00\x88\x01\x01\x12&\n\x05later\x18\x02 \x01(\x0b\x32\x17.kiln.v1.AdapterVersion\x12*\n\x07modules\x18\x03 \x03(\x0b\x32\x19.kiln.v1.ModuleComparisonB\n\n\x08_earlier\"5\n\x14\x44\x65leteVersionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x03\",\n\x15\x44\x65leteVersionResponse\x12\x13\n\x0bnum_deleted\x18\x01 \x01(\x05\x32\xff\x05\n\x08Registry\x12Z\n\x11RegisterBaseModel\x12!.kiln.v1.RegisterBaseModelRequest\x1a\".kiln.v1.RegisterBaseModelResponse\x12=\n\x07Publish\x12\x17.kiln.v1.PublishRequest\x1a\x17.kiln.v1.AdapterVersion(\x01\x12;\n\x07Resolve\x12\x17.kiln.v1.ResolveRequest\x1a\x17.kiln.v1.AdapterVersion\x12:\n\nGetAdapter\x12\x1a.kiln.v1.GetAdapterRequest\x1a\x10.kiln.v1.Adapter\x12K\n\x0cListAdapters\x12\x1c.kiln.v1.ListAdaptersRequest\x1a\x1d.kiln.v1.ListAdaptersResponse\x12\x35\n\x05\x46\x65tch\x12\x15.kiln.v1.FetchRequest\x1a\x13.kiln.v1.FetchChunk0\x01\x12\x45\n\nSetDefault\x12\x1a.kiln.v1.SetDefaultRequest\x1a\x1b.kiln.v1.SetDefaultResponse\x12\x45\n\nGetDefault\x12\x1a.kiln.v1.GetDefaultRequest\x1a\x1b.kiln.v1.GetDefaultResponse\x12?\n\x08RollBack\x12\x18.kiln.v1.RollBackRequest\x1a\x19.kiln.v1.RollBackResponse\x12<\n\x07\x43ompare\x12\x17.kiln.v1.CompareRequest\x1a\x18.kiln.v1.CompareResponse\x12N\n\rDeleteVersion\x12\x1d.kiln.v1.DeleteVersionRequest\x1a\x1e.kiln.v1.DeleteVersionResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16kiln/v1/registry.proto\x12\x07kiln.v1\x1a\x14kiln/v1/common.proto\"\\\n\x18RegisterBaseModelRequest\x12&\n\nbase_model\x18\x01 \x01(\x0b\x32\x12.kiln.v1.BaseModel\x12\x18\n\x10max_adapter_rank\x18\x02 \x01(\x05\"\x1b\n\x19RegisterBaseModelResponse\"\xfd\x01\n\rPublishHeader\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x17\n\x0f\x62\x61se_model_hash\x18\x02 \x01(\t\x12\x13\n\x0b\x63onfig_json\x18\x03 \x01(\t\x12\x16\n\x0eparent_version\x18\x04 \x01(\x03\x12\x13\n\x0bparent_name\x18\x05 \x01(\t\x12\x0e\n\x06job_id\x18\x06 \x01(\t\x12\x13\n\x0bpublish_key\x18\x07 \x01(\t\x12\x13\n\x0b\x63laim_epoch\x18\x08 \x01(\x03\x12\x0e\n\x06\x61ttach\x18\t \x01(\x08\x12\x14\n\x0cmetrics_json\x18\n \x01(\t\x12\x0e\n\x06sha256\x18\x0b \x01(\t\x12\x13\n\x0b\x64\x61ta_sha256\x18\x0c \x01(\t\"S\n\x0ePublishRequest\x12(\n\x06header\x18\x01 \x01(\x0b\x32\x16.kiln.v1.PublishHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"\x85\x03\n\x0e\x41\x64\x61pterVersion\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x03\x12\x0e\n\x06sha256\x18\x03 \x01(\t\x12\x11\n\tnum_bytes\x18\x04 \x01(\x03\x12\x0c\n\x04rank\x18\x05 \x01(\x05\x12\r\n\x05\x61lpha\x18\x06 \x01(\x01\x12\x0f\n\x07targets\x18\x07 \x03(\t\x12\x13\n\x0bparent_name\x18\x08 \x01(\t\x12\x16\n\x0eparent_version\x18\t \x01(\x03\x12\x0e\n\x06job_id\x18\n \x01(\t\x12\x17\n\x0f\x62\x61se_model_hash\x18\x0b \x01(\t\x12\x14\n\x0cmetrics_json\x18\x0c \x01(\t\x12\x13\n\x0b\x63onfig_json\x18\r \x01(\t\x12\x14\n\x0c\x63reated_at_s\x18\x0e \x01(\x01\x12\x18\n\x10rolled_back_over\x18\x0f \x01(\x03\x12\x13\n\x0b\x64\x61ta_sha256\x18\x10 \x01(\t\x12\x12\n\nmerge_mode\x18\x11 \x01(\t\x12)\n\x0bmerged_from\x18\x12 \x03(\x0b\x32\x14.kiln.v1.MergeSource\"<\n\x0bMergeSource\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x03\x12\x0e\n\x06weight\x18\x03 \x01(\x01\"t\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12)\n\x08versions\x18\x02 \x03(\x0b\x32\x17.kiln.v1.AdapterVersion\x12\x16\n\x0elatest_version\x18\x03 \x01(\x03\x12\x18\n\x10\x61ttached_version\x18\x04 \x01(\x03\"#\n\x0eResolveRequest\x12\x11\n\treference\x18\x01 \x01(\t\"!\n\x11GetAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x15\n\x13ListAdaptersRequest\":\n\x14ListAdaptersResponse\x12\"\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x10.kiln.v1.Adapter\"\x1e\n\x0c\x46\x65tchRequest\x12\x0e\n\x06sha256\x18\x01 \x01(\t\"\x1b\n\nFetchChunk\x12\r\n\x05\x63hunk\x18\x01 \x01(\x0c\"&\n\x11SetDefaultRequest\x12\x11\n\treference\x18\x01 \x01(\t\"Q\n\x12SetDefaultResponse\x12.\n\x08\x61ttached\x18\x01 \x01(\x0b\x32\x17.kiln.v1.AdapterVersionH\x00\x88\x01\x01\x42\x0b\n\t_attached\"\x13\n\x11GetDefaultRequest\"Q\n\x12GetDefaultResponse\x12.\n\x08\x61ttached\x18\x01 \x01(\x0b\x32\x17.kiln.v1.AdapterVersionH\x00\x88\x01\x01\x42\x0b\n\t_attached\"J\n\x0fRollBackRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x03\x12\x18\n\x10may_move_default\x18\x03 \x01(\x08\"W\n\x10RollBackResponse\x12(\n\x07version\x18\x01 \x01(\x0b\x32\x17.kiln.v1.AdapterVersion\x12\x19\n\x11has_moved_default\x18\x02 \x01(\x08\"0\n\x0e\x43ompareRequest\x12\x0f\n\x07\x65\x61rlier\x18\x01 \x01(\t\x12\r\n\x05later\x18\x02 \x01(\t\"v\n\x10ModuleComparison\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x14\n\x0cnorm_earlier\x18\x02 \x01(\x01\x12\x12\n\nnorm_later\x18\x03 \x01(\x01\x12\x13\n\x0bnorm_change\x18\x04 \x01(\x01\x12\x15\n\rinner_product\x18\x05 \x01(\x01\"\xa0\x01\n\x0f\x43ompareResponse\x12-\n\x07\x65\x61rlier\x18\x01 \x01(\x0b\x32\x17.kiln.v1.AdapterVersionH\x00\x88\x01\x01\x12&\n\x05later\x18\x02 \x01(\x0b\x32\x17.kiln.v1.AdapterVersion\x12*\n\x07modules\x18\x03 \x03(\x0b\x32\x19.kiln.v1.ModuleComparisonB\n\n\x08_earlier\"y\n\x0cMergeRequest\x12%\n\x07sources\x18\x01 \x03(\x0b\x32\x14.kiln.v1.MergeSource\x12\x0c\n\x04mode\x18\x02 \x01(\t\x12\x0e\n\x06output\x18\x03 \x01(\t\x12\x0f\n\x07\x64\x65nsity\x18\x04 \x01(\x01\x12\x13\n\x0bpublish_key\x18\x05 \x01(\t\"5\n\x14\x44\x65leteVersionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x03\",\n\x15\x44\x65leteVersionResponse\x12\x13\n\x0bnum_deleted\x18\x01 \x01(\x05\x32\xb8\x06\n\x08Registry\x12Z\n\x11RegisterBaseModel\x12!.kiln.v1.RegisterBaseModelRequest\x1a\".kiln.v1.RegisterBaseModelResponse\x12=\n\x07Publish\x12\x17.kiln.v1.PublishRequest\x1a\x17.kiln.v1.AdapterVersion(\x01\x12;\n\x07Resolve\x12\x17.kiln.v1.ResolveRequest\x1a\x17.kiln.v1.AdapterVersion\x12:\n\nGetAdapter\x12\x1a.kiln.v1.GetAdapterRequest\x1a\x10.kiln.v1.Adapter\x12K\n\x0cListAdapters\x12\x1c.kiln.v1.ListAdaptersRequest\x1a\x1d.kiln.v1.ListAdaptersResponse\x12\x35\n\x05\x46\x65tch\x12\x15.kiln.v1.FetchRequest\x1a\x13.kiln.v1.FetchChunk0\x01\x12\x45\n\nSetDefault\x12\x1a.kiln.v1.SetDefaultRequest\x1a\x1b.kiln.v1.SetDefaultResponse\x12\x45\n\nGetDefault\x12\x1a.kiln.v1.GetDefaultRequest\x1a\x1b.kiln.v1.GetDefaultResponse\x12?\n\x08RollBack\x12\x18.kiln.v1.RollBackRequest\x1a\x19.kiln.v1.RollBackResponse\x12<\n\x07\x43ompare\x12\x17.kiln.v1.CompareRequest\x1a\x18.kiln.v1.CompareResponse\x12\x37\n\x05Merge\x12\x15.kiln.v1.MergeRequest\x1a\x17.kiln.v1.AdapterVersion\x12N\n\rDeleteVersion\x12\x1d.kiln.v1.DeleteVersionRequest\x1a\x1e.kiln.v1.DeleteVersionResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -41,43 +41,47 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PUBLISHREQUEST']._serialized_start=436
   _globals['_PUBLISHREQUEST']._serialized_end=519
   _globals['_ADAPTERVERSION']._serialized_start=522
-  _globals['_ADAPTERVERSION']._serialized_end=848
-  _globals['_ADAPTER']._serialized_start=850
-  _globals['_ADAPTER']._serialized_end=966
-  _globals['_RESOLVEREQUEST']._serialized_start=968
-  _globals['_RESOLVEREQUEST']._serialized_end=1003
-  _globals['_GETADAPTERREQUEST']._serialized_start=1005
-  _globals['_GETADAPTERREQUEST']._serialized_end=1038
-  _globals['_LISTADAPTERSREQUEST']._serialized_start=1040
-  _globals['_LISTADAPTERSREQUEST']._serialized_end=1061
-  _globals['_LISTADAPTERSRESPONSE']._serialized_start=1063
-  _globals['_LISTADAPTERSRESPONSE']._serialized_end=1121
-  _globals['_FETCHREQUEST']._serialized_start=1123
-  _globals['_FETCHREQUEST']._serialized_end=1153
-  _globals['_FETCHCHUNK']._serialized_start=1155
-  _globals['_FETCHCHUNK']._serialized_end=1182
-  _globals['_SETDEFAULTREQUEST']._serialized_start=1184
-  _globals['_SETDEFAULTREQUEST']._serialized_end=1222
-  _globals['_SETDEFAULTRESPONSE']._serialized_start=1224
-  _globals['_SETDEFAULTRESPONSE']._serialized_end=1305
-  _globals['_GETDEFAULTREQUEST']._serialized_start=1307
-  _globals['_GETDEFAULTREQUEST']._serialized_end=1326
-  _globals['_GETDEFAULTRESPONSE']._serialized_start=1328
-  _globals['_GETDEFAULTRESPONSE']._serialized_end=1409
-  _globals['_ROLLBACKREQUEST']._serialized_start=1411
-  _globals['_ROLLBACKREQUEST']._serialized_end=1485
-  _globals['_ROLLBACKRESPONSE']._serialized_start=1487
-  _globals['_ROLLBACKRESPONSE']._serialized_end=1574
-  _globals['_COMPAREREQUEST']._serialized_start=1576
-  _globals['_COMPAREREQUEST']._serialized_end=1624
-  _globals['_MODULECOMPARISON']._serialized_start=1626
-  _globals['_MODULECOMPARISON']._serialized_end=1744
-  _globals['_COMPARERESPONSE']._serialized_start=1747
-  _globals['_COMPARERESPONSE']._serialized_end=1907
-  _globals['_DELETEVERSIONREQUEST']._serialized_start=1909
-  _globals['_DELETEVERSIONREQUEST']._serialized_end=1962
-  _globals['_DELETEVERSIONRESPONSE']._serialized_start=1964
-  _globals['_DELETEVERSIONRESPONSE']._serialized_end=2008
-  _globals['_REGISTRY']._serialized_start=2011
-  _globals['_REGISTRY']._serialized_end=2778
+  _globals['_ADAPTERVERSION']._serialized_end=911
+  _globals['_MERGESOURCE']._serialized_start=913
+  _globals['_MERGESOURCE']._serialized_end=973
+  _globals['_ADAPTER']._serialized_start=975
+  _globals['_ADAPTER']._serialized_end=1091
+  _globals['_RESOLVEREQUEST']._serialized_start=1093
+  _globals['_RESOLVEREQUEST']._serialized_end=1128
+  _globals['_GETADAPTERREQUEST']._serialized_start=1130
+  _globals['_GETADAPTERREQUEST']._serialized_end=1163
+  _globals['_LISTADAPTERSREQUEST']._serialized_start=1165
+  _globals['_LISTADAPTERSREQUEST']._serialized_end=1186
+  _globals['_LISTADAPTERSRESPONSE']._serialized_start=1188
+  _globals['_LISTADAPTERSRESPONSE']._serialized_end=1246
+  _globals['_FETCHREQUEST']._serialized_start=1248
+  _globals['_FETCHREQUEST']._serialized_end=1278
+  _globals['_FETCHCHUNK']._serialized_start=1280
+  _globals['_FETCHCHUNK']._serialized_end=1307
+  _globals['_SETDEFAULTREQUEST']._serialized_start=1309
+  _globals['_SETDEFAULTREQUEST']._serialized_end=1347
+  _globals['_SETDEFAULTRESPONSE']._serialized_start=1349
+  _globals['_SETDEFAULTRESPONSE']._serialized_end=1430
+  _globals['_GETDEFAULTREQUEST']._serialized_start=1432
+  _globals['_GETDEFAULTREQUEST']._serialized_end=1451
+  _globals['_GETDEFAULTRESPONSE']._serialized_start=1453
+  _globals['_GETDEFAULTRESPONSE']._serialized_end=1534
+  _globals['_ROLLBACKREQUEST']._serialized_start=1536
+  _globals['_ROLLBACKREQUEST']._serialized_end=1610
+  _globals['_ROLLBACKRESPONSE']._serialized_start=1612
+  _globals['_ROLLBACKRESPONSE']._serialized_end=1699
+  _globals['_COMPAREREQUEST']._serialized_start=1701
+  _globals['_COMPAREREQUEST']._serialized_end=1749
+  _globals['_MODULECOMPARISON']._serialized_start=1751
+  _globals['_MODULECOMPARISON']._serialized_end=1869
+  _globals['_COMPARERESPONSE']._serialized_start=1872
+  _globals['_COMPARERESPONSE']._serialized_end=2032
+  _globals['_MERGEREQUEST']._serialized_start=2034
+  _globals['_MERGEREQUEST']._serialized_end=2155
+  _globals['_DELETEVERSIONREQUEST']._serialized_start=2157
+  _globals['_DELETEVERSIONREQUEST']._serialized_end=2210
+  _globals['_DELETEVERSIONRESPONSE']._serialized_start=2212
+  _globals['_DELETEVERSIONRESPONSE']._serialized_end=2256
+  _globals['_REGISTRY']._serialized_start=2259
+  _globals['_REGISTRY']._serialized_end=3083
 # @@protoc_insertion_point(module_scope)

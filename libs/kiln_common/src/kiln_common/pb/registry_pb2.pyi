@@ -55,7 +55,7 @@ class PublishRequest(_message.Message):
     def __init__(self, header: _Optional[_Union[PublishHeader, _Mapping]] = ..., chunk: _Optional[bytes] = ...) -> None: ...
 
 class AdapterVersion(_message.Message):
-    __slots__ = ("name", "version", "sha256", "num_bytes", "rank", "alpha", "targets", "parent_name", "parent_version", "job_id", "base_model_hash", "metrics_json", "config_json", "created_at_s", "rolled_back_over", "data_sha256")
+    __slots__ = ("name", "version", "sha256", "num_bytes", "rank", "alpha", "targets", "parent_name", "parent_version", "job_id", "base_model_hash", "metrics_json", "config_json", "created_at_s", "rolled_back_over", "data_sha256", "merge_mode", "merged_from")
     NAME_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     SHA256_FIELD_NUMBER: _ClassVar[int]
@@ -72,6 +72,8 @@ class AdapterVersion(_message.Message):
     CREATED_AT_S_FIELD_NUMBER: _ClassVar[int]
     ROLLED_BACK_OVER_FIELD_NUMBER: _ClassVar[int]
     DATA_SHA256_FIELD_NUMBER: _ClassVar[int]
+    MERGE_MODE_FIELD_NUMBER: _ClassVar[int]
+    MERGED_FROM_FIELD_NUMBER: _ClassVar[int]
     name: str
     version: int
     sha256: str
@@ -88,7 +90,19 @@ class AdapterVersion(_message.Message):
     created_at_s: float
     rolled_back_over: int
     data_sha256: str
-    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., sha256: _Optional[str] = ..., num_bytes: _Optional[int] = ..., rank: _Optional[int] = ..., alpha: _Optional[float] = ..., targets: _Optional[_Iterable[str]] = ..., parent_name: _Optional[str] = ..., parent_version: _Optional[int] = ..., job_id: _Optional[str] = ..., base_model_hash: _Optional[str] = ..., metrics_json: _Optional[str] = ..., config_json: _Optional[str] = ..., created_at_s: _Optional[float] = ..., rolled_back_over: _Optional[int] = ..., data_sha256: _Optional[str] = ...) -> None: ...
+    merge_mode: str
+    merged_from: _containers.RepeatedCompositeFieldContainer[MergeSource]
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., sha256: _Optional[str] = ..., num_bytes: _Optional[int] = ..., rank: _Optional[int] = ..., alpha: _Optional[float] = ..., targets: _Optional[_Iterable[str]] = ..., parent_name: _Optional[str] = ..., parent_version: _Optional[int] = ..., job_id: _Optional[str] = ..., base_model_hash: _Optional[str] = ..., metrics_json: _Optional[str] = ..., config_json: _Optional[str] = ..., created_at_s: _Optional[float] = ..., rolled_back_over: _Optional[int] = ..., data_sha256: _Optional[str] = ..., merge_mode: _Optional[str] = ..., merged_from: _Optional[_Iterable[_Union[MergeSource, _Mapping]]] = ...) -> None: ...
+
+class MergeSource(_message.Message):
+    __slots__ = ("name", "version", "weight")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    version: int
+    weight: float
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., weight: _Optional[float] = ...) -> None: ...
 
 class Adapter(_message.Message):
     __slots__ = ("name", "versions", "latest_version", "attached_version")
@@ -207,6 +221,20 @@ class CompareResponse(_message.Message):
     later: AdapterVersion
     modules: _containers.RepeatedCompositeFieldContainer[ModuleComparison]
     def __init__(self, earlier: _Optional[_Union[AdapterVersion, _Mapping]] = ..., later: _Optional[_Union[AdapterVersion, _Mapping]] = ..., modules: _Optional[_Iterable[_Union[ModuleComparison, _Mapping]]] = ...) -> None: ...
+
+class MergeRequest(_message.Message):
+    __slots__ = ("sources", "mode", "output", "density", "publish_key")
+    SOURCES_FIELD_NUMBER: _ClassVar[int]
+    MODE_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_FIELD_NUMBER: _ClassVar[int]
+    DENSITY_FIELD_NUMBER: _ClassVar[int]
+    PUBLISH_KEY_FIELD_NUMBER: _ClassVar[int]
+    sources: _containers.RepeatedCompositeFieldContainer[MergeSource]
+    mode: str
+    output: str
+    density: float
+    publish_key: str
+    def __init__(self, sources: _Optional[_Iterable[_Union[MergeSource, _Mapping]]] = ..., mode: _Optional[str] = ..., output: _Optional[str] = ..., density: _Optional[float] = ..., publish_key: _Optional[str] = ...) -> None: ...
 
 class DeleteVersionRequest(_message.Message):
     __slots__ = ("name", "version")

@@ -84,6 +84,11 @@ class RegistryStub(object):
                 request_serializer=kiln_dot_v1_dot_registry__pb2.CompareRequest.SerializeToString,
                 response_deserializer=kiln_dot_v1_dot_registry__pb2.CompareResponse.FromString,
                 _registered_method=True)
+        self.Merge = channel.unary_unary(
+                '/kiln.v1.Registry/Merge',
+                request_serializer=kiln_dot_v1_dot_registry__pb2.MergeRequest.SerializeToString,
+                response_deserializer=kiln_dot_v1_dot_registry__pb2.AdapterVersion.FromString,
+                _registered_method=True)
         self.DeleteVersion = channel.unary_unary(
                 '/kiln.v1.Registry/DeleteVersion',
                 request_serializer=kiln_dot_v1_dot_registry__pb2.DeleteVersionRequest.SerializeToString,
@@ -165,6 +170,13 @@ class RegistryServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Merge(self, request, context):
+        """Makes a new version out of several. Computed from the files, in float64; stored as float32.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def DeleteVersion(self, request, context):
         """Fails with "adapter_in_use" while the version is attached.
         """
@@ -224,6 +236,11 @@ def add_RegistryServicer_to_server(servicer, server):
                     servicer.Compare,
                     request_deserializer=kiln_dot_v1_dot_registry__pb2.CompareRequest.FromString,
                     response_serializer=kiln_dot_v1_dot_registry__pb2.CompareResponse.SerializeToString,
+            ),
+            'Merge': grpc.unary_unary_rpc_method_handler(
+                    servicer.Merge,
+                    request_deserializer=kiln_dot_v1_dot_registry__pb2.MergeRequest.FromString,
+                    response_serializer=kiln_dot_v1_dot_registry__pb2.AdapterVersion.SerializeToString,
             ),
             'DeleteVersion': grpc.unary_unary_rpc_method_handler(
                     servicer.DeleteVersion,
@@ -501,6 +518,33 @@ class Registry(object):
             '/kiln.v1.Registry/Compare',
             kiln_dot_v1_dot_registry__pb2.CompareRequest.SerializeToString,
             kiln_dot_v1_dot_registry__pb2.CompareResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Merge(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kiln.v1.Registry/Merge',
+            kiln_dot_v1_dot_registry__pb2.MergeRequest.SerializeToString,
+            kiln_dot_v1_dot_registry__pb2.AdapterVersion.FromString,
             options,
             channel_credentials,
             insecure,

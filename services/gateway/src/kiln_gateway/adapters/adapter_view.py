@@ -38,8 +38,16 @@ def version_object(version: registry_pb2.AdapterVersion, resident_on: Sequence[s
         "parent": parent,
         "job_id": version.job_id or None,
         "data_sha256": version.data_sha256 or None,
+        "merged_from": _merge_object(version) if version.merge_mode else None,
         "base_model_hash": version.base_model_hash,
         "metrics": json.loads(version.metrics_json or "{}"),
         "created_at": version.created_at_s,
         "resident_on": list(resident_on),
     }
+
+
+def _merge_object(version: registry_pb2.AdapterVersion) -> dict[str, Any]:
+    sources = [
+        {"id": f"{source.name}@{source.version}", "weight": source.weight} for source in version.merged_from
+    ]
+    return {"mode": version.merge_mode, "sources": sources}

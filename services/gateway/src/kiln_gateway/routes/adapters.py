@@ -16,12 +16,11 @@ from kiln_common.errors import AdapterNotFound, IdempotencyConflict, InvalidValu
 from kiln_common.pb import registry_pb2
 from kiln_gateway.adapters.adapter_view import adapter_object, version_object
 from kiln_gateway.adapters.archive import pack_adapter
-from kiln_gateway.adapters.diff_view import diff_object
+from kiln_gateway.adapters.publish_key import publish_key
 from kiln_gateway.adapters.upload import receive_upload
 from kiln_gateway.auth import Caller, require, require_scope
 from kiln_gateway.gateway import Gateway, gateway_of
 from kiln_gateway.json_response import json_response
-from kiln_gateway.ports import RegistryPort
 from kiln_gateway.request_query import refuse_unknown_query
 from kiln_gateway.schemas.adapters import AttachBody, EmptyBody, RollbackBody
 
@@ -94,28 +93,6 @@ async def roll_back_adapter(request: Request, name: str, caller: Caller = _TRAIN
     )
 
 
-@router.get("/v1/adapters/{name}/diff", dependencies=[_READ, Depends(refuse_unknown_query)])
-async def diff_adapter(
-    request: Request,
-    name: str,
-    earlier: Annotated[int | None, Query(alias="from", ge=1)] = None,
-    later: Annotated[int | None, Query(alias="to", ge=1)] = None,
-) -> Response:
-    """What changed from one version of a name to another: norms and cosines of the updates, metrics.
-
-    `to` is the latest version unless one is named, `from` its parent; one without a parent is compared
-    with the bare base model.
-    """
-    registry = gateway_of(request).clients.registry
-    to = await registry.resolve(name if later is None else f"{name}@{later}")
-    parent = await _parent(registry, to)
-    start = f"{name}@{earlier}" if earlier is not None else parent
-    found = await registry.compare(start, f"{to.name}@{to.version}")
-    if parent and start != parent:
-        return json_response(diff_object(found, await registry.compare(parent, f"{to.name}@{to.version}")))
-    return json_response(diff_object(found, found if parent else None))
-
-
 @router.delete("/v1/adapters/{reference}", dependencies=[_ADMIN])
 async def delete_adapter(request: Request, reference: str) -> Response:
     """Delete a name with all its versions, or one version of it; 409 while it is attached."""
@@ -156,7 +133,7 @@ async def upload_adapter(request: Request, caller: Caller = _TRAIN) -> Response:
             name=upload.name,
             base_model_hash=base_model.model_hash,
             config_json=upload.config_json,
-            publish_key=_publish_key(caller, key),
+            publish_key=publish_key("upload", caller.owner, key),
             attach=upload.attach,
             sha256=sha256,
         )
@@ -180,28 +157,9 @@ async def _certain_version(
         raise
 
 
-async def _parent(registry: RegistryPort, version: registry_pb2.AdapterVersion) -> str:
-    """The version's parent as a reference; "" where it has none, or none that is still there."""
-    if not version.parent_version:
-        return ""
-    try:
-        parent = await registry.resolve(f"{version.parent_name}@{version.parent_version}")
-    except KilnError as error:
-        if error.code != AdapterNotFound.code:
-            raise
-        return ""
-    return f"{parent.name}@{parent.version}"
-
-
 def _file_sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _publish_key(caller: Caller, key: str) -> str:
-    if not key:
-        return ""
-    return "upload:" + hashlib.sha256(f"{caller.owner}:{key}".encode()).hexdigest()
 
 
 async def _residents(gateway: Gateway) -> dict[str, list[str]]:

@@ -23,7 +23,6 @@ NOT_BUILT: tuple[tuple[str, str, str], ...] = (
         "/v1/evals/compare",
         "Sample both adapters with POST /v1/chat/completions and score on your side.",
     ),
-    ("POST", "/v1/adapters/merge", "Chat takes several adapters at once in `adapters`."),
 )
 
 
