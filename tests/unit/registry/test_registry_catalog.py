@@ -40,6 +40,7 @@ LATER_COLUMNS = [
     ("aliases", "rolled_back_over"),
     ("versions", "data_sha256"),
     ("versions", "merge_json"),
+    ("versions", "source_sha256"),
 ]
 
 

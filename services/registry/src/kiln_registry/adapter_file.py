@@ -39,6 +39,11 @@ class AdapterFile:
         """Such as "model.layers.0.mlp.gate_proj", in the order of the file."""
         return [*self._sides]
 
+    def path_in_file(self, module_path: str) -> str:
+        """The layer's path as the file writes it: multimodal checkpoints have other ones."""
+        name = self._sides[module_path]["A"].name
+        return name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+
     def read(self, module_path: str) -> Update | None:
         """The update of one layer; None where this adapter leaves the layer alone."""
         sides = self._sides.get(module_path)

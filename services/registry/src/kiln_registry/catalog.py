@@ -215,6 +215,13 @@ class Catalog:
             sql.repair_latest(connection, reference.name, left)
             return len(doomed)
 
+    def has_other_scaling(self, sha256: str, scaling: float) -> bool:
+        """Whether a version that was ever recorded has these bytes and applies them more or less strongly."""
+        table = schema.versions
+        query = select(table.c.alpha, table.c.rank).where(table.c.sha256 == sha256)
+        with self._reader.begin() as connection:
+            return any(row.alpha / row.rank != scaling for row in connection.execute(query))
+
     def list_named_blobs(self) -> set[str]:
         """Hashes of the bytes that live versions need."""
         table = schema.versions

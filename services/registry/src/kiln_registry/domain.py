@@ -90,6 +90,7 @@ class Publication:
     metrics_json: str = ""
     data_sha256: str = ""
     merge_json: str = ""
+    source_sha256: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +113,7 @@ class VersionRecord:
     created_at_s: float
     data_sha256: str  # of what it was trained on; "" for none
     merge_json: str  # {"mode", "sources"} where it was merged from others; else ""
+    source_sha256: str  # of the bytes as they were published
     # Where the bare name means this version since a rollback: the highest number there was then.
     rolled_back_over: int = 0
 
@@ -221,7 +223,7 @@ class InvalidAdapterConfig(InvalidRequest):
 
 class UnsupportedAdapterFeature(InvalidRequest):
     code = "unsupported_adapter_feature"
-    hint = "Plain LoRA on linear layers is supported: train it again without this feature."
+    hint = "LoRA on linear layers is supported, rsLoRA and patterns included: train it again without this feature."
 
 
 class UnexpectedTensor(InvalidRequest):

@@ -28,7 +28,7 @@ from sqlalchemy.exc import ArgumentError
 
 from kiln_common.errors import KilnError
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 
 # Execution option of engines whose transactions only read.
 READ_ONLY = "kiln_read_only"
@@ -79,6 +79,8 @@ versions = Table(
     Column("data_sha256", String(64), nullable=False, server_default=""),  # since schema 4
     # Since schema 5. {"mode", "sources": [{"name", "version", "weight"}]} of a merged version; else "".
     Column("merge_json", Text, nullable=False, server_default=""),
+    # Since schema 6. Of the bytes as they were published; "" in rows of before.
+    Column("source_sha256", String(64), nullable=False, server_default=""),
 )
 
 # Movable names. "default" is the version the base model's id means; "latest:<name>" the one that
@@ -119,6 +121,7 @@ _MIGRATIONS = {
     3: ("ALTER TABLE aliases ADD COLUMN rolled_back_over BIGINT NOT NULL DEFAULT 0",),
     4: ("ALTER TABLE versions ADD COLUMN data_sha256 VARCHAR(64) NOT NULL DEFAULT ''",),
     5: ("ALTER TABLE versions ADD COLUMN merge_json TEXT NOT NULL DEFAULT ''",),
+    6: ("ALTER TABLE versions ADD COLUMN source_sha256 VARCHAR(64) NOT NULL DEFAULT ''",),
 }
 
 

@@ -31,6 +31,7 @@ from kiln_registry.domain import (
 )
 from kiln_registry.inspection import parse_peft_config
 from kiln_registry.merger import Merger
+from kiln_registry.plain_form import plain_config
 from kiln_registry.publisher import Publisher
 
 log = structlog.get_logger()
@@ -191,7 +192,7 @@ class RegistryServicer(registry_pb2_grpc.RegistryServicer):
         """Refuse what can be refused before the bytes arrive."""
         self._catalog.check_name(header.name)
         self._catalog.get_base_model(header.base_model_hash)
-        parse_peft_config(header.config_json)
+        parse_peft_config(plain_config(header.config_json))
         if len(header.metrics_json) > _MAX_METRICS_CHARS or not _is_json_object(header.metrics_json or "{}"):
             raise InvalidPublish("metrics_json must be a JSON object", param="metrics_json")
         if not _SHA256.fullmatch(header.data_sha256):

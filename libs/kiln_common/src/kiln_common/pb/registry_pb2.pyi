@@ -55,7 +55,7 @@ class PublishRequest(_message.Message):
     def __init__(self, header: _Optional[_Union[PublishHeader, _Mapping]] = ..., chunk: _Optional[bytes] = ...) -> None: ...
 
 class AdapterVersion(_message.Message):
-    __slots__ = ("name", "version", "sha256", "num_bytes", "rank", "alpha", "targets", "parent_name", "parent_version", "job_id", "base_model_hash", "metrics_json", "config_json", "created_at_s", "rolled_back_over", "data_sha256", "merge_mode", "merged_from")
+    __slots__ = ("name", "version", "sha256", "num_bytes", "rank", "alpha", "targets", "parent_name", "parent_version", "job_id", "base_model_hash", "metrics_json", "config_json", "created_at_s", "rolled_back_over", "data_sha256", "merge_mode", "merged_from", "source_sha256")
     NAME_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     SHA256_FIELD_NUMBER: _ClassVar[int]
@@ -74,6 +74,7 @@ class AdapterVersion(_message.Message):
     DATA_SHA256_FIELD_NUMBER: _ClassVar[int]
     MERGE_MODE_FIELD_NUMBER: _ClassVar[int]
     MERGED_FROM_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_SHA256_FIELD_NUMBER: _ClassVar[int]
     name: str
     version: int
     sha256: str
@@ -92,7 +93,8 @@ class AdapterVersion(_message.Message):
     data_sha256: str
     merge_mode: str
     merged_from: _containers.RepeatedCompositeFieldContainer[MergeSource]
-    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., sha256: _Optional[str] = ..., num_bytes: _Optional[int] = ..., rank: _Optional[int] = ..., alpha: _Optional[float] = ..., targets: _Optional[_Iterable[str]] = ..., parent_name: _Optional[str] = ..., parent_version: _Optional[int] = ..., job_id: _Optional[str] = ..., base_model_hash: _Optional[str] = ..., metrics_json: _Optional[str] = ..., config_json: _Optional[str] = ..., created_at_s: _Optional[float] = ..., rolled_back_over: _Optional[int] = ..., data_sha256: _Optional[str] = ..., merge_mode: _Optional[str] = ..., merged_from: _Optional[_Iterable[_Union[MergeSource, _Mapping]]] = ...) -> None: ...
+    source_sha256: str
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., sha256: _Optional[str] = ..., num_bytes: _Optional[int] = ..., rank: _Optional[int] = ..., alpha: _Optional[float] = ..., targets: _Optional[_Iterable[str]] = ..., parent_name: _Optional[str] = ..., parent_version: _Optional[int] = ..., job_id: _Optional[str] = ..., base_model_hash: _Optional[str] = ..., metrics_json: _Optional[str] = ..., config_json: _Optional[str] = ..., created_at_s: _Optional[float] = ..., rolled_back_over: _Optional[int] = ..., data_sha256: _Optional[str] = ..., merge_mode: _Optional[str] = ..., merged_from: _Optional[_Iterable[_Union[MergeSource, _Mapping]]] = ..., source_sha256: _Optional[str] = ...) -> None: ...
 
 class MergeSource(_message.Message):
     __slots__ = ("name", "version", "weight")

@@ -31,6 +31,7 @@ def version_object(version: registry_pb2.AdapterVersion, resident_on: Sequence[s
         "name": version.name,
         "version": version.version,
         "sha256": version.sha256,
+        "source_sha256": version.source_sha256 or None,
         "bytes": version.num_bytes,
         "rank": version.rank,
         "alpha": version.alpha,

@@ -138,7 +138,7 @@ async def upload_adapter(request: Request, caller: Caller = _TRAIN) -> Response:
             sha256=sha256,
         )
         version = await gateway.clients.registry.publish(header, upload.safetensors_path)
-    if (version.name, version.sha256) != (upload.name, sha256):
+    if (version.name, version.source_sha256 or version.sha256) != (upload.name, sha256):
         raise IdempotencyConflict(
             f"the Idempotency-Key {key!r} was used for {version.name}@{version.version}"
         )
