@@ -269,7 +269,10 @@ class FakeRegistry:
         self._check()
         return self.default
 
-    async def set_default(self, reference: str) -> registry_pb2.AdapterVersion | None:
+    async def check_publish(self, name: str, owner: str) -> None:
+        self._check()
+
+    async def set_default(self, reference: str, *, actor: str = "") -> registry_pb2.AdapterVersion | None:
         self.default = await self.resolve(reference) if reference else None
         for adapter in self.adapters.values():
             is_attached = self.default is not None and self.default.name == adapter.name
@@ -277,7 +280,7 @@ class FakeRegistry:
         return self.default
 
     async def roll_back(
-        self, name: str, version: int, *, may_move_default: bool
+        self, name: str, version: int, *, may_move_default: bool, actor: str = ""
     ) -> registry_pb2.RollBackResponse:
         found = await self.resolve(f"{name}@{version}")
         self.adapters[name].latest_version = version
@@ -287,7 +290,7 @@ class FakeRegistry:
             self.default = found
         return registry_pb2.RollBackResponse(version=found, has_moved_default=moves)
 
-    async def delete(self, name: str, version: int = 0) -> int:
+    async def delete(self, name: str, version: int = 0, *, actor: str = "") -> int:
         adapter = await self.get(name)
         num_deleted = len(adapter.versions)
         del self.adapters[name]

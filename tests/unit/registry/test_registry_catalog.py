@@ -1,5 +1,6 @@
 """Versions, aliases, idempotency, fencing and the outbox, on a real database."""
 
+import contextlib
 import json
 import os
 import threading
@@ -21,6 +22,7 @@ from kiln_registry import schema
 from kiln_registry.catalog import Catalog
 from kiln_registry.domain import (
     AdapterInUse,
+    AdapterNameTaken,
     BaseModelRecord,
     DefaultNeedsAdmin,
     InspectedAdapter,
@@ -41,6 +43,7 @@ LATER_COLUMNS = [
     ("versions", "data_sha256"),
     ("versions", "merge_json"),
     ("versions", "source_sha256"),
+    ("adapters", "owner"),
 ]
 
 
@@ -168,6 +171,38 @@ def test_a_rollback_takes_a_later_default_along_if_it_may(catalog):
     assert catalog.get_default().version == 1
     with pytest.raises(AdapterNotFound):
         catalog.roll_back(AdapterReference("helper", 9), may_move_default=True, now_s=3.0)
+
+
+def test_a_name_belongs_to_whom_published_its_first_version(catalog):
+    assert catalog.publish(publication(owner="ann"), 1.0).owner == "ann"
+    with pytest.raises(AdapterNameTaken):
+        catalog.publish(publication(owner="ben"), 2.0)
+    with pytest.raises(AdapterNameTaken):
+        catalog.check_owner("helper", "ben")
+    catalog.check_owner("helper", "ann")
+    catalog.check_owner("new", "ben")
+    assert catalog.resolve(AdapterReference("helper")).version == 1
+    # Where no keys are configured, nobody is told apart, and what exists stays whose it is.
+    assert catalog.publish(publication(), 3.0).owner == "ann"
+    catalog.delete(AdapterReference("helper"), 4.0)
+    assert catalog.publish(publication(owner="ben"), 5.0).owner == "ben"
+    # What was made without keys is nobody's to go on with.
+    catalog.publish(publication(name="old"), 6.0)
+    with pytest.raises(AdapterNameTaken):
+        catalog.publish(publication(name="old", owner="ann"), 7.0)
+
+
+def test_the_audit_log_only_grows(catalog):
+    catalog.publish(publication(owner="ann", job_id="job_1"), 1.0)
+    catalog.set_default(None, 2.0, actor="root")  # nothing was attached: nothing was done
+    catalog.delete(AdapterReference("helper"), 3.0, actor="ann")
+    entries = catalog.read_audit("", 0, 10)
+    assert [(entry.actor, entry.action) for entry in entries] == [("ann", "delete"), ("ann", "publish")]
+    assert json.loads(entries[1].detail_json)["job_id"] == "job_1"
+    for statement in ("DELETE FROM audit", "UPDATE audit SET actor = 'x'"):
+        with contextlib.suppress(IntegrityError), catalog._engine.begin() as connection:
+            connection.execute(text(statement))
+    assert catalog.read_audit("", 0, 10) == entries
 
 
 def test_attaching_what_is_not_there_changes_nothing(catalog):

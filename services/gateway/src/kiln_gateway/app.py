@@ -19,6 +19,7 @@ from kiln_gateway.ports import Clients
 from kiln_gateway.routes import (
     adapter_arithmetic,
     adapters,
+    audit,
     batch,
     completions,
     corrections,
@@ -53,6 +54,7 @@ _ROUTERS = (
     corrections.router,
     adapters.router,
     adapter_arithmetic.router,
+    audit.router,
     health.router,
     events.router,
     not_built.router,

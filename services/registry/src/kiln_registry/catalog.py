@@ -20,6 +20,7 @@ from kiln_registry import statements as sql
 from kiln_registry.domain import (
     AdapterInUse,
     AdapterRecord,
+    AuditEntry,
     BaseModelRecord,
     DefaultNeedsAdmin,
     ModuleShape,
@@ -80,6 +81,11 @@ class Catalog:
             model_ids = connection.scalars(select(schema.base_models.c.model_id)).all()
         check_adapter_name(name, reserved=model_ids)
 
+    def check_owner(self, name: str, owner: str) -> None:
+        """Raises AdapterNameTaken where `owner` could not publish under the name now."""
+        with self._reader.begin() as connection:
+            sql.check_owner(connection, name, owner)
+
     def find_published(
         self, publish_key: str, name: str, job_id: str, claim_epoch: int
     ) -> VersionRecord | None:
@@ -105,11 +111,14 @@ class Catalog:
             made_before = sql.find_published(connection, publication.publish_key, publication.name)
             if made_before is not None:
                 return made_before
-            version = sql.next_version(connection, publication.name)
+            version = sql.next_version(connection, publication.name, publication.owner)
             sql.insert_version(connection, publication, version, now_s)
             sql.move_alias(connection, sql.latest_alias(publication.name), publication.name, version)
             record = sql.read_version(connection, AdapterReference(publication.name, version))
             sql.announce(connection, "AdapterPublished", sql.event_data(record), now_s)
+            action = "merge" if record.merge_json else "publish"
+            detail = {"sha256": record.sha256, "job_id": record.job_id, "attach": publication.attach}
+            sql.audit(connection, publication.owner, action, record.name, version, now_s, **detail)
             if publication.attach:
                 sql.move_alias(connection, sql.DEFAULT_ALIAS, publication.name, version)
                 sql.announce(connection, "DefaultChanged", sql.event_data(record), now_s)
@@ -133,7 +142,9 @@ class Catalog:
         """Every name that has versions, in order."""
         return self._list(None)
 
-    def set_default(self, reference: AdapterReference | None, now_s: float) -> VersionRecord | None:
+    def set_default(
+        self, reference: AdapterReference | None, now_s: float, *, actor: str = ""
+    ) -> VersionRecord | None:
         """Attach a version, or nothing. Raises AdapterNotFound."""
 
         def change(connection: Connection) -> VersionRecord | None:
@@ -142,11 +153,13 @@ class Catalog:
                 removed = connection.execute(delete(table).where(table.c.alias == sql.DEFAULT_ALIAS))
                 if removed.rowcount:
                     sql.announce(connection, "DefaultChanged", {}, now_s)
+                    sql.audit(connection, actor, "detach", "", 0, now_s)
                 return None
             record = sql.read_version(connection, reference, lock=True)
             if sql.read_alias(connection, sql.DEFAULT_ALIAS) != (record.name, record.version):
                 sql.move_alias(connection, sql.DEFAULT_ALIAS, record.name, record.version)
                 sql.announce(connection, "DefaultChanged", sql.event_data(record), now_s)
+                sql.audit(connection, actor, "attach", record.name, record.version, now_s)
             return record
 
         return self._write(change)
@@ -157,7 +170,7 @@ class Catalog:
             return None if attached is None else sql.read_version(connection, AdapterReference(*attached))
 
     def roll_back(
-        self, reference: AdapterReference, *, may_move_default: bool, now_s: float
+        self, reference: AdapterReference, *, may_move_default: bool, now_s: float, actor: str = ""
     ) -> tuple[VersionRecord, bool]:
         """Let the bare name mean this version again; returns it, and whether the default moved with it.
 
@@ -183,11 +196,12 @@ class Catalog:
             if moves_default:
                 sql.move_alias(connection, sql.DEFAULT_ALIAS, name, version)
                 sql.announce(connection, "DefaultChanged", sql.event_data(record), now_s)
+            sql.audit(connection, actor, "roll_back", name, version, now_s, default_moved=moves_default)
             return replace(record, rolled_back_over=over), moves_default
 
         return self._write(change)
 
-    def delete(self, reference: AdapterReference, now_s: float) -> int:
+    def delete(self, reference: AdapterReference, now_s: float, *, actor: str = "") -> int:
         """Delete one version, or every version of a bare name; returns how many.
 
         Raises:
@@ -211,6 +225,7 @@ class Catalog:
             for record in doomed:
                 sql.mark_deleted(connection, record, now_s)
                 sql.announce(connection, "AdapterDeleted", sql.event_data(record), now_s)
+                sql.audit(connection, actor, "delete", record.name, record.version, now_s)
             left = [r.version for r in records if r not in doomed]
             sql.repair_latest(connection, reference.name, left)
             return len(doomed)
@@ -227,6 +242,17 @@ class Catalog:
         table = schema.versions
         with self._reader.begin() as connection:
             return {*connection.scalars(select(table.c.sha256).where(table.c.deleted_at_s.is_(None)))}
+
+    def read_audit(self, name: str, before_id: int, limit: int) -> list[AuditEntry]:
+        """The newest entries before `before_id` (0: of all), about one adapter ("": about any)."""
+        table = schema.audit
+        query = select(table).order_by(table.c.id.desc()).limit(limit)
+        if name:
+            query = query.where(table.c.name == name)
+        if before_id:
+            query = query.where(table.c.id < before_id)
+        with self._reader.begin() as connection:
+            return [AuditEntry(**row) for row in connection.execute(query).mappings()]
 
     def read_outbox(self, limit: int) -> list[RegistryEvent]:
         """The oldest facts not announced yet."""
@@ -276,6 +302,7 @@ class Catalog:
                 versions=tuple(found),
                 latest_version=latest[sql.latest_alias(name)],
                 attached_version=attached[1] if attached and attached[0] == name else 0,
+                owner=found[0].owner,
             )
             for name, found in by_name.items()
         ]

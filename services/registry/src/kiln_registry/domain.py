@@ -91,6 +91,7 @@ class Publication:
     data_sha256: str = ""
     merge_json: str = ""
     source_sha256: str = ""
+    owner: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +115,7 @@ class VersionRecord:
     data_sha256: str  # of what it was trained on; "" for none
     merge_json: str  # {"mode", "sources"} where it was merged from others; else ""
     source_sha256: str  # of the bytes as they were published
+    owner: str  # whom the name belongs to; "" where nobody was told apart
     # Where the bare name means this version since a rollback: the highest number there was then.
     rolled_back_over: int = 0
 
@@ -126,6 +128,7 @@ class AdapterRecord:
     versions: tuple[VersionRecord, ...]
     latest_version: int
     attached_version: int  # 0 for none
+    owner: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +139,30 @@ class RegistryEvent:
     type: str
     data_json: str
     at_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class AuditEntry:
+    """Something that was done to an adapter, and who asked for it."""
+
+    id: int
+    at_s: float
+    actor: str
+    action: str
+    name: str
+    version: int
+    detail_json: str
+
+
+class AdapterNameTaken(KilnError):
+    """The name belongs to another key, or was made while no keys were configured."""
+
+    code = "adapter_name_taken"
+    kind = ErrorKind.CONFLICT
+    hint = "Choose another name: a name gets new versions from the key that made it alone."
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"the adapter name {name[:140]!r} is taken")
 
 
 class BlobNotFound(AdapterNotFound):

@@ -52,6 +52,7 @@ class Merger:
         made_before = self._catalog.find_published(request.publish_key, request.output, "", 0)
         if made_before is not None:
             return made_before
+        self._catalog.check_owner(request.output, request.owner)
         records = [
             self._catalog.resolve(AdapterReference(source.name, source.version)) for source in request.sources
         ]
@@ -63,6 +64,7 @@ class Merger:
             base_model_hash=base_model.model_hash,
             config_json=_config_json(tensors, rank, base_model),
             publish_key=request.publish_key,
+            owner=request.owner,
         )
         content = memoryview(_serialise(tensors))
         with self._blobs.begin_upload() as upload:

@@ -33,6 +33,7 @@ class Publisher:
         )
         if made_before is not None:
             return made_before
+        self._catalog.check_owner(header.name, header.owner)
         base_model = self._catalog.get_base_model(header.base_model_hash)
         with self._in_plain_form(header, upload) as (config_json, plain):
             inspected = inspect_adapter(plain.path, parse_peft_config(config_json), base_model)
@@ -89,7 +90,7 @@ class Publisher:
                     job_id=header.job_id, publish_key=header.publish_key,
                     claim_epoch=header.claim_epoch, attach=header.attach,
                     metrics_json=header.metrics_json or "{}", data_sha256=header.data_sha256,
-                    merge_json=merge_json, source_sha256=source_sha256,
+                    merge_json=merge_json, source_sha256=source_sha256, owner=header.owner,
                 )  # fmt: skip
                 record = self._catalog.publish(publication, time.time())
             is_recorded = True

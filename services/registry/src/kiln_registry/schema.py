@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sqlalchemy import (
+    DDL,
     BigInteger,
     Column,
     Engine,
@@ -28,7 +29,7 @@ from sqlalchemy.exc import ArgumentError
 
 from kiln_common.errors import KilnError
 
-SCHEMA_VERSION = 6
+SCHEMA_VERSION = 7
 
 # Execution option of engines whose transactions only read.
 READ_ONLY = "kiln_read_only"
@@ -54,6 +55,8 @@ adapters = Table(
     Column("name", String(128), primary_key=True),
     # Only ever grows, so that a deleted version's number is not given out again.
     Column("last_version", BigInteger, nullable=False),
+    # Since schema 7. Who published its first version; "" where nobody was told apart.
+    Column("owner", String(128), nullable=False, server_default=""),
 )
 
 # A deleted version stays as a row with deleted_at_s set: its publish_key must not publish anew.
@@ -122,7 +125,34 @@ _MIGRATIONS = {
     4: ("ALTER TABLE versions ADD COLUMN data_sha256 VARCHAR(64) NOT NULL DEFAULT ''",),
     5: ("ALTER TABLE versions ADD COLUMN merge_json TEXT NOT NULL DEFAULT ''",),
     6: ("ALTER TABLE versions ADD COLUMN source_sha256 VARCHAR(64) NOT NULL DEFAULT ''",),
+    7: ("ALTER TABLE adapters ADD COLUMN owner VARCHAR(128) NOT NULL DEFAULT ''",),
 }
+
+
+# Who did what; rows are only ever added, and the database sees to it.
+audit = Table(
+    "audit",
+    metadata,
+    Column("id", BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=True),
+    Column("at_s", Float, nullable=False),
+    Column("actor", String(128), nullable=False),
+    Column("action", String(32), nullable=False),
+    Column("name", String(128), nullable=False, index=True),
+    Column("version", BigInteger, nullable=False),
+    Column("detail_json", Text, nullable=False),
+    sqlite_autoincrement=True,
+)
+_APPEND_ONLY = {
+    "sqlite": (
+        "CREATE TRIGGER audit_no_{0} BEFORE {0} ON audit "
+        "BEGIN SELECT RAISE(ABORT, 'the audit log is append-only'); END"
+    ),
+    "postgresql": "CREATE RULE audit_no_{0} AS ON {0} TO audit DO INSTEAD NOTHING",
+}
+for _dialect, _statement in _APPEND_ONLY.items():
+    for _verb in ("UPDATE", "DELETE"):
+        _ddl = DDL(_statement.format(_verb)).execute_if(dialect=_dialect)
+        event.listen(audit, "after_create", _ddl)
 
 
 class DatabaseUrlUnusable(KilnError):

@@ -37,6 +37,7 @@ from kiln_registry.publisher import Publisher
 log = structlog.get_logger()
 
 _MAX_METRICS_CHARS = 100_000
+_AUDIT_ROWS, _MAX_AUDIT_ROWS = 100, 1000
 _SHA256 = re.compile(r"([0-9a-f]{64})?")
 
 
@@ -93,6 +94,20 @@ class RegistryServicer(registry_pb2_grpc.RegistryServicer):
         )  # fmt: skip
         return _version_pb(record)
 
+    async def CheckPublish(
+        self, request: pb.CheckPublishRequest, context: grpc.aio.ServicerContext
+    ) -> pb.CheckPublishResponse:
+        await asyncio.to_thread(self._catalog.check_name, request.name)
+        await asyncio.to_thread(self._catalog.check_owner, request.name, request.owner)
+        return pb.CheckPublishResponse()
+
+    async def ListAudit(
+        self, request: pb.ListAuditRequest, context: grpc.aio.ServicerContext
+    ) -> pb.ListAuditResponse:
+        limit = min(request.limit or _AUDIT_ROWS, _MAX_AUDIT_ROWS)
+        entries = await asyncio.to_thread(self._catalog.read_audit, request.name, request.before_id, limit)
+        return pb.ListAuditResponse(entries=[pb.AuditEntry(**asdict(entry)) for entry in entries])
+
     async def Resolve(
         self, request: pb.ResolveRequest, context: grpc.aio.ServicerContext
     ) -> pb.AdapterVersion:
@@ -123,7 +138,9 @@ class RegistryServicer(registry_pb2_grpc.RegistryServicer):
         self, request: pb.SetDefaultRequest, context: grpc.aio.ServicerContext
     ) -> pb.SetDefaultResponse:
         reference = parse_reference(request.reference) if request.reference else None
-        record = await asyncio.to_thread(self._catalog.set_default, reference, time.time())
+        record = await asyncio.to_thread(
+            self._catalog.set_default, reference, time.time(), actor=request.actor
+        )
         self._on_change()
         log.info("default_changed", adapter=f"{record.name}@{record.version}" if record else None)
         return pb.SetDefaultResponse(attached=_version_pb(record) if record else None)
@@ -142,6 +159,7 @@ class RegistryServicer(registry_pb2_grpc.RegistryServicer):
             AdapterReference(request.name, request.version),
             may_move_default=request.may_move_default,
             now_s=time.time(),
+            actor=request.actor,
         )
         self._on_change()
         log.info("adapter_rolled_back", adapter=f"{record.name}@{record.version}", default=has_moved_default)
@@ -175,7 +193,9 @@ class RegistryServicer(registry_pb2_grpc.RegistryServicer):
         self, request: pb.DeleteVersionRequest, context: grpc.aio.ServicerContext
     ) -> pb.DeleteVersionResponse:
         reference = AdapterReference(request.name, request.version or None)
-        num_deleted = await asyncio.to_thread(self._catalog.delete, reference, time.time())
+        num_deleted = await asyncio.to_thread(
+            self._catalog.delete, reference, time.time(), actor=request.actor
+        )
         await asyncio.to_thread(self._blobs.sweep, self._catalog.list_named_blobs)
         self._on_change()
         log.info("adapter_deleted", adapter=str(reference), num_deleted=num_deleted)
@@ -235,4 +255,5 @@ def _adapter_pb(record: AdapterRecord) -> pb.Adapter:
         versions=[_version_pb(version) for version in record.versions],
         latest_version=record.latest_version,
         attached_version=record.attached_version,
+        owner=record.owner,
     )

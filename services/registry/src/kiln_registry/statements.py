@@ -6,12 +6,12 @@ import json
 from dataclasses import asdict, replace
 from typing import Any
 
-from sqlalchemy import Connection, RowMapping, delete, insert, select, update
+from sqlalchemy import Connection, RowMapping, Select, delete, insert, select, update
 
 from kiln_common.adapter_names import AdapterReference
 from kiln_common.errors import AdapterNotFound, IdempotencyConflict
 from kiln_registry import schema
-from kiln_registry.domain import Publication, StaleClaim, VersionDeleted, VersionRecord
+from kiln_registry.domain import AdapterNameTaken, Publication, StaleClaim, VersionDeleted, VersionRecord
 
 DEFAULT_ALIAS = "default"
 
@@ -55,8 +55,8 @@ def raise_epoch(connection: Connection, job_id: str, claim_epoch: int) -> None:
 def find_published(connection: Connection, publish_key: str, name: str) -> VersionRecord | None:
     if not publish_key:
         return None
-    table = schema.versions
-    row = connection.execute(select(table).where(table.c.publish_key == publish_key)).mappings().first()
+    query = _select_versions().where(schema.versions.c.publish_key == publish_key)
+    row = connection.execute(query).mappings().first()
     if row is None:
         return None
     if row["name"] != name:
@@ -66,20 +66,55 @@ def find_published(connection: Connection, publish_key: str, name: str) -> Versi
     return to_record(row)
 
 
-def next_version(connection: Connection, name: str) -> int:
+def check_owner(connection: Connection, name: str, owner: str) -> None:
+    """Raises AdapterNameTaken where a name with versions belongs to somebody else than `owner`."""
+    table = schema.adapters
+    found = connection.scalar(select(table.c.owner).where(table.c.name == name))
+    if owner and found is not None and found != owner and _has_versions(connection, name):
+        raise AdapterNameTaken(name)
+
+
+def next_version(connection: Connection, name: str, owner: str) -> int:
+    """The next number of a name, which belongs to `owner` from now on if it has no versions.
+
+    Raises:
+        AdapterNameTaken: it has some, and belongs to somebody else.
+    """
     table = schema.adapters
     where = table.c.name == name
     raised = connection.execute(update(table).where(where).values(last_version=table.c.last_version + 1))
-    if raised.rowcount:
-        return connection.execute(select(table.c.last_version).where(where)).scalar_one()
-    connection.execute(insert(table).values(name=name, last_version=1))
-    return 1
+    if not raised.rowcount:
+        connection.execute(insert(table).values(name=name, last_version=1, owner=owner))
+        return 1
+    check_owner(connection, name, owner)
+    if not _has_versions(connection, name):
+        connection.execute(update(table).where(where).values(owner=owner))
+    return read_last_version(connection, name)
+
+
+def _has_versions(connection: Connection, name: str) -> bool:
+    table = schema.versions
+    query = select(table.c.version).where(table.c.name == name, table.c.deleted_at_s.is_(None)).limit(1)
+    return connection.scalar(query) is not None
+
+
+def audit(
+    connection: Connection, actor: str, action: str, name: str, version: int, now_s: float, **detail: Any
+) -> None:
+    """Add to the log who did what."""
+    entry = {"actor": actor, "action": action, "name": name, "version": version, "at_s": now_s}
+    connection.execute(insert(schema.audit).values(**entry, detail_json=json.dumps(detail)))
+
+
+def _select_versions() -> Select[Any]:
+    """Versions, each with the owner of its name."""
+    return select(schema.versions, schema.adapters.c.owner).join(schema.adapters)
 
 
 def insert_version(connection: Connection, publication: Publication, version: int, now_s: float) -> None:
     fields = asdict(publication)
     blob, inspected = fields.pop("blob"), fields.pop("inspected")
-    del fields["claim_epoch"], fields["attach"]
+    del fields["claim_epoch"], fields["attach"], fields["owner"]
     fields["publish_key"] = fields["publish_key"] or None
     inspected["targets"] = ",".join(inspected["targets"])
     connection.execute(
@@ -111,10 +146,10 @@ def read_version(connection: Connection, reference: AdapterReference, *, lock: b
         latest = connection.execute(select(table).where(table.c.alias == latest_alias(name))).first()
         version, rolled_back_over = (latest.version, latest.rolled_back_over) if latest else (0, 0)
     table = schema.versions
-    query = select(table).where(
+    query = _select_versions().where(
         table.c.name == name, table.c.version == version, table.c.deleted_at_s.is_(None)
     )
-    row = connection.execute(query.with_for_update() if lock else query).mappings().first()
+    row = connection.execute(query.with_for_update(of=table) if lock else query).mappings().first()
     if row is None:
         raise AdapterNotFound(f"there is no adapter {str(reference)[:160]!r}")
     return replace(to_record(row), rolled_back_over=rolled_back_over)
@@ -130,10 +165,10 @@ def read_live_versions(
     connection: Connection, name: str | None, *, lock: bool = False
 ) -> list[VersionRecord]:
     table = schema.versions
-    query = select(table).where(table.c.deleted_at_s.is_(None)).order_by(table.c.name, table.c.version)
+    query = _select_versions().where(table.c.deleted_at_s.is_(None)).order_by(table.c.name, table.c.version)
     if name is not None:
         query = query.where(table.c.name == name)
-    rows = connection.execute(query.with_for_update() if lock else query).mappings()
+    rows = connection.execute(query.with_for_update(of=table) if lock else query).mappings()
     return [to_record(row) for row in rows]
 
 

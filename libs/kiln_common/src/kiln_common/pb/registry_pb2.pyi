@@ -19,7 +19,7 @@ class RegisterBaseModelResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class PublishHeader(_message.Message):
-    __slots__ = ("name", "base_model_hash", "config_json", "parent_version", "parent_name", "job_id", "publish_key", "claim_epoch", "attach", "metrics_json", "sha256", "data_sha256")
+    __slots__ = ("name", "base_model_hash", "config_json", "parent_version", "parent_name", "job_id", "publish_key", "claim_epoch", "attach", "metrics_json", "sha256", "data_sha256", "owner")
     NAME_FIELD_NUMBER: _ClassVar[int]
     BASE_MODEL_HASH_FIELD_NUMBER: _ClassVar[int]
     CONFIG_JSON_FIELD_NUMBER: _ClassVar[int]
@@ -32,6 +32,7 @@ class PublishHeader(_message.Message):
     METRICS_JSON_FIELD_NUMBER: _ClassVar[int]
     SHA256_FIELD_NUMBER: _ClassVar[int]
     DATA_SHA256_FIELD_NUMBER: _ClassVar[int]
+    OWNER_FIELD_NUMBER: _ClassVar[int]
     name: str
     base_model_hash: str
     config_json: str
@@ -44,7 +45,8 @@ class PublishHeader(_message.Message):
     metrics_json: str
     sha256: str
     data_sha256: str
-    def __init__(self, name: _Optional[str] = ..., base_model_hash: _Optional[str] = ..., config_json: _Optional[str] = ..., parent_version: _Optional[int] = ..., parent_name: _Optional[str] = ..., job_id: _Optional[str] = ..., publish_key: _Optional[str] = ..., claim_epoch: _Optional[int] = ..., attach: bool = ..., metrics_json: _Optional[str] = ..., sha256: _Optional[str] = ..., data_sha256: _Optional[str] = ...) -> None: ...
+    owner: str
+    def __init__(self, name: _Optional[str] = ..., base_model_hash: _Optional[str] = ..., config_json: _Optional[str] = ..., parent_version: _Optional[int] = ..., parent_name: _Optional[str] = ..., job_id: _Optional[str] = ..., publish_key: _Optional[str] = ..., claim_epoch: _Optional[int] = ..., attach: bool = ..., metrics_json: _Optional[str] = ..., sha256: _Optional[str] = ..., data_sha256: _Optional[str] = ..., owner: _Optional[str] = ...) -> None: ...
 
 class PublishRequest(_message.Message):
     __slots__ = ("header", "chunk")
@@ -55,7 +57,7 @@ class PublishRequest(_message.Message):
     def __init__(self, header: _Optional[_Union[PublishHeader, _Mapping]] = ..., chunk: _Optional[bytes] = ...) -> None: ...
 
 class AdapterVersion(_message.Message):
-    __slots__ = ("name", "version", "sha256", "num_bytes", "rank", "alpha", "targets", "parent_name", "parent_version", "job_id", "base_model_hash", "metrics_json", "config_json", "created_at_s", "rolled_back_over", "data_sha256", "merge_mode", "merged_from", "source_sha256")
+    __slots__ = ("name", "version", "sha256", "num_bytes", "rank", "alpha", "targets", "parent_name", "parent_version", "job_id", "base_model_hash", "metrics_json", "config_json", "created_at_s", "rolled_back_over", "data_sha256", "merge_mode", "merged_from", "source_sha256", "owner")
     NAME_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     SHA256_FIELD_NUMBER: _ClassVar[int]
@@ -75,6 +77,7 @@ class AdapterVersion(_message.Message):
     MERGE_MODE_FIELD_NUMBER: _ClassVar[int]
     MERGED_FROM_FIELD_NUMBER: _ClassVar[int]
     SOURCE_SHA256_FIELD_NUMBER: _ClassVar[int]
+    OWNER_FIELD_NUMBER: _ClassVar[int]
     name: str
     version: int
     sha256: str
@@ -94,7 +97,8 @@ class AdapterVersion(_message.Message):
     merge_mode: str
     merged_from: _containers.RepeatedCompositeFieldContainer[MergeSource]
     source_sha256: str
-    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., sha256: _Optional[str] = ..., num_bytes: _Optional[int] = ..., rank: _Optional[int] = ..., alpha: _Optional[float] = ..., targets: _Optional[_Iterable[str]] = ..., parent_name: _Optional[str] = ..., parent_version: _Optional[int] = ..., job_id: _Optional[str] = ..., base_model_hash: _Optional[str] = ..., metrics_json: _Optional[str] = ..., config_json: _Optional[str] = ..., created_at_s: _Optional[float] = ..., rolled_back_over: _Optional[int] = ..., data_sha256: _Optional[str] = ..., merge_mode: _Optional[str] = ..., merged_from: _Optional[_Iterable[_Union[MergeSource, _Mapping]]] = ..., source_sha256: _Optional[str] = ...) -> None: ...
+    owner: str
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., sha256: _Optional[str] = ..., num_bytes: _Optional[int] = ..., rank: _Optional[int] = ..., alpha: _Optional[float] = ..., targets: _Optional[_Iterable[str]] = ..., parent_name: _Optional[str] = ..., parent_version: _Optional[int] = ..., job_id: _Optional[str] = ..., base_model_hash: _Optional[str] = ..., metrics_json: _Optional[str] = ..., config_json: _Optional[str] = ..., created_at_s: _Optional[float] = ..., rolled_back_over: _Optional[int] = ..., data_sha256: _Optional[str] = ..., merge_mode: _Optional[str] = ..., merged_from: _Optional[_Iterable[_Union[MergeSource, _Mapping]]] = ..., source_sha256: _Optional[str] = ..., owner: _Optional[str] = ...) -> None: ...
 
 class MergeSource(_message.Message):
     __slots__ = ("name", "version", "weight")
@@ -107,16 +111,18 @@ class MergeSource(_message.Message):
     def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., weight: _Optional[float] = ...) -> None: ...
 
 class Adapter(_message.Message):
-    __slots__ = ("name", "versions", "latest_version", "attached_version")
+    __slots__ = ("name", "versions", "latest_version", "attached_version", "owner")
     NAME_FIELD_NUMBER: _ClassVar[int]
     VERSIONS_FIELD_NUMBER: _ClassVar[int]
     LATEST_VERSION_FIELD_NUMBER: _ClassVar[int]
     ATTACHED_VERSION_FIELD_NUMBER: _ClassVar[int]
+    OWNER_FIELD_NUMBER: _ClassVar[int]
     name: str
     versions: _containers.RepeatedCompositeFieldContainer[AdapterVersion]
     latest_version: int
     attached_version: int
-    def __init__(self, name: _Optional[str] = ..., versions: _Optional[_Iterable[_Union[AdapterVersion, _Mapping]]] = ..., latest_version: _Optional[int] = ..., attached_version: _Optional[int] = ...) -> None: ...
+    owner: str
+    def __init__(self, name: _Optional[str] = ..., versions: _Optional[_Iterable[_Union[AdapterVersion, _Mapping]]] = ..., latest_version: _Optional[int] = ..., attached_version: _Optional[int] = ..., owner: _Optional[str] = ...) -> None: ...
 
 class ResolveRequest(_message.Message):
     __slots__ = ("reference",)
@@ -153,10 +159,12 @@ class FetchChunk(_message.Message):
     def __init__(self, chunk: _Optional[bytes] = ...) -> None: ...
 
 class SetDefaultRequest(_message.Message):
-    __slots__ = ("reference",)
+    __slots__ = ("reference", "actor")
     REFERENCE_FIELD_NUMBER: _ClassVar[int]
+    ACTOR_FIELD_NUMBER: _ClassVar[int]
     reference: str
-    def __init__(self, reference: _Optional[str] = ...) -> None: ...
+    actor: str
+    def __init__(self, reference: _Optional[str] = ..., actor: _Optional[str] = ...) -> None: ...
 
 class SetDefaultResponse(_message.Message):
     __slots__ = ("attached",)
@@ -174,15 +182,63 @@ class GetDefaultResponse(_message.Message):
     attached: AdapterVersion
     def __init__(self, attached: _Optional[_Union[AdapterVersion, _Mapping]] = ...) -> None: ...
 
+class CheckPublishRequest(_message.Message):
+    __slots__ = ("name", "owner")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    OWNER_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    owner: str
+    def __init__(self, name: _Optional[str] = ..., owner: _Optional[str] = ...) -> None: ...
+
+class CheckPublishResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListAuditRequest(_message.Message):
+    __slots__ = ("name", "before_id", "limit")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    BEFORE_ID_FIELD_NUMBER: _ClassVar[int]
+    LIMIT_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    before_id: int
+    limit: int
+    def __init__(self, name: _Optional[str] = ..., before_id: _Optional[int] = ..., limit: _Optional[int] = ...) -> None: ...
+
+class AuditEntry(_message.Message):
+    __slots__ = ("id", "at_s", "actor", "action", "name", "version", "detail_json")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    AT_S_FIELD_NUMBER: _ClassVar[int]
+    ACTOR_FIELD_NUMBER: _ClassVar[int]
+    ACTION_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    DETAIL_JSON_FIELD_NUMBER: _ClassVar[int]
+    id: int
+    at_s: float
+    actor: str
+    action: str
+    name: str
+    version: int
+    detail_json: str
+    def __init__(self, id: _Optional[int] = ..., at_s: _Optional[float] = ..., actor: _Optional[str] = ..., action: _Optional[str] = ..., name: _Optional[str] = ..., version: _Optional[int] = ..., detail_json: _Optional[str] = ...) -> None: ...
+
+class ListAuditResponse(_message.Message):
+    __slots__ = ("entries",)
+    ENTRIES_FIELD_NUMBER: _ClassVar[int]
+    entries: _containers.RepeatedCompositeFieldContainer[AuditEntry]
+    def __init__(self, entries: _Optional[_Iterable[_Union[AuditEntry, _Mapping]]] = ...) -> None: ...
+
 class RollBackRequest(_message.Message):
-    __slots__ = ("name", "version", "may_move_default")
+    __slots__ = ("name", "version", "may_move_default", "actor")
     NAME_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     MAY_MOVE_DEFAULT_FIELD_NUMBER: _ClassVar[int]
+    ACTOR_FIELD_NUMBER: _ClassVar[int]
     name: str
     version: int
     may_move_default: bool
-    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., may_move_default: bool = ...) -> None: ...
+    actor: str
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., may_move_default: bool = ..., actor: _Optional[str] = ...) -> None: ...
 
 class RollBackResponse(_message.Message):
     __slots__ = ("version", "has_moved_default")
@@ -225,26 +281,30 @@ class CompareResponse(_message.Message):
     def __init__(self, earlier: _Optional[_Union[AdapterVersion, _Mapping]] = ..., later: _Optional[_Union[AdapterVersion, _Mapping]] = ..., modules: _Optional[_Iterable[_Union[ModuleComparison, _Mapping]]] = ...) -> None: ...
 
 class MergeRequest(_message.Message):
-    __slots__ = ("sources", "mode", "output", "density", "publish_key")
+    __slots__ = ("sources", "mode", "output", "density", "publish_key", "owner")
     SOURCES_FIELD_NUMBER: _ClassVar[int]
     MODE_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_FIELD_NUMBER: _ClassVar[int]
     DENSITY_FIELD_NUMBER: _ClassVar[int]
     PUBLISH_KEY_FIELD_NUMBER: _ClassVar[int]
+    OWNER_FIELD_NUMBER: _ClassVar[int]
     sources: _containers.RepeatedCompositeFieldContainer[MergeSource]
     mode: str
     output: str
     density: float
     publish_key: str
-    def __init__(self, sources: _Optional[_Iterable[_Union[MergeSource, _Mapping]]] = ..., mode: _Optional[str] = ..., output: _Optional[str] = ..., density: _Optional[float] = ..., publish_key: _Optional[str] = ...) -> None: ...
+    owner: str
+    def __init__(self, sources: _Optional[_Iterable[_Union[MergeSource, _Mapping]]] = ..., mode: _Optional[str] = ..., output: _Optional[str] = ..., density: _Optional[float] = ..., publish_key: _Optional[str] = ..., owner: _Optional[str] = ...) -> None: ...
 
 class DeleteVersionRequest(_message.Message):
-    __slots__ = ("name", "version")
+    __slots__ = ("name", "version", "actor")
     NAME_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
+    ACTOR_FIELD_NUMBER: _ClassVar[int]
     name: str
     version: int
-    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ...) -> None: ...
+    actor: str
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., actor: _Optional[str] = ...) -> None: ...
 
 class DeleteVersionResponse(_message.Message):
     __slots__ = ("num_deleted",)

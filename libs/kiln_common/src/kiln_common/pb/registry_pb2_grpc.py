@@ -44,6 +44,16 @@ class RegistryStub(object):
                 request_serializer=kiln_dot_v1_dot_registry__pb2.PublishRequest.SerializeToString,
                 response_deserializer=kiln_dot_v1_dot_registry__pb2.AdapterVersion.FromString,
                 _registered_method=True)
+        self.CheckPublish = channel.unary_unary(
+                '/kiln.v1.Registry/CheckPublish',
+                request_serializer=kiln_dot_v1_dot_registry__pb2.CheckPublishRequest.SerializeToString,
+                response_deserializer=kiln_dot_v1_dot_registry__pb2.CheckPublishResponse.FromString,
+                _registered_method=True)
+        self.ListAudit = channel.unary_unary(
+                '/kiln.v1.Registry/ListAudit',
+                request_serializer=kiln_dot_v1_dot_registry__pb2.ListAuditRequest.SerializeToString,
+                response_deserializer=kiln_dot_v1_dot_registry__pb2.ListAuditResponse.FromString,
+                _registered_method=True)
         self.Resolve = channel.unary_unary(
                 '/kiln.v1.Registry/Resolve',
                 request_serializer=kiln_dot_v1_dot_registry__pb2.ResolveRequest.SerializeToString,
@@ -110,6 +120,20 @@ class RegistryServicer(object):
         """Uploads and publishes one version. The first message is the header, the rest carry the bytes
         of adapter_model.safetensors in order. Nothing is visible before the answer. Idempotent by
         publish_key: the same key answers with the version it made the first time.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CheckPublish(self, request, context):
+        """Fails as a publish under this name would now, before anything is computed for it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListAudit(self, request, context):
+        """Who did what, newest first. Nothing is ever taken out of it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -196,6 +220,16 @@ def add_RegistryServicer_to_server(servicer, server):
                     servicer.Publish,
                     request_deserializer=kiln_dot_v1_dot_registry__pb2.PublishRequest.FromString,
                     response_serializer=kiln_dot_v1_dot_registry__pb2.AdapterVersion.SerializeToString,
+            ),
+            'CheckPublish': grpc.unary_unary_rpc_method_handler(
+                    servicer.CheckPublish,
+                    request_deserializer=kiln_dot_v1_dot_registry__pb2.CheckPublishRequest.FromString,
+                    response_serializer=kiln_dot_v1_dot_registry__pb2.CheckPublishResponse.SerializeToString,
+            ),
+            'ListAudit': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListAudit,
+                    request_deserializer=kiln_dot_v1_dot_registry__pb2.ListAuditRequest.FromString,
+                    response_serializer=kiln_dot_v1_dot_registry__pb2.ListAuditResponse.SerializeToString,
             ),
             'Resolve': grpc.unary_unary_rpc_method_handler(
                     servicer.Resolve,
@@ -302,6 +336,60 @@ class Registry(object):
             '/kiln.v1.Registry/Publish',
             kiln_dot_v1_dot_registry__pb2.PublishRequest.SerializeToString,
             kiln_dot_v1_dot_registry__pb2.AdapterVersion.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CheckPublish(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kiln.v1.Registry/CheckPublish',
+            kiln_dot_v1_dot_registry__pb2.CheckPublishRequest.SerializeToString,
+            kiln_dot_v1_dot_registry__pb2.CheckPublishResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListAudit(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kiln.v1.Registry/ListAudit',
+            kiln_dot_v1_dot_registry__pb2.ListAuditRequest.SerializeToString,
+            kiln_dot_v1_dot_registry__pb2.ListAuditResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -13,10 +13,10 @@ from kiln_common.pb import registry_pb2
 from kiln_gateway.adapters.adapter_view import version_object
 from kiln_gateway.adapters.diff_view import diff_object
 from kiln_gateway.adapters.publish_key import publish_key
+from kiln_gateway.adapters.visible_adapters import VisibleAdapters
 from kiln_gateway.auth import Caller, require
 from kiln_gateway.gateway import gateway_of
 from kiln_gateway.json_response import json_response
-from kiln_gateway.ports import RegistryPort
 from kiln_gateway.request_query import refuse_unknown_query
 from kiln_gateway.schemas.adapters import MergeBody
 
@@ -27,12 +27,13 @@ _DEFAULT_DENSITY = 0.5
 _CREATED = 201
 
 
-@router.get("/v1/adapters/{name}/diff", dependencies=[_READ, Depends(refuse_unknown_query)])
+@router.get("/v1/adapters/{name}/diff", dependencies=[Depends(refuse_unknown_query)])
 async def diff_adapter(
     request: Request,
     name: str,
     earlier: Annotated[int | None, Query(alias="from", ge=1)] = None,
     later: Annotated[int | None, Query(alias="to", ge=1)] = None,
+    caller: Caller = _READ,
 ) -> Response:
     """What changed from one version of a name to another: norms and cosines of the updates, metrics.
 
@@ -40,8 +41,9 @@ async def diff_adapter(
     with the bare base model.
     """
     registry = gateway_of(request).clients.registry
-    to = await registry.resolve(name if later is None else f"{name}@{later}")
-    parent = await _parent(registry, to)
+    visible = VisibleAdapters(registry, caller)
+    to = await visible.resolve(name if later is None else f"{name}@{later}")
+    parent = await _parent(visible, to)
     start = f"{name}@{earlier}" if earlier is not None else parent
     found = await registry.compare(start, f"{to.name}@{to.version}")
     if parent and start != parent:
@@ -65,21 +67,22 @@ async def merge_adapters(request: Request, caller: Caller = _TRAIN) -> Response:
         output=body.output,
         density=body.density or _DEFAULT_DENSITY,
         publish_key=publish_key("merge", caller.owner, key),
+        owner=caller.owner,
     )
     for source in body.sources:
-        found = await gateway.resolver.version(source.name, model_hash, "sources")
+        found = await gateway.resolver.version(source.name, model_hash, "sources", caller)
         merge.sources.add(name=found.name, version=found.version, weight=source.weight)
     merged = await registry.merge(merge)
     await gateway.idempotency.remember(request, key, f"{merged.name}@{merged.version}")
     return json_response(version_object(merged), status=_CREATED)
 
 
-async def _parent(registry: RegistryPort, version: registry_pb2.AdapterVersion) -> str:
-    """The version's parent as a reference; "" where it has none, or none that is still there."""
+async def _parent(visible: VisibleAdapters, version: registry_pb2.AdapterVersion) -> str:
+    """The version's parent as a reference; "" where it has none, or none that the caller sees."""
     if not version.parent_version:
         return ""
     try:
-        parent = await registry.resolve(f"{version.parent_name}@{version.parent_version}")
+        parent = await visible.resolve(f"{version.parent_name}@{version.parent_version}")
     except KilnError as error:
         if error.code != AdapterNotFound.code:
             raise

@@ -239,6 +239,7 @@ class Attempt:
             attach=request.config.attach,
             metrics_json=json.dumps(dict(trained.metrics)),
             data_sha256=data_sha256(request),
+            owner=request.owner,
         )
 
     def _wait_for(
