@@ -178,9 +178,9 @@ def test_a_name_belongs_to_whom_published_its_first_version(catalog):
     with pytest.raises(AdapterNameTaken):
         catalog.publish(publication(owner="ben"), 2.0)
     with pytest.raises(AdapterNameTaken):
-        catalog.check_owner("helper", "ben")
-    catalog.check_owner("helper", "ann")
-    catalog.check_owner("new", "ben")
+        catalog.check_publish("helper", "ben", 2.0)
+    catalog.check_publish("helper", "ann", 2.0)
+    catalog.check_publish("new", "ben", 2.0)
     assert catalog.resolve(AdapterReference("helper")).version == 1
     # Where no keys are configured, nobody is told apart, and what exists stays whose it is.
     assert catalog.publish(publication(), 3.0).owner == "ann"

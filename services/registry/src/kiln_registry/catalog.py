@@ -6,7 +6,8 @@ Each method is one transaction. Thread-safe; time comes in as an argument.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -26,9 +27,11 @@ from kiln_registry.domain import (
     ModuleShape,
     Publication,
     RegistryEvent,
+    Retention,
     UnknownBaseModel,
     VersionRecord,
 )
+from kiln_registry.retention import RecentUses, check_quota, find_collectable
 
 _MAX_OUTBOX_ROWS = 10_000
 _MAX_RACES = 3
@@ -38,8 +41,17 @@ T = TypeVar("T")
 class Catalog:
     """Owns the database; publishes, deletes and moves aliases together with their outbox rows."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        retention: Retention | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`clock` tells how long ago a version was looked up."""
         schema.create_schema(engine)
+        self.retention = retention or Retention()
+        self._uses = RecentUses(clock, self.retention.grace_s)
         self._engine = engine
         self._reader = schema.reader(engine)
 
@@ -81,10 +93,29 @@ class Catalog:
             model_ids = connection.scalars(select(schema.base_models.c.model_id)).all()
         check_adapter_name(name, reserved=model_ids)
 
-    def check_owner(self, name: str, owner: str) -> None:
-        """Raises AdapterNameTaken where `owner` could not publish under the name now."""
-        with self._reader.begin() as connection:
+    def check_publish(self, name: str, owner: str, now_s: float) -> None:
+        """Raises AdapterNameTaken, AdapterQuotaExceeded where `owner` could not publish under the name now."""
+        with self._engine.begin() as connection:
             sql.check_owner(connection, name, owner)
+            collectable = find_collectable(connection, name, self.retention, self._uses, now_s, num_more=1)
+            check_quota(connection, name, owner, self.retention, 1 - len(collectable))
+
+    def hold(self, holder: str, references: Sequence[AdapterReference], until_s: float, now_s: float) -> None:
+        """Keep versions from being collected; what `holder` held before, and what has run out, is let go."""
+        table = schema.holds
+
+        def hold(connection: Connection) -> None:
+            connection.execute(delete(table).where((table.c.holder == holder) | (table.c.until_s <= now_s)))
+            for name, version in {
+                (found.name, found.version)
+                for reference in references
+                if (found := sql.find_version(connection, reference)) is not None
+            }:
+                connection.execute(
+                    insert(table).values(holder=holder, name=name, version=version, until_s=until_s)
+                )
+
+        self._write(hold)
 
     def find_published(
         self, publish_key: str, name: str, job_id: str, claim_epoch: int
@@ -103,6 +134,8 @@ class Catalog:
             StaleClaim: a later claim of the job has published already.
             VersionDeleted: publish_key made a version that was deleted since.
             IdempotencyConflict: publish_key was used for another name.
+            AdapterNameTaken: the name belongs to another owner.
+            AdapterQuotaExceeded: the name or its owner would have too much.
         """
 
         def publish(connection: Connection) -> VersionRecord:
@@ -122,6 +155,8 @@ class Catalog:
             if publication.attach:
                 sql.move_alias(connection, sql.DEFAULT_ALIAS, publication.name, version)
                 sql.announce(connection, "DefaultChanged", sql.event_data(record), now_s)
+            self._collect(connection, publication.name, now_s)
+            check_quota(connection, record.name, record.owner, self.retention, 0)
             return record
 
         return self._write(publish)
@@ -129,7 +164,9 @@ class Catalog:
     def resolve(self, reference: AdapterReference) -> VersionRecord:
         """The version a reference means now. Raises AdapterNotFound."""
         with self._reader.begin() as connection:
-            return sql.read_version(connection, reference)
+            record = sql.read_version(connection, reference)
+        self._uses.note(record)
+        return record
 
     def get_adapter(self, name: str) -> AdapterRecord:
         """Raises AdapterNotFound."""
@@ -167,7 +204,11 @@ class Catalog:
     def get_default(self) -> VersionRecord | None:
         with self._reader.begin() as connection:
             attached = sql.read_alias(connection, sql.DEFAULT_ALIAS)
-            return None if attached is None else sql.read_version(connection, AdapterReference(*attached))
+            if attached is None:
+                return None
+            record = sql.read_version(connection, AdapterReference(*attached))
+        self._uses.note(record)
+        return record
 
     def roll_back(
         self, reference: AdapterReference, *, may_move_default: bool, now_s: float, actor: str = ""
@@ -276,6 +317,12 @@ class Catalog:
             newest = connection.scalar(select(func.max(table.c.id)))
             if newest is not None:
                 connection.execute(delete(table).where(table.c.id <= newest - _MAX_OUTBOX_ROWS))
+
+    def _collect(self, connection: Connection, name: str, now_s: float) -> None:
+        for record in find_collectable(connection, name, self.retention, self._uses, now_s):
+            sql.mark_deleted(connection, record, now_s)
+            sql.announce(connection, "AdapterDeleted", sql.event_data(record), now_s)
+            sql.audit(connection, "retention", "collect", record.name, record.version, now_s)
 
     def _write(self, change: Callable[[Connection], T]) -> T:
         """Carry out a transaction; again where, on PostgreSQL, another one inserted the same first row."""

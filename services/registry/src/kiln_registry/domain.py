@@ -154,6 +154,25 @@ class AuditEntry:
     detail_json: str
 
 
+@dataclass(frozen=True, slots=True)
+class Retention:
+    """How much is kept; 0 is no limit."""
+
+    # Versions of a name beyond these, the oldest first, are collected when nothing needs them.
+    keep_versions: int = 0
+    # A publish beyond these is refused.
+    max_versions: int = 0  # of a name
+    max_bytes: int = 0  # of an owner
+    # A version that was looked up within this time may be on its way to a request.
+    grace_s: float = 60.0
+
+
+class AdapterQuotaExceeded(KilnError):
+    code = "adapter_quota_exceeded"
+    kind = ErrorKind.CONFLICT
+    hint = "Delete versions that are not needed any more, or ask whoever runs the server for a higher limit."
+
+
 class AdapterNameTaken(KilnError):
     """The name belongs to another key, or was made while no keys were configured."""
 

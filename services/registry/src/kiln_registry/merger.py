@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -52,7 +53,7 @@ class Merger:
         made_before = self._catalog.find_published(request.publish_key, request.output, "", 0)
         if made_before is not None:
             return made_before
-        self._catalog.check_owner(request.output, request.owner)
+        self._catalog.check_publish(request.output, request.owner, time.time())
         records = [
             self._catalog.resolve(AdapterReference(source.name, source.version)) for source in request.sources
         ]

@@ -33,7 +33,7 @@ class Publisher:
         )
         if made_before is not None:
             return made_before
-        self._catalog.check_owner(header.name, header.owner)
+        self._catalog.check_publish(header.name, header.owner, time.time())
         base_model = self._catalog.get_base_model(header.base_model_hash)
         with self._in_plain_form(header, upload) as (config_json, plain):
             inspected = inspect_adapter(plain.path, parse_peft_config(config_json), base_model)
@@ -96,5 +96,5 @@ class Publisher:
             is_recorded = True
             return record
         finally:
-            if not is_recorded:
+            if not is_recorded or self._catalog.retention.keep_versions:
                 self._blobs.sweep(self._catalog.list_named_blobs)

@@ -129,6 +129,16 @@ _MIGRATIONS = {
 }
 
 
+# Versions that must not be collected before `until_s`, by who needs them.
+holds = Table(
+    "holds",
+    metadata,
+    Column("holder", String(128), primary_key=True),
+    Column("name", String(128), primary_key=True),
+    Column("version", BigInteger, primary_key=True),
+    Column("until_s", Float, nullable=False),
+)
+
 # Who did what; rows are only ever added, and the database sees to it.
 audit = Table(
     "audit",

@@ -98,8 +98,14 @@ class RegistryServicer(registry_pb2_grpc.RegistryServicer):
         self, request: pb.CheckPublishRequest, context: grpc.aio.ServicerContext
     ) -> pb.CheckPublishResponse:
         await asyncio.to_thread(self._catalog.check_name, request.name)
-        await asyncio.to_thread(self._catalog.check_owner, request.name, request.owner)
+        await asyncio.to_thread(self._catalog.check_publish, request.name, request.owner, time.time())
         return pb.CheckPublishResponse()
+
+    async def Hold(self, request: pb.HoldRequest, context: grpc.aio.ServicerContext) -> pb.HoldResponse:
+        references = [parse_reference(text) for text in request.references]
+        now_s = time.time()
+        await asyncio.to_thread(self._catalog.hold, request.holder, references, now_s + request.for_s, now_s)
+        return pb.HoldResponse()
 
     async def ListAudit(
         self, request: pb.ListAuditRequest, context: grpc.aio.ServicerContext

@@ -140,6 +140,15 @@ def read_alias(connection: Connection, alias: str) -> tuple[str, int] | None:
 
 def read_version(connection: Connection, reference: AdapterReference, *, lock: bool = False) -> VersionRecord:
     """The version a reference means now. Raises AdapterNotFound."""
+    found = find_version(connection, reference, lock=lock)
+    if found is None:
+        raise AdapterNotFound(f"there is no adapter {str(reference)[:160]!r}")
+    return found
+
+
+def find_version(
+    connection: Connection, reference: AdapterReference, *, lock: bool = False
+) -> VersionRecord | None:
     name, version, rolled_back_over = reference.name, reference.version, 0
     if version is None:
         table = schema.aliases
@@ -150,9 +159,7 @@ def read_version(connection: Connection, reference: AdapterReference, *, lock: b
         table.c.name == name, table.c.version == version, table.c.deleted_at_s.is_(None)
     )
     row = connection.execute(query.with_for_update(of=table) if lock else query).mappings().first()
-    if row is None:
-        raise AdapterNotFound(f"there is no adapter {str(reference)[:160]!r}")
-    return replace(to_record(row), rolled_back_over=rolled_back_over)
+    return None if row is None else replace(to_record(row), rolled_back_over=rolled_back_over)
 
 
 def read_last_version(connection: Connection, name: str) -> int:

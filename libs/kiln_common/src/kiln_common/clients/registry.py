@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,11 @@ class RegistryClient:
     async def check_publish(self, name: str, owner: str) -> None:
         """Raises what a publish under this name would: adapter_name_taken, and what is wrong with a name."""
         await self._call(self._stub.CheckPublish, registry_pb2.CheckPublishRequest(name=name, owner=owner))
+
+    async def hold(self, holder: str, references: Iterable[str], *, for_s: float) -> None:
+        """Keep versions from being collected; lets go of what the holder held before."""
+        request = registry_pb2.HoldRequest(holder=holder, references=references, for_s=for_s)
+        await self._call(self._stub.Hold, request)
 
     async def list_audit(
         self, *, name: str = "", before_id: int = 0, limit: int = 0

@@ -194,6 +194,20 @@ class CheckPublishResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class HoldRequest(_message.Message):
+    __slots__ = ("holder", "references", "for_s")
+    HOLDER_FIELD_NUMBER: _ClassVar[int]
+    REFERENCES_FIELD_NUMBER: _ClassVar[int]
+    FOR_S_FIELD_NUMBER: _ClassVar[int]
+    holder: str
+    references: _containers.RepeatedScalarFieldContainer[str]
+    for_s: float
+    def __init__(self, holder: _Optional[str] = ..., references: _Optional[_Iterable[str]] = ..., for_s: _Optional[float] = ...) -> None: ...
+
+class HoldResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class ListAuditRequest(_message.Message):
     __slots__ = ("name", "before_id", "limit")
     NAME_FIELD_NUMBER: _ClassVar[int]

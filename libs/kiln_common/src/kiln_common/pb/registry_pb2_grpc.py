@@ -49,6 +49,11 @@ class RegistryStub(object):
                 request_serializer=kiln_dot_v1_dot_registry__pb2.CheckPublishRequest.SerializeToString,
                 response_deserializer=kiln_dot_v1_dot_registry__pb2.CheckPublishResponse.FromString,
                 _registered_method=True)
+        self.Hold = channel.unary_unary(
+                '/kiln.v1.Registry/Hold',
+                request_serializer=kiln_dot_v1_dot_registry__pb2.HoldRequest.SerializeToString,
+                response_deserializer=kiln_dot_v1_dot_registry__pb2.HoldResponse.FromString,
+                _registered_method=True)
         self.ListAudit = channel.unary_unary(
                 '/kiln.v1.Registry/ListAudit',
                 request_serializer=kiln_dot_v1_dot_registry__pb2.ListAuditRequest.SerializeToString,
@@ -127,6 +132,14 @@ class RegistryServicer(object):
 
     def CheckPublish(self, request, context):
         """Fails as a publish under this name would now, before anything is computed for it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Hold(self, request, context):
+        """Keeps versions from being collected for a while: an engine's requests run on them, or a job waits
+        on them. What the same holder held before is let go.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -225,6 +238,11 @@ def add_RegistryServicer_to_server(servicer, server):
                     servicer.CheckPublish,
                     request_deserializer=kiln_dot_v1_dot_registry__pb2.CheckPublishRequest.FromString,
                     response_serializer=kiln_dot_v1_dot_registry__pb2.CheckPublishResponse.SerializeToString,
+            ),
+            'Hold': grpc.unary_unary_rpc_method_handler(
+                    servicer.Hold,
+                    request_deserializer=kiln_dot_v1_dot_registry__pb2.HoldRequest.FromString,
+                    response_serializer=kiln_dot_v1_dot_registry__pb2.HoldResponse.SerializeToString,
             ),
             'ListAudit': grpc.unary_unary_rpc_method_handler(
                     servicer.ListAudit,
@@ -363,6 +381,33 @@ class Registry(object):
             '/kiln.v1.Registry/CheckPublish',
             kiln_dot_v1_dot_registry__pb2.CheckPublishRequest.SerializeToString,
             kiln_dot_v1_dot_registry__pb2.CheckPublishResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Hold(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kiln.v1.Registry/Hold',
+            kiln_dot_v1_dot_registry__pb2.HoldRequest.SerializeToString,
+            kiln_dot_v1_dot_registry__pb2.HoldResponse.FromString,
             options,
             channel_credentials,
             insecure,
