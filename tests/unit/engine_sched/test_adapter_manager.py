@@ -319,6 +319,8 @@ async def test_a_name_that_was_rolled_back_means_the_older_version_until_a_newer
         # The version it was rolled back from goes first now.
         manager.release(await manager.acquire([version_of("b"), version_of("c")]))
         assert second not in [entry.adapter for entry in manager.resident]
+        await manager.turn_back(Rollback(second, passed_over=2))  # and forward again
+        assert manager.newest("a") == second
         await manager.prepare(third)
         assert manager.newest("a") == third
 

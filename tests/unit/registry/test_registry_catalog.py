@@ -149,11 +149,15 @@ def test_a_rolled_back_name_means_the_older_version_until_the_next_publish(catal
     assert catalog.resolve(AdapterReference("helper", 3)).version == 3  # still there by its number
     assert json.loads(catalog.read_outbox(100)[-1].data_json)["rolled_back_over"] == 3
     catalog.roll_back(AdapterReference("helper", 3), may_move_default=False, now_s=3.0)
-    assert catalog.resolve(AdapterReference("helper")).rolled_back_over == 0
+    # Forward is a rollback too: engines must not keep to the older version.
+    assert catalog.resolve(AdapterReference("helper")).rolled_back_over == 3
     catalog.roll_back(AdapterReference("helper", 2), may_move_default=False, now_s=4.0)
     assert catalog.publish(publication(), 5.0).version == 4
-    assert catalog.resolve(AdapterReference("helper")).version == 4
-    assert catalog.resolve(AdapterReference("helper")).rolled_back_over == 0
+    newest = catalog.resolve(AdapterReference("helper"))
+    assert (newest.version, newest.rolled_back_over) == (4, 0)
+    catalog.delete(AdapterReference("helper", 4), 6.0)
+    left = catalog.resolve(AdapterReference("helper"))
+    assert (left.version, left.rolled_back_over) == (3, 4)
 
 
 def test_a_rollback_takes_a_later_default_along_if_it_may(catalog):

@@ -229,8 +229,7 @@ class Catalog:
             moves_default = attached is not None and attached[0] == name and attached[1] > version
             if attached is not None and moves_default and not may_move_default:
                 raise DefaultNeedsAdmin(f"{name}@{attached[1]}", f"{name}@{version}")
-            last_version = sql.read_last_version(connection, name)
-            over = last_version if version < last_version else 0
+            over = sql.read_last_version(connection, name)
             sql.move_alias(connection, sql.latest_alias(name), name, version, rolled_back_over=over)
             data = {**sql.event_data(record), "rolled_back_over": over}
             sql.announce(connection, "AdapterRolledBack", data, now_s)

@@ -116,7 +116,7 @@ class VersionRecord:
     merge_json: str  # {"mode", "sources"} where it was merged from others; else ""
     source_sha256: str  # of the bytes as they were published
     owner: str  # whom the name belongs to; "" where nobody was told apart
-    # Where the bare name means this version since a rollback: the highest number there was then.
+    # Where the bare name means this version since a rollback (see schema): the highest number then.
     rolled_back_over: int = 0
 
 

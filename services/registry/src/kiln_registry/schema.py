@@ -94,7 +94,8 @@ aliases = Table(
     Column("alias", String(160), primary_key=True),
     Column("name", String(128), nullable=False),
     Column("version", BigInteger, nullable=False),
-    # Since schema 3. Of "latest:<name>" after a rollback: the highest version there was; else 0.
+    # Since schema 3. Of "latest:<name>" after a rollback, or after what it meant was deleted: the
+    # highest version there was; else 0.
     Column("rolled_back_over", BigInteger, nullable=False, server_default="0"),
 )
 

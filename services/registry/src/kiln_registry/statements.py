@@ -197,7 +197,9 @@ def repair_latest(connection: Connection, name: str, versions_left: list[int]) -
         return
     current = read_alias(connection, alias)
     if current is None or current[1] not in versions_left:
-        move_alias(connection, alias, name, max(versions_left))
+        # To engines that still hold the deleted one it is a rollback.
+        over = read_last_version(connection, name)
+        move_alias(connection, alias, name, max(versions_left), rolled_back_over=over)
 
 
 def to_record(row: RowMapping) -> VersionRecord:
