@@ -17,7 +17,9 @@ from kiln_gateway.insight.snapshot import read_snapshot
 from kiln_gateway.openapi import install_openapi
 from kiln_gateway.ports import Clients
 from kiln_gateway.routes import (
+    adapter_arithmetic,
     adapters,
+    audit,
     batch,
     completions,
     corrections,
@@ -51,6 +53,8 @@ _ROUTERS = (
     datasets.router,
     corrections.router,
     adapters.router,
+    adapter_arithmetic.router,
+    audit.router,
     health.router,
     events.router,
     not_built.router,

@@ -167,3 +167,14 @@ class ScopeMissing(KilnError):
     code = "scope_missing"
     kind = ErrorKind.FORBIDDEN
     hint = "Use a key that carries the scope."
+
+
+class AdapterPinned(KilnError):
+    """Requests run on the version that is to be deleted."""
+
+    code = "adapter_pinned"
+    kind = ErrorKind.CONFLICT
+    hint = "Try again when they have ended; nobody new is given the version once its name means another."
+
+    def __init__(self, label: str, num_pins: int) -> None:
+        super().__init__(f"{num_pins} running requests use {label}")

@@ -13,6 +13,7 @@ from kiln_registry.blobs import BlobStore
 from kiln_registry.catalog import Catalog
 from kiln_registry.datasets.catalog import DatasetCatalog
 from kiln_registry.datasets.servicer import DatasetServicer
+from kiln_registry.domain import Retention
 from kiln_registry.schema import open_engine
 from kiln_registry.servicer import RegistryServicer
 from kiln_registry.settings import RegistrySettings
@@ -45,7 +46,13 @@ class RunningRegistry:
 
 async def start_registry(settings: RegistrySettings) -> RunningRegistry:
     """Open the state, clean up after a crash, and serve."""
-    catalog = Catalog(open_engine(settings.database_url, settings.state_dir))
+    retention = Retention(
+        keep_versions=settings.keep_versions,
+        max_versions=settings.max_versions_per_adapter,
+        max_bytes=settings.max_bytes_per_key,
+        grace_s=settings.collect_grace_s,
+    )
+    catalog = Catalog(open_engine(settings.database_url, settings.state_dir), retention)
     blobs = BlobStore(settings.state_dir, max_blob_bytes=settings.max_adapter_bytes)
     blobs.remove_abandoned_uploads()
     num_orphans = blobs.sweep(catalog.list_named_blobs)

@@ -16,6 +16,7 @@ from kiln_common.clients.registry import RegistryClient
 from kiln_common.ids import new_id
 from kiln_common.pb import trainer_pb2, trainer_pb2_grpc
 from kiln_common.rpc import RpcServer
+from kiln_trainer.jobs.held_versions import HeldVersions
 from kiln_trainer.jobs.ports import JobBackend
 from kiln_trainer.jobs.store import JobStore
 from kiln_trainer.jobs.worker import Worker
@@ -45,6 +46,7 @@ class RunningTrainer:
     client: redis.Redis
     tail_client: redis.asyncio.Redis
     stop_grace_s: float
+    holding: asyncio.Task[None]
 
     @property
     def port(self) -> int:
@@ -54,6 +56,8 @@ class RunningTrainer:
     async def stop(self) -> None:
         """Let go of the running job at its next step boundary, and end."""
         await self.server.set_serving(False)
+        self.holding.cancel()
+        await asyncio.wait({self.holding})
         await asyncio.to_thread(self.worker.stop, self.stop_grace_s)
         await asyncio.to_thread(self.webhooks.stop, _WEBHOOK_GRACE_S)
         await self.server.stop(0.5)
@@ -119,6 +123,16 @@ async def start_trainer(
     webhooks.start()
     await server.set_serving(True)
     log.info("trainer_ready", listen=settings.listen, port=server.port, trainer_id=trainer_id)
+    holding = asyncio.create_task(HeldVersions(store, registry).run())
     return RunningTrainer(
-        trainer_id, server, worker, webhooks, engines, registry, client, tail_client, settings.stop_grace_s
+        trainer_id,
+        server,
+        worker,
+        webhooks,
+        engines,
+        registry,
+        client,
+        tail_client,
+        settings.stop_grace_s,
+        holding,
     )

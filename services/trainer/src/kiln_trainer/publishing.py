@@ -274,7 +274,7 @@ class GrpcPublisher:
 
     def withdraw(self, name: str, version: int = 0) -> None:
         try:
-            self._on_loop(self._registry.delete(name, version))
+            self._on_loop(self._registry.delete(name, version, actor="trainer"))
         except KilnError as error:
             if error.code != AdapterNotFound.code:
                 raise
@@ -292,7 +292,7 @@ class GrpcPublisher:
         return f"{attached.name}@{attached.version}" if attached is not None else ""
 
     def attach(self, reference: str) -> None:
-        self._on_loop(self._registry.set_default(reference))
+        self._on_loop(self._registry.set_default(reference, actor="trainer"))
 
     def _on_loop(self, call: Coroutine[Any, Any, T]) -> T:
         """Every call has its own deadline, so this always returns."""

@@ -13,7 +13,7 @@ import structlog
 from kiln_common.errors import AdapterNotFound, KilnError
 from kiln_common.pb import registry_pb2
 from kiln_engine.adapters.slots import AdapterSlots, SlotEntry, SlotState
-from kiln_engine.domain.adapter import AdapterLease, AdapterVersion, ResidentAdapter
+from kiln_engine.domain.adapter import AdapterLease, AdapterVersion, ResidentAdapter, Rollback
 from kiln_engine.domain.errors import AdapterSlotsFull, AdapterUnavailable
 from kiln_engine.domain.ports import AdapterStore
 from kiln_engine.loop import EngineLoop
@@ -59,15 +59,21 @@ class AdapterManager:
         self.on_resident: Callable[[AdapterVersion], None] = lambda _: None
         self._loads: dict[str, asyncio.Task[None]] = {}
         self._config_of_unclaimed: dict[str, str] = {}
+        self._rollbacks: dict[str, Rollback] = {}
         # Set, and replaced, whenever a slot may have become free.
         self._change = asyncio.Event()
 
     def newest(self, name: str) -> AdapterVersion | None:
-        """The highest version of a name that steps may use."""
+        """What a name means, of the versions that steps may use: the highest, unless it was rolled back."""
         versions = [
             entry.adapter for entry in self._slots.entries if entry.is_usable and entry.adapter.name == name
         ]
-        return max(versions, key=lambda version: version.version, default=None)
+        highest = max(versions, key=lambda version: version.version, default=None)
+        rollback = self._rollbacks.get(name)
+        if rollback is None or (highest is not None and highest.version > rollback.passed_over):
+            return highest
+        known = self._slots.find(rollback.target.sha256)
+        return rollback.target if known is not None and known.is_usable else None
 
     @property
     def resident(self) -> list[ResidentAdapter]:
@@ -127,6 +133,13 @@ class AdapterManager:
         self._retire_older(version)
         return lease.slots[0], not was_resident
 
+    async def turn_back(self, rollback: Rollback) -> None:
+        """A name means an older version again: bring it here, and tell those who follow the name."""
+        self._rollbacks[rollback.target.name] = rollback
+        await self.prepare(rollback.target)
+        self._slots.prefer(rollback.target)
+        self.on_resident(rollback.target)
+
     async def close(self) -> None:
         """Give up what is being fetched."""
         tasks = [*self._loads.values()]
@@ -144,6 +157,8 @@ class AdapterManager:
         except BaseException:
             self._slots.unpin(entry)
             raise
+        if entry.adapter.name == version.name and entry.adapter.version < version.version:
+            entry.adapter = version  # the same bytes, published again
         return entry
 
     async def _begin(self, version: AdapterVersion) -> SlotEntry:

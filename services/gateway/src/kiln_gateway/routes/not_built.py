@@ -23,9 +23,6 @@ NOT_BUILT: tuple[tuple[str, str, str], ...] = (
         "/v1/evals/compare",
         "Sample both adapters with POST /v1/chat/completions and score on your side.",
     ),
-    ("POST", "/v1/adapters/{name}/rollback", "POST /v1/adapters/{name}/attach with a version works."),
-    ("POST", "/v1/adapters/merge", "Chat takes several adapters at once in `adapters`."),
-    ("GET", "/v1/adapters/{name}/diff", "GET /v1/adapters/{name} lists every version with its metrics."),
 )
 
 

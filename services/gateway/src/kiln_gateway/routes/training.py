@@ -9,7 +9,7 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 
 from kiln_common.adapter_names import check_adapter_name
-from kiln_common.errors import AdapterNotFound
+from kiln_common.errors import AdapterNotFound, RegistryUnavailable
 from kiln_common.pb import trainer_pb2
 from kiln_gateway.auth import Caller, require
 from kiln_gateway.gateway import Gateway, gateway_of
@@ -98,7 +98,7 @@ async def train_opd(request: Request, caller: Caller = _TRAIN) -> Response:
         return await _accepted(gateway, job_id)
     rollouts = await _check_and_open(gateway, body, caller)
     base_model = await gateway.engines.base_model()
-    spec = await OpdSpecBuilder(body, gateway, rollouts, base_model).build()
+    spec = await OpdSpecBuilder(body, gateway, rollouts, base_model, caller).build()
     lengths = [len(prompt.token_ids) + spec.settings.sampling.max_tokens for prompt in spec.prompts]
     lengths += [len(given.prompt_token_ids) + len(given.completion_token_ids) for given in spec.rollouts]
     config = job_config(body, OPD_DEFAULTS, longest_document=max(lengths), attach=attaches(body, caller))
@@ -112,12 +112,14 @@ async def _check_and_open(gateway: Gateway, body: JobFields, caller: Caller) -> 
     body.refuse_unsupported()
     check_priority(body.priority, caller)
     check_adapter_name(body.adapter, reserved=await gateway.base_ids())
+    with contextlib.suppress(RegistryUnavailable):  # it refuses the result, too
+        await gateway.clients.registry.check_publish(body.adapter, caller.owner)
     base_model = await gateway.engines.base_model()
     if body.base_adapter is not None:
-        await gateway.resolver.version(body.base_adapter, base_model.model_hash, "base_adapter")
+        await gateway.resolver.version(body.base_adapter, base_model.model_hash, "base_adapter", caller)
     elif not body.starts_fresh:
         with contextlib.suppress(AdapterNotFound):  # the first version of its name
-            await gateway.resolver.version(body.adapter, base_model.model_hash, "adapter")
+            await gateway.resolver.version(body.adapter, base_model.model_hash, "adapter", caller)
     return KeptRollouts(gateway.rollouts, caller.owner, base_model.model_hash)
 
 

@@ -23,6 +23,7 @@ from kiln_trainer.jobs.errors import StartRankTooHigh, WorkerStopping
 from kiln_trainer.jobs.hooks import JobHooks
 from kiln_trainer.jobs.ports import JobBackend, Publisher
 from kiln_trainer.jobs.published import take_back, with_version
+from kiln_trainer.jobs.records import data_sha256
 from kiln_trainer.jobs.student import EngineStudent
 
 log = structlog.get_logger()
@@ -237,6 +238,8 @@ class Attempt:
             claim_epoch=claim.claim_epoch,
             attach=request.config.attach,
             metrics_json=json.dumps(dict(trained.metrics)),
+            data_sha256=data_sha256(request),
+            owner=request.owner,
         )
 
     def _wait_for(
