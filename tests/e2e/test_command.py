@@ -60,6 +60,7 @@ def work(stack, tmp_path_factory):
     }.items():
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     with kiln.Client(stack.url) as client:
+        client.train.sft("student", examples, attach=False).wait()
         job = client.train.sft("polite", examples, attach=False).wait()
         names = {"JOB": job.id, "~/notes": str(folder), "DATASET": "none", "RUN_1": "none", "RUN_2": "none"}
         with contextlib.suppress(kiln.NotBuiltError):
