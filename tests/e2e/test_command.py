@@ -60,6 +60,7 @@ def work(stack, tmp_path_factory):
     }.items():
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     with kiln.Client(stack.url) as client:
+        client.train.sft("student", examples, attach=False).wait()
         job = client.train.sft("polite", examples, attach=False).wait()
         names = {"JOB": job.id, "~/notes": str(folder), "DATASET": "none", "RUN_1": "none", "RUN_2": "none"}
         with contextlib.suppress(kiln.NotBuiltError):
@@ -244,8 +245,14 @@ def test_ctrl_c_leaves_the_job_alone(run, stack):
         "long",
         "--no-attach",
     ]
-    with subprocess.Popen([*command, "--epochs", "900"], stderr=subprocess.PIPE, text=True) as process:
-        job_id = next(line.split()[0] for line in process.stderr if "step" in line or "/" in line)
+    with subprocess.Popen(
+        [*command, "--epochs", "900"],
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell's background job ignores Ctrl-C, and so would whatever the tests of such a job start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:
+        job_id = next(line.split()[0] for line in process.stderr if "/900" in line)
         process.send_signal(signal.SIGINT)
         assert process.wait(20) == 130
         assert f"{job_id} goes on" in process.stderr.read()
