@@ -365,3 +365,22 @@ async def test_a_failing_engine_fails_no_run_of_its_own(rig, monkeypatch):
     async with evaluating(rig):
         run = await ended(rig, run["id"])
     assert (run["status"], run["error"]["code"]) == ("failed", "engine_unavailable")
+
+
+async def test_a_job_names_its_gates_suite_by_version(rig):
+    suite = await put_suite(rig)
+    gate = {"suite": "capitals", "min_score": 0.8, "sampling": {"max_tokens": 9}}
+    body = {"adapter": "helper", "examples": [{"prompt": "a", "completion": "b"}], "gate": gate}
+    response = await rig.post("/v1/train/sft", body)
+    assert response.status_code == 202, response.text
+    (request,) = rig.trainer.submitted
+    assert (request.config.gate.suite_id, request.config.gate.suite) == (suite["id"], "capitals@1")
+    shown = response.json()["effective_config"]["gate"]
+    assert (shown["suite"], shown["min_score"], shown["sampling"]["max_tokens"]) == ("capitals@1", 0.8, 9)
+    # A retry keeps the gate, takes another, or none.
+    rig.trainer.jobs[response.json()["id"]].status = "failed"
+    path = f"/v1/train/jobs/{response.json()['id']}/retry"
+    other = {"suite": "capitals", "min_score": 0.5}
+    for changes, least in (({}, 0.8), ({"gate": other}, 0.5), ({"gate": None}, None)):
+        again = (await rig.post(path, changes)).json()["effective_config"].get("gate")
+        assert (again and again["min_score"]) == least

@@ -11,7 +11,8 @@ from kiln_gateway.chat.translated import chat_body
 from kiln_gateway.evals.scorers import Answer, Score, ToolCall, choices_text, invalid
 from kiln_gateway.gateway import Gateway
 from kiln_gateway.schemas.chat import ChatCompletionBody
-from kiln_gateway.schemas.evals import EvalCaseFields, EvalSettings, JudgeScorer, MultipleChoiceScorer
+from kiln_gateway.schemas.evals import EvalCaseFields, JudgeScorer, MultipleChoiceScorer
+from kiln_gateway.schemas.gate import EvalSettings
 
 _PRIORITY = 1  # whoever chats goes first
 _MOST_VERDICT_TOKENS = 16

@@ -23,7 +23,8 @@ from kiln_gateway.evals.scorers import (
     score_tool_call,
 )
 from kiln_gateway.gateway import Gateway
-from kiln_gateway.schemas.evals import CodeScorer, EvalCaseFields, EvalSettings, JudgeScorer
+from kiln_gateway.schemas.evals import CodeScorer, EvalCaseFields, JudgeScorer
+from kiln_gateway.schemas.gate import EvalSettings
 
 # A service that is away or full; anything else about the request is the case's own fault or the run's.
 _PASSING = frozenset({ErrorKind.UNAVAILABLE, ErrorKind.RATE_LIMITED, ErrorKind.TIMEOUT})

@@ -17,12 +17,13 @@ from kiln_gateway.evals.scorers import Answer, Score
 from kiln_gateway.evals.suite import parse_suite
 from kiln_gateway.gateway import Gateway
 from kiln_gateway.ports import EvaluationsPort
-from kiln_gateway.schemas.evals import EvalCaseFields, EvalSettings
+from kiln_gateway.schemas.evals import EvalCaseFields
+from kiln_gateway.schemas.gate import EvalSettings
 from kiln_gateway.together import together
 
 log = structlog.get_logger()
 
-_LEASE_S = 30.0
+_LEASE_S = 10.0
 _REPORT_EVERY_S = 1.0
 _PATIENCE_S = 300.0
 _LAST_WORDS_S = 2.0

@@ -9,6 +9,7 @@ from pydantic_core import PydanticCustomError
 
 from kiln_gateway.schemas.base import Body, Reference
 from kiln_gateway.schemas.chat import Messages, Tool
+from kiln_gateway.schemas.gate import EvalSettings
 from kiln_gateway.schemas.training import PromptText
 
 MAX_CASES = 20_000
@@ -155,16 +156,6 @@ class SuiteBody(Body):
         return self
 
 
-class EvalSettings(Body):
-    """How the answers are drawn; the same for every case and for all versions to be compared."""
-
-    max_tokens: Annotated[int, Field(ge=1, le=2**20)] = 512
-    temperature: Annotated[float, Field(ge=0, le=2)] = 0.0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    thinking: Annotated[bool | None, Field(description="left out: as the server does by default")] = None
-
-
 class RunBody(Body):
     suite: Annotated[str, Field(min_length=1, max_length=160)] = Field(
         description='"name" for its latest version, "name@version", or the id'
@@ -184,11 +175,3 @@ class CompareBody(Body):
 
     baseline: Annotated[str, Field(min_length=1, max_length=80)]
     candidate: Annotated[str, Field(min_length=1, max_length=80)]
-
-
-class GateFields(Body):
-    """What a training job's result has to reach before it is published."""
-
-    suite: Annotated[str, Field(min_length=1, max_length=160)]
-    min_score: Annotated[float, Field(ge=0, le=1)] = Field(description="lowest mean score that passes")
-    sampling: EvalSettings = EvalSettings()
