@@ -384,3 +384,20 @@ async def test_a_job_names_its_gates_suite_by_version(rig):
     for changes, least in (({}, 0.8), ({"gate": other}, 0.5), ({"gate": None}, None)):
         again = (await rig.post(path, changes)).json()["effective_config"].get("gate")
         assert (again and again["min_score"]) == least
+
+
+async def test_a_conversation_with_calls_in_it_is_asked_as_it_is(rig):
+    call = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Oslo"}'}}
+    messages = [
+        {"role": "system", "content": "Be short."},
+        {"role": "user", "content": "Rain?"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "no", "tool_call_id": "c1"},
+    ]
+    await put_suite(rig, [{"messages": messages, "scorer": {"type": "contains", "target": "Hello"}}])
+    run = await run_to_end(rig)
+    assert run["cases"][0]["score"] == 1.0, run["cases"]
+    prompt = rig.tokenizer.decode(list(rig.engine.requests[0].prompt_token_ids))
+    assert "Be short." in prompt
+    assert "<function=weather>\n<parameter=city>\nOslo" in prompt
+    assert "<tool_response>\nno" in prompt

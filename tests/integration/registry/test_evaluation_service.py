@@ -25,7 +25,12 @@ async def test_suites_and_runs_outlive_the_registry(tmp_path):
     async with running_registry(tmp_path) as registry:
         client = EvaluationsClient(registry.address)
         again = await client.claim_run(30.0)
-        assert (again.id, again.claim_epoch, [*again.cases]) == (run.id, 2, [case])
+        assert (again.id, again.claim_epoch, [*again.cases]) == (
+            run.id,
+            2,
+            [pb.EvalCase(index=1, score=0.5, is_valid=True)],
+        )
+        assert [*(await client.get_run(run.id, "me", with_cases=True)).cases] == [case]
         assert await client.claim_run(30.0) is None
         with pytest.raises(KilnError) as refused:
             await client.report_cases(run.id, 1, [], 30.0)

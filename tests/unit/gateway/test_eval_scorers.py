@@ -1,5 +1,7 @@
 """Each scorer tells right from wrong, and an answer without the form it needs from both."""
 
+from typing import get_args
+
 import pytest
 
 from kiln_gateway.evals.code import program_of, score_code
@@ -24,8 +26,10 @@ from kiln_gateway.schemas.evals import (
     MultipleChoiceScorer,
     NumericScorer,
     RegexScorer,
+    Scorer,
     ToolCallScorer,
 )
+from tests.support.gateway import REPOSITORY
 
 RIGHT, WRONG, INVALID = (1.0, True), (0.0, True), (0.0, False)
 
@@ -128,6 +132,27 @@ def test_a_schemas_pattern_gives_up_in_time():
     assert verdict(score_json_schema(scorer, Answer('"' + "a" * 500 + '"'))) == INVALID
 
 
+def test_a_schema_that_cannot_be_used_makes_the_answer_invalid(monkeypatch):
+    monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: pytest.fail("something was fetched"))
+    for schema, words in [
+        ({"type": "string", "pattern": "("}, "missing )"),
+        ({"$ref": "#/$defs/missing"}, "missing"),
+        ({"$ref": "#"}, "nested too deeply"),
+        ({"$ref": "http://127.0.0.1:9/never/asked"}, "never/asked"),
+    ]:
+        scorer = JsonSchemaScorer.model_validate({"type": "json_schema", "schema": schema})
+        score = score_json_schema(scorer, Answer('"text"'))
+        assert verdict(score) == INVALID
+        assert words in score.detail, score.detail
+
+
+def test_a_line_ends_only_at_a_line_feed():
+    case = '{"prompt": "a\u2028b\x85c", "scorer": {"type": "exact", "target": "x"}}'
+    assert [found.prompt for found in parse_suite(f"{case}\r\n{case}", param="jsonl")] == [
+        "a\u2028b\x85c"
+    ] * 2
+
+
 def test_a_tool_call_needs_its_name_and_arguments():
     scorer = ToolCallScorer(type="tool_call", name="weather", arguments={"city": "Oslo", "days": 1})
     call = ToolCall("weather", '{"days": 1.0, "city": "Oslo"}')
@@ -178,11 +203,13 @@ def test_every_wrong_line_of_a_suite_is_named():
         '{"prompt": "Hi", "scorer": {"type": "tool_call", "name": "weather"}}',
         '{"prompt": "Hi", "scorer": {"type": "multiple_choice", "choices": ["a", "b"], "answer": 2}}',
         "[1]",
+        '{"prompt": "\\ud800", "scorer": {"type": "exact", "target": "a"}}',
+        '{"prompt": "Hi", "scorer": {"type": "json_schema", "schema": {"items": {"$ref": "http://x/y"}}}}',
     ]
     with pytest.raises(InvalidSuite) as caught:
         parse_suite("\n".join(lines), param="jsonl")
     message = str(caught.value)
-    assert message.startswith("9 lines are wrong: line 3: not JSON")
+    assert message.startswith("11 lines are wrong: line 3: not JSON")
     for number, words in [
         (4, "`scorer` is missing"),
         (5, "`messages` is empty"),
@@ -192,6 +219,8 @@ def test_every_wrong_line_of_a_suite_is_named():
         (9, "tools are missing"),
         (10, "answer is 2, the last choice is 1"),
         (11, "not an object"),
+        (12, "a character that is not Unicode text"),
+        (13, "only references within it are followed"),
     ]:
         part = next(part for part in message.split("; ") if f"line {number}:" in part)
         assert words in part
@@ -200,3 +229,9 @@ def test_every_wrong_line_of_a_suite_is_named():
 def test_an_empty_suite_is_refused():
     with pytest.raises(InvalidSuite, match="has no case"):
         parse_suite("\n\n", param="jsonl")
+
+
+def test_the_suite_in_the_documentation_has_every_scorer():
+    page = (REPOSITORY / "docs/evaluation.md").read_text(encoding="utf-8")
+    cases = parse_suite(page.partition("```jsonl\n")[2].partition("```")[0], param="jsonl")
+    assert {type(case.scorer) for case in cases} == set(get_args(get_args(Scorer)[0]))

@@ -16,6 +16,8 @@ import regex
 from jsonschema import Draft202012Validator, ValidationError
 from jsonschema.exceptions import best_match
 from jsonschema.validators import extend
+from jsonschema_specifications import REGISTRY as SPECIFICATIONS
+from referencing.exceptions import Unresolvable
 
 from kiln_gateway.schemas.evals import (
     ContainsScorer,
@@ -126,11 +128,15 @@ def score_json_schema(scorer: JsonSchemaScorer, answer: Answer) -> Score:
     except (ValueError, RecursionError) as error:
         return invalid(f"the answer is not JSON: {error}")
     try:
-        problem = best_match(_Validator(scorer.schema_).iter_errors(value))
+        # A registry of its own: the default one would fetch what a schema refers to from the network.
+        validator = _Validator(scorer.schema_, registry=SPECIFICATIONS)
+        problem = best_match(validator.iter_errors(value))
+    except (Unresolvable, regex.error) as error:
+        return invalid(f"the schema cannot be used: {error}"[:500])
     except TimeoutError:
         return invalid(f"a pattern of the schema took longer than {_REGEX_LIMIT_S:g} s on this answer")
     except RecursionError:
-        return invalid("the answer is nested too deeply")
+        return invalid("the answer or the schema is nested too deeply")
     if problem is not None:
         return _verdict(False, f"{problem.json_path}: {problem.message}"[:500])
     return _verdict(not scorer.has_target or _is_same_json(value, scorer.target))

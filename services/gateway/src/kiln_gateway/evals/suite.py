@@ -22,7 +22,8 @@ def parse_suite(text: str, *, param: str) -> list[EvalCaseFields]:
         InvalidSuite: with every wrong line by number, or that there are none or too many.
     """
     cases, problems = [], []
-    for number, line in enumerate(text.splitlines(), start=1):
+    # Not splitlines: a JSON string may hold other characters that end lines.
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -30,7 +31,7 @@ def parse_suite(text: str, *, param: str) -> list[EvalCaseFields]:
         except KilnError as error:
             problems.append((number, str(error)))
         except ValueError as error:
-            problems.append((number, f"not JSON: {error}"))
+            problems.append((number, str(error)))
         except RecursionError:
             problems.append((number, "nested too deeply"))
     if not cases and not problems:
@@ -47,9 +48,16 @@ def to_jsonl(cases: list[dict[str, Any]]) -> str:
 
 
 def _case(line: str) -> EvalCaseFields:
-    fields = json.loads(line)
+    try:
+        fields = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"not JSON: {error}") from None
     if not isinstance(fields, dict):
         raise ValueError("not an object")
+    try:
+        json.dumps(fields, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError("there is a character that is not Unicode text") from None
     case = validate(fields, EvalCaseFields)
     if isinstance(case.scorer, RegexScorer):
         try:
@@ -61,4 +69,18 @@ def _case(line: str) -> EvalCaseFields:
             Draft202012Validator.check_schema(case.scorer.schema_)
         except SchemaError as error:
             raise ValueError(f"scorer.schema: {error.message}") from None
+        if _refers_elsewhere(case.scorer.schema_):
+            raise ValueError("scorer.schema: only references within it are followed, those that begin with #")
     return case
+
+
+def _refers_elsewhere(schema: Any) -> bool:
+    """Whether a schema names one outside, which would have to be fetched."""
+    if isinstance(schema, list):
+        return any(map(_refers_elsewhere, schema))
+    if not isinstance(schema, dict):
+        return False
+    references = [schema.get(name) for name in ("$ref", "$dynamicRef")]
+    return any(isinstance(ref, str) and not ref.startswith("#") for ref in references) or any(
+        map(_refers_elsewhere, schema.values())
+    )

@@ -12,7 +12,7 @@ from kiln_gateway.schemas.chat import Messages, Tool
 from kiln_gateway.schemas.gate import EvalSettings
 from kiln_gateway.schemas.training import PromptText
 
-MAX_CASES = 20_000
+MAX_CASES = 10_000
 
 Text = Annotated[str, Field(max_length=65_536)]
 Texts = Annotated[
