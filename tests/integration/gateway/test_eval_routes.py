@@ -211,6 +211,7 @@ async def test_a_judge_grades_and_an_unusable_verdict_is_invalid(rig):
         (0.25, True),
         (0.0, False),
     ]
+    assert run["cases"][0]["detail"] == "critic@1 judged 5"
     assert (run["score"]["method"], run["num_invalid"]) == ("bootstrap", 1)
     judged = [r for r in rig.engine.requests if user_text(rig, r).startswith("Judge")]
     assert [[ref.name for ref in request.adapters] for request in judged] == [["critic"]] * 3

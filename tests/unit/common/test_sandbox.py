@@ -312,8 +312,9 @@ def test_code_is_not_run_where_namespaces_are_missing(python: Run, work: Path):
 def test_an_ordinary_user_has_the_same_walls(python: Run, tmp_path: Path):
     """Run as a user without privileges, from a Python that user can read."""
     system_python = shutil.which("python3", path="/usr/local/bin:/usr/bin")
-    if os.geteuid() != 0 or system_python is None:
-        pytest.skip("all other tests run as an ordinary user, or there is no system Python")
+    is_new_enough = "import sys; sys.exit(sys.version_info < (3, 11))"
+    if os.geteuid() != 0 or system_python is None or subprocess.call([system_python, "-c", is_new_enough]):
+        pytest.skip("all other tests run as an ordinary user, or there is no system Python of 3.11 or newer")
     user_id = 54321
     for folder in [tmp_path, *tmp_path.parents[:2]]:
         folder.chmod(0o755)
@@ -325,7 +326,16 @@ def test_an_ordinary_user_has_the_same_walls(python: Run, tmp_path: Path):
     environment = tmp_path / "venv"
     subprocess.run([system_python, "-m", "venv", "--without-pip", str(environment)], check=True)
     (next(environment.glob("lib/python3*/site-packages")) / "kiln.pth").write_text(str(package.parent))
-    code = "import os; print(os.getuid(), open('/etc/passwd'))"
+    code = """
+import os, socket
+for call in (lambda: open("/etc/passwd"), lambda: os.mkdir("/usr/new"), lambda: socket.create_connection(("1.1.1.1", 53))):
+    try:
+        call()
+    except OSError as error:
+        print(os.getuid(), error.strerror, flush=True)
+while True:
+    os.fork()
+"""
     result = subprocess.run(
         [environment / "bin" / "python", "-c", _CALLER.format(before=""), code, str(work)],
         capture_output=True,
@@ -336,7 +346,9 @@ def test_an_ordinary_user_has_the_same_walls(python: Run, tmp_path: Path):
         cwd=work,
         check=False,
     )
-    assert "No such file or directory" in result.stdout, result.stderr
+    for reason in ("No such file or directory", "Read-only file system", "Network is unreachable"):
+        assert f"{user_id} {reason}" in result.stdout, result.stderr
+    assert "processes and threads; the limit is 32" in result.stdout
 
 
 def test_a_folder_of_roots_is_given_to_nobody_and_other_owners_keep_theirs(python: Run, work: Path):

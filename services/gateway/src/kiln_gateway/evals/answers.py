@@ -37,7 +37,8 @@ async def draw_answer(
         seed=settings.seed,
         chat_template_kwargs=None if settings.thinking is None else {"enable_thinking": settings.thinking},
     )
-    return await _answer(gateway, owner, body)
+    answer, _ = await _answer(gateway, owner, body)
+    return answer
 
 
 async def judge(
@@ -61,10 +62,11 @@ async def judge(
         chat_template_kwargs={"enable_thinking": False},
         structured_outputs={"choice": grades},
     )
-    said = (await _answer(gateway, owner, body)).text.strip()
+    verdict, version = await _answer(gateway, owner, body)
+    said = verdict.text.strip()
     if said not in grades:
-        return invalid(f"the judge said {said[:100]!r}")
-    return Score(grades.index(said) / (len(grades) - 1), detail=f"the judge said {said}")
+        return invalid(f"{version} judged {said[:100]!r}")
+    return Score(grades.index(said) / (len(grades) - 1), detail=f"{version} judged {said}")
 
 
 def _messages(case: EvalCaseFields) -> list[dict[str, Any]]:
@@ -77,13 +79,13 @@ def _body(**fields: Any) -> ChatCompletionBody:
     return chat_body({**fields, "store": False, "priority": _PRIORITY})
 
 
-async def _answer(gateway: Gateway, owner: str, body: ChatCompletionBody) -> Answer:
+async def _answer(gateway: Gateway, owner: str, body: ChatCompletionBody) -> tuple[Answer, str]:
+    """The answer, and the adapter version that gave it."""
     caller = Caller(owner=owner, scopes=frozenset({"infer"}))
     run = await prepare_chat(gateway, body, caller, is_one_of_many=True)
     events = await run.collect(gateway.engines, gateway.rollouts, gateway.metrics)
     whole = ChatAnswer(run, gateway.tokenizer, has_logprobs=False, has_token_ids=False).whole(events)
     message = whole["choices"][0]["message"]
     calls = [call["function"] for call in message.get("tool_calls") or ()]
-    return Answer(
-        message["content"] or "", tuple(ToolCall(call["name"], call["arguments"]) for call in calls)
-    )
+    tool_calls = tuple(ToolCall(call["name"], call["arguments"]) for call in calls)
+    return Answer(message["content"] or "", tool_calls), run.target.label
