@@ -226,6 +226,24 @@ async def test_a_case_that_cannot_be_asked_is_invalid_and_the_rest_goes_on(rig):
     assert "prompt_too_long" in run["cases"][0]["detail"]
 
 
+async def test_an_answer_that_cannot_be_judged_is_invalid(rig):
+    scorer = {"type": "judge", "criteria": "polite " * 2000}
+    await put_suite(rig, [{"prompt": "Hi", "scorer": scorer}])
+    (case,) = (await run_to_end(rig))["cases"]
+    assert (case["answer"], case["is_valid"]) == ("Hello there!", False)
+    assert "prompt_too_long" in case["detail"]
+
+
+async def test_a_run_fails_when_the_engines_serve_another_base_model_now(rig):
+    await put_suite(rig)
+    version = rig.registry.add("helper")
+    run = await start(rig, adapter="helper")
+    version.base_model_hash = "0" * 64
+    async with evaluating(rig):
+        run = await ended(rig, run["id"])
+    assert (run["status"], run["error"]["code"]) == ("failed", "adapter_mismatch")
+
+
 async def test_a_run_fails_with_a_reason_when_its_adapter_is_gone(rig):
     await put_suite(rig)
     rig.registry.add("helper")

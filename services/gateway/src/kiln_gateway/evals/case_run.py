@@ -7,7 +7,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-from kiln_common.errors import ErrorKind, KilnError
+from kiln_common.errors import AdapterMismatch, ErrorKind, KilnError
 from kiln_gateway.evals.answers import draw_answer, judge
 from kiln_gateway.evals.code import score_code
 from kiln_gateway.evals.scorers import (
@@ -58,21 +58,22 @@ class CaseRunner:
         self._programs = asyncio.Semaphore(_MOST_PROGRAMS)
 
     async def run(self, index: int, case: EvalCaseFields) -> tuple[Answer, Score]:
-        """A case the model cannot be asked (its prompt is too long, say) is invalid.
+        """A case that cannot be asked or judged (its prompt is too long, say) is invalid.
 
         Raises:
             KilnError: what would befall every case: no engine for `patience_s`, no such adapter, no sandbox.
         """
         settings = self._settings.model_copy(update={"seed": (self._settings.seed + index) % 2**63})
+        answer = Answer("")
         try:
             answer = await self._patiently(
                 lambda: draw_answer(self._gateway, self._owner, case, self._adapter, settings)
             )
+            return answer, await self._score(case, answer, settings.seed)
         except KilnError as error:
-            if error.kind not in _FAULT_OF_THE_CASE:
+            if error.kind not in _FAULT_OF_THE_CASE or error.code == AdapterMismatch.code:
                 raise
-            return Answer(""), invalid(f"{error.code}: {error}")
-        return answer, await self._score(case, answer, settings.seed)
+            return answer, invalid(f"{error.code}: {error}")
 
     async def _score(self, case: EvalCaseFields, answer: Answer, seed: int) -> Score:
         scorer = case.scorer

@@ -6,7 +6,7 @@ from kiln_common.errors import ErrorKind, InvalidRequest, KilnError
 
 
 class InvalidSuite(InvalidRequest):
-    """Lines of a suite are wrong; the message names all of them, and nothing was kept."""
+    """Lines of a suite are wrong; the message names the first fifty, and nothing was kept."""
 
     code = "invalid_suite"
     hint = "Mend the lines and send the suite again; docs/evaluation.md shows every scorer."

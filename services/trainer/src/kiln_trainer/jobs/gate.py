@@ -12,6 +12,7 @@ import structlog
 
 from kiln_common.errors import KilnError
 from kiln_common.pb import evaluations_pb2, registry_pb2, trainer_pb2
+from kiln_trainer.domain.errors import ClaimLost, JobCancelled
 from kiln_trainer.domain.training import AdapterContent
 from kiln_trainer.jobs.claimed_job import ClaimedJob
 from kiln_trainer.jobs.errors import WorkerStopping
@@ -64,14 +65,10 @@ class Gate:
         report = self._publisher.make_live(candidate)
         try:
             outcome = self._evaluate(candidate)
-        except KilnError as error:
-            if error.code == "job_cancelled":
-                self.clear()
-                raise
-            if error.code == "claim_lost":
-                raise
-            outcome = self._outcome(None, f"the evaluation failed with {error.code}: {error}")
-        self._job.write({}, ("gate", outcome))
+            self._job.write({}, ("gate", outcome))
+        except JobCancelled:
+            self.clear()
+            raise
         log.info("gate_judged", passed=outcome["passed"], reason=outcome["reason"])
         if outcome["passed"]:
             return outcome, None
@@ -100,6 +97,15 @@ class Gate:
         return self._wait_for(lambda: self._publisher.publish(held, content))
 
     def _evaluate(self, candidate: registry_pb2.AdapterVersion) -> dict[str, Any]:
+        try:
+            return self._evaluation(candidate)
+        except (ClaimLost, JobCancelled):
+            raise
+        except KilnError as error:
+            return self._outcome(None, f"the evaluation failed with {error.code}: {error}")
+
+    def _evaluation(self, candidate: registry_pb2.AdapterVersion) -> dict[str, Any]:
+        """Start it, wait for its end, and compare the score."""
         request = evaluations_pb2.SubmitRunRequest(
             owner=self._gate.owner,
             suite_id=self._gate.suite_id,
