@@ -205,11 +205,12 @@ def test_every_wrong_line_of_a_suite_is_named():
         "[1]",
         '{"prompt": "\\ud800", "scorer": {"type": "exact", "target": "a"}}',
         '{"prompt": "Hi", "scorer": {"type": "json_schema", "schema": {"items": {"$ref": "http://x/y"}}}}',
+        '{"prompt": "Hi", "scorer": {"type": "json_schema", "schema": {"anyOf": [{"patternProperties": {}}]}}}',
     ]
     with pytest.raises(InvalidSuite) as caught:
         parse_suite("\n".join(lines), param="jsonl")
     message = str(caught.value)
-    assert message.startswith("11 lines are wrong: line 3: not JSON")
+    assert message.startswith("12 lines are wrong: line 3: not JSON")
     for number, words in [
         (4, "`scorer` is missing"),
         (5, "`messages` is empty"),
@@ -221,6 +222,7 @@ def test_every_wrong_line_of_a_suite_is_named():
         (11, "not an object"),
         (12, "a character that is not Unicode text"),
         (13, "only references within it are followed"),
+        (14, "patternProperties is not supported"),
     ]:
         part = next(part for part in message.split("; ") if f"line {number}:" in part)
         assert words in part

@@ -159,14 +159,18 @@ class _Report:
 
     async def keep_reporting(self) -> None:
         """Report now and then. A registry that is away gets everything when it is back."""
+        is_away = False  # so that one outage is one line in the log
         while True:
             await asyncio.sleep(_REPORT_EVERY_S)
             try:
                 await self.flush(lease_s=_LEASE_S)
+                is_away = False
             except KilnError as error:
                 if error.code == "eval_claim_lost":
                     raise
-                log.warning("eval_cases_not_reported", run_id=self._run.id, code=error.code)
+                if not is_away:
+                    log.warning("eval_cases_not_reported", run_id=self._run.id, code=error.code)
+                is_away = True
 
 
 def _shown(answer: Answer) -> str:

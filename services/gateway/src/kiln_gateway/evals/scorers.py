@@ -80,10 +80,9 @@ def _folded(text: str, ignore_case: bool) -> str:
 def score_regex(scorer: RegexScorer, answer: Answer) -> Score:
     flags = regex.IGNORECASE if scorer.ignore_case else 0
     try:
-        found = regex.search(scorer.pattern, answer.text, flags, timeout=_REGEX_LIMIT_S)
+        return _verdict(_search(scorer.pattern, answer.text, flags))
     except TimeoutError:
         return invalid(f"the pattern took longer than {_REGEX_LIMIT_S:g} s on this answer")
-    return _verdict(found is not None)
 
 
 def score_numeric(scorer: NumericScorer, answer: Answer) -> Score:
@@ -131,6 +130,7 @@ def score_json_schema(scorer: JsonSchemaScorer, answer: Answer) -> Score:
         # A registry of its own: the default one would fetch what a schema refers to from the network.
         validator = _Validator(scorer.schema_, registry=SPECIFICATIONS)
         problem = best_match(validator.iter_errors(value))
+        is_right = not scorer.has_target or _is_same_json(value, scorer.target)
     except (Unresolvable, regex.error) as error:
         return invalid(f"the schema cannot be used: {error}"[:500])
     except TimeoutError:
@@ -139,27 +139,24 @@ def score_json_schema(scorer: JsonSchemaScorer, answer: Answer) -> Score:
         return invalid("the answer or the schema is nested too deeply")
     if problem is not None:
         return _verdict(False, f"{problem.json_path}: {problem.message}"[:500])
-    return _verdict(not scorer.has_target or _is_same_json(value, scorer.target))
+    return _verdict(is_right)
+
+
+def _search(pattern: str, text: str, flags: int = 0) -> bool:
+    """Patterns come from outside and meet texts that nobody wrote: they get a time limit, and let others run.
+
+    Raises:
+        TimeoutError, regex.error
+    """
+    return regex.search(pattern, text, flags, concurrent=True, timeout=_REGEX_LIMIT_S) is not None
 
 
 def _timed_pattern(validator: Any, pattern: str, instance: Any, schema: Any) -> Iterator[ValidationError]:
-    if isinstance(instance, str) and not regex.search(pattern, instance, timeout=_REGEX_LIMIT_S):
+    if isinstance(instance, str) and not _search(pattern, instance):
         yield ValidationError(f"{instance!r} does not match {pattern!r}")
 
 
-def _timed_pattern_properties(
-    validator: Any, patterns: dict[str, Any], instance: Any, schema: Any
-) -> Iterator[ValidationError]:
-    for pattern, subschema in patterns.items() if isinstance(instance, dict) else ():
-        for name, value in instance.items():
-            if regex.search(pattern, name, timeout=_REGEX_LIMIT_S):
-                yield from validator.descend(value, subschema, path=name, schema_path=pattern)
-
-
-# A schema's patterns come from outside and meet answers that nobody wrote: they get a time limit.
-_Validator = extend(
-    Draft202012Validator, {"pattern": _timed_pattern, "patternProperties": _timed_pattern_properties}
-)
+_Validator = extend(Draft202012Validator, {"pattern": _timed_pattern})
 
 
 def score_tool_call(scorer: ToolCallScorer, answer: Answer) -> Score:

@@ -69,18 +69,22 @@ def _case(line: str) -> EvalCaseFields:
             Draft202012Validator.check_schema(case.scorer.schema_)
         except SchemaError as error:
             raise ValueError(f"scorer.schema: {error.message}") from None
-        if _refers_elsewhere(case.scorer.schema_):
-            raise ValueError("scorer.schema: only references within it are followed, those that begin with #")
+        _refuse_unsafe(case.scorer.schema_)
     return case
 
 
-def _refers_elsewhere(schema: Any) -> bool:
-    """Whether a schema names one outside, which would have to be fetched."""
+def _refuse_unsafe(schema: Any) -> None:
+    """Refuse what would have to be fetched, and patterns that would get no time limit. Raises ValueError."""
     if isinstance(schema, list):
-        return any(map(_refers_elsewhere, schema))
+        for part in schema:
+            _refuse_unsafe(part)
     if not isinstance(schema, dict):
-        return False
-    references = [schema.get(name) for name in ("$ref", "$dynamicRef")]
-    return any(isinstance(ref, str) and not ref.startswith("#") for ref in references) or any(
-        map(_refers_elsewhere, schema.values())
-    )
+        return
+    for name in ("$ref", "$dynamicRef"):
+        reference = schema.get(name)
+        if isinstance(reference, str) and not reference.startswith("#"):
+            raise ValueError("scorer.schema: only references within it are followed, those that begin with #")
+    if "patternProperties" in schema:
+        raise ValueError("scorer.schema: patternProperties is not supported, propertyNames with a pattern is")
+    for part in schema.values():
+        _refuse_unsafe(part)
