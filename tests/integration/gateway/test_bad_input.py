@@ -235,12 +235,6 @@ async def test_where_there_are_no_fields_the_hint_says_so(rig):
     assert error["hint"] == "Leave it out: there are no fields here."
 
 
-async def test_what_is_not_built_is_named_with_its_value_where_others_work(rig):
-    for fields, named in (({"gate": {"suite": "x"}}, "`gate` is"),):
-        error = (await rig.post(GRPO, {**SHORT, **fields})).json()["error"]
-        assert error["message"] == f"{named} part of the contract but not built yet"
-
-
 async def test_a_learning_rate_that_ruins_the_adapter_is_refused_with_its_number(rig):
     error = (await rig.post(GRPO, {**SHORT, "learning_rate": 1e9})).json()["error"]
     assert "1000000000.0" in error["message"]
