@@ -52,6 +52,7 @@ async def start_run(request: Request, caller: Caller = _TRAIN) -> Response:
     suite = await store.get_suite(caller.owner, body.suite)
     target = await gateway.resolver.resolve(
         None,
+        caller=caller,
         base_ids=await gateway.base_ids(),
         model_hash=(await gateway.engines.base_model()).model_hash,
         adapter=body.adapter,
