@@ -26,6 +26,7 @@ from kiln_gateway.app import create_app
 from kiln_gateway.ports import Clients
 from kiln_gateway.server import GatewayServer
 from kiln_gateway.settings import GatewaySettings
+from tests.support.evaluations import LocalEvaluations
 from tests.support.fake_datasets import FakeDatasets
 from tests.support.fake_trainer import FakeTrainer
 
@@ -359,7 +360,14 @@ def build_rig(
     engine, trainer = FakeEngine(tokenizer, max_model_len=max_model_len), FakeTrainer()
     registry = registry or FakeRegistry()
     datasets = FakeDatasets()
-    clients = Clients([engine], registry, trainer, datasets, redis)
+    clients = Clients(
+        engines=[engine],
+        registry=registry,
+        trainer=trainer,
+        datasets=datasets,
+        evaluations=LocalEvaluations(folder / "evaluations"),
+        redis=redis,
+    )
     app = create_app(gateway_settings, clients)
     return Rig(app, tokenizer, engine, registry, trainer, datasets, gateway_settings, redis)
 

@@ -398,7 +398,7 @@ async def test_a_webhook_is_shown_without_its_secret_and_a_retry_may_change_it(r
 
 
 def test_every_setting_can_be_changed_by_a_retry_or_is_not_built_yet():
-    assert set(RetryBody.model_fields) - set(PATHS) == {"gate", "webhook"}
+    assert set(RetryBody.model_fields) - set(PATHS) == {"webhook"}
 
 
 async def test_what_the_trainer_counts_reaches_the_client(rig):

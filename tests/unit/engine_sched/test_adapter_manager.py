@@ -343,3 +343,18 @@ async def test_bytes_that_are_published_again_serve_as_the_later_version():
         again = AdapterVersion("a", 7, version_of("a").sha256)
         assert await manager.prepare(again) == (1, False)
         assert (manager.newest("a"), source.num_fetches) == (again, 1)
+
+
+async def test_the_same_bytes_under_another_name_are_that_names_newest_version():
+    """A candidate that passed its gate is published under the name it was trained for."""
+    candidate = version_of("a")
+    published = AdapterVersion("helper", 7, candidate.sha256)
+    heard = []
+    async with running_manager() as (manager, _, source):
+        manager.on_resident = heard.append
+        await manager.prepare(candidate)
+        assert await manager.prepare(published) == (1, False)
+        assert manager.newest("helper") == published
+        assert manager.newest("a") is None
+        assert source.num_fetches == 1
+    assert heard == [candidate, published]

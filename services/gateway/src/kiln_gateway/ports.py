@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
 
-from kiln_common.pb import dataset_pb2, engine_pb2, registry_pb2, trainer_pb2
+from kiln_common.pb import dataset_pb2, engine_pb2, evaluations_pb2, registry_pb2, trainer_pb2
 
 Item = TypeVar("Item")
 
@@ -105,6 +105,39 @@ class DatasetPort(Protocol):
     async def delete(self, dataset_id: str) -> None: ...
 
 
+class EvaluationsPort(Protocol):
+    async def put_suite(
+        self, owner: str, name: str, content: str, num_cases: int
+    ) -> evaluations_pb2.EvalSuite: ...
+
+    async def get_suite(
+        self, owner: str, reference: str, *, with_content: bool = False
+    ) -> evaluations_pb2.EvalSuite: ...
+
+    async def list_suites(self, owner: str) -> builtins.list[evaluations_pb2.EvalSuite]: ...
+
+    async def submit_run(self, request: evaluations_pb2.SubmitRunRequest) -> evaluations_pb2.EvalRun: ...
+
+    async def get_run(
+        self, run_id: str, owner: str, *, with_cases: bool = False
+    ) -> evaluations_pb2.EvalRun: ...
+
+    async def claim_run(self, lease_s: float) -> evaluations_pb2.EvalRun | None: ...
+
+    async def report_cases(
+        self, run_id: str, claim_epoch: int, cases: Sequence[evaluations_pb2.EvalCase], lease_s: float
+    ) -> None: ...
+
+    async def finish_run(
+        self,
+        run_id: str,
+        claim_epoch: int,
+        *,
+        summary_json: str = "",
+        error: evaluations_pb2.EvalError | None = None,
+    ) -> evaluations_pb2.EvalRun: ...
+
+
 @dataclass(frozen=True)
 class Clients:
     """Every leaf behind the gateway.
@@ -117,5 +150,6 @@ class Clients:
     registry: RegistryPort
     trainer: TrainerPort
     datasets: DatasetPort
+    evaluations: EvaluationsPort
     redis: Any = None
     connect: Callable[[str], EnginePort] | None = None

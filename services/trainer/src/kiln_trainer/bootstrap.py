@@ -12,6 +12,7 @@ import structlog
 from grpc_reflection.v1alpha import reflection
 
 from kiln_common.bus.connect import connect, connect_async
+from kiln_common.clients.evaluations import EvaluationsClient
 from kiln_common.clients.registry import RegistryClient
 from kiln_common.ids import new_id
 from kiln_common.pb import trainer_pb2, trainer_pb2_grpc
@@ -43,6 +44,7 @@ class RunningTrainer:
     webhooks: WebhookSender
     engines: EngineDirectory
     registry: RegistryClient
+    evaluations: EvaluationsClient
     client: redis.Redis
     tail_client: redis.asyncio.Redis
     stop_grace_s: float
@@ -62,6 +64,7 @@ class RunningTrainer:
         await asyncio.to_thread(self.webhooks.stop, _WEBHOOK_GRACE_S)
         await self.server.stop(0.5)
         await self.registry.close()
+        await self.evaluations.close()
         await self.engines.close()
         await self.tail_client.aclose()
         self.client.close()
@@ -86,6 +89,7 @@ async def start_trainer(
     client, tail_client = connect(settings.redis_url), connect_async(settings.redis_url)
     store = JobStore(client, trainer_id, retention_s=settings.retention_s)
     registry = RegistryClient(settings.registry_address)
+    evaluations = EvaluationsClient(settings.registry_address)
     engines = EngineDirectory(
         settings.engine_addresses,
         info_timeout_s=_INFO_TIMEOUT_S,
@@ -98,7 +102,7 @@ async def start_trainer(
     worker = Worker(
         store,
         backend,
-        GrpcPublisher(registry, engines, asyncio.get_running_loop()),
+        GrpcPublisher(registry, engines, asyncio.get_running_loop(), evaluations),
         settings.state_dir / "jobs",
         claim_timeout_s=settings.claim_timeout_s,
         patience_s=settings.patience_s,
@@ -131,6 +135,7 @@ async def start_trainer(
         webhooks,
         engines,
         registry,
+        evaluations,
         client,
         tail_client,
         settings.stop_grace_s,

@@ -130,6 +130,11 @@ class AdapterManager:
         was_resident = known is not None and known.is_usable
         lease = await self.acquire([version])
         self.release(lease)
+        entry = self._slots.find(version.sha256)
+        if entry is not None and entry.adapter.name != version.name:
+            # The same bytes, published under another name: those who follow that name hear of it.
+            entry.adapter = version
+            self.on_resident(version)
         self._retire_older(version)
         return lease.slots[0], not was_resident
 

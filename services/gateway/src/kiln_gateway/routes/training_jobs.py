@@ -16,6 +16,7 @@ from kiln_gateway.json_response import json_response
 from kiln_gateway.ports import closing
 from kiln_gateway.request_query import refuse_unknown_query
 from kiln_gateway.schemas.training import CancelBody, RetryBody
+from kiln_gateway.training.gate import resolved_gate
 from kiln_gateway.training.job_rights import visible_job
 from kiln_gateway.training.job_view import event_object, job_object
 from kiln_gateway.training.receipt import receipt
@@ -77,7 +78,8 @@ async def retry_job(request: Request, job_id: str, caller: Caller = _TRAIN) -> R
         return json_response(job_object(await trainer.get(made_id)), status=_ACCEPTED)
     if body.adapter is not None:
         check_adapter_name(body.adapter, reserved=await gateway.base_ids())
-    again = await trainer.retry(retry_request(job, body, caller, key))
+    gate = await resolved_gate(body.gate, caller.owner, gateway.clients.evaluations)
+    again = await trainer.retry(retry_request(job, body, caller, key, gate))
     await gateway.idempotency.remember(request, key, again.id)
     return json_response(job_object(again), status=_ACCEPTED)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from kiln_common.pb import trainer_pb2
 from kiln_gateway.schemas.training import JobFields, LossFields
+from kiln_gateway.training.gate import gate_config
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +29,12 @@ OPD_DEFAULTS = RecipeDefaults(epochs=1, gradient_accumulation=0)
 
 
 def job_config(
-    body: JobFields, defaults: RecipeDefaults, *, longest_document: int, attach: bool
+    body: JobFields,
+    defaults: RecipeDefaults,
+    *,
+    longest_document: int,
+    attach: bool,
+    gate: trainer_pb2.Gate | None = None,
 ) -> trainer_pb2.JobConfig:
     """The complete settings; the default batch_tokens grows to hold the longest document."""
     targets = [body.lora.targets] if isinstance(body.lora.targets, str) else body.lora.targets
@@ -60,6 +66,7 @@ def job_config(
         metadata_json=json.dumps(body.metadata or {}),
         publish=str(body.publish),
         priority=body.priority,
+        gate=gate,
     )
 
 
@@ -107,6 +114,8 @@ def effective_config(job: trainer_pb2.Job) -> dict[str, Any]:
         "attach": config.attach,
         "priority": config.priority,
     }
+    if config.HasField("gate"):
+        body["gate"] = gate_config(config.gate)
     if job.kind == "grpo":
         body["loss"] = _loss(job.grpo_loss)
     if job.kind == "opd":
