@@ -3,6 +3,9 @@
 import pytest
 
 from kiln_common.pb import common_pb2, engine_pb2
+from kiln_gateway.auth import Caller
+from kiln_gateway.insight.feed import Snapshot
+from kiln_gateway.routes import events
 from kiln_gateway.settings import ApiKey
 from tests.support.gateway import gateway_rig
 from tests.support.registry import MODEL_HASH, adapter_bytes, peft_config, running_registry
@@ -116,6 +119,33 @@ async def test_a_name_gets_new_versions_from_its_own_key_alone(callers):
     await callers.ask("ann", "DELETE", "/v1/adapters/anns")
     assert (await callers.upload("ben", "anns")).json()["version"] == 3
     assert (await callers.ask("ann", "GET", "/v1/adapters/anns")).status_code == 404
+
+
+async def test_a_retry_asks_the_same_of_its_adapters(callers):
+    await callers.upload("ann", "anns")
+    accepted = await callers.ask("ben", "POST", "/v1/train/sft", {**SFT, "adapter": "bens"})
+    retry = f"/v1/train/jobs/{accepted.json()['id']}/retry"
+    for changes, status, code in (
+        ({"adapter": "anns"}, 409, "adapter_name_taken"),
+        ({"base_adapter": "anns@1"}, 404, "adapter_not_found"),
+    ):
+        response = await callers.ask("ben", "POST", retry, changes)
+        assert (response.status_code, response.json()["error"]["code"]) == (status, code)
+
+
+async def test_the_stream_of_events_shows_a_keys_own_adapters_and_jobs(callers):
+    await callers.upload("ann", "anns")
+    await callers.ask("ann", "POST", "/v1/train/sft", {**SFT, "adapter": "anns"})
+    registry, trainer = callers.rig.registry, callers.rig.trainer
+    snapshot = Snapshot({}, {}, {}, await trainer.list(10), await registry.list(), {})
+    owner = (await registry.get("anns")).owner
+    for caller, seen in (
+        (Caller(owner, frozenset({"train"})), ["adapters", "jobs"]),
+        (Caller("other", frozenset({"train"})), []),
+        (Caller("other", frozenset({"train", "admin"})), ["adapters", "jobs"]),
+    ):
+        parts = dict(events._parts(snapshot, caller, events._Changes()))
+        assert [name for name in ("adapters", "jobs") if parts.get(name)] == seen
 
 
 async def test_the_default_is_for_everybody_and_only_an_admin_moves_it(callers):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import re
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import asdict
 
 import grpc
@@ -74,17 +75,12 @@ class RegistryServicer(registry_pb2_grpc.RegistryServicer):
         await asyncio.to_thread(self._check_header, header)
         upload = await asyncio.to_thread(self._blobs.begin_upload)
         try:
-            async for request in request_iterator:
-                if request.WhichOneof("part") != "chunk":
-                    raise InvalidPublish("a second header came among the bytes")
-                await asyncio.to_thread(upload.write, request.chunk)
-            record = await asyncio.to_thread(self._publisher.publish, header, upload)
-        except OSError as error:
-            raise _storage_full(error) from error
-        except OperationalError as error:
-            if "disk" not in str(error.orig):  # what SQLite says of its own file
-                raise
-            raise _storage_full(error.orig) from error
+            with _full_disk_named():
+                async for request in request_iterator:
+                    if request.WhichOneof("part") != "chunk":
+                        raise InvalidPublish("a second header came among the bytes")
+                    await asyncio.to_thread(upload.write, request.chunk)
+                record = await asyncio.to_thread(self._publisher.publish, header, upload)
         finally:
             upload.close()
         self._on_change()
@@ -187,7 +183,8 @@ class RegistryServicer(registry_pb2_grpc.RegistryServicer):
 
     async def Merge(self, request: pb.MergeRequest, context: grpc.aio.ServicerContext) -> pb.AdapterVersion:
         async with self._arithmetic:
-            record = await asyncio.to_thread(self._merger.merge, request)
+            with _full_disk_named():
+                record = await asyncio.to_thread(self._merger.merge, request)
         self._on_change()
         sources = [f"{source.name}@{source.version}" for source in request.sources]
         log.info(
@@ -223,6 +220,19 @@ class RegistryServicer(registry_pb2_grpc.RegistryServicer):
             raise InvalidPublish("metrics_json must be a JSON object", param="metrics_json")
         if not _SHA256.fullmatch(header.data_sha256):
             raise InvalidPublish("data_sha256 must be 64 lower-case hex digits", param="data_sha256")
+
+
+@contextlib.contextmanager
+def _full_disk_named() -> Iterator[None]:
+    """Raises RegistryStorageFull for what a full disk makes of a write."""
+    try:
+        yield
+    except OSError as error:
+        raise _storage_full(error) from error
+    except OperationalError as error:
+        if "disk" not in str(error.orig):  # what SQLite says of its own file
+            raise
+        raise _storage_full(error.orig) from error
 
 
 def _storage_full(error: BaseException | None) -> RegistryStorageFull:

@@ -14,8 +14,8 @@ from fastapi.responses import Response
 
 from kiln_common.errors import KilnError
 from kiln_gateway import sse
-from kiln_gateway.adapters import visible_adapters
 from kiln_gateway.adapters.adapter_view import adapter_object
+from kiln_gateway.adapters.visible_adapters import is_visible
 from kiln_gateway.auth import Caller, require
 from kiln_gateway.gateway import Gateway, gateway_of
 from kiln_gateway.insight.feed import Feed, Snapshot
@@ -50,7 +50,7 @@ async def _frames(gateway: Gateway, feed: Feed, caller: Caller) -> AsyncGenerato
 
 
 def _parts(snapshot: Snapshot, caller: Caller, changes: _Changes) -> Iterable[tuple[str, Any]]:
-    """The events of one snapshot: its own jobs for a key that may train, all for admins."""
+    """The events of one snapshot, as far as they are the caller's; only what is new."""
     yield "sample", snapshot.sample
     if changes.is_new("requests", snapshot.requests):
         yield "requests", snapshot.requests
@@ -69,7 +69,7 @@ def _parts(snapshot: Snapshot, caller: Caller, changes: _Changes) -> Iterable[tu
 def _adapters(snapshot: Snapshot, caller: Caller) -> list[dict[str, Any]] | None:
     if snapshot.adapters is None:
         return None
-    visible = [adapter for adapter in snapshot.adapters if visible_adapters.is_visible(adapter.owner, caller)]
+    visible = [adapter for adapter in snapshot.adapters if is_visible(adapter.owner, caller)]
     adapters = [adapter_object(adapter, {}) for adapter in visible]
     for version in (version for adapter in adapters for version in adapter["versions"]):
         version["resident_on"] = snapshot.resident_on.get(version["id"], [])
