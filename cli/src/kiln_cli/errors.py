@@ -101,12 +101,6 @@ class HubFailed(KilnError):
     hint = "Look at the model's name; HF_ENDPOINT names the hub, HF_TOKEN the key for what is not public."
 
 
-class AgentNotAvailable(KilnError):
-    code = "agent_not_available"
-    kind = ErrorKind.NOT_IMPLEMENTED
-    hint = "kiln chat talks to the model without tools."
-
-
 class NoTrainingData(InvalidRequest):
     code = "no_training_data"
     hint = "kiln train sft examples.jsonl --adapter NAME, or --dataset ID; - is standard input."

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kiln_cli.errors import AgentNotAvailable
+from kiln_common import sandbox
 
 _MOST_ANSWERED_CHARACTERS = 8000
 
@@ -63,21 +61,17 @@ class Workbench:
     """Runs tool calls in one work folder, the only place where they may write.
 
     Raises, when it is made:
-        AgentNotAvailable: this installation has no sandbox.
         SandboxUnavailable: this machine cannot isolate code.
     """
 
     def __init__(self, folder: Path, limits: ToolLimits) -> None:
-        if importlib.util.find_spec("kiln_common.sandbox") is None:
-            raise AgentNotAvailable("kiln agent is not available: this installation has no sandbox")
-        self._sandbox = importlib.import_module("kiln_common.sandbox")
         self._folder = folder
-        self._limits = self._sandbox.Limits(time_s=limits.time_s, memory_bytes=limits.memory_bytes)
-        self._sandbox.run(":", self._sandbox.Language.SHELL, folder, self._limits)
+        self._limits = sandbox.Limits(time_s=limits.time_s, memory_bytes=limits.memory_bytes)
+        sandbox.run(":", sandbox.Language.SHELL, folder, self._limits)
 
     def run(self, tool: str, code: str) -> Outcome:
         """`tool` is python or shell."""
-        result = self._sandbox.run(code, self._sandbox.Language(tool), self._folder, self._limits)
+        result = sandbox.run(code, sandbox.Language(tool), self._folder, self._limits)
         output = "\n".join(text.rstrip() for text in (result.stdout, result.stderr) if text.strip())
         if len(output) > _MOST_ANSWERED_CHARACTERS:
             cut = len(output) - _MOST_ANSWERED_CHARACTERS

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from kiln_cli.doctor.check import Finding, State, ok
 from kiln_cli.up.options import demo_model_dir
+from kiln_common import sandbox
 from kiln_common.errors import KilnError
 
 _TIMEOUT_S = 180.0  # the first kernel of a machine is compiled
@@ -30,14 +30,11 @@ def shared_weights() -> Finding:
     return _self_test("share", str(model), hint=hint)
 
 
-def sandbox() -> Finding:
+def isolation() -> Finding:
     """Whether code can be run isolated here, as kiln agent does."""
-    if importlib.util.find_spec("kiln_common.sandbox") is None:
-        return Finding(State.SKIPPED, "this installation has no sandbox")
-    module = importlib.import_module("kiln_common.sandbox")
     with tempfile.TemporaryDirectory(prefix="kiln-doctor-") as folder:
         try:
-            result = module.run("print(6 * 7)", module.Language.PYTHON, Path(folder))
+            result = sandbox.run("print(6 * 7)", sandbox.Language.PYTHON, Path(folder))
         except KilnError as error:
             return Finding(State.WARNING, str(error), error.hint)
     if result.stdout.strip() != "42":

@@ -40,7 +40,7 @@ def checks(client: kiln.Client, state_dir: Path, port: int, *, is_strict: bool) 
         found += [
             Check("kernel", device.kernel),
             Check("shared_weights", device.shared_weights),
-            Check("sandbox", device.sandbox),
+            Check("sandbox", device.isolation),
         ]
     return found
 
