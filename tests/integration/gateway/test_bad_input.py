@@ -317,7 +317,6 @@ async def test_routes_that_are_not_there_say_so(rig):
     cases = [
         ("GET", "/v1/nothing", 404, "route_not_found"),
         ("GET", CHAT, 405, "method_not_allowed"),
-        ("POST", "/v1/evals/compare", 501, "not_implemented"),
         ("GET", "/v1/train/jobs/x", 404, "job_not_found"),
         ("GET", "/v1/train/jobs/x/events", 404, "job_not_found"),
         ("GET", "/v1/train/jobs?limit=0", 400, "invalid_value"),
