@@ -158,6 +158,9 @@ class ChainBackend:
                 hooks.after_checkpoint(step)
         return TrainedAdapter(MemoryContent(adapter_bytes(seed=int(state[:8], 16))), {"loss": 1 / step})
 
+    def num_device_bytes_held(self) -> int:
+        return 0
+
     def keep_mapped(self) -> None:
         self.num_idle_calls += 1
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import structlog
@@ -20,11 +20,13 @@ from kiln_engine.adapters.manager import AdapterManager
 from kiln_engine.adapters.refresh import AdapterRefresh
 from kiln_engine.adapters.slots import AdapterSlots
 from kiln_engine.clock import MonotonicClock
+from kiln_engine.domain.device_memory import DeviceMemory
 from kiln_engine.domain.ports import AdapterStore, BaseWeights, GrammarCompiler, Runner
 from kiln_engine.loop import EngineLoop
 from kiln_engine.scheduling import Scheduler, SchedulerLimits
 from kiln_engine.servicer.intake import RequestIntake
 from kiln_engine.servicer.servicer import EngineServicer
+from kiln_engine.servicer.stats import EngineFigures
 from kiln_engine.servicer.validation import RequestLimits
 from kiln_engine.settings import EngineSettings
 
@@ -53,6 +55,7 @@ class EngineParts:
     inbox: Inbox | None = None
     # None where the model folder has no tokenizer: requests with grammars are refused.
     grammars: GrammarCompiler | None = None
+    memory: DeviceMemory = field(default_factory=DeviceMemory)
 
 
 @dataclass
@@ -122,8 +125,17 @@ async def start_engine(settings: EngineSettings, parts: EngineParts) -> RunningE
         info=parts.info,
         intake=intake,
         adapters=adapters,
-        loop=loop,
         weights=parts.weights,
+        figures=EngineFigures(
+            parts.info,
+            loop,
+            intake,
+            adapters,
+            parts.weights,
+            adapters.load_seconds,
+            parts.memory,
+            clock.now(),
+        ),
         outbox_steps=settings.outbox_steps,
     )
     server = RpcServer(settings.listen)

@@ -92,6 +92,7 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServicer):
         self, request: pb.GetTrainerStatusRequest, context: grpc.aio.ServicerContext
     ) -> pb.TrainerStatus:
         mapped, gpu_use = self._backend.mapped_model, self._backend.gpu_use
+        totals = self._worker.totals
         return pb.TrainerStatus(
             trainer_id=self._trainer_id,
             running_job_id=self._worker.running_job_id,
@@ -103,6 +104,12 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServicer):
             gpu_sharing=gpu_use.mode,
             gpu_share=gpu_use.share,
             gpu_sms=gpu_use.num_sms,
+            num_jobs_ended=totals.num_jobs_ended,
+            num_trained_tokens=totals.num_trained_tokens,
+            step_seconds=totals.step_seconds.to_proto(),
+            swap_seconds=totals.swap_seconds.to_proto(),
+            metrics=totals.metrics,
+            num_device_bytes_held=self._backend.num_device_bytes_held(),
         )
 
     def _accept(self, request: pb.SubmitRequest) -> str:

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from dataclasses import asdict
 
 import grpc
 import structlog
 
 from kiln_common.errors import InvalidValue, KilnError
-from kiln_common.pb import common_pb2, engine_pb2, engine_pb2_grpc
+from kiln_common.pb import engine_pb2, engine_pb2_grpc
 from kiln_engine.domain.ports import AdapterResidency, BaseWeights
 from kiln_engine.domain.result import FinishReason, SequenceEvent
-from kiln_engine.loop import EngineLoop
 from kiln_engine.servicer.intake import RequestIntake
 from kiln_engine.servicer.messages import sequence_output, step_outputs
 from kiln_engine.servicer.outbox import Outbox
+from kiln_engine.servicer.stats import EngineFigures
 from kiln_engine.servicer.validation import parse_adapter_version
 
 log = structlog.get_logger()
@@ -34,17 +33,16 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
         info: engine_pb2.EngineInfo,
         intake: RequestIntake,
         adapters: AdapterResidency,
-        loop: EngineLoop,
         weights: BaseWeights,
+        figures: EngineFigures,
         outbox_steps: int = 1024,
     ) -> None:
         self._info = info
         self._intake = intake
         self._adapters = adapters
-        self._loop = loop
         self._weights = weights
+        self._figures = figures
         self._outbox_steps = outbox_steps
-        self._started_s = intake.clock.now()
 
     async def Session(
         self,
@@ -85,15 +83,7 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
     async def GetStats(
         self, request: engine_pb2.GetStatsRequest, context: grpc.aio.ServicerContext
     ) -> engine_pb2.EngineStats:
-        stats = engine_pb2.EngineStats(**asdict(self._loop.stats))
-        stats.num_waiting += self._intake.num_preparing
-        for entry in self._adapters.resident:
-            adapter = common_pb2.AdapterRef(**asdict(entry.adapter))
-            stats.resident_adapters.add(adapter=adapter, slot=entry.slot, num_pins=entry.num_pins)
-        stats.num_weight_leases = self._weights.num_leases
-        stats.is_draining = self._intake.is_draining
-        stats.uptime_s = self._intake.clock.now() - self._started_s
-        return stats
+        return self._figures.read()
 
     async def ShareWeights(
         self, request: engine_pb2.ShareWeightsRequest, context: grpc.aio.ServicerContext

@@ -117,14 +117,18 @@ class CompletionRun:
         self, choice: Choice, engines: EnginePool, rollouts: RolloutStore, metrics: GatewayMetrics
     ) -> AsyncGenerator[tuple[Choice, ChoiceDelta]]:
         assembler = choice.assembler
-        started_at = time.monotonic()
+        started_s = arrived_s = time.monotonic()
         with metrics.running_choices.track_inprogress():
             async with contextlib.aclosing(self._outputs(choice, engines)) as outputs:
                 async for output in outputs:
                     is_first = not assembler.tokens
+                    last_s, arrived_s = arrived_s, time.monotonic()
                     delta = assembler.push(output)
-                    if is_first and assembler.tokens:
-                        metrics.first_token_seconds.observe(time.monotonic() - started_at)
+                    if not is_first:
+                        metrics.times.between_tokens_s.observe(arrived_s - last_s)
+                    elif assembler.tokens:
+                        metrics.times.first_token_s.observe(arrived_s - started_s)
+                        metrics.times.queue_s.observe(output.queue_s)
                     if delta.finish_reason is None:
                         if delta.tokens:  # there are none while a prompt is read out
                             yield choice, delta
@@ -132,6 +136,7 @@ class CompletionRun:
                     break
                 else:
                     raise EngineUnavailable("the engine ended the sequence without a reason")
+            metrics.times.choice_s.observe(arrived_s - started_s)
             metrics.prompt_tokens.inc(len(choice.request.prompt_token_ids))
             metrics.completion_tokens.inc(len(assembler.tokens))
             if self.keeps_rollouts and assembler.tokens:

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 
 from kiln_common.errors import KilnError
-from kiln_common.pb import engine_pb2
+from kiln_common.pb import engine_pb2, trainer_pb2
 from kiln_gateway.auth import require
 from kiln_gateway.gateway import Gateway, answers, gateway_of
 from kiln_gateway.json_response import json_response
@@ -89,9 +89,8 @@ async def stats(request: Request) -> Response:
 async def metrics(request: Request) -> Response:
     """Prometheus' text format."""
     gateway = gateway_of(request)
-    for number, engine in enumerate(await _engine_stats(gateway)):
-        if engine is not None:
-            gateway.metrics.show_engine(str(number), engine)
+    engines, trainer = await asyncio.gather(_engine_stats(gateway), _trainer_status(gateway))
+    gateway.metrics.services.show({str(number): found for number, found in enumerate(engines)}, trainer)
     return Response(gateway.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
@@ -159,10 +158,16 @@ def _engine_object(gateway: Gateway, number: int, stats: engine_pb2.EngineStats 
     return body
 
 
-async def _training_object(gateway: Gateway) -> dict[str, Any] | None:
+async def _trainer_status(gateway: Gateway) -> trainer_pb2.TrainerStatus | None:
     try:
-        status = await asyncio.wait_for(gateway.clients.trainer.status(), _CHECK_TIMEOUT_S)
+        return await asyncio.wait_for(gateway.clients.trainer.status(), _CHECK_TIMEOUT_S)
     except (KilnError, TimeoutError):
+        return None
+
+
+async def _training_object(gateway: Gateway) -> dict[str, Any] | None:
+    status = await _trainer_status(gateway)
+    if status is None:
         return None
     return {
         "trainer_id": status.trainer_id,

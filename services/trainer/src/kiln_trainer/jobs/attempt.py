@@ -22,6 +22,7 @@ from kiln_trainer.jobs.errors import StartRankTooHigh, WorkerStopping
 from kiln_trainer.jobs.hooks import JobHooks
 from kiln_trainer.jobs.ports import JobBackend, Publisher
 from kiln_trainer.jobs.student import EngineStudent
+from kiln_trainer.jobs.totals import TrainerTotals
 
 log = structlog.get_logger()
 T = TypeVar("T")
@@ -46,6 +47,7 @@ class Attempt:
         folder: Path,
         stopping: threading.Event,
         patience_s: float,
+        totals: TrainerTotals,
     ) -> None:
         self._job = job
         self._backend = backend
@@ -53,6 +55,7 @@ class Attempt:
         self._folder = folder
         self._stopping = stopping
         self._patience_s = patience_s
+        self._totals = totals
 
     def run(self, request: trainer_pb2.SubmitRequest) -> dict[str, Any]:
         """Train, publish, make live; returns the job's result.
@@ -84,6 +87,7 @@ class Attempt:
         published = {"adapter": version.name, "version": version.version, "sha256": version.sha256}
         self._job.write({}, ("published", published))
         report = self._publisher.make_live(version)
+        self._totals.swap_seconds.observe(report.seconds)
         log.info("adapter_live", adapter=f"{version.name}@{version.version}", not_live=report.not_live)
         return {**published, "not_live": [*report.not_live], "swap_s": round(report.seconds, 6)}
 
@@ -137,7 +141,7 @@ class Attempt:
             teacher=self._teacher(request),
             sampler=self._sampler(request, base),
         )
-        hooks = JobHooks(self._job)
+        hooks = JobHooks(self._job, self._totals)
         return self._wait_for(
             lambda: self._backend.run(task, hooks), num_done=lambda: hooks.num_steps_reported
         )

@@ -7,6 +7,7 @@ import time
 
 from kiln_trainer.domain.training import StepReport
 from kiln_trainer.jobs.claimed_job import ClaimedJob
+from kiln_trainer.jobs.totals import StepTotals, TrainerTotals
 
 
 class JobHooks:
@@ -15,8 +16,9 @@ class JobHooks:
     A checkpoint waits because only Redis can say that no later claim exists.
     """
 
-    def __init__(self, job: ClaimedJob) -> None:
+    def __init__(self, job: ClaimedJob, totals: TrainerTotals) -> None:
         self._job = job
+        self._totals = StepTotals(totals)
         self._began_s = time.monotonic()
         self._first_step: int | None = None
         self.num_steps_reported = 0
@@ -25,6 +27,7 @@ class JobHooks:
         if self._first_step is None:
             self._first_step = report.step
         self.num_steps_reported += 1
+        self._totals.add(report)
         metrics = dict(report.metrics)
         progress = {
             "step": report.step,

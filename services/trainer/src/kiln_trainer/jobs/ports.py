@@ -47,6 +47,10 @@ class JobBackend(TrainingBackend, Protocol):
     @property
     def gpu_use(self) -> GpuUseView: ...
 
+    def num_device_bytes_held(self) -> int:
+        """Memory this process holds on its GPU, borrowed weights not counted; 0 on a CPU. Any thread."""
+        ...
+
     def keep_mapped(self) -> None:
         """Called again and again while there is no job, so that the next one finds the weights.
 

@@ -24,6 +24,7 @@ from kiln_trainer.jobs.errors import (
 from kiln_trainer.jobs.ports import JobBackend, Publisher
 from kiln_trainer.jobs.records import FINAL_STATUSES, Claim, JobFailure
 from kiln_trainer.jobs.store import JobStore
+from kiln_trainer.jobs.totals import TrainerTotals
 
 log = structlog.get_logger()
 
@@ -58,6 +59,7 @@ class Worker:
         self._stopping = threading.Event()
         self._claim: Claim | None = None
         self._failure: BaseException | None = None
+        self.totals = TrainerTotals()
         # Log fields of the process, such as its service, go along.
         context = contextvars.copy_context()
         self._thread = threading.Thread(target=context.run, args=(self._run,), name="worker", daemon=True)
@@ -139,6 +141,7 @@ class Worker:
             ):
                 log.info("job_claimed", adapter=claim.adapter, claim_epoch=claim.claim_epoch)
                 status = self._end(job, folder)
+                self.totals.num_jobs_ended[status] += 1
                 log.info("job_ended", status=status)
             shutil.rmtree(folder, ignore_errors=True)
         except ClaimLost as error:
@@ -177,7 +180,9 @@ class Worker:
         if job.claim.num_crashes >= _MAX_CRASHES:
             raise JobCrashedTrainer(job.claim.num_crashes)
         request = job.patiently(lambda: self._store.read_payload(job.claim))
-        attempt = Attempt(job, self._backend, self._publisher, folder, self._stopping, self._patience_s)
+        attempt = Attempt(
+            job, self._backend, self._publisher, folder, self._stopping, self._patience_s, self.totals
+        )
         return attempt.run(request)
 
     def _remove_old_folders(self) -> None:

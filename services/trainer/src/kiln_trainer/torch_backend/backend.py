@@ -81,6 +81,10 @@ class TorchBackend:
         """How training shares its device; before anything was mapped, that it does not."""
         return self._share.use if self._share is not None else GpuUse()
 
+    def num_device_bytes_held(self) -> int:
+        """What torch holds of this process's GPU, borrowed weights not counted; 0 on a CPU."""
+        return torch.cuda.memory_reserved(self._device) if torch.cuda.is_initialized() else 0
+
     def run(self, task: TrainingTask, hooks: StepHooks) -> TrainedAdapter:
         """Train from the last checkpoint in task.checkpoint_dir (or from the start) to the end.
 
