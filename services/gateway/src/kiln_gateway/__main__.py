@@ -10,6 +10,7 @@ import structlog
 from kiln_common.errors import KilnError
 from kiln_common.logs import configure_logs
 from kiln_common.settings import read_settings
+from kiln_common.tracing import configure_tracing
 from kiln_gateway.app import create_app
 from kiln_gateway.bootstrap import open_clients
 from kiln_gateway.server import GatewayServer
@@ -38,6 +39,7 @@ async def serve(settings: GatewaySettings) -> None:
 def main() -> int:
     settings = read_settings(GatewaySettings)
     configure_logs("gateway", settings.log_level)
+    configure_tracing("gateway")
     try:
         asyncio.run(serve(settings))
     except KilnError as error:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
 from collections.abc import Sequence
+from typing import Any
 from urllib.parse import urlsplit
 
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from kiln_common import tracing
 from kiln_common.errors import KilnError
 from kiln_common.ids import new_id
 from kiln_common.loopback import LOOPBACK_NAMES
@@ -19,7 +22,9 @@ from kiln_gateway.http_errors import error_response, unexpected
 from kiln_gateway.metrics import GatewayMetrics
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-_TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
+_MADE_REQUEST_ID = re.compile(r"req_(?!0{32})([0-9a-f]{32})")
+# Asked again and again by machines: not traced.
+_UNTRACED = frozenset({"/healthz", "/readyz", "/metrics"})
 
 
 class EdgeMiddleware:
@@ -43,7 +48,8 @@ class EdgeMiddleware:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        request_id = _request_id(headers)
+        traceparent = headers.get("traceparent", "")
+        request_id, trace_id = _ids(headers, traceparent)
         scope.setdefault("state", {})["request_id"] = request_id
         started_at = time.monotonic()
         status = 0
@@ -55,7 +61,13 @@ class EdgeMiddleware:
                 MutableHeaders(scope=message)["X-Request-Id"] = request_id
             await send(message)
 
-        with structlog.contextvars.bound_contextvars(request_id=request_id, **_trace_fields(headers)):
+        fields = {"request_id": request_id}
+        if trace_id not in request_id:
+            fields["trace_id"] = trace_id
+        with (
+            structlog.contextvars.bound_contextvars(**fields),
+            _span_of(scope, request_id, trace_id, traceparent) as span,
+        ):
             try:
                 self._check_host_and_origin(headers)
                 await self._app(scope, receive, send_with_id)
@@ -67,6 +79,9 @@ class EdgeMiddleware:
                     await error_response(hidden, request_id, path=scope["path"])(scope, receive, send_with_id)
             finally:
                 route = getattr(scope.get("route"), "path", "unknown")
+                if span is not None:
+                    span.update_name(f"{scope['method']} {route}")
+                    span.set_attribute("http.response.status_code", status)
                 self._metrics.observe_request(route, scope["method"], status, time.monotonic() - started_at)
 
     def _check_host_and_origin(self, headers: Headers) -> None:
@@ -88,11 +103,22 @@ def _host_name(host: str) -> str:
         return ""
 
 
-def _request_id(headers: Headers) -> str:
+def _ids(headers: Headers, traceparent: str) -> tuple[str, str]:
+    """A request's id, and that of its trace: one is the other's digits, unless the client chose both."""
+    trace_id = tracing.trace_id_of(traceparent)
     given = headers.get("x-request-id", "")
-    return given if _REQUEST_ID.fullmatch(given) else new_id("req")
+    if not _REQUEST_ID.fullmatch(given):
+        request_id = f"req_{trace_id}" if trace_id else new_id("req")
+        return request_id, request_id.removeprefix("req_")
+    made = _MADE_REQUEST_ID.fullmatch(given)
+    return given, trace_id or (made.group(1) if made else tracing.new_trace_id())
 
 
-def _trace_fields(headers: Headers) -> dict[str, str]:
-    found = _TRACEPARENT.fullmatch(headers.get("traceparent", ""))
-    return {"trace_id": found.group(1)} if found else {}
+def _span_of(
+    scope: Scope, request_id: str, trace_id: str, traceparent: str
+) -> contextlib.AbstractContextManager[Any]:
+    """The span of a whole request; None where it is not traced."""
+    if not tracing.is_on() or scope["path"] in _UNTRACED:
+        return contextlib.nullcontext()
+    attributes = {"http.request.method": scope["method"], "kiln.request_id": request_id}
+    return tracing.root_span(scope["method"], trace_id, traceparent, attributes)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+import structlog
 from fastapi import Request
 from pydantic import BaseModel
 
@@ -25,6 +26,7 @@ from kiln_gateway.responses_api.store import ResponseStore
 from kiln_gateway.rollouts import RolloutStore
 from kiln_gateway.settings import GatewaySettings
 
+log = structlog.get_logger()
 Model = TypeVar("Model", bound=BaseModel)
 _TURN_END = "<|im_end|>"
 
@@ -59,7 +61,10 @@ class Gateway:
 
     async def parse(self, request: Request, schema: type[Model]) -> Model:
         """The request's JSON body. Raises BodyTooLarge, InvalidJson, InvalidField."""
-        return await parse_body(request, schema, self.settings.max_body_bytes)
+        body = await parse_body(request, schema, self.settings.max_body_bytes)
+        if self.settings.log_bodies:
+            log.info("request_body", path=request.url.path, body=body.model_dump(exclude_unset=True))
+        return body
 
     async def parse_optional(self, request: Request, schema: type[Model]) -> Model:
         """The request's JSON body, or the schema's defaults when there is none."""

@@ -26,6 +26,8 @@ class GatewayServer(uvicorn.Server):
                 app,
                 host=host,
                 port=port,
+                # As all libraries: through the root logger (kiln_common.logs).
+                log_config=None,
                 log_level="warning",
                 access_log=False,
                 timeout_keep_alive=_KEEP_ALIVE_S,

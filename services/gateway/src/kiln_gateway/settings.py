@@ -77,6 +77,9 @@ class GatewaySettings(BaseSettings):
         (), description="Host names answered to besides localhost, comma separated; * is any"
     )
     allowed_origins: CommaSeparated = Field((), description="browser origins besides the server's own")
+    log_bodies: bool = Field(
+        False, description="log the body of each request that is understood, with its prompts and rewards"
+    )
     log_level: LogLevel = "INFO"
 
     @field_validator("engine_addresses", "allowed_hosts", "allowed_origins", mode="before")

@@ -11,6 +11,7 @@ from kiln_common.errors import KilnError
 from kiln_common.logs import configure_logs
 from kiln_common.rpc.server import wait_for_stop_signal
 from kiln_common.settings import read_settings
+from kiln_common.tracing import configure_tracing
 from kiln_registry.bootstrap import start_registry
 from kiln_registry.settings import RegistrySettings
 
@@ -29,6 +30,7 @@ async def serve(settings: RegistrySettings) -> None:
 def main() -> None:
     settings = read_settings(RegistrySettings)
     configure_logs("registry", settings.log_level)
+    configure_tracing("registry")
     try:
         asyncio.run(serve(settings))
     except KilnError as error:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import grpc
 
+from kiln_common import tracing
+from kiln_common.rpc.tracing import context_senders
+
 MAX_MESSAGE_BYTES = 256 * 1024 * 1024
 
 CHANNEL_OPTIONS: list[tuple[str, int]] = [
@@ -19,4 +22,5 @@ CHANNEL_OPTIONS: list[tuple[str, int]] = [
 
 def open_channel(address: str) -> grpc.aio.Channel:
     """A channel to "host:port" or "unix:/path"; it connects, and reconnects, when it is used."""
-    return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+    interceptors = context_senders() if tracing.is_on() else None
+    return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS, interceptors=interceptors)

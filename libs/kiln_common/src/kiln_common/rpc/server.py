@@ -9,8 +9,10 @@ import signal
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
+from kiln_common import tracing
 from kiln_common.rpc.channel import MAX_MESSAGE_BYTES
 from kiln_common.rpc.errors import ErrorInterceptor
+from kiln_common.rpc.tracing import ReceiveContext
 
 
 class RpcServer:
@@ -21,7 +23,7 @@ class RpcServer:
 
     def __init__(self, address: str) -> None:
         self.grpc = grpc.aio.server(
-            interceptors=[ErrorInterceptor()],
+            interceptors=[ErrorInterceptor(), *([ReceiveContext()] if tracing.is_on() else [])],
             options=[
                 ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
                 ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),

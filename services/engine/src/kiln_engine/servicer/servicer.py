@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 import grpc
 import structlog
 
+from kiln_common import tracing
 from kiln_common.errors import InvalidValue, KilnError
 from kiln_common.pb import engine_pb2, engine_pb2_grpc
 from kiln_engine.domain.ports import AdapterResidency, BaseWeights
@@ -16,6 +17,7 @@ from kiln_engine.servicer.intake import RequestIntake
 from kiln_engine.servicer.messages import sequence_output, step_outputs
 from kiln_engine.servicer.outbox import Outbox
 from kiln_engine.servicer.stats import EngineFigures
+from kiln_engine.servicer.traces import AwaitedVersions, SessionTraces
 from kiln_engine.servicer.validation import parse_adapter_version
 
 log = structlog.get_logger()
@@ -42,6 +44,7 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
         self._adapters = adapters
         self._weights = weights
         self._figures = figures
+        self._awaited = AwaitedVersions()
         self._outbox_steps = outbox_steps
 
     async def Session(
@@ -50,21 +53,31 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
         context: grpc.aio.ServicerContext,
     ) -> AsyncIterator[engine_pb2.StepOutputs]:
         outbox = Outbox(self._outbox_steps)
-        reader = asyncio.create_task(self._read_session(request_iterator, outbox))
+        traces = self._open_traces()
+        reader = asyncio.create_task(self._read_session(request_iterator, outbox, traces))
         try:
             while (events := await outbox.take()) is not None:
+                if traces is not None:
+                    traces.saw(events)
                 yield step_outputs(events)
         finally:
             reader.cancel()
             self._intake.abort_all(outbox)
+            if traces is not None:
+                traces.close()
 
     async def Generate(
         self, request: engine_pb2.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[engine_pb2.SequenceOutput]:
         outbox = Outbox(self._outbox_steps)
+        traces = self._open_traces()
         self._intake.submit(request, outbox)
+        if traces is not None:
+            traces.began(request)
         try:
             while (events := await outbox.take()) is not None:
+                if traces is not None:
+                    traces.saw(events)
                 for event in events:
                     if event.error is not None:
                         raise event.error
@@ -74,6 +87,8 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
         finally:
             outbox.close()
             self._intake.abort_all(outbox)
+            if traces is not None:
+                traces.close()
 
     async def GetInfo(
         self, request: engine_pb2.GetInfoRequest, context: grpc.aio.ServicerContext
@@ -105,7 +120,9 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
     ) -> engine_pb2.PrepareAdapterResponse:
         version = parse_adapter_version(request.adapter)
         started_s = self._intake.clock.now()
-        slot, was_loaded = await self._adapters.prepare(version)
+        with tracing.span("engine.swap", attributes={"kiln.adapter": version.reference}):
+            slot, was_loaded = await self._adapters.prepare(version)
+            self._awaited.expect(version.sha256, tracing.current_traceparent())
         return engine_pb2.PrepareAdapterResponse(
             slot=slot, was_loaded=was_loaded, seconds=self._intake.clock.now() - started_s
         )
@@ -118,19 +135,31 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
         num_finished, num_aborted = await self._intake.drain(request.deadline_s)
         return engine_pb2.DrainResponse(num_finished=num_finished, num_aborted=num_aborted)
 
-    async def _read_session(self, messages: AsyncIterator[engine_pb2.SessionRequest], outbox: Outbox) -> None:
+    def _open_traces(self) -> SessionTraces | None:
+        return SessionTraces(self._awaited) if tracing.is_on() else None
+
+    async def _read_session(
+        self,
+        messages: AsyncIterator[engine_pb2.SessionRequest],
+        outbox: Outbox,
+        traces: SessionTraces | None,
+    ) -> None:
         try:
             async for message in messages:
                 if message.HasField("submit"):
-                    self._submit(message.submit, outbox)
+                    self._submit(message.submit, outbox, traces)
                 elif message.HasField("abort"):
                     self._intake.abort(message.abort, outbox)
         finally:
             outbox.close()  # the client has said its last word: the session ends
 
-    def _submit(self, message: engine_pb2.GenerateRequest, outbox: Outbox) -> None:
+    def _submit(
+        self, message: engine_pb2.GenerateRequest, outbox: Outbox, traces: SessionTraces | None
+    ) -> None:
         try:
             self._intake.submit(message, outbox)
+            if traces is not None:
+                traces.began(message)
         except KilnError as error:
             refusal = SequenceEvent(message.request_id, finish_reason=FinishReason.ERROR, error=error)
             outbox.offer([refusal])

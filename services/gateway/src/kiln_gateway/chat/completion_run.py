@@ -9,10 +9,12 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TypeVar
 
+from kiln_common import tracing
 from kiln_common.errors import EngineUnavailable, KilnError
 from kiln_common.pb import engine_pb2
 from kiln_common.text.tool_calls import ToolEvent
 from kiln_gateway.chat.choice import ChoiceAssembler, ChoiceDelta
+from kiln_gateway.chat.choice_trace import choice_trace
 from kiln_gateway.chat.sampling import record_of
 from kiln_gateway.engine_pool import EnginePool
 from kiln_gateway.metrics import GatewayMetrics
@@ -118,12 +120,16 @@ class CompletionRun:
     ) -> AsyncGenerator[tuple[Choice, ChoiceDelta]]:
         assembler = choice.assembler
         started_s = arrived_s = time.monotonic()
-        with metrics.running_choices.track_inprogress():
+        with (
+            metrics.running_choices.track_inprogress(),
+            choice_trace(choice.request, assembler) as trace,
+        ):
+            push = assembler.push if trace is None else trace.push
             async with contextlib.aclosing(self._outputs(choice, engines)) as outputs:
                 async for output in outputs:
                     is_first = not assembler.tokens
                     last_s, arrived_s = arrived_s, time.monotonic()
-                    delta = assembler.push(output)
+                    delta = push(output)
                     if not is_first:
                         metrics.times.between_tokens_s.observe(arrived_s - last_s)
                     elif assembler.tokens:
@@ -140,7 +146,8 @@ class CompletionRun:
             metrics.prompt_tokens.inc(len(choice.request.prompt_token_ids))
             metrics.completion_tokens.inc(len(assembler.tokens))
             if self.keeps_rollouts and assembler.tokens:
-                is_kept = await rollouts.save(self._rollout(choice))
+                with tracing.span("rollout.save", parent=trace.traceparent if trace else ""):
+                    is_kept = await rollouts.save(self._rollout(choice))
                 metrics.rollouts.labels("kept" if is_kept else "lost").inc()
         yield choice, delta
 

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import structlog
 
+from kiln_common import tracing
 from kiln_common.adapter_names import BASE_NAME, parse_reference
 from kiln_common.errors import AdapterMismatch, AdapterNotFound, ErrorKind, KilnError
 from kiln_common.pb import registry_pb2, trainer_pb2
@@ -83,10 +84,12 @@ class Attempt:
         # Once this is recorded a cancel comes too late: what engines may serve is not called cancelled.
         self._job.sync()
         header = self._header(request, base, trained)
-        version = self._wait_for(lambda: self._publisher.publish(header, trained.content))
+        with tracing.span("job.publish"):
+            version = self._wait_for(lambda: self._publisher.publish(header, trained.content))
         published = {"adapter": version.name, "version": version.version, "sha256": version.sha256}
         self._job.write({}, ("published", published))
-        report = self._publisher.make_live(version)
+        with tracing.span("job.make_live"):
+            report = self._publisher.make_live(version)
         self._totals.swap_seconds.observe(report.seconds)
         log.info("adapter_live", adapter=f"{version.name}@{version.version}", not_live=report.not_live)
         return {**published, "not_live": [*report.not_live], "swap_s": round(report.seconds, 6)}
@@ -141,10 +144,11 @@ class Attempt:
             teacher=self._teacher(request),
             sampler=self._sampler(request, base),
         )
-        hooks = JobHooks(self._job, self._totals)
-        return self._wait_for(
-            lambda: self._backend.run(task, hooks), num_done=lambda: hooks.num_steps_reported
-        )
+        with tracing.span("job.train"):
+            hooks = JobHooks(self._job, self._totals)
+            return self._wait_for(
+                lambda: self._backend.run(task, hooks), num_done=lambda: hooks.num_steps_reported
+            )
 
     def _teacher(self, request: trainer_pb2.SubmitRequest) -> StartingPoint | None:
         """The adapter that teaches, where one does. Raises AdapterNotFound, AdapterMismatch."""

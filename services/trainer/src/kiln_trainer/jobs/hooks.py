@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 
+from kiln_common import tracing
 from kiln_trainer.domain.training import StepReport
 from kiln_trainer.jobs.claimed_job import ClaimedJob
 from kiln_trainer.jobs.totals import StepTotals, TrainerTotals
@@ -20,6 +21,8 @@ class JobHooks:
         self._job = job
         self._totals = StepTotals(totals)
         self._began_s = time.monotonic()
+        self._traceparent = tracing.current_traceparent()
+        self._step_began_s = time.time()
         self._first_step: int | None = None
         self.num_steps_reported = 0
 
@@ -28,6 +31,7 @@ class JobHooks:
             self._first_step = report.step
         self.num_steps_reported += 1
         self._totals.add(report)
+        self._trace(report)
         metrics = dict(report.metrics)
         progress = {
             "step": report.step,
@@ -38,6 +42,13 @@ class JobHooks:
         self._job.write(
             {"progress": json.dumps(progress), "metrics": json.dumps(metrics)},
             ("step", {**progress, "metrics": metrics}),
+        )
+
+    def _trace(self, report: StepReport) -> None:
+        began_s, self._step_began_s = self._step_began_s, time.time()
+        attributes = {"kiln.step": report.step, "kiln.num_tokens": report.num_tokens}
+        tracing.record_span(
+            "job.step", began_s, self._step_began_s, parent=self._traceparent, attributes=attributes
         )
 
     def before_checkpoint(self, step: int) -> None:

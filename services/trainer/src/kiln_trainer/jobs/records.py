@@ -37,6 +37,9 @@ class Claim:
     is_cancel_requested: bool
     # "name@version" or "" once an earlier claim resolved it; None before.
     resolved_base: str | None
+    created_at_s: float = 0.0
+    # The trace that its submission belongs to, empty without one.
+    traceparent: str = ""
 
 
 def submitted_fields(request: trainer_pb2.SubmitRequest, payload_sha256: str) -> dict[str, str | bytes]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import redis
 
+from kiln_common import tracing
 from kiln_common.bus import keys
 from kiln_common.errors import IdempotencyConflict, JobNotFound
 from kiln_common.ids import new_id
@@ -55,6 +56,8 @@ class JobStore:
         job_id = job_id or new_id("job")
         payload, payload_sha256 = _serialise(request)
         fields = submitted_fields(request, payload_sha256)
+        if traceparent := tracing.current_traceparent():
+            fields["traceparent"] = traceparent
         key = request.idempotency_key
         outcome, found_id = self._submit(
             keys=[
@@ -223,8 +226,13 @@ class JobStore:
         return fresh[0][1] if fresh else []
 
     def _read_claim(self, job_id: str, adapter: str, entry_id: str, claim_epoch: int) -> Claim:
-        num_crashes, cancel, base = self._redis.hmget(
-            keys.job(job_id), "num_crashes", "cancel_requested", "resolved_base"
+        num_crashes, cancel, base, created_s, traceparent = self._redis.hmget(
+            keys.job(job_id),
+            "num_crashes",
+            "cancel_requested",
+            "resolved_base",
+            "created_at_s",
+            "traceparent",
         )
         return Claim(
             job_id=job_id,
@@ -234,6 +242,8 @@ class JobStore:
             num_crashes=int(num_crashes),
             is_cancel_requested=bool(cancel),
             resolved_base=None if base is None else base.decode(),
+            created_at_s=float(created_s),
+            traceparent=(traceparent or b"").decode(),
         )
 
     def _end_claimed(

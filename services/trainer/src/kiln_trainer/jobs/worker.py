@@ -6,11 +6,13 @@ import contextlib
 import contextvars
 import shutil
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import structlog
 
+from kiln_common import tracing
 from kiln_common.errors import KilnError
 from kiln_trainer.domain.errors import ClaimLost, DeviceBroken, JobCancelled
 from kiln_trainer.jobs.attempt import Attempt
@@ -137,10 +139,13 @@ class Worker:
         try:
             with (
                 structlog.contextvars.bound_contextvars(job_id=claim.job_id),
+                _job_span(claim) as span,
                 ClaimedJob(self._store, claim, self._stopping, self._claim_timeout_s / 4) as job,
             ):
                 log.info("job_claimed", adapter=claim.adapter, claim_epoch=claim.claim_epoch)
                 status = self._end(job, folder)
+                if span is not None:
+                    span.set_attribute("kiln.status", status)
                 self.totals.num_jobs_ended[status] += 1
                 log.info("job_ended", status=status)
             shutil.rmtree(folder, ignore_errors=True)
@@ -190,6 +195,17 @@ class Worker:
         for folder in self._jobs_dir.iterdir():
             if self._store.status(folder.name) in {None, *FINAL_STATUSES}:
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def _job_span(claim: Claim) -> contextlib.AbstractContextManager[Any]:
+    """A span around one attempt, in the trace that the job was submitted in."""
+    if claim.claim_epoch == 1:
+        tracing.record_span("job.queue", claim.created_at_s, time.time(), parent=claim.traceparent)
+    return tracing.span(
+        "job",
+        parent=claim.traceparent,
+        attributes={"kiln.job_id": claim.job_id, "kiln.claim_epoch": claim.claim_epoch},
+    )
 
 
 def _describe(error: Exception) -> JobFailure:
