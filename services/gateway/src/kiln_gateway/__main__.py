@@ -9,7 +9,7 @@ import structlog
 
 from kiln_common.errors import KilnError
 from kiln_common.logs import configure_logs
-from kiln_common.settings import read_settings
+from kiln_common.settings import ConfigurationError, exit_for_configuration, read_settings
 from kiln_common.tracing import configure_tracing
 from kiln_gateway.app import create_app
 from kiln_gateway.bootstrap import open_clients
@@ -31,7 +31,7 @@ async def serve(settings: GatewaySettings) -> None:
             host=settings.host,
             port=settings.port,
             model_path=settings.model_path,
-            has_api_keys=bool(settings.api_keys),
+            has_api_keys=bool(settings.api_keys or settings.api_keys_file),
         )
         await server.serve()
 
@@ -42,6 +42,8 @@ def main() -> int:
     configure_tracing("gateway")
     try:
         asyncio.run(serve(settings))
+    except ConfigurationError as error:
+        exit_for_configuration(error)
     except KilnError as error:
         print(f"kiln_gateway: {error} {error.hint}", file=sys.stderr)
         return 1

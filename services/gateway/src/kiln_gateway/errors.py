@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 from kiln_common.errors import ErrorKind, InvalidRequest, KilnError, NotBuiltYet, Unavailable
+from kiln_common.settings import ConfigurationError
 
 _ROUTES_HINT = "GET / lists the routes there are."
 
@@ -157,13 +158,6 @@ class OriginNotAllowed(KilnError):
     hint = "Add the origin to KILN_GATEWAY_ALLOWED_ORIGINS."
 
 
-class InvalidApiKey(KilnError):
-    code = "invalid_api_key"
-    kind = ErrorKind.UNAUTHENTICATED
-    hint = "Send Authorization: Bearer KEY with a key of KILN_GATEWAY_API_KEYS."
-
-
-class ScopeMissing(KilnError):
-    code = "scope_missing"
-    kind = ErrorKind.FORBIDDEN
-    hint = "Use a key that carries the scope."
+class LimitsNeedRedis(ConfigurationError):
+    code = "limits_need_redis"
+    hint = "Set KILN_GATEWAY_REDIS_URL, or take the limits off the keys."

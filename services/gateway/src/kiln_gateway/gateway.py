@@ -11,13 +11,15 @@ import structlog
 from fastapi import Request
 from pydantic import BaseModel
 
+from kiln_common.api_keys import KeyRing
 from kiln_common.model_folder import TEXT_FILES, find_model_folder
 from kiln_common.text.chat_template import ChatTemplate
 from kiln_common.text.tokenizer import TextTokenizer
-from kiln_gateway.auth import Authenticator
 from kiln_gateway.chat.prompt import PromptRenderer
 from kiln_gateway.engine_pool import EnginePool
+from kiln_gateway.errors import LimitsNeedRedis
 from kiln_gateway.idempotency import IdempotencyRecords
+from kiln_gateway.limits import RateLimiter
 from kiln_gateway.metrics import GatewayMetrics
 from kiln_gateway.model_resolver import ModelResolver
 from kiln_gateway.ports import Clients
@@ -54,7 +56,10 @@ class Gateway:
             clients.redis, ttl_s=settings.response_ttl_s, max_bytes=settings.response_max_bytes
         )
         self.idempotency = IdempotencyRecords(clients.redis)
-        self.authenticator = Authenticator(settings.api_keys)
+        self.keys = KeyRing(settings.api_keys, settings.api_keys_file)
+        if self.keys.has_limits and clients.redis is None:
+            raise LimitsNeedRedis("keys have limits, which are counted in Redis, and there is none")
+        self.limits = RateLimiter(clients.redis)
         self.metrics = GatewayMetrics()
         self.started_at = time.monotonic()
         self.is_stopping = asyncio.Event()

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from pathlib import Path
+from typing import Annotated, Any, Self
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     PositiveFloat,
     PositiveInt,
@@ -15,20 +14,11 @@ from pydantic import (
 )
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from kiln_common.api_keys import ApiKey
 from kiln_common.loopback import is_loopback
 from kiln_common.settings import LogLevel
 
-Scope = Literal["infer", "train", "admin"]
 CommaSeparated = Annotated[tuple[str, ...], NoDecode]
-
-
-class ApiKey(BaseModel):
-    """One bearer key and what it may do."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    key: str = Field(min_length=16, repr=False)
-    scopes: tuple[Scope, ...] = ("infer",)
 
 
 class GatewaySettings(BaseSettings):
@@ -73,6 +63,9 @@ class GatewaySettings(BaseSettings):
     )
 
     api_keys: tuple[ApiKey, ...] = Field((), description='JSON: [{"key": "…", "scopes": ["infer", "train"]}]')
+    api_keys_file: Path | None = Field(
+        None, description="JSON list of keys by their sha256, read again when it changes"
+    )
     allowed_hosts: CommaSeparated = Field(
         (), description="Host names answered to besides localhost, comma separated; * is any"
     )
@@ -89,6 +82,11 @@ class GatewaySettings(BaseSettings):
             return tuple(part.strip() for part in value.split(",") if part.strip())
         return value
 
+    @field_validator("api_keys_file", mode="before")
+    @classmethod
+    def _none(cls, value: Any) -> Any:
+        return value or None
+
     @field_validator("enable_thinking_default", mode="before")
     @classmethod
     def _unset(cls, value: Any) -> Any:
@@ -96,9 +94,10 @@ class GatewaySettings(BaseSettings):
 
     @model_validator(mode="after")
     def _is_loopback_without_keys(self) -> Self:
-        if not self.api_keys and not self.allow_public_bind and not is_loopback(self.host):
+        has_keys = self.api_keys or self.api_keys_file
+        if not has_keys and not self.allow_public_bind and not is_loopback(self.host):
             raise ValueError(
-                f"host {self.host} is not loopback and no API keys are set: set KILN_GATEWAY_API_KEYS, "
+                f"host {self.host} is not loopback and no API keys are set: set KILN_GATEWAY_API_KEYS_FILE, "
                 "or KILN_GATEWAY_ALLOW_PUBLIC_BIND=true if every caller may do everything"
             )
         return self

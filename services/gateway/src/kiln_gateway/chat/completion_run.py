@@ -70,6 +70,8 @@ class CompletionRun:
     match_key: Callable[[str], str] | None
     num_prompts: int
     follows_latest: bool = False
+    # Told how many tokens were used, prompts too, once nothing runs any more.
+    charge: Callable[[int], None] = lambda num_tokens: None
     # The request's field that the engine's complaints about its grammar belong to.
     grammar_field: str = ""
     created_at_s: int = field(default_factory=lambda: int(time.time()))
@@ -83,9 +85,14 @@ class CompletionRun:
         """
         streams = [self._run(choice, engines, rollouts, metrics) for choice in self.choices]
         merged = streams[0] if len(streams) == 1 else merge(streams)
-        async with contextlib.aclosing(merged) as deltas:
-            async for item in deltas:
-                yield item
+        try:
+            async with contextlib.aclosing(merged) as deltas:
+                async for item in deltas:
+                    yield item
+        finally:
+            if any(choice.assembler.tokens or choice.assembler.is_finished for choice in self.choices):
+                usage = self.usage()
+                self.charge(usage.num_prompt_tokens + usage.num_completion_tokens)
 
     async def collect(
         self, engines: EnginePool, rollouts: RolloutStore, metrics: GatewayMetrics

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from kiln_common.errors import InvalidValue, PromptTooLong
@@ -250,5 +251,6 @@ async def _run(
         match_key=key_of,
         num_prompts=len(prompts),
         follows_latest=follows_latest,
+        charge=partial(gateway.limits.charge, caller),
         grammar_field="" if grammar is None else grammar.field,
     )

@@ -6,18 +6,19 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 
 from kiln_gateway import sse
-from kiln_gateway.auth import require
+from kiln_gateway.auth import Caller, require
 from kiln_gateway.chat.prepare import resolve_target
 from kiln_gateway.embeddings import embed, embedding_object, embedding_requests, shortened
 from kiln_gateway.gateway import gateway_of
 from kiln_gateway.json_response import json_response
 from kiln_gateway.schemas.embeddings import EmbeddingsBody
 
-router = APIRouter(dependencies=[Depends(require("infer"))])
+router = APIRouter()
+_INFER = Depends(require("infer"))
 
 
 @router.post("/v1/embeddings")
-async def embeddings(request: Request) -> Response:
+async def embeddings(request: Request, caller: Caller = _INFER) -> Response:
     """A vector of length 1 for each text: the last token's hidden state."""
     gateway = gateway_of(request)
     body = await gateway.parse(request, EmbeddingsBody)
@@ -25,6 +26,7 @@ async def embeddings(request: Request) -> Response:
     requests = await embedding_requests(gateway, body, target)
     vectors = await sse.until_disconnect(request, embed(gateway, requests))
     num_tokens = sum(len(one.prompt_token_ids) for one in requests)
+    gateway.limits.charge(caller, num_tokens)
     answer = {
         "object": "list",
         "data": [
