@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import re
 import time
@@ -17,13 +18,21 @@ from kiln_common import tracing
 from kiln_common.errors import KilnError
 from kiln_common.ids import new_id
 from kiln_common.loopback import LOOPBACK_NAMES
-from kiln_gateway.errors import HostNotAllowed, OriginNotAllowed
+from kiln_gateway.errors import BodyTooSlow, HeadersTooLarge, HostNotAllowed, OriginNotAllowed
 from kiln_gateway.http_errors import error_response, unexpected
 from kiln_gateway.metrics import GatewayMetrics
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _MADE_REQUEST_ID = re.compile(r"req_(?!0{32})([0-9a-f]{32})")
 # Asked again and again by machines: not traced.
+MOST_HEADER_BYTES = 32 * 1024  # of one request, with its URL
+_SAFE_HEADERS = {
+    # Nothing that is answered is to be run or framed by a browser; a page says itself what it needs.
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+}
 _UNTRACED = frozenset({"/healthz", "/readyz", "/metrics"})
 
 
@@ -37,11 +46,15 @@ class EdgeMiddleware:
         allowed_hosts: Sequence[str],
         allowed_origins: Sequence[str],
         metrics: GatewayMetrics,
+        body_pause_s: float,
+        body_timeout_s: float,
     ) -> None:
         self._app = app
         self._allowed_hosts = LOOPBACK_NAMES | {host.lower() for host in allowed_hosts}
         self._allowed_origins = frozenset(origin.lower().rstrip("/") for origin in allowed_origins)
         self._metrics = metrics
+        self._body_pause_s = body_pause_s
+        self._body_timeout_s = body_timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -58,7 +71,10 @@ class EdgeMiddleware:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["X-Request-Id"] = request_id
+                answer_headers = MutableHeaders(scope=message)
+                answer_headers["X-Request-Id"] = request_id
+                for name, value in _SAFE_HEADERS.items():
+                    answer_headers.setdefault(name, value)
             await send(message)
 
         fields = {"request_id": request_id}
@@ -69,8 +85,9 @@ class EdgeMiddleware:
             _span_of(scope, request_id, trace_id, traceparent) as span,
         ):
             try:
+                _check_size(scope)
                 self._check_host_and_origin(headers)
-                await self._app(scope, receive, send_with_id)
+                await self._app(scope, self._patient(receive), send_with_id)
             except KilnError as error:
                 await error_response(error, request_id, path=scope["path"])(scope, receive, send_with_id)
             except Exception as error:  # noqa: BLE001 the outermost frame: a bug becomes a 500
@@ -84,6 +101,27 @@ class EdgeMiddleware:
                     span.set_attribute("http.response.status_code", status)
                 self._metrics.observe_request(route, scope["method"], status, time.monotonic() - started_at)
 
+    def _patient(self, receive: Receive) -> Receive:
+        """`receive`, which raises BodyTooSlow where the body pauses, or takes, too long."""
+        deadline_s = asyncio.get_running_loop().time() + self._body_timeout_s
+        is_whole = False
+
+        async def receive_in_time() -> Message:
+            nonlocal is_whole
+            if is_whole:
+                return await receive()
+            now_s = asyncio.get_running_loop().time()
+            try:
+                async with asyncio.timeout_at(min(deadline_s, now_s + self._body_pause_s)):
+                    message = await receive()
+            except TimeoutError:
+                is_whole = True
+                raise BodyTooSlow(f"the body paused for {self._body_pause_s:g} s, or took too long") from None
+            is_whole = not message.get("more_body", False)
+            return message
+
+        return receive_in_time
+
     def _check_host_and_origin(self, headers: Headers) -> None:
         host = headers.get("host", "")
         if "*" not in self._allowed_hosts and _host_name(host) not in self._allowed_hosts:
@@ -93,6 +131,14 @@ class EdgeMiddleware:
             return
         if urlsplit(origin).netloc.lower() != host.lower():
             raise OriginNotAllowed(f"pages of {origin!r} may not call this server")
+
+
+def _check_size(scope: Scope) -> None:
+    """Raises HeadersTooLarge."""
+    num_bytes = len(scope["raw_path"]) + len(scope["query_string"])
+    num_bytes += sum(len(name) + len(value) for name, value in scope["headers"])
+    if num_bytes > MOST_HEADER_BYTES:
+        raise HeadersTooLarge(f"headers and URL have {num_bytes} bytes, at most {MOST_HEADER_BYTES}")
 
 
 def _host_name(host: str) -> str:

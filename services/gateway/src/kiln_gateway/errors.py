@@ -34,6 +34,17 @@ class BodyTooLarge(KilnError):
         super().__init__(f"the body is larger than the limit of {limit_bytes} bytes")
 
 
+class HeadersTooLarge(KilnError):
+    code = "headers_too_large"
+    kind = ErrorKind.TOO_LARGE
+    hint = "Send fewer or shorter headers and a shorter URL."
+
+
+class BodyTooSlow(InvalidRequest):
+    code = "body_too_slow"
+    hint = "Send the request's body without long pauses."
+
+
 class RouteNotFound(KilnError):
     code = "route_not_found"
     kind = ErrorKind.NOT_FOUND

@@ -53,6 +53,10 @@ class GatewaySettings(BaseSettings):
     )
     max_body_bytes: PositiveInt = Field(32 * 1024 * 1024, description="largest JSON body")
     max_upload_bytes: PositiveInt = Field(2 * 1024**3, description="largest adapter upload, unpacked too")
+    header_timeout_s: PositiveFloat = Field(
+        20.0, description="how long a request's headers may take to arrive"
+    )
+    body_pause_s: PositiveFloat = Field(30.0, description="longest pause within a request's body")
     request_timeout_s: PositiveFloat = Field(600.0, description="longest a completion may take")
     max_choices: PositiveInt = Field(128, description="most choices of one request (prompts times n)")
     max_batch_choices: PositiveInt = Field(4096, description="most answers of one batch (prompts times n)")

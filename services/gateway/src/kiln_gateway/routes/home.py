@@ -12,6 +12,7 @@ from kiln_gateway.routes.not_built import NOT_BUILT
 
 router = APIRouter()
 
+_CONTENT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Kiln</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
@@ -40,7 +41,8 @@ async def home(request: Request) -> HTMLResponse:
         for method in sorted(route.methods or ())
         if (method, route.path) not in missing
     ]
-    return HTMLResponse(_PAGE.format(built="".join(map(_row, rows)), not_built="".join(map(_row, NOT_BUILT))))
+    page = _PAGE.format(built="".join(map(_row, rows)), not_built="".join(map(_row, NOT_BUILT)))
+    return HTMLResponse(page, headers={"Content-Security-Policy": _CONTENT_POLICY})
 
 
 def _row(row: tuple[str, str, str]) -> str:
