@@ -14,6 +14,7 @@ from kiln_common.clients.registry import RegistryClient
 from kiln_common.errors import KilnError
 from kiln_common.pb import engine_pb2, engine_pb2_grpc
 from kiln_common.rpc import RpcServer
+from kiln_common.rpc.client_listener import client_server
 from kiln_engine.adapters.events import AdapterEvents
 from kiln_engine.adapters.handover import Inbox, serve_handovers
 from kiln_engine.adapters.manager import AdapterManager
@@ -25,7 +26,7 @@ from kiln_engine.domain.ports import AdapterStore, BaseWeights, GrammarCompiler,
 from kiln_engine.loop import EngineLoop
 from kiln_engine.scheduling import Scheduler, SchedulerLimits
 from kiln_engine.servicer.intake import RequestIntake
-from kiln_engine.servicer.servicer import EngineServicer
+from kiln_engine.servicer.servicer import CLIENT_SCOPES, EngineServicer
 from kiln_engine.servicer.stats import EngineFigures
 from kiln_engine.servicer.validation import RequestLimits
 from kiln_engine.settings import EngineSettings
@@ -63,6 +64,7 @@ class RunningEngine:
     """An engine that serves; stop it once. `has_failed` is set when it must be started again."""
 
     server: RpcServer
+    client_server: RpcServer | None
     loop: EngineLoop
     intake: RequestIntake
     adapters: AdapterManager
@@ -81,6 +83,8 @@ class RunningEngine:
         num_finished, num_aborted = await self.intake.drain(timeout_s)
         log.info("engine_drained", finished=num_finished, aborted=num_aborted)
         await self.server.stop(_STOP_GRACE_S)
+        if self.client_server is not None:
+            await self.client_server.stop(_STOP_GRACE_S)
         for task in self.background:
             task.cancel()
         await asyncio.gather(*self.background, return_exceptions=True)
@@ -139,10 +143,12 @@ async def start_engine(settings: EngineSettings, parts: EngineParts) -> RunningE
         outbox_steps=settings.outbox_steps,
     )
     server = RpcServer(settings.listen)
-    engine_pb2_grpc.add_EngineServicer_to_server(servicer, server.grpc)
+    clients = client_server(settings, CLIENT_SCOPES)
     loop.start()
-    await server.start()
-    await server.set_serving(True)
+    for each in filter(None, (server, clients)):
+        engine_pb2_grpc.add_EngineServicer_to_server(servicer, each.grpc)
+        await each.start()
+        await each.set_serving(True)
     if parts.inbox is not None:
         serve_handovers(parts.inbox, adapters)
     jobs: list[Coroutine[Any, Any, None]] = []
@@ -156,6 +162,7 @@ async def start_engine(settings: EngineSettings, parts: EngineParts) -> RunningE
     log.info("engine_ready", listen=settings.listen, port=server.port, boot_id=parts.info.boot_id)
     return RunningEngine(
         server,
+        clients,
         loop,
         intake,
         adapters,

@@ -9,6 +9,7 @@ import structlog
 
 from kiln_common.errors import KilnError
 from kiln_common.logs import configure_logs
+from kiln_common.rpc.tls import configure_tls
 from kiln_common.settings import ConfigurationError, exit_for_configuration, read_settings
 from kiln_common.tracing import configure_tracing
 from kiln_gateway.app import create_app
@@ -41,6 +42,7 @@ def main() -> int:
     configure_logs("gateway", settings.log_level)
     configure_tracing("gateway")
     try:
+        configure_tls()
         asyncio.run(serve(settings))
     except ConfigurationError as error:
         exit_for_configuration(error)

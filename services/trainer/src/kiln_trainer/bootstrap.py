@@ -15,11 +15,12 @@ from kiln_common.clients.registry import RegistryClient
 from kiln_common.ids import new_id
 from kiln_common.pb import trainer_pb2_grpc
 from kiln_common.rpc import RpcServer
+from kiln_common.rpc.client_listener import client_server
 from kiln_trainer.jobs.ports import JobBackend
 from kiln_trainer.jobs.store import JobStore
 from kiln_trainer.jobs.worker import Worker
 from kiln_trainer.publishing import EngineDirectory, GrpcPublisher
-from kiln_trainer.servicer import TrainerServicer
+from kiln_trainer.servicer import CLIENT_SCOPES, TrainerServicer
 from kiln_trainer.settings import TrainerSettings
 
 log = structlog.get_logger()
@@ -33,6 +34,7 @@ class RunningTrainer:
 
     trainer_id: str
     server: RpcServer
+    client_server: RpcServer | None
     worker: Worker
     engines: EngineDirectory
     registry: RegistryClient
@@ -50,6 +52,8 @@ class RunningTrainer:
         await self.server.set_serving(False)
         await asyncio.to_thread(self.worker.stop, self.stop_grace_s)
         await self.server.stop(0.5)
+        if self.client_server is not None:
+            await self.client_server.stop(0.5)
         await self.registry.close()
         await self.engines.close()
         await self.tail_client.aclose()
@@ -96,11 +100,15 @@ async def start_trainer(
         max_payload_bytes=settings.max_payload_bytes,
     )  # fmt: skip
     server = RpcServer(settings.listen)
-    trainer_pb2_grpc.add_TrainerServicer_to_server(servicer, server.grpc)
-    await server.start()
+    clients = client_server(settings, CLIENT_SCOPES)
+    servers = [each for each in (server, clients) if each is not None]
+    for each in servers:
+        trainer_pb2_grpc.add_TrainerServicer_to_server(servicer, each.grpc)
+        await each.start()
     worker.start()
-    await server.set_serving(True)
+    for each in servers:
+        await each.set_serving(True)
     log.info("trainer_ready", listen=settings.listen, port=server.port, trainer_id=trainer_id)
     return RunningTrainer(
-        trainer_id, server, worker, engines, registry, client, tail_client, settings.stop_grace_s
+        trainer_id, server, clients, worker, engines, registry, client, tail_client, settings.stop_grace_s
     )

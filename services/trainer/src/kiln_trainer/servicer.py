@@ -11,11 +11,13 @@ import redis
 import redis.asyncio
 import structlog
 
+from kiln_common.api_keys import require_scope
 from kiln_common.bus.connect import REDIS_AWAY
 from kiln_common.errors import KilnError, QueueUnavailable
 from kiln_common.ids import new_id
 from kiln_common.pb import trainer_pb2 as pb
 from kiln_common.pb import trainer_pb2_grpc
+from kiln_common.rpc.keys import current_caller
 from kiln_trainer.jobs.durability import check_durable
 from kiln_trainer.jobs.errors import PayloadTooLarge
 from kiln_trainer.jobs.events import watch_events
@@ -30,6 +32,10 @@ T = TypeVar("T")
 
 # A Redis that is full, read-only or cannot write its file answers with one of these.
 _REFUSALS = ("OOM", "MISCONF", "READONLY", "NOREPLICAS")
+
+
+# What clients from outside need for each method; "admin" for those that are not here.
+CLIENT_SCOPES = dict.fromkeys(("Submit", "GetJob", "ListJobs", "CancelJob", "WatchJob", "GetStatus"), "train")
 
 
 class TrainerServicer(trainer_pb2_grpc.TrainerServicer):
@@ -60,6 +66,7 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServicer):
         num_bytes = request.ByteSize()
         if num_bytes > self._max_payload_bytes:
             raise PayloadTooLarge(f"the job has {num_bytes} bytes, at most {self._max_payload_bytes}")
+        _check_caller(request)
         info = await self._engines.info()
         await asyncio.to_thread(check_request, request, info)
         job_id = await _on_redis(lambda: self._accept(request))
@@ -123,6 +130,17 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServicer):
             if self._store.status(job_id) is None:
                 raise _unavailable(error) from error
             return job_id
+
+
+def _check_caller(request: pb.SubmitRequest) -> None:
+    """A client from outside attaches only as an admin, and has idempotency keys of its own. Raises ScopeMissing."""
+    caller = current_caller()
+    if caller is None:
+        return
+    if request.config.attach:
+        require_scope(caller, "admin")
+    if request.idempotency_key:
+        request.idempotency_key = f"{caller.owner}:grpc:{request.idempotency_key}"
 
 
 async def _on_redis(call: Callable[[], T]) -> T:

@@ -11,6 +11,7 @@ import structlog
 from kiln_common import tracing
 from kiln_common.errors import InvalidValue, KilnError
 from kiln_common.pb import engine_pb2, engine_pb2_grpc
+from kiln_common.rpc.keys import current_caller
 from kiln_engine.domain.ports import AdapterResidency, BaseWeights
 from kiln_engine.domain.result import FinishReason, SequenceEvent
 from kiln_engine.servicer.intake import RequestIntake
@@ -21,6 +22,10 @@ from kiln_engine.servicer.traces import AwaitedVersions, SessionTraces
 from kiln_engine.servicer.validation import parse_adapter_version
 
 log = structlog.get_logger()
+
+
+# What clients from outside need for each method; "admin" for those that are not here.
+CLIENT_SCOPES = dict.fromkeys(("Generate", "Session", "GetInfo", "GetStats"), "infer")
 
 
 class EngineServicer(engine_pb2_grpc.EngineServicer):
@@ -71,6 +76,7 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
     ) -> AsyncIterator[engine_pb2.SequenceOutput]:
         outbox = Outbox(self._outbox_steps)
         traces = self._open_traces()
+        _salt(request)
         self._intake.submit(request, outbox)
         if traces is not None:
             traces.began(request)
@@ -157,9 +163,17 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
         self, message: engine_pb2.GenerateRequest, outbox: Outbox, traces: SessionTraces | None
     ) -> None:
         try:
+            _salt(message)
             self._intake.submit(message, outbox)
             if traces is not None:
                 traces.began(message)
         except KilnError as error:
             refusal = SequenceEvent(message.request_id, finish_reason=FinishReason.ERROR, error=error)
             outbox.offer([refusal])
+
+
+def _salt(message: engine_pb2.GenerateRequest) -> None:
+    """Keys from outside share no cached prefixes: their timing would tell what others asked."""
+    caller = current_caller()
+    if caller is not None:
+        message.cache_salt = caller.owner + message.cache_salt
