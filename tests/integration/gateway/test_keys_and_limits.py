@@ -167,3 +167,15 @@ async def test_without_redis_requests_go_on_unlimited_and_the_log_says_so(tmp_pa
     with pytest.raises(LimitsNeedRedis):
         async with gateway_rig(tmp_path / "none", api_keys=keys):
             pass
+
+
+async def test_nothing_is_kept_by_default_where_that_was_chosen(tmp_path, store_url):
+    store = redis.asyncio.from_url(store_url)
+    async with gateway_rig(tmp_path, redis=store, store_default=False) as rig:
+        await rig.post("/v1/chat/completions", CHAT)
+        created = (await rig.post("/v1/responses", {"input": "Hi"})).json()
+        assert created["store"] is False
+        assert (await rig.http.get(f"/v1/responses/{created['id']}")).status_code == 404
+        assert await store.keys("*") == []
+        await rig.post("/v1/chat/completions", {**CHAT, "store": True})
+        assert any(key.startswith(b"kiln:rollout:") for key in await store.keys("*"))

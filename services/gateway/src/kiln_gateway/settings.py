@@ -40,6 +40,9 @@ class GatewaySettings(BaseSettings):
     trainer_address: str = "127.0.0.1:8432"
     redis_url: str = Field("", description="empty: no rollouts are kept")
 
+    store_default: bool = Field(
+        True, description="whether requests that do not say `store` leave a rollout, or response, in Redis"
+    )
     rollout_ttl_s: PositiveInt = Field(3600, description="how long a rollout is kept")
     rollout_max_bytes: PositiveInt = Field(
         256 * 1024 * 1024, description="most bytes of rollouts kept in Redis"

@@ -247,7 +247,7 @@ async def _run(
         model_hash=base_model.model_hash,
         owner=caller.owner,
         choices=choices,
-        keeps_rollouts=body.store is not False,
+        keeps_rollouts=gateway.settings.store_default if body.store is None else body.store,
         match_key=key_of,
         num_prompts=len(prompts),
         follows_latest=follows_latest,
