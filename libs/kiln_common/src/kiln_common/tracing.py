@@ -110,16 +110,13 @@ def start_span(
     return _tracer.start_span(name, context=context, start_time=_ns(start_s), attributes=attributes)
 
 
-def end_span(span: Span, end_s: float | None = None) -> None:
-    span.end(_ns(end_s))
-
-
 def record_span(
     name: str, start_s: float, end_s: float, *, parent: str, attributes: Attributes = None
 ) -> None:
     """A span of the past, below `parent`; nothing where that is empty."""
     if _tracer is not None and parent:
-        end_span(start_span(name, parent=parent, start_s=start_s, attributes=attributes), end_s)
+        past = start_span(name, parent=parent, start_s=start_s, attributes=attributes)
+        past.end(_ns(end_s))
 
 
 @contextlib.contextmanager
@@ -179,8 +176,6 @@ def traced(name: str) -> Callable[[Callable[P, Awaitable[T]]], Callable[P, Await
     def decorate(function: Callable[P, Awaitable[T]]) -> Callable[P, Awaitable[T]]:
         @functools.wraps(function)
         async def call(*args: P.args, **kwargs: P.kwargs) -> T:
-            if _tracer is None:
-                return await function(*args, **kwargs)
             with span(name):
                 return await function(*args, **kwargs)
 

@@ -24,7 +24,6 @@ from kiln_gateway.metrics import GatewayMetrics
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _MADE_REQUEST_ID = re.compile(r"req_(?!0{32})([0-9a-f]{32})")
-# Asked again and again by machines: not traced.
 MOST_HEADER_BYTES = 32 * 1024  # of one request, with its URL
 _SAFE_HEADERS = {
     # Nothing that is answered is to be run or framed by a browser; a page says itself what it needs.
@@ -33,6 +32,7 @@ _SAFE_HEADERS = {
     "X-Frame-Options": "DENY",
     "Referrer-Policy": "no-referrer",
 }
+# Asked again and again by machines: not traced.
 _UNTRACED = frozenset({"/healthz", "/readyz", "/metrics"})
 
 
