@@ -8,11 +8,12 @@ import subprocess
 import sys
 
 import pytest
+from sqlalchemy.exc import OperationalError
 
 from kiln_common.bus import keys
 from kiln_common.bus.connect import connect_async
 from kiln_common.clients.registry import BlobCorrupt, RegistryClient
-from kiln_common.errors import KilnError, RegistryUnavailable
+from kiln_common.errors import ErrorKind, KilnError, RegistryUnavailable
 from kiln_common.pb import common_pb2
 from kiln_registry.blobs import BlobStore
 from tests.support.redis_server import private_redis
@@ -241,3 +242,25 @@ async def test_changes_are_announced_in_order_and_wait_for_redis(tmp_path):
 def test_the_registry_never_imports_torch():
     code = "import sys, kiln_registry.__main__; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], env=dict(os.environ), timeout=60).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        OSError(28, "No space left on device"),
+        OperationalError("INSERT", {}, Exception("database or disk is full")),
+    ],
+)
+async def test_a_full_disk_refuses_a_version_by_name_and_keeps_nothing_of_it(tmp_path, monkeypatch, failure):
+    def full(*arguments):
+        raise failure
+
+    async with running_registry(tmp_path) as client:
+        with monkeypatch.context() as patch:
+            patch.setattr("kiln_registry.catalog.Catalog.publish", full)
+            with pytest.raises(KilnError) as refused:
+                await client.publish(publish_header("helper"), adapter_bytes())
+        assert refused.value.code == "registry_storage_full"
+        assert refused.value.kind is ErrorKind.UNAVAILABLE
+        assert stored_files(tmp_path) == []
+        assert (await client.publish(publish_header("helper"), adapter_bytes())).version == 1

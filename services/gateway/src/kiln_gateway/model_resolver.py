@@ -16,6 +16,7 @@ from kiln_gateway.ports import RegistryPort
 
 log = structlog.get_logger()
 
+_DEFAULT_TIMEOUT_S = 2.0
 _NO_SUCH_ADAPTER = ("adapter_not_found", "invalid_adapter_name", "reserved_adapter_name")
 
 
@@ -122,9 +123,11 @@ class ModelResolver:
         While the registry is away nothing can be attached, so the last one holds.
         """
         try:
-            self._last_default = await self._registry.get_default()
+            # One that hangs is not waited for as long as for what only it can answer.
+            async with asyncio.timeout(_DEFAULT_TIMEOUT_S if self._knows_default else None):
+                self._last_default = await self._registry.get_default()
             self._knows_default = True
-        except RegistryUnavailable as error:
+        except (RegistryUnavailable, TimeoutError) as error:
             if not self._knows_default:
                 raise RegistryUnavailable(
                     "the registry does not answer, so the default adapter is unknown",

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import builtins
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
 
-from kiln_common.pb import engine_pb2, registry_pb2, trainer_pb2
+from kiln_common.pb import dataset_pb2, engine_pb2, registry_pb2, trainer_pb2
 
 Item = TypeVar("Item")
 
@@ -20,6 +20,8 @@ def closing(iterator: AsyncIterator[Item]) -> contextlib.aclosing[Any]:
 
 
 class EnginePort(Protocol):
+    address: str
+
     def generate(self, request: engine_pb2.GenerateRequest) -> AsyncIterator[engine_pb2.SequenceOutput]:
         """Closing the iterator before its end aborts the request."""
         ...
@@ -27,6 +29,10 @@ class EnginePort(Protocol):
     async def get_info(self) -> engine_pb2.EngineInfo: ...
 
     async def get_stats(self) -> engine_pb2.EngineStats: ...
+
+    def end_session(self, reason: str) -> None:
+        """What runs ends with EngineUnavailable; what comes next begins anew."""
+        ...
 
     async def close(self) -> None:
         """What runs ends with EngineUnavailable. May be called again."""
@@ -58,20 +64,44 @@ class TrainerPort(Protocol):
 
     async def get(self, job_id: str) -> trainer_pb2.Job: ...
 
-    async def list(self, limit: int = 0) -> builtins.list[trainer_pb2.Job]: ...
+    async def list(
+        self, limit: int = 0, statuses: Sequence[str] = (), owner: str | None = None
+    ) -> builtins.list[trainer_pb2.Job]: ...
 
-    async def cancel(self, job_id: str) -> trainer_pb2.Job: ...
+    async def queue(self) -> builtins.list[trainer_pb2.Job]: ...
+
+    async def retry(self, request: trainer_pb2.RetryJobRequest) -> trainer_pb2.Job: ...
+
+    async def cancel(self, job_id: str, *, discards: bool = False) -> trainer_pb2.Job: ...
 
     def watch(self, job_id: str, after_event_id: str = "") -> AsyncIterator[trainer_pb2.JobEvent]: ...
 
     async def status(self) -> trainer_pb2.TrainerStatus: ...
 
 
+class DatasetPort(Protocol):
+    async def put(self, header: dataset_pb2.DatasetHeader, path: Path) -> dataset_pb2.Dataset: ...
+
+    async def get(self, dataset_id: str) -> dataset_pb2.Dataset: ...
+
+    async def list(self, owner: str | None = None) -> builtins.list[dataset_pb2.Dataset]: ...
+
+    def fetch(self, dataset_id: str) -> AsyncIterator[bytes]: ...
+
+    async def delete(self, dataset_id: str) -> None: ...
+
+
 @dataclass(frozen=True)
 class Clients:
-    """Every leaf behind the gateway. `redis` is a redis.asyncio client, or None without Redis."""
+    """Every leaf behind the gateway.
+
+    `engines` are the configured ones. `redis` is a redis.asyncio client, or None without Redis.
+    `connect` opens a client of an engine that announced itself, by its address.
+    """
 
     engines: Sequence[EnginePort]
     registry: RegistryPort
     trainer: TrainerPort
+    datasets: DatasetPort
     redis: Any = None
+    connect: Callable[[str], EnginePort] | None = None

@@ -127,7 +127,8 @@ class Upload:
 
     def close(self) -> None:
         """Delete the temporary file unless it has been moved into place."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # a full disk does not take the rest of its buffer
+            self._file.close()
         self.path.unlink(missing_ok=True)
 
 

@@ -10,6 +10,17 @@ from dataclasses import dataclass
 from kiln_common.errors import AdapterNotFound, ErrorKind, InvalidRequest, KilnError
 
 
+class RegistryStorageFull(KilnError):
+    """The registry's disk does not take what was sent. Nothing of it was kept."""
+
+    code = "registry_storage_full"
+    kind = ErrorKind.UNAVAILABLE
+    hint = (
+        "Make room on the disk of KILN_REGISTRY_STATE_DIR, or delete adapter versions; jobs wait meanwhile."
+    )
+    retry_after_s = 5.0
+
+
 @dataclass(frozen=True, slots=True)
 class ModuleShape:
     """A linear layer an adapter may change."""

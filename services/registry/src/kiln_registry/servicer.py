@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable
 
 import grpc
 import structlog
+from sqlalchemy.exc import OperationalError
 
 from kiln_common.adapter_names import AdapterReference, parse_reference
 from kiln_common.pb import registry_pb2 as pb
@@ -22,6 +23,7 @@ from kiln_registry.domain import (
     InvalidPublish,
     ModuleShape,
     Publication,
+    RegistryStorageFull,
     VersionRecord,
 )
 from kiln_registry.inspection import inspect_adapter, parse_peft_config
@@ -66,6 +68,12 @@ class RegistryServicer(registry_pb2_grpc.RegistryServicer):
                     raise InvalidPublish("a second header came among the bytes")
                 await asyncio.to_thread(upload.write, request.chunk)
             record = await asyncio.to_thread(self._publish, header, upload)
+        except OSError as error:
+            raise _storage_full(error) from error
+        except OperationalError as error:
+            if "disk" not in str(error.orig):  # what SQLite says of its own file
+                raise
+            raise _storage_full(error.orig) from error
         finally:
             upload.close()
         self._on_change()
@@ -161,6 +169,11 @@ class RegistryServicer(registry_pb2_grpc.RegistryServicer):
         finally:
             if not is_recorded:
                 self._blobs.sweep(self._catalog.list_named_blobs)
+
+
+def _storage_full(error: BaseException | None) -> RegistryStorageFull:
+    log.error("registry_storage_full", reason=str(error))
+    return RegistryStorageFull(f"the registry's disk did not take the version: {error}")
 
 
 async def _read_header(requests: AsyncIterator[pb.PublishRequest]) -> pb.PublishHeader:

@@ -20,5 +20,6 @@ class RegistrySettings(BaseSettings):
     database_url: str = Field("", description="SQLAlchemy URL; empty is SQLite in state_dir")
     redis_url: str = Field("", description="where changes are announced; empty announces nothing")
     max_adapter_bytes: PositiveInt = Field(2 * 1024**3, description="largest adapter accepted")
+    max_dataset_bytes: PositiveInt = Field(2 * 1024**3, description="largest dataset accepted")
     stop_grace_s: float = Field(5.0, ge=0, description="time running calls get when the process stops")
     log_level: LogLevel = "INFO"

@@ -58,6 +58,7 @@ def job_config(
         attach=attach,
         metadata_json=json.dumps(body.metadata or {}),
         publish=str(body.publish),
+        priority=body.priority,
     )
 
 
@@ -101,8 +102,9 @@ def effective_config(job: trainer_pb2.Job) -> dict[str, Any]:
         "optimizer": "adamw",
         "seed": config.seed,
         "checkpoint_every": config.checkpoint_every,
-        "publish": config.publish,
+        "publish": int(config.publish) if config.publish.isdecimal() else config.publish,
         "attach": config.attach,
+        "priority": config.priority,
     }
     if job.kind == "grpo":
         body["loss"] = _loss(job.grpo_loss)

@@ -76,6 +76,7 @@ class RunOptions:
     """How often the data is gone through, and how it is cut into optimiser steps.
 
     `gradient_accumulation` counts the micro-batches of one step; 0 puts a whole epoch into each.
+    `publish_every` counts the steps between two versions; 0 publishes none on the way.
     """
 
     epochs: int = 1
@@ -83,6 +84,7 @@ class RunOptions:
     gradient_accumulation: int = 0
     seed: int = 0
     checkpoint_every: int = 10
+    publish_every: int = 0
 
     @classmethod
     def from_proto(cls, wire: trainer_pb2.JobConfig) -> RunOptions:
@@ -99,6 +101,7 @@ class RunOptions:
             gradient_accumulation=wire.gradient_accumulation,
             seed=wire.seed,
             checkpoint_every=wire.checkpoint_every or cls.checkpoint_every,
+            publish_every=int(wire.publish) if wire.publish.isdecimal() else 0,
         )
 
 
