@@ -15,7 +15,10 @@ install_packages() {
   local wanted
   wanted=$(sha256sum <$sources/package-lock.json)
   [ "$(cat $sources/node_modules/.stamp 2>/dev/null)" = "$wanted" ] && return
-  (cd $sources && npm ci --ignore-scripts --silent) && echo "$wanted" >$sources/node_modules/.stamp
+  # npm can end early and still say that all is well, so its tree is looked at.
+  (cd $sources && npm ci --ignore-scripts --silent && npm ls --silent >/dev/null &&
+    ls node_modules/{esbuild,preact,typescript,uplot}/package.json >/dev/null) &&
+    echo "$wanted" >$sources/node_modules/.stamp
 }
 
 build_into() {

@@ -60,6 +60,7 @@ def work(stack, tmp_path_factory):
     }.items():
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     with kiln.Client(stack.url) as client:
+        client.train.sft("student", examples, attach=False).wait()
         job = client.train.sft("polite", examples, attach=False).wait()
         names = {"JOB": job.id, "~/notes": str(folder), "DATASET": "none", "RUN_1": "none", "RUN_2": "none"}
         with contextlib.suppress(kiln.NotBuiltError):
@@ -143,6 +144,21 @@ def test_a_job_that_fails_or_is_refused_has_its_exit_code(run, tmp_path):
     assert run("train", "status", "job_of_nobody").exit_code == 4
     assert run("train", "sft", "nowhere.jsonl", "-a", "x").exit_code == 2
     assert run("adapters", "rm", "polite").exit_code == 2
+
+
+def test_uploaded_data_and_corrections_are_learned(run, work, stack):
+    kept = run("data", "upload", "examples.jsonl")
+    assert kept.exit_code == 0
+    data = ("--dataset", kept.out.strip())
+    assert run("train", "sft", *data, "-a", "kept", "--no-attach").exit_code == 0
+    with kiln.Client(stack.url) as client:
+        (answer,) = client.rollouts("Who are you?", max_tokens=8)
+        client.corrections.add(answer.completion_id, "A friend.")
+        learned = run("train", "sft", "--corrections", "-a", "corrected", "--no-attach", "--json")
+        assert (learned.exit_code, learned.json["status"]) == (0, "succeeded")
+        again = run("train", "sft", "--corrections", "-a", "corrected", "--no-attach")
+        assert again.exit_code == 4  # each is learned once
+        assert len(client.corrections.list()) == 1
 
 
 def test_a_cancelled_job_is_an_answer_of_no(run, work):
@@ -229,8 +245,14 @@ def test_ctrl_c_leaves_the_job_alone(run, stack):
         "long",
         "--no-attach",
     ]
-    with subprocess.Popen([*command, "--epochs", "900"], stderr=subprocess.PIPE, text=True) as process:
-        job_id = next(line.split()[0] for line in process.stderr if "step" in line or "/" in line)
+    with subprocess.Popen(
+        [*command, "--epochs", "900"],
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell's background job ignores Ctrl-C, and so would whatever the tests of such a job start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:
+        job_id = next(line.split()[0] for line in process.stderr if "/900" in line)
         process.send_signal(signal.SIGINT)
         assert process.wait(20) == 130
         assert f"{job_id} goes on" in process.stderr.read()

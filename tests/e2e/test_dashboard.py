@@ -144,6 +144,31 @@ def test_a_visitor_teaches_the_model_and_takes_it_back(tour, stack):
     assert tour.watch.complaints == []
 
 
+@pytest.mark.parametrize("tour", ["wide"], indirect=True)
+def test_a_second_lesson_is_rolled_back_to_the_first(tour, stack):
+    page = tour.page
+    tour.name += "-again"
+    page.goto(f"{stack.url}/#/playground")
+    for number in (1, 2):
+        tour.chat(number)
+        tour.rate(number)
+        lesson = tour.train(number, version=number)
+    tour.go("Adapters")
+    nested = page.get_by_role("listitem").get_by_role("listitem").filter(has_text=f"{tour.name}@2")
+    expect(nested).to_contain_text("answers now")
+    page.get_by_role("button", name="Compare").click()
+    expect(page.get_by_role("region", name="Differences").get_by_role("row").first).to_be_visible()
+    tour.look("compared")
+
+    tour.go("Playground")
+    tour.button(f"Roll back to {tour.name}@1").click()
+    expect(lesson).to_contain_text(f"{tour.name}@1 answers again.")
+    assert stack.chat(PROMPT, max_tokens=1).headers["X-Kiln-Adapter"] == f"{tour.name}@1"
+    expect(page.get_by_role("banner")).to_contain_text(f"{tour.name}@1")
+    tour.look("rolled-back")
+    assert tour.watch.complaints == []
+
+
 def test_the_accessibility_check_finds_what_is_wrong(browser):
     page = browser.new_page()
     page.set_content("<html lang='en'><title>x</title><main><button></button></main></html>")

@@ -5,6 +5,8 @@ import json
 import httpx
 import pytest
 
+from tests.support.stack import wait_for
+
 pytestmark = pytest.mark.processes
 
 SFT = "/v1/train/sft"
@@ -53,3 +55,18 @@ def test_a_dataset_and_a_correction_are_learned(stack):
     assert (correction["status"], correction["job"]) == ("used", job["id"])
     assert stack.post(SFT, {"adapter": "learned", "corrections": "unused"}).status_code == 400
     assert httpx.delete(f"{stack.url}/v1/datasets/{dataset['id']}").status_code == 200
+
+
+def test_a_cancelled_job_takes_back_what_it_published(stack):
+    attached = [each["name"] for each in stack.get("/v1/adapters")["data"] if each["attached_version"]]
+    body = {"adapter": "regretted", "examples": EXAMPLES, "epochs": 500, "batch_tokens": 64, "publish": 2}
+    job_id = stack.post(SFT, body).json()["id"]
+    path = f"/v1/train/jobs/{job_id}"
+    wait_for(lambda: len(stack.get(path)["published"]) > 1, "two versions on the way")
+    stack.post(f"{path}/cancel", {"published": "discard"})
+    job = stack.wait_for_job(job_id)
+    assert (job["status"], job["published"]) == ("cancelled", [])
+    adapters = stack.get("/v1/adapters")["data"]
+    assert "regretted" not in [each["name"] for each in adapters]
+    assert [each["name"] for each in adapters if each["attached_version"]] == attached
+    assert stack.chat("Hi", max_tokens=4).status_code == 200

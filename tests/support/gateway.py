@@ -26,6 +26,7 @@ from kiln_gateway.app import create_app
 from kiln_gateway.ports import Clients
 from kiln_gateway.server import GatewayServer
 from kiln_gateway.settings import GatewaySettings
+from tests.support.evaluations import LocalEvaluations
 from tests.support.fake_datasets import FakeDatasets
 from tests.support.fake_trainer import FakeTrainer
 
@@ -269,14 +270,28 @@ class FakeRegistry:
         self._check()
         return self.default
 
-    async def set_default(self, reference: str) -> registry_pb2.AdapterVersion | None:
+    async def check_publish(self, name: str, owner: str) -> None:
+        self._check()
+
+    async def set_default(self, reference: str, *, actor: str = "") -> registry_pb2.AdapterVersion | None:
         self.default = await self.resolve(reference) if reference else None
         for adapter in self.adapters.values():
             is_attached = self.default is not None and self.default.name == adapter.name
             adapter.attached_version = self.default.version if self.default and is_attached else 0
         return self.default
 
-    async def delete(self, name: str, version: int = 0) -> int:
+    async def roll_back(
+        self, name: str, version: int, *, may_move_default: bool, actor: str = ""
+    ) -> registry_pb2.RollBackResponse:
+        found = await self.resolve(f"{name}@{version}")
+        self.adapters[name].latest_version = version
+        moves = self.default is not None and self.default.name == name and self.default.version > version
+        if moves:
+            assert may_move_default
+            self.default = found
+        return registry_pb2.RollBackResponse(version=found, has_moved_default=moves)
+
+    async def delete(self, name: str, version: int = 0, *, actor: str = "") -> int:
         adapter = await self.get(name)
         num_deleted = len(adapter.versions)
         del self.adapters[name]
@@ -332,21 +347,27 @@ def parse_events(text: str) -> list[Any]:
     return [item if item == "[DONE]" else json.loads(item) for item in data]
 
 
-def build_rig(folder: Path, *, redis: Any = None, max_model_len: int = 512, **settings: Any) -> Rig:
-    """Everything but the HTTP client; needs a running event loop."""
+def build_rig(
+    folder: Path, *, redis: Any = None, registry: Any = None, max_model_len: int = 512, **settings: Any
+) -> Rig:
+    """Everything but the HTTP client; needs a running event loop. `registry` stands in for the fake one."""
     model_path = folder / "model"
     if not model_path.exists():
         write_model_folder(model_path)
     options = {"enable_thinking_default": False, **settings}
     gateway_settings = GatewaySettings(model_path=str(model_path), **options)
     tokenizer = TextTokenizer.load(model_path)
-    engine, registry, trainer = (
-        FakeEngine(tokenizer, max_model_len=max_model_len),
-        FakeRegistry(),
-        FakeTrainer(),
-    )
+    engine, trainer = FakeEngine(tokenizer, max_model_len=max_model_len), FakeTrainer()
+    registry = registry or FakeRegistry()
     datasets = FakeDatasets()
-    clients = Clients([engine], registry, trainer, datasets, redis)
+    clients = Clients(
+        engines=[engine],
+        registry=registry,
+        trainer=trainer,
+        datasets=datasets,
+        evaluations=LocalEvaluations(folder / "evaluations"),
+        redis=redis,
+    )
     app = create_app(gateway_settings, clients)
     return Rig(app, tokenizer, engine, registry, trainer, datasets, gateway_settings, redis)
 

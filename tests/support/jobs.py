@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kiln_common.errors import AdapterNotFound
-from kiln_common.pb import engine_pb2, registry_pb2, trainer_pb2
+from kiln_common.pb import engine_pb2, evaluations_pb2, registry_pb2, trainer_pb2
 from kiln_trainer.domain.capacity import Capacity
 from kiln_trainer.domain.training import (
     AdapterContent,
@@ -197,6 +197,8 @@ class MemoryPublisher:
         self.finish_reason = engine_pb2.FINISH_REASON_STOP
         self.generated: list[engine_pb2.GenerateRequest] = []
         self.withdrawn: list[str] = []
+        self.evaluation_requests: list[evaluations_pb2.SubmitRunRequest] = []
+        self.evaluate: Callable[[evaluations_pb2.EvalRun], evaluations_pb2.EvalRun] = lambda run: run
         self._by_key: dict[str, registry_pb2.AdapterVersion] = {}
         self._lock = threading.Lock()
 
@@ -254,6 +256,14 @@ class MemoryPublisher:
         first = engine_pb2.SequenceOutput(token_ids=[7], logprobs=[-0.5])
         last = engine_pb2.SequenceOutput(token_ids=[8], logprobs=[-1.5], finish_reason=self.finish_reason)
         return [[first, last] for _ in requests]
+
+    def start_evaluation(self, request: evaluations_pb2.SubmitRunRequest) -> evaluations_pb2.EvalRun:
+        self.evaluation_requests.append(request)
+        return evaluations_pb2.EvalRun(id="evalrun_1", status="queued")
+
+    def evaluation(self, run_id: str, owner: str) -> evaluations_pb2.EvalRun:
+        """What `evaluate`, which runs on the worker thread and may raise, makes of a run that goes on."""
+        return self.evaluate(evaluations_pb2.EvalRun(id=run_id, status="running"))
 
     def withdraw(self, name: str, version: int = 0) -> None:
         self.withdrawn.append(f"{name}@{version}" if version else name)

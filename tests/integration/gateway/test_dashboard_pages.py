@@ -237,6 +237,19 @@ async def test_two_versions_are_compared_and_what_is_not_built_says_so(tmp_path,
             await expect(notice).to_have_count(0)
 
 
+async def test_a_job_is_cancelled_and_done_again(tmp_path, browser):
+    async with gateway_rig(tmp_path) as rig:
+        body = {"adapter": "a", "prompt": "Hi", "completions": ["x", "y"], "rewards": [1, 0]}
+        job_id = (await rig.post("/v1/train/grpo", body)).json()["id"]
+        async with opened(browser, rig, f"training/{job_id}") as page:
+            detail = page.get_by_role("region", name=f"Job {job_id}")
+            await button(detail, "Cancel").click()
+            await expect(detail).to_contain_text("cancelled")
+            await button(detail, "Do it again").click()
+            await expect(page.get_by_role("navigation", name="Jobs").get_by_role("link")).to_have_count(2)
+            assert f"training/{job_id}" not in page.url
+
+
 async def test_views_are_reached_by_keys(tmp_path, browser):
     async with gateway_rig(tmp_path) as rig, opened(browser, rig, "live") as page:
         heading = page.get_by_role("heading", level=1)

@@ -12,6 +12,7 @@ from tests.support.gateway import gateway_rig, served
 
 KEYS = (
     ApiKey(key="infer-key-0123456789", scopes=("infer",)),
+    ApiKey(key="train-key-0123456789", scopes=("infer", "train")),
     ApiKey(key="admin-key-0123456789", scopes=("infer", "train", "admin")),
 )
 GRPO = {"adapter": "a", "prompt": "Hi", "completions": ["x", "y"], "rewards": [1, 0]}
@@ -142,15 +143,24 @@ async def test_keys_see_what_their_scopes_allow(tmp_path):
             assert len(await until(events, "jobs")) == 1
             (line,) = await until(events, "logs")
             assert (line["service"], line["event"]) == ("engine", "engine_ready")
+            # The fake's adapters belong to no key: an admin sees them, others see their own.
+            rig.registry.add("helpful")
+            assert len(await until(events, "adapters", bool)) == 1
+        train = {"Authorization": "Bearer train-key-0123456789"}
+        await rig.post("/v1/train/grpo", {**GRPO, "adapter": "mine"}, headers=train)
+        async with watching(url, **train) as events:
+            (job,) = await until(events, "jobs")
+            assert job["effective_config"]["adapter"] == "mine"
         seen = set()
         async with watching(url, Authorization="Bearer infer-key-0123456789") as events:
             hello = await until(events, "hello")
             assert (hello["scopes"], hello["has_logs"]) == (["infer"], False)
             async with asyncio.timeout(10):
-                async for name, _ in events:
+                async for name, body in events:
                     if name == "sample" and name in seen:
                         break
                     seen.add(name)
+                    assert name != "adapters" or body == []
         assert seen == {"sample", "requests", "status", "adapters"}
 
 

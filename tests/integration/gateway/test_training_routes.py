@@ -257,16 +257,17 @@ async def test_sft_learns_answers_and_kept_rollouts(rig):
 async def test_the_effective_config_is_what_the_trainer_gets(rig):
     body = {
         "prompt": "Hi", "completions": ["a", "b"], "rewards": [True, False], "base_adapter": None,
-        "lora": {"rank": 4, "alpha": 8, "targets": ["q_proj"]}, "epochs": 3, "batch_tokens": 100,
+        "lora": {"rank": 4, "alpha": 8, "targets": ["q_proj"], "dropout": 0.1}, "epochs": 3,
+        "batch_tokens": 100, "optimizer": "muon",
         "schedule": "cosine", "warmup_ratio": 0.1, "weight_decay": 0.01, "max_grad_norm": 0, "seed": 7,
         "publish": "never", "attach": False, "metadata": {"team": "x"},
         "loss": {"type": "dr_grpo", "kl": {"coef": 0.1, "estimator": "k2"}, "scale_rewards": "none"},
     }  # fmt: skip
     job = (await grpo(rig, **body)).json()
     config = job["effective_config"]
-    for name in ("lora", "epochs", "batch_tokens", "schedule", "seed", "publish", "attach", "max_grad_norm"):
-        expected = {**body["lora"], "dropout": 0} if name == "lora" else body[name]
-        assert config[name] == expected
+    for name in ("lora", "epochs", "batch_tokens", "optimizer", "schedule", "seed", "publish", "attach"):
+        assert config[name] == body[name]
+    assert config["max_grad_norm"] == 0
     assert config["loss"]["kl"] == {"coef": 0.1, "estimator": "k2"}
     assert (job["metadata"], job["effective_seed"]) == ({"team": "x"}, 7)
     request = rig.trainer.submitted[0]
@@ -397,7 +398,7 @@ async def test_a_webhook_is_shown_without_its_secret_and_a_retry_may_change_it(r
 
 
 def test_every_setting_can_be_changed_by_a_retry_or_is_not_built_yet():
-    assert set(RetryBody.model_fields) - set(PATHS) == {"optimizer", "gate", "webhook"}
+    assert set(RetryBody.model_fields) - set(PATHS) == {"webhook"}
 
 
 async def test_what_the_trainer_counts_reaches_the_client(rig):

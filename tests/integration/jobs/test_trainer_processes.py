@@ -42,7 +42,7 @@ def start_trainer_process(
     return process, TrainerClient(f"127.0.0.1:{port}")
 
 
-async def until_answer(call, timeout_s=30.0):
+async def until_answer(call, timeout_s=60.0):
     """The first answer a starting service gives."""
     async with asyncio.timeout(timeout_s):
         while True:

@@ -75,7 +75,10 @@ async def test_from_submit_to_the_engines(redis_server, tmp_path):
         followed = await client.get(follow_up.id)
         assert (followed.resolved_base_adapter, followed.config.metadata_json) == ("helper@1", '{"run": 2}')
         assert (followed.result.version, await registry.get_default()) == (2, version)
-        assert (await registry.resolve("helper")).parent_version == 1
+        second = await registry.resolve("helper")
+        assert second.parent_version == 1
+        assert len(second.data_sha256) == 64
+        assert second.data_sha256 == version.data_sha256  # the same data under other settings
         assert [found.id for found in await client.list()] == [follow_up.id, job.id]
         status = await client.status()
         assert (status.num_queued, status.engine_boot_id) == (0, "boot")

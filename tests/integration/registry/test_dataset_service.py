@@ -1,5 +1,6 @@
 """Datasets over gRPC: kept whole or not at all, once for each content, through a restart."""
 
+import errno
 import hashlib
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from kiln_common.clients.datasets import DatasetClient
 from kiln_common.errors import KilnError
 from kiln_common.pb import dataset_pb2
+from kiln_registry.blobs import Upload
 from tests.support.registry import running_registry
 
 LINES = b'{"prompt": "a", "completion": "b"}\n' * 40_000  # more than one piece
@@ -77,6 +79,17 @@ async def test_what_is_refused_leaves_nothing_behind(datasets, tmp_path):
         with pytest.raises(KilnError) as caught:
             await call
         assert caught.value.code == "dataset_not_found"
+
+
+async def test_a_full_disk_is_told_and_leaves_nothing_behind(datasets, tmp_path, monkeypatch):
+    def no_space(upload, chunk):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Upload, "write", no_space)
+    with pytest.raises(KilnError) as caught:
+        await put(datasets, tmp_path, LINES)
+    assert (caught.value.code, caught.value.kind.http_status) == ("registry_storage_full", 503)
+    assert (files(tmp_path), await datasets.list()) == ([], [])
 
 
 async def test_datasets_survive_a_restart_and_adapters_deletions(tmp_path):

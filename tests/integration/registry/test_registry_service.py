@@ -45,6 +45,46 @@ async def test_what_is_published_can_be_fetched(tmp_path):
     assert [path.name for path in stored_files(tmp_path)] == [version.sha256]
 
 
+async def test_a_rollback_is_seen_by_the_next_to_resolve_the_name(tmp_path):
+    async with running_registry(tmp_path) as client:
+        for seed in range(2):
+            await client.publish(publish_header("helper", attach=True), adapter_bytes(seed=seed))
+        with pytest.raises(KilnError) as caught:
+            await client.roll_back("helper", 1, may_move_default=False)
+        assert (caught.value.code, caught.value.kind.http_status) == ("default_needs_admin", 403)
+        answer = await client.roll_back("helper", 1, may_move_default=True)
+        assert answer.has_moved_default
+        assert await client.resolve("helper") == answer.version
+        assert (answer.version.version, answer.version.rolled_back_over) == (1, 2)
+        assert (await client.get_default()).version == 1
+        assert (await client.get("helper")).latest_version == 1
+
+
+async def test_collecting_spares_what_is_held_and_takes_the_bytes_with_the_version(tmp_path):
+    limits = {"keep_versions": 1, "max_versions_per_adapter": 3, "collect_grace_s": 0.0}
+    async with running_registry(tmp_path, **limits) as client:
+        first = await client.publish(publish_header("helper"), adapter_bytes(seed=0))
+        await client.hold("engine", ["helper@1", "nobody"], for_s=60)
+        for seed in (1, 2):
+            newest = await client.publish(publish_header("helper"), adapter_bytes(seed=seed))
+        assert {path.name for path in stored_files(tmp_path)} == {first.sha256, newest.sha256}
+        assert [entry.action for entry in await client.list_audit()][:2] == ["collect", "publish"]
+        await client.check_publish("helper", "")
+        await client.hold("engine", ["helper@1", "helper@3"], for_s=60)
+        await client.publish(publish_header("helper"), adapter_bytes(seed=3))
+        await client.hold("engine", [f"helper@{number}" for number in (1, 3, 4)], for_s=60)
+        for refused in (
+            client.check_publish("helper", ""),
+            client.publish(publish_header("helper"), adapter_bytes(seed=4)),
+        ):
+            with pytest.raises(KilnError, match="would have 4 versions, the limit is 3") as caught:
+                await refused
+            assert (caught.value.code, caught.value.kind.http_status) == ("adapter_quota_exceeded", 409)
+        await client.hold("engine", [], for_s=60)
+        await client.publish(publish_header("helper"), adapter_bytes(seed=4))
+        assert len(stored_files(tmp_path)) == 1
+
+
 async def test_publishing_again_mends_bytes_that_the_disk_damaged(tmp_path):
     async with running_registry(tmp_path) as client:
         version = await client.publish(publish_header("helper"), adapter_bytes())

@@ -46,6 +46,17 @@ REQUESTS = {
         gradient_accumulation=1,
         checkpoint_every=2,
     ),
+    # The masks of a step do not depend on where the job was interrupted.
+    "dropout": grpo_request(
+        GROUPS,
+        {"importance_mode": "token"},
+        epochs=2,
+        batch_tokens=20,
+        gradient_accumulation=1,
+        checkpoint_every=2,
+        dropout=0.3,
+        type="muon",
+    ),
     "grpo_uncorrected": grpo_request(
         GROUPS,
         {"importance_mode": "none"},

@@ -184,3 +184,58 @@ def test_an_error_within_a_stream_is_raised_with_its_class():
     with pytest.raises(kiln.ServerTimeoutError) as caught:
         reader.feed("")
     assert caught.value.code == "deadline_exceeded"
+
+
+def test_a_data_set_is_sent_as_it_is(tmp_path):
+    sent = []
+
+    def answer(request):
+        sent.append((request.method, str(request.url), request.content))
+        return httpx.Response(201, json={"id": "ds_1"})
+
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"prompt": "a", "completion": "b"}\n')
+    assert client_of(answer).datasets.upload(path, name="rows") == {"id": "ds_1"}
+    assert sent == [("POST", "http://server/v1/datasets?name=rows", path.read_bytes())]
+
+
+def test_broken_rows_reach_the_caller_with_their_lines():
+    error = {"message": "2 lines are broken", "code": "invalid_dataset", "details": {"lines": [1, 7]}}
+    client = client_of(lambda request: httpx.Response(400, json={"error": error}))
+    with pytest.raises(kiln.InvalidRequestError) as caught:
+        client.datasets.list()
+    assert caught.value.details == {"lines": [1, 7]}
+
+
+def eval_run(status, **fields):
+    return {"id": "evalrun_1", "status": status, "adapter": "base", **fields}
+
+
+def test_a_run_is_waited_for_and_the_bare_base_model_is_null():
+    bodies, states = (
+        [],
+        [eval_run("running", progress={"done": 1, "cases": 2}), eval_run("succeeded", score={"mean": 1})],
+    )
+
+    def answer(request):
+        if request.method == "POST":
+            bodies.append(json.loads(request.content))
+            return httpx.Response(202, json=eval_run("queued"))
+        return httpx.Response(200, json=states.pop(0))
+
+    progress = []
+    run = client_of(answer).evals.run("sums", "base", max_tokens=8)
+    run.wait(on_progress=lambda done, cases: progress.append((done, cases)))
+    assert bodies == [{"suite": "sums", "adapter": None, "sampling": {"max_tokens": 8}}]
+    assert progress[0] == (1, 2)
+    assert run.score == {"mean": 1}
+
+
+def test_a_run_that_failed_says_why():
+    error = {"code": "engine_unavailable", "message": "away", "hint": "Wait."}
+    run = client_of(lambda request: httpx.Response(202, json=eval_run("failed", error=error))).evals.run(
+        "s", "a"
+    )
+    with pytest.raises(kiln.EvalFailed, match="away") as caught:
+        run.wait()
+    assert (caught.value.code, caught.value.run["id"]) == ("engine_unavailable", "evalrun_1")

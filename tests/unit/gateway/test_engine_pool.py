@@ -143,6 +143,8 @@ async def test_an_engine_announced_under_another_address_is_one_engine(engines):
     for number in range(8):
         await drain(pool, f"{number}", [number] * 40)
     assert not engines[1].requests
+    await pool.hear([word_of(engines[1])])
+    assert [seat.address for seat in pool.seats] == ["fake:1"]
 
 
 async def test_what_an_engine_holds_is_believed_whoever_sent_it_there(engines):

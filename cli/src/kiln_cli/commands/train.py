@@ -48,6 +48,9 @@ Key = Annotated[
     str | None,
     typer.Option("--idempotency-key", help="The same key never makes a second job.", show_default=False),
 ]
+Dataset = Annotated[
+    str | None, typer.Option(help="An uploaded data set's id instead of a file.", show_default=False)
+]
 JobId = Annotated[str, typer.Argument(help="The job's id.", autocompletion=complete_job)]
 
 
@@ -70,9 +73,10 @@ def sft(
     ] = None,
     *,
     adapter: Adapter,
-    dataset: Annotated[
-        str | None, typer.Option(help="An uploaded file's id instead of a file.", show_default=False)
-    ] = None,
+    dataset: Dataset = None,
+    corrections: Annotated[
+        bool, typer.Option("--corrections", help="Learn the corrections too that no job has learned yet.")
+    ] = False,
     base_adapter: BaseAdapter = None,
     learning_rate: LearningRate = None,
     epochs: Epochs = None,
@@ -90,7 +94,7 @@ def sft(
     from kiln_cli.train.settings import job_fields
     from kiln_cli.train.submit import Following, sft_data, submit
 
-    data, lines = sft_data(file, dataset)
+    data, lines = sft_data(file, dataset, corrections)
     options = job_fields(
         settings or (),
         adapter=adapter,
@@ -115,14 +119,16 @@ def sft(
 def grpo(
     session: Session,
     file: Annotated[
-        str,
+        str | None,
         typer.Argument(
             help='JSONL of {"prompt", "completion", "reward"}, {"completion_id", "index", "reward"}, or'
             " groups; - is standard input.",
+            show_default=False,
         ),
-    ],
+    ] = None,
     *,
     adapter: Adapter,
+    dataset: Dataset = None,
     loss: Annotated[
         str | None, typer.Option(help="grpo, dr_grpo, dapo, gspo or cispo.", show_default=False)
     ] = None,
@@ -143,7 +149,7 @@ def grpo(
     from kiln_cli.train.settings import job_fields
     from kiln_cli.train.submit import Following, grpo_data, submit
 
-    data, lines = grpo_data(file)
+    data, lines = grpo_data(file, dataset)
     options = job_fields(
         settings or (),
         adapter=adapter,

@@ -23,6 +23,7 @@ _MARKS = {
 
 def checks(client: kiln.Client, state_dir: Path, port: int, *, is_strict: bool) -> list[Check]:
     """In the order in which they are looked at: what others need comes first."""
+    names = ("registry", *services.engine_names(state_dir), "trainer")
     found = [
         Check("python", machine.python),
         Check("packages", machine.packages),
@@ -32,10 +33,7 @@ def checks(client: kiln.Client, state_dir: Path, port: int, *, is_strict: bool) 
         Check("compiler", machine.compiler),
         Check("port", partial(machine.port, port)),
         Check("redis", partial(services.redis, state_dir, may_start=is_strict)),
-        *(
-            Check(name, partial(services.service, name, state_dir))
-            for name in ("registry", "engine", "trainer")
-        ),
+        *(Check(name, partial(services.service, name, state_dir)) for name in names),
         Check("gateway", partial(services.gateway, client)),
     ]
     if is_strict:

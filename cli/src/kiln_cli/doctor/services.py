@@ -36,12 +36,17 @@ def gateway(client: kiln.Client) -> Finding:
     return Finding(state, f"{detail}; away: {', '.join(away)}", hint)
 
 
+def engine_names(state_dir: Path) -> list[str]:
+    """The first engine, and those that kiln up --engines started beside it."""
+    return ["engine", *sorted(path.stem for path in run_dir_of(state_dir).glob("engine-*.sock"))]
+
+
 def service(name: str, state_dir: Path) -> Finding:
-    """One of registry, engine and trainer, asked over its own socket."""
+    """A registry, engine or trainer, asked over its own socket."""
     socket_path = run_dir_of(state_dir) / f"{name}.sock"
     if not socket_path.exists():
         return Finding(State.SKIPPED, _NOT_RUNNING)
-    probe = readiness.engine_ready if name == "engine" else readiness.grpc_ready
+    probe = readiness.engine_ready if name.startswith("engine") else readiness.grpc_ready
     answer = asyncio.run(probe(f"unix:{socket_path}"))
     if answer is None:
         return Finding(State.FAILED, f"{socket_path} does not answer", _RESTARTS.format(name))

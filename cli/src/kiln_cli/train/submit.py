@@ -20,19 +20,31 @@ class Following:
     idempotency_key: str | None
 
 
-def sft_data(file: str | None, dataset: str | None) -> tuple[dict[str, Any], list[int]]:
+def sft_data(file: str | None, dataset: str | None, corrections: bool) -> tuple[dict[str, Any], list[int]]:
     """The body's data, and the file's lines that its entries stand on. Raises NoTrainingData."""
-    if (file is None) == (dataset is None):
-        raise NoTrainingData("give either a file of examples or --dataset")
+    learned = {"corrections": "unused"} if corrections else {}
+    if file is None and dataset is None and corrections:
+        return learned, []
+    check_is_one(file, dataset)
+    if dataset is not None:
+        return {"dataset": dataset, **learned}, []
+    rows = read_rows(file or "-")
+    return {"examples": [row.fields for row in rows], **learned}, [row.line for row in rows]
+
+
+def grpo_data(file: str | None, dataset: str | None) -> tuple[dict[str, Any], list[int]]:
+    """The same for groups. Raises NoTrainingData."""
+    check_is_one(file, dataset)
     if dataset is not None:
         return {"dataset": dataset}, []
-    rows = read_rows(file or "-")
-    return {"examples": [row.fields for row in rows]}, [row.line for row in rows]
-
-
-def grpo_data(file: str) -> tuple[dict[str, Any], list[int]]:
-    groups, lines = grpo_groups(file, read_rows(file))
+    groups, lines = grpo_groups(file or "-", read_rows(file or "-"))
     return {"groups": groups}, lines
+
+
+def check_is_one(file: str | None, dataset: str | None) -> None:
+    """Raises NoTrainingData unless one of them is given."""
+    if (file is None) == (dataset is None):
+        raise NoTrainingData("give either a file or --dataset")
 
 
 def opd_data(file: str) -> tuple[dict[str, Any], list[int]]:

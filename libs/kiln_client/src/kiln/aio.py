@@ -7,13 +7,13 @@ import contextlib
 import functools
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import httpx
 from typing_extensions import Unpack
 
 from kiln import calls
-from kiln.aio_data import AsyncDatasets, AsyncEvals
+from kiln.aio_data import AsyncCorrections, AsyncDatasets, AsyncEvals
 from kiln.call import Call, Connection, SseReader, connecting, raise_for_status
 from kiln.errors import KilnError
 from kiln.progress import ProgressLine
@@ -51,6 +51,7 @@ class AsyncClient:
         self.train = AsyncTrain(self)
         self.adapters = AsyncAdapters(self)
         self.datasets = AsyncDatasets(self)
+        self.corrections = AsyncCorrections(self)
         self.evals = AsyncEvals(self)
 
     @property
@@ -127,13 +128,16 @@ class AsyncTrain:
         rewards: Sequence[Reward] = (),
         *,
         groups: Sequence[JsonObject] | None = None,
+        dataset: str | None = None,
         loss: JsonObject | None = None,
         idempotency_key: str | None = None,
         **options: Unpack[JobOptions],
     ) -> AsyncJob:
-        """Learn from rewards: one for each rollout, or `groups` as docs/api.md describes them."""
-        found = list(groups) if groups is not None else calls.grpo_groups(rollouts, rewards)
-        body = {"adapter": adapter, "groups": found, **({"loss": loss} if loss else {}), **options}
+        """Learn from rewards: one for each rollout, `groups` as docs/api.md has them, or a data set's id."""
+        data: JsonObject = {"dataset": dataset}
+        if dataset is None:
+            data = {"groups": list(groups) if groups is not None else calls.grpo_groups(rollouts, rewards)}
+        body = {"adapter": adapter, **data, **({"loss": loss} if loss else {}), **options}
         return await self.submit("grpo", body, idempotency_key)
 
     async def sft(
@@ -142,11 +146,15 @@ class AsyncTrain:
         examples: Sequence[JsonObject] | None = None,
         *,
         dataset: str | None = None,
+        corrections: Literal["unused"] | Sequence[str] | None = None,
         idempotency_key: str | None = None,
         **options: Unpack[JobOptions],
     ) -> AsyncJob:
-        """Learn from examples: conversations, pairs of prompt and completion, or an uploaded data set."""
-        data: JsonObject = {"dataset": dataset} if dataset else {"examples": list(examples or ())}
+        """Learn from examples (conversations, or pairs of prompt and completion), an uploaded data set,
+        corrections by their ids, or all of these that no job has learned yet.
+        """
+        given = {"examples": examples, "dataset": dataset, "corrections": corrections}
+        data = {name: value for name, value in given.items() if value is not None}
         return await self.submit("sft", {"adapter": adapter, **data, **options}, idempotency_key)
 
     async def opd(

@@ -50,6 +50,23 @@ class AsyncDatasets:
         return await self._client.send(calls.delete_dataset(dataset_id))
 
 
+class AsyncCorrections:
+    """`client.corrections`: what answers should have been, which `train.sft(…, corrections="unused")` learns."""
+
+    def __init__(self, client: AsyncClient) -> None:
+        self._client = client
+
+    async def add(self, completion_id: str, correction: str, index: int = 0) -> JsonObject:
+        """Say what a kept answer should have been."""
+        return await self._client.send(calls.add_correction(completion_id, correction, index))
+
+    async def list(self) -> list[JsonObject]:
+        return await self._client.send(calls.list_corrections())
+
+    async def delete(self, correction_id: str) -> JsonObject:
+        return await self._client.send(calls.delete_correction(correction_id))
+
+
 class AsyncEvals:
     """`client.evals`: suites of cases, runs over adapter versions, comparisons of two runs."""
 

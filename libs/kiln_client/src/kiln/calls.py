@@ -190,6 +190,19 @@ def delete_dataset(dataset_id: str) -> Call[JsonObject]:
     return Call("DELETE", _path("datasets", dataset_id), as_json)
 
 
+def add_correction(completion_id: str, correction: str, index: int) -> Call[JsonObject]:
+    body = {"completion_id": completion_id, "index": index, "correction": correction}
+    return _post("/v1/corrections", body)
+
+
+def list_corrections() -> Call[list[JsonObject]]:
+    return Call("GET", "/v1/corrections", as_data)
+
+
+def delete_correction(correction_id: str) -> Call[JsonObject]:
+    return Call("DELETE", _path("corrections", correction_id), as_json)
+
+
 def put_suite(name: str, cases: str | Sequence[JsonObject]) -> Call[JsonObject]:
     content = {"jsonl": cases} if isinstance(cases, str) else {"cases": list(cases)}
     return _post("/v1/evals/suites", {"name": name, **content})

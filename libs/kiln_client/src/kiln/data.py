@@ -49,6 +49,23 @@ class Datasets:
         return self._client.send(calls.delete_dataset(dataset_id))
 
 
+class Corrections:
+    """`client.corrections`: what answers should have been, which `train.sft(…, corrections="unused")` learns."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+
+    def add(self, completion_id: str, correction: str, index: int = 0) -> JsonObject:
+        """Say what a kept answer should have been."""
+        return self._client.send(calls.add_correction(completion_id, correction, index))
+
+    def list(self) -> list[JsonObject]:
+        return self._client.send(calls.list_corrections())
+
+    def delete(self, correction_id: str) -> JsonObject:
+        return self._client.send(calls.delete_correction(correction_id))
+
+
 class Evals:
     """`client.evals`: suites of cases, runs over adapter versions, comparisons of two runs."""
 

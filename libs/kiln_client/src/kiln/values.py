@@ -39,6 +39,7 @@ class JobOptions(TypedDict, total=False):
     checkpoint_every: int
     publish: Literal["end", "never"] | int
     attach: bool
+    priority: int
     gate: JsonObject
     webhook: JsonObject
     metadata: JsonObject

@@ -19,6 +19,7 @@ from kiln_common.rpc import RpcServer
 from kiln_common.rpc.client_listener import client_server
 from kiln_engine.adapters.events import AdapterEvents
 from kiln_engine.adapters.handover import Inbox, serve_handovers
+from kiln_engine.adapters.holds import AdapterHolds
 from kiln_engine.adapters.manager import AdapterManager
 from kiln_engine.adapters.refresh import AdapterRefresh
 from kiln_engine.adapters.slots import AdapterSlots
@@ -168,6 +169,7 @@ async def start_engine(settings: EngineSettings, parts: EngineParts) -> RunningE
     if registry is not None:
         jobs.append(_announce_base_model(registry, parts.info))
         model_hash = parts.info.base_model.model_hash
+        jobs.append(AdapterHolds(registry, adapters, parts.info.boot_id).run())
         jobs.append(AdapterRefresh(registry, adapters, model_hash, settings.adapter_refresh_s).run())
         if settings.redis_url:
             jobs.append(AdapterEvents(settings.redis_url, adapters).run())

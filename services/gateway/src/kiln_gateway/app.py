@@ -10,6 +10,7 @@ from fastapi.responses import Response
 
 from kiln_gateway.edge import EdgeMiddleware
 from kiln_gateway.engine_discovery import discovering
+from kiln_gateway.evals.evaluator import Evaluator
 from kiln_gateway.gateway import Gateway
 from kiln_gateway.http_errors import install_error_handlers
 from kiln_gateway.insight.feed import Feed
@@ -17,12 +18,15 @@ from kiln_gateway.insight.snapshot import read_snapshot
 from kiln_gateway.openapi import install_openapi
 from kiln_gateway.ports import Clients
 from kiln_gateway.routes import (
+    adapter_arithmetic,
     adapters,
+    audit,
     batch,
     completions,
     corrections,
     datasets,
     embeddings,
+    evals,
     events,
     health,
     home,
@@ -51,6 +55,9 @@ _ROUTERS = (
     datasets.router,
     corrections.router,
     adapters.router,
+    adapter_arithmetic.router,
+    audit.router,
+    evals.router,
     health.router,
     events.router,
     not_built.router,
@@ -65,10 +72,15 @@ def create_app(settings: GatewaySettings, clients: Clients) -> FastAPI:
         ModelFolderMissing, TokenizerUnusable, TemplateUnusable: the model folder does not have what it needs.
     """
     gateway = Gateway(settings, clients)
+    evaluator = Evaluator(gateway, clients.evaluations, concurrency=settings.eval_concurrency)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with gateway.engines.watching(), discovering(clients.redis, gateway.engines):
+        async with (
+            gateway.engines.watching(),
+            discovering(clients.redis, gateway.engines),
+            evaluator.working(),
+        ):
             yield
 
     app = FastAPI(title="Kiln", docs_url=None, redoc_url=None, lifespan=lifespan)

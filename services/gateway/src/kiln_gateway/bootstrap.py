@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from kiln_common.bus.connect import connect_async
 from kiln_common.clients.datasets import DatasetClient
 from kiln_common.clients.engine import EngineClient
+from kiln_common.clients.evaluations import EvaluationsClient
 from kiln_common.clients.registry import RegistryClient
 from kiln_common.clients.trainer import TrainerClient
 from kiln_gateway.ports import Clients
@@ -29,6 +30,7 @@ async def open_clients(settings: GatewaySettings) -> AsyncIterator[Clients]:
     registry = RegistryClient(settings.registry_address)
     trainer = TrainerClient(settings.trainer_address)
     datasets = DatasetClient(settings.registry_address)
+    evaluations = EvaluationsClient(settings.registry_address)
     store = None
     if settings.redis_url:
         store = connect_async(settings.redis_url, timeout_s=_REDIS_TIMEOUT_S)
@@ -38,6 +40,7 @@ async def open_clients(settings: GatewaySettings) -> AsyncIterator[Clients]:
             registry=registry,
             trainer=trainer,
             datasets=datasets,
+            evaluations=evaluations,
             redis=store,
             connect=connect,
         )
@@ -47,5 +50,6 @@ async def open_clients(settings: GatewaySettings) -> AsyncIterator[Clients]:
         await registry.close()
         await trainer.close()
         await datasets.close()
+        await evaluations.close()
         if store is not None:
             await store.aclose()

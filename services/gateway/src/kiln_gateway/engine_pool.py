@@ -73,7 +73,8 @@ class EnginePool:
             if mine:
                 # After a restart the word of the boot before may still stand.
                 seat.hear(max(mine, key=seat.is_of_this_boot), now_s)
-            elif not (seat.is_configured or seat.is_answering or seat.num_in_flight):
+            is_gone = not mine and not seat.is_answering
+            if not (seat.is_configured or seat.num_in_flight) and (is_gone or self._is_double(seat)):
                 self.seats.remove(seat)
                 log.info("engine_gone", engine=seat.number, address=seat.address)
                 await seat.client.close()
@@ -87,6 +88,12 @@ class EnginePool:
             seat.hear(word, now_s)
             self.seats.append(seat)
             await self._probe_seat(seat)
+
+    def _is_double(self, seat: EngineSeat) -> bool:
+        """Whether a configured seat has turned out to be the same engine under another address."""
+        boot_id = seat.info.boot_id if seat.info is not None else None
+        configured = (other.info for other in self.seats if other.is_configured)
+        return any(info is not None and info.boot_id == boot_id for info in configured)
 
     async def base_model(self) -> common_pb2.BaseModel:
         """The base model the engines serve, also while they are briefly away.

@@ -9,7 +9,7 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from kiln_gateway.schemas.adapters import AttachBody
+from kiln_gateway.schemas.adapters import AttachBody, MergeBody, RollbackBody
 from kiln_gateway.schemas.batch import BatchBody
 from kiln_gateway.schemas.chat import ChatCompletionBody
 from kiln_gateway.schemas.completions import TextCompletionBody
@@ -38,6 +38,8 @@ REQUEST_BODIES: dict[str, type[BaseModel]] = {
     "/v1/train/jobs/{job_id}/retry": RetryBody,
     "/v1/corrections": CorrectionBody,
     "/v1/adapters/{name}/attach": AttachBody,
+    "/v1/adapters/{name}/rollback": RollbackBody,
+    "/v1/adapters/merge": MergeBody,
 }
 _OPTIONAL = (AttachBody, CancelBody, RetryBody)
 _REF = "#/components/schemas/{model}"

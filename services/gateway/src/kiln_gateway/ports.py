@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
 
-from kiln_common.pb import dataset_pb2, engine_pb2, registry_pb2, trainer_pb2
+from kiln_common.pb import dataset_pb2, engine_pb2, evaluations_pb2, registry_pb2, trainer_pb2
 
 Item = TypeVar("Item")
 
@@ -40,6 +40,12 @@ class EnginePort(Protocol):
 
 
 class RegistryPort(Protocol):
+    async def check_publish(self, name: str, owner: str) -> None: ...
+
+    async def list_audit(
+        self, *, name: str = "", before_id: int = 0, limit: int = 0
+    ) -> builtins.list[registry_pb2.AuditEntry]: ...
+
     async def resolve(self, reference: str) -> registry_pb2.AdapterVersion: ...
 
     async def get(self, name: str) -> registry_pb2.Adapter: ...
@@ -48,9 +54,17 @@ class RegistryPort(Protocol):
 
     async def get_default(self) -> registry_pb2.AdapterVersion | None: ...
 
-    async def set_default(self, reference: str) -> registry_pb2.AdapterVersion | None: ...
+    async def set_default(self, reference: str, *, actor: str = "") -> registry_pb2.AdapterVersion | None: ...
 
-    async def delete(self, name: str, version: int = 0) -> int: ...
+    async def roll_back(
+        self, name: str, version: int, *, may_move_default: bool, actor: str = ""
+    ) -> registry_pb2.RollBackResponse: ...
+
+    async def compare(self, earlier: str, later: str) -> registry_pb2.CompareResponse: ...
+
+    async def merge(self, request: registry_pb2.MergeRequest) -> registry_pb2.AdapterVersion: ...
+
+    async def delete(self, name: str, version: int = 0, *, actor: str = "") -> int: ...
 
     async def fetch(self, sha256: str) -> bytes: ...
 
@@ -91,6 +105,39 @@ class DatasetPort(Protocol):
     async def delete(self, dataset_id: str) -> None: ...
 
 
+class EvaluationsPort(Protocol):
+    async def put_suite(
+        self, owner: str, name: str, content: str, num_cases: int
+    ) -> evaluations_pb2.EvalSuite: ...
+
+    async def get_suite(
+        self, owner: str, reference: str, *, with_content: bool = False
+    ) -> evaluations_pb2.EvalSuite: ...
+
+    async def list_suites(self, owner: str) -> builtins.list[evaluations_pb2.EvalSuite]: ...
+
+    async def submit_run(self, request: evaluations_pb2.SubmitRunRequest) -> evaluations_pb2.EvalRun: ...
+
+    async def get_run(
+        self, run_id: str, owner: str, *, with_cases: bool = False
+    ) -> evaluations_pb2.EvalRun: ...
+
+    async def claim_run(self, lease_s: float) -> evaluations_pb2.EvalRun | None: ...
+
+    async def report_cases(
+        self, run_id: str, claim_epoch: int, cases: Sequence[evaluations_pb2.EvalCase], lease_s: float
+    ) -> None: ...
+
+    async def finish_run(
+        self,
+        run_id: str,
+        claim_epoch: int,
+        *,
+        summary_json: str = "",
+        error: evaluations_pb2.EvalError | None = None,
+    ) -> evaluations_pb2.EvalRun: ...
+
+
 @dataclass(frozen=True)
 class Clients:
     """Every leaf behind the gateway.
@@ -103,5 +150,6 @@ class Clients:
     registry: RegistryPort
     trainer: TrainerPort
     datasets: DatasetPort
+    evaluations: EvaluationsPort
     redis: Any = None
     connect: Callable[[str], EnginePort] | None = None

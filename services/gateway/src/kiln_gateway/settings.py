@@ -7,6 +7,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import (
     Field,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     field_validator,
@@ -83,6 +84,10 @@ class GatewaySettings(BaseSettings):
         2**19,
         description="most log-probabilities of prompt tokens in one request: tokens of the prompts, times n, "
         "times one and the alternatives; each takes about 500 bytes",
+    )
+
+    eval_concurrency: NonNegativeInt = Field(
+        16, description="cases of an evaluation run answered at once; 0: this gateway carries out no runs"
     )
 
     api_keys: tuple[ApiKey, ...] = Field((), description='JSON: [{"key": "…", "scopes": ["infer", "train"]}]')

@@ -6,13 +6,16 @@ from dataclasses import dataclass
 
 import structlog
 
-from kiln_common.pb import dataset_pb2_grpc, registry_pb2_grpc
+from kiln_common.pb import dataset_pb2_grpc, evaluations_pb2_grpc, registry_pb2_grpc
 from kiln_common.rpc import RpcServer
 from kiln_registry.announcer import Announcer
 from kiln_registry.blobs import BlobStore
 from kiln_registry.catalog import Catalog
 from kiln_registry.datasets.catalog import DatasetCatalog
 from kiln_registry.datasets.servicer import DatasetServicer
+from kiln_registry.domain import Retention
+from kiln_registry.evaluations.servicer import EvaluationServicer
+from kiln_registry.evaluations.store import EvaluationStore
 from kiln_registry.schema import open_engine
 from kiln_registry.servicer import RegistryServicer
 from kiln_registry.settings import RegistrySettings
@@ -45,7 +48,15 @@ class RunningRegistry:
 
 async def start_registry(settings: RegistrySettings) -> RunningRegistry:
     """Open the state, clean up after a crash, and serve."""
-    catalog = Catalog(open_engine(settings.database_url, settings.state_dir))
+    retention = Retention(
+        keep_versions=settings.keep_versions,
+        max_versions=settings.max_versions_per_adapter,
+        max_bytes=settings.max_bytes_per_key,
+        grace_s=settings.collect_grace_s,
+    )
+    engine = open_engine(settings.database_url, settings.state_dir)
+    catalog = Catalog(engine, retention)
+    evaluations = EvaluationServicer(EvaluationStore(engine))
     blobs = BlobStore(settings.state_dir, max_blob_bytes=settings.max_adapter_bytes)
     blobs.remove_abandoned_uploads()
     num_orphans = blobs.sweep(catalog.list_named_blobs)
@@ -59,6 +70,7 @@ async def start_registry(settings: RegistrySettings) -> RunningRegistry:
     server = RpcServer(settings.listen)
     registry_pb2_grpc.add_RegistryServicer_to_server(RegistryServicer(catalog, blobs, on_change), server.grpc)
     dataset_pb2_grpc.add_DatasetsServicer_to_server(DatasetServicer(datasets, dataset_blobs), server.grpc)
+    evaluations_pb2_grpc.add_EvaluationsServicer_to_server(evaluations, server.grpc)
     await server.start()
     await server.set_serving(True)
     if announcer is not None:

@@ -12,11 +12,13 @@ import structlog
 from grpc_reflection.v1alpha import reflection
 
 from kiln_common.bus.connect import connect, connect_async
+from kiln_common.clients.evaluations import EvaluationsClient
 from kiln_common.clients.registry import RegistryClient
 from kiln_common.ids import new_id
 from kiln_common.pb import trainer_pb2, trainer_pb2_grpc
 from kiln_common.rpc import RpcServer
 from kiln_common.rpc.client_listener import client_server
+from kiln_trainer.jobs.held_versions import HeldVersions
 from kiln_trainer.jobs.ports import JobBackend
 from kiln_trainer.jobs.store import JobStore
 from kiln_trainer.jobs.worker import Worker
@@ -44,9 +46,11 @@ class RunningTrainer:
     webhooks: WebhookSender
     engines: EngineDirectory
     registry: RegistryClient
+    evaluations: EvaluationsClient
     client: redis.Redis
     tail_client: redis.asyncio.Redis
     stop_grace_s: float
+    holding: asyncio.Task[None]
 
     @property
     def port(self) -> int:
@@ -56,12 +60,15 @@ class RunningTrainer:
     async def stop(self) -> None:
         """Let go of the running job at its next step boundary, and end."""
         await self.server.set_serving(False)
+        self.holding.cancel()
+        await asyncio.wait({self.holding})
         await asyncio.to_thread(self.worker.stop, self.stop_grace_s)
         await asyncio.to_thread(self.webhooks.stop, _WEBHOOK_GRACE_S)
         await self.server.stop(0.5)
         if self.client_server is not None:
             await self.client_server.stop(0.5)
         await self.registry.close()
+        await self.evaluations.close()
         await self.engines.close()
         await self.tail_client.aclose()
         self.client.close()
@@ -86,6 +93,7 @@ async def start_trainer(
     client, tail_client = connect(settings.redis_url), connect_async(settings.redis_url)
     store = JobStore(client, trainer_id, retention_s=settings.retention_s)
     registry = RegistryClient(settings.registry_address)
+    evaluations = EvaluationsClient(settings.registry_address)
     engines = EngineDirectory(
         settings.engine_addresses,
         info_timeout_s=_INFO_TIMEOUT_S,
@@ -98,7 +106,7 @@ async def start_trainer(
     worker = Worker(
         store,
         backend,
-        GrpcPublisher(registry, engines, asyncio.get_running_loop()),
+        GrpcPublisher(registry, engines, asyncio.get_running_loop(), evaluations),
         settings.state_dir / "jobs",
         claim_timeout_s=settings.claim_timeout_s,
         patience_s=settings.patience_s,
@@ -127,6 +135,7 @@ async def start_trainer(
     for each in servers:
         await each.set_serving(True)
     log.info("trainer_ready", listen=settings.listen, port=server.port, trainer_id=trainer_id)
+    holding = asyncio.create_task(HeldVersions(store, registry).run())
     return RunningTrainer(
         trainer_id,
         server,
@@ -135,7 +144,9 @@ async def start_trainer(
         webhooks,
         engines,
         registry,
+        evaluations,
         client,
         tail_client,
         settings.stop_grace_s,
+        holding,
     )

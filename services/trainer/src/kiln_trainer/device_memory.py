@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
-
-import torch
 
 
 def num_device_bytes() -> int:
@@ -12,7 +11,8 @@ def num_device_bytes() -> int:
 
     Weights mapped from an engine are in neither.
     """
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    torch = sys.modules.get("torch")  # loaded by the backend that uses it; what serves jobs does not need it
+    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.memory_reserved()
     try:
         lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()

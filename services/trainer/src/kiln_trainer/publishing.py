@@ -17,9 +17,10 @@ from redis.exceptions import RedisError
 from kiln_common import tracing
 from kiln_common.bus.engine_presence import read_words
 from kiln_common.clients.engine import EngineClient
+from kiln_common.clients.evaluations import EvaluationsClient
 from kiln_common.clients.registry import RegistryClient
 from kiln_common.errors import AdapterNotFound, ErrorKind, KilnError
-from kiln_common.pb import common_pb2, engine_pb2, registry_pb2
+from kiln_common.pb import common_pb2, engine_pb2, evaluations_pb2, registry_pb2
 from kiln_trainer.completions import draw
 from kiln_trainer.domain.training import AdapterContent, StartingPoint
 from kiln_trainer.jobs.ports import Audience, LiveReport
@@ -191,11 +192,16 @@ class GrpcPublisher:
     """A Publisher for a worker thread: its calls run on the event loop that owns the channels."""
 
     def __init__(
-        self, registry: RegistryClient, engines: EngineDirectory, loop: asyncio.AbstractEventLoop
+        self,
+        registry: RegistryClient,
+        engines: EngineDirectory,
+        loop: asyncio.AbstractEventLoop,
+        evaluations: EvaluationsClient | None = None,
     ) -> None:
         self._registry = registry
         self._engines = engines
         self._loop = loop
+        self._evaluations = evaluations
         # Begun with the last content that was to be published, and kept when the registry is asked again.
         self._handover: tuple[AdapterContent, asyncio.Task[dict[str, str]]] | None = None
         # Begun with the last version that was published: engines take it over at once.
@@ -274,9 +280,17 @@ class GrpcPublisher:
         finally:
             future.cancel()
 
+    def start_evaluation(self, request: evaluations_pb2.SubmitRunRequest) -> evaluations_pb2.EvalRun:
+        assert self._evaluations is not None, "this publisher was made without evaluations"
+        return self._on_loop(self._evaluations.submit_run(request))
+
+    def evaluation(self, run_id: str, owner: str) -> evaluations_pb2.EvalRun:
+        assert self._evaluations is not None, "this publisher was made without evaluations"
+        return self._on_loop(self._evaluations.get_run(run_id, owner))
+
     def withdraw(self, name: str, version: int = 0) -> None:
         try:
-            self._on_loop(self._registry.delete(name, version))
+            self._on_loop(self._registry.delete(name, version, actor="trainer"))
         except KilnError as error:
             if error.code != AdapterNotFound.code:
                 raise
@@ -294,7 +308,7 @@ class GrpcPublisher:
         return f"{attached.name}@{attached.version}" if attached is not None else ""
 
     def attach(self, reference: str) -> None:
-        self._on_loop(self._registry.set_default(reference))
+        self._on_loop(self._registry.set_default(reference, actor="trainer"))
 
     def _on_loop(self, call: Coroutine[Any, Any, T]) -> T:
         """Every call has its own deadline, so this always returns."""

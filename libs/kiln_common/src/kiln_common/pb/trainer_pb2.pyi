@@ -21,7 +21,7 @@ class LoraConfig(_message.Message):
     def __init__(self, rank: _Optional[int] = ..., alpha: _Optional[float] = ..., targets: _Optional[_Iterable[str]] = ..., dropout: _Optional[float] = ...) -> None: ...
 
 class OptimizerConfig(_message.Message):
-    __slots__ = ("learning_rate", "weight_decay", "max_grad_norm", "warmup_ratio", "schedule", "adam_beta1", "adam_beta2", "adam_eps")
+    __slots__ = ("learning_rate", "weight_decay", "max_grad_norm", "warmup_ratio", "schedule", "adam_beta1", "adam_beta2", "adam_eps", "type")
     LEARNING_RATE_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_DECAY_FIELD_NUMBER: _ClassVar[int]
     MAX_GRAD_NORM_FIELD_NUMBER: _ClassVar[int]
@@ -30,6 +30,7 @@ class OptimizerConfig(_message.Message):
     ADAM_BETA1_FIELD_NUMBER: _ClassVar[int]
     ADAM_BETA2_FIELD_NUMBER: _ClassVar[int]
     ADAM_EPS_FIELD_NUMBER: _ClassVar[int]
+    TYPE_FIELD_NUMBER: _ClassVar[int]
     learning_rate: float
     weight_decay: float
     max_grad_norm: float
@@ -38,10 +39,11 @@ class OptimizerConfig(_message.Message):
     adam_beta1: float
     adam_beta2: float
     adam_eps: float
-    def __init__(self, learning_rate: _Optional[float] = ..., weight_decay: _Optional[float] = ..., max_grad_norm: _Optional[float] = ..., warmup_ratio: _Optional[float] = ..., schedule: _Optional[str] = ..., adam_beta1: _Optional[float] = ..., adam_beta2: _Optional[float] = ..., adam_eps: _Optional[float] = ...) -> None: ...
+    type: str
+    def __init__(self, learning_rate: _Optional[float] = ..., weight_decay: _Optional[float] = ..., max_grad_norm: _Optional[float] = ..., warmup_ratio: _Optional[float] = ..., schedule: _Optional[str] = ..., adam_beta1: _Optional[float] = ..., adam_beta2: _Optional[float] = ..., adam_eps: _Optional[float] = ..., type: _Optional[str] = ...) -> None: ...
 
 class JobConfig(_message.Message):
-    __slots__ = ("adapter", "base_adapter", "start_fresh", "lora", "optimizer", "epochs", "batch_tokens", "gradient_accumulation", "seed", "checkpoint_every", "attach", "metadata_json", "publish", "priority")
+    __slots__ = ("adapter", "base_adapter", "start_fresh", "lora", "optimizer", "epochs", "batch_tokens", "gradient_accumulation", "seed", "checkpoint_every", "attach", "metadata_json", "publish", "priority", "gate")
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
     BASE_ADAPTER_FIELD_NUMBER: _ClassVar[int]
     START_FRESH_FIELD_NUMBER: _ClassVar[int]
@@ -56,6 +58,7 @@ class JobConfig(_message.Message):
     METADATA_JSON_FIELD_NUMBER: _ClassVar[int]
     PUBLISH_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    GATE_FIELD_NUMBER: _ClassVar[int]
     adapter: str
     base_adapter: str
     start_fresh: bool
@@ -70,7 +73,24 @@ class JobConfig(_message.Message):
     metadata_json: str
     publish: str
     priority: int
-    def __init__(self, adapter: _Optional[str] = ..., base_adapter: _Optional[str] = ..., start_fresh: bool = ..., lora: _Optional[_Union[LoraConfig, _Mapping]] = ..., optimizer: _Optional[_Union[OptimizerConfig, _Mapping]] = ..., epochs: _Optional[int] = ..., batch_tokens: _Optional[int] = ..., gradient_accumulation: _Optional[int] = ..., seed: _Optional[int] = ..., checkpoint_every: _Optional[int] = ..., attach: bool = ..., metadata_json: _Optional[str] = ..., publish: _Optional[str] = ..., priority: _Optional[int] = ...) -> None: ...
+    gate: Gate
+    def __init__(self, adapter: _Optional[str] = ..., base_adapter: _Optional[str] = ..., start_fresh: bool = ..., lora: _Optional[_Union[LoraConfig, _Mapping]] = ..., optimizer: _Optional[_Union[OptimizerConfig, _Mapping]] = ..., epochs: _Optional[int] = ..., batch_tokens: _Optional[int] = ..., gradient_accumulation: _Optional[int] = ..., seed: _Optional[int] = ..., checkpoint_every: _Optional[int] = ..., attach: bool = ..., metadata_json: _Optional[str] = ..., publish: _Optional[str] = ..., priority: _Optional[int] = ..., gate: _Optional[_Union[Gate, _Mapping]] = ...) -> None: ...
+
+class Gate(_message.Message):
+    __slots__ = ("suite_id", "suite", "min_score", "settings_json", "owner", "timeout_s")
+    SUITE_ID_FIELD_NUMBER: _ClassVar[int]
+    SUITE_FIELD_NUMBER: _ClassVar[int]
+    MIN_SCORE_FIELD_NUMBER: _ClassVar[int]
+    SETTINGS_JSON_FIELD_NUMBER: _ClassVar[int]
+    OWNER_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    suite_id: str
+    suite: str
+    min_score: float
+    settings_json: str
+    owner: str
+    timeout_s: float
+    def __init__(self, suite_id: _Optional[str] = ..., suite: _Optional[str] = ..., min_score: _Optional[float] = ..., settings_json: _Optional[str] = ..., owner: _Optional[str] = ..., timeout_s: _Optional[float] = ...) -> None: ...
 
 class SftExample(_message.Message):
     __slots__ = ("token_ids", "loss_weights")
@@ -291,18 +311,36 @@ class JobProgress(_message.Message):
     def __init__(self, step: _Optional[int] = ..., num_steps: _Optional[int] = ..., num_tokens: _Optional[int] = ..., eta_s: _Optional[float] = ...) -> None: ...
 
 class JobResult(_message.Message):
-    __slots__ = ("adapter", "version", "sha256", "not_live", "swap_s")
+    __slots__ = ("adapter", "version", "sha256", "not_live", "swap_s", "gate")
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     SHA256_FIELD_NUMBER: _ClassVar[int]
     NOT_LIVE_FIELD_NUMBER: _ClassVar[int]
     SWAP_S_FIELD_NUMBER: _ClassVar[int]
+    GATE_FIELD_NUMBER: _ClassVar[int]
     adapter: str
     version: int
     sha256: str
     not_live: _containers.RepeatedScalarFieldContainer[str]
     swap_s: float
-    def __init__(self, adapter: _Optional[str] = ..., version: _Optional[int] = ..., sha256: _Optional[str] = ..., not_live: _Optional[_Iterable[str]] = ..., swap_s: _Optional[float] = ...) -> None: ...
+    gate: GateOutcome
+    def __init__(self, adapter: _Optional[str] = ..., version: _Optional[int] = ..., sha256: _Optional[str] = ..., not_live: _Optional[_Iterable[str]] = ..., swap_s: _Optional[float] = ..., gate: _Optional[_Union[GateOutcome, _Mapping]] = ...) -> None: ...
+
+class GateOutcome(_message.Message):
+    __slots__ = ("passed", "reason", "run_id", "suite", "min_score", "score")
+    PASSED_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    RUN_ID_FIELD_NUMBER: _ClassVar[int]
+    SUITE_FIELD_NUMBER: _ClassVar[int]
+    MIN_SCORE_FIELD_NUMBER: _ClassVar[int]
+    SCORE_FIELD_NUMBER: _ClassVar[int]
+    passed: bool
+    reason: str
+    run_id: str
+    suite: str
+    min_score: float
+    score: float
+    def __init__(self, passed: bool = ..., reason: _Optional[str] = ..., run_id: _Optional[str] = ..., suite: _Optional[str] = ..., min_score: _Optional[float] = ..., score: _Optional[float] = ...) -> None: ...
 
 class JobError(_message.Message):
     __slots__ = ("code", "message", "hint")

@@ -2,7 +2,7 @@
 import { useMemo } from "preact/hooks";
 import { call } from "../api";
 import { Chart } from "../chart";
-import { feed } from "../feed";
+import { feed, takeJobs } from "../feed";
 import { ago, count, metric, rate, seconds } from "../format";
 import { JobBadge } from "../job_badge";
 import { useStore } from "../store";
@@ -48,6 +48,17 @@ export function Training({ jobId }: { jobId: string }) {
   );
 }
 
+function cancel(job: Job): Promise<Job> {
+  return call("POST", `/v1/train/jobs/${encodeURIComponent(job.id)}/cancel`);
+}
+
+/** The same data and settings from the same version, as a new job, which is then shown. */
+async function retry(job: Job): Promise<void> {
+  const again = await call<Job>("POST", `/v1/train/jobs/${encodeURIComponent(job.id)}/retry`, {});
+  takeJobs([again]);
+  location.hash = `#/training/${again.id}`;
+}
+
 function JobDetail({ job }: { job: Job }) {
   const fetching = useWholeJob(job);
   const action = useAction();
@@ -58,17 +69,13 @@ function JobDetail({ job }: { job: Job }) {
         <div class="head">
           <h2>{String(job.effective_config.adapter ?? job.id)}</h2>
           <JobBadge job={job} />
-          {!isOver(job) && (
-            <button
-              type="button"
-              disabled={action.isBusy}
-              onClick={() =>
-                void action.run(() => call("POST", `/v1/train/jobs/${encodeURIComponent(job.id)}/cancel`))
-              }
-            >
-              Cancel
-            </button>
-          )}
+          <button
+            type="button"
+            disabled={action.isBusy}
+            onClick={() => void action.run(() => (isOver(job) ? retry(job) : cancel(job)))}
+          >
+            {isOver(job) ? "Do it again" : "Cancel"}
+          </button>
         </div>
         {!isOver(job) && (
           <progress max={job.progress.steps || 1} value={job.progress.step} aria-label="Steps done" />

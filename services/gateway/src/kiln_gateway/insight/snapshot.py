@@ -29,8 +29,8 @@ async def read_snapshot(gateway: Gateway) -> Snapshot:
     resident_on: dict[str, list[str]] = {}
     total: dict[str, float] = {}
     engines = []
-    for number, stats in enumerate(found):
-        engine = engine_object(gateway, number, stats)
+    for seat, stats in found:
+        engine = engine_object(seat, stats)
         engine.pop("scheduler", None)  # its numbers are in the sample
         engines.append(engine)
         for name, value in stats_object(stats).items():

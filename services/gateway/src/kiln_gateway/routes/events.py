@@ -15,11 +15,13 @@ from fastapi.responses import Response
 from kiln_common.errors import KilnError
 from kiln_gateway import sse
 from kiln_gateway.adapters.adapter_view import adapter_object
+from kiln_gateway.adapters.visible_adapters import is_visible
 from kiln_gateway.auth import Caller, require
 from kiln_gateway.gateway import Gateway, gateway_of
 from kiln_gateway.insight.feed import Feed, Snapshot
 from kiln_gateway.insight.log_tail import LogTail
 from kiln_gateway.ports import closing
+from kiln_gateway.training import job_rights
 from kiln_gateway.training.job_view import job_object
 
 router = APIRouter()
@@ -48,26 +50,27 @@ async def _frames(gateway: Gateway, feed: Feed, caller: Caller) -> AsyncGenerato
 
 
 def _parts(snapshot: Snapshot, caller: Caller, changes: _Changes) -> Iterable[tuple[str, Any]]:
-    """The events of one snapshot: jobs for those who may train; only what is new."""
+    """The events of one snapshot, as far as they are the caller's; only what is new."""
     yield "sample", snapshot.sample
     if changes.is_new("requests", snapshot.requests):
         yield "requests", snapshot.requests
     if changes.is_new("status", snapshot.status):
         yield "status", snapshot.status
-    adapters = _adapters(snapshot)
+    adapters = _adapters(snapshot, caller)
     if adapters is not None and changes.is_new("adapters", adapters):
         yield "adapters", adapters
     if snapshot.jobs is not None and "train" in caller.scopes:
-        jobs = map(job_object, snapshot.jobs)
+        jobs = [job_object(job) for job in snapshot.jobs if job_rights.is_visible(job, caller)]
         new_jobs = [job for job in jobs if changes.is_new(job["id"], job)]
         if new_jobs:
             yield "jobs", new_jobs
 
 
-def _adapters(snapshot: Snapshot) -> list[dict[str, Any]] | None:
+def _adapters(snapshot: Snapshot, caller: Caller) -> list[dict[str, Any]] | None:
     if snapshot.adapters is None:
         return None
-    adapters = [adapter_object(adapter, {}) for adapter in snapshot.adapters]
+    visible = [adapter for adapter in snapshot.adapters if is_visible(adapter.owner, caller)]
+    adapters = [adapter_object(adapter, {}) for adapter in visible]
     for version in (version for adapter in adapters for version in adapter["versions"]):
         version["resident_on"] = snapshot.resident_on.get(version["id"], [])
     return adapters

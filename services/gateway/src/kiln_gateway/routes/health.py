@@ -12,6 +12,7 @@ from fastapi.responses import Response
 from kiln_common.errors import KilnError
 from kiln_common.pb import engine_pb2, trainer_pb2
 from kiln_gateway.auth import require
+from kiln_gateway.engine_seat import EngineSeat
 from kiln_gateway.gateway import Gateway, answers, gateway_of
 from kiln_gateway.json_response import json_response
 
@@ -65,7 +66,7 @@ async def health(request: Request) -> Response:
         "uptime_s": round(time.monotonic() - gateway.started_at, 3),
         "model": model or None,
         "dependencies": {name: "ok" if is_ok else "degraded" for name, is_ok in states.items()},
-        "engines": [engine_object(gateway, number, found) for number, found in enumerate(stats)],
+        "engines": [engine_object(seat, found) for seat, found in stats],
         "training": await training_object(gateway),
         "adapters": await _adapters_object(gateway),
     }
@@ -76,7 +77,7 @@ async def health(request: Request) -> Response:
 async def stats(request: Request) -> Response:
     """Counters and gauges as JSON; `engine` adds up all engines."""
     gateway = gateway_of(request)
-    found = await engine_stats(gateway)
+    found = [engine for _, engine in await engine_stats(gateway)]
     total: dict[str, float] = {}
     for engine in found:
         for name, value in stats_object(engine).items():
@@ -90,7 +91,7 @@ async def metrics(request: Request) -> Response:
     """Prometheus' text format."""
     gateway = gateway_of(request)
     engines, trainer = await asyncio.gather(engine_stats(gateway), _trainer_status(gateway))
-    gateway.metrics.services.show({str(number): found for number, found in enumerate(engines)}, trainer)
+    gateway.metrics.services.show({str(seat.number): found for seat, found in engines}, trainer)
     return Response(gateway.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
@@ -116,16 +117,16 @@ async def _succeeds(call: Any) -> bool:
     return True
 
 
-async def engine_stats(gateway: Gateway) -> list[engine_pb2.EngineStats | None]:
+async def engine_stats(gateway: Gateway) -> list[tuple[EngineSeat, engine_pb2.EngineStats | None]]:
     """What every engine says of itself, in their order; None for one that does not answer."""
 
-    async def one(client: Any) -> engine_pb2.EngineStats | None:
+    async def one(seat: EngineSeat) -> tuple[EngineSeat, engine_pb2.EngineStats | None]:
         try:
-            return await asyncio.wait_for(client.get_stats(), _CHECK_TIMEOUT_S)
+            return seat, await asyncio.wait_for(seat.client.get_stats(), _CHECK_TIMEOUT_S)
         except (KilnError, TimeoutError):
-            return None
+            return seat, None
 
-    return await asyncio.gather(*(one(seat.client) for seat in gateway.engines.seats))
+    return await asyncio.gather(*map(one, gateway.engines.seats))
 
 
 def stats_object(stats: engine_pb2.EngineStats | None) -> dict[str, float]:
@@ -139,8 +140,8 @@ def stats_object(stats: engine_pb2.EngineStats | None) -> dict[str, float]:
     }
 
 
-def engine_object(gateway: Gateway, number: int, stats: engine_pb2.EngineStats | None) -> dict[str, Any]:
-    info = gateway.engines.seats[number].info
+def engine_object(seat: EngineSeat, stats: engine_pb2.EngineStats | None) -> dict[str, Any]:
+    info = seat.info
     body: dict[str, Any] = {"status": "ok" if stats is not None else "unavailable"}
     if info is not None:
         body |= {

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 
 from kiln_common.adapter_names import check_adapter_name
-from kiln_common.errors import AdapterNotFound
+from kiln_common.errors import AdapterNotFound, RegistryUnavailable
 from kiln_common.pb import trainer_pb2
 from kiln_gateway.auth import Caller, require
 from kiln_gateway.gateway import Gateway, gateway_of
@@ -17,6 +17,7 @@ from kiln_gateway.json_response import json_response
 from kiln_gateway.schemas.opd import OpdBody
 from kiln_gateway.schemas.training import GroupFields, GrpoBody, JobFields, SftBody, SftExampleFields
 from kiln_gateway.training.documents import DocumentBuilder
+from kiln_gateway.training.gate import resolved_gate
 from kiln_gateway.training.grpo import GrpoSpecBuilder
 from kiln_gateway.training.job_config import GRPO_DEFAULTS, OPD_DEFAULTS, SFT_DEFAULTS, job_config
 from kiln_gateway.training.job_rights import attaches, check_priority, is_visible
@@ -52,8 +53,9 @@ async def train_sft(request: Request, caller: Caller = _TRAIN) -> Response:
         spec.MergeFrom(to_spec(correction_documents(chosen)))
         submit.correction_ids.extend(each.id for each in chosen)
     longest = max((len(example.token_ids) for example in spec.examples), default=0)
+    gate = await resolved_gate(body.gate, caller.owner, gateway.clients.evaluations)
     submit.config.CopyFrom(
-        job_config(body, SFT_DEFAULTS, longest_document=longest, attach=attaches(body, caller))
+        job_config(body, SFT_DEFAULTS, longest_document=longest, attach=attaches(body, caller), gate=gate)
     )
     submit.sft.CopyFrom(spec)
     return await _submit(gateway, request, caller, body, submit, key)
@@ -81,8 +83,9 @@ async def train_grpo(request: Request, caller: Caller = _TRAIN) -> Response:
         for group in spec.groups
         for rollout in group.rollouts
     )
+    gate = await resolved_gate(body.gate, caller.owner, gateway.clients.evaluations)
     submit.config.CopyFrom(
-        job_config(body, GRPO_DEFAULTS, longest_document=longest, attach=attaches(body, caller))
+        job_config(body, GRPO_DEFAULTS, longest_document=longest, attach=attaches(body, caller), gate=gate)
     )
     submit.grpo.CopyFrom(spec)
     return await _submit(gateway, request, caller, body, submit, key)
@@ -98,10 +101,13 @@ async def train_opd(request: Request, caller: Caller = _TRAIN) -> Response:
         return await _accepted(gateway, job_id)
     rollouts = await _check_and_open(gateway, body, caller)
     base_model = await gateway.engines.base_model()
-    spec = await OpdSpecBuilder(body, gateway, rollouts, base_model).build()
+    spec = await OpdSpecBuilder(body, gateway, rollouts, base_model, caller).build()
     lengths = [len(prompt.token_ids) + spec.settings.sampling.max_tokens for prompt in spec.prompts]
     lengths += [len(given.prompt_token_ids) + len(given.completion_token_ids) for given in spec.rollouts]
-    config = job_config(body, OPD_DEFAULTS, longest_document=max(lengths), attach=attaches(body, caller))
+    gate = await resolved_gate(body.gate, caller.owner, gateway.clients.evaluations)
+    config = job_config(
+        body, OPD_DEFAULTS, longest_document=max(lengths), attach=attaches(body, caller), gate=gate
+    )
     return await _submit(
         gateway, request, caller, body, trainer_pb2.SubmitRequest(config=config, opd=spec), key
     )
@@ -112,12 +118,14 @@ async def _check_and_open(gateway: Gateway, body: JobFields, caller: Caller) -> 
     body.refuse_unsupported()
     check_priority(body.priority, caller)
     check_adapter_name(body.adapter, reserved=await gateway.base_ids())
+    with contextlib.suppress(RegistryUnavailable):  # it refuses the result, too
+        await gateway.clients.registry.check_publish(body.adapter, caller.owner)
     base_model = await gateway.engines.base_model()
     if body.base_adapter is not None:
-        await gateway.resolver.version(body.base_adapter, base_model.model_hash, "base_adapter")
+        await gateway.resolver.version(body.base_adapter, base_model.model_hash, "base_adapter", caller)
     elif not body.starts_fresh:
         with contextlib.suppress(AdapterNotFound):  # the first version of its name
-            await gateway.resolver.version(body.adapter, base_model.model_hash, "adapter")
+            await gateway.resolver.version(body.adapter, base_model.model_hash, "adapter", caller)
     return KeptRollouts(gateway.rollouts, caller.owner, base_model.model_hash)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import AsyncGenerator
 from typing import Literal
 
@@ -9,6 +10,7 @@ from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import Response
 
 from kiln_common.adapter_names import check_adapter_name
+from kiln_common.errors import RegistryUnavailable
 from kiln_gateway import sse
 from kiln_gateway.auth import Caller, require
 from kiln_gateway.gateway import gateway_of
@@ -16,6 +18,7 @@ from kiln_gateway.json_response import json_response
 from kiln_gateway.ports import closing
 from kiln_gateway.request_query import refuse_unknown_query
 from kiln_gateway.schemas.training import CancelBody, RetryBody
+from kiln_gateway.training.gate import resolved_gate
 from kiln_gateway.training.job_rights import visible_job
 from kiln_gateway.training.job_view import event_object, job_object
 from kiln_gateway.training.receipt import receipt
@@ -77,7 +80,13 @@ async def retry_job(request: Request, job_id: str, caller: Caller = _TRAIN) -> R
         return json_response(job_object(await trainer.get(made_id)), status=_ACCEPTED)
     if body.adapter is not None:
         check_adapter_name(body.adapter, reserved=await gateway.base_ids())
-    again = await trainer.retry(retry_request(job, body, caller, key))
+    with contextlib.suppress(RegistryUnavailable):  # it refuses the result, too
+        await gateway.clients.registry.check_publish(body.adapter or job.config.adapter, caller.owner)
+    if body.base_adapter is not None:
+        model_hash = (await gateway.engines.base_model()).model_hash
+        await gateway.resolver.version(body.base_adapter, model_hash, "base_adapter", caller)
+    gate = await resolved_gate(body.gate, caller.owner, gateway.clients.evaluations)
+    again = await trainer.retry(retry_request(job, body, caller, key, gate))
     await gateway.idempotency.remember(request, key, again.id)
     return json_response(job_object(again), status=_ACCEPTED)
 

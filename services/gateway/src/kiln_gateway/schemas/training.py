@@ -10,9 +10,9 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from kiln_common.pb import trainer_pb2
-from kiln_gateway.errors import FieldNotBuiltYet
 from kiln_gateway.schemas.base import Body, Reference, TokenIds
 from kiln_gateway.schemas.chat import Messages, Tool
+from kiln_gateway.schemas.gate import GateFields
 
 PositiveFloat = Annotated[float, Field(gt=0)]
 PositiveInt = Annotated[int, Field(gt=0, lt=2**31)]
@@ -94,7 +94,7 @@ class JobFields(Body):
     priority: Annotated[int, Field(ge=-10, le=10)] = Field(
         0, description="lower numbers run first; below 0 takes the scope admin"
     )
-    gate: dict[str, Any] | None = None
+    gate: GateFields | None = None
     webhook: WebhookFields | None = None
     metadata: dict[str, Any] | None = None
 
@@ -105,13 +105,12 @@ class JobFields(Body):
 
     def refuse_unsupported(self) -> None:
         """Refuse, by name, what is not built yet. Raises FieldNotBuiltYet."""
-        for name in ("gate",):
-            if getattr(self, name) is not None:
-                raise FieldNotBuiltYet(name)
-        if self.optimizer != "adamw":
-            raise FieldNotBuiltYet("optimizer", "Use adamw.", value=self.optimizer)
-        if self.lora.dropout:
-            raise FieldNotBuiltYet("lora.dropout", "Use 0.", value=self.lora.dropout)
+
+    @model_validator(mode="after")
+    def _publishes_what_the_gate_judges(self) -> JobFields:
+        if self.gate is not None and self.publish != "end":
+            raise ValueError('gate needs publish: "end"')
+        return self
 
 
 class RetryBody(JobFields):

@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from kiln_common.pb import trainer_pb2
+from kiln_gateway.training.gate import gate_outcome
 from kiln_gateway.training.job_config import effective_config
 
 
@@ -75,6 +76,7 @@ def result_of(job: trainer_pb2.Job) -> dict[str, Any] | None:
         "sha256": job.result.sha256,
         "not_live": list(job.result.not_live),
         "swap_s": job.result.swap_s,
+        "gate": gate_outcome(job.result),
     }
 
 

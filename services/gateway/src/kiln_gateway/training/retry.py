@@ -17,6 +17,7 @@ PATHS: dict[str, tuple[str, ...]] = {
     "adapter": ("adapter",),
     "base_adapter": ("base_adapter", "start_fresh"),
     "lora": ("lora",),
+    "optimizer": ("optimizer.type",),
     "learning_rate": ("optimizer.learning_rate",),
     "epochs": ("epochs",),
     "batch_tokens": ("batch_tokens",),
@@ -29,13 +30,14 @@ PATHS: dict[str, tuple[str, ...]] = {
     "checkpoint_every": ("checkpoint_every",),
     "publish": ("publish",),
     "attach": ("attach",),
+    "gate": ("gate",),
     "priority": ("priority",),
     "metadata": ("metadata_json",),
 }
 
 
 def retry_request(
-    job: trainer_pb2.Job, body: RetryBody, caller: Caller, key: str
+    job: trainer_pb2.Job, body: RetryBody, caller: Caller, key: str, gate: trainer_pb2.Gate | None
 ) -> trainer_pb2.RetryJobRequest:
     """The fields that the body has, and those that the caller may not take over as they were.
 
@@ -52,7 +54,7 @@ def retry_request(
         given.append("priority")
     return trainer_pb2.RetryJobRequest(
         id=job.id,
-        changes=job_config(body, _DEFAULTS[job.kind], longest_document=0, attach=may_attach),
+        changes=job_config(body, _DEFAULTS[job.kind], longest_document=0, attach=may_attach, gate=gate),
         changed=FieldMask(paths=dict.fromkeys(path for name in given for path in PATHS[name])),
         idempotency_key=key,
         owner=caller.owner,

@@ -16,7 +16,7 @@ from kiln_common.pb import dataset_pb2 as pb
 from kiln_common.pb import dataset_pb2_grpc
 from kiln_registry.blobs import CHUNK_BYTES, BlobStore, Upload
 from kiln_registry.datasets.catalog import DatasetCatalog, DatasetRecord
-from kiln_registry.domain import AdapterTooLarge
+from kiln_registry.domain import AdapterTooLarge, RegistryStorageFull
 
 log = structlog.get_logger()
 
@@ -51,6 +51,9 @@ class DatasetServicer(dataset_pb2_grpc.DatasetsServicer):
             async for request in request_iterator:
                 await asyncio.to_thread(_write, upload, request)
             record, is_repeat = await asyncio.to_thread(self._record, header, upload)
+        except OSError as error:
+            log.error("registry_storage_full", reason=str(error))
+            raise RegistryStorageFull(f"the registry's disk did not take the dataset: {error}") from error
         finally:
             upload.close()
         log.info("dataset_kept", dataset=record.id, rows=record.num_rows, num_bytes=record.num_bytes)

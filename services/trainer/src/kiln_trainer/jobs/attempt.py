@@ -21,9 +21,11 @@ from kiln_trainer.domain.errors import JobCancelled, WeightsLost
 from kiln_trainer.domain.training import StartingPoint, TrainedAdapter, TrainingTask
 from kiln_trainer.jobs.claimed_job import ClaimedJob
 from kiln_trainer.jobs.errors import StartRankTooHigh, WorkerStopping
+from kiln_trainer.jobs.gate import Gate
 from kiln_trainer.jobs.hooks import JobHooks
 from kiln_trainer.jobs.ports import JobBackend, Publisher
 from kiln_trainer.jobs.published import take_back, with_version
+from kiln_trainer.jobs.records import data_sha256
 from kiln_trainer.jobs.student import EngineStudent
 from kiln_trainer.jobs.totals import TrainerTotals
 
@@ -84,7 +86,15 @@ class Attempt:
             self._job.write({"environment": json.dumps(dict(self._backend.environment))})
             if request.config.publish == "never":
                 return {"adapter": "", "version": 0, "sha256": ""}
-            return self._publish(request, base, trained)
+            if not request.config.HasField("gate"):
+                return self._publish(request, base, trained)
+            gate = Gate(self._job, self._publisher, self._wait_for, request.config.gate, self._stopping)
+            outcome, kept = gate.judge(self._header(request, base, trained), trained.content)
+            if kept is not None:
+                return {**kept, "gate": outcome}
+            published = self._publish(request, base, trained)
+            gate.clear()
+            return {**published, "gate": outcome}
 
     def _publish(
         self,
@@ -249,6 +259,8 @@ class Attempt:
             claim_epoch=claim.claim_epoch,
             attach=request.config.attach,
             metrics_json=json.dumps(dict(trained.metrics)),
+            data_sha256=data_sha256(request),
+            owner=request.owner,
         )
 
     def _wait_for(

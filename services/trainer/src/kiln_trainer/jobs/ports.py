@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
-from kiln_common.pb import engine_pb2, registry_pb2
+from kiln_common.pb import engine_pb2, evaluations_pb2, registry_pb2
 from kiln_trainer.domain.capacity import Capacity
 from kiln_trainer.domain.training import AdapterContent, StartingPoint, TrainingBackend
 
@@ -114,6 +114,14 @@ class Publisher(Protocol):
         `check` is called now and then; what it raises ends the requests. Raises what the engine
         refuses, and what passes only where it has not for a long time.
         """
+        ...
+
+    def start_evaluation(self, request: evaluations_pb2.SubmitRunRequest) -> evaluations_pb2.EvalRun:
+        """Queue a run for the gateways, idempotent by request.idempotency_key."""
+        ...
+
+    def evaluation(self, run_id: str, owner: str) -> evaluations_pb2.EvalRun:
+        """A run as it stands. Raises eval_run_not_found."""
         ...
 
     def withdraw(self, name: str, version: int = 0) -> None:

@@ -58,6 +58,7 @@ def _copy(path: str, source: Message, target: Message) -> None:
     if field.is_repeated:
         getattr(target, name).extend(value)
     elif field.message_type is not None:
-        getattr(target, name).CopyFrom(value)
+        if source.HasField(name):
+            getattr(target, name).CopyFrom(value)
     else:
         setattr(target, name, value)

@@ -74,6 +74,8 @@ def _check_config(
         parse_reference(config.base_adapter, param="base_adapter")
         if config.start_fresh:
             raise InvalidJobConfig("start_fresh and base_adapter exclude each other", param="base_adapter")
+    if config.HasField("gate"):
+        _check_gate(config)
     _check_lora(config.lora, base_model, max_rank)
     optimizer = config.optimizer
     if not 0 < optimizer.learning_rate <= _MAX_LEARNING_RATE:
@@ -106,6 +108,20 @@ def _check_config(
         )
     _check_metadata(config.metadata_json)
     RunOptions.from_proto(config)
+
+
+def _check_gate(config: trainer_pb2.JobConfig) -> None:
+    gate = config.gate
+    if config.publish not in ("", "end"):
+        raise InvalidJobConfig(
+            f'a gate judges what is published at the end, and publish is "{config.publish}"', param="gate"
+        )
+    if not gate.suite_id or not 0 <= gate.min_score <= 1 or not gate.timeout_s > 0:
+        raise InvalidJobConfig(
+            f"a gate needs a suite, a min_score from 0 to 1 and a timeout, got {gate.min_score:g} "
+            f"and {gate.timeout_s:g} s",
+            param="gate",
+        )
 
 
 def _check_lora(lora: trainer_pb2.LoraConfig, base_model: common_pb2.BaseModel | None, max_rank: int) -> None:

@@ -14,6 +14,7 @@ from dataclasses import asdict
 import structlog
 import torch
 
+from kiln_nn.lora.dropout import LoraDropout
 from kiln_nn.packed_model import PackedModel
 from kiln_nn.sharing import SealedAdapter
 from kiln_trainer.data.documents import Document
@@ -56,9 +57,11 @@ class TrainingRun:
         teacher = setup.teacher_adapter(task, session.config, session.device)
         model = PackedModel(session.config, session.weights)
         session.check_borrowed(model.weights)
-        self.plan = ActivationPlan.measure(model, lora.linear_fn(model.weights), session.device)
+        self._dropout = LoraDropout(self._options.dropout)
+        linear = lora.linear_fn(model.weights, self._dropout)
+        self.plan = ActivationPlan.measure(model, linear, session.device)
         log.info("activations_planned", **asdict(self.plan))
-        self._policy = Policy(model, lora, session.device, self.plan, teacher)
+        self._policy = Policy(model, lora, session.device, self.plan, teacher, self._dropout)
         optimizer = OptimizerOptions.from_proto(task.request.config.optimizer)
         self._optimizer = AdapterOptimizer(lora, optimizer, self._source.num_steps)
         # Of every document, where a policy's loss compares it with what it was.
@@ -111,8 +114,9 @@ class TrainingRun:
         sums = StepSums()
         self._optimizer.clear()
         normaliser = math.fsum(data.documents[index].normaliser for index in data.plan.documents)
-        for indices in data.plan.micro_batches:
+        for number, indices in enumerate(data.plan.micro_batches):
             self._share.between_micro_batches()
+            self._dropout.begin(f"{self._options.seed}:{step}:{number}")
             old_S = forward_backward(
                 self._policy,
                 self._batch(data, indices),
@@ -179,7 +183,8 @@ class TrainingRun:
         source, objective = self._source, self._source.objective
         if not (isinstance(source, FixedSteps) and isinstance(objective, PolicyObjective)):
             return
-        in_first_step = set(source.plans[0].documents)
+        # With dropout that pass is not the policy as it is.
+        in_first_step = set() if self._options.dropout else set(source.plans[0].documents)
         wanted = [
             index
             for index, document in enumerate(self._scored)
