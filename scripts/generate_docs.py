@@ -1,4 +1,4 @@
-"""Writes the pages of docs/ that come from code: error codes, settings, HTTP routes and fields, commands.
+"""Writes the pages of docs/ that come from code: error codes, settings, metrics, HTTP routes and fields, commands.
 
 .venv/bin/python scripts/generate_docs.py          # write them
 .venv/bin/python scripts/generate_docs.py --check  # exit 1 when one is out of date
@@ -106,6 +106,36 @@ def settings_page(classes: list[type]) -> str:
     return HEADER + "\n".join(lines)
 
 
+def metrics_page() -> str:
+    from kiln_common.pb import engine_pb2, trainer_pb2
+    from kiln_gateway.metrics import GatewayMetrics
+
+    metrics = GatewayMetrics()
+    # One sample of each, so that its labels show.
+    metrics.observe_request("", "", 200, 0.0)
+    metrics.rollouts.labels("")
+    stats = engine_pb2.EngineStats(memory_parts=[engine_pb2.MemoryPart()], num_device_bytes=1)
+    status = trainer_pb2.TrainerStatus(num_jobs_ended={"": 0}, metrics={"": 0.0})
+    metrics.services.show({"": stats}, status)
+    lines = [
+        "# Metrics\n",
+        "`GET /metrics` of any gateway, in Prometheus' text format. Names beginning with `kiln_gateway_` are that "
+        "gateway's own: add them up over gateways. The others are what engines and trainer told it just now, so "
+        "every gateway shows the same: take the largest of each, `max by (engine)`. Histograms have `_bucket`, "
+        "`_sum` and `_count`. `deploy/monitoring` has a scrape configuration, alert rules and a Grafana dashboard "
+        "over these.\n",
+        "| metric | type | labels | means |\n|---|---|---|---|",
+    ]
+    for family in metrics.registry.collect():
+        if family.name.endswith("_created"):
+            continue
+        name = family.name + ("_total" if family.type == "counter" else "")
+        labels = dict.fromkeys(label for sample in family.samples for label in sample.labels if label != "le")
+        shown = ", ".join(f"`{label}`" for label in labels)
+        lines.append(f"| `{name}` | {family.type} | {shown} | {family.documentation} |")
+    return HEADER + "\n".join(lines) + "\n"
+
+
 def openapi_document() -> dict[str, Any]:
     """The gateway's own description of its routes and bodies; no service is contacted."""
     from kiln_gateway.app import create_app
@@ -172,6 +202,7 @@ def main() -> int:
     pages = {
         "errors.md": errors_page(classes),
         "settings.md": settings_page(classes),
+        "metrics.md": metrics_page(),
         "api.md": api_page(openapi_document()),
         "cli.md": HEADER + cli_page(),
     }

@@ -236,6 +236,9 @@ async def test_info_stats_checksum_and_weights(engine):
     assert (info.boot_id, info.base_model.model_id) == ("boot", "tiny")
     stats = await client.get_stats()
     assert (stats.num_generated_tokens, stats.num_prompt_tokens, stats.num_running) == (3, 20, 0)
+    assert sum(stats.step_seconds.counts) == stats.num_steps >= 3
+    assert 0 < stats.step_seconds.sum < stats.uptime_s
+    assert stats.num_adapter_slots == info.num_adapter_slots
     assert (await client.checksum()).sha256 == "cd" * 32
     assert (await client.share_weights()).socket_path == "/nowhere/weights.sock"
 

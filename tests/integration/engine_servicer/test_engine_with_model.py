@@ -131,6 +131,10 @@ async def test_adapters_are_fetched_on_demand_and_change_the_answer(checkpoint, 
             stats = await client.get_stats()
             assert {entry.adapter.version for entry in stats.resident_adapters} == {1, 2}
             assert {entry.num_pins for entry in stats.resident_adapters} == {0}
+            assert sum(stats.adapter_load_seconds.counts) == 2
+            memory = {part.name: part.num_bytes for part in stats.memory_parts}
+            assert set(memory) == {"weights", "kv", "states", "adapters", "workspace"}
+            assert all(num_bytes > 0 for num_bytes in memory.values())
 
 
 async def test_more_versions_than_slots_take_turns(checkpoint, tmp_path):

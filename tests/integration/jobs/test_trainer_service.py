@@ -83,6 +83,11 @@ async def test_from_submit_to_the_engines(redis_server, tmp_path):
         status = await client.status()
         assert (status.num_queued, status.engine_boot_id) == (0, "boot")
         assert (status.gpu_sharing, status.gpu_share, status.gpu_sms) == ("none", 1.0, 0)
+        assert status.num_trained_tokens == done.progress.num_tokens + followed.progress.num_tokens
+        # The first step of each job is not timed.
+        assert sum(status.step_seconds.counts) == done.progress.step + followed.progress.step - 2
+        assert (sum(status.swap_seconds.counts), status.metrics["loss"]) == (2, followed.metrics["loss"])
+        assert status.num_jobs_ended["succeeded"] >= 1  # the second may not be counted yet
         assert status.num_device_bytes > 2**20  # this process holds more than a MiB
 
 

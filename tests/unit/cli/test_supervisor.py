@@ -186,6 +186,7 @@ async def test_a_service_that_cannot_be_executed_ends_everything(tmp_path):
         ("0.0.0.0", "", "", True),
         ("192.168.1.7", "KILN_GATEWAY_API_KEYS", "[]", True),
         ("0.0.0.0", "KILN_GATEWAY_API_KEYS", '[{"key": "0123456789abcdef"}]', False),
+        ("0.0.0.0", "KILN_GATEWAY_API_KEYS_FILE", "/etc/kiln/keys.json", False),
         ("0.0.0.0", "KILN_GATEWAY_ALLOW_PUBLIC_BIND", "true", False),
     ],
 )

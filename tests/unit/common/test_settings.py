@@ -61,7 +61,8 @@ def test_each_problem_has_its_line(monkeypatch, capsys):
         ('["sk-secret"]', "KILN_GATEWAY_API_KEYS [0]: the value should be a valid dictionary"),
         ('[{"key": "sk-secret"}]', "KILN_GATEWAY_API_KEYS [0] key: the value should have at least 16"),
         ('[{"sk-secret": "infer", "key": "0123456789abcdef"}]', "KILN_GATEWAY_API_KEYS [0]: Extra"),
-        ('[{"scopes": ["sk-secret"]}]', "KILN_GATEWAY_API_KEYS [0] key: Field required"),
+        ('[{"scopes": ["sk-secret"]}]', "KILN_GATEWAY_API_KEYS [0] scopes [0]: the value should be"),
+        ("[{}]", "KILN_GATEWAY_API_KEYS [0]: each key needs either `key` or `sha256`"),
     ],
 )
 def test_keys_are_never_shown(monkeypatch, capsys, keys, expected):

@@ -80,6 +80,7 @@ def check_host(host: str) -> None:
     """
     allows = os.environ.get("KILN_GATEWAY_ALLOW_PUBLIC_BIND", "").lower() in ("1", "true", "yes", "on")
     has_keys = os.environ.get("KILN_GATEWAY_API_KEYS", "").strip() not in ("", "[]")
+    has_keys = has_keys or bool(os.environ.get("KILN_GATEWAY_API_KEYS_FILE"))
     if not (is_loopback(host) or allows or has_keys):
         raise PublicHostWithoutKeys(f"{host} can be reached from other machines, and no API keys are set")
 

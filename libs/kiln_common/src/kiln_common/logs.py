@@ -20,6 +20,7 @@ def configure_logs(service: str, level: str = "INFO", *, as_json: bool | None = 
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,
+            _Service(service),
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             structlog.processors.StackInfoRenderer(),
@@ -30,7 +31,29 @@ def configure_logs(service: str, level: str = "INFO", *, as_json: bool | None = 
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
         cache_logger_on_first_use=True,
     )
-    structlog.contextvars.bind_contextvars(service=service)
+    logging.basicConfig(handlers=[_Forwarder()], level=logging.WARNING, force=True)
+
+
+class _Service:
+    """Names the process on each line, also from threads that inherit no context."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __call__(self, logger: Any, method: str, event: Any) -> Any:
+        event["service"] = self._name
+        return event
+
+
+class _Forwarder(logging.Handler):
+    """What libraries log, as lines of the same shape."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        log = structlog.get_logger()
+        log.log(
+            record.levelno, "library_message", logger=record.name, message=record.getMessage(),
+            exc_info=record.exc_info or None,
+        )  # fmt: skip
 
 
 def get_logger() -> Any:

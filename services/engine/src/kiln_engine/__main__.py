@@ -10,7 +10,9 @@ import structlog
 from kiln_common.errors import KilnError
 from kiln_common.logs import configure_logs
 from kiln_common.rpc.server import wait_for_stop_signal
+from kiln_common.rpc.tls import configure_tls
 from kiln_common.settings import EXIT_DEVICE, ConfigurationError, exit_for_configuration, read_settings
+from kiln_common.tracing import configure_tracing
 from kiln_engine.bootstrap import start_engine
 from kiln_engine.device_side import load_device_side
 from kiln_engine.heap import freeze_heap
@@ -37,7 +39,9 @@ async def serve(settings: EngineSettings) -> int:
 def main() -> None:
     settings = read_settings(EngineSettings)
     configure_logs("engine", settings.log_level)
+    configure_tracing("engine")
     try:
+        configure_tls()
         code = asyncio.run(serve(settings))
     except ConfigurationError as error:
         exit_for_configuration(error)

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import structlog
@@ -16,6 +16,7 @@ from kiln_common.ending import end_tasks
 from kiln_common.errors import KilnError
 from kiln_common.pb import engine_pb2, engine_pb2_grpc
 from kiln_common.rpc import RpcServer
+from kiln_common.rpc.client_listener import client_server
 from kiln_engine.adapters.events import AdapterEvents
 from kiln_engine.adapters.handover import Inbox, serve_handovers
 from kiln_engine.adapters.holds import AdapterHolds
@@ -23,12 +24,14 @@ from kiln_engine.adapters.manager import AdapterManager
 from kiln_engine.adapters.refresh import AdapterRefresh
 from kiln_engine.adapters.slots import AdapterSlots
 from kiln_engine.clock import MonotonicClock
+from kiln_engine.domain.device_memory import DeviceMemory
 from kiln_engine.domain.ports import AdapterStore, BaseWeights, GrammarCompiler, Runner
 from kiln_engine.loop import EngineLoop
 from kiln_engine.presence import Presence, advertised_address
 from kiln_engine.scheduling import Scheduler, SchedulerLimits
 from kiln_engine.servicer.intake import RequestIntake
-from kiln_engine.servicer.servicer import EngineServicer
+from kiln_engine.servicer.servicer import CLIENT_SCOPES, EngineServicer
+from kiln_engine.servicer.stats import EngineFigures
 from kiln_engine.servicer.validation import RequestLimits
 from kiln_engine.settings import EngineSettings
 
@@ -57,6 +60,7 @@ class EngineParts:
     inbox: Inbox | None = None
     # None where the model folder has no tokenizer: requests with grammars are refused.
     grammars: GrammarCompiler | None = None
+    memory: DeviceMemory = field(default_factory=DeviceMemory)
 
 
 @dataclass
@@ -64,6 +68,7 @@ class RunningEngine:
     """An engine that serves; stop it once. `has_failed` is set when it must be started again."""
 
     server: RpcServer
+    client_server: RpcServer | None
     loop: EngineLoop
     intake: RequestIntake
     adapters: AdapterManager
@@ -82,6 +87,8 @@ class RunningEngine:
         num_finished, num_aborted = await self.intake.drain(timeout_s)
         log.info("engine_drained", finished=num_finished, aborted=num_aborted)
         await self.server.stop(_STOP_GRACE_S)
+        if self.client_server is not None:
+            await self.client_server.stop(_STOP_GRACE_S)
         await end_tasks(*self.background)
         await self.adapters.close()
         if self.inbox is not None:
@@ -124,15 +131,26 @@ async def start_engine(settings: EngineSettings, parts: EngineParts) -> RunningE
         info=parts.info,
         intake=intake,
         adapters=adapters,
-        loop=loop,
         weights=parts.weights,
+        figures=EngineFigures(
+            parts.info,
+            loop,
+            intake,
+            adapters,
+            parts.weights,
+            adapters.load_seconds,
+            parts.memory,
+            clock.now(),
+        ),
         outbox_steps=settings.outbox_steps,
     )
     server = RpcServer(settings.listen)
-    engine_pb2_grpc.add_EngineServicer_to_server(servicer, server.grpc)
+    clients = client_server(settings, CLIENT_SCOPES)
     loop.start()
-    await server.start()
-    await server.set_serving(True)
+    for each in filter(None, (server, clients)):
+        engine_pb2_grpc.add_EngineServicer_to_server(servicer, each.grpc)
+        await each.start()
+        await each.set_serving(True)
     presence = None
     if settings.redis_url:
         presence = Presence(
@@ -159,6 +177,7 @@ async def start_engine(settings: EngineSettings, parts: EngineParts) -> RunningE
     log.info("engine_ready", listen=settings.listen, port=server.port, boot_id=parts.info.boot_id)
     return RunningEngine(
         server,
+        clients,
         loop,
         intake,
         adapters,

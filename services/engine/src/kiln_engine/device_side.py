@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import time
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +18,7 @@ from kiln_common.pb import common_pb2, engine_pb2
 from kiln_common.settings import ConfigurationError
 from kiln_engine.bootstrap import EngineParts
 from kiln_engine.checkpoint_identity import model_name, stop_token_ids
+from kiln_engine.domain.device_memory import DeviceMemory
 from kiln_engine.execution.memory_plan import MemoryPlan, MemoryRequest, NotEnoughMemory, plan_memory
 from kiln_engine.execution.runner import TorchRunner
 from kiln_engine.execution.step_graphs import decode_ladder
@@ -156,7 +158,21 @@ def load_device_side(settings: EngineSettings) -> EngineParts:
     if has_graphs:
         _capture(runner)
     grammars = _grammars(folder, info, settings.grammar_time_limit_s)
-    return EngineParts(runner, runner.adapters, weights, limits, info, inbox, grammars)
+    usage = _device_memory(device, model, memory)
+    return EngineParts(runner, runner.adapters, weights, limits, info, inbox, grammars, usage)
+
+
+def _device_memory(device: torch.device, model: LoadedModel, memory: MemoryPlan) -> DeviceMemory:
+    parts = {
+        "weights": model.manifest.nbytes,
+        "kv": memory.kv_bytes + memory.page_table_bytes,
+        "states": memory.state_bytes,
+        "adapters": memory.adapter_bytes,
+        "workspace": memory.workspace_bytes,
+    }
+    if device.type == "cpu":
+        return DeviceMemory(parts)
+    return DeviceMemory(parts, partial(torch.cuda.mem_get_info, device))
 
 
 def _memory_parts(weights_bytes: int, memory: MemoryPlan, device: torch.device) -> engine_pb2.MemoryParts:

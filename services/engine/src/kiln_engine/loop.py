@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import structlog
 
 from kiln_common.errors import KilnError
+from kiln_common.histogram import STEP_SECONDS, Histogram
 from kiln_engine.domain.adapter import AdapterChange
 from kiln_engine.domain.errors import EngineDraining, EngineFailed
 from kiln_engine.domain.plan import BatchPlan
@@ -35,6 +36,7 @@ _STUCK_WAIT_S = 0.1
 class _LaunchedStep:
     plan: BatchPlan
     pending: PendingStep
+    launched_s: float
 
 
 class EngineLoop:
@@ -79,6 +81,8 @@ class EngineLoop:
         self._ended_ids: deque[tuple[int, str]] = deque()
         self._num_failures = 0
         self._is_healthy = True
+        self.step_seconds = Histogram(STEP_SECONDS)
+        self._last_ended_s = -math.inf
         self._stats = scheduler.stats()
         self._thread = threading.Thread(target=self._run, name="engine-loop", daemon=True)
 
@@ -223,6 +227,7 @@ class EngineLoop:
         return True
 
     def _launch(self, plan: BatchPlan) -> None:
+        launched_s = self._clock.now()
         try:
             pending = self._runner.launch(plan)
         except Exception as error:  # noqa: BLE001 whatever the device did, other requests go on
@@ -230,7 +235,7 @@ class EngineLoop:
             if self._is_healthy:
                 self._fail_steps([plan], error)
         else:
-            self._launched.append(_LaunchedStep(plan, pending))
+            self._launched.append(_LaunchedStep(plan, pending, launched_s))
             if len(self._launched) == 1:
                 self._draw_oldest()
 
@@ -244,9 +249,16 @@ class EngineLoop:
                 self._fail_launched(error)
             else:
                 self._launched.popleft()
+                self._time(step)
                 self._deliver(self._scheduler.commit(step.plan, result))
                 self._num_failures = 0
                 self._draw_oldest()
+
+    def _time(self, step: _LaunchedStep) -> None:
+        """Count a step that has ended; what it spent behind the step before is that one's."""
+        now = self._clock.now()
+        self.step_seconds.observe(now - max(step.launched_s, self._last_ended_s))
+        self._last_ended_s = now
 
     def _draw_oldest(self) -> None:
         """Draw what the oldest step under way had left until the steps before it were taken in."""

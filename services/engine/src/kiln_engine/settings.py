@@ -10,6 +10,7 @@ from typing import Literal
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from kiln_common.rpc.client_listener import ClientListener
 from kiln_common.settings import LogLevel
 
 
@@ -17,7 +18,7 @@ def _default_socket_dir() -> Path:
     return Path(tempfile.gettempdir()) / f"kiln-{os.getuid()}"
 
 
-class EngineSettings(BaseSettings):
+class EngineSettings(ClientListener, BaseSettings):
     """Engine process settings, read once from KILN_ENGINE_*. Zero leaves a number to the engine."""
 
     model_config = SettingsConfigDict(env_prefix="KILN_ENGINE_", frozen=True, protected_namespaces=())

@@ -9,7 +9,9 @@ import structlog
 
 from kiln_common.errors import KilnError
 from kiln_common.logs import configure_logs
-from kiln_common.settings import read_settings
+from kiln_common.rpc.tls import configure_tls
+from kiln_common.settings import ConfigurationError, exit_for_configuration, read_settings
+from kiln_common.tracing import configure_tracing
 from kiln_gateway.app import create_app
 from kiln_gateway.bootstrap import open_clients
 from kiln_gateway.listeners import open_listeners
@@ -31,7 +33,7 @@ async def serve(settings: GatewaySettings) -> None:
             host=settings.host,
             port=settings.port,
             model_path=settings.model_path,
-            has_api_keys=bool(settings.api_keys),
+            has_api_keys=bool(settings.api_keys or settings.api_keys_file),
         )
         await server.serve(open_listeners(settings))
 
@@ -39,8 +41,12 @@ async def serve(settings: GatewaySettings) -> None:
 def main() -> int:
     settings = read_settings(GatewaySettings)
     configure_logs("gateway", settings.log_level)
+    configure_tracing("gateway")
     try:
+        configure_tls()
         asyncio.run(serve(settings))
+    except ConfigurationError as error:
+        exit_for_configuration(error)
     except KilnError as error:
         print(f"kiln_gateway: {error} {error.hint}", file=sys.stderr)
         return 1

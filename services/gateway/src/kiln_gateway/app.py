@@ -101,5 +101,7 @@ def create_app(settings: GatewaySettings, clients: Clients) -> FastAPI:
         allowed_hosts=settings.allowed_hosts,
         allowed_origins=settings.allowed_origins,
         metrics=gateway.metrics,
+        body_pause_s=settings.body_pause_s,
+        body_timeout_s=settings.request_timeout_s,
     )
     return app

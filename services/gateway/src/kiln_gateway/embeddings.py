@@ -9,6 +9,7 @@ import struct
 from collections.abc import Sequence
 from typing import Any
 
+from kiln_common import tracing
 from kiln_common.errors import EngineUnavailable, InvalidValue
 from kiln_common.ids import new_id
 from kiln_common.pb import engine_pb2
@@ -36,6 +37,7 @@ async def embedding_requests(
             priority=body.priority or 0,
             timeout_s=gateway.settings.request_timeout_s,
             wants_embedding=True,
+            traceparent=tracing.current_traceparent(),
         )
         for index, token_ids in enumerate(await prompt_tokens(gateway, body.input, "input"))
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 from kiln_common.errors import ErrorKind, InvalidRequest, KilnError, NotBuiltYet, Unavailable
+from kiln_common.settings import ConfigurationError
 
 _ROUTES_HINT = "GET / lists the routes there are."
 
@@ -31,6 +32,17 @@ class BodyTooLarge(KilnError):
 
     def __init__(self, limit_bytes: int) -> None:
         super().__init__(f"the body is larger than the limit of {limit_bytes} bytes")
+
+
+class HeadersTooLarge(KilnError):
+    code = "headers_too_large"
+    kind = ErrorKind.TOO_LARGE
+    hint = "Send fewer or shorter headers and a shorter URL."
+
+
+class BodyTooSlow(InvalidRequest):
+    code = "body_too_slow"
+    hint = "Send the request's body without long pauses."
 
 
 class RouteNotFound(KilnError):
@@ -157,16 +169,9 @@ class OriginNotAllowed(KilnError):
     hint = "Add the origin to KILN_GATEWAY_ALLOWED_ORIGINS."
 
 
-class InvalidApiKey(KilnError):
-    code = "invalid_api_key"
-    kind = ErrorKind.UNAUTHENTICATED
-    hint = "Send Authorization: Bearer KEY with a key of KILN_GATEWAY_API_KEYS."
-
-
-class ScopeMissing(KilnError):
-    code = "scope_missing"
-    kind = ErrorKind.FORBIDDEN
-    hint = "Use a key that carries the scope."
+class LimitsNeedRedis(ConfigurationError):
+    code = "limits_need_redis"
+    hint = "Set KILN_GATEWAY_REDIS_URL, or take the limits off the keys."
 
 
 class AdapterPinned(KilnError):

@@ -7,17 +7,20 @@ import time
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+import structlog
 from fastapi import Request
 from pydantic import BaseModel
 
+from kiln_common.api_keys import KeyRing
 from kiln_common.model_folder import TEXT_FILES, find_model_folder
 from kiln_common.text.chat_template import ChatTemplate
 from kiln_common.text.tokenizer import TextTokenizer
-from kiln_gateway.auth import Authenticator
 from kiln_gateway.chat.prompt import PromptRenderer
 from kiln_gateway.corrections import CorrectionStore
 from kiln_gateway.engine_pool import EnginePool
+from kiln_gateway.errors import LimitsNeedRedis
 from kiln_gateway.idempotency import IdempotencyRecords
+from kiln_gateway.limits import RateLimiter
 from kiln_gateway.metrics import GatewayMetrics
 from kiln_gateway.model_resolver import ModelResolver
 from kiln_gateway.ports import Clients
@@ -26,6 +29,7 @@ from kiln_gateway.responses_api.store import ResponseStore
 from kiln_gateway.rollouts import RolloutStore
 from kiln_gateway.settings import GatewaySettings
 
+log = structlog.get_logger()
 Model = TypeVar("Model", bound=BaseModel)
 _TURN_END = "<|im_end|>"
 
@@ -54,14 +58,20 @@ class Gateway:
         )
         self.corrections = CorrectionStore(clients.redis)
         self.idempotency = IdempotencyRecords(clients.redis)
-        self.authenticator = Authenticator(settings.api_keys)
+        self.keys = KeyRing(settings.api_keys, settings.api_keys_file)
+        if self.keys.has_limits and clients.redis is None:
+            raise LimitsNeedRedis("keys have limits, which are counted in Redis, and there is none")
+        self.limits = RateLimiter(clients.redis)
         self.metrics = GatewayMetrics()
         self.started_at = time.monotonic()
         self.is_stopping = asyncio.Event()
 
     async def parse(self, request: Request, schema: type[Model]) -> Model:
         """The request's JSON body. Raises BodyTooLarge, InvalidJson, InvalidField."""
-        return await parse_body(request, schema, self.settings.max_body_bytes)
+        body = await parse_body(request, schema, self.settings.max_body_bytes)
+        if self.settings.log_bodies:
+            log.info("request_body", path=request.url.path, body=body.model_dump(exclude_unset=True))
+        return body
 
     async def parse_optional(self, request: Request, schema: type[Model]) -> Model:
         """The request's JSON body, or the schema's defaults when there is none."""

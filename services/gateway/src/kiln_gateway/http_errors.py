@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 
 from kiln_common.errors import InvalidValue, KilnError
 from kiln_common.ids import new_id
-from kiln_gateway.errors import HttpRefused, MethodNotAllowed, RouteNotFound
+from kiln_gateway.errors import BodyTooSlow, HttpRefused, MethodNotAllowed, RouteNotFound
 from kiln_gateway.messages_api.errors import message_error_body
 
 log = structlog.get_logger()
@@ -54,6 +54,8 @@ def error_response(
         headers["x-should-retry"] = "false"
     if path.startswith(_MESSAGES):
         headers["request-id"] = request_id  # where Anthropic's clients look for it
+    if isinstance(error, BodyTooSlow):
+        headers["Connection"] = "close"  # the rest of the body is not waited for
     if status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     return JSONResponse(body_for(path)(error, request_id), status_code=status, headers=headers)

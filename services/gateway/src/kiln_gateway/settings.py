@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from pathlib import Path
+from typing import Annotated, Any, Self
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     NonNegativeInt,
     PositiveFloat,
@@ -16,20 +15,11 @@ from pydantic import (
 )
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from kiln_common.api_keys import ApiKey
 from kiln_common.loopback import is_loopback
 from kiln_common.settings import LogLevel
 
-Scope = Literal["infer", "train", "admin"]
 CommaSeparated = Annotated[tuple[str, ...], NoDecode]
-
-
-class ApiKey(BaseModel):
-    """One bearer key and what it may do."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    key: str = Field(min_length=16, repr=False)
-    scopes: tuple[Scope, ...] = ("infer",)
 
 
 class GatewaySettings(BaseSettings):
@@ -62,6 +52,9 @@ class GatewaySettings(BaseSettings):
     trainer_address: str = "127.0.0.1:8432"
     redis_url: str = Field("", description="empty: no rollouts are kept, and only configured engines found")
 
+    store_default: bool = Field(
+        True, description="whether requests that do not say `store` leave a rollout, or response, in Redis"
+    )
     rollout_ttl_s: PositiveInt = Field(3600, description="how long a rollout is kept")
     rollout_max_bytes: PositiveInt = Field(
         256 * 1024 * 1024, description="most bytes of rollouts kept in Redis"
@@ -80,6 +73,10 @@ class GatewaySettings(BaseSettings):
     max_job_dataset_bytes: PositiveInt = Field(
         64 * 1024 * 1024, description="largest dataset that one job learns from"
     )
+    header_timeout_s: PositiveFloat = Field(
+        20.0, description="how long a request's headers may take to arrive"
+    )
+    body_pause_s: PositiveFloat = Field(30.0, description="longest pause within a request's body")
     request_timeout_s: PositiveFloat = Field(600.0, description="longest a completion may take")
     max_choices: PositiveInt = Field(128, description="most choices of one request (prompts times n)")
     max_batch_choices: PositiveInt = Field(4096, description="most answers of one batch (prompts times n)")
@@ -94,10 +91,16 @@ class GatewaySettings(BaseSettings):
     )
 
     api_keys: tuple[ApiKey, ...] = Field((), description='JSON: [{"key": "…", "scopes": ["infer", "train"]}]')
+    api_keys_file: Path | None = Field(
+        None, description="JSON list of keys by their sha256, read again when it changes"
+    )
     allowed_hosts: CommaSeparated = Field(
         (), description="Host names answered to besides localhost, comma separated; * is any"
     )
     allowed_origins: CommaSeparated = Field((), description="browser origins besides the server's own")
+    log_bodies: bool = Field(
+        False, description="log the body of each request that is understood, with its prompts and rewards"
+    )
     log_level: LogLevel = "INFO"
     log_dir: str = Field(
         "", description="folder of the services' *.log files, for the dashboard to show; empty: none"
@@ -110,6 +113,11 @@ class GatewaySettings(BaseSettings):
             return tuple(part.strip() for part in value.split(",") if part.strip())
         return value
 
+    @field_validator("api_keys_file", mode="before")
+    @classmethod
+    def _none(cls, value: Any) -> Any:
+        return value or None
+
     @field_validator("enable_thinking_default", mode="before")
     @classmethod
     def _unset(cls, value: Any) -> Any:
@@ -117,9 +125,10 @@ class GatewaySettings(BaseSettings):
 
     @model_validator(mode="after")
     def _is_loopback_without_keys(self) -> Self:
-        if not self.api_keys and not self.allow_public_bind and not is_loopback(self.host):
+        has_keys = self.api_keys or self.api_keys_file
+        if not has_keys and not self.allow_public_bind and not is_loopback(self.host):
             raise ValueError(
-                f"host {self.host} is not loopback and no API keys are set: set KILN_GATEWAY_API_KEYS, "
+                f"host {self.host} is not loopback and no API keys are set: set KILN_GATEWAY_API_KEYS_FILE, "
                 "or KILN_GATEWAY_ALLOW_PUBLIC_BIND=true if every caller may do everything"
             )
         return self

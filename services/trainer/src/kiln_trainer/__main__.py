@@ -11,7 +11,9 @@ import torch
 
 from kiln_common.logs import configure_logs
 from kiln_common.rpc.server import wait_for_stop_signal
+from kiln_common.rpc.tls import configure_tls
 from kiln_common.settings import EXIT_DEVICE, ConfigurationError, exit_for_configuration, read_settings
+from kiln_common.tracing import configure_tracing
 from kiln_trainer.bootstrap import RunningTrainer, start_trainer
 from kiln_trainer.domain.errors import DeviceBroken
 from kiln_trainer.settings import TrainerSettings
@@ -50,9 +52,11 @@ async def _worker_death(trainer: RunningTrainer) -> None:
 def main() -> None:
     settings = read_settings(TrainerSettings)
     configure_logs("trainer", settings.log_level)
+    configure_tracing("trainer")
     if not torch.cuda.is_available():
         os.nice(settings.cpu_niceness)  # threads started from here on inherit it
     try:
+        configure_tls()
         sys.exit(asyncio.run(serve(settings)))
     except ConfigurationError as error:
         exit_for_configuration(error)

@@ -17,12 +17,13 @@ from kiln_common.clients.registry import RegistryClient
 from kiln_common.ids import new_id
 from kiln_common.pb import trainer_pb2, trainer_pb2_grpc
 from kiln_common.rpc import RpcServer
+from kiln_common.rpc.client_listener import client_server
 from kiln_trainer.jobs.held_versions import HeldVersions
 from kiln_trainer.jobs.ports import JobBackend
 from kiln_trainer.jobs.store import JobStore
 from kiln_trainer.jobs.worker import Worker
 from kiln_trainer.publishing import EngineDirectory, GrpcPublisher
-from kiln_trainer.servicer import TrainerServicer
+from kiln_trainer.servicer import CLIENT_SCOPES, TrainerServicer
 from kiln_trainer.settings import TrainerSettings
 from kiln_trainer.webhooks.outbox import WebhookOutbox
 from kiln_trainer.webhooks.sender import WebhookSender
@@ -40,6 +41,7 @@ class RunningTrainer:
 
     trainer_id: str
     server: RpcServer
+    client_server: RpcServer | None
     worker: Worker
     webhooks: WebhookSender
     engines: EngineDirectory
@@ -63,6 +65,8 @@ class RunningTrainer:
         await asyncio.to_thread(self.worker.stop, self.stop_grace_s)
         await asyncio.to_thread(self.webhooks.stop, _WEBHOOK_GRACE_S)
         await self.server.stop(0.5)
+        if self.client_server is not None:
+            await self.client_server.stop(0.5)
         await self.registry.close()
         await self.evaluations.close()
         await self.engines.close()
@@ -119,18 +123,23 @@ async def start_trainer(
         first_wait_s=settings.webhook_first_wait_s,
     )
     server = RpcServer(settings.listen)
-    trainer_pb2_grpc.add_TrainerServicer_to_server(servicer, server.grpc)
-    # Clients that are not ours can ask for the contract: grpcurl, or any reflection client.
-    reflection.enable_server_reflection((_SERVICE, reflection.SERVICE_NAME), server.grpc)
-    await server.start()
+    clients = client_server(settings, CLIENT_SCOPES)
+    servers = [each for each in (server, clients) if each is not None]
+    for each in servers:
+        trainer_pb2_grpc.add_TrainerServicer_to_server(servicer, each.grpc)
+        # Clients that are not ours can ask for the contract: grpcurl, or any reflection client.
+        reflection.enable_server_reflection((_SERVICE, reflection.SERVICE_NAME), each.grpc)
+        await each.start()
     worker.start()
     webhooks.start()
-    await server.set_serving(True)
+    for each in servers:
+        await each.set_serving(True)
     log.info("trainer_ready", listen=settings.listen, port=server.port, trainer_id=trainer_id)
     holding = asyncio.create_task(HeldVersions(store, registry).run())
     return RunningTrainer(
         trainer_id,
         server,
+        clients,
         worker,
         webhooks,
         engines,

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import structlog
 from redis.exceptions import RedisError
 
+from kiln_common import tracing
 from kiln_common.bus.engine_presence import read_words
 from kiln_common.clients.engine import EngineClient
 from kiln_common.clients.evaluations import EvaluationsClient
@@ -152,6 +153,7 @@ class EngineDirectory:
 
         async def one(request: engine_pb2.GenerateRequest) -> list[engine_pb2.SequenceOutput]:
             request.timeout_s = self._rollout_timeout_s
+            request.traceparent = tracing.current_traceparent()
             async with room:
                 return await draw(self._engines[0], request, self._patience_s)
 

@@ -12,11 +12,13 @@ import redis
 import redis.asyncio
 import structlog
 
+from kiln_common.api_keys import require_scope
 from kiln_common.bus.connect import REDIS_AWAY
 from kiln_common.errors import KilnError, QueueUnavailable
 from kiln_common.ids import new_id
 from kiln_common.pb import trainer_pb2 as pb
 from kiln_common.pb import trainer_pb2_grpc
+from kiln_common.rpc.keys import current_caller
 from kiln_trainer.device_memory import num_device_bytes
 from kiln_trainer.jobs.capacity_check import check_capacity
 from kiln_trainer.jobs.durability import check_durable
@@ -38,6 +40,10 @@ _RESOLVE_TIMEOUT_S = 5.0
 
 # A Redis that is full, read-only or cannot write its file answers with one of these.
 _REFUSALS = ("OOM", "MISCONF", "READONLY", "NOREPLICAS")
+
+
+# What clients from outside need for each method; "admin" for those that are not here.
+CLIENT_SCOPES = dict.fromkeys(("Submit", "GetJob", "ListJobs", "CancelJob", "WatchJob", "GetStatus"), "train")
 
 
 class TrainerServicer(trainer_pb2_grpc.TrainerServicer):
@@ -84,6 +90,7 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServicer):
         num_bytes = request.ByteSize()
         if num_bytes > self._max_payload_bytes:
             raise PayloadTooLarge(f"the job has {num_bytes} bytes, at most {self._max_payload_bytes}")
+        _check_caller(request)
         if request.HasField("webhook"):
             checking = asyncio.to_thread(check_webhook, request.webhook, self._webhook_networks)
             with contextlib.suppress(TimeoutError):  # a name that is not known now may be later
@@ -128,6 +135,7 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServicer):
         self, request: pb.GetTrainerStatusRequest, context: grpc.aio.ServicerContext
     ) -> pb.TrainerStatus:
         mapped, gpu_use = self._backend.mapped_model, self._backend.gpu_use
+        totals = self._worker.totals
         return pb.TrainerStatus(
             trainer_id=self._trainer_id,
             running_job_id=self._worker.running_job_id,
@@ -139,6 +147,11 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServicer):
             gpu_sharing=gpu_use.mode,
             gpu_share=gpu_use.share,
             gpu_sms=gpu_use.num_sms,
+            num_jobs_ended=totals.num_jobs_ended,
+            num_trained_tokens=totals.num_trained_tokens,
+            step_seconds=totals.step_seconds.to_proto(),
+            swap_seconds=totals.swap_seconds.to_proto(),
+            metrics=totals.metrics,
             num_device_bytes=num_device_bytes(),
         )
 
@@ -153,6 +166,17 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServicer):
             if self._store.status(job_id) is None:
                 raise _unavailable(error) from error
             return job_id
+
+
+def _check_caller(request: pb.SubmitRequest) -> None:
+    """A client from outside attaches only as an admin, and has idempotency keys of its own. Raises ScopeMissing."""
+    caller = current_caller()
+    if caller is None:
+        return
+    if request.config.attach:
+        require_scope(caller, "admin")
+    if request.idempotency_key:
+        request.idempotency_key = f"{caller.owner}:grpc:{request.idempotency_key}"
 
 
 async def _on_redis(call: Callable[[], T]) -> T:

@@ -8,10 +8,11 @@ from typing import Annotated, Literal
 from pydantic import Field, IPvAnyNetwork, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from kiln_common.rpc.client_listener import ClientListener
 from kiln_common.settings import LogLevel
 
 
-class TrainerSettings(BaseSettings):
+class TrainerSettings(ClientListener, BaseSettings):
     """Trainer process settings, read once from KILN_TRAINER_*."""
 
     model_config = SettingsConfigDict(env_prefix="KILN_TRAINER_", frozen=True)

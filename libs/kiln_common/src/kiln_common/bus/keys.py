@@ -105,6 +105,11 @@ RESPONSE_INDEX = "kiln:responses:index"
 RESPONSE_BYTES = "kiln:responses:bytes"
 
 
+def key_limit(owner: str, limit: str) -> str:
+    """Hash with the level of one limit of one key's owner, and when it was so. Written by gateways."""
+    return f"kiln:limits:{owner}:{limit}"
+
+
 def gateway_idempotency(service_key: str) -> str:
     """Body hash and resource id behind an Idempotency-Key. Written and read by gateways."""
     return f"kiln:gateway:idempotency:{service_key}"

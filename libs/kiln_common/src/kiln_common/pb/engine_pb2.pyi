@@ -93,7 +93,7 @@ class Thinking(_message.Message):
     def __init__(self, end_token_id: _Optional[int] = ..., budget_tokens: _Optional[int] = ..., before_end_token_ids: _Optional[_Iterable[int]] = ..., after_end_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("request_id", "prompt_token_ids", "sampling", "adapters", "num_stable_prefix_tokens", "cache_salt", "priority", "timeout_s", "num_shared_prefix_tokens", "grammar", "thinking", "adapter_policy", "num_prompt_logprobs", "wants_embedding")
+    __slots__ = ("request_id", "prompt_token_ids", "sampling", "adapters", "num_stable_prefix_tokens", "cache_salt", "priority", "timeout_s", "num_shared_prefix_tokens", "grammar", "thinking", "adapter_policy", "num_prompt_logprobs", "wants_embedding", "traceparent")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
@@ -108,6 +108,7 @@ class GenerateRequest(_message.Message):
     ADAPTER_POLICY_FIELD_NUMBER: _ClassVar[int]
     NUM_PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     WANTS_EMBEDDING_FIELD_NUMBER: _ClassVar[int]
+    TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     prompt_token_ids: _containers.RepeatedScalarFieldContainer[int]
     sampling: SamplingParams
@@ -122,7 +123,8 @@ class GenerateRequest(_message.Message):
     adapter_policy: AdapterPolicy
     num_prompt_logprobs: int
     wants_embedding: bool
-    def __init__(self, request_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., adapters: _Optional[_Iterable[_Union[_common_pb2.AdapterRef, _Mapping]]] = ..., num_stable_prefix_tokens: _Optional[int] = ..., cache_salt: _Optional[str] = ..., priority: _Optional[int] = ..., timeout_s: _Optional[float] = ..., num_shared_prefix_tokens: _Optional[int] = ..., grammar: _Optional[_Union[Grammar, _Mapping]] = ..., thinking: _Optional[_Union[Thinking, _Mapping]] = ..., adapter_policy: _Optional[_Union[AdapterPolicy, str]] = ..., num_prompt_logprobs: _Optional[int] = ..., wants_embedding: bool = ...) -> None: ...
+    traceparent: str
+    def __init__(self, request_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., adapters: _Optional[_Iterable[_Union[_common_pb2.AdapterRef, _Mapping]]] = ..., num_stable_prefix_tokens: _Optional[int] = ..., cache_salt: _Optional[str] = ..., priority: _Optional[int] = ..., timeout_s: _Optional[float] = ..., num_shared_prefix_tokens: _Optional[int] = ..., grammar: _Optional[_Union[Grammar, _Mapping]] = ..., thinking: _Optional[_Union[Thinking, _Mapping]] = ..., adapter_policy: _Optional[_Union[AdapterPolicy, str]] = ..., num_prompt_logprobs: _Optional[int] = ..., wants_embedding: bool = ..., traceparent: _Optional[str] = ...) -> None: ...
 
 class SessionRequest(_message.Message):
     __slots__ = ("submit", "abort")
@@ -240,8 +242,16 @@ class GetStatsRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class MemoryPart(_message.Message):
+    __slots__ = ("name", "num_bytes")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    num_bytes: int
+    def __init__(self, name: _Optional[str] = ..., num_bytes: _Optional[int] = ...) -> None: ...
+
 class EngineStats(_message.Message):
-    __slots__ = ("num_running", "num_waiting", "num_pages_in_use", "num_pages_cached", "num_pages", "num_state_slots_in_use", "num_state_slots_cached", "num_state_slots", "num_steps", "num_prompt_tokens", "num_generated_tokens", "num_cached_tokens", "num_tokens_lost_for_want_of_checkpoint", "num_preemptions", "resident_adapters", "num_weight_leases", "is_draining", "uptime_s")
+    __slots__ = ("num_running", "num_waiting", "num_pages_in_use", "num_pages_cached", "num_pages", "num_state_slots_in_use", "num_state_slots_cached", "num_state_slots", "num_steps", "num_prompt_tokens", "num_generated_tokens", "num_cached_tokens", "num_tokens_lost_for_want_of_checkpoint", "num_preemptions", "resident_adapters", "num_weight_leases", "is_draining", "uptime_s", "num_adapter_slots", "step_seconds", "adapter_load_seconds", "memory_parts", "num_device_bytes", "num_device_bytes_free")
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
     NUM_PAGES_IN_USE_FIELD_NUMBER: _ClassVar[int]
@@ -260,6 +270,12 @@ class EngineStats(_message.Message):
     NUM_WEIGHT_LEASES_FIELD_NUMBER: _ClassVar[int]
     IS_DRAINING_FIELD_NUMBER: _ClassVar[int]
     UPTIME_S_FIELD_NUMBER: _ClassVar[int]
+    NUM_ADAPTER_SLOTS_FIELD_NUMBER: _ClassVar[int]
+    STEP_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_LOAD_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_PARTS_FIELD_NUMBER: _ClassVar[int]
+    NUM_DEVICE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    NUM_DEVICE_BYTES_FREE_FIELD_NUMBER: _ClassVar[int]
     num_running: int
     num_waiting: int
     num_pages_in_use: int
@@ -278,7 +294,13 @@ class EngineStats(_message.Message):
     num_weight_leases: int
     is_draining: bool
     uptime_s: float
-    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_pages_in_use: _Optional[int] = ..., num_pages_cached: _Optional[int] = ..., num_pages: _Optional[int] = ..., num_state_slots_in_use: _Optional[int] = ..., num_state_slots_cached: _Optional[int] = ..., num_state_slots: _Optional[int] = ..., num_steps: _Optional[int] = ..., num_prompt_tokens: _Optional[int] = ..., num_generated_tokens: _Optional[int] = ..., num_cached_tokens: _Optional[int] = ..., num_tokens_lost_for_want_of_checkpoint: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., resident_adapters: _Optional[_Iterable[_Union[ResidentAdapter, _Mapping]]] = ..., num_weight_leases: _Optional[int] = ..., is_draining: bool = ..., uptime_s: _Optional[float] = ...) -> None: ...
+    num_adapter_slots: int
+    step_seconds: _common_pb2.Histogram
+    adapter_load_seconds: _common_pb2.Histogram
+    memory_parts: _containers.RepeatedCompositeFieldContainer[MemoryPart]
+    num_device_bytes: int
+    num_device_bytes_free: int
+    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_pages_in_use: _Optional[int] = ..., num_pages_cached: _Optional[int] = ..., num_pages: _Optional[int] = ..., num_state_slots_in_use: _Optional[int] = ..., num_state_slots_cached: _Optional[int] = ..., num_state_slots: _Optional[int] = ..., num_steps: _Optional[int] = ..., num_prompt_tokens: _Optional[int] = ..., num_generated_tokens: _Optional[int] = ..., num_cached_tokens: _Optional[int] = ..., num_tokens_lost_for_want_of_checkpoint: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., resident_adapters: _Optional[_Iterable[_Union[ResidentAdapter, _Mapping]]] = ..., num_weight_leases: _Optional[int] = ..., is_draining: bool = ..., uptime_s: _Optional[float] = ..., num_adapter_slots: _Optional[int] = ..., step_seconds: _Optional[_Union[_common_pb2.Histogram, _Mapping]] = ..., adapter_load_seconds: _Optional[_Union[_common_pb2.Histogram, _Mapping]] = ..., memory_parts: _Optional[_Iterable[_Union[MemoryPart, _Mapping]]] = ..., num_device_bytes: _Optional[int] = ..., num_device_bytes_free: _Optional[int] = ...) -> None: ...
 
 class ShareWeightsRequest(_message.Message):
     __slots__ = ()

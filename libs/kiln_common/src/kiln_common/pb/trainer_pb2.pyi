@@ -1,4 +1,5 @@
 from google.protobuf import field_mask_pb2 as _field_mask_pb2
+from kiln_common.pb import common_pb2 as _common_pb2
 from kiln_common.pb import engine_pb2 as _engine_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
@@ -520,7 +521,21 @@ class GetTrainerStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class TrainerStatus(_message.Message):
-    __slots__ = ("trainer_id", "running_job_id", "num_queued", "engine_boot_id", "model_hash", "num_borrowed_bytes", "num_allocated_base_bytes", "gpu_sharing", "gpu_share", "gpu_sms", "num_device_bytes")
+    __slots__ = ("trainer_id", "running_job_id", "num_queued", "engine_boot_id", "model_hash", "num_borrowed_bytes", "num_allocated_base_bytes", "gpu_sharing", "gpu_share", "gpu_sms", "num_device_bytes", "num_jobs_ended", "num_trained_tokens", "step_seconds", "swap_seconds", "metrics")
+    class NumJobsEndedEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    class MetricsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
     TRAINER_ID_FIELD_NUMBER: _ClassVar[int]
     RUNNING_JOB_ID_FIELD_NUMBER: _ClassVar[int]
     NUM_QUEUED_FIELD_NUMBER: _ClassVar[int]
@@ -532,6 +547,11 @@ class TrainerStatus(_message.Message):
     GPU_SHARE_FIELD_NUMBER: _ClassVar[int]
     GPU_SMS_FIELD_NUMBER: _ClassVar[int]
     NUM_DEVICE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    NUM_JOBS_ENDED_FIELD_NUMBER: _ClassVar[int]
+    NUM_TRAINED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    STEP_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    SWAP_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    METRICS_FIELD_NUMBER: _ClassVar[int]
     trainer_id: str
     running_job_id: str
     num_queued: int
@@ -543,4 +563,9 @@ class TrainerStatus(_message.Message):
     gpu_share: float
     gpu_sms: int
     num_device_bytes: int
-    def __init__(self, trainer_id: _Optional[str] = ..., running_job_id: _Optional[str] = ..., num_queued: _Optional[int] = ..., engine_boot_id: _Optional[str] = ..., model_hash: _Optional[str] = ..., num_borrowed_bytes: _Optional[int] = ..., num_allocated_base_bytes: _Optional[int] = ..., gpu_sharing: _Optional[str] = ..., gpu_share: _Optional[float] = ..., gpu_sms: _Optional[int] = ..., num_device_bytes: _Optional[int] = ...) -> None: ...
+    num_jobs_ended: _containers.ScalarMap[str, int]
+    num_trained_tokens: int
+    step_seconds: _common_pb2.Histogram
+    swap_seconds: _common_pb2.Histogram
+    metrics: _containers.ScalarMap[str, float]
+    def __init__(self, trainer_id: _Optional[str] = ..., running_job_id: _Optional[str] = ..., num_queued: _Optional[int] = ..., engine_boot_id: _Optional[str] = ..., model_hash: _Optional[str] = ..., num_borrowed_bytes: _Optional[int] = ..., num_allocated_base_bytes: _Optional[int] = ..., gpu_sharing: _Optional[str] = ..., gpu_share: _Optional[float] = ..., gpu_sms: _Optional[int] = ..., num_device_bytes: _Optional[int] = ..., num_jobs_ended: _Optional[_Mapping[str, int]] = ..., num_trained_tokens: _Optional[int] = ..., step_seconds: _Optional[_Union[_common_pb2.Histogram, _Mapping]] = ..., swap_seconds: _Optional[_Union[_common_pb2.Histogram, _Mapping]] = ..., metrics: _Optional[_Mapping[str, float]] = ...) -> None: ...

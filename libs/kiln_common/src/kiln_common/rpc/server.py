@@ -9,19 +9,30 @@ import signal
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
+from kiln_common import tracing
 from kiln_common.rpc.channel import MAX_MESSAGE_BYTES
 from kiln_common.rpc.errors import ErrorInterceptor
+from kiln_common.rpc.keys import KeyCheck
+from kiln_common.rpc.tls import server_credentials
+from kiln_common.rpc.tracing import ReceiveContext
 
 
 class RpcServer:
     """Binds, serves and stops; servicers are added to `.grpc` before `start()`.
 
+    With a `key_check` it is for clients from outside, else for services: over TLS those show
+    certificates, if any are configured (kiln_common.rpc.tls).
+
     The standard health service answers NOT_SERVING until `set_serving(True)`.
     """
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, *, key_check: KeyCheck | None = None) -> None:
+        interceptors: list[grpc.aio.ServerInterceptor] = [ErrorInterceptor()]
+        interceptors += [key_check] if key_check is not None else []
+        interceptors += [ReceiveContext()] if tracing.is_on() else []
+        self._is_for_services = key_check is None
         self.grpc = grpc.aio.server(
-            interceptors=[ErrorInterceptor()],
+            interceptors=interceptors,
             options=[
                 ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
                 ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -38,7 +49,11 @@ class RpcServer:
     async def start(self) -> None:
         """Bind and serve. Raises RuntimeError when the address is taken."""
         await self.set_serving(False)
-        self.port = self.grpc.add_insecure_port(self.address)
+        credentials = server_credentials(self.address, asks_for_certificates=self._is_for_services)
+        if credentials is None:
+            self.port = self.grpc.add_insecure_port(self.address)
+        else:
+            self.port = self.grpc.add_secure_port(self.address, credentials)
         await self.grpc.start()
 
     async def set_serving(self, is_serving: bool) -> None:

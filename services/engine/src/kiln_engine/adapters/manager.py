@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import structlog
 
 from kiln_common.errors import AdapterNotFound, KilnError
+from kiln_common.histogram import REQUEST_SECONDS, Histogram
 from kiln_common.pb import registry_pb2
 from kiln_engine.adapters.slots import AdapterSlots, SlotEntry, SlotState
 from kiln_engine.domain.adapter import AdapterLease, AdapterVersion, ResidentAdapter, Rollback
@@ -57,6 +58,7 @@ class AdapterManager:
         self._slot_wait_s = slot_wait_s
         # Called when a version can serve.
         self.on_resident: Callable[[AdapterVersion], None] = lambda _: None
+        self.load_seconds = Histogram(REQUEST_SECONDS)
         self._loads: dict[str, asyncio.Task[None]] = {}
         self._config_of_unclaimed: dict[str, str] = {}
         self._rollbacks: dict[str, Rollback] = {}
@@ -263,6 +265,7 @@ class AdapterManager:
         entry.adapter = version
         self._slots.advance(entry, SlotState.RESIDENT)
         seconds = asyncio.get_running_loop().time() - started_s
+        self.load_seconds.observe(seconds)
         log.info(
             "adapter_resident",
             adapter=version.reference,

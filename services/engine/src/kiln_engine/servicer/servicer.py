@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from dataclasses import asdict
 
 import grpc
 import structlog
 
+from kiln_common import tracing
 from kiln_common.errors import InvalidValue, KilnError
-from kiln_common.pb import common_pb2, engine_pb2, engine_pb2_grpc
+from kiln_common.pb import engine_pb2, engine_pb2_grpc
+from kiln_common.rpc.keys import current_caller
 from kiln_engine.domain.ports import AdapterResidency, BaseWeights
 from kiln_engine.domain.result import FinishReason, SequenceEvent
-from kiln_engine.loop import EngineLoop
 from kiln_engine.servicer.intake import RequestIntake
 from kiln_engine.servicer.messages import sequence_output, step_outputs
 from kiln_engine.servicer.outbox import Outbox
+from kiln_engine.servicer.stats import EngineFigures
+from kiln_engine.servicer.traces import AwaitedVersions, SessionTraces
 from kiln_engine.servicer.validation import parse_adapter_version
 
 log = structlog.get_logger()
+
+
+# What clients from outside need for each method; "admin" for those that are not here.
+CLIENT_SCOPES = dict.fromkeys(("Generate", "Session", "GetInfo", "GetStats"), "infer")
 
 
 class EngineServicer(engine_pb2_grpc.EngineServicer):
@@ -34,17 +40,17 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
         info: engine_pb2.EngineInfo,
         intake: RequestIntake,
         adapters: AdapterResidency,
-        loop: EngineLoop,
         weights: BaseWeights,
+        figures: EngineFigures,
         outbox_steps: int = 1024,
     ) -> None:
         self._info = info
         self._intake = intake
         self._adapters = adapters
-        self._loop = loop
         self._weights = weights
+        self._figures = figures
+        self._awaited = AwaitedVersions()
         self._outbox_steps = outbox_steps
-        self._started_s = intake.clock.now()
 
     async def Session(
         self,
@@ -52,21 +58,32 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
         context: grpc.aio.ServicerContext,
     ) -> AsyncIterator[engine_pb2.StepOutputs]:
         outbox = Outbox(self._outbox_steps)
-        reader = asyncio.create_task(self._read_session(request_iterator, outbox))
+        traces = self._open_traces()
+        reader = asyncio.create_task(self._read_session(request_iterator, outbox, traces))
         try:
             while (events := await outbox.take()) is not None:
+                if traces is not None:
+                    traces.saw(events)
                 yield step_outputs(events)
         finally:
             reader.cancel()
             self._intake.abort_all(outbox)
+            if traces is not None:
+                traces.close()
 
     async def Generate(
         self, request: engine_pb2.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[engine_pb2.SequenceOutput]:
         outbox = Outbox(self._outbox_steps)
+        traces = self._open_traces()
+        _salt(request)
         self._intake.submit(request, outbox)
+        if traces is not None:
+            traces.began(request)
         try:
             while (events := await outbox.take()) is not None:
+                if traces is not None:
+                    traces.saw(events)
                 for event in events:
                     if event.error is not None:
                         raise event.error
@@ -76,6 +93,8 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
         finally:
             outbox.close()
             self._intake.abort_all(outbox)
+            if traces is not None:
+                traces.close()
 
     async def GetInfo(
         self, request: engine_pb2.GetInfoRequest, context: grpc.aio.ServicerContext
@@ -85,15 +104,7 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
     async def GetStats(
         self, request: engine_pb2.GetStatsRequest, context: grpc.aio.ServicerContext
     ) -> engine_pb2.EngineStats:
-        stats = engine_pb2.EngineStats(**asdict(self._loop.stats))
-        stats.num_waiting += self._intake.num_preparing
-        for entry in self._adapters.resident:
-            adapter = common_pb2.AdapterRef(**asdict(entry.adapter))
-            stats.resident_adapters.add(adapter=adapter, slot=entry.slot, num_pins=entry.num_pins)
-        stats.num_weight_leases = self._weights.num_leases
-        stats.is_draining = self._intake.is_draining
-        stats.uptime_s = self._intake.clock.now() - self._started_s
-        return stats
+        return self._figures.read()
 
     async def ShareWeights(
         self, request: engine_pb2.ShareWeightsRequest, context: grpc.aio.ServicerContext
@@ -115,7 +126,9 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
     ) -> engine_pb2.PrepareAdapterResponse:
         version = parse_adapter_version(request.adapter)
         started_s = self._intake.clock.now()
-        slot, was_loaded = await self._adapters.prepare(version)
+        with tracing.span("engine.swap", attributes={"kiln.adapter": version.reference}):
+            slot, was_loaded = await self._adapters.prepare(version)
+            self._awaited.expect(version.sha256, tracing.current_traceparent())
         return engine_pb2.PrepareAdapterResponse(
             slot=slot, was_loaded=was_loaded, seconds=self._intake.clock.now() - started_s
         )
@@ -128,19 +141,39 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
         num_finished, num_aborted = await self._intake.drain(request.deadline_s)
         return engine_pb2.DrainResponse(num_finished=num_finished, num_aborted=num_aborted)
 
-    async def _read_session(self, messages: AsyncIterator[engine_pb2.SessionRequest], outbox: Outbox) -> None:
+    def _open_traces(self) -> SessionTraces | None:
+        return SessionTraces(self._awaited) if tracing.is_on() else None
+
+    async def _read_session(
+        self,
+        messages: AsyncIterator[engine_pb2.SessionRequest],
+        outbox: Outbox,
+        traces: SessionTraces | None,
+    ) -> None:
         try:
             async for message in messages:
                 if message.HasField("submit"):
-                    self._submit(message.submit, outbox)
+                    self._submit(message.submit, outbox, traces)
                 elif message.HasField("abort"):
                     self._intake.abort(message.abort, outbox)
         finally:
             outbox.close()  # the client has said its last word: the session ends
 
-    def _submit(self, message: engine_pb2.GenerateRequest, outbox: Outbox) -> None:
+    def _submit(
+        self, message: engine_pb2.GenerateRequest, outbox: Outbox, traces: SessionTraces | None
+    ) -> None:
         try:
+            _salt(message)
             self._intake.submit(message, outbox)
+            if traces is not None:
+                traces.began(message)
         except KilnError as error:
             refusal = SequenceEvent(message.request_id, finish_reason=FinishReason.ERROR, error=error)
             outbox.offer([refusal])
+
+
+def _salt(message: engine_pb2.GenerateRequest) -> None:
+    """Keys from outside share no cached prefixes: their timing would tell what others asked."""
+    caller = current_caller()
+    if caller is not None:
+        message.cache_salt = caller.owner + message.cache_salt

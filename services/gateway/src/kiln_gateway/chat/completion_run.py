@@ -9,10 +9,12 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TypeVar
 
+from kiln_common import tracing
 from kiln_common.errors import EngineUnavailable, KilnError
 from kiln_common.pb import engine_pb2
 from kiln_common.text.tool_calls import ToolEvent
 from kiln_gateway.chat.choice import ChoiceAssembler, ChoiceDelta
+from kiln_gateway.chat.choice_trace import choice_trace
 from kiln_gateway.chat.sampling import record_of
 from kiln_gateway.engine_pool import EnginePool
 from kiln_gateway.insight.live_requests import RequestTrace
@@ -69,6 +71,8 @@ class CompletionRun:
     match_key: Callable[[str], str] | None
     num_prompts: int
     follows_latest: bool = False
+    # Told how many tokens were used, prompts too, once nothing runs any more.
+    charge: Callable[[int], None] = lambda num_tokens: None
     # The request's field that the engine's complaints about its grammar belong to.
     grammar_field: str = ""
     created_at_s: int = field(default_factory=lambda: int(time.time()))
@@ -82,9 +86,14 @@ class CompletionRun:
         """
         streams = [self._run(choice, engines, rollouts, metrics) for choice in self.choices]
         merged = streams[0] if len(streams) == 1 else merge(streams)
-        async with contextlib.aclosing(merged) as deltas:
-            async for item in deltas:
-                yield item
+        try:
+            async with contextlib.aclosing(merged) as deltas:
+                async for item in deltas:
+                    yield item
+        finally:
+            if any(choice.assembler.tokens or choice.assembler.is_finished for choice in self.choices):
+                usage = self.usage()
+                self.charge(usage.num_prompt_tokens + usage.num_completion_tokens)
 
     async def collect(
         self, engines: EnginePool, rollouts: RolloutStore, metrics: GatewayMetrics
@@ -118,20 +127,29 @@ class CompletionRun:
         self, choice: Choice, engines: EnginePool, rollouts: RolloutStore, metrics: GatewayMetrics
     ) -> AsyncGenerator[tuple[Choice, ChoiceDelta]]:
         assembler = choice.assembler
-        started_at = time.monotonic()
-        with metrics.running_choices.track_inprogress(), self._following(choice, metrics) as trace:
+        started_s = arrived_s = time.monotonic()
+        with (
+            metrics.running_choices.track_inprogress(),
+            self._following(choice, metrics) as seen,
+            choice_trace(choice.request, assembler) as trace,
+        ):
+            push = assembler.push if trace is None else trace.push
             async with contextlib.aclosing(self._outputs(choice, engines)) as outputs:
                 async for output in outputs:
                     is_first = not assembler.tokens
-                    delta = assembler.push(output)
+                    last_s, arrived_s = arrived_s, time.monotonic()
+                    delta = push(output)
                     metrics.live.took(
-                        trace,
+                        seen,
                         len(delta.tokens),
                         queue_s=output.queue_s,
                         num_cached_tokens=output.num_cached_tokens,
                     )
-                    if is_first and assembler.tokens:
-                        metrics.first_token_seconds.observe(time.monotonic() - started_at)
+                    if not is_first:
+                        metrics.times.between_tokens_s.observe(arrived_s - last_s)
+                    elif assembler.tokens:
+                        metrics.times.first_token_s.observe(arrived_s - started_s)
+                        metrics.times.queue_s.observe(output.queue_s)
                     if delta.finish_reason is None:
                         if delta.tokens:  # there are none while a prompt is read out
                             yield choice, delta
@@ -139,11 +157,13 @@ class CompletionRun:
                     break
                 else:
                     raise EngineUnavailable("the engine ended the sequence without a reason")
-            trace.end = assembler.finish_reason or ""
+            metrics.times.choice_s.observe(arrived_s - started_s)
+            seen.end = assembler.finish_reason or ""
             metrics.prompt_tokens.inc(len(choice.request.prompt_token_ids))
             metrics.completion_tokens.inc(len(assembler.tokens))
             if self.keeps_rollouts and assembler.tokens:
-                is_kept = await rollouts.save(self._rollout(choice))
+                with tracing.span("rollout.save", parent=trace.traceparent if trace else ""):
+                    is_kept = await rollouts.save(self._rollout(choice))
                 metrics.rollouts.labels("kept" if is_kept else "lost").inc()
         yield choice, delta
 

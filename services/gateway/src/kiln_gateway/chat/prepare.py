@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from kiln_common.errors import InvalidValue, PromptTooLong
 from kiln_common.ids import new_id
 from kiln_common.pb import engine_pb2
+from kiln_common.tracing import traced
 from kiln_gateway.auth import Caller
 from kiln_gateway.chat.choice import ChoiceAssembler, TextRules
 from kiln_gateway.chat.completion_run import Choice, CompletionRun
@@ -32,6 +34,7 @@ from kiln_gateway.schemas.embeddings import EmbeddingsBody
 from kiln_gateway.schemas.sampling import CompletionFields
 
 
+@traced("prepare")
 async def prepare_chat(
     gateway: Gateway,
     body: ChatCompletionBody,
@@ -96,6 +99,7 @@ async def chat_prompt(gateway: Gateway, body: ChatCompletionBody, *, is_one_of_m
     )
 
 
+@traced("prepare")
 async def prepare_text(gateway: Gateway, body: TextCompletionBody, caller: Caller) -> CompletionRun:
     """The same for a text completion: no template, no reasoning, no tools."""
     body.refuse_unsupported()
@@ -244,9 +248,10 @@ async def _run(
         model_hash=base_model.model_hash,
         owner=caller.owner,
         choices=choices,
-        keeps_rollouts=body.store is not False,
+        keeps_rollouts=gateway.settings.store_default if body.store is None else body.store,
         match_key=key_of,
         num_prompts=len(prompts),
         follows_latest=follows_latest,
+        charge=partial(gateway.limits.charge, caller),
         grammar_field="" if grammar is None else grammar.field,
     )

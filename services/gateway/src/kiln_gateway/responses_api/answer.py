@@ -84,7 +84,7 @@ class ResponseAnswer:
             "parallel_tool_calls": body.parallel_tool_calls is not False,
             "previous_response_id": body.previous_response_id,
             "reasoning": reasoning,
-            "store": body.store is not False,
+            "store": self._run.keeps_rollouts,
             "temperature": 1.0 if body.temperature is None else body.temperature,
             "text": {"format": text_format},
             "tool_choice": body.tool_choice or "auto",

@@ -26,6 +26,7 @@ async def embeddings(request: Request, caller: Caller = _INFER) -> Response:
     requests = await embedding_requests(gateway, body, target)
     vectors = await sse.until_disconnect(request, embed(gateway, requests))
     num_tokens = sum(len(one.prompt_token_ids) for one in requests)
+    gateway.limits.charge(caller, num_tokens)
     answer = {
         "object": "list",
         "data": [

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 
 from kiln_common.errors import KilnError
-from kiln_common.pb import engine_pb2
+from kiln_common.pb import engine_pb2, trainer_pb2
 from kiln_gateway.auth import require
 from kiln_gateway.engine_seat import EngineSeat
 from kiln_gateway.gateway import Gateway, answers, gateway_of
@@ -90,9 +90,8 @@ async def stats(request: Request) -> Response:
 async def metrics(request: Request) -> Response:
     """Prometheus' text format."""
     gateway = gateway_of(request)
-    for seat, engine in await engine_stats(gateway):
-        if engine is not None:
-            gateway.metrics.show_engine(str(seat.number), engine)
+    engines, trainer = await asyncio.gather(engine_stats(gateway), _trainer_status(gateway))
+    gateway.metrics.services.show({str(seat.number): found for seat, found in engines}, trainer)
     return Response(gateway.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
@@ -166,11 +165,17 @@ def engine_object(seat: EngineSeat, stats: engine_pb2.EngineStats | None) -> dic
     return body
 
 
+async def _trainer_status(gateway: Gateway) -> trainer_pb2.TrainerStatus | None:
+    try:
+        return await asyncio.wait_for(gateway.clients.trainer.status(), _CHECK_TIMEOUT_S)
+    except (KilnError, TimeoutError):
+        return None
+
+
 async def training_object(gateway: Gateway) -> dict[str, Any] | None:
     """The trainer's state; None when it does not answer."""
-    try:
-        status = await asyncio.wait_for(gateway.clients.trainer.status(), _CHECK_TIMEOUT_S)
-    except (KilnError, TimeoutError):
+    status = await _trainer_status(gateway)
+    if status is None:
         return None
     return {
         "trainer_id": status.trainer_id,

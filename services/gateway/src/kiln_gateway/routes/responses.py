@@ -36,7 +36,7 @@ async def create_response(request: Request, caller: Caller = _INFER) -> Response
     with complaints_about(SOURCES):
         run = await prepare_chat(gateway, to_chat(body, history), caller, id_prefix="resp")
     answer = ResponseAnswer(run, body)
-    conversation = [*history, *input_messages(body.input)] if body.store is not False else None
+    conversation = [*history, *input_messages(body.input)] if run.keeps_rollouts else None
     headers = {"X-Kiln-Adapter": run.target.label}
     if body.stream:
         events = _events(gateway, run, answer, conversation)

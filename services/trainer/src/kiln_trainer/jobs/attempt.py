@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import structlog
 
+from kiln_common import tracing
 from kiln_common.adapter_names import BASE_NAME, parse_reference
 from kiln_common.errors import AdapterMismatch, AdapterNotFound, ErrorKind, KilnError
 from kiln_common.pb import registry_pb2, trainer_pb2
@@ -26,6 +27,7 @@ from kiln_trainer.jobs.ports import JobBackend, Publisher
 from kiln_trainer.jobs.published import take_back, with_version
 from kiln_trainer.jobs.records import data_sha256
 from kiln_trainer.jobs.student import EngineStudent
+from kiln_trainer.jobs.totals import TrainerTotals
 
 log = structlog.get_logger()
 T = TypeVar("T")
@@ -50,6 +52,7 @@ class Attempt:
         folder: Path,
         stopping: threading.Event,
         patience_s: float,
+        totals: TrainerTotals,
     ) -> None:
         self._job = job
         self._backend = backend
@@ -57,6 +60,7 @@ class Attempt:
         self._folder = folder
         self._stopping = stopping
         self._patience_s = patience_s
+        self._totals = totals
         self._published = job.claim.published
 
     def run(self, request: trainer_pb2.SubmitRequest) -> dict[str, Any]:
@@ -102,11 +106,14 @@ class Attempt:
         # Once this is recorded a cancel comes too late: what engines may serve is not called cancelled.
         self._job.sync()
         header = self._header(request, base, trained)
-        version = self._wait_for(lambda: self._publisher.publish(header, trained.content))
+        with tracing.span("job.publish"):
+            version = self._wait_for(lambda: self._publisher.publish(header, trained.content))
         published = {"adapter": version.name, "version": version.version, "sha256": version.sha256}
         self._published = with_version(self._published, trained.step, version)
         self._job.write({"published": self._published.to_json()}, ("published", published))
-        report = self._publisher.make_live(version)
+        with tracing.span("job.make_live"):
+            report = self._publisher.make_live(version)
+        self._totals.swap_seconds.observe(report.seconds)
         log.info("adapter_live", adapter=f"{version.name}@{version.version}", not_live=report.not_live)
         return {**published, "not_live": [*report.not_live], "swap_s": round(report.seconds, 6)}
 
@@ -203,10 +210,15 @@ class Attempt:
             teacher=self._teacher(request),
             sampler=self._sampler(request, base),
         )
-        hooks = JobHooks(self._job, lambda trained: self._publish_on_the_way(request, base, trained))
-        return self._wait_for(
-            lambda: self._backend.run(task, hooks), num_done=lambda: hooks.num_steps_reported
-        )
+        with tracing.span("job.train"):
+            hooks = JobHooks(
+                self._job,
+                lambda trained: self._publish_on_the_way(request, base, trained),
+                self._totals,
+            )
+            return self._wait_for(
+                lambda: self._backend.run(task, hooks), num_done=lambda: hooks.num_steps_reported
+            )
 
     def _teacher(self, request: trainer_pb2.SubmitRequest) -> StartingPoint | None:
         """The adapter that teaches, where one does. Raises AdapterNotFound, AdapterMismatch."""

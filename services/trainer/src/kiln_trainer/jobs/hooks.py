@@ -6,8 +6,10 @@ import json
 import time
 from collections.abc import Callable
 
+from kiln_common import tracing
 from kiln_trainer.domain.training import StepReport, TrainedAdapter
 from kiln_trainer.jobs.claimed_job import ClaimedJob
+from kiln_trainer.jobs.totals import StepTotals, TrainerTotals
 
 
 class JobHooks:
@@ -16,10 +18,15 @@ class JobHooks:
     A checkpoint waits because only Redis can say that no later claim exists; so does a version.
     """
 
-    def __init__(self, job: ClaimedJob, publish: Callable[[TrainedAdapter], None]) -> None:
+    def __init__(
+        self, job: ClaimedJob, publish: Callable[[TrainedAdapter], None], totals: TrainerTotals
+    ) -> None:
         self._job = job
         self.publish = publish
+        self._totals = StepTotals(totals)
         self._began_s = self._last_step_s = time.monotonic()
+        self._traceparent = tracing.current_traceparent()
+        self._step_began_s = time.time()
         self._first_step: int | None = None
         self.num_steps_reported = 0
 
@@ -27,6 +34,8 @@ class JobHooks:
         if self._first_step is None:
             self._first_step = report.step
         self.num_steps_reported += 1
+        self._totals.add(report)
+        self._trace(report)
         now_s = time.monotonic()
         metrics = dict(report.metrics)
         if "tokens" in metrics:
@@ -41,6 +50,13 @@ class JobHooks:
         self._job.write(
             {"progress": json.dumps(progress), "metrics": json.dumps(metrics)},
             ("step", {**progress, "metrics": metrics}),
+        )
+
+    def _trace(self, report: StepReport) -> None:
+        began_s, self._step_began_s = self._step_began_s, time.time()
+        attributes = {"kiln.step": report.step, "kiln.num_tokens": report.num_tokens}
+        tracing.record_span(
+            "job.step", began_s, self._step_began_s, parent=self._traceparent, attributes=attributes
         )
 
     def before_checkpoint(self, step: int) -> None:

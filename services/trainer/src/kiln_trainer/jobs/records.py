@@ -59,6 +59,9 @@ class Claim:
     # "name@version" or "" once an earlier claim resolved it; None before.
     resolved_base: str | None
     published: Published = Published()
+    created_at_s: float = 0.0
+    # The trace that its submission belongs to, empty without one.
+    traceparent: str = ""
 
 
 def data_sha256(request: trainer_pb2.SubmitRequest) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 import redis
 
+from kiln_common import tracing
 from kiln_common.bus import keys
 from kiln_common.errors import IdempotencyConflict, JobNotFound
 from kiln_common.ids import new_id
@@ -67,6 +68,8 @@ class JobStore:
         job_id = job_id or new_id("job")
         payload, payload_sha256 = _serialise(request)
         fields = submitted_fields(request, payload_sha256)
+        if traceparent := tracing.current_traceparent():
+            fields["traceparent"] = traceparent
         key = request.idempotency_key
         outcome, found_id = self._submit(
             keys=[
@@ -193,6 +196,7 @@ class JobStore:
         if outcome != b"claimed":
             return None
         job_id, claim_epoch, adapter, num_crashes, cancel, base, published = found
+        created_s, traceparent = self._redis.hmget(keys.job(job_id.decode()), "created_at_s", "traceparent")
         return Claim(
             job_id=job_id.decode(),
             adapter=adapter.decode(),
@@ -201,6 +205,8 @@ class JobStore:
             cancel=(cancel or b"").decode(),
             resolved_base=None if base is None else base.decode(),
             published=Published.from_json((published or b"").decode()),
+            created_at_s=float(created_s or 0),
+            traceparent=(traceparent or b"").decode(),
         )
 
     def read_payload(self, job_id: str) -> trainer_pb2.SubmitRequest:

@@ -6,11 +6,13 @@ import contextlib
 import contextvars
 import shutil
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import structlog
 
+from kiln_common import tracing
 from kiln_common.errors import KilnError
 from kiln_trainer.domain.errors import ClaimLost, DeviceBroken, JobCancelled
 from kiln_trainer.jobs.attempt import Attempt
@@ -24,6 +26,7 @@ from kiln_trainer.jobs.errors import (
 from kiln_trainer.jobs.ports import JobBackend, Publisher
 from kiln_trainer.jobs.records import FINAL_STATUSES, Claim, JobFailure
 from kiln_trainer.jobs.store import JobStore
+from kiln_trainer.jobs.totals import TrainerTotals
 
 log = structlog.get_logger()
 
@@ -58,6 +61,7 @@ class Worker:
         self._stopping = threading.Event()
         self._claim: Claim | None = None
         self._failure: BaseException | None = None
+        self.totals = TrainerTotals()
         # Log fields of the process, such as its service, go along.
         context = contextvars.copy_context()
         self._thread = threading.Thread(target=context.run, args=(self._run,), name="worker", daemon=True)
@@ -134,10 +138,14 @@ class Worker:
         try:
             with (
                 structlog.contextvars.bound_contextvars(job_id=claim.job_id),
+                _job_span(claim) as span,
                 ClaimedJob(self._store, claim, self._stopping, self._claim_timeout_s / 4) as job,
             ):
                 log.info("job_claimed", adapter=claim.adapter, claim_epoch=claim.claim_epoch)
                 status = self._end(job, folder)
+                if span is not None:
+                    span.set_attribute("kiln.status", status)
+                self.totals.num_jobs_ended[status] += 1
                 log.info("job_ended", status=status)
             shutil.rmtree(folder, ignore_errors=True)
         except ClaimLost as error:
@@ -176,7 +184,9 @@ class Worker:
         if job.claim.num_crashes >= _MAX_CRASHES:
             raise JobCrashedTrainer(job.claim.num_crashes)
         request = job.patiently(lambda: self._store.read_payload(job.claim.job_id))
-        attempt = Attempt(job, self._backend, self._publisher, folder, self._stopping, self._patience_s)
+        attempt = Attempt(
+            job, self._backend, self._publisher, folder, self._stopping, self._patience_s, self.totals
+        )
         return attempt.run(request)
 
     def _remove_old_folders(self) -> None:
@@ -184,6 +194,17 @@ class Worker:
         for folder in self._jobs_dir.iterdir():
             if self._store.status(folder.name) in {None, *FINAL_STATUSES}:
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def _job_span(claim: Claim) -> contextlib.AbstractContextManager[Any]:
+    """A span around one attempt, in the trace that the job was submitted in."""
+    if claim.claim_epoch == 1:
+        tracing.record_span("job.queue", claim.created_at_s, time.time(), parent=claim.traceparent)
+    return tracing.span(
+        "job",
+        parent=claim.traceparent,
+        attributes={"kiln.job_id": claim.job_id, "kiln.claim_epoch": claim.claim_epoch},
+    )
 
 
 def _describe(error: Exception) -> JobFailure:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import grpc
 
 from kiln_common.pb import engine_pb2, engine_pb2_grpc
-from kiln_common.rpc.channel import CHANNEL_OPTIONS
+from kiln_common.rpc.channel import open_blocking_channel
 from kiln_trainer.domain.gpu_share import EngineLoad
 
 _TIMEOUT_S = 0.1
@@ -20,7 +20,7 @@ class EngineLoadReader:
 
     def __init__(self, engine_address: str, timeout_s: float = _TIMEOUT_S) -> None:
         self._timeout_s = timeout_s
-        channel = grpc.insecure_channel(engine_address, options=CHANNEL_OPTIONS)
+        channel = open_blocking_channel(engine_address)
         self._engine = engine_pb2_grpc.EngineStub(channel)  # type: ignore[no-untyped-call]
 
     def __call__(self) -> EngineLoad | None:

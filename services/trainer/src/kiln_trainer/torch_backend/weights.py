@@ -10,7 +10,7 @@ import torch
 
 from kiln_common.pb import engine_pb2, engine_pb2_grpc
 from kiln_common.rpc import details_of
-from kiln_common.rpc.channel import CHANNEL_OPTIONS
+from kiln_common.rpc.channel import open_blocking_channel
 from kiln_nn.config import ModelConfig
 from kiln_nn.errors import ShareRefused
 from kiln_nn.sharing import SharedWeights, attach
@@ -44,7 +44,7 @@ def engine_locator(engine_address: str, timeout_s: float = _CALL_TIMEOUT_S) -> L
     """
 
     def locate() -> WeightLocation:
-        with grpc.insecure_channel(engine_address, options=CHANNEL_OPTIONS) as channel:
+        with open_blocking_channel(engine_address) as channel:
             engine = engine_pb2_grpc.EngineStub(channel)  # type: ignore[no-untyped-call]
             try:
                 info = engine.GetInfo(engine_pb2.GetInfoRequest(), timeout=timeout_s)

@@ -1,0 +1,90 @@
+"""What the edge allows a connection, and what it tells browsers."""
+
+import asyncio
+
+import pytest
+
+from tests.support.gateway import build_rig, gateway_rig, served
+
+HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
+
+
+@pytest.fixture
+async def address(tmp_path):
+    rig = build_rig(tmp_path, header_timeout_s=0.3, body_pause_s=0.3)
+    async with served(rig) as url:
+        host, port = url.removeprefix("http://").split(":")
+        yield host, int(port)
+
+
+async def answer_to(address, *pieces, pause_s=0.0):
+    """All that comes back until the server closes the connection."""
+    reader, writer = await asyncio.open_connection(*address)
+    try:
+        for piece in pieces:
+            writer.write(piece)
+            await writer.drain()
+            await asyncio.sleep(pause_s)  # the pause is what is tested
+        return await asyncio.wait_for(reader.read(), 5)
+    finally:
+        writer.close()
+
+
+@pytest.mark.parametrize("begun", [b"", b"POST /v1/chat/comp", HEAD])
+async def test_headers_that_do_not_end_close_the_connection(address, begun):
+    assert await answer_to(address, begun) == b""
+
+
+async def test_headers_that_drip_close_the_connection_after_an_answer_too(address):
+    reader, writer = await asyncio.open_connection(*address)
+    writer.write(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    await reader.readuntil(b"\r\n\r\n")
+    writer.write(b"GET /hea")
+    assert (await asyncio.wait_for(reader.read(), 5)).endswith(b'"ok"}')
+    writer.close()
+
+
+async def test_headers_that_are_too_large_are_refused(address):
+    long = HEAD + b"Connection: close\r\nX-Long: " + b"a" * 40_000 + b"\r\n\r\n"
+    answer = await answer_to(address, long)
+    assert answer.startswith(b"HTTP/1.1 413")
+    assert b"headers_too_large" in answer
+    endless = await answer_to(address, HEAD + b"X-Long: " + b"a" * 100_000)
+    assert endless.startswith(b"HTTP/1.1 400")
+
+
+async def test_a_body_that_pauses_is_refused(address):
+    answer = await answer_to(address, HEAD + b"Content-Length: 100\r\n\r\n", b'{"messages"')
+    assert answer.startswith(b"HTTP/1.1 400")
+    assert b"body_too_slow" in answer
+
+
+async def test_answers_may_take_longer_than_headers(tmp_path):
+    rig = build_rig(tmp_path, header_timeout_s=0.2, body_pause_s=0.2)
+    rig.engine.pause_after = 1
+    async with served(rig) as url:
+        host, port = url.removeprefix("http://").split(":")
+        body = b'{"messages": [{"role": "user", "content": "Hi"}], "stream": true}'
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(HEAD + b"Content-Length: %d\r\nConnection: close\r\n\r\n" % len(body) + body)
+        await rig.engine.paused.wait()
+        await asyncio.sleep(0.5)  # well past both
+        rig.engine.go_on.set()
+        assert b"[DONE]" in await asyncio.wait_for(reader.read(), 5)
+        writer.close()
+
+
+async def test_browsers_are_told_to_run_and_frame_nothing(tmp_path):
+    async with gateway_rig(tmp_path) as rig:
+        for path in ("/healthz", "/v1/models", "/nowhere"):
+            headers = (await rig.http.get(path)).headers
+            assert headers["Content-Security-Policy"].startswith("default-src 'none'")
+            assert headers["X-Content-Type-Options"] == "nosniff"
+            assert "access-control-allow-origin" not in headers
+        refused = await rig.http.get("/healthz", headers={"Host": "evil.example"})
+        assert refused.headers["X-Frame-Options"] == "DENY"
+        policy = (await rig.http.get("/")).headers["Content-Security-Policy"]
+        assert "frame-ancestors 'none'" in policy
+        assert "script-src *" not in policy
+        preflight = await rig.http.options("/v1/chat/completions", headers={"Origin": "https://evil.example"})
+        assert preflight.status_code == 403
