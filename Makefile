@@ -31,8 +31,9 @@ demo: setup ## Run the whole loop once by itself: serve, score, train, hot-swap
 
 .PHONY: test
 test: setup-dev check ## Check the code and run all tests that need no GPU
-	.venv/bin/python -m pytest -n 2 --dist loadfile --ignore tests/e2e $(ARGS)
-	.venv/bin/python -m pytest tests/e2e $(ARGS)
+	scripts/install_browser.sh
+	.venv/bin/python -m pytest -n 2 --dist loadfile --ignore tests/e2e --ignore tests/chaos $(ARGS)
+	.venv/bin/python -m pytest tests/e2e tests/chaos $(ARGS)
 
 .PHONY: test-gpu
 test-gpu: setup-dev ## Run the tests that need a CUDA device
@@ -55,8 +56,13 @@ format: setup-dev ## Format the code
 protos: setup-dev ## Regenerate the protobuf code
 	scripts/generate_protos.sh
 
+.PHONY: dashboard
+dashboard: ## Build the dashboard into the gateway's package (needs node)
+	scripts/build_dashboard.sh
+
 .PHONY: docs
-docs: setup-dev ## Regenerate the pages of docs/ that come from code
+docs: setup-dev ## Regenerate the pages of docs/ that come from code, and the blocking client
+	.venv/bin/python scripts/generate_sync_client.py
 	.venv/bin/python scripts/generate_docs.py
 	KILN_WRITE_DOCS=1 .venv/bin/python -m pytest -q tests/conformance/test_openai_fields.py
 
@@ -66,4 +72,4 @@ lock: setup-dev ## Pin the newest versions that fit together
 
 .PHONY: clean
 clean: ## Remove what the targets above made
-	rm -rf .venv .venv-protos .venv-torch-free .venv-clients .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf services/gateway/dashboard/node_modules .venv .venv-protos .venv-torch-free .venv-clients .pytest_cache .mypy_cache .ruff_cache .hypothesis

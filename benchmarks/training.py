@@ -59,8 +59,8 @@ class Workload:
     def num_tokens(self) -> int:
         return self.num_documents * (self.num_prompt + self.num_scored)
 
-    def documents(self, vocab_size: int) -> list[Document]:
-        generator = torch.Generator().manual_seed(0)
+    def documents(self, vocab_size: int, seed: int = 0) -> list[Document]:
+        generator = torch.Generator().manual_seed(seed)
         length, ones_s = self.num_prompt + self.num_scored, torch.ones(self.num_scored)
         is_policy = float(self.objective is not None)
         return [
@@ -180,7 +180,8 @@ def _seconds(run: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def _tiny_config() -> dict[str, object]:
+def tiny_shape() -> dict[str, object]:
+    """config.json of a model that a CPU trains in no time."""
     return shape_config("4b-short") | {
         "hidden_size": 64,
         "intermediate_size": 96,
@@ -206,7 +207,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="sizes that run on a CPU in seconds")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() and not options.tiny else "cpu")
-    shape = _tiny_config() if options.tiny else shape_config(options.shape)
+    shape = tiny_shape() if options.tiny else shape_config(options.shape)
     trainer = Trainer(ModelConfig.from_dict({**shape, "eos_token_id": 0}), device)
     if options.tiny:
         os.environ.setdefault("KILN_BENCH_RESULTS", tempfile.mkdtemp(prefix="kiln-bench-"))

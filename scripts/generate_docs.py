@@ -1,4 +1,4 @@
-"""Writes the pages of docs/ that come from code: error codes, settings, metrics, HTTP routes and fields.
+"""Writes the pages of docs/ that come from code: error codes, settings, metrics, HTTP routes and fields, commands.
 
 .venv/bin/python scripts/generate_docs.py          # write them
 .venv/bin/python scripts/generate_docs.py --check  # exit 1 when one is out of date
@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from cli_page import cli_page
 from pydantic_core import PydanticUndefined
 from pydantic_settings import BaseSettings
 
@@ -203,6 +204,7 @@ def main() -> int:
         "settings.md": settings_page(classes),
         "metrics.md": metrics_page(),
         "api.md": api_page(openapi_document()),
+        "cli.md": HEADER + cli_page(),
     }
     stale = []
     for name, text in pages.items():

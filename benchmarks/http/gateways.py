@@ -33,18 +33,22 @@ def more_gateways(stack: Stack, model: Path, count: int) -> Iterator[list[str]]:
 
 @contextlib.contextmanager
 def running_gateways(
-    environments: Sequence[Mapping[str, str]], log_dir: Path
+    environments: Sequence[Mapping[str, str]], log_dir: Path, prefixes: Sequence[Sequence[str]] = ()
 ) -> Iterator[list[tuple[str, int]]]:
-    """(base URL, process id) of a gateway for each environment, on free ports, once all are ready."""
+    """(base URL, process id) of a gateway for each environment, on free ports, once all are ready.
+
+    `prefixes`: what comes before each one's command line, such as taskset.
+    """
     processes: list[subprocess.Popen[bytes]] = []
     urls = []
     try:
-        for number, environment in enumerate(environments):
+        prefixes = prefixes or [()] * len(environments)
+        for number, (environment, prefix) in enumerate(zip(environments, prefixes, strict=True)):
             port = free_port()
             with (log_dir / f"gateway-{number + 2}.log").open("ab") as log:
                 processes.append(
                     subprocess.Popen(
-                        [sys.executable, "-m", "kiln_gateway"],
+                        [*prefix, sys.executable, "-m", "kiln_gateway"],
                         env={**os.environ, **environment, "KILN_GATEWAY_PORT": str(port)},
                         stdout=log,
                         stderr=log,

@@ -14,6 +14,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from kiln_common.ids import new_id
 from kiln_common.pb import common_pb2, engine_pb2
 from kiln_common.rpc.server import wait_for_stop_signal
 from kiln_engine.bootstrap import EngineParts, start_engine
@@ -97,7 +98,7 @@ def make_parts(options: argparse.Namespace) -> EngineParts:
         eos_token_ids=[0],
     )
     info = engine_pb2.EngineInfo(
-        base_model=base_model, boot_id="paced", device="cuda", page_tokens=16, num_adapter_slots=1
+        base_model=base_model, boot_id=new_id("boot"), device="cuda", page_tokens=16, num_adapter_slots=1
     )
     runner = PacedRunner(
         options.vocab_size, 1e-3 * options.step_ms, 1e-6 * options.row_us, 1e-6 * options.prompt_token_us
@@ -118,7 +119,8 @@ async def serve(options: argparse.Namespace) -> None:
     await engine.stop()
 
 
-def main() -> None:
+def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
+    """What the command line says, or these arguments."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -128,7 +130,11 @@ def main() -> None:
     parser.add_argument("--step-ms", type=float, default=2.4, help="of every step")
     parser.add_argument("--row-us", type=float, default=25.0, help="more for each row")
     parser.add_argument("--prompt-token-us", type=float, default=10.0, help="more for each prompt token")
-    asyncio.run(serve(parser.parse_args()))
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    asyncio.run(serve(parse_options()))
 
 
 if __name__ == "__main__":

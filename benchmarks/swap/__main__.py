@@ -4,6 +4,7 @@ Starts `kiln up` on the model (the demo model without --model) and measures
 
 - swaps of ready-made versions under load, each of which says a token of its own (--swaps, --rank;
   --whole for files of an ordinary adapter's size): publish, commit to serving, first token;
+- rollbacks of such versions under load (--rollbacks): the call, and from it to the next request's first token;
 - GRPO jobs by completion id (--jobs), from the POST to the first token of the new version.
 
 Ends with status 1 when a request failed or a token was not of the version its answer names. Rows go to
@@ -22,6 +23,7 @@ from pathlib import Path
 from benchmarks.engine.results import ResultFile, device_name
 from benchmarks.percentiles import percentile
 from benchmarks.swap.grpo import time_job
+from benchmarks.swap.rollbacks import RollbackReport, run_rollbacks
 from benchmarks.swap.swaps import StackAddresses, SwapReport, run_swaps
 from benchmarks.swap.telling_adapters import TellingAdapters
 from tests.support.stack import Stack
@@ -66,6 +68,22 @@ def report_swaps(results: ResultFile, report: SwapReport, settings: str) -> bool
     return not answers.failures and not answers.wrong
 
 
+def report_rollbacks(results: ResultFile, report: RollbackReport, settings: str) -> bool:
+    """Add the rows; whether every token was right and no request failed."""
+    answers = report.answers
+    add_times(results, "rollback, the call", settings, report.call_s)
+    add_times(
+        results,
+        "rollback, call to first token",
+        settings,
+        report.first_token_s,
+        f"; {answers.num_requests} requests; {len(answers.failures)} failed, {len(answers.wrong)} wrong",
+    )
+    for line in [*answers.failures[:5], *answers.wrong[:5]]:
+        print(line)
+    return not answers.failures and not answers.wrong
+
+
 async def measure(options: argparse.Namespace, stack: Stack, folder: Path) -> bool:
     results = ResultFile("swap", device_name())
     is_right = True
@@ -79,17 +97,16 @@ async def measure(options: argparse.Namespace, stack: Stack, folder: Path) -> bo
             num_samples=1,
             note=f"ms after the POST: {shown}",
         )
+    adapters = TellingAdapters(folder, rank=options.rank, covers_all=options.whole)
+    addresses = StackAddresses.of(stack.url, stack.state_dir)
+    traffic = {"num_clients": options.clients, "max_tokens": options.max_tokens}
+    settings = f"{adapters.num_bytes / 1e6:.1f} MB, {options.clients} clients"
     if options.swaps:
-        adapters = TellingAdapters(folder, rank=options.rank, covers_all=options.whole)
-        report = await run_swaps(
-            StackAddresses.of(stack.url, stack.state_dir),
-            adapters,
-            num_swaps=options.swaps,
-            num_clients=options.clients,
-            max_tokens=options.max_tokens,
-        )
-        settings = f"{adapters.num_bytes / 1e6:.1f} MB, {options.clients} clients"
-        is_right = report_swaps(results, report, settings)
+        swaps = await run_swaps(addresses, adapters, num_swaps=options.swaps, **traffic)
+        is_right &= report_swaps(results, swaps, settings)
+    if options.rollbacks:
+        rollbacks = await run_rollbacks(addresses, adapters, num_rollbacks=options.rollbacks, **traffic)
+        is_right &= report_rollbacks(results, rollbacks, settings)
     return is_right
 
 
@@ -115,6 +132,7 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--model", type=Path, help="checkpoint folder; the demo model if left out")
     parser.add_argument("--swaps", type=int, default=100)
+    parser.add_argument("--rollbacks", type=int, default=20)
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--max-tokens", type=int, default=32)
     parser.add_argument("--rank", type=int, default=16)

@@ -50,10 +50,13 @@ class SwapReport:
 
 
 class Client:
-    """Asks for the newest version again and again; checks each token; never tries again."""
+    """Asks for a name's version again and again; checks each token; never tries again."""
 
-    def __init__(self, http: httpx.AsyncClient, adapters: TellingAdapters, answers: Answers) -> None:
+    def __init__(
+        self, http: httpx.AsyncClient, adapters: TellingAdapters, answers: Answers, name: str = NAME
+    ) -> None:
         self._http = http
+        self._name = name
         self._adapters = adapters
         self._answers = answers
 
@@ -62,7 +65,7 @@ class Client:
         while not stop.is_set():
             turn += 1
             body = {
-                "model": NAME,
+                "model": self._name,
                 # Some prompts repeat, so that cached pages of older versions would be noticed.
                 "messages": [{"role": "user", "content": f"Client {number} says {turn % 3}."}],
                 "max_tokens": max_tokens,
@@ -83,7 +86,7 @@ class Client:
     async def first_token(self) -> tuple[int, float]:
         """The version that drew the first token of a new answer, and when it came (perf_counter)."""
         message = {"role": "user", "content": "Which one are you?"}
-        body = {"model": NAME, "messages": [message], "max_tokens": 1, "stream": True, "store": False}
+        body = {"model": self._name, "messages": [message], "max_tokens": 1, "stream": True, "store": False}
         async with self._http.stream("POST", "/v1/chat/completions", json=body) as response:
             response.raise_for_status()
             came_s = 0.0
@@ -146,8 +149,9 @@ class StackAddresses:
 class Swapper:
     """Publishes version after version as the trainer does, but for the training."""
 
-    def __init__(self, addresses: StackAddresses, adapters: TellingAdapters) -> None:
+    def __init__(self, addresses: StackAddresses, adapters: TellingAdapters, name: str = NAME) -> None:
         self._adapters = adapters
+        self._name = name
         self._registry = RegistryClient(addresses.registry)
         self._engine = EngineClient(addresses.engine)
         self._engines = EngineDirectory([addresses.engine], info_timeout_s=10, live_timeout_s=30)
@@ -165,10 +169,10 @@ class Swapper:
         base_model = (await self._engine.get_info()).base_model
         content = await asyncio.to_thread(self._adapters.sealed, number, base_model.model_id)
         header = registry_pb2.PublishHeader(
-            name=NAME,
+            name=self._name,
             base_model_hash=base_model.model_hash,
             config_json=content.config_json,
-            publish_key=f"{NAME}-{number}",
+            publish_key=f"{self._name}-{number}",
         )
         began_s = time.perf_counter()
         version = await asyncio.to_thread(self._publisher.publish, header, content)
@@ -179,16 +183,21 @@ class Swapper:
         assert version.version == number, version
         assert not report.not_live, report
         if number > _VERSIONS_KEPT:
-            await self._registry.delete(NAME, number - _VERSIONS_KEPT)
+            await self._registry.delete(self._name, number - _VERSIONS_KEPT)
         return committed_s - began_s, report.seconds
 
 
 @asynccontextmanager
 async def load(
-    http: httpx.AsyncClient, adapters: TellingAdapters, answers: Answers, num_clients: int, max_tokens: int
+    http: httpx.AsyncClient,
+    adapters: TellingAdapters,
+    answers: Answers,
+    num_clients: int,
+    max_tokens: int,
+    name: str = NAME,
 ) -> AsyncIterator[Client]:
     """Clients that ask while the block runs, every other one with adapter_policy "latest"."""
-    client, stop = Client(http, adapters, answers), asyncio.Event()
+    client, stop = Client(http, adapters, answers, name), asyncio.Event()
     tasks = [
         asyncio.create_task(client.run(number, max_tokens, ("pin", "latest")[number % 2], stop))
         for number in range(num_clients)

@@ -19,4 +19,5 @@ cp -r /tmp/kiln-demo/logs "$out/demo-logs" 2>/dev/null
 
 echo "== the loop on a random 4B-shaped model"
 python3 scripts/gpu/make_random_checkpoint.py --shape 4b --out /tmp/random-4b
+timeout 200 python3 scripts/gpu/mismatch.py --model /tmp/random-4b 2>&1 | tee "$out/mismatch.log" | tail -11
 timeout 200 python3 scripts/gpu/loop_on_random_model.py /tmp/random-4b 2>&1 | tee "$out/loop.log" | tail -30

@@ -10,10 +10,10 @@ pytestmark = [pytest.mark.processes, pytest.mark.timeout(420)]
 
 
 def test_the_demo_learns_from_the_reward_and_not_from_shuffled_ones(tmp_path):
-    command = [sys.executable, "-m", "kiln_cli", "demo", "--state-dir", str(tmp_path / "demo")]
+    command = [sys.executable, "-m", "kiln_cli", "demo", "--json", "--state-dir", str(tmp_path / "demo")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    result = json.loads(done.stdout.splitlines()[-1])
+    result = json.loads(done.stdout)  # one document and nothing else
 
     before, after, control = (result[key] for key in ("reward_before", "reward_after", "control_after"))
     assert 0.2 < before["mean"] < 0.7
@@ -26,4 +26,4 @@ def test_the_demo_learns_from_the_reward_and_not_from_shuffled_ones(tmp_path):
     assert result["requests_total"] > 100
     assert result["base_sha256_before"] == result["base_sha256_after"]
     assert result["adapter"] == f"courteous@{result['rounds']}"
-    assert "def score(prompt: str, answer: str)" in done.stdout  # the reward's source is shown
+    assert "def score(prompt: str, answer: str)" in done.stderr  # the reward's source is shown

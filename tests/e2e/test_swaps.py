@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.swap.grpo import time_job
+from benchmarks.swap.rollbacks import run_rollbacks
 from benchmarks.swap.swaps import StackAddresses, run_swaps
 from benchmarks.swap.telling_adapters import TellingAdapters
 
@@ -31,6 +32,16 @@ def test_every_token_of_a_hundred_swaps_is_of_the_version_its_answer_names(stack
     residents = [line for line in log.splitlines() if "adapter_resident" in line and "teller@" in line]
     assert len([line for line in residents if '"came_from": "trainer"' in line]) > NUM_SWAPS // 2
     assert "adapter_not_taken" not in log
+
+
+def test_a_rollback_under_traffic_answers_at_once_with_the_older_version_and_fails_nobody(stack):
+    adapters = TellingAdapters(DEMO_MODEL, rank=4, covers_all=False)
+    addresses = StackAddresses.of(stack.url, stack.state_dir)
+    report = asyncio.run(run_rollbacks(addresses, adapters, num_rollbacks=10, num_clients=4, max_tokens=24))
+    answers = report.answers
+    assert (answers.failures, answers.wrong) == ([], [])
+    assert answers.num_requests > answers.num_mixed > 0  # also answers that changed versions on their way
+    assert max(report.first_token_s) < 1.0, report.first_token_s
 
 
 def test_a_job_is_timed_from_its_post_to_its_versions_first_token(stack):

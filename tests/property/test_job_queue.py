@@ -42,7 +42,6 @@ class JobLives(RuleBasedStateMachine):
         self.redis = connect(self.url)
         self.redis.flushall()
         self.stores = [JobStore(self.redis, f"trainer_{n}", retention_s=60) for n in range(3)]
-        self.stores[0].ensure_group()
         self.adapter_of: dict[str, str] = {}
         self.claims: dict[str, list] = {}
         self.final: dict[str, str] = {}
@@ -50,23 +49,22 @@ class JobLives(RuleBasedStateMachine):
     def teardown(self) -> None:
         """Whatever happened, every job that is open can still be brought to its end, in order."""
         while set(self.adapter_of) - set(self.final):
-            claim = None
-            for _ in range(len(self.adapter_of) + 2):
-                claim = self.stores[0].claim_next(0.0, 0.0)
-                if claim is not None:
-                    break
+            claim = self.stores[0].claim_next(0.0, 0.0)
             assert claim is not None, "an open job can no longer be claimed"
             self._note(claim)
             self.stores[0].succeed(claim, {})
             self.final[claim.job_id] = "succeeded"
-        assert self.redis.xlen(keys.JOB_QUEUE) == 0
+        assert not self.redis.exists(keys.JOB_RUNNING)
+        assert not [*self.redis.scan_iter(keys.owner_queue("*", "*"))]
         assert self.stores[0].num_queued() == 0
         self.redis.close()
 
-    @rule(adapter=ADAPTERS)
-    def submit(self, adapter: str) -> None:
+    @rule(adapter=ADAPTERS, owner=st.sampled_from(["", "key"]), priority=st.integers(-1, 1))
+    def submit(self, adapter: str, owner: str, priority: int) -> None:
+        request = grpo_request(adapter, priority=priority)
+        request.owner = owner
         # Ids of their own, so that a failing life can be lived again.
-        job_id = self.stores[0].submit(grpo_request(adapter), f"job_{len(self.adapter_of):03}")
+        job_id = self.stores[0].submit(request, f"job_{len(self.adapter_of):03}")
         self.adapter_of[job_id] = adapter
 
     @rule(trainer=TRAINERS, is_takeover=st.booleans())

@@ -17,6 +17,8 @@ from kiln_engine.settings import EngineSettings
 from kiln_gateway.app import create_app
 from kiln_gateway.ports import Clients
 from kiln_gateway.settings import GatewaySettings
+from tests.support.evaluations import LocalEvaluations
+from tests.support.fake_datasets import FakeDatasets
 from tests.support.gateway import REPOSITORY, FakeRegistry, FakeTrainer
 
 DEMO_MODEL = REPOSITORY / "demo" / "model"
@@ -53,7 +55,14 @@ async def demo_gateway(
 ) -> AsyncIterator[httpx.AsyncClient]:
     """An HTTP client of a gateway in front of such an engine; `settings` are the engine's."""
     async with demo_engine(folder, **settings) as engine:
-        clients = Clients(engines=[engine], registry=FakeRegistry(), trainer=FakeTrainer(), redis=redis)
+        clients = Clients(
+            engines=[engine],
+            registry=FakeRegistry(),
+            trainer=FakeTrainer(),
+            datasets=FakeDatasets(),
+            evaluations=LocalEvaluations(folder / "evaluations"),
+            redis=redis,
+        )
         app = create_app(GatewaySettings(model_path=str(DEMO_MODEL)), clients)
         transport = httpx.ASGITransport(app=app)
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=120) as http:

@@ -17,17 +17,18 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from kiln_common.errors import (
     AdapterNotFound,
     EngineUnavailable,
-    JobNotFound,
     KilnError,
     RegistryUnavailable,
-    TrainerUnavailable,
 )
-from kiln_common.pb import common_pb2, engine_pb2, registry_pb2, trainer_pb2
+from kiln_common.pb import common_pb2, engine_pb2, registry_pb2
 from kiln_common.text.tokenizer import TextTokenizer
 from kiln_gateway.app import create_app
 from kiln_gateway.ports import Clients
 from kiln_gateway.server import GatewayServer
 from kiln_gateway.settings import GatewaySettings
+from tests.support.evaluations import LocalEvaluations
+from tests.support.fake_datasets import FakeDatasets
+from tests.support.fake_trainer import FakeTrainer
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -71,8 +72,12 @@ class FakeEngine:
     for `go_on`; `fail_after` tokens it raises `failure`, `abort_after` tokens it gives the sequence up. `moves` are adapters that take over at a token.
     """
 
-    def __init__(self, tokenizer: TextTokenizer, *, max_model_len: int = 512) -> None:
+    def __init__(
+        self, tokenizer: TextTokenizer, *, max_model_len: int = 512, address: str = "fake:1"
+    ) -> None:
         self._tokenizer = tokenizer
+        self.address = address
+        self.boot_id = "boot-1" if address == "fake:1" else f"boot of {address}"
         self.script: Script = lambda request: "Hello there!"
         self.moves: dict[int, list[common_pb2.AdapterRef]] = {}
         self.requests: list[engine_pb2.GenerateRequest] = []
@@ -86,6 +91,7 @@ class FakeEngine:
         self.failure: KilnError = EngineUnavailable("the engine went away")
         self.is_up = True
         self.is_closed = asyncio.Event()
+        self.session_ends: list[str] = []
         self.end_id = tokenizer.id_of("<|im_end|>")
         eos_ids = [tokenizer.id_of("<|endoftext|>"), self.end_id]
         self.base_model = common_pb2.BaseModel(
@@ -127,6 +133,9 @@ class FakeEngine:
                 wait.cancel()
         if self.is_closed.is_set():
             raise EngineUnavailable("the engine client was closed")
+
+    def end_session(self, reason: str) -> None:
+        self.session_ends.append(reason)
 
     async def close(self) -> None:
         self.is_closed.set()
@@ -194,7 +203,7 @@ class FakeEngine:
     async def get_info(self) -> engine_pb2.EngineInfo:
         if not self.is_up:
             raise EngineUnavailable("the engine is down")
-        return engine_pb2.EngineInfo(base_model=self.base_model, boot_id="boot-1", device="cpu")
+        return engine_pb2.EngineInfo(base_model=self.base_model, boot_id=self.boot_id, device="cpu")
 
     async def get_stats(self) -> engine_pb2.EngineStats:
         if not self.is_up:
@@ -261,11 +270,28 @@ class FakeRegistry:
         self._check()
         return self.default
 
-    async def set_default(self, reference: str) -> registry_pb2.AdapterVersion | None:
+    async def check_publish(self, name: str, owner: str) -> None:
+        self._check()
+
+    async def set_default(self, reference: str, *, actor: str = "") -> registry_pb2.AdapterVersion | None:
         self.default = await self.resolve(reference) if reference else None
+        for adapter in self.adapters.values():
+            is_attached = self.default is not None and self.default.name == adapter.name
+            adapter.attached_version = self.default.version if self.default and is_attached else 0
         return self.default
 
-    async def delete(self, name: str, version: int = 0) -> int:
+    async def roll_back(
+        self, name: str, version: int, *, may_move_default: bool, actor: str = ""
+    ) -> registry_pb2.RollBackResponse:
+        found = await self.resolve(f"{name}@{version}")
+        self.adapters[name].latest_version = version
+        moves = self.default is not None and self.default.name == name and self.default.version > version
+        if moves:
+            assert may_move_default
+            self.default = found
+        return registry_pb2.RollBackResponse(version=found, has_moved_default=moves)
+
+    async def delete(self, name: str, version: int = 0, *, actor: str = "") -> int:
         adapter = await self.get(name)
         num_deleted = len(adapter.versions)
         del self.adapters[name]
@@ -286,70 +312,6 @@ class FakeRegistry:
         return version
 
 
-class FakeTrainer:
-    """Accepts jobs and never runs them; `events` is what watch tells."""
-
-    def __init__(self) -> None:
-        self.submitted: list[trainer_pb2.SubmitRequest] = []
-        self.jobs: dict[str, trainer_pb2.Job] = {}
-        self.events: list[trainer_pb2.JobEvent] = []
-        self.is_up = True
-
-    def _check(self) -> None:
-        if not self.is_up:
-            raise TrainerUnavailable("the trainer is down")
-
-    async def submit(self, request: trainer_pb2.SubmitRequest) -> trainer_pb2.Job:
-        self._check()
-        self.submitted.append(request)
-        job = trainer_pb2.Job(
-            id=f"job_{len(self.submitted)}",
-            kind=request.WhichOneof("recipe"),
-            status="queued",
-            config=request.config,
-            queue_position=len(self.submitted) - 1,
-            grpo_loss=request.grpo.loss,
-            opd_settings=request.opd.settings,
-            created_at_s=100.0,
-        )
-        grpo = [rollout for group in request.grpo.groups for rollout in group.rollouts]
-        for rollout in [*grpo, *request.opd.rollouts]:
-            job.sources[rollout.source] += 1
-        self.jobs[job.id] = job
-        return job
-
-    async def get(self, job_id: str) -> trainer_pb2.Job:
-        self._check()
-        if job_id not in self.jobs:
-            raise JobNotFound(f"no job {job_id!r}")
-        return self.jobs[job_id]
-
-    async def list(self, limit: int = 0) -> list[trainer_pb2.Job]:
-        self._check()
-        return list(reversed(self.jobs.values()))
-
-    async def cancel(self, job_id: str) -> trainer_pb2.Job:
-        job = await self.get(job_id)
-        job.status = "cancelled"
-        return job
-
-    async def watch(self, job_id: str, after_event_id: str = "") -> AsyncIterator[trainer_pb2.JobEvent]:
-        await self.get(job_id)
-        for event in self.events:
-            if event.id > after_event_id:
-                yield event
-
-    async def status(self) -> trainer_pb2.TrainerStatus:
-        self._check()
-        return trainer_pb2.TrainerStatus(
-            trainer_id="trainer-1",
-            num_queued=len(self.jobs),
-            gpu_sharing="mps",
-            gpu_share=0.5,
-            gpu_sms=64,
-        )
-
-
 @dataclass
 class Rig:
     """A gateway and the leaves behind it."""
@@ -359,6 +321,7 @@ class Rig:
     engine: FakeEngine
     registry: FakeRegistry
     trainer: FakeTrainer
+    datasets: FakeDatasets
     settings: GatewaySettings
     redis: Any = None
     http: httpx.AsyncClient = field(init=False)
@@ -384,22 +347,29 @@ def parse_events(text: str) -> list[Any]:
     return [item if item == "[DONE]" else json.loads(item) for item in data]
 
 
-def build_rig(folder: Path, *, redis: Any = None, max_model_len: int = 512, **settings: Any) -> Rig:
-    """Everything but the HTTP client; needs a running event loop."""
+def build_rig(
+    folder: Path, *, redis: Any = None, registry: Any = None, max_model_len: int = 512, **settings: Any
+) -> Rig:
+    """Everything but the HTTP client; needs a running event loop. `registry` stands in for the fake one."""
     model_path = folder / "model"
     if not model_path.exists():
         write_model_folder(model_path)
     options = {"enable_thinking_default": False, **settings}
     gateway_settings = GatewaySettings(model_path=str(model_path), **options)
     tokenizer = TextTokenizer.load(model_path)
-    engine, registry, trainer = (
-        FakeEngine(tokenizer, max_model_len=max_model_len),
-        FakeRegistry(),
-        FakeTrainer(),
+    engine, trainer = FakeEngine(tokenizer, max_model_len=max_model_len), FakeTrainer()
+    registry = registry or FakeRegistry()
+    datasets = FakeDatasets()
+    clients = Clients(
+        engines=[engine],
+        registry=registry,
+        trainer=trainer,
+        datasets=datasets,
+        evaluations=LocalEvaluations(folder / "evaluations"),
+        redis=redis,
     )
-    clients = Clients(engines=[engine], registry=registry, trainer=trainer, redis=redis)
     app = create_app(gateway_settings, clients)
-    return Rig(app, tokenizer, engine, registry, trainer, gateway_settings, redis)
+    return Rig(app, tokenizer, engine, registry, trainer, datasets, gateway_settings, redis)
 
 
 @asynccontextmanager

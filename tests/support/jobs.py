@@ -6,12 +6,13 @@ import hashlib
 import json
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from kiln_common.errors import AdapterNotFound
-from kiln_common.pb import engine_pb2, registry_pb2, trainer_pb2
+from kiln_common.pb import engine_pb2, evaluations_pb2, registry_pb2, trainer_pb2
+from kiln_trainer.domain.capacity import Capacity
 from kiln_trainer.domain.training import (
     AdapterContent,
     StartingPoint,
@@ -138,6 +139,8 @@ class ChainBackend:
     mapped_model: NothingMapped = NothingMapped()
     gpu_use: NothingShared = NothingShared()
     num_idle_calls: int = 0
+    capacity: Capacity | None = None
+    environment: Mapping[str, str] = field(default_factory=lambda: {"kiln": "test"})
 
     def run(self, task: TrainingTask, hooks: StepHooks) -> TrainedAdapter:
         self.tasks.append(task)
@@ -145,21 +148,26 @@ class ChainBackend:
         step, state = 0, hashlib.sha256(task.request.SerializeToString(deterministic=True)).hexdigest()
         if checkpoint.exists():
             step, state = json.loads(checkpoint.read_text())
+        publish = task.request.config.publish
         while step < self.num_steps:
             self.before_step(step + 1)
             step, state = step + 1, hashlib.sha256(f"{state}{step}".encode()).hexdigest()
             self.steps_taken.append(step)
             hooks.after_step(StepReport(step, self.num_steps, 10 * step, {"loss": 1 / step}))
+            if publish.isdecimal() and step % int(publish) == 0 and step < self.num_steps:
+                hooks.publish(self._trained(step, state))
             if step % task.request.config.checkpoint_every == 0 or step == self.num_steps:
                 hooks.before_checkpoint(step)
                 partial = checkpoint.with_suffix(".partial")
                 partial.write_text(json.dumps([step, state]))
                 partial.replace(checkpoint)
                 hooks.after_checkpoint(step)
-        return TrainedAdapter(MemoryContent(adapter_bytes(seed=int(state[:8], 16))), {"loss": 1 / step})
+        return self._trained(step, state)
 
-    def num_device_bytes_held(self) -> int:
-        return 0
+    @staticmethod
+    def _trained(step: int, state: str) -> TrainedAdapter:
+        content = MemoryContent(adapter_bytes(seed=int(state[:8], 16)))
+        return TrainedAdapter(content, {"loss": 1 / step}, step)
 
     def keep_mapped(self) -> None:
         self.num_idle_calls += 1
@@ -178,7 +186,8 @@ class MemoryPublisher:
     def __init__(self) -> None:
         self.headers: list[registry_pb2.PublishHeader] = []
         self.audiences: list[Audience] = []
-        self.versions: dict[str, list[registry_pb2.AdapterVersion]] = {}
+        self.known: dict[str, list[registry_pb2.AdapterVersion]] = {}
+        self.default = ""
         self.num_publish_calls = 0
         self.before_publish: Callable[[], None] = lambda: None
         self.before_live: Callable[[], None] = lambda: None
@@ -188,12 +197,14 @@ class MemoryPublisher:
         self.finish_reason = engine_pb2.FINISH_REASON_STOP
         self.generated: list[engine_pb2.GenerateRequest] = []
         self.withdrawn: list[str] = []
+        self.evaluation_requests: list[evaluations_pb2.SubmitRunRequest] = []
+        self.evaluate: Callable[[evaluations_pb2.EvalRun], evaluations_pb2.EvalRun] = lambda run: run
         self._by_key: dict[str, registry_pb2.AdapterVersion] = {}
         self._lock = threading.Lock()
 
     def resolve(self, reference: str) -> registry_pb2.AdapterVersion:
         name, _, number = reference.partition("@")
-        for version in reversed(self.versions.get(name, [])):
+        for version in reversed(self.known.get(name, [])):
             if not number or version.version == int(number):
                 return version
         raise AdapterNotFound(f"there is no adapter {reference}")
@@ -212,14 +223,17 @@ class MemoryPublisher:
             self.num_publish_calls += 1
             if header.publish_key and header.publish_key in self._by_key:
                 return self._by_key[header.publish_key]
-            known = self.versions.setdefault(header.name, [])
+            known = self.known.setdefault(header.name, [])
             version = registry_pb2.AdapterVersion(
                 name=header.name,
                 version=len(known) + 1,
                 sha256=hashlib.sha256(content.view()).hexdigest(),
                 base_model_hash=header.base_model_hash,
                 config_json=header.config_json,
+                job_id=header.job_id,
             )
+            if header.attach:
+                self.default = f"{version.name}@{version.version}"
             known.append(version)
             self.headers.append(header)
             self.audiences.append(audience)
@@ -243,6 +257,27 @@ class MemoryPublisher:
         last = engine_pb2.SequenceOutput(token_ids=[8], logprobs=[-1.5], finish_reason=self.finish_reason)
         return [[first, last] for _ in requests]
 
-    def withdraw(self, name: str) -> None:
-        self.withdrawn.append(name)
-        self.versions.pop(name, None)
+    def start_evaluation(self, request: evaluations_pb2.SubmitRunRequest) -> evaluations_pb2.EvalRun:
+        self.evaluation_requests.append(request)
+        return evaluations_pb2.EvalRun(id="evalrun_1", status="queued")
+
+    def evaluation(self, run_id: str, owner: str) -> evaluations_pb2.EvalRun:
+        """What `evaluate`, which runs on the worker thread and may raise, makes of a run that goes on."""
+        return self.evaluate(evaluations_pb2.EvalRun(id=run_id, status="running"))
+
+    def withdraw(self, name: str, version: int = 0) -> None:
+        self.withdrawn.append(f"{name}@{version}" if version else name)
+        kept = [v for v in self.known.pop(name, []) if version not in (0, v.version)]
+        if kept:
+            self.known[name] = kept
+
+    def versions(self, name: str) -> list[registry_pb2.AdapterVersion]:
+        return [*self.known.get(name, ())]
+
+    def default_adapter(self) -> str:
+        return self.default
+
+    def attach(self, reference: str) -> None:
+        if reference:
+            self.resolve(reference)
+        self.default = reference

@@ -86,6 +86,7 @@ class StepCase:
 
 def gradients(case: StepCase) -> dict[str, torch.Tensor]:
     """Of every LoRA tensor, on the CPU, through the trainer's own step."""
+    torch.set_num_threads(1)  # as the backend does; more of them wait for each other on a busy machine
     dtype, device = getattr(torch, case.dtype), torch.device(case.device)
     config = tiny_config(**{**_FIELDS, **(_SHORT_FIELDS if case.is_short else {})})
     weights = {

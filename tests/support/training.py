@@ -53,6 +53,7 @@ class RecordingHooks:
     def __init__(self, raise_after: int = 0, error: Exception | None = None) -> None:
         self.reports: list[StepReport] = []
         self.checkpoints: list[int] = []
+        self.published: dict[int, bytes] = {}
         self._raise_after = raise_after
         self._error = error
 
@@ -66,6 +67,9 @@ class RecordingHooks:
 
     def after_checkpoint(self, step: int) -> None:
         self.checkpoints.append(step)
+
+    def publish(self, trained: TrainedAdapter) -> None:
+        self.published[trained.step] = bytes(trained.content.view())
 
 
 def job_config(**overrides: Any) -> trainer_pb2.JobConfig:

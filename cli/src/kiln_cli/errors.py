@@ -47,3 +47,73 @@ class UnknownGpuSharing(InvalidRequest):
 class ModelNotFound(InvalidRequest):
     code = "model_not_found"
     hint = "Give a folder with config.json and *.safetensors, or a hub id such as Qwen/Qwen3.5-4B."
+
+
+class NothingToSay(InvalidRequest):
+    code = "no_text"
+    hint = "kiln chat 'A question', or echo 'A question' | kiln chat"
+
+
+class InvalidJsonl(InvalidRequest):
+    """A file of training data has lines that are not what they should be; nothing of it was sent."""
+
+    code = "invalid_jsonl"
+    hint = "Mend these lines. Each line is one JSON object; kiln train sft --help shows the forms."
+
+
+class FileUnreadable(InvalidRequest):
+    code = "file_unreadable"
+    hint = "Name a file that exists and may be read, or - for standard input."
+
+
+class InvalidSetting(InvalidRequest):
+    code = "invalid_setting"
+    hint = "--set NAME=VALUE, where VALUE is JSON or plain text: --set schedule=cosine --set loss.type=dapo."
+
+
+class NotConfirmed(InvalidRequest):
+    code = "not_confirmed"
+    hint = "Add --yes to do it without being asked."
+
+
+class InvalidReference(InvalidRequest):
+    code = "invalid_reference"
+    hint = "An adapter is written name or name@version; kiln adapters list shows what there is."
+
+
+class ChecksumMismatch(KilnError):
+    """What was downloaded is not what its source says it is; it was removed."""
+
+    code = "checksum_mismatch"
+    hint = "Download it again; if that does not help, its source is damaged."
+
+
+class NoLogs(InvalidRequest):
+    code = "no_logs"
+    hint = "kiln up writes them below its state folder; kiln logs --state-dir FOLDER names another."
+
+
+class HubFailed(KilnError):
+    """The hub cannot be reached, or does not have the model for us."""
+
+    code = "hub_failed"
+    kind = ErrorKind.UNAVAILABLE
+    hint = "Look at the model's name; HF_ENDPOINT names the hub, HF_TOKEN the key for what is not public."
+
+
+class AgentNotAvailable(KilnError):
+    code = "agent_not_available"
+    kind = ErrorKind.NOT_IMPLEMENTED
+    hint = "kiln chat talks to the model without tools."
+
+
+class NoTrainingData(InvalidRequest):
+    code = "no_training_data"
+    hint = "kiln train sft examples.jsonl --adapter NAME, or --dataset ID; - is standard input."
+
+
+class NotEnoughGpus(InvalidRequest):
+    """`--engines` asks for more engines than there are GPUs."""
+
+    code = "not_enough_gpus"
+    hint = "Start fewer engines, show more GPUs with CUDA_VISIBLE_DEVICES, or add --device cpu."

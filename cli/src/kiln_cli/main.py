@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
-import dataclasses
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 
 import kiln_cli
+from kiln_cli import commands, exit_codes
+from kiln_cli.output import Output
+from kiln_cli.session import MACHINE, Json
 from kiln_common.errors import KilnError
 
 app = typer.Typer(
@@ -40,7 +40,7 @@ def _root(
     """Serve Qwen3.5 through the OpenAI API, and let it learn from rewards while it serves."""
 
 
-@app.command()
+@app.command(rich_help_panel=MACHINE)
 def up(
     model: Annotated[
         str | None,
@@ -54,6 +54,7 @@ def up(
         Path | None,
         typer.Option(
             help="Folder for adapters, jobs, Redis data and logs. ~/.local/state/kiln when left out.",
+            envvar="KILN_STATE_DIR",
             show_default=False,
         ),
     ] = None,
@@ -74,18 +75,28 @@ def up(
             show_default="auto",
         ),
     ] = None,
+    gateways: Annotated[int, typer.Option(help="Gateway processes on the one port.", min=1)] = 1,
+    engines: Annotated[int, typer.Option(help="Engines: one for each GPU, or on the CPU.", min=1)] = 1,
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="Show every log line, not only warnings.")
     ] = False,
+    as_json: Json = False,
 ) -> None:
     """Run everything on this machine: gateway, engine, trainer, registry and a private Redis.
 
+    With --json, a line for each thing that happens; the one with the event "ready" has the URL.
+
     Example: [bold]kiln up --model ~/models/Qwen3.5-4B --port 8420[/bold]
     """
+    import asyncio
+    import dataclasses
+
     from kiln_cli.up.console import UpConsole
     from kiln_cli.up.gpu_sharing import parse_choice, shared_gpu
+    from kiln_cli.up.gpus import assign_gpus
+    from kiln_cli.up.json_lines import UpJsonLines
     from kiln_cli.up.options import StateDirLock, build_options, default_state_dir
-    from kiln_cli.up.specs import SharedFate, build_specs
+    from kiln_cli.up.specs import SharedFate, build_specs, engine_names
     from kiln_cli.up.supervisor import Supervisor
 
     choice = parse_choice(gpu_sharing)
@@ -99,20 +110,27 @@ def up(
             served_model_name=served_model_name,
             device=device,
         )
+        options = dataclasses.replace(
+            options, num_gateways=gateways, engine_gpus=assign_gpus(engines, device)
+        )
         url = f"http://{'localhost' if host == '127.0.0.1' else host}:{port}"
-        console = UpConsole(url, folder / "logs", is_verbose=verbose)
+        console = (UpJsonLines if as_json else UpConsole)(url, folder / "logs", is_verbose=verbose)
         console.starting("the demo model" if options.is_demo_model else options.model, folder)
         with shared_gpu(choice, device, options.run_dir, folder) as sharing:
             if sharing.note:
                 console.note(sharing.note)
             specs = build_specs(dataclasses.replace(options, gpu_env=sharing.env))
-            fate = SharedFate(frozenset({"engine", "trainer"}), sharing.renew) if sharing.renew else None
+            sharers = frozenset({*engine_names(options), "trainer"})
+            fate = SharedFate(sharers, sharing.renew) if sharing.renew else None
             supervisor = Supervisor(specs, folder, console, inherited_fds=[lock.fd], shared_fate=fate)
             code = asyncio.run(supervisor.run_until_signal())
     raise typer.Exit(code)
 
 
-@app.command()
+app.command("serve", help="The same as [bold]kiln up[/bold].", rich_help_panel=MACHINE)(up)
+
+
+@app.command(rich_help_panel=MACHINE)
 def demo(
     seed: Annotated[int, typer.Option(help="Order of prompts and shuffling.")] = 0,
     rounds: Annotated[int, typer.Option(help="Sample, score, train: how often.", min=1)] = 16,
@@ -120,34 +138,46 @@ def demo(
         Path | None,
         typer.Option(help="Keep state and logs here. A temporary folder when left out.", show_default=False),
     ] = None,
+    as_json: Json = False,
 ) -> None:
     """Start a stack of its own, let the demo model learn courtesy from a reward, and measure it.
 
-    Takes a few minutes; the last line is JSON. Example: [bold]kiln demo | tail -1[/bold]
+    Takes a few minutes; the last line is JSON, and with --json the only one on standard output.
 
     Exit code 0: it learned and every request was answered. 1: it ran to its end, but did not learn or
     a request failed, and the line before the JSON says which. 2: it could not be carried out.
     130: it was interrupted.
+
+    Example: [bold]kiln demo --json[/bold]
     """
     from kiln_cli.demo.learning import LearningPlan
     from kiln_cli.demo.run import demo as run
 
-    raise typer.Exit(run(seed, state_dir, LearningPlan(num_rounds=rounds)))
+    raise typer.Exit(run(seed, state_dir, LearningPlan(num_rounds=rounds), as_json=as_json))
 
 
-@app.command()
-def version() -> None:
-    """Print the version."""
-    typer.echo(kiln_cli.__version__)
+@app.command(rich_help_panel=MACHINE)
+def version(as_json: Json = False) -> None:
+    """Print the version.
+
+    Example: [bold]kiln version --json[/bold]
+    """
+    Output(as_json).answer(
+        {"version": kiln_cli.__version__}, lambda console: console.print(kiln_cli.__version__)
+    )
 
 
-def main() -> None:
-    """Entry point: errors of ours become one line with a hint, and exit code 2."""
+commands.register(app)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point: errors of ours become one line with a hint, and exit code 2.
+
+    `arguments` are those of the command line unless given.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        app()
+        app(args=list(arguments))
     except KilnError as error:
-        console = Console(stderr=True, highlight=False)
-        console.print(f"[red]{error.code}[/red]: {escape(str(error))}")
-        if error.hint:
-            console.print(f"  {escape(error.hint)}", style="dim")
-        sys.exit(2)
+        Output("--json" in arguments).error(error.code, str(error), error.hint)
+        sys.exit(exit_codes.USAGE)

@@ -263,6 +263,17 @@ async def engine_process(settings: EngineSettings):
         await client.close()
 
 
+async def test_the_engine_says_what_holds_its_memory(checkpoint, tmp_path):
+    async with real_engine(settings_for(checkpoint, tmp_path)) as (_, client):
+        memory = (await client.get_info()).memory
+        weights = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
+        # The file has a header besides; the arena pads between tensors.
+        assert memory.num_weights_bytes == pytest.approx(weights, rel=0.2)
+        pools = [memory.num_kv_bytes, memory.num_state_bytes, memory.num_adapter_bytes]
+        assert min(*pools, memory.num_workspace_bytes) > 0
+        assert memory.num_weights_bytes + sum(pools) < memory.num_device_bytes
+
+
 @pytest.mark.processes
 @pytest.mark.parametrize(("drain_timeout_s", "code"), [(20.0, ""), (0.0, "engine_draining")])
 async def test_the_process_stops_under_traffic(checkpoint, tmp_path, drain_timeout_s, code):

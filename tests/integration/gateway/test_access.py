@@ -58,6 +58,47 @@ async def test_only_admins_attach_what_they_train(rig):
             assert response.json()["effective_config"]["attach"] is attach
 
 
+async def test_jobs_belong_to_their_key_and_admins_see_all(rig):
+    mine = (await rig.post("/v1/train/grpo", GRPO, headers=bearer("admin"))).json()["id"]
+    path = f"/v1/train/jobs/{mine}"
+    for method, suffix in (
+        ("GET", ""),
+        ("GET", "/events"),
+        ("GET", "/receipt"),
+        ("POST", "/cancel"),
+        ("POST", "/retry"),
+    ):
+        answer = await rig.http.request(method, path + suffix, headers=bearer("train"))
+        assert (answer.status_code, answer.json()["error"]["code"]) == (404, "job_not_found")
+    theirs = (await rig.post("/v1/train/grpo", GRPO, headers=bearer("train"))).json()["id"]
+    for route in ("jobs", "queue"):
+        for name, ids in (("train", {theirs}), ("admin", {mine, theirs})):
+            listed = (await rig.http.get(f"/v1/train/{route}", headers=bearer(name))).json()["data"]
+            assert {job["id"] for job in listed} == ids
+
+
+async def test_only_admins_go_before_others(rig):
+    for name, priority, status in (("train", 5, 202), ("train", -1, 403), ("admin", -10, 202)):
+        body = {**GRPO, "priority": priority}
+        assert (await rig.post("/v1/train/grpo", body, headers=bearer(name))).status_code == status
+    late = await rig.post("/v1/train/grpo", {**GRPO, "priority": 11}, headers=bearer("admin"))
+    assert (late.status_code, late.json()["error"]["param"]) == (400, "priority")
+
+
+async def test_a_retry_keeps_no_right_that_the_key_does_not_have(rig):
+    job = (await rig.post("/v1/train/grpo", GRPO, headers=bearer("train"))).json()
+    kept = rig.trainer.jobs[job["id"]]
+    kept.status = "failed"
+    # As it was when the key still was an admin's.
+    kept.config.attach = rig.trainer.submitted[0].config.attach = True
+    kept.config.priority = rig.trainer.submitted[0].config.priority = -3
+    path = f"/v1/train/jobs/{job['id']}/retry"
+    effective = (await rig.post(path, headers=bearer("train"))).json()["effective_config"]
+    assert (effective["attach"], effective["priority"]) == (False, 0)
+    effective = (await rig.post(path, headers=bearer("admin"))).json()["effective_config"]
+    assert (effective["attach"], effective["priority"]) == (True, -3)
+
+
 async def test_keys_do_not_share_cached_prefixes(rig):
     body = {"messages": [{"role": "user", "content": "Hi"}]}
     for name in ("infer", "train"):

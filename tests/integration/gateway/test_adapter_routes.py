@@ -147,6 +147,27 @@ async def test_attach_and_detach_change_what_answers(rig):
     assert (await rig.http.get("/v1/adapters/mine")).status_code == 404
 
 
+async def test_a_rolled_back_name_answers_with_the_older_version(rig):
+    rig.registry.add("mine")
+    rig.registry.add("mine", attach=True)
+    response = await rig.post("/v1/adapters/mine/rollback", {"version": 1})
+    body = response.json()
+    assert (body["version"]["id"], body["default_moved"]) == ("mine@1", True)
+    for fields in ({}, {"model": "mine"}):
+        assert (await rig.chat(**fields)).headers["X-Kiln-Adapter"] == "mine@1"
+    assert (await rig.chat(model="mine@2")).headers["X-Kiln-Adapter"] == "mine@2"
+    for name, sent, status, code, param in (
+        ("mine", {"version": 9}, 404, "adapter_not_found", "version"),
+        ("nobody", {"version": 1}, 404, "adapter_not_found", "name"),
+        ("mine", {}, 400, "missing_field", "version"),
+        ("mine", {"version": 0}, 400, "invalid_value", "version"),
+    ):
+        response = await rig.post(f"/v1/adapters/{name}/rollback", sent)
+        error = response.json()["error"]
+        assert (response.status_code, error["code"], error["param"]) == (status, code, param)
+    assert (await rig.chat(model="mine")).headers["X-Kiln-Adapter"] == "mine@1"
+
+
 async def test_attaching_what_is_not_there_names_the_part_at_fault(rig):
     rig.registry.add("mine")
     cases = [("nobody", {}, "name"), ("nobody", {"version": 1}, "name"), ("mine", {"version": 9}, "version")]

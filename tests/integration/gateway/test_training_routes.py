@@ -4,8 +4,11 @@ import pytest
 import redis.asyncio
 
 from kiln_common.bus import keys
-from kiln_common.pb import trainer_pb2
+from kiln_common.pb import common_pb2, trainer_pb2
+from kiln_common.rpc import from_error_detail
+from kiln_gateway.schemas.training import RetryBody
 from kiln_gateway.settings import ApiKey
+from kiln_gateway.training.retry import PATHS
 from tests.support.gateway import FakeEngine, gateway_rig, parse_events
 from tests.support.redis_server import private_redis
 
@@ -254,16 +257,17 @@ async def test_sft_learns_answers_and_kept_rollouts(rig):
 async def test_the_effective_config_is_what_the_trainer_gets(rig):
     body = {
         "prompt": "Hi", "completions": ["a", "b"], "rewards": [True, False], "base_adapter": None,
-        "lora": {"rank": 4, "alpha": 8, "targets": ["q_proj"]}, "epochs": 3, "batch_tokens": 100,
+        "lora": {"rank": 4, "alpha": 8, "targets": ["q_proj"], "dropout": 0.1}, "epochs": 3,
+        "batch_tokens": 100, "optimizer": "muon",
         "schedule": "cosine", "warmup_ratio": 0.1, "weight_decay": 0.01, "max_grad_norm": 0, "seed": 7,
         "publish": "never", "attach": False, "metadata": {"team": "x"},
         "loss": {"type": "dr_grpo", "kl": {"coef": 0.1, "estimator": "k2"}, "scale_rewards": "none"},
     }  # fmt: skip
     job = (await grpo(rig, **body)).json()
     config = job["effective_config"]
-    for name in ("lora", "epochs", "batch_tokens", "schedule", "seed", "publish", "attach", "max_grad_norm"):
-        expected = {**body["lora"], "dropout": 0} if name == "lora" else body[name]
-        assert config[name] == expected
+    for name in ("lora", "epochs", "batch_tokens", "optimizer", "schedule", "seed", "publish", "attach"):
+        assert config[name] == body[name]
+    assert config["max_grad_norm"] == 0
     assert config["loss"]["kl"] == {"coef": 0.1, "estimator": "k2"}
     assert (job["metadata"], job["effective_seed"]) == ({"team": "x"}, 7)
     request = rig.trainer.submitted[0]
@@ -307,6 +311,103 @@ async def test_jobs_can_be_read_watched_and_cancelled(rig):
     assert [event["id"] for event in parse_events(resumed.text)] == ["2-0"]
     cancelled = (await rig.post(f"/v1/train/jobs/{job_id}/cancel")).json()
     assert (cancelled["status"], cancelled["queue_position"]) == ("cancelled", None)
+
+
+async def test_jobs_are_listed_by_status(rig):
+    ids = [
+        (await grpo(rig, adapter=name, prompt="Hi", completions=["a", "b"], rewards=[1, 0])).json()["id"]
+        for name in "abc"
+    ]
+    for job_id, status in zip(ids, ("running", "failed", "queued"), strict=True):
+        rig.trainer.jobs[job_id].status = status
+    listed = await rig.http.get("/v1/train/jobs?status=running&status=failed")
+    assert [job["id"] for job in listed.json()["data"]] == [ids[1], ids[0]]
+    refused = await rig.http.get("/v1/train/jobs?status=lost")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "invalid_value")
+
+
+async def test_a_retry_names_the_settings_that_change(rig):
+    first = (await grpo(rig, prompt="Hi", completions=["a", "b"], rewards=[1, 0], epochs=2)).json()
+    path = f"/v1/train/jobs/{first['id']}/retry"
+    early = await rig.post(path)
+    assert (early.status_code, early.json()["error"]["code"]) == (409, "job_not_ended")
+    rig.trainer.jobs[first["id"]].status = "failed"
+    same = await rig.post(path)
+    assert (same.status_code, same.json()["retry_of"]) == (202, first["id"])
+    assert same.json()["effective_config"] == first["effective_config"]
+    assert rig.trainer.submitted[-1].grpo == rig.trainer.submitted[0].grpo
+    headers = {"Idempotency-Key": "again"}
+    body = {"learning_rate": 0.5, "lora": {"rank": 4}, "base_adapter": None, "metadata": {"run": 2}}
+    other = (await rig.post(path, body, headers=headers)).json()
+    effective = other["effective_config"]
+    assert (effective["learning_rate"], effective["lora"]["rank"], effective["epochs"]) == (0.5, 4, 2)
+    assert (other["metadata"], rig.trainer.submitted[-1].config.start_fresh) == ({"run": 2}, True)
+    assert (await rig.post(path, body, headers=headers)).json()["id"] == other["id"]
+    for fields, code in (
+        ({"epochs": 0}, "invalid_value"),
+        ({"prompt": "Hi"}, "unknown_field"),
+        ({"adapter": "kiln/tiny"}, "invalid_adapter_name"),
+    ):
+        refused = await rig.post(path, fields)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (400, code)
+
+
+async def test_a_cancel_keeps_or_discards_what_was_published(rig):
+    job = (await grpo(rig, prompt="Hi", completions=["a", "b"], rewards=[1, 0], publish=3)).json()
+    assert job["effective_config"]["publish"] == 3
+    path = f"/v1/train/jobs/{job['id']}/cancel"
+    for body in (None, {"published": "keep"}, {"published": "discard"}):
+        assert (await rig.post(path, body)).status_code == 200
+    assert [discards for _, discards in rig.trainer.cancels] == [False, False, True]
+    refused = await rig.post(path, {"published": "maybe"})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "published")
+
+
+async def test_a_receipt_says_what_an_ended_job_was_made_of(rig):
+    job = (await grpo(rig, prompt="Hi", completions=["a", "b"], rewards=[1, 0], seed=5)).json()
+    path = f"/v1/train/jobs/{job['id']}/receipt"
+    early = await rig.http.get(path)
+    assert (early.status_code, early.json()["error"]["code"]) == (409, "job_not_ended")
+    kept = rig.trainer.jobs[job["id"]]
+    kept.status, kept.base_model_hash, kept.data_sha256 = "succeeded", "m" * 64, "d" * 64
+    kept.resolved_base_adapter, kept.base_adapter_sha256 = "helpful@1", "b" * 64
+    kept.environment["torch"] = "2.11"
+    kept.result.sha256 = "a" * 64
+    kept.published.add(step=3, adapter="helpful", version=2, sha256="a" * 64)
+    receipt = (await rig.http.get(path)).json()
+    assert receipt["model"] == {"sha256": "m" * 64}
+    assert receipt["base_adapter"] == {"reference": "helpful@1", "sha256": "b" * 64}
+    assert (receipt["data"]["sha256"], receipt["seeds"]) == ("d" * 64, {"job": 5})
+    assert receipt["software"] == {"torch": "2.11"}
+    assert receipt["effective_config"] == job["effective_config"]
+    assert (receipt["result"]["sha256"], receipt["published"][0]["version"]) == ("a" * 64, 2)
+
+
+async def test_a_webhook_is_shown_without_its_secret_and_a_retry_may_change_it(rig):
+    hook = {"url": "https://example.com/hook", "secret": "s" * 16}
+    job = (await grpo(rig, prompt="Hi", completions=["a", "b"], rewards=[1, 0], webhook=hook)).json()
+    assert job["webhook"] == {"url": hook["url"], "status": "pending", "attempts": 0, "error": None}
+    assert "s" * 16 not in str(job)
+    assert rig.trainer.submitted[0].webhook.secret == hook["secret"]
+    rig.trainer.jobs[job["id"]].status = "failed"
+    path = f"/v1/train/jobs/{job['id']}/retry"
+    other = {"url": "https://example.com/other", "secret": "t" * 16}
+    for body, url in (({}, hook["url"]), ({"webhook": other}, other["url"]), ({"webhook": None}, None)):
+        again = (await rig.post(path, body)).json()
+        assert (again["webhook"] and again["webhook"]["url"]) == url
+
+
+def test_every_setting_can_be_changed_by_a_retry_or_is_not_built_yet():
+    assert set(RetryBody.model_fields) - set(PATHS) == {"webhook"}
+
+
+async def test_what_the_trainer_counts_reaches_the_client(rig):
+    detail = common_pb2.ErrorDetail(
+        code="job_exceeds_memory", status="OUT_OF_RANGE", details_json='{"total_bytes": 5}'
+    )
+    rig.trainer.refusal = from_error_detail(detail)
+    response = await grpo(rig, prompt="Hi", completions=["a", "b"], rewards=[1, 0])
+    assert (response.status_code, response.json()["error"]["details"]) == (413, {"total_bytes": 5})
 
 
 async def test_without_a_trainer_a_job_is_a_503(rig):

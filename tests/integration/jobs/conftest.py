@@ -23,9 +23,7 @@ def redis_client(redis_server):
 
 @pytest.fixture
 def store(redis_client):
-    store = JobStore(redis_client, "trainer_a", retention_s=60)
-    store.ensure_group()
-    return store
+    return JobStore(redis_client, "trainer_a", retention_s=60)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import json
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -11,8 +12,7 @@ from kiln_trainer.domain.errors import ClaimLost
 from kiln_trainer.jobs.durability import check_durable
 from kiln_trainer.jobs.errors import PayloadCorrupt
 from kiln_trainer.jobs.records import JobFailure
-from kiln_trainer.jobs.store import JobStore
-from tests.support.jobs import grpo_request, sft_request, wait_until
+from tests.support.jobs import WAIT_S, grpo_request, sft_request, wait_until
 
 NEVER_S = 3600.0  # claim timeout under which no job is taken over
 AT_ONCE_S = 0.0
@@ -36,7 +36,7 @@ def test_an_accepted_job_can_be_read_back(store):
     assert dict(job.sources) == {"rollout": 2}
     assert job.created_at_s > 0
     claimed = claim(store)
-    assert store.read_payload(claimed) == request
+    assert store.read_payload(claimed.job_id) == request
 
 
 def test_jobs_run_in_order_of_acceptance(store):
@@ -53,12 +53,83 @@ def test_jobs_run_in_order_of_acceptance(store):
     assert claim(store) is None
 
 
+def owned(owner, adapter, **config):
+    request = grpo_request(adapter, **config)
+    request.owner = owner
+    return request
+
+
+def run_order(store):
+    """Adapters in the order in which one trainer runs their jobs."""
+    order = []
+    while (mine := claim(store)) is not None:
+        order.append(mine.adapter)
+        store.succeed(mine, {})
+    return order
+
+
+def test_keys_alternate_however_much_one_of_them_has_queued(store):
+    for number in range(4):
+        store.submit(owned("greedy", f"g{number}"))
+    first = claim(store)
+    for number in range(2):
+        store.submit(owned("modest", f"m{number}"))
+    expected = ["g1", "m0", "g2", "m1", "g3"]
+    assert [job.config.adapter for job in store.list_open()] == ["g0", *expected]
+    store.succeed(first, {})
+    assert run_order(store) == expected
+
+
+def test_a_key_that_waited_for_nothing_does_not_run_ahead(store):
+    for number in range(3):
+        store.submit(owned("early", f"e{number}"))
+    store.succeed(claim(store), {})
+    store.succeed(claim(store), {})
+    for number in range(3):
+        store.submit(owned("late", f"l{number}"))
+    assert run_order(store) == ["e2", "l0", "l1", "l2"]
+
+
+def test_a_cancelled_jobs_place_goes_to_the_next_of_its_key(store):
+    ids = [store.submit(owned("one", f"o{number}")) for number in range(4)]
+    for number in range(2):
+        store.submit(owned("two", f"t{number}"))
+    for job_id in ids[:2]:
+        store.cancel(job_id)
+    assert run_order(store) == ["o2", "t0", "o3", "t1"]
+
+
+def test_a_lower_priority_number_runs_first_and_jobs_of_one_adapter_in_order(store):
+    store.submit(owned("", "usual"))
+    store.submit(owned("", "patient", priority=10))
+    store.submit(owned("", "urgent", priority=-10, epochs=1))
+    store.submit(owned("", "patient", priority=-5))  # waits for the one before it all the same
+    assert run_order(store) == ["urgent", "usual", "patient", "patient"]
+
+
+def test_jobs_are_listed_by_status(store):
+    ended, running, queued = (store.submit(sft_request(name)) for name in "abc")
+    store.succeed(claim(store), {})
+    claim(store)
+    assert [job.id for job in store.list_jobs(0, ["queued"])] == [queued]
+    assert [job.id for job in store.list_jobs(0, ["running", "succeeded"])] == [running, ended]
+    assert [job.id for job in store.list_jobs(1, ["running", "succeeded"])] == [running]
+    assert [job.id for job in store.list_open()] == [running, queued]
+
+
+def test_a_waiting_trainer_gets_a_job_as_soon_as_there_is_one(store, other_store):
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(other_store.claim_next, NEVER_S, WAIT_S)
+        job_id = store.submit(grpo_request())
+        assert waiting.result(WAIT_S / 2).job_id == job_id
+
+
 def test_the_same_key_gives_the_same_job_and_another_body_a_conflict(store, redis_client):
     request = grpo_request()
     request.idempotency_key = "key"
     first = store.submit(request)
     assert store.submit(request) == first
-    assert redis_client.xlen(keys.JOB_QUEUE) == 1
+    assert redis_client.zcard(keys.JOB_QUEUED) == 1
     request.config.epochs = 2
     with pytest.raises(IdempotencyConflict):
         store.submit(request)
@@ -68,7 +139,7 @@ def test_the_same_key_gives_the_same_job_and_another_body_a_conflict(store, redi
 def test_submitting_again_under_the_same_id_queues_once(store, redis_client):
     for _ in range(2):
         store.submit(grpo_request(), "job_1")
-    assert redis_client.xlen(keys.JOB_QUEUE) == 1
+    assert redis_client.zcard(keys.JOB_QUEUED) == 1
     assert event_types(redis_client, "job_1") == ["queued"]
 
 
@@ -95,13 +166,12 @@ def test_a_silent_trainers_job_is_taken_over_and_fenced(store, other_store, redi
 def test_a_heartbeat_keeps_the_claim(store, other_store):
     store.submit(grpo_request())
     mine = claim(store)
-    # Idle time has passed whenever the other looks; only the heartbeat in between resets it.
-    idle_ms = store._redis.xpending_range(keys.JOB_QUEUE, keys.JOB_GROUP, "-", "+", 1)[0]
-    assert idle_ms["consumer"] == b"trainer_a"
-    store._redis.xclaim(keys.JOB_QUEUE, keys.JOB_GROUP, "trainer_a", 0, [mine.entry_id], idle=60_000)
+    a_minute_ago = {mine.job_id: time.time() - 60}
+    # Silent for too long whenever the other looks; only the heartbeat in between resets it.
+    store._redis.zadd(keys.JOB_RUNNING, a_minute_ago)
     store.heartbeat(mine)
     assert claim(other_store, 30.0) is None
-    store._redis.xclaim(keys.JOB_QUEUE, keys.JOB_GROUP, "trainer_a", 0, [mine.entry_id], idle=60_000)
+    store._redis.zadd(keys.JOB_RUNNING, a_minute_ago)
     assert claim(other_store, 30.0).claim_epoch == 2
 
 
@@ -110,9 +180,8 @@ def test_jobs_of_one_adapter_wait_for_each_other(store, other_store):
     elsewhere = store.submit(grpo_request("other"))
     running = claim(store)
     assert running.job_id == first
-    assert claim(other_store) is None  # handed the second: it must wait
-    assert claim(other_store) is None  # and the third
-    assert claim(other_store).job_id == elsewhere
+    assert claim(other_store).job_id == elsewhere  # the second and third must wait
+    assert claim(other_store) is None
     assert store.get(second).status == "queued"
     store.cancel(second)  # one that waits can be cancelled
     assert store.get(second).status == "cancelled"
@@ -168,8 +237,7 @@ def test_an_end_is_final(store, redis_client):
     job = store.get(job_id)
     assert (job.status, job.result.version) == ("succeeded", 1)
     assert event_types(redis_client, job_id)[-1] == "succeeded"
-    assert redis_client.xlen(keys.JOB_QUEUE) == 0
-    assert redis_client.xpending(keys.JOB_QUEUE, keys.JOB_GROUP)["pending"] == 0
+    assert not redis_client.exists(keys.JOB_RUNNING, keys.JOB_QUEUED)
 
 
 def test_ended_jobs_expire_and_open_ones_never(store, redis_client):
@@ -184,7 +252,7 @@ def test_ended_jobs_expire_and_open_ones_never(store, redis_client):
         keys.job_idempotency("key"),
     ):
         assert 0 < redis_client.ttl(key) <= 60
-    for key in (keys.job(open_), keys.job_payload(open_), keys.job_events(open_), keys.JOB_QUEUE):
+    for key in (keys.job(open_), keys.job_payload(open_), keys.job_events(open_), keys.JOB_QUEUED):
         assert redis_client.ttl(key) == -1
     redis_client.delete(keys.job(ended))
     assert [job.id for job in store.list_jobs(0)] == [open_]
@@ -197,20 +265,18 @@ def test_ended_jobs_expire_and_open_ones_never(store, redis_client):
     assert store.submit(request) != ended  # its key is free again
 
 
-def test_trainers_that_never_came_back_leave_the_group(store, redis_client):
-    store.submit(grpo_request())
-    held = claim(store)
-    for name in ("trainer_gone", "trainer_b"):
-        redis_client.xgroup_createconsumer(keys.JOB_QUEUE, keys.JOB_GROUP, name)
-    impatient = JobStore(redis_client, "trainer_c", retention_s=0)
-
-    def names():
-        return {c["name"] for c in redis_client.xinfo_consumers(keys.JOB_QUEUE, keys.JOB_GROUP)}
-
-    store.forget_expired()
-    assert names() == {b"trainer_a", b"trainer_b", b"trainer_gone"}
-    wait_until(lambda: impatient.forget_expired() or names() == {b"trainer_a"})  # it holds a job
-    store.heartbeat(held)
+def test_jobs_that_an_earlier_kiln_left_in_its_stream_are_taken_over(store, redis_client):
+    running, queued = (store.submit(grpo_request(name)) for name in "ab")
+    claim(store)
+    redis_client.delete(keys.JOB_RUNNING, keys.JOB_TURNS, keys.owner_queue(0, ""))
+    redis_client.xadd(keys.FORMER_JOB_QUEUE, {"job_id": running})
+    for number, job_id in enumerate((running, queued)):
+        redis_client.hdel(keys.job(job_id), "priority", "owner")
+        redis_client.zadd(keys.JOB_QUEUED, {job_id: number}, xx=True)
+    for _ in range(2):
+        store.adopt_from_stream()
+    assert not redis_client.exists(keys.FORMER_JOB_QUEUE)
+    assert [claim(store).job_id, claim(store).job_id] == [running, queued]
 
 
 def test_a_damaged_payload_is_noticed(store, redis_client):

@@ -38,7 +38,7 @@ def add_version(publisher, name, model_hash=MODEL_HASH):
     version = registry_pb2.AdapterVersion(
         name=name, version=1, sha256=hashlib.sha256(name.encode()).hexdigest(), base_model_hash=model_hash
     )
-    publisher.versions[name] = [version]
+    publisher.known[name] = [version]
     return version
 
 
@@ -131,7 +131,7 @@ def test_an_unfinished_student_is_withdrawn_even_if_it_could_not_be_sampled(stor
     job, _ = run(store, publisher, tmp_path, opd_request())
     assert job.status == "succeeded"
     assert publisher.withdrawn == [job.id] * 2
-    assert job.id not in publisher.versions
+    assert job.id not in publisher.known
 
 
 def test_a_registry_that_is_away_when_a_student_is_withdrawn_does_not_stop_the_job(

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.job_queue import kill_moments, small_job, submit_twice, until_ended, verdict_of
 from kiln_common.clients.trainer import TrainerClient
 from kiln_common.errors import KilnError
 from tests.support.fake_engine import running_engine
@@ -27,10 +29,12 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def start_trainer_process(tmp_path, env: dict[str, str]) -> tuple[subprocess.Popen, TrainerClient]:
+def start_trainer_process(
+    tmp_path, env: dict[str, str], step_s: float = STEP_S
+) -> tuple[subprocess.Popen, TrainerClient]:
     port = free_port()
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.support.chain_trainer", str(STEP_S)],
+        [sys.executable, "-m", "tests.support.chain_trainer", str(step_s)],
         env={**os.environ, **env, "KILN_TRAINER_LISTEN": f"127.0.0.1:{port}"},
         cwd=Path(__file__).parents[3],
         stderr=(tmp_path / f"trainer-{port}.log").open("w"),
@@ -38,7 +42,7 @@ def start_trainer_process(tmp_path, env: dict[str, str]) -> tuple[subprocess.Pop
     return process, TrainerClient(f"127.0.0.1:{port}")
 
 
-async def until_answer(call, timeout_s=30.0):
+async def until_answer(call, timeout_s=60.0):
     """The first answer a starting service gives."""
     async with asyncio.timeout(timeout_s):
         while True:
@@ -46,6 +50,43 @@ async def until_answer(call, timeout_s=30.0):
                 return await call()
             except KilnError:
                 await asyncio.sleep(0.05)
+
+
+async def test_forty_jobs_end_once_each_though_two_of_three_trainers_are_killed(redis_server, tmp_path):
+    """The short form of `python -m benchmarks.job_queue`, without torch."""
+    async with running_registry(tmp_path / "registry") as registry, running_engine() as engine:
+        env = {
+            "KILN_TRAINER_REDIS_URL": redis_server.url,
+            "KILN_TRAINER_REGISTRY_ADDRESS": registry.address,
+            "KILN_TRAINER_ENGINE_ADDRESSES": engine.address,
+            "KILN_TRAINER_STATE_DIR": str(tmp_path / "trainer"),
+            "KILN_TRAINER_CLAIM_TIMEOUT_S": "1.5",
+        }
+        trainers = [start_trainer_process(tmp_path, env, step_s=0.005) for _ in range(3)]
+        (survivor, client), *victims = trainers
+        draw, problems, killed = random.Random(3), [], []
+        moments = kill_moments(40, len(victims), draw)
+
+        def on_progress(num_ended):
+            while moments and num_ended >= moments[0]:
+                moments.pop(0)
+                process, _ = victims[len(killed)]
+                os.kill(process.pid, signal.SIGKILL)
+                killed.append(process)
+
+        try:
+            for _, each in trainers:
+                await until_answer(each.status)
+            ids = await submit_twice(client, [small_job(number, 8) for number in range(40)], problems)
+            await until_ended(client, ids, on_progress)
+            verdict = await verdict_of(client, registry, ids)
+            assert problems + verdict.problems == []
+            assert (len(killed), survivor.poll()) == (2, None)
+        finally:
+            for process, each in trainers:
+                await each.close()
+                process.kill()
+                process.wait()
 
 
 async def run_to_end(client, job_id):

@@ -10,6 +10,7 @@ from kiln_common.bus.connect import connect
 from kiln_common.clients.trainer import TrainerClient
 from kiln_common.errors import KilnError, TrainerUnavailable
 from kiln_trainer.bootstrap import start_trainer
+from kiln_trainer.domain.capacity import Capacity
 from kiln_trainer.settings import TrainerSettings
 from tests.support.fake_engine import running_engine
 from tests.support.jobs import ChainBackend, grpo_request
@@ -35,6 +36,7 @@ async def stack(redis_url, tmp_path, backend=None, **settings):
         }
         trainer = await start_trainer(TrainerSettings(**fields), lambda _: backend or ChainBackend())
         client = TrainerClient(f"127.0.0.1:{trainer.port}")
+        client.address = f"127.0.0.1:{trainer.port}"
         try:
             yield client, registry, engine
         finally:
@@ -73,7 +75,10 @@ async def test_from_submit_to_the_engines(redis_server, tmp_path):
         followed = await client.get(follow_up.id)
         assert (followed.resolved_base_adapter, followed.config.metadata_json) == ("helper@1", '{"run": 2}')
         assert (followed.result.version, await registry.get_default()) == (2, version)
-        assert (await registry.resolve("helper")).parent_version == 1
+        second = await registry.resolve("helper")
+        assert second.parent_version == 1
+        assert len(second.data_sha256) == 64
+        assert second.data_sha256 == version.data_sha256  # the same data under other settings
         assert [found.id for found in await client.list()] == [follow_up.id, job.id]
         status = await client.status()
         assert (status.num_queued, status.engine_boot_id) == (0, "boot")
@@ -83,6 +88,7 @@ async def test_from_submit_to_the_engines(redis_server, tmp_path):
         assert sum(status.step_seconds.counts) == done.progress.step + followed.progress.step - 2
         assert (sum(status.swap_seconds.counts), status.metrics["loss"]) == (2, followed.metrics["loss"])
         assert status.num_jobs_ended["succeeded"] >= 1  # the second may not be counted yet
+        assert status.num_device_bytes > 2**20  # this process holds more than a MiB
 
 
 async def test_an_engine_that_does_not_take_the_result_is_named(redis_server, tmp_path):
@@ -110,6 +116,20 @@ async def test_bad_jobs_are_refused_and_nothing_is_queued(redis_server, redis_cl
         assert await code_of(client.cancel("job_none")) == "job_not_found"
         assert await code_of(watch_all(client, "job_none")) == "job_not_found"
         assert redis_client.keys("kiln:job:*") == []
+
+
+async def test_a_job_too_large_for_the_trainers_memory_is_refused_with_its_bytes(redis_server, tmp_path):
+    small = Capacity(available_bytes=1000, base_shared_bytes=8, base_copied_bytes=0, token_bytes=100.0)
+    async with stack(redis_server.url, tmp_path, ChainBackend(capacity=small)) as (client, _, _):
+        with pytest.raises(KilnError) as caught:
+            await client.submit(grpo_request())
+        assert (caught.value.code, caught.value.kind.http_status) == ("job_exceeds_memory", 413)
+        details = caught.value.details
+        assert details["available_bytes"] == 1000
+        assert details["total_bytes"] == sum(
+            details[name] for name in ("adapter_bytes", "optimizer_bytes", "activation_bytes")
+        )
+        assert await client.list() == []
 
 
 async def test_the_idempotency_key_is_honoured(redis_server, tmp_path):

@@ -130,7 +130,7 @@ def test_a_cancel_before_publishing_is_in_time(store, publisher, tmp_path):
 
 def test_a_start_whose_rank_fits_no_slot_fails_before_a_step(store, publisher, tmp_path):
     version = registry_pb2.AdapterVersion(name="wide", version=1, rank=65)
-    publisher.versions["wide"], publisher.max_rank = [version], 64
+    publisher.known["wide"], publisher.max_rank = [version], 64
     backend = ChainBackend()
     job_id = store.submit(grpo_request("other", base_adapter="wide"))
     with working(store, backend, publisher, tmp_path):
@@ -340,7 +340,7 @@ def test_a_resumed_job_keeps_the_base_it_began_with(store, other_store, publishe
     store.release(mine)
     newer = store.submit(grpo_request("helper", epochs=2))
     backend = ChainBackend(num_steps=1)
-    publisher.versions["helper"].append(publisher.versions["helper"][0])  # "helper" means more now
+    publisher.known["helper"].append(publisher.known["helper"][0])  # "helper" means more now
     with working(other_store, backend, publisher, tmp_path):
         assert ended(store, job_id).resolved_base_adapter == "helper@1"
         ended(store, newer)

@@ -12,6 +12,7 @@ from kiln_nn.lora.peft_config import parse_config
 from kiln_nn.lora.spec import adapter_table
 from kiln_registry.domain import BaseModelRecord, ModuleShape
 from kiln_registry.inspection import inspect_adapter, parse_peft_config
+from kiln_registry.plain_form import plain_config
 from tests.support.registry import peft_config
 from tests.support.tiny_models import tiny_config
 
@@ -63,3 +64,12 @@ def test_both_give_the_same_verdict_on_a_config(overrides):
         return True
 
     assert accepts(parse_peft_config) == accepts(parse_config), json.dumps(overrides)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [{"use_rslora": True}, {"rank_pattern": {"a": 1}}, {"use_rslora": True, "alpha_pattern": {"a": 2.5}}],
+)
+def test_a_config_in_plain_form_is_one_that_both_take(overrides):
+    text = plain_config(peft_config(**overrides))
+    assert parse_peft_config(text).rank == parse_config(text).rank == 2

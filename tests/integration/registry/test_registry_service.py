@@ -8,11 +8,12 @@ import subprocess
 import sys
 
 import pytest
+from sqlalchemy.exc import OperationalError
 
 from kiln_common.bus import keys
 from kiln_common.bus.connect import connect_async
 from kiln_common.clients.registry import BlobCorrupt, RegistryClient
-from kiln_common.errors import KilnError, RegistryUnavailable
+from kiln_common.errors import ErrorKind, KilnError, RegistryUnavailable
 from kiln_common.pb import common_pb2
 from kiln_registry.blobs import BlobStore
 from tests.support.redis_server import private_redis
@@ -42,6 +43,46 @@ async def test_what_is_published_can_be_fetched(tmp_path):
         assert await client.set_default("") is None
         assert await client.get_default() is None
     assert [path.name for path in stored_files(tmp_path)] == [version.sha256]
+
+
+async def test_a_rollback_is_seen_by_the_next_to_resolve_the_name(tmp_path):
+    async with running_registry(tmp_path) as client:
+        for seed in range(2):
+            await client.publish(publish_header("helper", attach=True), adapter_bytes(seed=seed))
+        with pytest.raises(KilnError) as caught:
+            await client.roll_back("helper", 1, may_move_default=False)
+        assert (caught.value.code, caught.value.kind.http_status) == ("default_needs_admin", 403)
+        answer = await client.roll_back("helper", 1, may_move_default=True)
+        assert answer.has_moved_default
+        assert await client.resolve("helper") == answer.version
+        assert (answer.version.version, answer.version.rolled_back_over) == (1, 2)
+        assert (await client.get_default()).version == 1
+        assert (await client.get("helper")).latest_version == 1
+
+
+async def test_collecting_spares_what_is_held_and_takes_the_bytes_with_the_version(tmp_path):
+    limits = {"keep_versions": 1, "max_versions_per_adapter": 3, "collect_grace_s": 0.0}
+    async with running_registry(tmp_path, **limits) as client:
+        first = await client.publish(publish_header("helper"), adapter_bytes(seed=0))
+        await client.hold("engine", ["helper@1", "nobody"], for_s=60)
+        for seed in (1, 2):
+            newest = await client.publish(publish_header("helper"), adapter_bytes(seed=seed))
+        assert {path.name for path in stored_files(tmp_path)} == {first.sha256, newest.sha256}
+        assert [entry.action for entry in await client.list_audit()][:2] == ["collect", "publish"]
+        await client.check_publish("helper", "")
+        await client.hold("engine", ["helper@1", "helper@3"], for_s=60)
+        await client.publish(publish_header("helper"), adapter_bytes(seed=3))
+        await client.hold("engine", [f"helper@{number}" for number in (1, 3, 4)], for_s=60)
+        for refused in (
+            client.check_publish("helper", ""),
+            client.publish(publish_header("helper"), adapter_bytes(seed=4)),
+        ):
+            with pytest.raises(KilnError, match="would have 4 versions, the limit is 3") as caught:
+                await refused
+            assert (caught.value.code, caught.value.kind.http_status) == ("adapter_quota_exceeded", 409)
+        await client.hold("engine", [], for_s=60)
+        await client.publish(publish_header("helper"), adapter_bytes(seed=4))
+        assert len(stored_files(tmp_path)) == 1
 
 
 async def test_publishing_again_mends_bytes_that_the_disk_damaged(tmp_path):
@@ -241,3 +282,25 @@ async def test_changes_are_announced_in_order_and_wait_for_redis(tmp_path):
 def test_the_registry_never_imports_torch():
     code = "import sys, kiln_registry.__main__; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], env=dict(os.environ), timeout=60).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        OSError(28, "No space left on device"),
+        OperationalError("INSERT", {}, Exception("database or disk is full")),
+    ],
+)
+async def test_a_full_disk_refuses_a_version_by_name_and_keeps_nothing_of_it(tmp_path, monkeypatch, failure):
+    def full(*arguments):
+        raise failure
+
+    async with running_registry(tmp_path) as client:
+        with monkeypatch.context() as patch:
+            patch.setattr("kiln_registry.catalog.Catalog.publish", full)
+            with pytest.raises(KilnError) as refused:
+                await client.publish(publish_header("helper"), adapter_bytes())
+        assert refused.value.code == "registry_storage_full"
+        assert refused.value.kind is ErrorKind.UNAVAILABLE
+        assert stored_files(tmp_path) == []
+        assert (await client.publish(publish_header("helper"), adapter_bytes())).version == 1

@@ -255,3 +255,15 @@ def test_a_job_without_recipe_or_signal_fails_by_name(served, tmp_path):
         TorchBackend(served.locate).run(
             task(grpo_request([[rollout([1], [2], 1.0)] * 2]), tmp_path), RecordingHooks()
         )
+
+
+@pytest.mark.parametrize("fields", [{"type": "muon"}, {"dropout": 0.2}], ids=["muon", "dropout"])
+def test_a_job_with_another_optimiser_or_with_dropout_learns_its_example(served, tmp_path, fields):
+    answer = [40, 41, 42, 43]
+    request = sft_request([[*PROMPT, *answer]], num_prompt=3, epochs=30, learning_rate=1e-2, **fields)
+    hooks = RecordingHooks()
+    result = TorchBackend(served.locate).run(task(request, tmp_path / "job"), hooks)
+    losses = [report.metrics["loss"] for report in hooks.reports]
+    assert losses[-1] < 0.2 * losses[0], losses
+    adapter = peft_folder(result, tmp_path / "adapter")
+    assert next_token_probabilities(served, PROMPT, adapter)[40] > 0.5

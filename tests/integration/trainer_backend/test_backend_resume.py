@@ -46,6 +46,17 @@ REQUESTS = {
         gradient_accumulation=1,
         checkpoint_every=2,
     ),
+    # The masks of a step do not depend on where the job was interrupted.
+    "dropout": grpo_request(
+        GROUPS,
+        {"importance_mode": "token"},
+        epochs=2,
+        batch_tokens=20,
+        gradient_accumulation=1,
+        checkpoint_every=2,
+        dropout=0.3,
+        type="muon",
+    ),
     "grpo_uncorrected": grpo_request(
         GROUPS,
         {"importance_mode": "none"},
@@ -138,3 +149,17 @@ def test_a_lost_claim_is_noticed_before_the_checkpoint_is_written(served, tmp_pa
     with pytest.raises(WeightsLost):
         TorchBackend(served.locate).run(task(REQUESTS["sft"], tmp_path), LosesClaim())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_version_on_the_way_is_the_adapter_after_that_step_and_changes_nothing(served, tmp_path):
+    request = REQUESTS["sft"]
+    plain = TorchBackend(served.locate).run(task(request, tmp_path / "plain"), RecordingHooks())
+    publishing = type(request)()
+    publishing.CopyFrom(request)
+    publishing.config.publish = "2"
+    hooks = RecordingHooks()
+    result = TorchBackend(served.locate).run(task(publishing, tmp_path / "publishing"), hooks)
+    num_steps = hooks.reports[-1].step
+    assert (result.step, [*hooks.published]) == (num_steps, [*range(2, num_steps, 2)])
+    assert bytes(result.content.view()) == bytes(plain.content.view())
+    assert len({*hooks.published.values(), bytes(plain.content.view())}) == len(hooks.published) + 1

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from kiln_cli.errors import PortInUse, PublicHostWithoutKeys, StateDirInUse, StateDirUnusable
+from kiln_cli.errors import NotEnoughGpus, PortInUse, PublicHostWithoutKeys, StateDirInUse, StateDirUnusable
 from kiln_cli.up.console import UpConsole
+from kiln_cli.up.gpus import assign_gpus
 from kiln_cli.up.options import StateDirLock, build_options, check_host, check_port, make_run_dir
 from kiln_cli.up.specs import ServiceSpec, UpOptions, build_specs
 from kiln_cli.up.supervisor import Supervisor
@@ -228,3 +229,50 @@ def test_an_external_redis_replaces_the_private_one(tmp_path):
     specs = {spec.name: spec for spec in build_specs(options)}
     assert "redis" not in specs
     assert specs["trainer"].env["KILN_TRAINER_REDIS_URL"] == "redis://elsewhere:6379"
+
+
+def test_several_gateways_share_the_port_and_know_every_engine(tmp_path):
+    options = UpOptions(
+        "m", False, "127.0.0.1", 1, tmp_path, tmp_path, num_gateways=3, engine_gpus=("0", "1")
+    )
+    specs = {spec.name: spec for spec in build_specs(options)}
+    gateways = [specs[name].env for name in ("gateway", "gateway-2", "gateway-3")]
+    assert {env["KILN_GATEWAY_PORT"] for env in gateways} == {"1"}
+    assert all(env["KILN_GATEWAY_REUSE_PORT"] == "true" for env in gateways)
+    assert len({env["KILN_GATEWAY_SOCKET_PATH"] for env in gateways}) == 3
+    engines = [specs[name].env for name in ("engine", "engine-2")]
+    assert [env["CUDA_VISIBLE_DEVICES"] for env in engines] == ["0", "1"]
+    assert specs["trainer"].env["CUDA_VISIBLE_DEVICES"] == "0"
+    assert len({env["KILN_ENGINE_SOCKET_DIR"] for env in engines}) == 2
+    addresses = ",".join(env["KILN_ENGINE_LISTEN"] for env in engines)
+    assert gateways[0]["KILN_GATEWAY_ENGINE_ADDRESSES"] == addresses
+    # Stopped last to first: gateways, trainer, engines.
+    assert list(specs)[-4:] == ["trainer", "gateway", "gateway-2", "gateway-3"]
+
+
+@pytest.mark.parametrize(
+    ("num_engines", "device", "visible", "num_devices", "gpus"),
+    [
+        (1, None, None, 2, ("",)),
+        (2, None, None, 2, ("0", "1")),
+        (2, None, "GPU-b, GPU-a,3", 4, ("GPU-b", "GPU-a")),
+        (2, None, None, 0, ("", "")),
+        (2, "cpu", None, 8, ("", "")),
+        (3, None, None, 2, None),
+        (2, "cuda", None, 0, None),
+        (2, None, "1", 8, None),
+    ],
+)
+def test_each_engine_gets_a_gpu(tmp_path, monkeypatch, num_engines, device, visible, num_devices, gpus):
+    monkeypatch.delenv("KILN_ENGINE_DEVICE", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    for index in range(num_devices):
+        (tmp_path / f"nvidia{index}").touch()
+    (tmp_path / "nvidiactl").touch()
+    if gpus is None:
+        with pytest.raises(NotEnoughGpus):
+            assign_gpus(num_engines, device, tmp_path)
+    else:
+        assert assign_gpus(num_engines, device, tmp_path) == gpus

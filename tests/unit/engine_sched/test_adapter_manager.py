@@ -12,7 +12,7 @@ from kiln_common.errors import AdapterNotFound, KilnError, RegistryUnavailable
 from kiln_engine.adapters.manager import AdapterManager
 from kiln_engine.adapters.slots import AdapterSlots
 from kiln_engine.clock import MonotonicClock
-from kiln_engine.domain.adapter import AdapterVersion
+from kiln_engine.domain.adapter import AdapterVersion, Rollback
 from kiln_engine.domain.errors import AdapterUnavailable
 from kiln_engine.loop import EngineLoop
 from kiln_engine.scheduling import Scheduler, SchedulerLimits
@@ -51,7 +51,7 @@ class Source:
     async def fetch(self, sha256: str) -> bytes:
         self.num_fetches += 1
         await self.is_open.wait()
-        known = [content_of(name, number) for name in "abcde" for number in (1, 2)]
+        known = [content_of(name, number) for name in "abcde" for number in (1, 2, 3)]
         content = next(c for c in known if hashlib.sha256(c).hexdigest() == sha256)
         if self.is_corrupt:
             raise BlobCorrupt(f"asked for {sha256}, got the hash of something else")
@@ -304,3 +304,57 @@ async def test_bytes_with_another_config_whose_right_ones_do_not_come_leave_the_
             "clear",
             *["stage", "activate"],
         ]
+
+
+async def test_a_name_that_was_rolled_back_means_the_older_version_until_a_newer_one_comes():
+    async with running_manager(num_slots=3) as (manager, _, _):
+        first, second, third = (version_of("a", number) for number in (1, 2, 3))
+        for version in (first, second):
+            await manager.prepare(version)
+        told = []
+        manager.on_resident = told.append
+        assert manager.newest("a") == second
+        await manager.turn_back(Rollback(first, passed_over=2))
+        assert (manager.newest("a"), told) == (first, [first])
+        # The version it was rolled back from goes first now.
+        manager.release(await manager.acquire([version_of("b"), version_of("c")]))
+        assert second not in [entry.adapter for entry in manager.resident]
+        await manager.turn_back(Rollback(second, passed_over=2))  # and forward again
+        assert manager.newest("a") == second
+        await manager.prepare(third)
+        assert manager.newest("a") == third
+
+
+async def test_a_rollback_to_a_version_that_left_the_device_brings_it_back():
+    async with running_manager() as (manager, _, source):
+        await manager.prepare(version_of("a", 2))
+        source.is_open.clear()
+        turning = asyncio.create_task(manager.turn_back(Rollback(version_of("a"), passed_over=2)))
+        await asyncio.sleep(0)
+        assert manager.newest("a") is None  # nobody is moved to what cannot serve yet
+        source.is_open.set()
+        await turning
+        assert manager.newest("a") == version_of("a")
+
+
+async def test_bytes_that_are_published_again_serve_as_the_later_version():
+    async with running_manager() as (manager, _, source):
+        await manager.prepare(version_of("a"))
+        again = AdapterVersion("a", 7, version_of("a").sha256)
+        assert await manager.prepare(again) == (1, False)
+        assert (manager.newest("a"), source.num_fetches) == (again, 1)
+
+
+async def test_the_same_bytes_under_another_name_are_that_names_newest_version():
+    """A candidate that passed its gate is published under the name it was trained for."""
+    candidate = version_of("a")
+    published = AdapterVersion("helper", 7, candidate.sha256)
+    heard = []
+    async with running_manager() as (manager, _, source):
+        manager.on_resident = heard.append
+        await manager.prepare(candidate)
+        assert await manager.prepare(published) == (1, False)
+        assert manager.newest("helper") == published
+        assert manager.newest("a") is None
+        assert source.num_fetches == 1
+    assert heard == [candidate, published]

@@ -178,3 +178,17 @@ async def test_adapters_of_another_base_model_are_left_alone():
 def _version(registry, reference):
     record = registry.versions[reference]
     return AdapterVersion(record.name, record.version, record.sha256)
+
+
+async def test_a_rollback_that_nobody_told_of_is_found():
+    async with running(num_slots=3) as (refresh, registry, manager):
+        for version in (1, 2):
+            registry.publish("a", version)
+            record = registry.versions[f"a@{version}"]
+            await manager.prepare(AdapterVersion("a", version, record.sha256))
+        await refresh.look()
+        assert manager.newest("a").version == 2
+        registry.latest["a"] = "a@1"
+        registry.versions["a@1"].rolled_back_over = 2
+        await refresh.look()
+        assert manager.newest("a").version == 1

@@ -152,6 +152,10 @@ async def test_a_drain_aborts_what_still_waits_for_an_adapter(rig):
         rig.intake.submit(generate_request("late"), rig.outbox)
 
 
+def sha256_of(version: int) -> str:
+    return ADAPTER.sha256 if version == ADAPTER.version else f"{version:064x}"
+
+
 class TwoVersions(SlowAdapters):
     """Version n is in slot n; what is held is counted by version."""
 
@@ -171,7 +175,7 @@ class TwoVersions(SlowAdapters):
         self.held.subtract(version.version for version in lease.adapters)
 
     def newest(self, name: str) -> AdapterVersion | None:
-        return AdapterVersion(name, self.newest_version, f"{self.newest_version:064x}")
+        return AdapterVersion(name, self.newest_version, sha256_of(self.newest_version))
 
 
 @pytest.fixture
@@ -207,6 +211,25 @@ async def test_requests_that_follow_a_name_move_together_and_the_others_stay(mov
     slots = [[row.adapter_slots for row in plan.decode_rows] for plan in moving.runner.plans]
     first = next(rows for rows in slots if ((2, 0.5),) in rows)
     assert sorted(first) == [((1, 0.5),), ((2, 0.5),), ((2, 0.5),)]
+    assert +moving.adapters.held == Counter()
+
+
+async def test_a_request_that_follows_a_name_goes_back_with_it(moving):
+    moving.adapters.newest_version = 2
+    later = common_pb2.AdapterRef(name="a", version=2, sha256=sha256_of(2), scale=0.5)
+    request = generate_request("r", adapters=[later], max_tokens=50, adapter_policy=LATEST)
+    moving.intake.submit(request, moving.outbox)
+    moving.runner.hold_after(6)
+    assert await asyncio.to_thread(moving.runner.wait_until_held, 10)
+    moving.adapters.newest_version = 1
+    moving.intake.follow(moving.adapters.newest("a"))
+    while moving.adapters.held[1] < 1:  # then the move is in the loop's mailbox
+        await asyncio.sleep(0)
+    moving.runner.let_go()
+    assert (await moving.end_of("r")).finish_reason is FinishReason.LENGTH
+    slots = [row.adapter_slots for plan in moving.runner.plans for row in plan.decode_rows]
+    assert (slots[0], slots[-1]) == (((2, 0.5),), ((1, 0.5),))
+    await moving.until_empty()
     assert +moving.adapters.held == Counter()
 
 

@@ -1,5 +1,7 @@
 """Versions, aliases, idempotency, fencing and the outbox, on a real database."""
 
+import contextlib
+import json
 import os
 import threading
 
@@ -17,10 +19,12 @@ from kiln_common.adapter_names import (
 )
 from kiln_common.errors import AdapterNotFound, IdempotencyConflict
 from kiln_registry import schema
-from kiln_registry.catalog import Catalog, _raise_epoch
+from kiln_registry.catalog import Catalog
 from kiln_registry.domain import (
     AdapterInUse,
+    AdapterNameTaken,
     BaseModelRecord,
+    DefaultNeedsAdmin,
     InspectedAdapter,
     ModuleShape,
     Publication,
@@ -30,6 +34,17 @@ from kiln_registry.domain import (
     VersionDeleted,
 )
 from kiln_registry.schema import CatalogTooNew, DatabaseUrlUnusable, open_engine
+from kiln_registry.statements import raise_epoch
+
+# What came after schema 1.
+LATER_COLUMNS = [
+    ("base_models", "max_adapter_rank"),
+    ("aliases", "rolled_back_over"),
+    ("versions", "data_sha256"),
+    ("versions", "merge_json"),
+    ("versions", "source_sha256"),
+    ("adapters", "owner"),
+]
 
 
 @pytest.fixture
@@ -122,6 +137,78 @@ def test_an_attached_version_cannot_be_deleted(catalog):
     assert catalog.delete(AdapterReference("helper"), 4.0) == 1
 
 
+def test_a_rolled_back_name_means_the_older_version_until_the_next_publish(catalog):
+    for _ in range(3):
+        catalog.publish(publication(), 1.0)
+    record, has_moved_default = catalog.roll_back(
+        AdapterReference("helper", 1), may_move_default=False, now_s=2.0
+    )
+    assert (record.version, record.rolled_back_over, has_moved_default) == (1, 3, False)
+    assert catalog.resolve(AdapterReference("helper")) == record
+    assert catalog.get_adapter("helper").latest_version == 1
+    assert catalog.resolve(AdapterReference("helper", 3)).version == 3  # still there by its number
+    assert json.loads(catalog.read_outbox(100)[-1].data_json)["rolled_back_over"] == 3
+    catalog.roll_back(AdapterReference("helper", 3), may_move_default=False, now_s=3.0)
+    # Forward is a rollback too: engines must not keep to the older version.
+    assert catalog.resolve(AdapterReference("helper")).rolled_back_over == 3
+    catalog.roll_back(AdapterReference("helper", 2), may_move_default=False, now_s=4.0)
+    assert catalog.publish(publication(), 5.0).version == 4
+    newest = catalog.resolve(AdapterReference("helper"))
+    assert (newest.version, newest.rolled_back_over) == (4, 0)
+    catalog.delete(AdapterReference("helper", 4), 6.0)
+    left = catalog.resolve(AdapterReference("helper"))
+    assert (left.version, left.rolled_back_over) == (3, 4)
+
+
+def test_a_rollback_takes_a_later_default_along_if_it_may(catalog):
+    catalog.publish(publication(), 1.0)
+    catalog.publish(publication(attach=True), 1.0)
+    target = AdapterReference("helper", 1)
+    with pytest.raises(DefaultNeedsAdmin, match="helper@2 is the default"):
+        catalog.roll_back(target, may_move_default=False, now_s=2.0)
+    assert catalog.resolve(AdapterReference("helper")).version == 2
+    assert catalog.roll_back(target, may_move_default=True, now_s=2.0)[1]
+    assert catalog.get_default().version == 1
+    assert event_types(catalog)[-2:] == ["AdapterRolledBack", "DefaultChanged"]
+    # Back up: the default is an earlier version now, and stays what somebody chose.
+    assert not catalog.roll_back(AdapterReference("helper", 2), may_move_default=True, now_s=3.0)[1]
+    assert catalog.get_default().version == 1
+    with pytest.raises(AdapterNotFound):
+        catalog.roll_back(AdapterReference("helper", 9), may_move_default=True, now_s=3.0)
+
+
+def test_a_name_belongs_to_whom_published_its_first_version(catalog):
+    assert catalog.publish(publication(owner="ann"), 1.0).owner == "ann"
+    with pytest.raises(AdapterNameTaken):
+        catalog.publish(publication(owner="ben"), 2.0)
+    with pytest.raises(AdapterNameTaken):
+        catalog.check_publish("helper", "ben", 2.0)
+    catalog.check_publish("helper", "ann", 2.0)
+    catalog.check_publish("new", "ben", 2.0)
+    assert catalog.resolve(AdapterReference("helper")).version == 1
+    # Where no keys are configured, nobody is told apart, and what exists stays whose it is.
+    assert catalog.publish(publication(), 3.0).owner == "ann"
+    catalog.delete(AdapterReference("helper"), 4.0)
+    assert catalog.publish(publication(owner="ben"), 5.0).owner == "ben"
+    # What was made without keys is nobody's to go on with.
+    catalog.publish(publication(name="old"), 6.0)
+    with pytest.raises(AdapterNameTaken):
+        catalog.publish(publication(name="old", owner="ann"), 7.0)
+
+
+def test_the_audit_log_only_grows(catalog):
+    catalog.publish(publication(owner="ann", job_id="job_1"), 1.0)
+    catalog.set_default(None, 2.0, actor="root")  # nothing was attached: nothing was done
+    catalog.delete(AdapterReference("helper"), 3.0, actor="ann")
+    entries = catalog.read_audit("", 0, 10)
+    assert [(entry.actor, entry.action) for entry in entries] == [("ann", "delete"), ("ann", "publish")]
+    assert json.loads(entries[1].detail_json)["job_id"] == "job_1"
+    for statement in ("DELETE FROM audit", "UPDATE audit SET actor = 'x'"):
+        with contextlib.suppress(IntegrityError), catalog._engine.begin() as connection:
+            connection.execute(text(statement))
+    assert catalog.read_audit("", 0, 10) == entries
+
+
 def test_attaching_what_is_not_there_changes_nothing(catalog):
     catalog.publish(publication(attach=True), 1.0)
     with pytest.raises(AdapterNotFound):
@@ -180,7 +267,7 @@ def test_publishing_and_deleting_at_once_never_leaves_a_version_without_its_name
 def test_an_older_claim_that_was_checked_in_time_cannot_bring_its_epoch_back(catalog):
     catalog.publish(publication(job_id="job_1", publish_key="job_1:5", claim_epoch=2), 1.0)
     with pytest.raises(IntegrityError), catalog._engine.begin() as connection:
-        _raise_epoch(connection, "job_1", 1)
+        raise_epoch(connection, "job_1", 1)
     with pytest.raises(StaleClaim):
         catalog.find_published("job_1:6", "helper", "job_1", 1)
 
@@ -222,15 +309,19 @@ def test_the_catalogue_survives_being_reopened(tmp_path):
     second.close()
 
 
-def test_a_catalogue_of_schema_1_gets_its_missing_column(tmp_path):
+def test_a_catalogue_of_schema_1_gets_its_missing_columns(tmp_path):
     engine = open_engine("", tmp_path)
-    Catalog(engine).register_base_model(BaseModelRecord("m", "h", {"p": ModuleShape(1, 2)}, 8))
+    catalog = Catalog(engine)
+    catalog.register_base_model(BaseModelRecord("m", "h", {"p": ModuleShape(1, 2)}, 8))
+    catalog.publish(publication(), 1.0)
     with engine.begin() as connection:
-        connection.execute(text("ALTER TABLE base_models DROP COLUMN max_adapter_rank"))
+        for table, column in LATER_COLUMNS:
+            connection.execute(text(f"ALTER TABLE {table} DROP COLUMN {column}"))
         connection.execute(text("UPDATE schema_version SET version = 1"))
     for _ in range(2):
         catalog = Catalog(engine)
         assert catalog.get_base_model("h").max_adapter_rank == 0
+        assert catalog.resolve(AdapterReference("helper")).rolled_back_over == 0
     catalog.register_base_model(BaseModelRecord("m", "h", {}, 8))
     assert catalog.get_base_model("h").max_adapter_rank == 8
     engine.dispose()

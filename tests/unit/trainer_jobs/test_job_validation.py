@@ -50,7 +50,11 @@ def test_zeros_mean_the_defaults():
         ({"lora": trainer_pb2.LoraConfig(rank=-1)}, "invalid_job_config"),
         ({"lora": trainer_pb2.LoraConfig(alpha=math.nan)}, "invalid_job_config"),
         ({"lora": trainer_pb2.LoraConfig(targets=["lm_head"])}, "invalid_job_config"),
-        ({"lora": trainer_pb2.LoraConfig(dropout=0.1)}, "lora_dropout_not_implemented"),
+        ({"lora": trainer_pb2.LoraConfig(dropout=1.0)}, "invalid_value"),
+        (
+            {"optimizer": trainer_pb2.OptimizerConfig(learning_rate=1e-4, type="sgd")},
+            "unknown_training_option",
+        ),
         ({"optimizer": trainer_pb2.OptimizerConfig(learning_rate=0)}, "invalid_job_config"),
         ({"optimizer": trainer_pb2.OptimizerConfig(learning_rate=-1)}, "invalid_job_config"),
         ({"optimizer": trainer_pb2.OptimizerConfig(learning_rate=math.nan)}, "invalid_job_config"),

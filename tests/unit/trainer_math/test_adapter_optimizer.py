@@ -1,8 +1,9 @@
-"""AdamW over an adapter: its arithmetic, clipping, and going on from saved moments."""
+"""AdamW and Muon over an adapter: its arithmetic, clipping, and going on from saved moments."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -51,6 +52,22 @@ def test_the_pass_after_a_step_computes_with_what_it_wrote():
         assert torch.equal(kept(paths, x)[0], lora.linear_fn(weights)(paths, x)[0])
 
 
+def test_one_step_of_muon_is_the_gradient_with_all_its_directions_made_equal():
+    lora = fresh_adapter()
+    optimizer = AdapterOptimizer(lora, OptimizerOptions(0.1, weight_decay=0.5, kind="muon"), num_steps=10)
+    before = {name: tensor.clone() for name, tensor in lora.state_dict().items()}
+    give_gradients(lora, 1)
+    grads = {name: parameter.grad.clone() for name, parameter in lora.named_parameters()}
+    assert optimizer.step() == 0.1
+    for name, tensor in lora.state_dict().items():
+        update = before[name] * (1 - 0.1 * 0.5) - tensor
+        # 0.2 sqrt(longer side): the rms of an AdamW update. Newton and Schulz come near the polar factor.
+        u, _, v = torch.linalg.svd(grads[name], full_matrices=False)
+        expected = 0.1 * 0.2 * max(tensor.shape) ** 0.5 * (u @ v)
+        assert torch.cosine_similarity(update.flatten(), expected.flatten(), dim=0) > 0.97
+        assert 0.6 < float(update.norm() / expected.norm()) < 1.3
+
+
 def test_clipping_scales_all_gradients_to_the_limit_and_reports_the_norm_before():
     lora = fresh_adapter()
     optimizer = AdapterOptimizer(lora, OptimizerOptions(0.1, max_grad_norm=1.0), num_steps=1)
@@ -71,22 +88,24 @@ def test_without_a_limit_gradients_stay_as_they_are():
     assert all(torch.equal(p.grad, grad) for p, grad in zip(lora.parameters(), grads, strict=True))
 
 
-def test_going_on_from_saved_moments_gives_the_same_bits():
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_going_on_from_saved_moments_gives_the_same_bits(kind):
+    options = replace(OPTIONS, kind=kind)
     undisturbed = fresh_adapter()
-    optimizer = AdapterOptimizer(undisturbed, OPTIONS, num_steps=6)
+    optimizer = AdapterOptimizer(undisturbed, options, num_steps=6)
     for step in range(6):
         give_gradients(undisturbed, step)
         optimizer.step()
 
     first = fresh_adapter()
-    optimizer = AdapterOptimizer(first, OPTIONS, num_steps=6)
+    optimizer = AdapterOptimizer(first, options, num_steps=6)
     for step in range(3):
         give_gradients(first, step)
         optimizer.step()
     second = fresh_adapter()
     second.load_state_dict({name: tensor.clone() for name, tensor in first.state_dict().items()})
     moments = {name: tensor.clone() for name, tensor in optimizer.moments().items()}
-    optimizer = AdapterOptimizer(second, OPTIONS, num_steps=6)
+    optimizer = AdapterOptimizer(second, options, num_steps=6)
     optimizer.restore(moments, num_steps_done=3)
     for step in range(3, 6):
         give_gradients(second, step)

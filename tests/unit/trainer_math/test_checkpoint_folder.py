@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import torch
@@ -71,3 +72,16 @@ def test_half_written_files_are_removed_and_never_read(tmp_path):
     leftover.write_bytes(b"half")
     assert newest_step(tmp_path) is None
     assert not leftover.exists()
+
+
+def test_a_checkpoint_that_the_disk_refuses_leaves_the_one_before_and_no_rest(tmp_path, monkeypatch):
+    folder = CheckpointFolder(tmp_path)
+    assert folder.write(checkpoint(1))
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    assert not folder.write(checkpoint(2))
+    assert newest_step(tmp_path) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001.safetensors"]

@@ -6,10 +6,10 @@ import math
 
 import pytest
 
+from kiln_common.errors import InvalidValue
 from kiln_common.pb import trainer_pb2
 from kiln_trainer.domain.errors import NoLearningSignal
 from kiln_trainer.recipes.errors import (
-    DropoutNotBuilt,
     InvalidTrainingData,
     NoTrainableTokens,
     UnknownOption,
@@ -185,10 +185,15 @@ def test_zeros_on_the_wire_mean_the_defaults():
     assert OptimizerOptions.from_proto(wire) == OptimizerOptions(1e-4)
 
 
-def test_variants_that_do_not_exist_yet_say_so():
-    with pytest.raises(DropoutNotBuilt) as caught:
-        RunOptions.from_proto(job_config(dropout=0.1))
-    assert caught.value.kind.http_status == 501
+@pytest.mark.parametrize("dropout", [1.0, -0.1])
+def test_a_dropout_that_is_no_share_below_one_is_refused(dropout):
+    with pytest.raises(InvalidValue, match=f"lora.dropout is {dropout}"):
+        RunOptions.from_proto(job_config(dropout=dropout))
+
+
+def test_an_optimiser_that_does_not_exist_is_refused_with_the_known_ones():
+    with pytest.raises(UnknownOption, match="known are adamw, muon"):
+        OptimizerOptions.from_proto(trainer_pb2.OptimizerConfig(learning_rate=1e-4, type="sgd"))
 
 
 @pytest.mark.parametrize(

@@ -179,8 +179,10 @@ def shortfalls(before: Interval, after: Interval, num_failed: int, num_requests:
     return lines
 
 
-def demo(seed: int, state_dir: Path | None, plan: LearningPlan) -> int:
+def demo(seed: int, state_dir: Path | None, plan: LearningPlan, *, as_json: bool = False) -> int:
     """Entry point of `kiln demo`. Exit code 1 when a request failed or nothing was learned.
+
+    With `as_json`, all but the last line goes to standard error.
 
     Raises:
         DemoFailed: it could not be carried out; every process it started has ended.
@@ -197,8 +199,10 @@ def demo(seed: int, state_dir: Path | None, plan: LearningPlan) -> int:
             served_model_name=None,
             device=None,
         )
+        aside = contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
         try:
-            result, missed = asyncio.run(run_demo(options, lock, plan, seed))
+            with aside:
+                result, missed = asyncio.run(run_demo(options, lock, plan, seed))
         except httpx.HTTPError as error:
             answer = error.response.text if isinstance(error, httpx.HTTPStatusError) else repr(error)
             raise DemoFailed(f"a request failed: {answer}") from error
@@ -206,6 +210,6 @@ def demo(seed: int, state_dir: Path | None, plan: LearningPlan) -> int:
             print("stopped before the end; nothing of it is still running", file=sys.stderr)
             return _INTERRUPTED
     for line in missed:
-        print(line)
+        print(line, file=sys.stderr if as_json else sys.stdout)
     print(json.dumps(result))
     return 1 if missed else 0

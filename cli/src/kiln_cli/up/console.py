@@ -40,12 +40,12 @@ class UpConsole:
 
     def service_ready(self, name: str, seconds: float, detail: str) -> None:
         self._out.print(
-            f"  [green]✓[/green] {self._tag(name)} ready in {seconds:.1f} s  [dim]{escape(detail)}[/dim]"
+            f"  [green]✓[/green] {_tag(name)} ready in {seconds:.1f} s  [dim]{escape(detail)}[/dim]"
         )
 
     def service_exited(self, name: str, code: int, delay_s: float) -> None:
         how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
-        self._out.print(f"  [red]✗[/red] {self._tag(name)} {how}; starting it again in {delay_s:g} s")
+        self._out.print(f"  [red]✗[/red] {_tag(name)} {how}; starting it again in {delay_s:g} s")
 
     def all_ready(self) -> None:
         if self._was_announced:
@@ -74,11 +74,16 @@ class UpConsole:
     def service_line(self, name: str, line: str) -> None:
         level, text = _readable(line)
         if self._is_verbose or level in _LEVELS:
-            self._out.print(f"  {self._tag(name)} [dim]│[/dim] {escape(text)}", soft_wrap=True)
+            self._out.print(f"  {service_line(name, text)}", soft_wrap=True)
 
-    @staticmethod
-    def _tag(name: str) -> str:
-        return f"[{_COLOURS.get(name, 'white')}]{name:<9}[/]"
+
+def service_line(name: str, line: str) -> str:
+    """A service's log line as markup: who, and what."""
+    return f"{_tag(name)} [dim]│[/dim] {escape(_readable(line)[1])}"
+
+
+def _tag(name: str) -> str:
+    return f"[{_COLOURS.get(name.partition('-')[0], 'white')}]{name:<9}[/]"
 
 
 def _readable(line: str) -> tuple[str, str]:

@@ -142,17 +142,23 @@ def _is_alive(pid: int) -> bool:
     return pid > 0
 
 
+def run_dir_of(state_dir: Path) -> Path:
+    """Where the sockets of this state folder are, whether or not there are any."""
+    run_dir = state_dir / "run"
+    if len(os.fsencode(run_dir)) > _MAX_RUN_DIR_BYTES:
+        # Always the same one for this state folder, so that a killed supervisor leaves no more behind.
+        name = hashlib.sha256(os.fsencode(state_dir)).hexdigest()[:16]
+        run_dir = Path(tempfile.gettempdir()) / f"kiln-{os.getuid()}-{name}"
+    return run_dir
+
+
 def make_run_dir(state_dir: Path) -> Path:
     """A private folder for Unix sockets: below the state folder where their paths fit, else in /tmp.
 
     Raises:
         StateDirUnusable: the folder in /tmp belongs to somebody else.
     """
-    run_dir = state_dir / "run"
-    if len(os.fsencode(run_dir)) > _MAX_RUN_DIR_BYTES:
-        # Always the same one for this state folder, so that a killed supervisor leaves no more behind.
-        name = hashlib.sha256(os.fsencode(state_dir)).hexdigest()[:16]
-        run_dir = Path(tempfile.gettempdir()) / f"kiln-{os.getuid()}-{name}"
+    run_dir = run_dir_of(state_dir)
     run_dir.mkdir(exist_ok=True, mode=0o700)
     status = run_dir.lstat()
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import grpc
 import httpx
 import redis.exceptions
@@ -54,11 +56,12 @@ async def _is_serving(channel: grpc.aio.Channel) -> bool:
     return answer.status == health_pb2.HealthCheckResponse.SERVING
 
 
-async def http_ready(url: str) -> str | None:
-    """Asks as "localhost", a name that every gateway answers to, whatever its address."""
-    async with httpx.AsyncClient(timeout=_TIMEOUT_S, trust_env=False) as client:
+async def http_ready(url: str, socket_path: Path) -> str | None:
+    """Asks the server behind that socket, which no other one answers on."""
+    transport = httpx.AsyncHTTPTransport(uds=str(socket_path))
+    async with httpx.AsyncClient(timeout=_TIMEOUT_S, transport=transport) as client:
         try:
-            response = await client.get(url, headers={"Host": "localhost"})
+            response = await client.get(url)
         except httpx.HTTPError:
             return None
     return "" if response.status_code == 200 else None

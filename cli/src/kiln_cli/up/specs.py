@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
@@ -28,6 +29,9 @@ class UpOptions:
     redis_url: str | None = None  # None starts a private server
     # For engine and trainer: how they share a GPU.
     gpu_env: Mapping[str, str] = field(default_factory=dict)
+    num_gateways: int = 1
+    # The GPU of each engine, as CUDA_VISIBLE_DEVICES names it; "" leaves it to the engine.
+    engine_gpus: tuple[str, ...] = ("",)
 
 
 @dataclass(frozen=True)
@@ -56,15 +60,30 @@ class ServiceSpec:
 def build_specs(options: UpOptions) -> list[ServiceSpec]:
     """All services, in the order in which they are stopped last to first."""
     redis_url = options.redis_url or f"unix://{options.run_dir / 'redis.sock'}"
-    address = {name: f"unix:{options.run_dir / name}.sock" for name in ("registry", "engine", "trainer")}
+    names = ("registry", "trainer", *engine_names(options))
+    address = {name: f"unix:{options.run_dir / name}.sock" for name in names}
     specs = []
     if options.redis_url is None:
         specs.append(_redis(options))
     specs.append(_registry(options, address, redis_url))
-    specs.append(_engine(options, address, redis_url))
+    specs += [
+        _engine(options, name, gpu, address, redis_url)
+        for name, gpu in zip(engine_names(options), options.engine_gpus, strict=True)
+    ]
     specs.append(_trainer(options, address, redis_url))
-    specs.append(_gateway(options, address, redis_url))
+    specs += [
+        _gateway(options, name, address, redis_url) for name in _numbered("gateway", options.num_gateways)
+    ]
     return specs
+
+
+def engine_names(options: UpOptions) -> list[str]:
+    """engine, engine-2, engine-3 …; the trainer maps the weights of the first."""
+    return _numbered("engine", len(options.engine_gpus))
+
+
+def _numbered(name: str, count: int) -> list[str]:
+    return [name, *(f"{name}-{number}" for number in range(2, count + 1))]
 
 
 def _module(name: str) -> tuple[str, ...]:
@@ -95,11 +114,15 @@ def _registry(options: UpOptions, address: Mapping[str, str], redis_url: str) ->
     )
 
 
-def _engine(options: UpOptions, address: Mapping[str, str], redis_url: str) -> ServiceSpec:
+def _engine(
+    options: UpOptions, name: str, gpu: str, address: Mapping[str, str], redis_url: str
+) -> ServiceSpec:
+    # Each has a folder of its own for the sockets through which it shares its weights.
+    socket_dir = options.run_dir if name == "engine" else options.run_dir / name
     env = {
         "KILN_ENGINE_MODEL_PATH": options.model,
-        "KILN_ENGINE_LISTEN": address["engine"],
-        "KILN_ENGINE_SOCKET_DIR": str(options.run_dir),
+        "KILN_ENGINE_LISTEN": address[name],
+        "KILN_ENGINE_SOCKET_DIR": str(socket_dir),
         "KILN_ENGINE_REGISTRY_ADDRESS": address["registry"],
         "KILN_ENGINE_REDIS_URL": redis_url,
     }
@@ -109,10 +132,10 @@ def _engine(options: UpOptions, address: Mapping[str, str], redis_url: str) -> S
     if options.device:
         env["KILN_ENGINE_DEVICE"] = options.device
     return ServiceSpec(
-        name="engine",
+        name=name,
         argv=_module("kiln_engine"),
-        env={**env, **options.gpu_env},
-        probe=lambda: readiness.engine_ready(address["engine"]),
+        env={**env, **options.gpu_env, **_only_gpu(gpu)},
+        probe=lambda: readiness.engine_ready(address[name]),
         stop_timeout_s=45.0,
     )
 
@@ -128,35 +151,42 @@ def _trainer(options: UpOptions, address: Mapping[str, str], redis_url: str) -> 
     return ServiceSpec(
         name="trainer",
         argv=_module("kiln_trainer"),
-        env={**env, **options.gpu_env},
+        env={**env, **options.gpu_env, **_trainers_gpu(options.engine_gpus[0])},
         probe=lambda: readiness.grpc_ready(address["trainer"]),
         stop_timeout_s=30.0,
     )
 
 
-def _gateway(options: UpOptions, address: Mapping[str, str], redis_url: str) -> ServiceSpec:
+def _only_gpu(gpu: str) -> dict[str, str]:
+    return {"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}
+
+
+def _trainers_gpu(gpu: str) -> dict[str, str]:
+    """That of its engine, unless it was given one of its own."""
+    return {} if os.environ.get("KILN_TRAINER_DEVICE") else _only_gpu(gpu)
+
+
+def _gateway(options: UpOptions, name: str, address: Mapping[str, str], redis_url: str) -> ServiceSpec:
+    socket_path = options.run_dir / f"{name}.sock"
     env = {
         "KILN_GATEWAY_HOST": options.host,
         "KILN_GATEWAY_PORT": str(options.port),
         "KILN_GATEWAY_MODEL_PATH": options.model,
-        "KILN_GATEWAY_ENGINE_ADDRESSES": address["engine"],
+        "KILN_GATEWAY_REUSE_PORT": str(options.num_gateways > 1).lower(),
+        "KILN_GATEWAY_SOCKET_PATH": str(socket_path),
+        "KILN_GATEWAY_ENGINE_ADDRESSES": ",".join(address[engine] for engine in engine_names(options)),
         "KILN_GATEWAY_REGISTRY_ADDRESS": address["registry"],
         "KILN_GATEWAY_TRAINER_ADDRESS": address["trainer"],
         "KILN_GATEWAY_REDIS_URL": redis_url,
+        "KILN_GATEWAY_LOG_DIR": str(options.state_dir / "logs"),
     }
     if options.is_demo_model:
         # The demo model is too small to think before each answer; a request can still ask for it.
         env.setdefault("KILN_GATEWAY_ENABLE_THINKING_DEFAULT", "false")
     return ServiceSpec(
-        name="gateway",
+        name=name,
         argv=_module("kiln_gateway"),
         env=env,
-        probe=lambda: readiness.http_ready(f"http://{_reachable(options.host)}:{options.port}/readyz"),
+        probe=lambda: readiness.http_ready("http://localhost/readyz", socket_path),
         stop_timeout_s=20.0,
     )
-
-
-def _reachable(host: str) -> str:
-    """An address, as URLs write it, under which a server on `host` can be reached from here."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    return f"[{host}]" if ":" in host else host

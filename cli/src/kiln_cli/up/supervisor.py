@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import signal
 from collections.abc import Sequence
 from pathlib import Path
@@ -141,8 +142,9 @@ class Supervisor:
         self._renewal = None
 
     async def _stop_all(self) -> None:
-        """The gateway first, so that no new work arrives; Redis last."""
+        """Gateways first, so that no new work arrives; Redis last. Several of a kind end together."""
         self._console.stopping()
-        for process in reversed(self.processes.values()):
+        latest_first = reversed(self.processes.items())
+        for _, kind in itertools.groupby(latest_first, key=lambda item: item[0].partition("-")[0]):
             with contextlib.suppress(ProcessLookupError):
-                await process.stop()
+                await asyncio.gather(*(process.stop() for _, process in kind))

@@ -7,8 +7,10 @@ numbers, and a `hint` that says what to do. It crosses process boundaries as `Er
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,8 @@ class KilnError(Exception):
     """Base of all errors that carry a code.
 
     Subclasses set `code`, `kind` and `hint`; instances may override hint, param (the request field
-    at fault) and retry_after_s (seconds after which trying again makes sense, 0 for never).
+    at fault), retry_after_s (seconds after which trying again makes sense, 0 for never) and details
+    (what the message says in numbers, for programs: a JSON object).
     """
 
     code: str = "internal_error"
@@ -63,6 +66,7 @@ class KilnError(Exception):
     hint: str = ""
     param: str = ""
     retry_after_s: float = 0.0
+    details: Mapping[str, Any] | None = None
 
     def __init__(
         self,
@@ -71,6 +75,7 @@ class KilnError(Exception):
         hint: str | None = None,
         param: str | None = None,
         retry_after_s: float | None = None,
+        details: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(message)
         self.message = message
@@ -80,15 +85,25 @@ class KilnError(Exception):
             self.param = param
         if retry_after_s is not None:
             self.retry_after_s = retry_after_s
+        if details is not None:
+            self.details = details
 
 
 class RemoteError(KilnError):
     """An error another service answered with; code, kind, message and hint are that service's."""
 
     def __init__(
-        self, code: str, kind: ErrorKind, message: str, *, hint: str, param: str, retry_after_s: float
+        self,
+        code: str,
+        kind: ErrorKind,
+        message: str,
+        *,
+        hint: str,
+        param: str,
+        retry_after_s: float,
+        details: Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__(message, hint=hint, param=param, retry_after_s=retry_after_s)
+        super().__init__(message, hint=hint, param=param, retry_after_s=retry_after_s, details=details)
         self.code = code
         self.kind = kind
 
@@ -169,6 +184,20 @@ class JobNotFound(KilnError):
     code = "job_not_found"
     kind = ErrorKind.NOT_FOUND
     hint = "GET /v1/train/jobs lists the jobs there are."
+
+
+class JobNotEnded(KilnError):
+    """What was asked for exists once the job has ended."""
+
+    code = "job_not_ended"
+    kind = ErrorKind.CONFLICT
+    hint = "Wait for the job's end, or cancel it."
+
+
+class DatasetNotFound(KilnError):
+    code = "dataset_not_found"
+    kind = ErrorKind.NOT_FOUND
+    hint = "GET /v1/datasets lists the datasets there are."
 
 
 class IdempotencyConflict(KilnError):

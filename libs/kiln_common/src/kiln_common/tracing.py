@@ -91,10 +91,10 @@ def current_traceparent() -> str:
 
 
 def traceparent_of(span: Span) -> str:
-    """Empty for a span that nobody records."""
-    if not span.is_recording():
-        return ""
+    """Empty for a span that is not recorded. One that has ended still has what goes on from it."""
     context = span.get_span_context()
+    if not (context.is_valid and context.trace_flags.sampled):
+        return ""
     return f"00-{context.trace_id:032x}-{context.span_id:016x}-{context.trace_flags:02x}"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -11,12 +12,14 @@ from typing import Any, Protocol
 import structlog
 
 from kiln_common.clients.registry import RegistryClient
+from kiln_common.ending import end_tasks
 from kiln_common.errors import KilnError
 from kiln_common.pb import engine_pb2, engine_pb2_grpc
 from kiln_common.rpc import RpcServer
 from kiln_common.rpc.client_listener import client_server
 from kiln_engine.adapters.events import AdapterEvents
 from kiln_engine.adapters.handover import Inbox, serve_handovers
+from kiln_engine.adapters.holds import AdapterHolds
 from kiln_engine.adapters.manager import AdapterManager
 from kiln_engine.adapters.refresh import AdapterRefresh
 from kiln_engine.adapters.slots import AdapterSlots
@@ -24,6 +27,7 @@ from kiln_engine.clock import MonotonicClock
 from kiln_engine.domain.device_memory import DeviceMemory
 from kiln_engine.domain.ports import AdapterStore, BaseWeights, GrammarCompiler, Runner
 from kiln_engine.loop import EngineLoop
+from kiln_engine.presence import Presence, advertised_address
 from kiln_engine.scheduling import Scheduler, SchedulerLimits
 from kiln_engine.servicer.intake import RequestIntake
 from kiln_engine.servicer.servicer import CLIENT_SCOPES, EngineServicer
@@ -85,9 +89,7 @@ class RunningEngine:
         await self.server.stop(_STOP_GRACE_S)
         if self.client_server is not None:
             await self.client_server.stop(_STOP_GRACE_S)
-        for task in self.background:
-            task.cancel()
-        await asyncio.gather(*self.background, return_exceptions=True)
+        await end_tasks(*self.background)
         await self.adapters.close()
         if self.inbox is not None:
             await asyncio.to_thread(self.inbox.close)
@@ -149,12 +151,25 @@ async def start_engine(settings: EngineSettings, parts: EngineParts) -> RunningE
         engine_pb2_grpc.add_EngineServicer_to_server(servicer, each.grpc)
         await each.start()
         await each.set_serving(True)
+    presence = None
+    if settings.redis_url:
+        presence = Presence(
+            settings.redis_url,
+            advertised_address(settings.advertise_address, settings.listen, server.port, socket.gethostname),
+            parts.info,
+            parts.limits.page_tokens,
+            loop=loop,
+            intake=intake,
+            adapters=adapters,
+        )
+        intake.on_draining = presence.say_now
     if parts.inbox is not None:
         serve_handovers(parts.inbox, adapters)
-    jobs: list[Coroutine[Any, Any, None]] = []
+    jobs: list[Coroutine[Any, Any, None]] = [] if presence is None else [presence.run()]
     if registry is not None:
         jobs.append(_announce_base_model(registry, parts.info))
         model_hash = parts.info.base_model.model_hash
+        jobs.append(AdapterHolds(registry, adapters, parts.info.boot_id).run())
         jobs.append(AdapterRefresh(registry, adapters, model_hash, settings.adapter_refresh_s).run())
         if settings.redis_url:
             jobs.append(AdapterEvents(settings.redis_url, adapters).run())

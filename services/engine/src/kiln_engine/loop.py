@@ -134,6 +134,10 @@ class EngineLoop:
         """Let go of what was cached with an adapter before anything else. Loop thread only."""
         self._scheduler.retire_adapter(sha256)
 
+    def checkpoint_names(self) -> frozenset[bytes]:
+        """Beginnings of prompts that need not be computed again. Loop thread only."""
+        return self._scheduler.memory.tree.checkpoint_names()
+
     def move(self, request_id: str, change: AdapterChange) -> bool:
         """Let a request go on with other adapters. Loop thread only, while no step runs."""
         return self._scheduler.move(request_id, change)

@@ -26,6 +26,11 @@ class EngineSettings(ClientListener, BaseSettings):
     model_path: str = Field(description="checkpoint folder, or a hub id such as Qwen/Qwen3.5-4B")
     served_model_name: str = Field("", description="the base model's id; empty takes the checkpoint's own")
     listen: str = Field("127.0.0.1:8430", description="gRPC address: host:port or unix:/path")
+    advertise_address: str = Field(
+        "",
+        description="address that gateways and trainers find on Redis; empty: the one it listens on, by"
+        " this machine's name where that is every interface",
+    )
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     kv_dtype: Literal["auto", "fp8"] = Field(
@@ -93,7 +98,9 @@ class EngineSettings(ClientListener, BaseSettings):
     registry_address: str = Field(
         "", description="where adapters come from; empty serves the base model only"
     )
-    redis_url: str = Field("", description="where new versions are announced; empty fetches them on demand")
+    redis_url: str = Field(
+        "", description="where the engine announces itself and hears of new versions; empty: neither"
+    )
     socket_dir: Path = Field(
         default_factory=_default_socket_dir, description="private folder of the weight-sharing socket"
     )

@@ -14,6 +14,7 @@ from kiln_common.settings import ConfigurationError, exit_for_configuration, rea
 from kiln_common.tracing import configure_tracing
 from kiln_gateway.app import create_app
 from kiln_gateway.bootstrap import open_clients
+from kiln_gateway.listeners import open_listeners
 from kiln_gateway.server import GatewayServer
 from kiln_gateway.settings import GatewaySettings
 
@@ -34,7 +35,7 @@ async def serve(settings: GatewaySettings) -> None:
             model_path=settings.model_path,
             has_api_keys=bool(settings.api_keys or settings.api_keys_file),
         )
-        await server.serve()
+        await server.serve(open_listeners(settings))
 
 
 def main() -> int:

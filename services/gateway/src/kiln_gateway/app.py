@@ -9,15 +9,25 @@ from fastapi import FastAPI, Request
 from fastapi.responses import Response
 
 from kiln_gateway.edge import EdgeMiddleware
+from kiln_gateway.engine_discovery import discovering
+from kiln_gateway.evals.evaluator import Evaluator
 from kiln_gateway.gateway import Gateway
 from kiln_gateway.http_errors import install_error_handlers
+from kiln_gateway.insight.feed import Feed
+from kiln_gateway.insight.snapshot import read_snapshot
 from kiln_gateway.openapi import install_openapi
 from kiln_gateway.ports import Clients
 from kiln_gateway.routes import (
+    adapter_arithmetic,
     adapters,
+    audit,
     batch,
     completions,
+    corrections,
+    datasets,
     embeddings,
+    evals,
+    events,
     health,
     home,
     messages,
@@ -26,6 +36,7 @@ from kiln_gateway.routes import (
     responses,
     text,
     training,
+    training_jobs,
 )
 from kiln_gateway.settings import GatewaySettings
 from kiln_gateway.sse import ClientLeft
@@ -40,8 +51,15 @@ _ROUTERS = (
     text.router,
     models.router,
     training.router,
+    training_jobs.router,
+    datasets.router,
+    corrections.router,
     adapters.router,
+    adapter_arithmetic.router,
+    audit.router,
+    evals.router,
     health.router,
+    events.router,
     not_built.router,
     home.router,
 )
@@ -54,14 +72,20 @@ def create_app(settings: GatewaySettings, clients: Clients) -> FastAPI:
         ModelFolderMissing, TokenizerUnusable, TemplateUnusable: the model folder does not have what it needs.
     """
     gateway = Gateway(settings, clients)
+    evaluator = Evaluator(gateway, clients.evaluations, concurrency=settings.eval_concurrency)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with gateway.engines.watching():
+        async with (
+            gateway.engines.watching(),
+            discovering(clients.redis, gateway.engines),
+            evaluator.working(),
+        ):
             yield
 
     app = FastAPI(title="Kiln", docs_url=None, redoc_url=None, lifespan=lifespan)
     app.state.gateway = gateway
+    app.state.feed = Feed(lambda: read_snapshot(gateway))
     app.state.api_routes = [route for router in _ROUTERS for route in router.routes]
     install_error_handlers(app)
 

@@ -20,6 +20,7 @@ from kiln_common.ids import new_id
 from kiln_common.loopback import LOOPBACK_NAMES
 from kiln_gateway.errors import BodyTooSlow, HeadersTooLarge, HostNotAllowed, OriginNotAllowed
 from kiln_gateway.http_errors import error_response, unexpected
+from kiln_gateway.insight.live_requests import arrived_at
 from kiln_gateway.metrics import GatewayMetrics
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -65,6 +66,7 @@ class EdgeMiddleware:
         request_id, trace_id = _ids(headers, traceparent)
         scope.setdefault("state", {})["request_id"] = request_id
         started_at = time.monotonic()
+        arrived_at.set(started_at)
         status = 0
 
         async def send_with_id(message: Message) -> None:

@@ -4,38 +4,51 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 
 import structlog
 
+from kiln_common.bus.engine_presence import EngineWord
+from kiln_common.ending import end_tasks
 from kiln_common.errors import EngineUnavailable, KilnError
 from kiln_common.pb import common_pb2, engine_pb2
 from kiln_common.rpc import from_error_detail
+from kiln_gateway.engine_seat import EngineSeat
 from kiln_gateway.errors import GatewayStopping
 from kiln_gateway.ports import EnginePort, closing
+from kiln_gateway.prompt_path import prompt_path
+from kiln_gateway.routing import choose
 
 log = structlog.get_logger()
 _PROBE_INTERVAL_S = 2.0
 _PROBE_TIMEOUT_S = 2.0
-
-
-@dataclass
-class EngineSeat:
-    """One engine as the gateway sees it; only the pool changes it."""
-
-    number: int
-    client: EnginePort
-    info: engine_pb2.EngineInfo | None = None
-    is_answering: bool = False
-    num_in_flight: int = 0
+# Codes of engines that have not begun a request and never will.
+_NOT_BEGUN = ("engine_draining", EngineUnavailable.code)
+# A request that kills engines must not go from one to the next for ever.
+_MOST_ENGINES_TRIED = 3
+_DEFAULT_PAGE_TOKENS = 16
 
 
 class EnginePool:
-    """Routes each request to the answering engine with the fewest requests of this gateway."""
+    """Sends each request to an answering engine that serves the model; `routing` says to which.
 
-    def __init__(self, clients: Sequence[EnginePort]) -> None:
+    Configured engines always have a seat; others get one when they announce themselves (`connect`
+    opens a client for an address), and lose it when they are gone. One that is silent for `silence_s`
+    seconds has lost its requests: they end, so that clients learn of it.
+    """
+
+    def __init__(
+        self,
+        clients: Sequence[EnginePort],
+        connect: Callable[[str], EnginePort] | None = None,
+        *,
+        silence_s: float = 10.0,
+    ) -> None:
         self.seats = [EngineSeat(number, client) for number, client in enumerate(clients)]
+        self._connect = connect
+        self._silence_s = silence_s
+        self._num_seated = len(self.seats)
         self._is_closed = False
 
     @contextlib.asynccontextmanager
@@ -45,13 +58,42 @@ class EnginePool:
         try:
             yield
         finally:
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
+            await end_tasks(task)
 
     async def probe(self) -> None:
         """Ask every engine who it is."""
         await asyncio.gather(*map(self._probe_seat, self.seats))
+
+    async def hear(self, words: Sequence[EngineWord]) -> None:
+        """Take in what engines announce: all of them, as of now."""
+        now_s = time.monotonic()
+        strangers = {word.address: word for word in words}
+        for seat in list(self.seats):
+            mine = [word for word in words if seat.is_spoken_of(word)]
+            if mine:
+                # After a restart the word of the boot before may still stand.
+                seat.hear(max(mine, key=seat.is_of_this_boot), now_s)
+            is_gone = not mine and not seat.is_answering
+            if not (seat.is_configured or seat.num_in_flight) and (is_gone or self._is_double(seat)):
+                self.seats.remove(seat)
+                log.info("engine_gone", engine=seat.number, address=seat.address)
+                await seat.client.close()
+            for word in mine:
+                strangers.pop(word.address, None)
+        if self._connect is None or self._is_closed:
+            return
+        for address, word in strangers.items():
+            seat = EngineSeat(self._num_seated, self._connect(address), is_configured=False)
+            self._num_seated += 1
+            seat.hear(word, now_s)
+            self.seats.append(seat)
+            await self._probe_seat(seat)
+
+    def _is_double(self, seat: EngineSeat) -> bool:
+        """Whether a configured seat has turned out to be the same engine under another address."""
+        boot_id = seat.info.boot_id if seat.info is not None else None
+        configured = (other.info for other in self.seats if other.is_configured)
+        return any(info is not None and info.boot_id == boot_id for info in configured)
 
     async def base_model(self) -> common_pb2.BaseModel:
         """The base model the engines serve, also while they are briefly away.
@@ -72,28 +114,28 @@ class EnginePool:
     ) -> AsyncGenerator[engine_pb2.SequenceOutput]:
         """The sequence's outputs until it ends; closing the iterator aborts it.
 
+        An engine that stops, or is gone before it began, leaves the request to another one.
+
         Raises:
             EngineUnavailable: no engine answers, or the one at work went away.
             GatewayStopping: the pool was closed.
             KilnError: with the engine's own code when it refused or failed the request.
         """
-        if self._is_closed:
-            raise _stopping()
-        seat = await self._choose()
-        seat.num_in_flight += 1
-        try:
-            async with closing(seat.client.generate(request)) as outputs:
-                async for output in outputs:
-                    if output.finish_reason == engine_pb2.FINISH_REASON_ERROR:
-                        raise from_error_detail(output.error)
-                    yield output
-        except EngineUnavailable:
-            if self._is_closed:
-                raise _stopping() from None
-            seat.is_answering = False
-            raise
-        finally:
-            seat.num_in_flight -= 1
+        tried: list[EngineSeat] = []
+        while True:
+            seat = await self._seat_for(request, tried)
+            tried.append(seat)
+            has_begun = False
+            try:
+                async with closing(self._generate_on(seat, request)) as outputs:
+                    async for output in outputs:
+                        has_begun = True
+                        yield output
+                return
+            except KilnError as error:
+                if has_begun or error.code not in _NOT_BEGUN or not self._is_another_left(tried):
+                    raise
+                log.info("request_moved", request=request.request_id, engine=seat.number, code=error.code)
 
     async def close(self) -> None:
         """End every running generation with GatewayStopping; none begins after this."""
@@ -101,14 +143,57 @@ class EnginePool:
         for seat in self.seats:
             await seat.client.close()
 
-    async def _choose(self) -> EngineSeat:
-        for attempt in range(2):
-            answering = [seat for seat in self.seats if seat.is_answering]
-            if answering:
-                return min(answering, key=lambda seat: seat.num_in_flight)
-            if attempt == 0:
-                await self.probe()
-        raise EngineUnavailable(f"none of the {len(self.seats)} engines answers")
+    async def _generate_on(
+        self, seat: EngineSeat, request: engine_pb2.GenerateRequest
+    ) -> AsyncGenerator[engine_pb2.SequenceOutput]:
+        seat.num_in_flight += 1
+        try:
+            async with closing(seat.client.generate(request)) as outputs:
+                async for output in outputs:
+                    if output.finish_reason == engine_pb2.FINISH_REASON_ERROR:
+                        raise from_error_detail(output.error)
+                    yield output
+        except KilnError as error:
+            if self._is_closed:
+                raise _stopping() from None
+            if error.code == EngineUnavailable.code:
+                seat.fell_silent(time.monotonic())
+            elif error.code == "engine_draining":
+                seat.is_draining = True
+            raise
+        finally:
+            seat.num_in_flight -= 1
+
+    async def _seat_for(self, request: engine_pb2.GenerateRequest, tried: Sequence[EngineSeat]) -> EngineSeat:
+        if self._is_closed:
+            raise _stopping()
+        seats = self._usable(tried)
+        if not seats:
+            await self.probe()
+            seats = self._usable(tried)
+        if not seats:
+            raise EngineUnavailable(f"none of the {len(self.seats)} engines answers")
+        if len(seats) == 1:
+            return seats[0]
+        now_s = time.monotonic()
+        path = prompt_path(request, _page_tokens(seats[0]))
+        adapters = [use.sha256 for use in request.adapters]
+        seat = seats[choose([seat.view(adapters, now_s) for seat in seats], path.names, path.key)]
+        seat.place(path.kept, now_s)
+        return seat
+
+    def _usable(self, tried: Sequence[EngineSeat]) -> list[EngineSeat]:
+        """Answering engines of one model, each once, without those that are stopping if others are there."""
+        by_boot: dict[str, EngineSeat] = {}
+        for seat in self.seats:
+            if seat.is_answering and seat.info is not None:
+                by_boot.setdefault(seat.info.boot_id, seat)
+        model_hash = next((seat.model_hash for seat in by_boot.values()), "")
+        seats = [s for s in by_boot.values() if s.model_hash == model_hash and s not in tried]
+        return [seat for seat in seats if not seat.is_draining] or seats
+
+    def _is_another_left(self, tried: Sequence[EngineSeat]) -> bool:
+        return len(tried) < _MOST_ENGINES_TRIED and bool(self._usable(tried))
 
     async def _watch(self) -> None:
         while True:
@@ -117,15 +202,23 @@ class EnginePool:
 
     async def _probe_seat(self, seat: EngineSeat) -> None:
         try:
-            info = await asyncio.wait_for(seat.client.get_info(), _PROBE_TIMEOUT_S)
+            async with asyncio.timeout(_PROBE_TIMEOUT_S):
+                info = await seat.client.get_info()
         except (KilnError, TimeoutError):
             if seat.is_answering:
-                log.warning("engine_away", engine=seat.number)
-            seat.is_answering = False
+                log.warning("engine_away", engine=seat.number, address=seat.address)
+            now_s = time.monotonic()
+            seat.fell_silent(now_s)
+            if seat.is_given_up(now_s, self._silence_s):
+                seat.client.end_session("the engine has been silent for too long")
             return
-        if seat.info is None or seat.info.boot_id != info.boot_id:
+        if seat.answered(info):
             log.info("engine_found", engine=seat.number, boot_id=info.boot_id, model=info.base_model.model_id)
-        seat.info, seat.is_answering = info, True
+
+
+def _page_tokens(seat: EngineSeat) -> int:
+    announced = seat.word.page_tokens if seat.word is not None else 0
+    return announced or (seat.info.page_tokens if seat.info is not None else 0) or _DEFAULT_PAGE_TOKENS
 
 
 def _stopping() -> GatewayStopping:

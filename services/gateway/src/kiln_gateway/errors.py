@@ -172,3 +172,14 @@ class OriginNotAllowed(KilnError):
 class LimitsNeedRedis(ConfigurationError):
     code = "limits_need_redis"
     hint = "Set KILN_GATEWAY_REDIS_URL, or take the limits off the keys."
+
+
+class AdapterPinned(KilnError):
+    """Requests run on the version that is to be deleted."""
+
+    code = "adapter_pinned"
+    kind = ErrorKind.CONFLICT
+    hint = "Try again when they have ended; nobody new is given the version once its name means another."
+
+    def __init__(self, label: str, num_pins: int) -> None:
+        super().__init__(f"{num_pins} running requests use {label}")

@@ -16,6 +16,7 @@ from kiln_common.model_folder import TEXT_FILES, find_model_folder
 from kiln_common.text.chat_template import ChatTemplate
 from kiln_common.text.tokenizer import TextTokenizer
 from kiln_gateway.chat.prompt import PromptRenderer
+from kiln_gateway.corrections import CorrectionStore
 from kiln_gateway.engine_pool import EnginePool
 from kiln_gateway.errors import LimitsNeedRedis
 from kiln_gateway.idempotency import IdempotencyRecords
@@ -47,7 +48,7 @@ class Gateway:
             enable_thinking_default=settings.enable_thinking_default,
         )
         self.turn_end_id = self.tokenizer.id_of(_TURN_END)
-        self.engines = EnginePool(clients.engines)
+        self.engines = EnginePool(clients.engines, clients.connect, silence_s=settings.engine_silence_s)
         self.resolver = ModelResolver(clients.registry)
         self.rollouts = RolloutStore(
             clients.redis, ttl_s=settings.rollout_ttl_s, max_bytes=settings.rollout_max_bytes
@@ -55,6 +56,7 @@ class Gateway:
         self.responses = ResponseStore(
             clients.redis, ttl_s=settings.response_ttl_s, max_bytes=settings.response_max_bytes
         )
+        self.corrections = CorrectionStore(clients.redis)
         self.idempotency = IdempotencyRecords(clients.redis)
         self.keys = KeyRing(settings.api_keys, settings.api_keys_file)
         if self.keys.has_limits and clients.redis is None:

@@ -23,16 +23,17 @@ _MESSAGES = "/v1/messages"
 
 def error_body(error: KilnError, request_id: str) -> dict[str, Any]:
     """The error object of the HTTP contract, also sent inside streams."""
-    return {
-        "error": {
-            "message": str(error),
-            "type": error.kind.api_type,
-            "param": error.param or None,
-            "code": error.code,
-            "hint": error.hint or None,
-            "request_id": request_id,
-        }
+    body: dict[str, Any] = {
+        "message": str(error),
+        "type": error.kind.api_type,
+        "param": error.param or None,
+        "code": error.code,
+        "hint": error.hint or None,
+        "request_id": request_id,
     }
+    if error.details is not None:
+        body["details"] = dict(error.details)
+    return {"error": body}
 
 
 def body_for(path: str) -> Callable[[KilnError, str], dict[str, Any]]:

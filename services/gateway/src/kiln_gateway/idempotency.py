@@ -28,10 +28,11 @@ class IdempotencyRecords:
     def __init__(self, redis: Any) -> None:
         self._redis = redis
 
-    async def find(self, request: Request, owner: str) -> tuple[str, str]:
+    async def find(self, request: Request, owner: str, body_sha256: str = "") -> tuple[str, str]:
         """(service key, id of the resource the key made before), each "" when there is none.
 
-        Reads the body, which stays readable. Raises IdempotencyConflict, InvalidValue.
+        Reads the body, which stays readable, unless its hash is given. Raises IdempotencyConflict,
+        InvalidValue.
         """
         key = request.headers.get("idempotency-key", "")
         if not key:
@@ -45,14 +46,16 @@ class IdempotencyRecords:
         if record is None:
             return service_key, ""
         digest, _, resource_id = record.partition(" ")
-        if digest != await _digest(request):
+        if digest != (body_sha256 or await _digest(request)):
             raise IdempotencyConflict(f"the Idempotency-Key {key!r} was used with another body")
         return service_key, resource_id
 
-    async def remember(self, request: Request, service_key: str, resource_id: str) -> None:
+    async def remember(
+        self, request: Request, service_key: str, resource_id: str, body_sha256: str = ""
+    ) -> None:
         if not service_key or self._redis is None:
             return
-        record = f"{await _digest(request)} {resource_id}"
+        record = f"{body_sha256 or await _digest(request)} {resource_id}"
         try:
             await self._redis.set(keys.gateway_idempotency(service_key), record, ex=_TTL_S)
         except (RedisError, OSError) as error:

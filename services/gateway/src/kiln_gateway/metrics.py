@@ -9,6 +9,7 @@ from prometheus_client import Histogram as PrometheusHistogram
 from prometheus_client.metrics_core import HistogramMetricFamily, Metric
 
 from kiln_common.histogram import REQUEST_SECONDS, STEP_SECONDS, Histogram
+from kiln_gateway.insight.live_requests import LiveRequests
 from kiln_gateway.service_metrics import ServiceMetrics, add_histogram
 
 
@@ -38,6 +39,7 @@ class GatewayMetrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self.live = LiveRequests()
         self._requests = Counter(
             "kiln_gateway_requests", "HTTP requests", ["route", "method", "status"], registry=self.registry
         )

@@ -11,11 +11,14 @@ import structlog
 from kiln_common.adapter_names import BASE_NAME
 from kiln_common.errors import AdapterMismatch, AdapterNotFound, KilnError, RegistryUnavailable
 from kiln_common.pb import common_pb2, registry_pb2
+from kiln_gateway.adapters.visible_adapters import VisibleAdapters
+from kiln_gateway.auth import Caller
 from kiln_gateway.errors import ModelNotFound
 from kiln_gateway.ports import RegistryPort
 
 log = structlog.get_logger()
 
+_DEFAULT_TIMEOUT_S = 2.0
 _NO_SUCH_ADAPTER = ("adapter_not_found", "invalid_adapter_name", "reserved_adapter_name")
 
 
@@ -55,6 +58,7 @@ class ModelResolver:
         self,
         model: str | None,
         *,
+        caller: Caller,
         base_ids: frozenset[str],
         model_hash: str,
         adapter: str | None = None,
@@ -64,7 +68,8 @@ class ModelResolver:
         """Turn what the request says into versions.
 
         `base_ids` are the names of the base model; its default adapter applies to them. The name
-        "base" and `adapter: null` mean the bare base model. `model_hash` is the served base model's:
+        "base" and `adapter: null` mean the bare base model. Other keys' adapters are not there; the default
+        is for everybody. `model_hash` is the served base model's:
         adapters of another one are refused, and as the default ignored.
 
         Raises:
@@ -75,7 +80,7 @@ class ModelResolver:
         """
         if adapters is not None:
             versions = await asyncio.gather(
-                *(self.version(wanted.reference, model_hash, "adapters") for wanted in adapters)
+                *(self.version(wanted.reference, model_hash, "adapters", caller) for wanted in adapters)
             )
             return Target(
                 tuple(
@@ -85,21 +90,23 @@ class ModelResolver:
         if is_adapter_given:
             if adapter is None or adapter == BASE_NAME:
                 return Target()
-            return Target((_to_ref(await self.version(adapter, model_hash, "adapter")),))
+            return Target((_to_ref(await self.version(adapter, model_hash, "adapter", caller)),))
         if model == BASE_NAME:
             return Target()
         if model is None or model in base_ids:
             default = await self._default(model_hash)
             return Target((_to_ref(default),)) if default is not None else Target()
         try:
-            return Target((_to_ref(await self.version(model, model_hash, "model")),))
+            return Target((_to_ref(await self.version(model, model_hash, "model", caller)),))
         except AdapterNotFound as error:
             raise ModelNotFound(model) from error
 
-    async def version(self, reference: str, model_hash: str, param: str) -> registry_pb2.AdapterVersion:
-        """The version that `reference` means now. Raises AdapterNotFound, AdapterMismatch."""
+    async def version(
+        self, reference: str, model_hash: str, param: str, caller: Caller
+    ) -> registry_pb2.AdapterVersion:
+        """The version that `reference` means now to this caller. Raises AdapterNotFound, AdapterMismatch."""
         try:
-            found = await self._registry.resolve(reference)
+            found = await VisibleAdapters(self._registry, caller).resolve(reference)
         except KilnError as error:
             if error.code in _NO_SUCH_ADAPTER:
                 # Clients of OpenAI's API show only the message.
@@ -122,9 +129,11 @@ class ModelResolver:
         While the registry is away nothing can be attached, so the last one holds.
         """
         try:
-            self._last_default = await self._registry.get_default()
+            # One that hangs is not waited for as long as for what only it can answer.
+            async with asyncio.timeout(_DEFAULT_TIMEOUT_S if self._knows_default else None):
+                self._last_default = await self._registry.get_default()
             self._knows_default = True
-        except RegistryUnavailable as error:
+        except (RegistryUnavailable, TimeoutError) as error:
             if not self._knows_default:
                 raise RegistryUnavailable(
                     "the registry does not answer, so the default adapter is unknown",

@@ -9,16 +9,17 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from kiln_gateway.schemas.adapters import AttachBody
+from kiln_gateway.schemas.adapters import AttachBody, MergeBody, RollbackBody
 from kiln_gateway.schemas.batch import BatchBody
 from kiln_gateway.schemas.chat import ChatCompletionBody
 from kiln_gateway.schemas.completions import TextCompletionBody
+from kiln_gateway.schemas.corrections import CorrectionBody
 from kiln_gateway.schemas.embeddings import EmbeddingsBody
 from kiln_gateway.schemas.messages import CountTokensBody, MessagesBody
 from kiln_gateway.schemas.opd import OpdBody
 from kiln_gateway.schemas.responses import ResponsesBody
 from kiln_gateway.schemas.text import DetokenizeBody, TokenizeBody
-from kiln_gateway.schemas.training import GrpoBody, SftBody
+from kiln_gateway.schemas.training import CancelBody, GrpoBody, RetryBody, SftBody
 
 REQUEST_BODIES: dict[str, type[BaseModel]] = {
     "/v1/chat/completions": ChatCompletionBody,
@@ -33,8 +34,14 @@ REQUEST_BODIES: dict[str, type[BaseModel]] = {
     "/v1/train/sft": SftBody,
     "/v1/train/grpo": GrpoBody,
     "/v1/train/opd": OpdBody,
+    "/v1/train/jobs/{job_id}/cancel": CancelBody,
+    "/v1/train/jobs/{job_id}/retry": RetryBody,
+    "/v1/corrections": CorrectionBody,
     "/v1/adapters/{name}/attach": AttachBody,
+    "/v1/adapters/{name}/rollback": RollbackBody,
+    "/v1/adapters/merge": MergeBody,
 }
+_OPTIONAL = (AttachBody, CancelBody, RetryBody)
 _REF = "#/components/schemas/{model}"
 
 
@@ -58,7 +65,7 @@ def _document(app: FastAPI) -> dict[str, Any]:
     for path, model in REQUEST_BODIES.items():
         reference = {"$ref": _REF.format(model=model.__name__)}
         document["paths"][path]["post"]["requestBody"] = {
-            "required": model is not AttachBody,
+            "required": model not in _OPTIONAL,
             "content": {"application/json": {"schema": reference}},
         }
     return document

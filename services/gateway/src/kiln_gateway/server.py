@@ -13,6 +13,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from kiln_gateway.edge import MOST_HEADER_BYTES
 from kiln_gateway.gateway import Gateway
 
+# A connection that has just been made has so long to send its request.
+_FIRST_REQUEST_S = 1.0
 # What is left after the grace time only has to send its error.
 _LAST_EVENTS_S = 3
 # Longer than clients keep an idle connection, so that none is closed just as it is used again.
@@ -79,6 +81,10 @@ class GatewayServer(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         ending = asyncio.create_task(self._gateway.end_answers(self._grace_s))
+        await asyncio.sleep(0)  # what the kernel has accepted is taken over
+        for server in self.servers:
+            server.close()
+        await asyncio.sleep(min(_FIRST_REQUEST_S, self._grace_s))
         try:
             await super().shutdown(sockets)
         finally:

@@ -172,8 +172,8 @@ TRAINER_FIGURES: tuple[TrainerFigure, ...] = (
         lambda s: s.num_allocated_base_bytes,
     ),
     TrainerFigure(
-        "memory_bytes", "gauge", "Memory the trainer holds on its GPU, mapped weights not counted",
-        lambda s: s.num_device_bytes_held,
+        "memory_bytes", "gauge", "Memory the trainer holds on its device, mapped weights not counted",
+        lambda s: s.num_device_bytes,
     ),
 )  # fmt: skip
 

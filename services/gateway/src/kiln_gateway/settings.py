@@ -7,6 +7,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import (
     Field,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     field_validator,
@@ -28,17 +29,28 @@ class GatewaySettings(BaseSettings):
 
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8420, ge=0, le=65535)
+    reuse_port: bool = Field(
+        False, description="share the port with other gateways of this machine that are set so too"
+    )
+    socket_path: str = Field(
+        "", description="a Unix socket to answer on besides, for probes of one gateway of several"
+    )
     allow_public_bind: bool = Field(
         False, description="listen on an address other than loopback although no API keys are set"
     )
     model_path: str = Field(description="checkpoint folder or hub id: tokenizer and chat template")
     served_model_name: str = Field("", description="the base model's id; empty takes the engine's own")
     engine_addresses: CommaSeparated = Field(
-        ("127.0.0.1:8430",), description="gRPC addresses, comma separated"
+        ("127.0.0.1:8430",),
+        description="gRPC addresses, comma separated; engines that announce themselves on Redis are found"
+        " besides, and need not be named",
+    )
+    engine_silence_s: PositiveFloat = Field(
+        10.0, description="an engine that answers nothing for so long has its requests ended"
     )
     registry_address: str = "127.0.0.1:8431"
     trainer_address: str = "127.0.0.1:8432"
-    redis_url: str = Field("", description="empty: no rollouts are kept")
+    redis_url: str = Field("", description="empty: no rollouts are kept, and only configured engines found")
 
     store_default: bool = Field(
         True, description="whether requests that do not say `store` leave a rollout, or response, in Redis"
@@ -55,7 +67,12 @@ class GatewaySettings(BaseSettings):
         None, description="enable_thinking for requests that do not say; unset leaves it to the template"
     )
     max_body_bytes: PositiveInt = Field(32 * 1024 * 1024, description="largest JSON body")
-    max_upload_bytes: PositiveInt = Field(2 * 1024**3, description="largest adapter upload, unpacked too")
+    max_upload_bytes: PositiveInt = Field(
+        2 * 1024**3, description="largest upload: a dataset, or an adapter, unpacked too"
+    )
+    max_job_dataset_bytes: PositiveInt = Field(
+        64 * 1024 * 1024, description="largest dataset that one job learns from"
+    )
     header_timeout_s: PositiveFloat = Field(
         20.0, description="how long a request's headers may take to arrive"
     )
@@ -67,6 +84,10 @@ class GatewaySettings(BaseSettings):
         2**19,
         description="most log-probabilities of prompt tokens in one request: tokens of the prompts, times n, "
         "times one and the alternatives; each takes about 500 bytes",
+    )
+
+    eval_concurrency: NonNegativeInt = Field(
+        16, description="cases of an evaluation run answered at once; 0: this gateway carries out no runs"
     )
 
     api_keys: tuple[ApiKey, ...] = Field((), description='JSON: [{"key": "…", "scopes": ["infer", "train"]}]')
@@ -81,6 +102,9 @@ class GatewaySettings(BaseSettings):
         False, description="log the body of each request that is understood, with its prompts and rewards"
     )
     log_level: LogLevel = "INFO"
+    log_dir: str = Field(
+        "", description="folder of the services' *.log files, for the dashboard to show; empty: none"
+    )
 
     @field_validator("engine_addresses", "allowed_hosts", "allowed_origins", mode="before")
     @classmethod

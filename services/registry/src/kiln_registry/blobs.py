@@ -101,7 +101,13 @@ class Upload:
     def sha256(self) -> str:
         return self._hash.hexdigest()
 
-    def write(self, chunk: bytes) -> None:
+    def __enter__(self) -> Upload:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def write(self, chunk: bytes | memoryview) -> None:
         """Append. Raises AdapterTooLarge."""
         self._num_bytes += len(chunk)
         if self._num_bytes > self._max_bytes:
@@ -127,7 +133,8 @@ class Upload:
 
     def close(self) -> None:
         """Delete the temporary file unless it has been moved into place."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # a full disk does not take the rest of its buffer
+            self._file.close()
         self.path.unlink(missing_ok=True)
 
 

@@ -6,30 +6,33 @@ Each method is one transaction. Thread-safe; time comes in as an argument.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import asdict
-from typing import Any, TypeVar
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TypeVar
 
-from sqlalchemy import Connection, Engine, RowMapping, delete, func, insert, select, update
+from sqlalchemy import Connection, Engine, delete, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from kiln_common.adapter_names import AdapterReference, check_adapter_name
-from kiln_common.errors import AdapterNotFound, IdempotencyConflict
+from kiln_common.errors import AdapterNotFound
 from kiln_registry import schema
+from kiln_registry import statements as sql
 from kiln_registry.domain import (
     AdapterInUse,
     AdapterRecord,
+    AuditEntry,
     BaseModelRecord,
+    DefaultNeedsAdmin,
     ModuleShape,
     Publication,
     RegistryEvent,
-    StaleClaim,
+    Retention,
     UnknownBaseModel,
-    VersionDeleted,
     VersionRecord,
 )
+from kiln_registry.retention import RecentUses, check_quota, find_collectable
 
-_DEFAULT_ALIAS = "default"
 _MAX_OUTBOX_ROWS = 10_000
 _MAX_RACES = 3
 T = TypeVar("T")
@@ -38,8 +41,17 @@ T = TypeVar("T")
 class Catalog:
     """Owns the database; publishes, deletes and moves aliases together with their outbox rows."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        retention: Retention | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`clock` tells how long ago a version was looked up."""
         schema.create_schema(engine)
+        self.retention = retention or Retention()
+        self._uses = RecentUses(clock, self.retention.grace_s)
         self._engine = engine
         self._reader = schema.reader(engine)
 
@@ -81,13 +93,37 @@ class Catalog:
             model_ids = connection.scalars(select(schema.base_models.c.model_id)).all()
         check_adapter_name(name, reserved=model_ids)
 
+    def check_publish(self, name: str, owner: str, now_s: float) -> None:
+        """Raises AdapterNameTaken, AdapterQuotaExceeded where `owner` could not publish under the name now."""
+        with self._engine.begin() as connection:
+            sql.check_owner(connection, name, owner)
+            collectable = find_collectable(connection, name, self.retention, self._uses, now_s, num_more=1)
+            check_quota(connection, name, owner, self.retention, 1 - len(collectable))
+
+    def hold(self, holder: str, references: Sequence[AdapterReference], until_s: float, now_s: float) -> None:
+        """Keep versions from being collected; what `holder` held before, and what has run out, is let go."""
+        table = schema.holds
+
+        def hold(connection: Connection) -> None:
+            connection.execute(delete(table).where((table.c.holder == holder) | (table.c.until_s <= now_s)))
+            for name, version in {
+                (found.name, found.version)
+                for reference in references
+                if (found := sql.find_version(connection, reference)) is not None
+            }:
+                connection.execute(
+                    insert(table).values(holder=holder, name=name, version=version, until_s=until_s)
+                )
+
+        self._write(hold)
+
     def find_published(
         self, publish_key: str, name: str, job_id: str, claim_epoch: int
     ) -> VersionRecord | None:
         """What `publish_key` made before; None when it made nothing. Same errors as `publish`."""
         with self._reader.begin() as connection:
-            _check_epoch(connection, job_id, claim_epoch)
-            return _find_published(connection, publish_key, name)
+            sql.check_epoch(connection, job_id, claim_epoch)
+            return sql.find_published(connection, publish_key, name)
 
     def publish(self, publication: Publication, now_s: float) -> VersionRecord:
         """Record the next version of a name, move its aliases, and queue the announcement.
@@ -98,22 +134,29 @@ class Catalog:
             StaleClaim: a later claim of the job has published already.
             VersionDeleted: publish_key made a version that was deleted since.
             IdempotencyConflict: publish_key was used for another name.
+            AdapterNameTaken: the name belongs to another owner.
+            AdapterQuotaExceeded: the name or its owner would have too much.
         """
 
         def publish(connection: Connection) -> VersionRecord:
-            _check_epoch(connection, publication.job_id, publication.claim_epoch)
-            _raise_epoch(connection, publication.job_id, publication.claim_epoch)
-            made_before = _find_published(connection, publication.publish_key, publication.name)
+            sql.check_epoch(connection, publication.job_id, publication.claim_epoch)
+            sql.raise_epoch(connection, publication.job_id, publication.claim_epoch)
+            made_before = sql.find_published(connection, publication.publish_key, publication.name)
             if made_before is not None:
                 return made_before
-            version = _next_version(connection, publication.name)
-            _insert_version(connection, publication, version, now_s)
-            _move_alias(connection, _latest_alias(publication.name), publication.name, version)
-            record = _version(connection, AdapterReference(publication.name, version))
-            _announce(connection, "AdapterPublished", _event_data(record), now_s)
+            version = sql.next_version(connection, publication.name, publication.owner)
+            sql.insert_version(connection, publication, version, now_s)
+            sql.move_alias(connection, sql.latest_alias(publication.name), publication.name, version)
+            record = sql.read_version(connection, AdapterReference(publication.name, version))
+            sql.announce(connection, "AdapterPublished", sql.event_data(record), now_s)
+            action = "merge" if record.merge_json else "publish"
+            detail = {"sha256": record.sha256, "job_id": record.job_id, "attach": publication.attach}
+            sql.audit(connection, publication.owner, action, record.name, version, now_s, **detail)
             if publication.attach:
-                _move_alias(connection, _DEFAULT_ALIAS, publication.name, version)
-                _announce(connection, "DefaultChanged", _event_data(record), now_s)
+                sql.move_alias(connection, sql.DEFAULT_ALIAS, publication.name, version)
+                sql.announce(connection, "DefaultChanged", sql.event_data(record), now_s)
+            self._collect(connection, publication.name, now_s)
+            check_quota(connection, record.name, record.owner, self.retention, 0)
             return record
 
         return self._write(publish)
@@ -121,7 +164,9 @@ class Catalog:
     def resolve(self, reference: AdapterReference) -> VersionRecord:
         """The version a reference means now. Raises AdapterNotFound."""
         with self._reader.begin() as connection:
-            return _version(connection, reference)
+            record = sql.read_version(connection, reference)
+        self._uses.note(record)
+        return record
 
     def get_adapter(self, name: str) -> AdapterRecord:
         """Raises AdapterNotFound."""
@@ -134,30 +179,69 @@ class Catalog:
         """Every name that has versions, in order."""
         return self._list(None)
 
-    def set_default(self, reference: AdapterReference | None, now_s: float) -> VersionRecord | None:
+    def set_default(
+        self, reference: AdapterReference | None, now_s: float, *, actor: str = ""
+    ) -> VersionRecord | None:
         """Attach a version, or nothing. Raises AdapterNotFound."""
 
         def change(connection: Connection) -> VersionRecord | None:
             if reference is None:
                 table = schema.aliases
-                removed = connection.execute(delete(table).where(table.c.alias == _DEFAULT_ALIAS))
+                removed = connection.execute(delete(table).where(table.c.alias == sql.DEFAULT_ALIAS))
                 if removed.rowcount:
-                    _announce(connection, "DefaultChanged", {}, now_s)
+                    sql.announce(connection, "DefaultChanged", {}, now_s)
+                    sql.audit(connection, actor, "detach", "", 0, now_s)
                 return None
-            record = _version(connection, reference, lock=True)
-            if _alias(connection, _DEFAULT_ALIAS) != (record.name, record.version):
-                _move_alias(connection, _DEFAULT_ALIAS, record.name, record.version)
-                _announce(connection, "DefaultChanged", _event_data(record), now_s)
+            record = sql.read_version(connection, reference, lock=True)
+            if sql.read_alias(connection, sql.DEFAULT_ALIAS) != (record.name, record.version):
+                sql.move_alias(connection, sql.DEFAULT_ALIAS, record.name, record.version)
+                sql.announce(connection, "DefaultChanged", sql.event_data(record), now_s)
+                sql.audit(connection, actor, "attach", record.name, record.version, now_s)
             return record
 
         return self._write(change)
 
     def get_default(self) -> VersionRecord | None:
         with self._reader.begin() as connection:
-            attached = _alias(connection, _DEFAULT_ALIAS)
-            return None if attached is None else _version(connection, AdapterReference(*attached))
+            attached = sql.read_alias(connection, sql.DEFAULT_ALIAS)
+            if attached is None:
+                return None
+            record = sql.read_version(connection, AdapterReference(*attached))
+        self._uses.note(record)
+        return record
 
-    def delete(self, reference: AdapterReference, now_s: float) -> int:
+    def roll_back(
+        self, reference: AdapterReference, *, may_move_default: bool, now_s: float, actor: str = ""
+    ) -> tuple[VersionRecord, bool]:
+        """Let the bare name mean this version again; returns it, and whether the default moved with it.
+
+        The default moves where it is a later version of the name. The next publish counts again.
+
+        Raises:
+            AdapterNotFound: there is no such version.
+            DefaultNeedsAdmin: the default would move and may not; nothing was changed.
+        """
+
+        def change(connection: Connection) -> tuple[VersionRecord, bool]:
+            record = sql.read_version(connection, reference, lock=True)
+            name, version = record.name, record.version
+            attached = sql.read_alias(connection, sql.DEFAULT_ALIAS)
+            moves_default = attached is not None and attached[0] == name and attached[1] > version
+            if attached is not None and moves_default and not may_move_default:
+                raise DefaultNeedsAdmin(f"{name}@{attached[1]}", f"{name}@{version}")
+            over = sql.read_last_version(connection, name)
+            sql.move_alias(connection, sql.latest_alias(name), name, version, rolled_back_over=over)
+            data = {**sql.event_data(record), "rolled_back_over": over}
+            sql.announce(connection, "AdapterRolledBack", data, now_s)
+            if moves_default:
+                sql.move_alias(connection, sql.DEFAULT_ALIAS, name, version)
+                sql.announce(connection, "DefaultChanged", sql.event_data(record), now_s)
+            sql.audit(connection, actor, "roll_back", name, version, now_s, default_moved=moves_default)
+            return replace(record, rolled_back_over=over), moves_default
+
+        return self._write(change)
+
+    def delete(self, reference: AdapterReference, now_s: float, *, actor: str = "") -> int:
         """Delete one version, or every version of a bare name; returns how many.
 
         Raises:
@@ -170,26 +254,45 @@ class Catalog:
             connection.execute(name_row.with_for_update())
             # Locked before the alias is read; set_default locks the same rows, so that a version
             # cannot be attached and deleted at once.
-            records = _live_versions(connection, reference.name, lock=True)
+            records = sql.read_live_versions(connection, reference.name, lock=True)
             doomed = [r for r in records if reference.version in (None, r.version)]
             if not doomed:
                 raise AdapterNotFound(f"there is no adapter {str(reference)[:160]!r}")
-            attached = _alias(connection, _DEFAULT_ALIAS)
+            attached = sql.read_alias(connection, sql.DEFAULT_ALIAS)
             for record in doomed:
                 if attached == (record.name, record.version):
                     raise AdapterInUse(f"{record.name}@{record.version} is attached as the default")
             for record in doomed:
-                _mark_deleted(connection, record, now_s)
-                _announce(connection, "AdapterDeleted", _event_data(record), now_s)
+                sql.mark_deleted(connection, record, now_s)
+                sql.announce(connection, "AdapterDeleted", sql.event_data(record), now_s)
+                sql.audit(connection, actor, "delete", record.name, record.version, now_s)
             left = [r.version for r in records if r not in doomed]
-            _repair_latest(connection, reference.name, left)
+            sql.repair_latest(connection, reference.name, left)
             return len(doomed)
+
+    def has_other_scaling(self, sha256: str, scaling: float) -> bool:
+        """Whether a version that was ever recorded has these bytes and applies them more or less strongly."""
+        table = schema.versions
+        query = select(table.c.alpha, table.c.rank).where(table.c.sha256 == sha256)
+        with self._reader.begin() as connection:
+            return any(row.alpha / row.rank != scaling for row in connection.execute(query))
 
     def list_named_blobs(self) -> set[str]:
         """Hashes of the bytes that live versions need."""
         table = schema.versions
         with self._reader.begin() as connection:
             return {*connection.scalars(select(table.c.sha256).where(table.c.deleted_at_s.is_(None)))}
+
+    def read_audit(self, name: str, before_id: int, limit: int) -> list[AuditEntry]:
+        """The newest entries before `before_id` (0: of all), about one adapter ("": about any)."""
+        table = schema.audit
+        query = select(table).order_by(table.c.id.desc()).limit(limit)
+        if name:
+            query = query.where(table.c.name == name)
+        if before_id:
+            query = query.where(table.c.id < before_id)
+        with self._reader.begin() as connection:
+            return [AuditEntry(**row) for row in connection.execute(query).mappings()]
 
     def read_outbox(self, limit: int) -> list[RegistryEvent]:
         """The oldest facts not announced yet."""
@@ -214,6 +317,12 @@ class Catalog:
             if newest is not None:
                 connection.execute(delete(table).where(table.c.id <= newest - _MAX_OUTBOX_ROWS))
 
+    def _collect(self, connection: Connection, name: str, now_s: float) -> None:
+        for record in find_collectable(connection, name, self.retention, self._uses, now_s):
+            sql.mark_deleted(connection, record, now_s)
+            sql.announce(connection, "AdapterDeleted", sql.event_data(record), now_s)
+            sql.audit(connection, "retention", "collect", record.name, record.version, now_s)
+
     def _write(self, change: Callable[[Connection], T]) -> T:
         """Carry out a transaction; again where, on PostgreSQL, another one inserted the same first row."""
         for _ in range(_MAX_RACES):
@@ -227,9 +336,9 @@ class Catalog:
 
     def _list(self, name: str | None) -> list[AdapterRecord]:
         with self._reader.begin() as connection:
-            records = _live_versions(connection, name)
+            records = sql.read_live_versions(connection, name)
             latest = {row.alias: row.version for row in connection.execute(select(schema.aliases)).all()}
-            attached = _alias(connection, _DEFAULT_ALIAS)
+            attached = sql.read_alias(connection, sql.DEFAULT_ALIAS)
         by_name: dict[str, list[VersionRecord]] = {}
         for record in records:
             by_name.setdefault(record.name, []).append(record)
@@ -237,143 +346,9 @@ class Catalog:
             AdapterRecord(
                 name=name,
                 versions=tuple(found),
-                latest_version=latest[_latest_alias(name)],
+                latest_version=latest[sql.latest_alias(name)],
                 attached_version=attached[1] if attached and attached[0] == name else 0,
+                owner=found[0].owner,
             )
             for name, found in by_name.items()
         ]
-
-
-def _latest_alias(name: str) -> str:
-    return f"latest:{name}"
-
-
-def _event_data(record: VersionRecord) -> dict[str, Any]:
-    return {
-        "name": record.name,
-        "version": record.version,
-        "sha256": record.sha256,
-        "base_model_hash": record.base_model_hash,
-        "job_id": record.job_id,
-    }
-
-
-def _announce(connection: Connection, type_: str, data: dict[str, Any], now_s: float) -> None:
-    connection.execute(insert(schema.outbox).values(type=type_, data_json=json.dumps(data), at_s=now_s))
-
-
-def _check_epoch(connection: Connection, job_id: str, claim_epoch: int) -> None:
-    table = schema.job_claims
-    seen = connection.scalar(select(table.c.claim_epoch).where(table.c.job_id == job_id)) if job_id else None
-    if seen is not None and claim_epoch < seen:
-        raise StaleClaim(f"claim {claim_epoch} of job {job_id} is older than claim {seen}")
-
-
-def _raise_epoch(connection: Connection, job_id: str, claim_epoch: int) -> None:
-    if not job_id:
-        return
-    table = schema.job_claims
-    # A later claim may have come since the check: then the insert fails, and the check is made again.
-    is_not_later = (table.c.job_id == job_id) & (table.c.claim_epoch <= claim_epoch)
-    raised = connection.execute(update(table).where(is_not_later).values(claim_epoch=claim_epoch))
-    if not raised.rowcount:
-        connection.execute(insert(table).values(job_id=job_id, claim_epoch=claim_epoch))
-
-
-def _find_published(connection: Connection, publish_key: str, name: str) -> VersionRecord | None:
-    if not publish_key:
-        return None
-    table = schema.versions
-    row = connection.execute(select(table).where(table.c.publish_key == publish_key)).mappings().first()
-    if row is None:
-        return None
-    if row["name"] != name:
-        raise IdempotencyConflict(f"publish key {publish_key[:140]!r} made a version of {row['name']!r}")
-    if row["deleted_at_s"] is not None:
-        raise VersionDeleted(f"publish key {publish_key[:140]!r} made {name}@{row['version']}, now deleted")
-    return _record(row)
-
-
-def _next_version(connection: Connection, name: str) -> int:
-    table = schema.adapters
-    where = table.c.name == name
-    raised = connection.execute(update(table).where(where).values(last_version=table.c.last_version + 1))
-    if raised.rowcount:
-        return connection.execute(select(table.c.last_version).where(where)).scalar_one()
-    connection.execute(insert(table).values(name=name, last_version=1))
-    return 1
-
-
-def _insert_version(connection: Connection, publication: Publication, version: int, now_s: float) -> None:
-    fields = asdict(publication)
-    blob, inspected = fields.pop("blob"), fields.pop("inspected")
-    del fields["claim_epoch"], fields["attach"]
-    fields["publish_key"] = fields["publish_key"] or None
-    inspected["targets"] = ",".join(inspected["targets"])
-    connection.execute(
-        insert(schema.versions).values(**fields, **blob, **inspected, version=version, created_at_s=now_s)
-    )
-
-
-def _move_alias(connection: Connection, alias: str, name: str, version: int) -> None:
-    table = schema.aliases
-    moved = connection.execute(update(table).where(table.c.alias == alias).values(name=name, version=version))
-    if not moved.rowcount:
-        connection.execute(insert(table).values(alias=alias, name=name, version=version))
-
-
-def _alias(connection: Connection, alias: str) -> tuple[str, int] | None:
-    table = schema.aliases
-    row = connection.execute(select(table.c.name, table.c.version).where(table.c.alias == alias)).first()
-    return None if row is None else (row.name, row.version)
-
-
-def _version(connection: Connection, reference: AdapterReference, *, lock: bool = False) -> VersionRecord:
-    name, version = reference.name, reference.version
-    if version is None:
-        latest = _alias(connection, _latest_alias(name))
-        version = latest[1] if latest else 0
-    table = schema.versions
-    query = select(table).where(
-        table.c.name == name, table.c.version == version, table.c.deleted_at_s.is_(None)
-    )
-    row = connection.execute(query.with_for_update() if lock else query).mappings().first()
-    if row is None:
-        raise AdapterNotFound(f"there is no adapter {str(reference)[:160]!r}")
-    return _record(row)
-
-
-def _live_versions(connection: Connection, name: str | None, *, lock: bool = False) -> list[VersionRecord]:
-    table = schema.versions
-    query = select(table).where(table.c.deleted_at_s.is_(None)).order_by(table.c.name, table.c.version)
-    if name is not None:
-        query = query.where(table.c.name == name)
-    rows = connection.execute(query.with_for_update() if lock else query).mappings()
-    return [_record(row) for row in rows]
-
-
-def _mark_deleted(connection: Connection, record: VersionRecord, now_s: float) -> None:
-    table = schema.versions
-    connection.execute(
-        update(table)
-        .where(table.c.name == record.name, table.c.version == record.version)
-        .values(deleted_at_s=now_s)
-    )
-
-
-def _repair_latest(connection: Connection, name: str, versions_left: list[int]) -> None:
-    """Point the bare name at the newest version left when the one it meant is gone."""
-    table = schema.aliases
-    alias = _latest_alias(name)
-    if not versions_left:
-        connection.execute(delete(table).where(table.c.alias == alias))
-        return
-    current = _alias(connection, alias)
-    if current is None or current[1] not in versions_left:
-        _move_alias(connection, alias, name, max(versions_left))
-
-
-def _record(row: RowMapping) -> VersionRecord:
-    fields = {name: row[name] for name in VersionRecord.__slots__}
-    fields["targets"] = tuple(fields["targets"].split(","))
-    return VersionRecord(**fields)

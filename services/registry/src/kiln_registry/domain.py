@@ -5,9 +5,21 @@ Standard library only.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kiln_common.errors import AdapterNotFound, ErrorKind, InvalidRequest, KilnError
+
+
+class RegistryStorageFull(KilnError):
+    """The registry's disk does not take what was sent. Nothing of it was kept."""
+
+    code = "registry_storage_full"
+    kind = ErrorKind.UNAVAILABLE
+    hint = (
+        "Make room on the disk of KILN_REGISTRY_STATE_DIR, or delete adapter versions; jobs wait meanwhile."
+    )
+    retry_after_s = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +88,10 @@ class Publication:
     claim_epoch: int = 0
     attach: bool = False
     metrics_json: str = ""
+    data_sha256: str = ""
+    merge_json: str = ""
+    source_sha256: str = ""
+    owner: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +112,12 @@ class VersionRecord:
     metrics_json: str
     config_json: str
     created_at_s: float
+    data_sha256: str  # of what it was trained on; "" for none
+    merge_json: str  # {"mode", "sources"} where it was merged from others; else ""
+    source_sha256: str  # of the bytes as they were published
+    owner: str  # whom the name belongs to; "" where nobody was told apart
+    # Where the bare name means this version since a rollback (see schema): the highest number then.
+    rolled_back_over: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,16 +128,60 @@ class AdapterRecord:
     versions: tuple[VersionRecord, ...]
     latest_version: int
     attached_version: int  # 0 for none
+    owner: str
 
 
 @dataclass(frozen=True, slots=True)
 class RegistryEvent:
-    """A fact for Redis: "AdapterPublished", "DefaultChanged" or "AdapterDeleted"."""
+    """A fact for Redis: "AdapterPublished", "AdapterRolledBack", "DefaultChanged" or "AdapterDeleted"."""
 
     id: int
     type: str
     data_json: str
     at_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class AuditEntry:
+    """Something that was done to an adapter, and who asked for it."""
+
+    id: int
+    at_s: float
+    actor: str
+    action: str
+    name: str
+    version: int
+    detail_json: str
+
+
+@dataclass(frozen=True, slots=True)
+class Retention:
+    """How much is kept; 0 is no limit."""
+
+    # Versions of a name beyond these, the oldest first, are collected when nothing needs them.
+    keep_versions: int = 0
+    # A publish beyond these is refused.
+    max_versions: int = 0  # of a name
+    max_bytes: int = 0  # of an owner
+    # A version that was looked up within this time may be on its way to a request.
+    grace_s: float = 60.0
+
+
+class AdapterQuotaExceeded(KilnError):
+    code = "adapter_quota_exceeded"
+    kind = ErrorKind.CONFLICT
+    hint = "Delete versions that are not needed any more, or ask whoever runs the server for a higher limit."
+
+
+class AdapterNameTaken(KilnError):
+    """The name belongs to another key, or was made while no keys were configured."""
+
+    code = "adapter_name_taken"
+    kind = ErrorKind.CONFLICT
+    hint = "Choose another name: a name gets new versions from the key that made it alone."
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"the adapter name {name[:140]!r} is taken")
 
 
 class BlobNotFound(AdapterNotFound):
@@ -129,6 +195,17 @@ class AdapterInUse(KilnError):
     code = "adapter_in_use"
     kind = ErrorKind.CONFLICT
     hint = "Detach it first: POST /v1/adapters/detach."
+
+
+class DefaultNeedsAdmin(KilnError):
+    """A rollback would move the default, which this caller may not."""
+
+    code = "default_needs_admin"
+    kind = ErrorKind.FORBIDDEN
+    hint = "Ask with a key that carries the scope admin, or have one detach the default first."
+
+    def __init__(self, attached: str, target: str) -> None:
+        super().__init__(f"{attached} is the default; rolling back to {target} would change it for everybody")
 
 
 class StaleClaim(KilnError):
@@ -192,7 +269,7 @@ class InvalidAdapterConfig(InvalidRequest):
 
 class UnsupportedAdapterFeature(InvalidRequest):
     code = "unsupported_adapter_feature"
-    hint = "Plain LoRA on linear layers is supported: train it again without this feature."
+    hint = "LoRA on linear layers is supported, rsLoRA and patterns included: train it again without this feature."
 
 
 class UnexpectedTensor(InvalidRequest):
@@ -218,6 +295,26 @@ class AdapterRankTooHigh(InvalidRequest):
 
     def __init__(self, rank: int, limit: int) -> None:
         super().__init__(f"the adapter has rank {rank}, the engine holds up to {limit}")
+
+
+class MergeRankTooHigh(AdapterRankTooHigh):
+    """The ranks of what is concatenated add up to more than an engine holds."""
+
+    hint = "Merge fewer adapters or lower ranks, use the mode linear or ties, or raise max_adapter_rank."
+
+    def __init__(self, ranks: Sequence[int], limit: int) -> None:
+        added = f"{' + '.join(map(str, ranks))} = {sum(ranks)}"
+        InvalidRequest.__init__(self, f"the merged adapter has rank {added}, the engine holds up to {limit}")
+
+
+class MergeRanksDiffer(InvalidRequest):
+    code = "merge_ranks_differ"
+    hint = "Use the mode concat, which adds the ranks up, or merge adapters of one rank."
+
+
+class InvalidMerge(InvalidRequest):
+    code = "invalid_merge"
+    hint = "Name one or more sources with finite weights other than 0, and a mode: linear, ties or concat."
 
 
 class UnsupportedDtype(InvalidRequest):

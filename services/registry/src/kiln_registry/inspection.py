@@ -41,10 +41,35 @@ _KNOWN_FIELDS = frozenset(
         "runtime_config", "target_modules", "task_type",
     }
 )  # fmt: skip
+# What to do instead, of those that people meet.
+_FEATURE_HINTS = {
+    "use_dora": "Train it again with use_dora=False: magnitudes beside A and B are not served.",
+    "modules_to_save": "Train it again without modules_to_save: whole layers are not part of an adapter here.",
+    "bias": 'Train it again with bias="none".',
+    "lora_bias": "Train it again with lora_bias=False.",
+    "trainable_token_indices": "Train it again without trainable_token_indices: embeddings are not adapted.",
+    "target_parameters": "Name linear layers in target_modules instead.",
+    "alora_invocation_tokens": "Train it again as plain LoRA: activated LoRA is not served.",
+    "init_lora_weights": "Let PEFT turn it into plain LoRA: save_pretrained(..., path_initial_model_for_weight_conversion=...).",
+    "peft_type": "Only LoRA is served; PEFT's other methods are not.",
+}
 _OFF_VALUES: tuple[Any, ...] = (None, False, "none", "", {}, [])
 # The other initialisations (pissa, olora, ...) also change the base weights.
 _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 _PARTIAL_FIELDS = ("layers_to_transform", "layers_pattern", "exclude_modules")
+
+
+def load_config(config_json: str) -> dict[str, Any]:
+    """Raises InvalidAdapterConfig unless it is a JSON object."""
+    if len(config_json) > _MAX_CONFIG_CHARS:
+        raise InvalidAdapterConfig(f"adapter_config.json has {len(config_json)} characters")
+    try:
+        config = json.loads(config_json)
+    except (ValueError, RecursionError) as error:
+        raise InvalidAdapterConfig(f"adapter_config.json is not JSON: {str(error)[:200]}") from None
+    if not isinstance(config, dict):
+        raise InvalidAdapterConfig("adapter_config.json is not a JSON object")
+    return config
 
 
 def parse_peft_config(config_json: str) -> PeftConfig:
@@ -54,7 +79,7 @@ def parse_peft_config(config_json: str) -> PeftConfig:
         InvalidAdapterConfig: not JSON, or rank, alpha or targets are missing or out of range.
         UnsupportedAdapterFeature: it uses something other than plain LoRA; the message names it.
     """
-    config = _load_config(config_json)
+    config = load_config(config_json)
     _refuse_features(config)
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= MAX_RANK:
@@ -78,7 +103,7 @@ def inspect_adapter(path: Path, config: PeftConfig, base_model: BaseModelRecord)
     if 0 < base_model.max_adapter_rank < config.rank:
         raise AdapterRankTooHigh(config.rank, base_model.max_adapter_rank)
     entries = read_entries(path)
-    sides = _pair_up(entries)
+    sides = pair_up(entries)
     for module_path, matrices in sides.items():
         shape = base_model.modules.get(module_path)
         if shape is None:
@@ -95,26 +120,19 @@ def inspect_adapter(path: Path, config: PeftConfig, base_model: BaseModelRecord)
     return InspectedAdapter(config.rank, config.alpha, tuple(targets))
 
 
-def _load_config(config_json: str) -> dict[str, Any]:
-    if len(config_json) > _MAX_CONFIG_CHARS:
-        raise InvalidAdapterConfig(f"adapter_config.json has {len(config_json)} characters")
-    try:
-        config = json.loads(config_json)
-    except (ValueError, RecursionError) as error:
-        raise InvalidAdapterConfig(f"adapter_config.json is not JSON: {str(error)[:200]}") from None
-    if not isinstance(config, dict):
-        raise InvalidAdapterConfig("adapter_config.json is not a JSON object")
-    return config
-
-
 def _refuse_features(config: dict[str, Any]) -> None:
     expected = {"peft_type": ("LORA",), "task_type": (None, "CAUSAL_LM"), "init_lora_weights": _PLAIN_INITS}
     for field, supported in expected.items():
         if config.get(field) not in supported:
-            raise UnsupportedAdapterFeature(f"the adapter has {field}={_shown(config.get(field))}")
+            raise _unsupported(field, config.get(field))
     for field, value in config.items():
         if field not in _KNOWN_FIELDS and value not in _OFF_VALUES:
-            raise UnsupportedAdapterFeature(f"the adapter uses {field[:80]}={_shown(value)}")
+            raise _unsupported(field, value)
+
+
+def _unsupported(field: str, value: Any) -> UnsupportedAdapterFeature:
+    message = f"the adapter has {field[:80]}={_shown(value)}"
+    return UnsupportedAdapterFeature(message, hint=_FEATURE_HINTS.get(field))
 
 
 def _shown(value: Any) -> str:
@@ -129,8 +147,12 @@ def _target_modules(value: Any) -> tuple[str, ...] | None:
     raise InvalidAdapterConfig("target_modules must be a list of module names, or a pattern")
 
 
-def _pair_up(entries: list[TensorEntry]) -> dict[str, dict[str, TensorEntry]]:
-    """{module path: {"A": entry, "B": entry}}, complete for every module."""
+def pair_up(entries: list[TensorEntry]) -> dict[str, dict[str, TensorEntry]]:
+    """{module path: {"A": entry, "B": entry}}, complete for every module.
+
+    Raises:
+        UnexpectedTensor, IncompleteAdapter
+    """
     sides: dict[str, dict[str, TensorEntry]] = defaultdict(dict)
     for entry in entries:
         match = _TENSOR_NAME.fullmatch(entry.name)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,18 @@ def read_entries(path: Path) -> list[TensorEntry]:
     entries.sort(key=lambda entry: entry.start)
     _check_layout(entries, 8 + header_bytes, num_bytes)
     return entries
+
+
+def read_stamped(path: Path, key: str, value: str, chunk_bytes: int) -> Iterator[bytes]:
+    """The file's bytes with one more entry in its metadata: the same tensors under another hash."""
+    with path.open("rb") as file:
+        header = _parse_json(file.read(int.from_bytes(file.read(8), "little")))
+        header["__metadata__"] = {**header.get("__metadata__", {}), key: value}
+        raw = json.dumps(header, separators=(",", ":")).encode()
+        raw += b" " * (-len(raw) % 8)  # the tensors stay aligned
+        yield len(raw).to_bytes(8, "little") + raw
+        while chunk := file.read(chunk_bytes):
+            yield chunk
 
 
 def find_non_finite(path: Path, entries: list[TensorEntry]) -> str | None:

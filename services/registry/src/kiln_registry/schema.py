@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sqlalchemy import (
+    DDL,
     BigInteger,
     Column,
     Engine,
@@ -28,7 +29,7 @@ from sqlalchemy.exc import ArgumentError
 
 from kiln_common.errors import KilnError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 7
 
 # Execution option of engines whose transactions only read.
 READ_ONLY = "kiln_read_only"
@@ -54,6 +55,8 @@ adapters = Table(
     Column("name", String(128), primary_key=True),
     # Only ever grows, so that a deleted version's number is not given out again.
     Column("last_version", BigInteger, nullable=False),
+    # Since schema 7. Who published its first version; "" where nobody was told apart.
+    Column("owner", String(128), nullable=False, server_default=""),
 )
 
 # A deleted version stays as a row with deleted_at_s set: its publish_key must not publish anew.
@@ -76,6 +79,11 @@ versions = Table(
     Column("config_json", Text, nullable=False),
     Column("created_at_s", Float, nullable=False),
     Column("deleted_at_s", Float),
+    Column("data_sha256", String(64), nullable=False, server_default=""),  # since schema 4
+    # Since schema 5. {"mode", "sources": [{"name", "version", "weight"}]} of a merged version; else "".
+    Column("merge_json", Text, nullable=False, server_default=""),
+    # Since schema 6. Of the bytes as they were published; "" in rows of before.
+    Column("source_sha256", String(64), nullable=False, server_default=""),
 )
 
 # Movable names. "default" is the version the base model's id means; "latest:<name>" the one that
@@ -86,6 +94,9 @@ aliases = Table(
     Column("alias", String(160), primary_key=True),
     Column("name", String(128), nullable=False),
     Column("version", BigInteger, nullable=False),
+    # Since schema 3. Of "latest:<name>" after a rollback, or after what it meant was deleted: the
+    # highest version there was; else 0.
+    Column("rolled_back_over", BigInteger, nullable=False, server_default="0"),
 )
 
 # Highest claim epoch that has published for a job; older ones are refused.
@@ -106,6 +117,53 @@ outbox = Table(
     Column("at_s", Float, nullable=False),
     sqlite_autoincrement=True,  # ids are never given out twice: readers may tell repeats by them
 )
+
+
+# What brings a catalogue to a schema from the one before; tables that are new are created anyway.
+_MIGRATIONS = {
+    2: ("ALTER TABLE base_models ADD COLUMN max_adapter_rank INTEGER NOT NULL DEFAULT 0",),
+    3: ("ALTER TABLE aliases ADD COLUMN rolled_back_over BIGINT NOT NULL DEFAULT 0",),
+    4: ("ALTER TABLE versions ADD COLUMN data_sha256 VARCHAR(64) NOT NULL DEFAULT ''",),
+    5: ("ALTER TABLE versions ADD COLUMN merge_json TEXT NOT NULL DEFAULT ''",),
+    6: ("ALTER TABLE versions ADD COLUMN source_sha256 VARCHAR(64) NOT NULL DEFAULT ''",),
+    7: ("ALTER TABLE adapters ADD COLUMN owner VARCHAR(128) NOT NULL DEFAULT ''",),
+}
+
+
+# Versions that must not be collected before `until_s`, by who needs them.
+holds = Table(
+    "holds",
+    metadata,
+    Column("holder", String(128), primary_key=True),
+    Column("name", String(128), primary_key=True),
+    Column("version", BigInteger, primary_key=True),
+    Column("until_s", Float, nullable=False),
+)
+
+# Who did what; rows are only ever added, and the database sees to it.
+audit = Table(
+    "audit",
+    metadata,
+    Column("id", BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=True),
+    Column("at_s", Float, nullable=False),
+    Column("actor", String(128), nullable=False),
+    Column("action", String(32), nullable=False),
+    Column("name", String(128), nullable=False, index=True),
+    Column("version", BigInteger, nullable=False),
+    Column("detail_json", Text, nullable=False),
+    sqlite_autoincrement=True,
+)
+_APPEND_ONLY = {
+    "sqlite": (
+        "CREATE TRIGGER audit_no_{0} BEFORE {0} ON audit "
+        "BEGIN SELECT RAISE(ABORT, 'the audit log is append-only'); END"
+    ),
+    "postgresql": "CREATE RULE audit_no_{0} AS ON {0} TO audit DO INSTEAD NOTHING",
+}
+for _dialect, _statement in _APPEND_ONLY.items():
+    for _verb in ("UPDATE", "DELETE"):
+        _ddl = DDL(_statement.format(_verb)).execute_if(dialect=_dialect)
+        event.listen(audit, "after_create", _ddl)
 
 
 class DatabaseUrlUnusable(KilnError):
@@ -160,9 +218,9 @@ def create_schema(engine: Engine) -> None:
         elif found > SCHEMA_VERSION:
             raise CatalogTooNew(f"the catalogue has schema {found}, this registry knows {SCHEMA_VERSION}")
         elif found < SCHEMA_VERSION:
-            connection.execute(
-                text("ALTER TABLE base_models ADD COLUMN max_adapter_rank INTEGER NOT NULL DEFAULT 0")
-            )
+            for version in range(found + 1, SCHEMA_VERSION + 1):
+                for statement in _MIGRATIONS[version]:
+                    connection.execute(text(statement))
             connection.execute(update(schema_version).values(version=SCHEMA_VERSION))
 
 

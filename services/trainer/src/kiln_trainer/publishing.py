@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import structlog
+from redis.exceptions import RedisError
 
 from kiln_common import tracing
+from kiln_common.bus.engine_presence import read_words
 from kiln_common.clients.engine import EngineClient
+from kiln_common.clients.evaluations import EvaluationsClient
 from kiln_common.clients.registry import RegistryClient
 from kiln_common.errors import AdapterNotFound, ErrorKind, KilnError
-from kiln_common.pb import common_pb2, engine_pb2, registry_pb2
+from kiln_common.pb import common_pb2, engine_pb2, evaluations_pb2, registry_pb2
 from kiln_trainer.completions import draw
 from kiln_trainer.domain.training import AdapterContent, StartingPoint
 from kiln_trainer.jobs.ports import Audience, LiveReport
@@ -31,7 +34,10 @@ _MAX_GENERATING = 64  # completions of a job that run at once
 
 
 class EngineDirectory:
-    """The configured engines; used on the event loop."""
+    """The configured engines, and those that announce themselves on Redis; used on the event loop.
+
+    The first configured one is the engine whose weights are mapped.
+    """
 
     def __init__(
         self,
@@ -41,8 +47,12 @@ class EngineDirectory:
         live_timeout_s: float,
         rollout_timeout_s: float = 600.0,
         patience_s: float = 300.0,
+        redis: Any = None,
     ) -> None:
-        self._engines = [EngineClient(address, timeout_s=info_timeout_s) for address in addresses]
+        self._connect = lambda address: EngineClient(address, timeout_s=info_timeout_s)
+        self._engines = [self._connect(address) for address in addresses]
+        self._redis = redis
+        self._announced: dict[str, EngineClient] = {}
         self._live_timeout_s = live_timeout_s
         self._rollout_timeout_s = rollout_timeout_s
         self._patience_s = patience_s
@@ -50,7 +60,7 @@ class EngineDirectory:
         self._info_read_s = -math.inf
 
     async def close(self) -> None:
-        for engine in self._engines:
+        for engine in (*self._engines, *self._announced.values()):
             await engine.close()
 
     async def info(self, max_age_s: float = 5.0) -> engine_pb2.EngineInfo | None:
@@ -66,15 +76,47 @@ class EngineDirectory:
             break
         return self._info
 
-    def _wanted(self, audience: Audience) -> list[EngineClient]:
-        return self._engines if audience == "all" else self._engines[:1]
+    async def _wanted(self, audience: Audience) -> list[EngineClient]:
+        if audience != "all":
+            return self._engines[:1]
+        await self._look_around()
+        return [*self._engines, *self._announced.values()]
+
+    async def _look_around(self) -> None:
+        """Find the engines of this model that are not configured; without Redis those known remain."""
+        if self._redis is None:
+            return
+        try:
+            words = await read_words(self._redis)
+        except (RedisError, OSError) as error:
+            log.warning("engines_not_looked_up", reason=str(error))
+            return
+        answers = await asyncio.gather(
+            *(engine.get_info() for engine in self._engines), return_exceptions=True
+        )
+        infos = [answer for answer in answers if not isinstance(answer, BaseException)]
+        boot_ids = {info.boot_id for info in infos}
+        model_hashes = {info.base_model.model_hash for info in infos} or {word.model_hash for word in words}
+        configured = {engine.address for engine in self._engines}
+        found = {
+            word.address
+            for word in words
+            if word.boot_id not in boot_ids
+            and word.address not in configured
+            and word.model_hash in model_hashes
+            and not word.is_draining
+        }
+        for address in self._announced.keys() - found:
+            await self._announced.pop(address).close()
+        for address in found - self._announced.keys():
+            self._announced[address] = self._connect(address)
 
     async def hand_over(self, name: str, content: AdapterContent, audience: Audience) -> dict[str, str]:
         """Give the bytes to the engines of this host; returns by address the sha256 of what they took.
 
         The others, and those that do not take them, fetch them from the registry later.
         """
-        engines = self._wanted(audience)
+        engines = await self._wanted(audience)
         answers = await asyncio.gather(*(self._hand_to(engine, name, content) for engine in engines))
         pairs = zip(engines, answers, strict=True)
         return {engine.address: sha256 for engine, sha256 in pairs if sha256}
@@ -95,9 +137,8 @@ class EngineDirectory:
         They are named by boot id, or by address where they are away.
         An engine that is away is asked again for `live_timeout_s` seconds.
         """
-        answers = await asyncio.gather(
-            *(self._prepare_on(engine, adapter) for engine in self._wanted(audience))
-        )
+        engines = await self._wanted(audience)
+        answers = await asyncio.gather(*(self._prepare_on(engine, adapter) for engine in engines))
         return tuple(name for name in answers if name is not None)
 
     async def generate(
@@ -151,11 +192,16 @@ class GrpcPublisher:
     """A Publisher for a worker thread: its calls run on the event loop that owns the channels."""
 
     def __init__(
-        self, registry: RegistryClient, engines: EngineDirectory, loop: asyncio.AbstractEventLoop
+        self,
+        registry: RegistryClient,
+        engines: EngineDirectory,
+        loop: asyncio.AbstractEventLoop,
+        evaluations: EvaluationsClient | None = None,
     ) -> None:
         self._registry = registry
         self._engines = engines
         self._loop = loop
+        self._evaluations = evaluations
         # Begun with the last content that was to be published, and kept when the registry is asked again.
         self._handover: tuple[AdapterContent, asyncio.Task[dict[str, str]]] | None = None
         # Begun with the last version that was published: engines take it over at once.
@@ -234,12 +280,35 @@ class GrpcPublisher:
         finally:
             future.cancel()
 
-    def withdraw(self, name: str) -> None:
+    def start_evaluation(self, request: evaluations_pb2.SubmitRunRequest) -> evaluations_pb2.EvalRun:
+        assert self._evaluations is not None, "this publisher was made without evaluations"
+        return self._on_loop(self._evaluations.submit_run(request))
+
+    def evaluation(self, run_id: str, owner: str) -> evaluations_pb2.EvalRun:
+        assert self._evaluations is not None, "this publisher was made without evaluations"
+        return self._on_loop(self._evaluations.get_run(run_id, owner))
+
+    def withdraw(self, name: str, version: int = 0) -> None:
         try:
-            self._on_loop(self._registry.delete(name))
+            self._on_loop(self._registry.delete(name, version, actor="trainer"))
         except KilnError as error:
             if error.code != AdapterNotFound.code:
                 raise
+
+    def versions(self, name: str) -> Sequence[registry_pb2.AdapterVersion]:
+        try:
+            return self._on_loop(self._registry.get(name)).versions
+        except KilnError as error:
+            if error.code != AdapterNotFound.code:
+                raise
+            return ()
+
+    def default_adapter(self) -> str:
+        attached = self._on_loop(self._registry.get_default())
+        return f"{attached.name}@{attached.version}" if attached is not None else ""
+
+    def attach(self, reference: str) -> None:
+        self._on_loop(self._registry.set_default(reference, actor="trainer"))
 
     def _on_loop(self, call: Coroutine[Any, Any, T]) -> T:
         """Every call has its own deadline, so this always returns."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+import contextlib
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import TypeVar
 
 import grpc
@@ -18,17 +19,24 @@ from kiln_common.ids import new_id
 from kiln_common.pb import trainer_pb2 as pb
 from kiln_common.pb import trainer_pb2_grpc
 from kiln_common.rpc.keys import current_caller
+from kiln_trainer.device_memory import num_device_bytes
+from kiln_trainer.jobs.capacity_check import check_capacity
 from kiln_trainer.jobs.durability import check_durable
 from kiln_trainer.jobs.errors import PayloadTooLarge
 from kiln_trainer.jobs.events import watch_events
 from kiln_trainer.jobs.ports import JobBackend
+from kiln_trainer.jobs.retry import retried
 from kiln_trainer.jobs.store import JobStore
+from kiln_trainer.jobs.submit_stream import gather_request
 from kiln_trainer.jobs.validation import check_request
 from kiln_trainer.jobs.worker import Worker
 from kiln_trainer.publishing import EngineDirectory
+from kiln_trainer.webhooks.addresses import Network, check_webhook
 
 log = structlog.get_logger()
 T = TypeVar("T")
+
+_RESOLVE_TIMEOUT_S = 5.0
 
 # A Redis that is full, read-only or cannot write its file answers with one of these.
 _REFUSALS = ("OOM", "MISCONF", "READONLY", "NOREPLICAS")
@@ -52,6 +60,7 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServicer):
         engines: EngineDirectory,
         *,
         max_payload_bytes: int,
+        webhook_networks: Sequence[Network] = (),
     ) -> None:
         self._trainer_id = trainer_id
         self._client = client
@@ -61,14 +70,34 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServicer):
         self._backend = backend
         self._engines = engines
         self._max_payload_bytes = max_payload_bytes
+        self._webhook_networks = webhook_networks
 
     async def Submit(self, request: pb.SubmitRequest, context: grpc.aio.ServicerContext) -> pb.Job:
+        request.ClearField("retry_of")
+        return await self._submit(request)
+
+    async def SubmitStream(
+        self, request_iterator: AsyncIterator[pb.SubmitPart], context: grpc.aio.ServicerContext
+    ) -> pb.Job:
+        return await self.Submit(await gather_request(request_iterator, self._max_payload_bytes), context)
+
+    async def RetryJob(self, request: pb.RetryJobRequest, context: grpc.aio.ServicerContext) -> pb.Job:
+        job = await _on_redis(lambda: self._store.get(request.id))
+        accepted = await _on_redis(lambda: self._store.read_payload(request.id))
+        return await self._submit(retried(job, accepted, request))
+
+    async def _submit(self, request: pb.SubmitRequest) -> pb.Job:
         num_bytes = request.ByteSize()
         if num_bytes > self._max_payload_bytes:
             raise PayloadTooLarge(f"the job has {num_bytes} bytes, at most {self._max_payload_bytes}")
         _check_caller(request)
+        if request.HasField("webhook"):
+            checking = asyncio.to_thread(check_webhook, request.webhook, self._webhook_networks)
+            with contextlib.suppress(TimeoutError):  # a name that is not known now may be later
+                await asyncio.wait_for(checking, _RESOLVE_TIMEOUT_S)
         info = await self._engines.info()
         await asyncio.to_thread(check_request, request, info)
+        await asyncio.to_thread(check_capacity, request, info, self._backend.capacity)
         job_id = await _on_redis(lambda: self._accept(request))
         log.info("job_accepted", job_id=job_id, adapter=request.config.adapter, num_bytes=num_bytes)
         return await _on_redis(lambda: self._store.get(job_id))
@@ -79,10 +108,17 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServicer):
     async def ListJobs(
         self, request: pb.ListJobsRequest, context: grpc.aio.ServicerContext
     ) -> pb.ListJobsResponse:
-        return pb.ListJobsResponse(jobs=await _on_redis(lambda: self._store.list_jobs(request.limit)))
+        owner = request.owner if request.HasField("owner") else None
+        jobs = await _on_redis(lambda: self._store.list_jobs(request.limit, request.statuses, owner))
+        return pb.ListJobsResponse(jobs=jobs)
+
+    async def ListQueue(
+        self, request: pb.ListQueueRequest, context: grpc.aio.ServicerContext
+    ) -> pb.ListJobsResponse:
+        return pb.ListJobsResponse(jobs=await _on_redis(self._store.list_open))
 
     async def CancelJob(self, request: pb.CancelJobRequest, context: grpc.aio.ServicerContext) -> pb.Job:
-        await _on_redis(lambda: self._store.cancel(request.id))
+        await _on_redis(lambda: self._store.cancel(request.id, discards=request.discard_published))
         log.info("job_cancel_requested", job_id=request.id)
         return await _on_redis(lambda: self._store.get(request.id))
 
@@ -116,7 +152,7 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServicer):
             step_seconds=totals.step_seconds.to_proto(),
             swap_seconds=totals.swap_seconds.to_proto(),
             metrics=totals.metrics,
-            num_device_bytes_held=self._backend.num_device_bytes_held(),
+            num_device_bytes=num_device_bytes(),
         )
 
     def _accept(self, request: pb.SubmitRequest) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator
+from pydantic import Field, IPvAnyNetwork, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from kiln_common.rpc.client_listener import ClientListener
@@ -22,8 +22,8 @@ class TrainerSettings(ClientListener, BaseSettings):
     registry_address: str = Field(min_length=1, description="gRPC address results are published to")
     engine_addresses: Annotated[tuple[str, ...], NoDecode] = Field(
         min_length=1,
-        description="gRPC addresses separated by commas; weights are mapped from the first, and all "
-        "of them load results",
+        description="gRPC addresses separated by commas; weights are mapped from the first, and all of"
+        " them load results, as do engines that announce themselves on Redis",
     )
     state_dir: Path = Field(description="folder of the checkpoints of jobs that have not ended")
     num_threads: PositiveInt = Field(1, description="CPU threads of one training step")
@@ -61,12 +61,18 @@ class TrainerSettings(ClientListener, BaseSettings):
     )
     retention_s: PositiveInt = Field(7 * 24 * 3600, description="how long an ended job can be read")
     max_payload_bytes: PositiveInt = Field(64 * 1024**2, description="largest job accepted")
+    webhook_allowed_networks: Annotated[tuple[IPvAnyNetwork, ...], NoDecode] = Field(
+        (), description="networks beyond the public internet that webhooks may go to, such as 10.0.0.0/8"
+    )
+    webhook_first_wait_s: PositiveFloat = Field(
+        5.0, description="wait before a webhook is sent again; each one after it is twice as long"
+    )
     stop_grace_s: NonNegativeFloat = Field(
         15.0, description="time a running step gets to end when the process stops"
     )
     log_level: LogLevel = "INFO"
 
-    @field_validator("engine_addresses", mode="before")
+    @field_validator("engine_addresses", "webhook_allowed_networks", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         if isinstance(value, str):

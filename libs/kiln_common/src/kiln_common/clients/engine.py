@@ -37,6 +37,11 @@ class EngineClient:
             await self._session.close()
         await self._channel.close()
 
+    def end_session(self, reason: str) -> None:
+        """End what runs with EngineUnavailable; the next generation opens a new session."""
+        if self._session is not None:
+            self._session.end(EngineUnavailable(reason))
+
     async def generate(self, request: engine_pb2.GenerateRequest) -> AsyncIterator[engine_pb2.SequenceOutput]:
         """What each step adds to the sequence; the last output has a finish reason.
 
@@ -138,9 +143,13 @@ class _Session:
         if must_abort and not self.is_broken:
             self._commands.put_nowait(engine_pb2.SessionRequest(abort=request_id))
 
-    async def close(self) -> None:
-        self._break(EngineUnavailable("the engine client was closed"))
+    def end(self, error: KilnError) -> None:
+        """Leave the stream: the engine, if it lives, gives up what runs on it."""
+        self._break(error)
         self._call.cancel()
+
+    async def close(self) -> None:
+        self.end(EngineUnavailable("the engine client was closed"))
         for task in self._tasks:
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):

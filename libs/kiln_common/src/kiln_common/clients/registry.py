@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ class RegistryClient:
     """Typed calls to one registry; errors come back as KilnError with the registry's code.
 
     Every call may raise RegistryUnavailable. `timeout_s` bounds a call, `transfer_timeout_s` one
-    that carries an adapter's bytes.
+    that carries an adapter's bytes or computes with them.
     """
 
     def __init__(self, address: str, *, timeout_s: float = 10.0, transfer_timeout_s: float = 300.0) -> None:
@@ -62,6 +62,22 @@ class RegistryClient:
             )
         except grpc.RpcError as error:
             raise from_rpc_error(error, "registry", RegistryUnavailable) from error
+
+    async def check_publish(self, name: str, owner: str) -> None:
+        """Raises what a publish under this name would: adapter_name_taken, and what is wrong with a name."""
+        await self._call(self._stub.CheckPublish, registry_pb2.CheckPublishRequest(name=name, owner=owner))
+
+    async def hold(self, holder: str, references: Iterable[str], *, for_s: float) -> None:
+        """Keep versions from being collected; lets go of what the holder held before."""
+        request = registry_pb2.HoldRequest(holder=holder, references=references, for_s=for_s)
+        await self._call(self._stub.Hold, request)
+
+    async def list_audit(
+        self, *, name: str = "", before_id: int = 0, limit: int = 0
+    ) -> list[registry_pb2.AuditEntry]:
+        """Who did what, newest first."""
+        request = registry_pb2.ListAuditRequest(name=name, before_id=before_id, limit=limit)
+        return [*(await self._call(self._stub.ListAudit, request)).entries]
 
     async def resolve(self, reference: str) -> registry_pb2.AdapterVersion:
         """The version that "name" or "name@3" means now. Raises adapter_not_found."""
@@ -105,9 +121,9 @@ class RegistryClient:
             raise BlobCorrupt(f"asked for the bytes {sha256}, got {len(content)} bytes of hash {found}")
         return content
 
-    async def set_default(self, reference: str) -> registry_pb2.AdapterVersion | None:
+    async def set_default(self, reference: str, *, actor: str = "") -> registry_pb2.AdapterVersion | None:
         """Attach a version as the deployment's default; an empty reference detaches (None)."""
-        request = registry_pb2.SetDefaultRequest(reference=reference)
+        request = registry_pb2.SetDefaultRequest(reference=reference, actor=actor)
         answer = await self._call(self._stub.SetDefault, request)
         return answer.attached if answer.HasField("attached") else None
 
@@ -116,17 +132,38 @@ class RegistryClient:
         answer = await self._call(self._stub.GetDefault, registry_pb2.GetDefaultRequest())
         return answer.attached if answer.HasField("attached") else None
 
-    async def delete(self, name: str, version: int = 0) -> int:
+    async def roll_back(
+        self, name: str, version: int, *, may_move_default: bool, actor: str = ""
+    ) -> registry_pb2.RollBackResponse:
+        """Let a bare name mean an earlier version again, and the default where it is a later one.
+
+        Raises default_needs_admin where the default would move and may not, and adapter_not_found.
+        """
+        request = registry_pb2.RollBackRequest(
+            name=name, version=version, may_move_default=may_move_default, actor=actor
+        )
+        return await self._call(self._stub.RollBack, request)
+
+    async def compare(self, earlier: str, later: str) -> registry_pb2.CompareResponse:
+        """How two versions ("name" or "name@3") differ; an empty `earlier` is the bare base model."""
+        request = registry_pb2.CompareRequest(earlier=earlier, later=later)
+        return await self._call(self._stub.Compare, request, self._transfer_timeout_s)
+
+    async def merge(self, request: registry_pb2.MergeRequest) -> registry_pb2.AdapterVersion:
+        """A new version out of several. Idempotent by request.publish_key."""
+        return await self._call(self._stub.Merge, request, self._transfer_timeout_s)
+
+    async def delete(self, name: str, version: int = 0, *, actor: str = "") -> int:
         """Delete a version, or all of the name (version 0); returns how many.
 
         Raises adapter_in_use while one of them is attached, and adapter_not_found.
         """
-        request = registry_pb2.DeleteVersionRequest(name=name, version=version)
+        request = registry_pb2.DeleteVersionRequest(name=name, version=version, actor=actor)
         return (await self._call(self._stub.DeleteVersion, request)).num_deleted
 
-    async def _call(self, method: Any, request: Any) -> Any:
+    async def _call(self, method: Any, request: Any, timeout_s: float = 0.0) -> Any:
         try:
-            return await method(request, timeout=self._timeout_s)
+            return await method(request, timeout=timeout_s or self._timeout_s)
         except grpc.RpcError as error:
             raise from_rpc_error(error, "registry", RegistryUnavailable) from error
 

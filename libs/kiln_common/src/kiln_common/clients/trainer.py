@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import builtins
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import grpc
@@ -34,14 +35,32 @@ class TrainerClient:
         """One job with its history. Raises job_not_found."""
         return await self._call(self._stub.GetJob, trainer_pb2.GetJobRequest(id=job_id))
 
-    async def list(self, limit: int = 0) -> list[trainer_pb2.Job]:
-        """The newest `limit` jobs (0 means 100), without their histories."""
-        answer = await self._call(self._stub.ListJobs, trainer_pb2.ListJobsRequest(limit=limit))
+    async def list(
+        self, limit: int = 0, statuses: Sequence[str] = (), owner: str | None = None
+    ) -> list[trainer_pb2.Job]:
+        """The newest `limit` jobs (0 means 100), without their histories.
+
+        `statuses` and `owner` narrow them down; none of either means all.
+        """
+        request = trainer_pb2.ListJobsRequest(limit=limit, statuses=statuses, owner=owner)
+        return [*(await self._call(self._stub.ListJobs, request)).jobs]
+
+    async def queue(self) -> builtins.list[trainer_pb2.Job]:
+        """Running jobs, then queued ones in the order in which they will run."""
+        answer = await self._call(self._stub.ListQueue, trainer_pb2.ListQueueRequest())
         return [*answer.jobs]
 
-    async def cancel(self, job_id: str) -> trainer_pb2.Job:
-        """Cancel: at once while queued, at the next step boundary while running."""
-        return await self._call(self._stub.CancelJob, trainer_pb2.CancelJobRequest(id=job_id))
+    async def retry(self, request: trainer_pb2.RetryJobRequest) -> trainer_pb2.Job:
+        """Do a job that has ended again, as a new one. Raises job_not_found, job_not_ended, payload_gone."""
+        return await self._call(self._stub.RetryJob, request)
+
+    async def cancel(self, job_id: str, *, discards: bool = False) -> trainer_pb2.Job:
+        """Cancel: at once while queued, at the next step boundary while running.
+
+        `discards`: delete the versions that the job has published on the way.
+        """
+        request = trainer_pb2.CancelJobRequest(id=job_id, discard_published=discards)
+        return await self._call(self._stub.CancelJob, request)
 
     async def watch(self, job_id: str, after_event_id: str = "") -> AsyncIterator[trainer_pb2.JobEvent]:
         """Events after `after_event_id`, then new ones until the job has ended.

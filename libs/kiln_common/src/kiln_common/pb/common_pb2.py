@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14kiln/v1/common.proto\x12\x07kiln.v1\"p\n\x0b\x45rrorDetail\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x0c\n\x04hint\x18\x03 \x01(\t\x12\r\n\x05param\x18\x04 \x01(\t\x12\x15\n\rretry_after_s\x18\x05 \x01(\x01\x12\x0e\n\x06status\x18\x06 \x01(\t\"J\n\nAdapterRef\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x03\x12\x0e\n\x06sha256\x18\x03 \x01(\t\x12\r\n\x05scale\x18\x04 \x01(\x01\"J\n\x0f\x41\x64\x61ptableModule\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x13\n\x0bin_features\x18\x02 \x01(\x03\x12\x14\n\x0cout_features\x18\x03 \x01(\x03\"\xa8\x01\n\tBaseModel\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x12\n\nmodel_hash\x18\x02 \x01(\t\x12\x12\n\nvocab_size\x18\x03 \x01(\x03\x12\x15\n\rmax_model_len\x18\x04 \x01(\x03\x12\x15\n\reos_token_ids\x18\x05 \x03(\x03\x12\x33\n\x11\x61\x64\x61ptable_modules\x18\x06 \x03(\x0b\x32\x18.kiln.v1.AdaptableModule\"F\n\tHistogram\x12\x18\n\x0cupper_bounds\x18\x01 \x03(\x01\x42\x02\x10\x01\x12\x12\n\x06\x63ounts\x18\x02 \x03(\x03\x42\x02\x10\x01\x12\x0b\n\x03sum\x18\x03 \x01(\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14kiln/v1/common.proto\x12\x07kiln.v1\"\x86\x01\n\x0b\x45rrorDetail\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x0c\n\x04hint\x18\x03 \x01(\t\x12\r\n\x05param\x18\x04 \x01(\t\x12\x15\n\rretry_after_s\x18\x05 \x01(\x01\x12\x0e\n\x06status\x18\x06 \x01(\t\x12\x14\n\x0c\x64\x65tails_json\x18\x07 \x01(\t\"J\n\nAdapterRef\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x03\x12\x0e\n\x06sha256\x18\x03 \x01(\t\x12\r\n\x05scale\x18\x04 \x01(\x01\"J\n\x0f\x41\x64\x61ptableModule\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x13\n\x0bin_features\x18\x02 \x01(\x03\x12\x14\n\x0cout_features\x18\x03 \x01(\x03\"\xa8\x01\n\tBaseModel\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x12\n\nmodel_hash\x18\x02 \x01(\t\x12\x12\n\nvocab_size\x18\x03 \x01(\x03\x12\x15\n\rmax_model_len\x18\x04 \x01(\x03\x12\x15\n\reos_token_ids\x18\x05 \x03(\x03\x12\x33\n\x11\x61\x64\x61ptable_modules\x18\x06 \x03(\x0b\x32\x18.kiln.v1.AdaptableModule\"F\n\tHistogram\x12\x18\n\x0cupper_bounds\x18\x01 \x03(\x01\x42\x02\x10\x01\x12\x12\n\x06\x63ounts\x18\x02 \x03(\x03\x42\x02\x10\x01\x12\x0b\n\x03sum\x18\x03 \x01(\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,14 +35,14 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_HISTOGRAM'].fields_by_name['upper_bounds']._serialized_options = b'\020\001'
   _globals['_HISTOGRAM'].fields_by_name['counts']._loaded_options = None
   _globals['_HISTOGRAM'].fields_by_name['counts']._serialized_options = b'\020\001'
-  _globals['_ERRORDETAIL']._serialized_start=33
-  _globals['_ERRORDETAIL']._serialized_end=145
-  _globals['_ADAPTERREF']._serialized_start=147
-  _globals['_ADAPTERREF']._serialized_end=221
-  _globals['_ADAPTABLEMODULE']._serialized_start=223
-  _globals['_ADAPTABLEMODULE']._serialized_end=297
-  _globals['_BASEMODEL']._serialized_start=300
-  _globals['_BASEMODEL']._serialized_end=468
-  _globals['_HISTOGRAM']._serialized_start=470
-  _globals['_HISTOGRAM']._serialized_end=540
+  _globals['_ERRORDETAIL']._serialized_start=34
+  _globals['_ERRORDETAIL']._serialized_end=168
+  _globals['_ADAPTERREF']._serialized_start=170
+  _globals['_ADAPTERREF']._serialized_end=244
+  _globals['_ADAPTABLEMODULE']._serialized_start=246
+  _globals['_ADAPTABLEMODULE']._serialized_end=320
+  _globals['_BASEMODEL']._serialized_start=323
+  _globals['_BASEMODEL']._serialized_end=491
+  _globals['_HISTOGRAM']._serialized_start=493
+  _globals['_HISTOGRAM']._serialized_end=563
 # @@protoc_insertion_point(module_scope)

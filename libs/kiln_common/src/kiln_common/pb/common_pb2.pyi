@@ -6,20 +6,22 @@ from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Map
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class ErrorDetail(_message.Message):
-    __slots__ = ("code", "message", "hint", "param", "retry_after_s", "status")
+    __slots__ = ("code", "message", "hint", "param", "retry_after_s", "status", "details_json")
     CODE_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
     HINT_FIELD_NUMBER: _ClassVar[int]
     PARAM_FIELD_NUMBER: _ClassVar[int]
     RETRY_AFTER_S_FIELD_NUMBER: _ClassVar[int]
     STATUS_FIELD_NUMBER: _ClassVar[int]
+    DETAILS_JSON_FIELD_NUMBER: _ClassVar[int]
     code: str
     message: str
     hint: str
     param: str
     retry_after_s: float
     status: str
-    def __init__(self, code: _Optional[str] = ..., message: _Optional[str] = ..., hint: _Optional[str] = ..., param: _Optional[str] = ..., retry_after_s: _Optional[float] = ..., status: _Optional[str] = ...) -> None: ...
+    details_json: str
+    def __init__(self, code: _Optional[str] = ..., message: _Optional[str] = ..., hint: _Optional[str] = ..., param: _Optional[str] = ..., retry_after_s: _Optional[float] = ..., status: _Optional[str] = ..., details_json: _Optional[str] = ...) -> None: ...
 
 class AdapterRef(_message.Message):
     __slots__ = ("name", "version", "sha256", "scale")

@@ -44,6 +44,21 @@ class RegistryStub(object):
                 request_serializer=kiln_dot_v1_dot_registry__pb2.PublishRequest.SerializeToString,
                 response_deserializer=kiln_dot_v1_dot_registry__pb2.AdapterVersion.FromString,
                 _registered_method=True)
+        self.CheckPublish = channel.unary_unary(
+                '/kiln.v1.Registry/CheckPublish',
+                request_serializer=kiln_dot_v1_dot_registry__pb2.CheckPublishRequest.SerializeToString,
+                response_deserializer=kiln_dot_v1_dot_registry__pb2.CheckPublishResponse.FromString,
+                _registered_method=True)
+        self.Hold = channel.unary_unary(
+                '/kiln.v1.Registry/Hold',
+                request_serializer=kiln_dot_v1_dot_registry__pb2.HoldRequest.SerializeToString,
+                response_deserializer=kiln_dot_v1_dot_registry__pb2.HoldResponse.FromString,
+                _registered_method=True)
+        self.ListAudit = channel.unary_unary(
+                '/kiln.v1.Registry/ListAudit',
+                request_serializer=kiln_dot_v1_dot_registry__pb2.ListAuditRequest.SerializeToString,
+                response_deserializer=kiln_dot_v1_dot_registry__pb2.ListAuditResponse.FromString,
+                _registered_method=True)
         self.Resolve = channel.unary_unary(
                 '/kiln.v1.Registry/Resolve',
                 request_serializer=kiln_dot_v1_dot_registry__pb2.ResolveRequest.SerializeToString,
@@ -74,6 +89,21 @@ class RegistryStub(object):
                 request_serializer=kiln_dot_v1_dot_registry__pb2.GetDefaultRequest.SerializeToString,
                 response_deserializer=kiln_dot_v1_dot_registry__pb2.GetDefaultResponse.FromString,
                 _registered_method=True)
+        self.RollBack = channel.unary_unary(
+                '/kiln.v1.Registry/RollBack',
+                request_serializer=kiln_dot_v1_dot_registry__pb2.RollBackRequest.SerializeToString,
+                response_deserializer=kiln_dot_v1_dot_registry__pb2.RollBackResponse.FromString,
+                _registered_method=True)
+        self.Compare = channel.unary_unary(
+                '/kiln.v1.Registry/Compare',
+                request_serializer=kiln_dot_v1_dot_registry__pb2.CompareRequest.SerializeToString,
+                response_deserializer=kiln_dot_v1_dot_registry__pb2.CompareResponse.FromString,
+                _registered_method=True)
+        self.Merge = channel.unary_unary(
+                '/kiln.v1.Registry/Merge',
+                request_serializer=kiln_dot_v1_dot_registry__pb2.MergeRequest.SerializeToString,
+                response_deserializer=kiln_dot_v1_dot_registry__pb2.AdapterVersion.FromString,
+                _registered_method=True)
         self.DeleteVersion = channel.unary_unary(
                 '/kiln.v1.Registry/DeleteVersion',
                 request_serializer=kiln_dot_v1_dot_registry__pb2.DeleteVersionRequest.SerializeToString,
@@ -95,6 +125,28 @@ class RegistryServicer(object):
         """Uploads and publishes one version. The first message is the header, the rest carry the bytes
         of adapter_model.safetensors in order. Nothing is visible before the answer. Idempotent by
         publish_key: the same key answers with the version it made the first time.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CheckPublish(self, request, context):
+        """Fails as a publish under this name would now, before anything is computed for it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Hold(self, request, context):
+        """Keeps versions from being collected for a while: an engine's requests run on them, or a job waits
+        on them. What the same holder held before is let go.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListAudit(self, request, context):
+        """Who did what, newest first. Nothing is ever taken out of it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -139,6 +191,29 @@ class RegistryServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RollBack(self, request, context):
+        """Lets a bare name mean one of its earlier versions again, in one transaction with the default
+        where that is a later version of the name. Fails with "default_needs_admin" where the default
+        would move and may not.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Compare(self, request, context):
+        """How two versions differ, by the updates they make to the weights. Computed from the files.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Merge(self, request, context):
+        """Makes a new version out of several. Computed from the files, in float64; stored as float32.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def DeleteVersion(self, request, context):
         """Fails with "adapter_in_use" while the version is attached.
         """
@@ -158,6 +233,21 @@ def add_RegistryServicer_to_server(servicer, server):
                     servicer.Publish,
                     request_deserializer=kiln_dot_v1_dot_registry__pb2.PublishRequest.FromString,
                     response_serializer=kiln_dot_v1_dot_registry__pb2.AdapterVersion.SerializeToString,
+            ),
+            'CheckPublish': grpc.unary_unary_rpc_method_handler(
+                    servicer.CheckPublish,
+                    request_deserializer=kiln_dot_v1_dot_registry__pb2.CheckPublishRequest.FromString,
+                    response_serializer=kiln_dot_v1_dot_registry__pb2.CheckPublishResponse.SerializeToString,
+            ),
+            'Hold': grpc.unary_unary_rpc_method_handler(
+                    servicer.Hold,
+                    request_deserializer=kiln_dot_v1_dot_registry__pb2.HoldRequest.FromString,
+                    response_serializer=kiln_dot_v1_dot_registry__pb2.HoldResponse.SerializeToString,
+            ),
+            'ListAudit': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListAudit,
+                    request_deserializer=kiln_dot_v1_dot_registry__pb2.ListAuditRequest.FromString,
+                    response_serializer=kiln_dot_v1_dot_registry__pb2.ListAuditResponse.SerializeToString,
             ),
             'Resolve': grpc.unary_unary_rpc_method_handler(
                     servicer.Resolve,
@@ -188,6 +278,21 @@ def add_RegistryServicer_to_server(servicer, server):
                     servicer.GetDefault,
                     request_deserializer=kiln_dot_v1_dot_registry__pb2.GetDefaultRequest.FromString,
                     response_serializer=kiln_dot_v1_dot_registry__pb2.GetDefaultResponse.SerializeToString,
+            ),
+            'RollBack': grpc.unary_unary_rpc_method_handler(
+                    servicer.RollBack,
+                    request_deserializer=kiln_dot_v1_dot_registry__pb2.RollBackRequest.FromString,
+                    response_serializer=kiln_dot_v1_dot_registry__pb2.RollBackResponse.SerializeToString,
+            ),
+            'Compare': grpc.unary_unary_rpc_method_handler(
+                    servicer.Compare,
+                    request_deserializer=kiln_dot_v1_dot_registry__pb2.CompareRequest.FromString,
+                    response_serializer=kiln_dot_v1_dot_registry__pb2.CompareResponse.SerializeToString,
+            ),
+            'Merge': grpc.unary_unary_rpc_method_handler(
+                    servicer.Merge,
+                    request_deserializer=kiln_dot_v1_dot_registry__pb2.MergeRequest.FromString,
+                    response_serializer=kiln_dot_v1_dot_registry__pb2.AdapterVersion.SerializeToString,
             ),
             'DeleteVersion': grpc.unary_unary_rpc_method_handler(
                     servicer.DeleteVersion,
@@ -249,6 +354,87 @@ class Registry(object):
             '/kiln.v1.Registry/Publish',
             kiln_dot_v1_dot_registry__pb2.PublishRequest.SerializeToString,
             kiln_dot_v1_dot_registry__pb2.AdapterVersion.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CheckPublish(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kiln.v1.Registry/CheckPublish',
+            kiln_dot_v1_dot_registry__pb2.CheckPublishRequest.SerializeToString,
+            kiln_dot_v1_dot_registry__pb2.CheckPublishResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Hold(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kiln.v1.Registry/Hold',
+            kiln_dot_v1_dot_registry__pb2.HoldRequest.SerializeToString,
+            kiln_dot_v1_dot_registry__pb2.HoldResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListAudit(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kiln.v1.Registry/ListAudit',
+            kiln_dot_v1_dot_registry__pb2.ListAuditRequest.SerializeToString,
+            kiln_dot_v1_dot_registry__pb2.ListAuditResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -411,6 +597,87 @@ class Registry(object):
             '/kiln.v1.Registry/GetDefault',
             kiln_dot_v1_dot_registry__pb2.GetDefaultRequest.SerializeToString,
             kiln_dot_v1_dot_registry__pb2.GetDefaultResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RollBack(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kiln.v1.Registry/RollBack',
+            kiln_dot_v1_dot_registry__pb2.RollBackRequest.SerializeToString,
+            kiln_dot_v1_dot_registry__pb2.RollBackResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Compare(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kiln.v1.Registry/Compare',
+            kiln_dot_v1_dot_registry__pb2.CompareRequest.SerializeToString,
+            kiln_dot_v1_dot_registry__pb2.CompareResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Merge(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kiln.v1.Registry/Merge',
+            kiln_dot_v1_dot_registry__pb2.MergeRequest.SerializeToString,
+            kiln_dot_v1_dot_registry__pb2.AdapterVersion.FromString,
             options,
             channel_credentials,
             insecure,

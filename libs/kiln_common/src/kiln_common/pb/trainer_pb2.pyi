@@ -1,3 +1,4 @@
+from google.protobuf import field_mask_pb2 as _field_mask_pb2
 from kiln_common.pb import common_pb2 as _common_pb2
 from kiln_common.pb import engine_pb2 as _engine_pb2
 from google.protobuf.internal import containers as _containers
@@ -20,7 +21,7 @@ class LoraConfig(_message.Message):
     def __init__(self, rank: _Optional[int] = ..., alpha: _Optional[float] = ..., targets: _Optional[_Iterable[str]] = ..., dropout: _Optional[float] = ...) -> None: ...
 
 class OptimizerConfig(_message.Message):
-    __slots__ = ("learning_rate", "weight_decay", "max_grad_norm", "warmup_ratio", "schedule", "adam_beta1", "adam_beta2", "adam_eps")
+    __slots__ = ("learning_rate", "weight_decay", "max_grad_norm", "warmup_ratio", "schedule", "adam_beta1", "adam_beta2", "adam_eps", "type")
     LEARNING_RATE_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_DECAY_FIELD_NUMBER: _ClassVar[int]
     MAX_GRAD_NORM_FIELD_NUMBER: _ClassVar[int]
@@ -29,6 +30,7 @@ class OptimizerConfig(_message.Message):
     ADAM_BETA1_FIELD_NUMBER: _ClassVar[int]
     ADAM_BETA2_FIELD_NUMBER: _ClassVar[int]
     ADAM_EPS_FIELD_NUMBER: _ClassVar[int]
+    TYPE_FIELD_NUMBER: _ClassVar[int]
     learning_rate: float
     weight_decay: float
     max_grad_norm: float
@@ -37,10 +39,11 @@ class OptimizerConfig(_message.Message):
     adam_beta1: float
     adam_beta2: float
     adam_eps: float
-    def __init__(self, learning_rate: _Optional[float] = ..., weight_decay: _Optional[float] = ..., max_grad_norm: _Optional[float] = ..., warmup_ratio: _Optional[float] = ..., schedule: _Optional[str] = ..., adam_beta1: _Optional[float] = ..., adam_beta2: _Optional[float] = ..., adam_eps: _Optional[float] = ...) -> None: ...
+    type: str
+    def __init__(self, learning_rate: _Optional[float] = ..., weight_decay: _Optional[float] = ..., max_grad_norm: _Optional[float] = ..., warmup_ratio: _Optional[float] = ..., schedule: _Optional[str] = ..., adam_beta1: _Optional[float] = ..., adam_beta2: _Optional[float] = ..., adam_eps: _Optional[float] = ..., type: _Optional[str] = ...) -> None: ...
 
 class JobConfig(_message.Message):
-    __slots__ = ("adapter", "base_adapter", "start_fresh", "lora", "optimizer", "epochs", "batch_tokens", "gradient_accumulation", "seed", "checkpoint_every", "attach", "metadata_json", "publish")
+    __slots__ = ("adapter", "base_adapter", "start_fresh", "lora", "optimizer", "epochs", "batch_tokens", "gradient_accumulation", "seed", "checkpoint_every", "attach", "metadata_json", "publish", "priority", "gate")
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
     BASE_ADAPTER_FIELD_NUMBER: _ClassVar[int]
     START_FRESH_FIELD_NUMBER: _ClassVar[int]
@@ -54,6 +57,8 @@ class JobConfig(_message.Message):
     ATTACH_FIELD_NUMBER: _ClassVar[int]
     METADATA_JSON_FIELD_NUMBER: _ClassVar[int]
     PUBLISH_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    GATE_FIELD_NUMBER: _ClassVar[int]
     adapter: str
     base_adapter: str
     start_fresh: bool
@@ -67,7 +72,25 @@ class JobConfig(_message.Message):
     attach: bool
     metadata_json: str
     publish: str
-    def __init__(self, adapter: _Optional[str] = ..., base_adapter: _Optional[str] = ..., start_fresh: bool = ..., lora: _Optional[_Union[LoraConfig, _Mapping]] = ..., optimizer: _Optional[_Union[OptimizerConfig, _Mapping]] = ..., epochs: _Optional[int] = ..., batch_tokens: _Optional[int] = ..., gradient_accumulation: _Optional[int] = ..., seed: _Optional[int] = ..., checkpoint_every: _Optional[int] = ..., attach: bool = ..., metadata_json: _Optional[str] = ..., publish: _Optional[str] = ...) -> None: ...
+    priority: int
+    gate: Gate
+    def __init__(self, adapter: _Optional[str] = ..., base_adapter: _Optional[str] = ..., start_fresh: bool = ..., lora: _Optional[_Union[LoraConfig, _Mapping]] = ..., optimizer: _Optional[_Union[OptimizerConfig, _Mapping]] = ..., epochs: _Optional[int] = ..., batch_tokens: _Optional[int] = ..., gradient_accumulation: _Optional[int] = ..., seed: _Optional[int] = ..., checkpoint_every: _Optional[int] = ..., attach: bool = ..., metadata_json: _Optional[str] = ..., publish: _Optional[str] = ..., priority: _Optional[int] = ..., gate: _Optional[_Union[Gate, _Mapping]] = ...) -> None: ...
+
+class Gate(_message.Message):
+    __slots__ = ("suite_id", "suite", "min_score", "settings_json", "owner", "timeout_s")
+    SUITE_ID_FIELD_NUMBER: _ClassVar[int]
+    SUITE_FIELD_NUMBER: _ClassVar[int]
+    MIN_SCORE_FIELD_NUMBER: _ClassVar[int]
+    SETTINGS_JSON_FIELD_NUMBER: _ClassVar[int]
+    OWNER_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    suite_id: str
+    suite: str
+    min_score: float
+    settings_json: str
+    owner: str
+    timeout_s: float
+    def __init__(self, suite_id: _Optional[str] = ..., suite: _Optional[str] = ..., min_score: _Optional[float] = ..., settings_json: _Optional[str] = ..., owner: _Optional[str] = ..., timeout_s: _Optional[float] = ...) -> None: ...
 
 class SftExample(_message.Message):
     __slots__ = ("token_ids", "loss_weights")
@@ -192,20 +215,88 @@ class OpdSpec(_message.Message):
     def __init__(self, settings: _Optional[_Union[OpdSettings, _Mapping]] = ..., prompts: _Optional[_Iterable[_Union[OpdPrompt, _Mapping]]] = ..., rollouts: _Optional[_Iterable[_Union[OpdRollout, _Mapping]]] = ...) -> None: ...
 
 class SubmitRequest(_message.Message):
-    __slots__ = ("config", "sft", "grpo", "opd", "idempotency_key", "base_model_hash")
+    __slots__ = ("config", "sft", "grpo", "opd", "idempotency_key", "base_model_hash", "owner", "retry_of", "dataset", "webhook", "correction_ids")
     CONFIG_FIELD_NUMBER: _ClassVar[int]
     SFT_FIELD_NUMBER: _ClassVar[int]
     GRPO_FIELD_NUMBER: _ClassVar[int]
     OPD_FIELD_NUMBER: _ClassVar[int]
     IDEMPOTENCY_KEY_FIELD_NUMBER: _ClassVar[int]
     BASE_MODEL_HASH_FIELD_NUMBER: _ClassVar[int]
+    OWNER_FIELD_NUMBER: _ClassVar[int]
+    RETRY_OF_FIELD_NUMBER: _ClassVar[int]
+    DATASET_FIELD_NUMBER: _ClassVar[int]
+    WEBHOOK_FIELD_NUMBER: _ClassVar[int]
+    CORRECTION_IDS_FIELD_NUMBER: _ClassVar[int]
     config: JobConfig
     sft: SftSpec
     grpo: GrpoSpec
     opd: OpdSpec
     idempotency_key: str
     base_model_hash: str
-    def __init__(self, config: _Optional[_Union[JobConfig, _Mapping]] = ..., sft: _Optional[_Union[SftSpec, _Mapping]] = ..., grpo: _Optional[_Union[GrpoSpec, _Mapping]] = ..., opd: _Optional[_Union[OpdSpec, _Mapping]] = ..., idempotency_key: _Optional[str] = ..., base_model_hash: _Optional[str] = ...) -> None: ...
+    owner: str
+    retry_of: str
+    dataset: DatasetRef
+    webhook: Webhook
+    correction_ids: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, config: _Optional[_Union[JobConfig, _Mapping]] = ..., sft: _Optional[_Union[SftSpec, _Mapping]] = ..., grpo: _Optional[_Union[GrpoSpec, _Mapping]] = ..., opd: _Optional[_Union[OpdSpec, _Mapping]] = ..., idempotency_key: _Optional[str] = ..., base_model_hash: _Optional[str] = ..., owner: _Optional[str] = ..., retry_of: _Optional[str] = ..., dataset: _Optional[_Union[DatasetRef, _Mapping]] = ..., webhook: _Optional[_Union[Webhook, _Mapping]] = ..., correction_ids: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class SubmitPart(_message.Message):
+    __slots__ = ("settings", "sft_example", "grpo_group", "opd_prompt", "opd_rollout")
+    SETTINGS_FIELD_NUMBER: _ClassVar[int]
+    SFT_EXAMPLE_FIELD_NUMBER: _ClassVar[int]
+    GRPO_GROUP_FIELD_NUMBER: _ClassVar[int]
+    OPD_PROMPT_FIELD_NUMBER: _ClassVar[int]
+    OPD_ROLLOUT_FIELD_NUMBER: _ClassVar[int]
+    settings: SubmitRequest
+    sft_example: SftExample
+    grpo_group: GrpoGroup
+    opd_prompt: OpdPrompt
+    opd_rollout: OpdRollout
+    def __init__(self, settings: _Optional[_Union[SubmitRequest, _Mapping]] = ..., sft_example: _Optional[_Union[SftExample, _Mapping]] = ..., grpo_group: _Optional[_Union[GrpoGroup, _Mapping]] = ..., opd_prompt: _Optional[_Union[OpdPrompt, _Mapping]] = ..., opd_rollout: _Optional[_Union[OpdRollout, _Mapping]] = ...) -> None: ...
+
+class Webhook(_message.Message):
+    __slots__ = ("url", "secret")
+    URL_FIELD_NUMBER: _ClassVar[int]
+    SECRET_FIELD_NUMBER: _ClassVar[int]
+    url: str
+    secret: str
+    def __init__(self, url: _Optional[str] = ..., secret: _Optional[str] = ...) -> None: ...
+
+class WebhookState(_message.Message):
+    __slots__ = ("url", "status", "num_attempts", "error")
+    URL_FIELD_NUMBER: _ClassVar[int]
+    STATUS_FIELD_NUMBER: _ClassVar[int]
+    NUM_ATTEMPTS_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    url: str
+    status: str
+    num_attempts: int
+    error: str
+    def __init__(self, url: _Optional[str] = ..., status: _Optional[str] = ..., num_attempts: _Optional[int] = ..., error: _Optional[str] = ...) -> None: ...
+
+class DatasetRef(_message.Message):
+    __slots__ = ("id", "sha256")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    SHA256_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    sha256: str
+    def __init__(self, id: _Optional[str] = ..., sha256: _Optional[str] = ...) -> None: ...
+
+class RetryJobRequest(_message.Message):
+    __slots__ = ("id", "changes", "changed", "idempotency_key", "owner", "webhook")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    CHANGES_FIELD_NUMBER: _ClassVar[int]
+    CHANGED_FIELD_NUMBER: _ClassVar[int]
+    IDEMPOTENCY_KEY_FIELD_NUMBER: _ClassVar[int]
+    OWNER_FIELD_NUMBER: _ClassVar[int]
+    WEBHOOK_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    changes: JobConfig
+    changed: _field_mask_pb2.FieldMask
+    idempotency_key: str
+    owner: str
+    webhook: Webhook
+    def __init__(self, id: _Optional[str] = ..., changes: _Optional[_Union[JobConfig, _Mapping]] = ..., changed: _Optional[_Union[_field_mask_pb2.FieldMask, _Mapping]] = ..., idempotency_key: _Optional[str] = ..., owner: _Optional[str] = ..., webhook: _Optional[_Union[Webhook, _Mapping]] = ...) -> None: ...
 
 class JobProgress(_message.Message):
     __slots__ = ("step", "num_steps", "num_tokens", "eta_s")
@@ -220,18 +311,36 @@ class JobProgress(_message.Message):
     def __init__(self, step: _Optional[int] = ..., num_steps: _Optional[int] = ..., num_tokens: _Optional[int] = ..., eta_s: _Optional[float] = ...) -> None: ...
 
 class JobResult(_message.Message):
-    __slots__ = ("adapter", "version", "sha256", "not_live", "swap_s")
+    __slots__ = ("adapter", "version", "sha256", "not_live", "swap_s", "gate")
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     SHA256_FIELD_NUMBER: _ClassVar[int]
     NOT_LIVE_FIELD_NUMBER: _ClassVar[int]
     SWAP_S_FIELD_NUMBER: _ClassVar[int]
+    GATE_FIELD_NUMBER: _ClassVar[int]
     adapter: str
     version: int
     sha256: str
     not_live: _containers.RepeatedScalarFieldContainer[str]
     swap_s: float
-    def __init__(self, adapter: _Optional[str] = ..., version: _Optional[int] = ..., sha256: _Optional[str] = ..., not_live: _Optional[_Iterable[str]] = ..., swap_s: _Optional[float] = ...) -> None: ...
+    gate: GateOutcome
+    def __init__(self, adapter: _Optional[str] = ..., version: _Optional[int] = ..., sha256: _Optional[str] = ..., not_live: _Optional[_Iterable[str]] = ..., swap_s: _Optional[float] = ..., gate: _Optional[_Union[GateOutcome, _Mapping]] = ...) -> None: ...
+
+class GateOutcome(_message.Message):
+    __slots__ = ("passed", "reason", "run_id", "suite", "min_score", "score")
+    PASSED_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    RUN_ID_FIELD_NUMBER: _ClassVar[int]
+    SUITE_FIELD_NUMBER: _ClassVar[int]
+    MIN_SCORE_FIELD_NUMBER: _ClassVar[int]
+    SCORE_FIELD_NUMBER: _ClassVar[int]
+    passed: bool
+    reason: str
+    run_id: str
+    suite: str
+    min_score: float
+    score: float
+    def __init__(self, passed: bool = ..., reason: _Optional[str] = ..., run_id: _Optional[str] = ..., suite: _Optional[str] = ..., min_score: _Optional[float] = ..., score: _Optional[float] = ...) -> None: ...
 
 class JobError(_message.Message):
     __slots__ = ("code", "message", "hint")
@@ -244,7 +353,7 @@ class JobError(_message.Message):
     def __init__(self, code: _Optional[str] = ..., message: _Optional[str] = ..., hint: _Optional[str] = ...) -> None: ...
 
 class Job(_message.Message):
-    __slots__ = ("id", "kind", "status", "config", "progress", "metrics", "error", "result", "created_at_s", "started_at_s", "finished_at_s", "queue_position", "resolved_base_adapter", "claim_epoch", "sources", "payload_sha256", "grpo_loss", "history", "opd_settings")
+    __slots__ = ("id", "kind", "status", "config", "progress", "metrics", "error", "result", "created_at_s", "started_at_s", "finished_at_s", "queue_position", "resolved_base_adapter", "claim_epoch", "sources", "payload_sha256", "grpo_loss", "history", "opd_settings", "owner", "retry_of", "published", "base_model_hash", "base_adapter_sha256", "data_sha256", "environment", "dataset", "correction_ids", "webhook")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -259,6 +368,13 @@ class Job(_message.Message):
         key: str
         value: int
         def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    class EnvironmentEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
     ID_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
     STATUS_FIELD_NUMBER: _ClassVar[int]
@@ -278,6 +394,16 @@ class Job(_message.Message):
     GRPO_LOSS_FIELD_NUMBER: _ClassVar[int]
     HISTORY_FIELD_NUMBER: _ClassVar[int]
     OPD_SETTINGS_FIELD_NUMBER: _ClassVar[int]
+    OWNER_FIELD_NUMBER: _ClassVar[int]
+    RETRY_OF_FIELD_NUMBER: _ClassVar[int]
+    PUBLISHED_FIELD_NUMBER: _ClassVar[int]
+    BASE_MODEL_HASH_FIELD_NUMBER: _ClassVar[int]
+    BASE_ADAPTER_SHA256_FIELD_NUMBER: _ClassVar[int]
+    DATA_SHA256_FIELD_NUMBER: _ClassVar[int]
+    ENVIRONMENT_FIELD_NUMBER: _ClassVar[int]
+    DATASET_FIELD_NUMBER: _ClassVar[int]
+    CORRECTION_IDS_FIELD_NUMBER: _ClassVar[int]
+    WEBHOOK_FIELD_NUMBER: _ClassVar[int]
     id: str
     kind: str
     status: str
@@ -297,7 +423,29 @@ class Job(_message.Message):
     grpo_loss: GrpoLoss
     history: _containers.RepeatedCompositeFieldContainer[StepMetrics]
     opd_settings: OpdSettings
-    def __init__(self, id: _Optional[str] = ..., kind: _Optional[str] = ..., status: _Optional[str] = ..., config: _Optional[_Union[JobConfig, _Mapping]] = ..., progress: _Optional[_Union[JobProgress, _Mapping]] = ..., metrics: _Optional[_Mapping[str, float]] = ..., error: _Optional[_Union[JobError, _Mapping]] = ..., result: _Optional[_Union[JobResult, _Mapping]] = ..., created_at_s: _Optional[float] = ..., started_at_s: _Optional[float] = ..., finished_at_s: _Optional[float] = ..., queue_position: _Optional[int] = ..., resolved_base_adapter: _Optional[str] = ..., claim_epoch: _Optional[int] = ..., sources: _Optional[_Mapping[str, int]] = ..., payload_sha256: _Optional[str] = ..., grpo_loss: _Optional[_Union[GrpoLoss, _Mapping]] = ..., history: _Optional[_Iterable[_Union[StepMetrics, _Mapping]]] = ..., opd_settings: _Optional[_Union[OpdSettings, _Mapping]] = ...) -> None: ...
+    owner: str
+    retry_of: str
+    published: _containers.RepeatedCompositeFieldContainer[PublishedVersion]
+    base_model_hash: str
+    base_adapter_sha256: str
+    data_sha256: str
+    environment: _containers.ScalarMap[str, str]
+    dataset: DatasetRef
+    correction_ids: _containers.RepeatedScalarFieldContainer[str]
+    webhook: WebhookState
+    def __init__(self, id: _Optional[str] = ..., kind: _Optional[str] = ..., status: _Optional[str] = ..., config: _Optional[_Union[JobConfig, _Mapping]] = ..., progress: _Optional[_Union[JobProgress, _Mapping]] = ..., metrics: _Optional[_Mapping[str, float]] = ..., error: _Optional[_Union[JobError, _Mapping]] = ..., result: _Optional[_Union[JobResult, _Mapping]] = ..., created_at_s: _Optional[float] = ..., started_at_s: _Optional[float] = ..., finished_at_s: _Optional[float] = ..., queue_position: _Optional[int] = ..., resolved_base_adapter: _Optional[str] = ..., claim_epoch: _Optional[int] = ..., sources: _Optional[_Mapping[str, int]] = ..., payload_sha256: _Optional[str] = ..., grpo_loss: _Optional[_Union[GrpoLoss, _Mapping]] = ..., history: _Optional[_Iterable[_Union[StepMetrics, _Mapping]]] = ..., opd_settings: _Optional[_Union[OpdSettings, _Mapping]] = ..., owner: _Optional[str] = ..., retry_of: _Optional[str] = ..., published: _Optional[_Iterable[_Union[PublishedVersion, _Mapping]]] = ..., base_model_hash: _Optional[str] = ..., base_adapter_sha256: _Optional[str] = ..., data_sha256: _Optional[str] = ..., environment: _Optional[_Mapping[str, str]] = ..., dataset: _Optional[_Union[DatasetRef, _Mapping]] = ..., correction_ids: _Optional[_Iterable[str]] = ..., webhook: _Optional[_Union[WebhookState, _Mapping]] = ...) -> None: ...
+
+class PublishedVersion(_message.Message):
+    __slots__ = ("step", "adapter", "version", "sha256")
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    SHA256_FIELD_NUMBER: _ClassVar[int]
+    step: int
+    adapter: str
+    version: int
+    sha256: str
+    def __init__(self, step: _Optional[int] = ..., adapter: _Optional[str] = ..., version: _Optional[int] = ..., sha256: _Optional[str] = ...) -> None: ...
 
 class StepMetrics(_message.Message):
     __slots__ = ("step", "metrics")
@@ -321,10 +469,18 @@ class GetJobRequest(_message.Message):
     def __init__(self, id: _Optional[str] = ...) -> None: ...
 
 class ListJobsRequest(_message.Message):
-    __slots__ = ("limit",)
+    __slots__ = ("limit", "statuses", "owner")
     LIMIT_FIELD_NUMBER: _ClassVar[int]
+    STATUSES_FIELD_NUMBER: _ClassVar[int]
+    OWNER_FIELD_NUMBER: _ClassVar[int]
     limit: int
-    def __init__(self, limit: _Optional[int] = ...) -> None: ...
+    statuses: _containers.RepeatedScalarFieldContainer[str]
+    owner: str
+    def __init__(self, limit: _Optional[int] = ..., statuses: _Optional[_Iterable[str]] = ..., owner: _Optional[str] = ...) -> None: ...
+
+class ListQueueRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class ListJobsResponse(_message.Message):
     __slots__ = ("jobs",)
@@ -333,10 +489,12 @@ class ListJobsResponse(_message.Message):
     def __init__(self, jobs: _Optional[_Iterable[_Union[Job, _Mapping]]] = ...) -> None: ...
 
 class CancelJobRequest(_message.Message):
-    __slots__ = ("id",)
+    __slots__ = ("id", "discard_published")
     ID_FIELD_NUMBER: _ClassVar[int]
+    DISCARD_PUBLISHED_FIELD_NUMBER: _ClassVar[int]
     id: str
-    def __init__(self, id: _Optional[str] = ...) -> None: ...
+    discard_published: bool
+    def __init__(self, id: _Optional[str] = ..., discard_published: bool = ...) -> None: ...
 
 class WatchJobRequest(_message.Message):
     __slots__ = ("id", "after_event_id")
@@ -363,7 +521,7 @@ class GetTrainerStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class TrainerStatus(_message.Message):
-    __slots__ = ("trainer_id", "running_job_id", "num_queued", "engine_boot_id", "model_hash", "num_borrowed_bytes", "num_allocated_base_bytes", "gpu_sharing", "gpu_share", "gpu_sms", "num_jobs_ended", "num_trained_tokens", "step_seconds", "swap_seconds", "metrics", "num_device_bytes_held")
+    __slots__ = ("trainer_id", "running_job_id", "num_queued", "engine_boot_id", "model_hash", "num_borrowed_bytes", "num_allocated_base_bytes", "gpu_sharing", "gpu_share", "gpu_sms", "num_device_bytes", "num_jobs_ended", "num_trained_tokens", "step_seconds", "swap_seconds", "metrics")
     class NumJobsEndedEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -388,12 +546,12 @@ class TrainerStatus(_message.Message):
     GPU_SHARING_FIELD_NUMBER: _ClassVar[int]
     GPU_SHARE_FIELD_NUMBER: _ClassVar[int]
     GPU_SMS_FIELD_NUMBER: _ClassVar[int]
+    NUM_DEVICE_BYTES_FIELD_NUMBER: _ClassVar[int]
     NUM_JOBS_ENDED_FIELD_NUMBER: _ClassVar[int]
     NUM_TRAINED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     STEP_SECONDS_FIELD_NUMBER: _ClassVar[int]
     SWAP_SECONDS_FIELD_NUMBER: _ClassVar[int]
     METRICS_FIELD_NUMBER: _ClassVar[int]
-    NUM_DEVICE_BYTES_HELD_FIELD_NUMBER: _ClassVar[int]
     trainer_id: str
     running_job_id: str
     num_queued: int
@@ -404,10 +562,10 @@ class TrainerStatus(_message.Message):
     gpu_sharing: str
     gpu_share: float
     gpu_sms: int
+    num_device_bytes: int
     num_jobs_ended: _containers.ScalarMap[str, int]
     num_trained_tokens: int
     step_seconds: _common_pb2.Histogram
     swap_seconds: _common_pb2.Histogram
     metrics: _containers.ScalarMap[str, float]
-    num_device_bytes_held: int
-    def __init__(self, trainer_id: _Optional[str] = ..., running_job_id: _Optional[str] = ..., num_queued: _Optional[int] = ..., engine_boot_id: _Optional[str] = ..., model_hash: _Optional[str] = ..., num_borrowed_bytes: _Optional[int] = ..., num_allocated_base_bytes: _Optional[int] = ..., gpu_sharing: _Optional[str] = ..., gpu_share: _Optional[float] = ..., gpu_sms: _Optional[int] = ..., num_jobs_ended: _Optional[_Mapping[str, int]] = ..., num_trained_tokens: _Optional[int] = ..., step_seconds: _Optional[_Union[_common_pb2.Histogram, _Mapping]] = ..., swap_seconds: _Optional[_Union[_common_pb2.Histogram, _Mapping]] = ..., metrics: _Optional[_Mapping[str, float]] = ..., num_device_bytes_held: _Optional[int] = ...) -> None: ...
+    def __init__(self, trainer_id: _Optional[str] = ..., running_job_id: _Optional[str] = ..., num_queued: _Optional[int] = ..., engine_boot_id: _Optional[str] = ..., model_hash: _Optional[str] = ..., num_borrowed_bytes: _Optional[int] = ..., num_allocated_base_bytes: _Optional[int] = ..., gpu_sharing: _Optional[str] = ..., gpu_share: _Optional[float] = ..., gpu_sms: _Optional[int] = ..., num_device_bytes: _Optional[int] = ..., num_jobs_ended: _Optional[_Mapping[str, int]] = ..., num_trained_tokens: _Optional[int] = ..., step_seconds: _Optional[_Union[_common_pb2.Histogram, _Mapping]] = ..., swap_seconds: _Optional[_Union[_common_pb2.Histogram, _Mapping]] = ..., metrics: _Optional[_Mapping[str, float]] = ...) -> None: ...

@@ -39,6 +39,11 @@ class TrainerStub(object):
                 request_serializer=kiln_dot_v1_dot_trainer__pb2.SubmitRequest.SerializeToString,
                 response_deserializer=kiln_dot_v1_dot_trainer__pb2.Job.FromString,
                 _registered_method=True)
+        self.SubmitStream = channel.stream_unary(
+                '/kiln.v1.Trainer/SubmitStream',
+                request_serializer=kiln_dot_v1_dot_trainer__pb2.SubmitPart.SerializeToString,
+                response_deserializer=kiln_dot_v1_dot_trainer__pb2.Job.FromString,
+                _registered_method=True)
         self.GetJob = channel.unary_unary(
                 '/kiln.v1.Trainer/GetJob',
                 request_serializer=kiln_dot_v1_dot_trainer__pb2.GetJobRequest.SerializeToString,
@@ -49,9 +54,19 @@ class TrainerStub(object):
                 request_serializer=kiln_dot_v1_dot_trainer__pb2.ListJobsRequest.SerializeToString,
                 response_deserializer=kiln_dot_v1_dot_trainer__pb2.ListJobsResponse.FromString,
                 _registered_method=True)
+        self.ListQueue = channel.unary_unary(
+                '/kiln.v1.Trainer/ListQueue',
+                request_serializer=kiln_dot_v1_dot_trainer__pb2.ListQueueRequest.SerializeToString,
+                response_deserializer=kiln_dot_v1_dot_trainer__pb2.ListJobsResponse.FromString,
+                _registered_method=True)
         self.CancelJob = channel.unary_unary(
                 '/kiln.v1.Trainer/CancelJob',
                 request_serializer=kiln_dot_v1_dot_trainer__pb2.CancelJobRequest.SerializeToString,
+                response_deserializer=kiln_dot_v1_dot_trainer__pb2.Job.FromString,
+                _registered_method=True)
+        self.RetryJob = channel.unary_unary(
+                '/kiln.v1.Trainer/RetryJob',
+                request_serializer=kiln_dot_v1_dot_trainer__pb2.RetryJobRequest.SerializeToString,
                 response_deserializer=kiln_dot_v1_dot_trainer__pb2.Job.FromString,
                 _registered_method=True)
         self.WatchJob = channel.unary_stream(
@@ -76,6 +91,13 @@ class TrainerServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SubmitStream(self, request_iterator, context):
+        """The same for data that is sent in pieces: first the settings, then its documents one by one.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetJob(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -88,9 +110,23 @@ class TrainerServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListQueue(self, request, context):
+        """Running jobs, then queued ones in the order in which they will run.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def CancelJob(self, request, context):
         """Takes effect at the next step boundary; a queued job is cancelled at once, and one that has
         begun to publish goes on to its end.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RetryJob(self, request, context):
+        """Accepts a job like one that has ended. Idempotent by idempotency_key.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -117,6 +153,11 @@ def add_TrainerServicer_to_server(servicer, server):
                     request_deserializer=kiln_dot_v1_dot_trainer__pb2.SubmitRequest.FromString,
                     response_serializer=kiln_dot_v1_dot_trainer__pb2.Job.SerializeToString,
             ),
+            'SubmitStream': grpc.stream_unary_rpc_method_handler(
+                    servicer.SubmitStream,
+                    request_deserializer=kiln_dot_v1_dot_trainer__pb2.SubmitPart.FromString,
+                    response_serializer=kiln_dot_v1_dot_trainer__pb2.Job.SerializeToString,
+            ),
             'GetJob': grpc.unary_unary_rpc_method_handler(
                     servicer.GetJob,
                     request_deserializer=kiln_dot_v1_dot_trainer__pb2.GetJobRequest.FromString,
@@ -127,9 +168,19 @@ def add_TrainerServicer_to_server(servicer, server):
                     request_deserializer=kiln_dot_v1_dot_trainer__pb2.ListJobsRequest.FromString,
                     response_serializer=kiln_dot_v1_dot_trainer__pb2.ListJobsResponse.SerializeToString,
             ),
+            'ListQueue': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListQueue,
+                    request_deserializer=kiln_dot_v1_dot_trainer__pb2.ListQueueRequest.FromString,
+                    response_serializer=kiln_dot_v1_dot_trainer__pb2.ListJobsResponse.SerializeToString,
+            ),
             'CancelJob': grpc.unary_unary_rpc_method_handler(
                     servicer.CancelJob,
                     request_deserializer=kiln_dot_v1_dot_trainer__pb2.CancelJobRequest.FromString,
+                    response_serializer=kiln_dot_v1_dot_trainer__pb2.Job.SerializeToString,
+            ),
+            'RetryJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.RetryJob,
+                    request_deserializer=kiln_dot_v1_dot_trainer__pb2.RetryJobRequest.FromString,
                     response_serializer=kiln_dot_v1_dot_trainer__pb2.Job.SerializeToString,
             ),
             'WatchJob': grpc.unary_stream_rpc_method_handler(
@@ -169,6 +220,33 @@ class Trainer(object):
             target,
             '/kiln.v1.Trainer/Submit',
             kiln_dot_v1_dot_trainer__pb2.SubmitRequest.SerializeToString,
+            kiln_dot_v1_dot_trainer__pb2.Job.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SubmitStream(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/kiln.v1.Trainer/SubmitStream',
+            kiln_dot_v1_dot_trainer__pb2.SubmitPart.SerializeToString,
             kiln_dot_v1_dot_trainer__pb2.Job.FromString,
             options,
             channel_credentials,
@@ -235,6 +313,33 @@ class Trainer(object):
             _registered_method=True)
 
     @staticmethod
+    def ListQueue(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kiln.v1.Trainer/ListQueue',
+            kiln_dot_v1_dot_trainer__pb2.ListQueueRequest.SerializeToString,
+            kiln_dot_v1_dot_trainer__pb2.ListJobsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def CancelJob(request,
             target,
             options=(),
@@ -250,6 +355,33 @@ class Trainer(object):
             target,
             '/kiln.v1.Trainer/CancelJob',
             kiln_dot_v1_dot_trainer__pb2.CancelJobRequest.SerializeToString,
+            kiln_dot_v1_dot_trainer__pb2.Job.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RetryJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kiln.v1.Trainer/RetryJob',
+            kiln_dot_v1_dot_trainer__pb2.RetryJobRequest.SerializeToString,
             kiln_dot_v1_dot_trainer__pb2.Job.FromString,
             options,
             channel_credentials,

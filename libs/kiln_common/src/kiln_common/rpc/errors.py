@@ -6,6 +6,7 @@ failure of one request among several. The gRPC status repeats the kind for clien
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
@@ -31,6 +32,7 @@ def to_error_detail(error: KilnError) -> common_pb2.ErrorDetail:
         param=error.param,
         retry_after_s=error.retry_after_s,
         status=error.kind.grpc_status,
+        details_json=json.dumps(error.details) if error.details is not None else "",
     )
 
 
@@ -43,6 +45,7 @@ def from_error_detail(detail: common_pb2.ErrorDetail) -> RemoteError:
         hint=detail.hint,
         param=detail.param,
         retry_after_s=detail.retry_after_s,
+        details=json.loads(detail.details_json) if detail.details_json else None,
     )
 
 

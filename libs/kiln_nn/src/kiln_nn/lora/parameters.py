@@ -15,6 +15,7 @@ from kiln_nn.blocks.linear import LinearFn, Weights, base_linear
 from kiln_nn.config import ModelConfig
 from kiln_nn.errors import InvalidAdapter, name_list
 from kiln_nn.kernels.lora import AdapterCopies, adapted_linears
+from kiln_nn.lora.dropout import LoraDropout
 from kiln_nn.lora.peft_format import AdapterTensors
 from kiln_nn.lora.spec import LoraSpec, lora_shapes
 
@@ -88,7 +89,7 @@ class LoraParameters:
             copies[path] = (a.to(device, torch.float32), b.to(device, torch.float32))
         return cls(spec, copies)
 
-    def linear_fn(self, weights: Weights) -> LinearFn:
+    def linear_fn(self, weights: Weights, dropout: LoraDropout | None = None) -> LinearFn:
         """The base model's linear layers with this adapter added where it has one; the base is frozen."""
         base = base_linear(weights)
         copies = _Copies(self.spec.scaling)
@@ -98,7 +99,10 @@ class LoraParameters:
             if not any(pairs):
                 return base(module_paths, x)
             matrices = [weights[path + ".weight"] for path in module_paths]
-            return adapted_linears(x, matrices, pairs, copies.of(tuple(module_paths), pairs, x.dtype))
+            factors = dropout.factors_of(module_paths, x) if dropout is not None else None
+            return adapted_linears(
+                x, matrices, pairs, copies.of(tuple(module_paths), pairs, x.dtype), factors
+            )
 
         return linear
 

@@ -1,4 +1,4 @@
-"""Hears of new versions on Redis and fetches them before the first request names them."""
+"""Hears on Redis of new versions and of rollbacks, and fetches before the first request names them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kiln_common.bus import keys
 from kiln_common.bus.connect import REDIS_AWAY, connect_async
 from kiln_common.errors import KilnError
 from kiln_engine.adapters.manager import AdapterManager
-from kiln_engine.domain.adapter import AdapterVersion
+from kiln_engine.domain.adapter import AdapterVersion, Rollback
 
 log = structlog.get_logger()
 
@@ -54,15 +54,19 @@ class AdapterEvents:
             await self._redis.aclose()
 
     async def _handle(self, fields: dict[bytes, bytes]) -> None:
-        if fields.get(b"type") != b"AdapterPublished":
+        if fields.get(b"type") not in (b"AdapterPublished", b"AdapterRolledBack"):
             return
         try:
             data = json.loads(fields[b"data"])
             version = AdapterVersion(str(data["name"]), int(data["version"]), str(data["sha256"]))
+            passed_over = int(data.get("rolled_back_over", 0))
         except (KeyError, ValueError, TypeError) as error:
             log.warning("adapter_event_unreadable", reason=str(error))
             return
         try:
-            await self._manager.prepare(version)
+            if passed_over:
+                await self._manager.turn_back(Rollback(version, passed_over))
+            else:
+                await self._manager.prepare(version)
         except KilnError as error:
             log.info("adapter_not_prefetched", adapter=version.reference, code=error.code)

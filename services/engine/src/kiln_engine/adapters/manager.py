@@ -14,7 +14,7 @@ from kiln_common.errors import AdapterNotFound, KilnError
 from kiln_common.histogram import REQUEST_SECONDS, Histogram
 from kiln_common.pb import registry_pb2
 from kiln_engine.adapters.slots import AdapterSlots, SlotEntry, SlotState
-from kiln_engine.domain.adapter import AdapterLease, AdapterVersion, ResidentAdapter
+from kiln_engine.domain.adapter import AdapterLease, AdapterVersion, ResidentAdapter, Rollback
 from kiln_engine.domain.errors import AdapterSlotsFull, AdapterUnavailable
 from kiln_engine.domain.ports import AdapterStore
 from kiln_engine.loop import EngineLoop
@@ -61,15 +61,21 @@ class AdapterManager:
         self.load_seconds = Histogram(REQUEST_SECONDS)
         self._loads: dict[str, asyncio.Task[None]] = {}
         self._config_of_unclaimed: dict[str, str] = {}
+        self._rollbacks: dict[str, Rollback] = {}
         # Set, and replaced, whenever a slot may have become free.
         self._change = asyncio.Event()
 
     def newest(self, name: str) -> AdapterVersion | None:
-        """The highest version of a name that steps may use."""
+        """What a name means, of the versions that steps may use: the highest, unless it was rolled back."""
         versions = [
             entry.adapter for entry in self._slots.entries if entry.is_usable and entry.adapter.name == name
         ]
-        return max(versions, key=lambda version: version.version, default=None)
+        highest = max(versions, key=lambda version: version.version, default=None)
+        rollback = self._rollbacks.get(name)
+        if rollback is None or (highest is not None and highest.version > rollback.passed_over):
+            return highest
+        known = self._slots.find(rollback.target.sha256)
+        return rollback.target if known is not None and known.is_usable else None
 
     @property
     def resident(self) -> list[ResidentAdapter]:
@@ -126,8 +132,20 @@ class AdapterManager:
         was_resident = known is not None and known.is_usable
         lease = await self.acquire([version])
         self.release(lease)
+        entry = self._slots.find(version.sha256)
+        if entry is not None and entry.adapter.name != version.name:
+            # The same bytes, published under another name: those who follow that name hear of it.
+            entry.adapter = version
+            self.on_resident(version)
         self._retire_older(version)
         return lease.slots[0], not was_resident
+
+    async def turn_back(self, rollback: Rollback) -> None:
+        """A name means an older version again: bring it here, and tell those who follow the name."""
+        self._rollbacks[rollback.target.name] = rollback
+        await self.prepare(rollback.target)
+        self._slots.prefer(rollback.target)
+        self.on_resident(rollback.target)
 
     async def close(self) -> None:
         """Give up what is being fetched."""
@@ -146,6 +164,8 @@ class AdapterManager:
         except BaseException:
             self._slots.unpin(entry)
             raise
+        if entry.adapter.name == version.name and entry.adapter.version < version.version:
+            entry.adapter = version  # the same bytes, published again
         return entry
 
     async def _begin(self, version: AdapterVersion) -> SlotEntry:

@@ -11,7 +11,7 @@ import structlog
 from kiln_common.errors import AdapterNotFound, ErrorKind, KilnError
 from kiln_common.pb import registry_pb2
 from kiln_engine.adapters.manager import AdapterManager
-from kiln_engine.domain.adapter import AdapterVersion
+from kiln_engine.domain.adapter import AdapterVersion, Rollback
 
 log = structlog.get_logger()
 
@@ -64,12 +64,12 @@ class AdapterRefresh:
             self._is_away = True
             return
         self._is_away = False
-        for name, version in pointed_at.items():
-            if self._fetched.get(name) != version.sha256 and await self._fetch(version):
-                self._fetched[name] = version.sha256
+        for name, record in pointed_at.items():
+            if self._fetched.get(name) != record.sha256 and await self._fetch(record):
+                self._fetched[name] = record.sha256
 
-    async def _ask(self) -> dict[str, AdapterVersion]:
-        found: dict[str, AdapterVersion] = {}
+    async def _ask(self) -> dict[str, registry_pb2.AdapterVersion]:
+        found: dict[str, registry_pb2.AdapterVersion] = {}
         for name in sorted({entry.adapter.name for entry in self._manager.resident}):
             try:
                 self._add(found, name, await self._registry.resolve(name))
@@ -82,15 +82,21 @@ class AdapterRefresh:
             self._add(found, "", default)
         return found
 
-    def _add(self, found: dict[str, AdapterVersion], name: str, record: registry_pb2.AdapterVersion) -> None:
+    def _add(
+        self, found: dict[str, registry_pb2.AdapterVersion], name: str, record: registry_pb2.AdapterVersion
+    ) -> None:
         """Leave out versions for the engines of another base model."""
         if record.base_model_hash == self._base_model_hash:
-            found[name] = AdapterVersion(record.name, record.version, record.sha256)
+            found[name] = record
 
-    async def _fetch(self, version: AdapterVersion) -> bool:
+    async def _fetch(self, record: registry_pb2.AdapterVersion) -> bool:
         """Make a version resident; False when it should be tried again."""
+        version = AdapterVersion(record.name, record.version, record.sha256)
         try:
-            await self._manager.prepare(version)
+            if record.rolled_back_over:
+                await self._manager.turn_back(Rollback(version, record.rolled_back_over))
+            else:
+                await self._manager.prepare(version)
         except KilnError as error:
             log.info("adapter_not_prefetched", adapter=version.reference, code=error.code)
             return error.kind not in _PASSING

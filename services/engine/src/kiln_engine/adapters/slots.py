@@ -129,6 +129,16 @@ class AdapterSlots:
             self.advance(entry, SlotState.RETIRING)
         return older
 
+    def prefer(self, current: AdapterVersion) -> None:
+        """Let the versions of a name after `current` go before it: the name was rolled back to it."""
+        for entry in self._by_sha256.values():
+            if entry.adapter.name != current.name:
+                continue
+            if entry.sha256 == current.sha256 and entry.state is SlotState.RETIRING:
+                self.advance(entry, SlotState.RESIDENT)
+            elif entry.adapter.version > current.version and entry.state is SlotState.RESIDENT:
+                self.advance(entry, SlotState.RETIRING)
+
     def _choose_victim(self) -> SlotEntry:
         candidates = [entry for entry in self._by_sha256.values() if entry.can_give_way]
         if not candidates:

@@ -19,6 +19,14 @@ class AdapterVersion:
 
 
 @dataclass(frozen=True, slots=True)
+class Rollback:
+    """A name means `target` although there are later versions, up to `passed_over`; one after that counts again."""
+
+    target: AdapterVersion
+    passed_over: int
+
+
+@dataclass(frozen=True, slots=True)
 class AdapterUse:
     """One adapter as a request applies it: identity of the bytes, and strength."""
 

@@ -95,7 +95,7 @@ class AdapterResidency(Protocol):
     def release(self, lease: AdapterLease) -> None: ...
 
     def newest(self, name: str) -> AdapterVersion | None:
-        """The highest version of a name that steps may use now."""
+        """What a name means, of the versions that steps may use now: the highest, unless it was rolled back."""
         ...
 
     async def prepare(self, version: AdapterVersion) -> tuple[int, bool]:

@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from kiln_common.prefix_path import page_name, root_name
 from kiln_engine.domain.request import AdapterUse
 from kiln_engine.scheduling.page_pool import PagePool
 from kiln_engine.scheduling.state_pool import StatePool
@@ -33,6 +34,8 @@ class PrefixNode:
     checkpoint_slot: int | None = None
     last_used: int = 0
     is_in_tree: bool = True
+    # Its path's name for other processes; empty until somebody asks.
+    name: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +72,7 @@ class PrefixTree:
         # (last_used when queued, tie-breaker, node): an entry is stale when the node moved on.
         self._leaves: list[tuple[int, int, PrefixNode]] = []
         self._checkpoints: list[tuple[int, int, PrefixNode]] = []
+        self._with_checkpoint: set[PrefixNode] = set()
 
     def match(self, namespace: Namespace, tokens: list[int], max_hit_tokens: int) -> PrefixMatch:
         """Walk the known pages of `tokens`; the hit is at most `max_hit_tokens` long.
@@ -119,6 +123,7 @@ class PrefixTree:
         if node.checkpoint_slot is not None:
             return False
         node.checkpoint_slot = slot
+        self._with_checkpoint.add(node)
         self._states.mark_cached(slot)
         self._queue(self._checkpoints, node)
         return True
@@ -177,6 +182,10 @@ class PrefixTree:
                     if node.checkpoint_slot is not None:
                         self._queue(self._checkpoints, node)
 
+    def checkpoint_names(self) -> frozenset[bytes]:
+        """Where a hit can end now, by the names of kiln_common.prefix_path."""
+        return frozenset(map(_name_of, self._with_checkpoint))
+
     def nodes(self) -> Iterator[PrefixNode]:
         """Every page of the tree, parents first."""
         for root in self._roots.values():
@@ -216,3 +225,20 @@ class PrefixTree:
         assert node.checkpoint_slot is not None
         self._states.uncache(node.checkpoint_slot)
         node.checkpoint_slot = None
+        self._with_checkpoint.discard(node)
+
+
+def _name_of(node: PrefixNode) -> bytes:
+    """Each page is named once, from the nearest named page above it on."""
+    unnamed = []
+    at: PrefixNode | None = node
+    while at is not None and not at.name:
+        unnamed.append(at)
+        at = at.parent
+    for page in reversed(unnamed):
+        if page.parent is None:
+            uses = ((use.sha256, use.scale) for use in page.namespace.adapters)
+            page.name = root_name(uses, page.namespace.salt)
+        else:
+            page.name = page_name(page.parent.name, page.tokens)
+    return node.name

@@ -1,4 +1,4 @@
-"""Moves running requests on to newer versions of their adapters, if they asked for that."""
+"""Moves running requests on to what the names of their adapters mean now, if they asked for that."""
 
 from __future__ import annotations
 
@@ -56,10 +56,10 @@ class Followers:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def is_behind(self, request: LiveRequest) -> bool:
-        """Whether a request that follows its adapters' names could go on with a newer version."""
+        """Whether a request that follows its adapters' names could go on with what they mean now."""
         if not request.followed_scales or request.lease is None or request.preparing is not None:
             return False
-        return any(version.version < self._newest(version).version for version in request.lease.adapters)
+        return any(version.sha256 != self._newest(version).sha256 for version in request.lease.adapters)
 
     def move_later(self, live: Mapping[str, LiveRequest]) -> None:
         """Move those of `live` that are behind, as soon as the loop comes to it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import structlog
@@ -45,6 +46,7 @@ class RequestIntake:
     clock: Clock
     grammars: GrammarCompiler | None = None
     is_draining: bool = False
+    on_draining: Callable[[], None] = lambda: None
     _live: dict[str, LiveRequest] = field(default_factory=dict)
     _is_empty: asyncio.Event = field(default_factory=asyncio.Event)
     followers: Followers = field(init=False)
@@ -119,6 +121,7 @@ class RequestIntake:
         Returns how many ended by themselves and how many were aborted.
         """
         self.is_draining = True
+        self.on_draining()
         num_before = self.num_live
         num_aborted = 0
         if num_before:

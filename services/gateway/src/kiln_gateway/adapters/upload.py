@@ -54,7 +54,7 @@ async def receive_upload(request: Request, folder: Path, limit_bytes: int) -> Up
         raise InvalidMultipart("the body is not multipart/form-data")
     parser = MultiPartParser(
         request.headers,
-        _limited(request, limit_bytes),
+        limited(request, limit_bytes),
         max_files=_MAX_PARTS,
         max_fields=_MAX_PARTS,
         max_part_size=_MAX_FIELD_BYTES,
@@ -69,7 +69,8 @@ async def receive_upload(request: Request, folder: Path, limit_bytes: int) -> Up
         await form.close()
 
 
-async def _limited(request: Request, limit_bytes: int) -> AsyncGenerator[bytes]:
+async def limited(request: Request, limit_bytes: int) -> AsyncGenerator[bytes]:
+    """The body in pieces. Raises BodyTooLarge."""
     num_bytes = 0
     async for part in request.stream():
         num_bytes += len(part)

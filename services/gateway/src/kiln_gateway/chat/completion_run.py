@@ -17,6 +17,7 @@ from kiln_gateway.chat.choice import ChoiceAssembler, ChoiceDelta
 from kiln_gateway.chat.choice_trace import choice_trace
 from kiln_gateway.chat.sampling import record_of
 from kiln_gateway.engine_pool import EnginePool
+from kiln_gateway.insight.live_requests import RequestTrace
 from kiln_gateway.metrics import GatewayMetrics
 from kiln_gateway.model_resolver import Target
 from kiln_gateway.rollouts import Rollout, RolloutStore
@@ -129,6 +130,7 @@ class CompletionRun:
         started_s = arrived_s = time.monotonic()
         with (
             metrics.running_choices.track_inprogress(),
+            self._following(choice, metrics) as seen,
             choice_trace(choice.request, assembler) as trace,
         ):
             push = assembler.push if trace is None else trace.push
@@ -137,6 +139,12 @@ class CompletionRun:
                     is_first = not assembler.tokens
                     last_s, arrived_s = arrived_s, time.monotonic()
                     delta = push(output)
+                    metrics.live.took(
+                        seen,
+                        len(delta.tokens),
+                        queue_s=output.queue_s,
+                        num_cached_tokens=output.num_cached_tokens,
+                    )
                     if not is_first:
                         metrics.times.between_tokens_s.observe(arrived_s - last_s)
                     elif assembler.tokens:
@@ -150,6 +158,7 @@ class CompletionRun:
                 else:
                     raise EngineUnavailable("the engine ended the sequence without a reason")
             metrics.times.choice_s.observe(arrived_s - started_s)
+            seen.end = assembler.finish_reason or ""
             metrics.prompt_tokens.inc(len(choice.request.prompt_token_ids))
             metrics.completion_tokens.inc(len(assembler.tokens))
             if self.keeps_rollouts and assembler.tokens:
@@ -157,6 +166,12 @@ class CompletionRun:
                     is_kept = await rollouts.save(self._rollout(choice))
                 metrics.rollouts.labels("kept" if is_kept else "lost").inc()
         yield choice, delta
+
+    def _following(
+        self, choice: Choice, metrics: GatewayMetrics
+    ) -> contextlib.AbstractContextManager[RequestTrace]:
+        num_prompt_tokens = len(choice.request.prompt_token_ids)
+        return metrics.live.following(self.completion_id, choice.index, self.target.label, num_prompt_tokens)
 
     async def _outputs(
         self, choice: Choice, engines: EnginePool

@@ -48,7 +48,7 @@ async def prepare_chat(
     Where it `is_one_of_many` to be prepared, others get their turn in between.
     """
     body.refuse_unsupported()
-    target = await resolve_target(gateway, body)
+    target = await resolve_target(gateway, body, caller)
     tools = body.active_tools
     grammar = await _chat_grammar(gateway, body)
     prompt = await chat_prompt(gateway, body, is_one_of_many=is_one_of_many)
@@ -103,7 +103,7 @@ async def chat_prompt(gateway: Gateway, body: ChatCompletionBody, *, is_one_of_m
 async def prepare_text(gateway: Gateway, body: TextCompletionBody, caller: Caller) -> CompletionRun:
     """The same for a text completion: no template, no reasoning, no tools."""
     body.refuse_unsupported()
-    target = await resolve_target(gateway, body)
+    target = await resolve_target(gateway, body, caller)
     prompts = [Prompt(token_ids) for token_ids in await prompt_tokens(gateway, body.prompt, "prompt")]
     _check_prompt_logprobs(body, prompts, gateway.settings.max_prompt_logprobs)
     return await _run(
@@ -152,7 +152,7 @@ async def prompt_tokens(gateway: Gateway, prompts: Sequence[str | list[int]], pa
     return all_ids
 
 
-async def resolve_target(gateway: Gateway, body: CompletionFields | EmbeddingsBody) -> Target:
+async def resolve_target(gateway: Gateway, body: CompletionFields | EmbeddingsBody, caller: Caller) -> Target:
     """The weights that answer. Raises as ModelResolver.resolve does, and UnsupportedField."""
     if body.adapters is not None and body.is_adapter_given:
         raise UnsupportedField("adapters", "Send `adapter` or `adapters`, not both.")
@@ -161,6 +161,7 @@ async def resolve_target(gateway: Gateway, body: CompletionFields | EmbeddingsBo
         adapters = [WantedAdapter(wanted.name, wanted.scale) for wanted in body.adapters]
     return await gateway.resolver.resolve(
         body.model,
+        caller=caller,
         base_ids=await gateway.base_ids(),
         model_hash=(await gateway.engines.base_model()).model_hash,
         adapter=body.adapter,

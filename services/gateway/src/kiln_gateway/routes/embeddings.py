@@ -22,7 +22,7 @@ async def embeddings(request: Request, caller: Caller = _INFER) -> Response:
     """A vector of length 1 for each text: the last token's hidden state."""
     gateway = gateway_of(request)
     body = await gateway.parse(request, EmbeddingsBody)
-    target = await resolve_target(gateway, body)
+    target = await resolve_target(gateway, body, caller)
     requests = await embedding_requests(gateway, body, target)
     vectors = await sse.until_disconnect(request, embed(gateway, requests))
     num_tokens = sum(len(one.prompt_token_ids) for one in requests)

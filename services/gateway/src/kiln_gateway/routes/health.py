@@ -12,6 +12,7 @@ from fastapi.responses import Response
 from kiln_common.errors import KilnError
 from kiln_common.pb import engine_pb2, trainer_pb2
 from kiln_gateway.auth import require
+from kiln_gateway.engine_seat import EngineSeat
 from kiln_gateway.gateway import Gateway, answers, gateway_of
 from kiln_gateway.json_response import json_response
 
@@ -55,7 +56,7 @@ async def readyz(request: Request) -> Response:
 async def health(request: Request) -> Response:
     """The whole picture in one answer; 503 when inference cannot be served."""
     gateway = gateway_of(request)
-    states, stats = await asyncio.gather(_dependency_states(gateway), _engine_stats(gateway))
+    states, stats = await asyncio.gather(_dependency_states(gateway), engine_stats(gateway))
     try:
         model = await gateway.served_model_id() if states["engine"] else gateway.settings.served_model_name
     except KilnError:
@@ -65,8 +66,8 @@ async def health(request: Request) -> Response:
         "uptime_s": round(time.monotonic() - gateway.started_at, 3),
         "model": model or None,
         "dependencies": {name: "ok" if is_ok else "degraded" for name, is_ok in states.items()},
-        "engines": [_engine_object(gateway, number, found) for number, found in enumerate(stats)],
-        "training": await _training_object(gateway),
+        "engines": [engine_object(seat, found) for seat, found in stats],
+        "training": await training_object(gateway),
         "adapters": await _adapters_object(gateway),
     }
     return json_response(body, status=200 if states["engine"] else 503)
@@ -76,21 +77,21 @@ async def health(request: Request) -> Response:
 async def stats(request: Request) -> Response:
     """Counters and gauges as JSON; `engine` adds up all engines."""
     gateway = gateway_of(request)
-    found = await _engine_stats(gateway)
+    found = [engine for _, engine in await engine_stats(gateway)]
     total: dict[str, float] = {}
     for engine in found:
-        for name, value in _stats_object(engine).items():
+        for name, value in stats_object(engine).items():
             total[name] = total.get(name, 0) + value
-    training = await _training_object(gateway)
-    return json_response({"engine": total, "engines": list(map(_stats_object, found)), "training": training})
+    training = await training_object(gateway)
+    return json_response({"engine": total, "engines": list(map(stats_object, found)), "training": training})
 
 
 @router.get("/metrics", dependencies=[Depends(require(None))])
 async def metrics(request: Request) -> Response:
     """Prometheus' text format."""
     gateway = gateway_of(request)
-    engines, trainer = await asyncio.gather(_engine_stats(gateway), _trainer_status(gateway))
-    gateway.metrics.services.show({str(number): found for number, found in enumerate(engines)}, trainer)
+    engines, trainer = await asyncio.gather(engine_stats(gateway), _trainer_status(gateway))
+    gateway.metrics.services.show({str(seat.number): found for seat, found in engines}, trainer)
     return Response(gateway.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
@@ -116,17 +117,19 @@ async def _succeeds(call: Any) -> bool:
     return True
 
 
-async def _engine_stats(gateway: Gateway) -> list[engine_pb2.EngineStats | None]:
-    async def one(client: Any) -> engine_pb2.EngineStats | None:
+async def engine_stats(gateway: Gateway) -> list[tuple[EngineSeat, engine_pb2.EngineStats | None]]:
+    """What every engine says of itself, in their order; None for one that does not answer."""
+
+    async def one(seat: EngineSeat) -> tuple[EngineSeat, engine_pb2.EngineStats | None]:
         try:
-            return await asyncio.wait_for(client.get_stats(), _CHECK_TIMEOUT_S)
+            return seat, await asyncio.wait_for(seat.client.get_stats(), _CHECK_TIMEOUT_S)
         except (KilnError, TimeoutError):
-            return None
+            return seat, None
 
-    return await asyncio.gather(*(one(seat.client) for seat in gateway.engines.seats))
+    return await asyncio.gather(*map(one, gateway.engines.seats))
 
 
-def _stats_object(stats: engine_pb2.EngineStats | None) -> dict[str, float]:
+def stats_object(stats: engine_pb2.EngineStats | None) -> dict[str, float]:
     """Numbers by name; empty for an engine that does not answer."""
     if stats is None:
         return {}
@@ -137,8 +140,8 @@ def _stats_object(stats: engine_pb2.EngineStats | None) -> dict[str, float]:
     }
 
 
-def _engine_object(gateway: Gateway, number: int, stats: engine_pb2.EngineStats | None) -> dict[str, Any]:
-    info = gateway.engines.seats[number].info
+def engine_object(seat: EngineSeat, stats: engine_pb2.EngineStats | None) -> dict[str, Any]:
+    info = seat.info
     body: dict[str, Any] = {"status": "ok" if stats is not None else "unavailable"}
     if info is not None:
         body |= {
@@ -149,9 +152,13 @@ def _engine_object(gateway: Gateway, number: int, stats: engine_pb2.EngineStats 
             "model_hash": info.base_model.model_hash,
             "max_running": info.max_running,
             "num_adapter_slots": info.num_adapter_slots,
+            "memory": {
+                field.name.removeprefix("num_"): getattr(info.memory, field.name)
+                for field in info.memory.DESCRIPTOR.fields
+            },
         }
     if stats is not None:
-        body["scheduler"] = _stats_object(stats)
+        body["scheduler"] = stats_object(stats)
         body["resident_adapters"] = [
             f"{resident.adapter.name}@{resident.adapter.version}" for resident in stats.resident_adapters
         ]
@@ -165,7 +172,8 @@ async def _trainer_status(gateway: Gateway) -> trainer_pb2.TrainerStatus | None:
         return None
 
 
-async def _training_object(gateway: Gateway) -> dict[str, Any] | None:
+async def training_object(gateway: Gateway) -> dict[str, Any] | None:
+    """The trainer's state; None when it does not answer."""
     status = await _trainer_status(gateway)
     if status is None:
         return None
@@ -179,6 +187,7 @@ async def _training_object(gateway: Gateway) -> dict[str, Any] | None:
         "gpu_sharing": status.gpu_sharing or None,
         "gpu_share": status.gpu_share,
         "gpu_sms": status.gpu_sms,
+        "device_bytes": status.num_device_bytes,
     }
 
 

@@ -38,14 +38,14 @@ async def messages(request: Request, caller: Caller = _INFER) -> Response:
     return json_response(answer.whole(), headers=headers)
 
 
-@router.post("/v1/messages/count_tokens", dependencies=[_INFER])
-async def count_tokens(request: Request) -> Response:
+@router.post("/v1/messages/count_tokens")
+async def count_tokens(request: Request, caller: Caller = _INFER) -> Response:
     """How many tokens the prompt of such a request has."""
     gateway = gateway_of(request)
     body = await gateway.parse(request, CountTokensBody)
     with complaints_about(SOURCES):
         chat = to_chat(body)
-        await resolve_target(gateway, chat)
+        await resolve_target(gateway, chat, caller)
         prompt = await chat_prompt(gateway, chat)
     return json_response({"input_tokens": len(prompt.token_ids)})
 

@@ -9,28 +9,30 @@ from fastapi.responses import Response
 
 from kiln_common.errors import KilnError
 from kiln_common.pb import registry_pb2
-from kiln_gateway.auth import require
+from kiln_gateway.adapters.visible_adapters import VisibleAdapters
+from kiln_gateway.auth import Caller, require
 from kiln_gateway.errors import ModelNotFound
 from kiln_gateway.gateway import Gateway, gateway_of
 from kiln_gateway.json_response import json_response
 
-router = APIRouter(dependencies=[Depends(require("infer"))])
+router = APIRouter()
+_INFER = Depends(require("infer"))
 
 
 @router.get("/v1/models")
-async def list_models(request: Request) -> Response:
+async def list_models(request: Request, caller: Caller = _INFER) -> Response:
     """Names that requests may put in `model`."""
     gateway = gateway_of(request)
     base = await _base_entry(gateway)
     model_hash = (await gateway.engines.base_model()).model_hash
     entries = [base]
-    for adapter in await gateway.clients.registry.list():
+    for adapter in await VisibleAdapters(gateway.clients.registry, caller).list():
         entries += _adapter_entries(adapter, base["id"], model_hash)
     return json_response({"object": "list", "data": entries})
 
 
 @router.get("/v1/models/{model:path}")
-async def get_model(request: Request, model: str) -> Response:
+async def get_model(request: Request, model: str, caller: Caller = _INFER) -> Response:
     """One of them."""
     gateway = gateway_of(request)
     base = await _base_entry(gateway)
@@ -38,7 +40,7 @@ async def get_model(request: Request, model: str) -> Response:
     if model in await gateway.base_ids() or model == "base":
         return json_response(base)
     try:
-        adapter = await gateway.clients.registry.get(model.partition("@")[0])
+        adapter = await VisibleAdapters(gateway.clients.registry, caller).get(model.partition("@")[0])
     except KilnError as error:
         if error.kind.http_status < 500:
             raise ModelNotFound(model) from error

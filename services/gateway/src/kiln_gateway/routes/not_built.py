@@ -13,29 +13,7 @@ from kiln_gateway.auth import require
 router = APIRouter(dependencies=[Depends(require(None))])
 
 # Method, path, and what works instead today.
-NOT_BUILT: tuple[tuple[str, str, str], ...] = (
-    ("POST", "/v1/train/jobs/{job_id}/retry", "Post the job's body again with a new Idempotency-Key."),
-    ("GET", "/v1/train/jobs/{job_id}/receipt", "GET /v1/train/jobs/{id} has the result and its sha256."),
-    ("POST", "/v1/datasets", "Send the examples in the body of POST /v1/train/sft."),
-    ("GET", "/v1/datasets", "Send the examples in the body of POST /v1/train/sft."),
-    ("GET", "/v1/datasets/{dataset_id}", "Send the examples in the body of POST /v1/train/sft."),
-    ("DELETE", "/v1/datasets/{dataset_id}", "Send the examples in the body of POST /v1/train/sft."),
-    ("POST", "/v1/corrections", "POST /v1/train/sft with the corrected messages works."),
-    ("GET", "/v1/corrections", "POST /v1/train/sft with the corrected messages works."),
-    ("DELETE", "/v1/corrections/{correction_id}", "POST /v1/train/sft with the corrected messages works."),
-    ("POST", "/v1/evals/suites", "Sample with POST /v1/chat/completions and score on your side."),
-    ("GET", "/v1/evals/suites", "Sample with POST /v1/chat/completions and score on your side."),
-    ("POST", "/v1/evals/runs", "Sample with POST /v1/chat/completions and score on your side."),
-    ("GET", "/v1/evals/runs/{run_id}", "Sample with POST /v1/chat/completions and score on your side."),
-    (
-        "POST",
-        "/v1/evals/compare",
-        "Sample both adapters with POST /v1/chat/completions and score on your side.",
-    ),
-    ("POST", "/v1/adapters/{name}/rollback", "POST /v1/adapters/{name}/attach with a version works."),
-    ("POST", "/v1/adapters/merge", "Chat takes several adapters at once in `adapters`."),
-    ("GET", "/v1/adapters/{name}/diff", "GET /v1/adapters/{name} lists every version with its metrics."),
-)
+NOT_BUILT: tuple[tuple[str, str, str], ...] = ()
 
 
 def _answer(method: str, path: str, instead: str) -> Callable[[Request], Awaitable[Response]]:

@@ -1,36 +1,34 @@
-"""POST /v1/train/sft, /v1/train/grpo and /v1/train/opd; jobs, their events, and the overview."""
+"""POST /v1/train/sft, /v1/train/grpo and /v1/train/opd, and the overview."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncGenerator
 from typing import Any
 
-from fastapi import APIRouter, Depends, Query, Request
+from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 
 from kiln_common.adapter_names import check_adapter_name
-from kiln_common.errors import AdapterNotFound
+from kiln_common.errors import AdapterNotFound, RegistryUnavailable
 from kiln_common.pb import trainer_pb2
-from kiln_gateway import sse
-from kiln_gateway.auth import Caller, require, require_scope
+from kiln_gateway.auth import Caller, require
 from kiln_gateway.gateway import Gateway, gateway_of
 from kiln_gateway.json_response import json_response
-from kiln_gateway.ports import closing
-from kiln_gateway.request_query import refuse_unknown_query
 from kiln_gateway.schemas.opd import OpdBody
-from kiln_gateway.schemas.training import GrpoBody, JobFields, SftBody
+from kiln_gateway.schemas.training import GroupFields, GrpoBody, JobFields, SftBody, SftExampleFields
 from kiln_gateway.training.documents import DocumentBuilder
+from kiln_gateway.training.gate import resolved_gate
 from kiln_gateway.training.grpo import GrpoSpecBuilder
 from kiln_gateway.training.job_config import GRPO_DEFAULTS, OPD_DEFAULTS, SFT_DEFAULTS, job_config
-from kiln_gateway.training.job_view import event_object, job_object
+from kiln_gateway.training.job_rights import attaches, check_priority, is_visible
+from kiln_gateway.training.job_view import job_object
+from kiln_gateway.training.kept_data import chosen_corrections, dataset_rows
 from kiln_gateway.training.kept_rollouts import KeptRollouts
 from kiln_gateway.training.opd import OpdSpecBuilder
-from kiln_gateway.training.sft import sft_spec
+from kiln_gateway.training.sft import correction_documents, dataset_spec, sft_spec, to_spec
 
 router = APIRouter()
 _TRAIN = Depends(require("train"))
-_KEEPALIVE_S = 15.0
 _ACCEPTED = 202
 
 
@@ -43,10 +41,24 @@ async def train_sft(request: Request, caller: Caller = _TRAIN) -> Response:
     if job_id:
         return await _accepted(gateway, job_id)
     rollouts = await _check_and_open(gateway, body, caller)
-    spec = await sft_spec(body, DocumentBuilder(gateway.prompts), rollouts)
+    builder = DocumentBuilder(gateway.prompts)
+    submit = trainer_pb2.SubmitRequest()
+    if body.dataset is None:
+        spec = await sft_spec(body, builder, rollouts)
+    else:
+        rows = await dataset_rows(gateway, caller, body.dataset, SftExampleFields, submit)
+        spec = await dataset_spec(body.dataset, rows, body, builder)
+    if body.corrections is not None:
+        chosen = await chosen_corrections(gateway, caller, body.corrections)
+        spec.MergeFrom(to_spec(correction_documents(chosen)))
+        submit.correction_ids.extend(each.id for each in chosen)
     longest = max((len(example.token_ids) for example in spec.examples), default=0)
-    config = job_config(body, SFT_DEFAULTS, longest_document=longest, attach=_attaches(body, caller))
-    return await _submit(gateway, request, trainer_pb2.SubmitRequest(config=config, sft=spec), key)
+    gate = await resolved_gate(body.gate, caller.owner, gateway.clients.evaluations)
+    submit.config.CopyFrom(
+        job_config(body, SFT_DEFAULTS, longest_document=longest, attach=attaches(body, caller), gate=gate)
+    )
+    submit.sft.CopyFrom(spec)
+    return await _submit(gateway, request, caller, body, submit, key)
 
 
 @router.post("/v1/train/grpo", status_code=_ACCEPTED)
@@ -59,14 +71,24 @@ async def train_grpo(request: Request, caller: Caller = _TRAIN) -> Response:
         return await _accepted(gateway, job_id)
     rollouts = await _check_and_open(gateway, body, caller)
     vocab_size = (await gateway.engines.base_model()).vocab_size
-    spec = await GrpoSpecBuilder(body, DocumentBuilder(gateway.prompts), rollouts, vocab_size).build()
+    builder = GrpoSpecBuilder(body, DocumentBuilder(gateway.prompts), rollouts, vocab_size)
+    submit = trainer_pb2.SubmitRequest()
+    groups = None
+    if body.dataset is not None:
+        rows = await dataset_rows(gateway, caller, body.dataset, GroupFields, submit)
+        groups = [group for _, group in rows]
+    spec = await builder.build(groups)
     longest = max(
         len(rollout.prompt_token_ids) + len(rollout.completion_token_ids)
         for group in spec.groups
         for rollout in group.rollouts
     )
-    config = job_config(body, GRPO_DEFAULTS, longest_document=longest, attach=_attaches(body, caller))
-    return await _submit(gateway, request, trainer_pb2.SubmitRequest(config=config, grpo=spec), key)
+    gate = await resolved_gate(body.gate, caller.owner, gateway.clients.evaluations)
+    submit.config.CopyFrom(
+        job_config(body, GRPO_DEFAULTS, longest_document=longest, attach=attaches(body, caller), gate=gate)
+    )
+    submit.grpo.CopyFrom(spec)
+    return await _submit(gateway, request, caller, body, submit, key)
 
 
 @router.post("/v1/train/opd", status_code=_ACCEPTED)
@@ -79,39 +101,46 @@ async def train_opd(request: Request, caller: Caller = _TRAIN) -> Response:
         return await _accepted(gateway, job_id)
     rollouts = await _check_and_open(gateway, body, caller)
     base_model = await gateway.engines.base_model()
-    spec = await OpdSpecBuilder(body, gateway, rollouts, base_model).build()
+    spec = await OpdSpecBuilder(body, gateway, rollouts, base_model, caller).build()
     lengths = [len(prompt.token_ids) + spec.settings.sampling.max_tokens for prompt in spec.prompts]
     lengths += [len(given.prompt_token_ids) + len(given.completion_token_ids) for given in spec.rollouts]
-    config = job_config(body, OPD_DEFAULTS, longest_document=max(lengths), attach=_attaches(body, caller))
-    return await _submit(gateway, request, trainer_pb2.SubmitRequest(config=config, opd=spec), key)
+    gate = await resolved_gate(body.gate, caller.owner, gateway.clients.evaluations)
+    config = job_config(
+        body, OPD_DEFAULTS, longest_document=max(lengths), attach=attaches(body, caller), gate=gate
+    )
+    return await _submit(
+        gateway, request, caller, body, trainer_pb2.SubmitRequest(config=config, opd=spec), key
+    )
 
 
 async def _check_and_open(gateway: Gateway, body: JobFields, caller: Caller) -> KeptRollouts:
     """What all recipes check before any text is touched; then the caller's rollouts."""
     body.refuse_unsupported()
+    check_priority(body.priority, caller)
     check_adapter_name(body.adapter, reserved=await gateway.base_ids())
+    with contextlib.suppress(RegistryUnavailable):  # it refuses the result, too
+        await gateway.clients.registry.check_publish(body.adapter, caller.owner)
     base_model = await gateway.engines.base_model()
     if body.base_adapter is not None:
-        await gateway.resolver.version(body.base_adapter, base_model.model_hash, "base_adapter")
+        await gateway.resolver.version(body.base_adapter, base_model.model_hash, "base_adapter", caller)
     elif not body.starts_fresh:
         with contextlib.suppress(AdapterNotFound):  # the first version of its name
-            await gateway.resolver.version(body.adapter, base_model.model_hash, "adapter")
+            await gateway.resolver.version(body.adapter, base_model.model_hash, "adapter", caller)
     return KeptRollouts(gateway.rollouts, caller.owner, base_model.model_hash)
 
 
-def _attaches(body: JobFields, caller: Caller) -> bool:
-    """Whether the result becomes the default: yes, if the key may decide that. Raises ScopeMissing."""
-    if body.attach is None:
-        return "admin" in caller.scopes
-    if body.attach:
-        require_scope(caller, "admin")
-    return body.attach
-
-
 async def _submit(
-    gateway: Gateway, request: Request, submit: trainer_pb2.SubmitRequest, key: str
+    gateway: Gateway,
+    request: Request,
+    caller: Caller,
+    body: JobFields,
+    submit: trainer_pb2.SubmitRequest,
+    key: str,
 ) -> Response:
+    if body.webhook is not None:
+        submit.webhook.CopyFrom(body.webhook.to_proto())
     submit.idempotency_key = key
+    submit.owner = caller.owner
     submit.base_model_hash = (await gateway.engines.base_model()).model_hash
     job = await gateway.clients.trainer.submit(submit)
     await gateway.idempotency.remember(request, key, job.id)
@@ -120,40 +149,6 @@ async def _submit(
 
 async def _accepted(gateway: Gateway, job_id: str) -> Response:
     return json_response(job_object(await gateway.clients.trainer.get(job_id)), status=_ACCEPTED)
-
-
-@router.get("/v1/train/jobs", dependencies=[_TRAIN, Depends(refuse_unknown_query)])
-async def list_jobs(request: Request, limit: int = Query(100, ge=1, le=1000)) -> Response:
-    """The newest jobs first."""
-    jobs = await gateway_of(request).clients.trainer.list(limit)
-    return json_response({"object": "list", "data": [job_object(job) for job in jobs]})
-
-
-@router.get("/v1/train/jobs/{job_id}", dependencies=[_TRAIN])
-async def get_job(request: Request, job_id: str) -> Response:
-    """One job: status, progress, metrics, history, error or result."""
-    return json_response(job_object(await gateway_of(request).clients.trainer.get(job_id)))
-
-
-@router.post("/v1/train/jobs/{job_id}/cancel", dependencies=[_TRAIN])
-async def cancel_job(request: Request, job_id: str) -> Response:
-    """Cancel: at once while queued, at the next step boundary while running."""
-    return json_response(job_object(await gateway_of(request).clients.trainer.cancel(job_id)))
-
-
-@router.get("/v1/train/jobs/{job_id}/events", dependencies=[_TRAIN])
-async def job_events(request: Request, job_id: str) -> Response:
-    """What happens to a job, as server-sent events; Last-Event-ID goes on where a stream broke off."""
-    gateway = gateway_of(request)
-    await gateway.clients.trainer.get(job_id)  # an unknown job is a 404, not an empty stream
-    after = request.headers.get("last-event-id", "")
-
-    async def events() -> AsyncGenerator[bytes]:
-        async with closing(gateway.clients.trainer.watch(job_id, after)) as watched:
-            async for event in watched:
-                yield sse.frame(event_object(event), event=event.type, event_id=event.id)
-
-    return await sse.stream(request, events(), keepalive_s=_KEEPALIVE_S)
 
 
 @router.get("/v1/train/status", dependencies=[_TRAIN])
@@ -176,10 +171,10 @@ async def training_status(request: Request) -> Response:
     return json_response(body)
 
 
-@router.get("/v1/train/queue", dependencies=[_TRAIN])
-async def training_queue(request: Request) -> Response:
-    """Jobs that run or wait, in the order they will run."""
-    jobs = await gateway_of(request).clients.trainer.list(1000)
-    live = [job for job in jobs if job.status in ("running", "queued")]
-    live.sort(key=lambda job: (job.status != "running", job.queue_position, job.created_at_s))
-    return json_response({"object": "list", "data": [job_object(job) for job in live]})
+@router.get("/v1/train/queue")
+async def training_queue(request: Request, caller: Caller = _TRAIN) -> Response:
+    """Jobs that run, and those that wait in the order in which they will run."""
+    jobs = await gateway_of(request).clients.trainer.queue()
+    return json_response(
+        {"object": "list", "data": [job_object(job) for job in jobs if is_visible(job, caller)]}
+    )

@@ -9,9 +9,10 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from kiln_gateway.errors import FieldNotBuiltYet
+from kiln_common.pb import trainer_pb2
 from kiln_gateway.schemas.base import Body, Reference, TokenIds
 from kiln_gateway.schemas.chat import Messages, Tool
+from kiln_gateway.schemas.gate import GateFields
 
 PositiveFloat = Annotated[float, Field(gt=0)]
 PositiveInt = Annotated[int, Field(gt=0, lt=2**31)]
@@ -45,6 +46,8 @@ def _refuse_empty_text(value: str) -> str:
 
 
 Reward = Annotated[float, BeforeValidator(_to_reward)]
+DatasetId = Annotated[str, Field(min_length=1, max_length=64, description="id of an uploaded dataset")]
+CorrectionId = Annotated[str, Field(pattern=r"^corr_[0-9a-f]{32}$")]
 PromptText = Annotated[str, AfterValidator(_refuse_empty_text)]
 
 
@@ -53,6 +56,18 @@ class LoraFields(Body):
     alpha: PositiveFloat = 32.0
     targets: Literal["all", "attention", "mlp"] | Annotated[list[str], Field(min_length=1)] = "all"
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+
+class WebhookFields(Body):
+    """Who is told that the job has ended."""
+
+    url: Annotated[str, Field(min_length=1, max_length=2048)] = Field(description="http or https")
+    secret: Annotated[str, Field(min_length=16, max_length=256)] = Field(
+        description="signs each message, as Standard Webhooks has it", repr=False
+    )
+
+    def to_proto(self) -> trainer_pb2.Webhook:
+        return trainer_pb2.Webhook(url=self.url, secret=self.secret)
 
 
 class JobFields(Body):
@@ -72,10 +87,15 @@ class JobFields(Body):
     optimizer: Literal["adamw", "muon"] = "adamw"
     seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
     checkpoint_every: PositiveInt = 10
-    publish: Literal["end", "never"] | PositiveInt = "end"
+    publish: Literal["end", "never"] | Annotated[int, Field(ge=1, lt=10**9)] = Field(
+        "end", description="a number N publishes a version every N steps, and at the end"
+    )
     attach: bool | None = Field(None, description="true unless the key may not attach")
-    gate: dict[str, Any] | None = None
-    webhook: dict[str, Any] | None = None
+    priority: Annotated[int, Field(ge=-10, le=10)] = Field(
+        0, description="lower numbers run first; below 0 takes the scope admin"
+    )
+    gate: GateFields | None = None
+    webhook: WebhookFields | None = None
     metadata: dict[str, Any] | None = None
 
     @property
@@ -85,15 +105,24 @@ class JobFields(Body):
 
     def refuse_unsupported(self) -> None:
         """Refuse, by name, what is not built yet. Raises FieldNotBuiltYet."""
-        for name in ("gate", "webhook"):
-            if getattr(self, name) is not None:
-                raise FieldNotBuiltYet(name)
-        if self.optimizer != "adamw":
-            raise FieldNotBuiltYet("optimizer", "Use adamw.", value=self.optimizer)
-        if self.lora.dropout:
-            raise FieldNotBuiltYet("lora.dropout", "Use 0.", value=self.lora.dropout)
-        if isinstance(self.publish, int):
-            raise FieldNotBuiltYet("publish", 'Use "end" or "never".', value=self.publish)
+
+    @model_validator(mode="after")
+    def _publishes_what_the_gate_judges(self) -> JobFields:
+        if self.gate is not None and self.publish != "end":
+            raise ValueError('gate needs publish: "end"')
+        return self
+
+
+class RetryBody(JobFields):
+    """The settings to change; what is left out stays as it was, with the version the job started from."""
+
+    adapter: Reference | None = None  # type: ignore[assignment]
+
+
+class CancelBody(Body):
+    published: Literal["keep", "discard"] = Field(
+        "keep", description="what to do with versions that the job published on its way"
+    )
 
 
 class SftExampleFields(Body):
@@ -123,18 +152,20 @@ def _refuse_no_examples(value: Any) -> Any:
 
 class SftBody(JobFields):
     examples: Annotated[list[SftExampleFields], BeforeValidator(_refuse_no_examples)] | None = None
-    dataset: str | None = None
+    dataset: DatasetId | None = None
+    corrections: Literal["unused"] | Annotated[list[CorrectionId], Field(min_length=1)] | None = Field(
+        None, description="corrections to learn as well, by id or all that no job has: each is learned once"
+    )
     train_on: Literal["assistant", "all"] = "assistant"
-
-    def refuse_unsupported(self) -> None:
-        super().refuse_unsupported()
-        if self.dataset is not None:
-            raise FieldNotBuiltYet("dataset", "Send `examples`.")
 
     @model_validator(mode="after")
     def _has_data(self) -> SftBody:
-        if self.examples is None and self.dataset is None:
+        if self.examples is None and self.dataset is None and self.corrections is None:
             raise PydanticCustomError("missing_field", "`examples` is missing", {"param": "examples"})
+        if self.examples is not None and self.dataset is not None:
+            raise PydanticCustomError(
+                "conflicting_fields", "send `examples` or `dataset`, not both", {"param": "dataset"}
+            )
         return self
 
 
@@ -270,6 +301,7 @@ class GrpoBody(JobFields):
     completions: list[str] | None = None
     rewards: Annotated[list[Reward], BeforeValidator(_to_rewards)] | None = None
     groups: Annotated[list[GroupFields], BeforeValidator(_refuse_no_groups)] | None = None
+    dataset: DatasetId | None = None
     loss: LossFields = Field(default_factory=LossFields)
 
     def all_groups(self) -> list[GroupFields]:
@@ -285,6 +317,12 @@ class GrpoBody(JobFields):
     @model_validator(mode="after")
     def _has_a_signal(self) -> GrpoBody:
         short = [name for name in ("prompt", "completions", "rewards") if getattr(self, name) is not None]
+        if self.dataset is not None:
+            if short or self.groups is not None:
+                raise PydanticCustomError(
+                    "conflicting_fields", "send `dataset` or the groups themselves", {"param": "dataset"}
+                )
+            return self  # the trainer looks for a signal in it
         if self.groups is not None and short:
             raise PydanticCustomError(
                 "conflicting_fields",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -28,9 +29,12 @@ class GrpoSpecBuilder:
         self._vocab_size = vocab_size
         self._corrects_importance = body.loss.importance.mode != "none"
 
-    async def build(self) -> trainer_pb2.GrpoSpec:
-        """Raises RolloutNotFound, OffPolicyRollout, InvalidTokenIds, TemplateRefused, QueueUnavailable."""
-        groups = [await self._group(group) for group in self._body.all_groups()]
+    async def build(self, given: Sequence[GroupFields] | None = None) -> trainer_pb2.GrpoSpec:
+        """The body's own groups unless others are given.
+
+        Raises RolloutNotFound, OffPolicyRollout, InvalidTokenIds, TemplateRefused, QueueUnavailable.
+        """
+        groups = [await self._group(group) for group in given or self._body.all_groups()]
         return trainer_pb2.GrpoSpec(groups=groups, loss=grpo_loss(self._body.loss))
 
     async def _group(self, group: GroupFields) -> trainer_pb2.GrpoGroup:

@@ -8,6 +8,7 @@ from typing import Any
 
 from kiln_common.pb import trainer_pb2
 from kiln_gateway.schemas.training import JobFields, LossFields
+from kiln_gateway.training.gate import gate_config
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +29,12 @@ OPD_DEFAULTS = RecipeDefaults(epochs=1, gradient_accumulation=0)
 
 
 def job_config(
-    body: JobFields, defaults: RecipeDefaults, *, longest_document: int, attach: bool
+    body: JobFields,
+    defaults: RecipeDefaults,
+    *,
+    longest_document: int,
+    attach: bool,
+    gate: trainer_pb2.Gate | None = None,
 ) -> trainer_pb2.JobConfig:
     """The complete settings; the default batch_tokens grows to hold the longest document."""
     targets = [body.lora.targets] if isinstance(body.lora.targets, str) else body.lora.targets
@@ -49,6 +55,7 @@ def job_config(
             adam_beta1=0.9,
             adam_beta2=0.999,
             adam_eps=1e-8,
+            type=body.optimizer,
         ),
         epochs=body.epochs or defaults.epochs,
         batch_tokens=body.batch_tokens or max(defaults.batch_tokens, longest_document),
@@ -58,6 +65,8 @@ def job_config(
         attach=attach,
         metadata_json=json.dumps(body.metadata or {}),
         publish=str(body.publish),
+        priority=body.priority,
+        gate=gate,
     )
 
 
@@ -98,12 +107,15 @@ def effective_config(job: trainer_pb2.Job) -> dict[str, Any]:
         "schedule": optimizer.schedule,
         "weight_decay": optimizer.weight_decay,
         "max_grad_norm": optimizer.max_grad_norm,
-        "optimizer": "adamw",
+        "optimizer": optimizer.type or "adamw",
         "seed": config.seed,
         "checkpoint_every": config.checkpoint_every,
-        "publish": config.publish,
+        "publish": int(config.publish) if config.publish.isdecimal() else config.publish,
         "attach": config.attach,
+        "priority": config.priority,
     }
+    if config.HasField("gate"):
+        body["gate"] = gate_config(config.gate)
     if job.kind == "grpo":
         body["loss"] = _loss(job.grpo_loss)
     if job.kind == "opd":

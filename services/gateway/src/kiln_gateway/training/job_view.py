@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from kiln_common.pb import trainer_pb2
+from kiln_gateway.training.gate import gate_outcome
 from kiln_gateway.training.job_config import effective_config
 
 
@@ -25,11 +26,15 @@ def job_object(job: trainer_pb2.Job) -> dict[str, Any]:
         },
         "metrics": dict(job.metrics),
         "history": [{"step": entry.step, **entry.metrics} for entry in job.history],
-        "error": _error(job),
-        "result": _result(job),
+        "error": error_of(job),
+        "result": result_of(job),
+        "published": published(job),
         "source": _source(job),
         "sources": dict(job.sources),
         "base_adapter": job.resolved_base_adapter or None,
+        "retry_of": job.retry_of or None,
+        "dataset": job.dataset.id or None,
+        "corrections": list(job.correction_ids),
         "created_at": job.created_at_s or None,
         "started_at": job.started_at_s or None,
         "finished_at": job.finished_at_s or None,
@@ -37,6 +42,7 @@ def job_object(job: trainer_pb2.Job) -> dict[str, Any]:
         "effective_config": effective_config(job),
         "effective_seed": job.config.seed,
         "metadata": json.loads(job.config.metadata_json or "{}"),
+        "webhook": _webhook(job),
         "payload_sha256": job.payload_sha256 or None,
     }
 
@@ -47,13 +53,21 @@ def event_object(event: trainer_pb2.JobEvent) -> dict[str, Any]:
     return {**details, "id": event.id, "type": event.type, "at_s": event.at_s}
 
 
-def _error(job: trainer_pb2.Job) -> dict[str, Any] | None:
+def published(job: trainer_pb2.Job) -> list[dict[str, Any]]:
+    """Every version that the job has published, with the steps before it."""
+    return [
+        {"step": each.step, "adapter": each.adapter, "version": each.version, "sha256": each.sha256}
+        for each in job.published
+    ]
+
+
+def error_of(job: trainer_pb2.Job) -> dict[str, Any] | None:
     if not job.error.code:
         return None
     return {"code": job.error.code, "message": job.error.message, "hint": job.error.hint or None}
 
 
-def _result(job: trainer_pb2.Job) -> dict[str, Any] | None:
+def result_of(job: trainer_pb2.Job) -> dict[str, Any] | None:
     if not job.HasField("result"):
         return None
     return {
@@ -62,6 +76,19 @@ def _result(job: trainer_pb2.Job) -> dict[str, Any] | None:
         "sha256": job.result.sha256,
         "not_live": list(job.result.not_live),
         "swap_s": job.result.swap_s,
+        "gate": gate_outcome(job.result),
+    }
+
+
+def _webhook(job: trainer_pb2.Job) -> dict[str, Any] | None:
+    if not job.HasField("webhook"):
+        return None
+    state = job.webhook
+    return {
+        "url": state.url,
+        "status": state.status,
+        "attempts": state.num_attempts,
+        "error": state.error or None,
     }
 
 

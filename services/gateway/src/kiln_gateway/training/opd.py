@@ -8,6 +8,7 @@ from typing import Any
 
 from kiln_common.adapter_names import BASE_NAME
 from kiln_common.pb import common_pb2, engine_pb2, trainer_pb2
+from kiln_gateway.auth import Caller
 from kiln_gateway.chat.prepare import canonical_messages
 from kiln_gateway.chat.prompt import check_token_ids
 from kiln_gateway.chat.sampling import stop_ids
@@ -25,13 +26,19 @@ class OpdSpecBuilder:
     """Turns one request into token ids, and its teacher into a version."""
 
     def __init__(
-        self, body: OpdBody, gateway: Gateway, rollouts: KeptRollouts, base_model: common_pb2.BaseModel
+        self,
+        body: OpdBody,
+        gateway: Gateway,
+        rollouts: KeptRollouts,
+        base_model: common_pb2.BaseModel,
+        caller: Caller,
     ) -> None:
         self._body = body
         self._gateway = gateway
         self._builder = DocumentBuilder(gateway.prompts)
         self._rollouts = rollouts
         self._base_model = base_model
+        self._caller = caller
 
     async def build(self) -> trainer_pb2.OpdSpec:
         """Raises AdapterNotFound, AdapterMismatch, RolloutNotFound, InvalidTokenIds, TemplateRefused,
@@ -55,7 +62,9 @@ class OpdSpecBuilder:
         assert isinstance(teacher, str), "refuse_unsupported lets no other form pass"
         if teacher == BASE_NAME or teacher in await self._gateway.base_ids():
             return BASE_NAME
-        found = await self._gateway.resolver.version(teacher, self._base_model.model_hash, "teacher")
+        found = await self._gateway.resolver.version(
+            teacher, self._base_model.model_hash, "teacher", self._caller
+        )
         return f"{found.name}@{found.version}"
 
     async def _prompts(self) -> list[trainer_pb2.OpdPrompt]:

@@ -87,16 +87,17 @@ class AdapterContent(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TrainedAdapter:
-    """The result and the last metrics; whoever gets it closes the content."""
+    """An adapter as training left it after `step`; whoever gets it as a result closes the content."""
 
     content: AdapterContent
-    metrics: Mapping[str, float]
+    metrics: Mapping[str, float]  # the last ones
+    step: int
 
 
 class StepHooks(Protocol):
     """Called by the backend on its own thread at every optimiser step boundary.
 
-    Either method may raise JobCancelled, ClaimLost or WeightsLost; the backend lets them travel and
+    Any method may raise JobCancelled, ClaimLost or WeightsLost; the backend lets them travel and
     leaves nothing half-written.
     """
 
@@ -110,9 +111,18 @@ class StepHooks(Protocol):
 
     def after_checkpoint(self, step: int) -> None: ...
 
+    def publish(self, trained: TrainedAdapter) -> None:
+        """The adapter between two steps, for a job that publishes on the way; the backend closes it."""
+        ...
+
 
 class TrainingBackend(Protocol):
     """Runs training jobs on the mapped weights."""
+
+    @property
+    def environment(self) -> Mapping[str, str]:
+        """Software versions, and the device once one is known: what else a result may depend on."""
+        ...
 
     def run(self, task: TrainingTask, hooks: StepHooks) -> TrainedAdapter:
         """Train from the last checkpoint in task.checkpoint_dir (or from the start) to the end.

@@ -7,6 +7,7 @@ import json
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,12 +17,15 @@ from kiln_common import tracing
 from kiln_common.adapter_names import BASE_NAME, parse_reference
 from kiln_common.errors import AdapterMismatch, AdapterNotFound, ErrorKind, KilnError
 from kiln_common.pb import registry_pb2, trainer_pb2
-from kiln_trainer.domain.errors import WeightsLost
+from kiln_trainer.domain.errors import JobCancelled, WeightsLost
 from kiln_trainer.domain.training import StartingPoint, TrainedAdapter, TrainingTask
 from kiln_trainer.jobs.claimed_job import ClaimedJob
 from kiln_trainer.jobs.errors import StartRankTooHigh, WorkerStopping
+from kiln_trainer.jobs.gate import Gate
 from kiln_trainer.jobs.hooks import JobHooks
 from kiln_trainer.jobs.ports import JobBackend, Publisher
+from kiln_trainer.jobs.published import take_back, with_version
+from kiln_trainer.jobs.records import data_sha256
 from kiln_trainer.jobs.student import EngineStudent
 from kiln_trainer.jobs.totals import TrainerTotals
 
@@ -57,6 +61,7 @@ class Attempt:
         self._stopping = stopping
         self._patience_s = patience_s
         self._totals = totals
+        self._published = job.claim.published
 
     def run(self, request: trainer_pb2.SubmitRequest) -> dict[str, Any]:
         """Train, publish, make live; returns the job's result.
@@ -64,15 +69,32 @@ class Attempt:
         Raises:
             ClaimLost, JobCancelled, WorkerStopping; anything else means the job failed.
         """
+        try:
+            return self._run(request)
+        except JobCancelled:
+            if self._job.discards_published and request.config.publish.isdecimal():
+                self._discard(request.config.adapter)
+            raise
+
+    def _run(self, request: trainer_pb2.SubmitRequest) -> dict[str, Any]:
         self._job.check()
         base = self._starting_version(request.config)
         if base is not None:
             self._check_start(request, base)
         trained = self._train(request, base)
         with contextlib.closing(trained.content):
+            self._job.write({"environment": json.dumps(dict(self._backend.environment))})
             if request.config.publish == "never":
                 return {"adapter": "", "version": 0, "sha256": ""}
-            return self._publish(request, base, trained)
+            if not request.config.HasField("gate"):
+                return self._publish(request, base, trained)
+            gate = Gate(self._job, self._publisher, self._wait_for, request.config.gate, self._stopping)
+            outcome, kept = gate.judge(self._header(request, base, trained), trained.content)
+            if kept is not None:
+                return {**kept, "gate": outcome}
+            published = self._publish(request, base, trained)
+            gate.clear()
+            return {**published, "gate": outcome}
 
     def _publish(
         self,
@@ -87,12 +109,52 @@ class Attempt:
         with tracing.span("job.publish"):
             version = self._wait_for(lambda: self._publisher.publish(header, trained.content))
         published = {"adapter": version.name, "version": version.version, "sha256": version.sha256}
-        self._job.write({}, ("published", published))
+        self._published = with_version(self._published, trained.step, version)
+        self._job.write({"published": self._published.to_json()}, ("published", published))
         with tracing.span("job.make_live"):
             report = self._publisher.make_live(version)
         self._totals.swap_seconds.observe(report.seconds)
         log.info("adapter_live", adapter=f"{version.name}@{version.version}", not_live=report.not_live)
         return {**published, "not_live": [*report.not_live], "swap_s": round(report.seconds, 6)}
+
+    def _publish_on_the_way(
+        self,
+        request: trainer_pb2.SubmitRequest,
+        base: registry_pb2.AdapterVersion | None,
+        trained: TrainedAdapter,
+    ) -> None:
+        """A version between two steps; the job can still be cancelled after it."""
+        # Only the last claim may put a version into the registry, and none once a cancel is asked for.
+        self._job.sync()
+        self._note_default(request)
+        header = self._header(request, base, trained)
+        header.publish_key = f"{header.job_id}:{trained.step}"
+        version = self._wait_for(lambda: self._publisher.publish(header, trained.content))
+        self._published = with_version(self._published, trained.step, version)
+        self._job.write(
+            {"published": self._published.to_json()}, ("published", {**self._published.versions[-1]})
+        )
+        report = self._publisher.make_live(version)
+        log.info("adapter_live", adapter=f"{version.name}@{version.version}", not_live=report.not_live)
+
+    def _note_default(self, request: trainer_pb2.SubmitRequest) -> None:
+        """Remember what the job's first attached version takes the place of."""
+        if not request.config.attach or self._published.default_before is not None:
+            return
+        default = self._wait_for(self._publisher.default_adapter)
+        self._published = replace(self._published, default_before=default)
+        self._job.write({"published": self._published.to_json()})
+        self._job.sync()
+
+    def _discard(self, adapter: str) -> None:
+        """Take back what was published; a cancel does not end that, and a stop leaves it to the next claim."""
+        job_id, before = self._job.claim.job_id, self._published.default_before or ""
+        references = self._wait_for(
+            lambda: take_back(adapter, job_id, before, self._publisher), check=self._job.check_claim
+        )
+        self._published = replace(self._published, versions=())
+        with contextlib.suppress(JobCancelled):  # what is written stands, and the job ends next
+            self._job.write({"published": self._published.to_json()}, ("discarded", {"versions": references}))
 
     def _starting_version(self, config: trainer_pb2.JobConfig) -> registry_pb2.AdapterVersion | None:
         """What the job starts from: resolved once, recorded, and the same in every later attempt."""
@@ -100,7 +162,11 @@ class Attempt:
         if recorded is None:
             version = self._resolve(config)
             recorded = f"{version.name}@{version.version}" if version else ""
-            self._job.write({"resolved_base": recorded}, ("started", {"base_adapter": recorded}))
+            sha256 = version.sha256 if version else ""
+            self._job.write(
+                {"resolved_base": recorded, "base_adapter_sha256": sha256},
+                ("started", {"base_adapter": recorded}),
+            )
             # A second attempt must find the record, whatever is published meanwhile.
             self._job.sync()
             return version
@@ -145,7 +211,11 @@ class Attempt:
             sampler=self._sampler(request, base),
         )
         with tracing.span("job.train"):
-            hooks = JobHooks(self._job, self._totals)
+            hooks = JobHooks(
+                self._job,
+                lambda trained: self._publish_on_the_way(request, base, trained),
+                self._totals,
+            )
             return self._wait_for(
                 lambda: self._backend.run(task, hooks), num_done=lambda: hooks.num_steps_reported
             )
@@ -189,10 +259,20 @@ class Attempt:
             claim_epoch=claim.claim_epoch,
             attach=request.config.attach,
             metrics_json=json.dumps(dict(trained.metrics)),
+            data_sha256=data_sha256(request),
+            owner=request.owner,
         )
 
-    def _wait_for(self, call: Callable[[], T], num_done: Callable[[], int] = lambda: 0) -> T:
-        """Call until the service answers; patience begins anew whenever `num_done` has grown."""
+    def _wait_for(
+        self,
+        call: Callable[[], T],
+        num_done: Callable[[], int] = lambda: 0,
+        check: Callable[[], None] | None = None,
+    ) -> T:
+        """Call until the service answers; patience begins anew whenever `num_done` has grown.
+
+        `check` raises what ends the waiting, by default what ends the job.
+        """
         last_done = num_done()
         deadline_s = time.monotonic() + self._patience_s
         wait_s = _FIRST_WAIT_S
@@ -211,7 +291,7 @@ class Attempt:
                 if error.code != waiting_for:
                     log.warning("job_waits_for_service", code=error.code, reason=str(error))
                     waiting_for = error.code
-            self._job.check()
+            (check or self._job.check)()
             if self._stopping.wait(wait_s):
                 raise WorkerStopping
             wait_s = min(2 * wait_s, _LAST_WAIT_S)

@@ -49,7 +49,7 @@ class ClaimedJob:
         self._heartbeat_s = heartbeat_s
         self._pending: deque[_Write] = deque(maxlen=_MAX_PENDING_WRITES)
         self._num_writes = 0
-        self._is_cancel_requested = claim.is_cancel_requested
+        self._cancel = claim.cancel
         self._is_lost = False
         self._has_ended = threading.Event()
         self._thread = threading.Thread(target=self._beat, name=f"heartbeat-{claim.job_id}", daemon=True)
@@ -63,16 +63,25 @@ class ClaimedJob:
         self._has_ended.set()
         self._thread.join()
 
+    @property
+    def discards_published(self) -> bool:
+        """Whether the cancel that was asked for is also about what the job has published."""
+        return self._cancel == "discard"
+
     def check(self) -> None:
         """Raise what should end the work at this step boundary.
 
         Raises:
             ClaimLost, JobCancelled, WorkerStopping.
         """
+        self.check_claim()
+        if self._cancel:
+            raise JobCancelled(f"{self.claim.job_id} was cancelled")
+
+    def check_claim(self) -> None:
+        """The same for work that a cancel does not end. Raises ClaimLost, WorkerStopping."""
         if self._is_lost:
             raise ClaimLost(f"claim {self.claim.claim_epoch} of {self.claim.job_id} is not the last one")
-        if self._is_cancel_requested:
-            raise JobCancelled(f"{self.claim.job_id} was cancelled")
         if self._stopping.is_set():
             raise WorkerStopping
 
@@ -130,8 +139,8 @@ class ClaimedJob:
     def _renew(self) -> None:
         self._note_cancel(self._store.heartbeat(self.claim))
 
-    def _note_cancel(self, is_cancel_requested: bool) -> None:
-        self._is_cancel_requested = self._is_cancel_requested or is_cancel_requested
+    def _note_cancel(self, cancel: str) -> None:
+        self._cancel = cancel or self._cancel
 
     def _beat(self) -> None:
         while not self._has_ended.wait(self._heartbeat_s):

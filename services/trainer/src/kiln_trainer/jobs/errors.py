@@ -44,6 +44,22 @@ class PayloadTooLarge(KilnError):
     hint = "Split the data over several jobs."
 
 
+class CorrectionsTaken(KilnError):
+    """Each correction is learned once: another job has it, has learned it, or somebody deleted it."""
+
+    code = "corrections_taken"
+    kind = ErrorKind.CONFLICT
+    hint = "Post the job again: `unused` takes those that are free by then."
+
+
+class PayloadGone(KilnError):
+    """A job's data was let go of to make room; its record is still there."""
+
+    code = "payload_gone"
+    kind = ErrorKind.CONFLICT
+    hint = "Post the job's body again."
+
+
 class PayloadCorrupt(KilnError):
     """What Redis holds is not what was accepted."""
 

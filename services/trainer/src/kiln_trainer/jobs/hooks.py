@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 
 from kiln_common import tracing
-from kiln_trainer.domain.training import StepReport
+from kiln_trainer.domain.training import StepReport, TrainedAdapter
 from kiln_trainer.jobs.claimed_job import ClaimedJob
 from kiln_trainer.jobs.totals import StepTotals, TrainerTotals
 
@@ -14,13 +15,16 @@ from kiln_trainer.jobs.totals import StepTotals, TrainerTotals
 class JobHooks:
     """StepHooks that report to Redis. While it is away, steps go on and checkpoints wait.
 
-    A checkpoint waits because only Redis can say that no later claim exists.
+    A checkpoint waits because only Redis can say that no later claim exists; so does a version.
     """
 
-    def __init__(self, job: ClaimedJob, totals: TrainerTotals) -> None:
+    def __init__(
+        self, job: ClaimedJob, publish: Callable[[TrainedAdapter], None], totals: TrainerTotals
+    ) -> None:
         self._job = job
+        self.publish = publish
         self._totals = StepTotals(totals)
-        self._began_s = time.monotonic()
+        self._began_s = self._last_step_s = time.monotonic()
         self._traceparent = tracing.current_traceparent()
         self._step_began_s = time.time()
         self._first_step: int | None = None
@@ -32,7 +36,11 @@ class JobHooks:
         self.num_steps_reported += 1
         self._totals.add(report)
         self._trace(report)
+        now_s = time.monotonic()
         metrics = dict(report.metrics)
+        if "tokens" in metrics:
+            metrics["tokens_per_s"] = metrics["tokens"] / max(now_s - self._last_step_s, 1e-9)
+        self._last_step_s = now_s
         progress = {
             "step": report.step,
             "num_steps": report.num_steps,

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
-from kiln_common.pb import engine_pb2, registry_pb2
+from kiln_common.pb import engine_pb2, evaluations_pb2, registry_pb2
+from kiln_trainer.domain.capacity import Capacity
 from kiln_trainer.domain.training import AdapterContent, StartingPoint, TrainingBackend
 
 
@@ -47,8 +48,9 @@ class JobBackend(TrainingBackend, Protocol):
     @property
     def gpu_use(self) -> GpuUseView: ...
 
-    def num_device_bytes_held(self) -> int:
-        """Memory this process holds on its GPU, borrowed weights not counted; 0 on a CPU. Any thread."""
+    @property
+    def capacity(self) -> Capacity | None:
+        """Its memory, once weights are mapped and a first step has been taken. Any thread may ask."""
         ...
 
     def keep_mapped(self) -> None:
@@ -114,6 +116,26 @@ class Publisher(Protocol):
         """
         ...
 
-    def withdraw(self, name: str) -> None:
-        """Delete every version of a name; there may be none."""
+    def start_evaluation(self, request: evaluations_pb2.SubmitRunRequest) -> evaluations_pb2.EvalRun:
+        """Queue a run for the gateways, idempotent by request.idempotency_key."""
+        ...
+
+    def evaluation(self, run_id: str, owner: str) -> evaluations_pb2.EvalRun:
+        """A run as it stands. Raises eval_run_not_found."""
+        ...
+
+    def withdraw(self, name: str, version: int = 0) -> None:
+        """Delete a version, or every version of a name (0); there may be none."""
+        ...
+
+    def versions(self, name: str) -> Sequence[registry_pb2.AdapterVersion]:
+        """Every version of a name; empty where there is none."""
+        ...
+
+    def default_adapter(self) -> str:
+        """The deployment's default as "name@version", "" for none."""
+        ...
+
+    def attach(self, reference: str) -> None:
+        """Make a version the default, or none (""). Raises adapter_not_found."""
         ...

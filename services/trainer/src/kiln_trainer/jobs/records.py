@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping
@@ -25,21 +26,55 @@ class JobFailure:
 
 
 @dataclass(frozen=True, slots=True)
+class Published:
+    """What a job has published so far, as its hash keeps it.
+
+    `default_before`: the version that was the default adapter before the job attached its first one,
+    "" for none; None until the job attaches.
+    """
+
+    versions: tuple[dict[str, Any], ...] = ()  # step, adapter, version, sha256
+    default_before: str | None = None
+
+    def to_json(self) -> str:
+        return json.dumps({"versions": self.versions, "default_before": self.default_before})
+
+    @classmethod
+    def from_json(cls, text: str) -> Published:
+        fields = json.loads(text or "{}")
+        return cls(tuple(fields.get("versions", ())), fields.get("default_before"))
+
+
+@dataclass(frozen=True, slots=True)
 class Claim:
     """The right to run a job until a later claim exists."""
 
     job_id: str
     adapter: str
     claim_epoch: int
-    entry_id: str
     # Claims in a row that ended without a word and without a new checkpoint.
     num_crashes: int
-    is_cancel_requested: bool
+    # "keep" or "discard" what was published, once a cancel is asked for; "" before.
+    cancel: str
     # "name@version" or "" once an earlier claim resolved it; None before.
     resolved_base: str | None
+    published: Published = Published()
     created_at_s: float = 0.0
     # The trace that its submission belongs to, empty without one.
     traceparent: str = ""
+
+
+def data_sha256(request: trainer_pb2.SubmitRequest) -> str:
+    """Hash of what a job learns from, without the settings that a recipe keeps beside it."""
+    kind = request.WhichOneof("recipe")
+    if kind is None:
+        return ""
+    data = type(getattr(request, kind))()
+    data.CopyFrom(getattr(request, kind))
+    for settings in ("loss", "settings"):
+        if settings in data.DESCRIPTOR.fields_by_name:
+            data.ClearField(settings)
+    return hashlib.sha256(data.SerializeToString(deterministic=True)).hexdigest()
 
 
 def submitted_fields(request: trainer_pb2.SubmitRequest, payload_sha256: str) -> dict[str, str | bytes]:
@@ -56,6 +91,11 @@ def submitted_fields(request: trainer_pb2.SubmitRequest, payload_sha256: str) ->
         "sources": json.dumps(sources),
         "idempotency_key": request.idempotency_key,
         "payload_sha256": payload_sha256,
+        "retry_of": request.retry_of,
+        "base_model_hash": request.base_model_hash,
+        "data_sha256": data_sha256(request),
+        "webhook": request.webhook.SerializeToString(deterministic=True),
+        "dataset": request.dataset.SerializeToString(deterministic=True),
     }
 
 
@@ -98,7 +138,23 @@ def to_job(
         sources=parsed("sources"),
         payload_sha256=text("payload_sha256"),
         history=history,
+        owner=text("owner"),
+        retry_of=text("retry_of"),
+        published=[
+            trainer_pb2.PublishedVersion(**version)
+            for version in Published.from_json(text("published")).versions
+        ],
+        base_model_hash=text("base_model_hash"),
+        base_adapter_sha256=text("base_adapter_sha256"),
+        data_sha256=text("data_sha256"),
+        environment=parsed("environment"),
+        correction_ids=[correction_id for correction_id in text("corrections").split(",") if correction_id],
+        dataset=trainer_pb2.DatasetRef.FromString(fields.get(b"dataset", b"")),
     )
+    if webhook := fields.get(b"webhook"):
+        state = parsed("webhook_state") or {"status": "pending"}
+        url = trainer_pb2.Webhook.FromString(webhook).url
+        job.webhook.CopyFrom(trainer_pb2.WebhookState(url=url, **state))
     if job.kind == "grpo":
         job.grpo_loss.CopyFrom(trainer_pb2.GrpoLoss.FromString(fields.get(b"grpo_loss", b"")))
     if job.kind == "opd":

@@ -4,97 +4,148 @@ A job's hash has a `status`; "succeeded", "failed" and "cancelled" are final and
 them. Scripts about a running job carry the claim epoch they belong to and answer "lost" when a
 later claim exists.
 
-An adapter name's open jobs stand in a list, in order of acceptance. Only the first may run: one
-that a trainer is handed too early is taken off the queue and marked `deferred`, and comes back when
-the one before it ends.
+The queue is a sorted set in the order in which jobs run: by priority, then by turn, then by
+acceptance. Each key's jobs of one priority take consecutive turns, the first of them the one after the
+turn that was served last, so that keys alternate however many jobs one of them has queued (start-time
+fair queueing, Goyal et al. 1996). A score holds all three: priority * 2^48 + turn * 2^16 + order.
+
+Corrections that a job learns from are reserved for it in the transaction that accepts it, and free again
+or used up in the one that ends it.
+
+An adapter name's open jobs stand in a list, in order of acceptance. Only the first may run: a trainer
+passes over the others.
 """
 
 from __future__ import annotations
 
 from kiln_common.bus import keys
 
-_FINAL = """
-local final = {succeeded = true, failed = true, cancelled = true}
+_COMMON = f"""
+local final = {{succeeded = true, failed = true, cancelled = true}}
+local priority_unit, turn_unit = 2^48, 2^16
 local function add_event(events, type, data, at_s)
   redis.call('XADD', events, 'MAXLEN', '~', 20000, '*', 'type', type, 'data', data, 'at_s', at_s)
 end
+local function server_time_s()
+  local time = redis.call('TIME')
+  return tonumber(time[1]) + tonumber(time[2]) / 1e6
+end
+local function wake_a_trainer()
+  redis.call('LPUSH', '{keys.JOB_WAKE}', 1)
+  redis.call('LTRIM', '{keys.JOB_WAKE}', 0, 63)
+end
+local function job_key(id) return (string.gsub('{keys.job("@")}', '@', id)) end
+local function events_key(id) return (string.gsub('{keys.job_events("@")}', '@', id)) end
+local function correction_key(id) return '{keys.correction("")}' .. id end
+local function owner_queue(priority, owner)
+  return '{keys.owner_queue("", "").removesuffix(":")}' .. priority .. ':' .. owner
+end
 """
 
-# KEYS idempotency, job, payload, events, index, queue, adapter list, queued, sequence
-# ARGV job_id, has_key, now_s, payload, event data, then the job's fields (name, value)...
-SUBMIT = f"""{_FINAL}
+# KEYS idempotency, job, payload, events, index, adapter list, queued, sequence, turns
+# ARGV job_id, has_key, now_s, payload, event data, priority, owner, correction ids joined by ",", whether
+# all of them must be free, then the job's fields (name, value)...
+SUBMIT = f"""{_COMMON}
+local job_id, priority = ARGV[1], tonumber(ARGV[6])
 local fields = {{}}
-for i = 6, #ARGV do fields[#fields + 1] = ARGV[i] end
-local payload_sha256, adapter
+for i = 10, #ARGV do fields[#fields + 1] = ARGV[i] end
+local payload_sha256
 for i = 1, #fields, 2 do
   if fields[i] == 'payload_sha256' then payload_sha256 = fields[i + 1] end
-  if fields[i] == 'adapter' then adapter = fields[i + 1] end
 end
 if ARGV[2] == '1' then
   local known = redis.call('HMGET', KEYS[1], 'job_id', 'payload_sha256')
   -- A key whose job has expired is free again.
-  if known[1] and redis.call('EXISTS', (string.gsub('{keys.job("@")}', '@', known[1]))) == 1 then
+  if known[1] and redis.call('EXISTS', job_key(known[1])) == 1 then
     if known[2] ~= payload_sha256 then return {{'conflict', known[1]}} end
     return {{'exists', known[1]}}
   end
-  redis.call('HSET', KEYS[1], 'job_id', ARGV[1], 'payload_sha256', payload_sha256)
 end
-if redis.call('EXISTS', KEYS[2]) == 1 then return {{'exists', ARGV[1]}} end
+if redis.call('EXISTS', KEYS[2]) == 1 then return {{'exists', job_id}} end
+local reserved = {{}}
+for id in string.gmatch(ARGV[8], '[^,]+') do
+  local found = redis.call('HMGET', correction_key(id), 'owner', 'reserved_by', 'used_by')
+  if found[1] and not found[2] and not found[3] then
+    reserved[#reserved + 1] = id
+  elseif ARGV[9] == '1' then
+    return {{'taken', id}}
+  end
+end
+for _, id in ipairs(reserved) do redis.call('HSET', correction_key(id), 'reserved_by', job_id) end
+if ARGV[2] == '1' then
+  redis.call('HSET', KEYS[1], 'job_id', job_id, 'payload_sha256', payload_sha256)
+end
+local own = owner_queue(ARGV[6], ARGV[7])
+local turn = tonumber(redis.call('HGET', KEYS[9], ARGV[6]) or 0)
+local last = redis.call('ZREVRANGE', own, 0, 0, 'WITHSCORES')[2]
+if last then turn = math.max(turn, math.floor((tonumber(last) - priority * priority_unit) / turn_unit)) end
+local order = redis.call('INCR', KEYS[8]) % turn_unit
+local place = string.format('%.0f', priority * priority_unit + (turn + 1) * turn_unit + order)
 redis.call('SET', KEYS[3], ARGV[4])
-redis.call('ZADD', KEYS[5], ARGV[3], ARGV[1])
-redis.call('RPUSH', KEYS[7], ARGV[1])
-redis.call('ZADD', KEYS[8], redis.call('INCR', KEYS[9]), ARGV[1])
-local entry = redis.call('XADD', KEYS[6], '*', 'job_id', ARGV[1], 'adapter', adapter)
-redis.call('HSET', KEYS[2], 'status', 'queued', 'created_at_s', ARGV[3], 'entry_id', entry,
-           'claim_epoch', 0, 'num_crashes', 0, unpack(fields))
+redis.call('ZADD', KEYS[5], ARGV[3], job_id)
+redis.call('RPUSH', KEYS[6], job_id)
+redis.call('ZADD', KEYS[7], place, job_id)
+redis.call('ZADD', own, place, job_id)
+redis.call('HSET', KEYS[2], 'status', 'queued', 'created_at_s', ARGV[3], 'claim_epoch', 0, 'num_crashes', 0,
+           'priority', ARGV[6], 'owner', ARGV[7], 'corrections', table.concat(reserved, ','), unpack(fields))
 add_event(KEYS[4], 'queued', ARGV[5], ARGV[3])
-return {{'accepted', ARGV[1]}}
+wake_a_trainer()
+return {{'accepted', job_id}}
 """
 
-# KEYS job, queue, adapter list, queued, events
-# ARGV job_id, entry_id, group, trainer_id, now_s
-CLAIM = f"""{_FINAL}
-local found = redis.call('HMGET', KEYS[1], 'status', 'entry_id', 'released')
-local function drop()
-  redis.call('XACK', KEYS[2], ARGV[3], ARGV[2])
-  redis.call('XDEL', KEYS[2], ARGV[2])
+# KEYS running, queued, turns
+# ARGV claim_timeout_s, trainer_id, now_s
+CLAIM = f"""{_COMMON}
+local function of_a_silent_trainer()
+  local before = server_time_s() - tonumber(ARGV[1])
+  return redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', before, 'LIMIT', 0, 1)[1]
 end
-if not found[1] or final[found[1]] or found[2] ~= ARGV[2] then
-  drop()
-  return {{'gone'}}
+local function first_that_may_run()
+  for start = 0, redis.call('ZCARD', KEYS[2]), 100 do
+    for _, id in ipairs(redis.call('ZRANGE', KEYS[2], start, start + 99)) do
+      local adapter = redis.call('HGET', job_key(id), 'adapter')
+      if redis.call('LINDEX', '{keys.adapter_jobs("")}' .. adapter, 0) == id then return id end
+    end
+  end
 end
-if redis.call('LINDEX', KEYS[3], 0) ~= ARGV[1] then
-  drop()
-  redis.call('HSET', KEYS[1], 'deferred', 1, 'entry_id', '')
-  return {{'deferred'}}
-end
+local job_id = of_a_silent_trainer() or first_that_may_run()
+if not job_id then return {{'none'}} end
+local job = job_key(job_id)
+local found = redis.call('HMGET', job, 'status', 'released', 'priority', 'owner')
+found[3], found[4] = found[3] or '0', found[4] or ''  -- of a job that an earlier Kiln accepted
 if found[1] == 'queued' then
-  redis.call('HSET', KEYS[1], 'status', 'running', 'started_at_s', ARGV[5])
-  redis.call('ZREM', KEYS[4], ARGV[1])
-elseif found[3] then
-  redis.call('HDEL', KEYS[1], 'released')
+  local place = tonumber(redis.call('ZSCORE', KEYS[2], job_id)) - tonumber(found[3]) * priority_unit
+  local turn = math.max(math.floor(place / turn_unit), tonumber(redis.call('HGET', KEYS[3], found[3]) or 0))
+  redis.call('HSET', KEYS[3], found[3], string.format('%.0f', turn))
+  redis.call('HSET', job, 'status', 'running', 'started_at_s', ARGV[3])
+  redis.call('ZREM', KEYS[2], job_id)
+  redis.call('ZREM', owner_queue(found[3], found[4]), job_id)
+elseif found[2] then
+  redis.call('HDEL', job, 'released')
 else
-  redis.call('HINCRBY', KEYS[1], 'num_crashes', 1)
+  redis.call('HINCRBY', job, 'num_crashes', 1)
 end
-local epoch = redis.call('HINCRBY', KEYS[1], 'claim_epoch', 1)
-redis.call('HSET', KEYS[1], 'trainer_id', ARGV[4], 'write_number', 0)
-redis.call('XCLAIM', KEYS[2], ARGV[3], ARGV[4], 0, ARGV[2], 'JUSTID')
-add_event(KEYS[5], 'claimed', cjson.encode({{claim_epoch = epoch, trainer_id = ARGV[4]}}), ARGV[5])
-return {{'claimed', epoch}}
+local epoch = redis.call('HINCRBY', job, 'claim_epoch', 1)
+redis.call('HSET', job, 'trainer_id', ARGV[2], 'write_number', 0)
+redis.call('ZADD', KEYS[1], server_time_s(), job_id)
+add_event(events_key(job_id), 'claimed', cjson.encode({{claim_epoch = epoch, trainer_id = ARGV[2]}}), ARGV[3])
+local read = redis.call('HMGET', job, 'adapter', 'num_crashes', 'cancel_requested', 'resolved_base',
+                        'published')
+return {{'claimed', job_id, epoch, unpack(read)}}
 """
 
-# KEYS job, queue
-# ARGV claim_epoch, group, trainer_id, entry_id
-HEARTBEAT = """
+# KEYS job, running
+# ARGV claim_epoch, job_id
+HEARTBEAT = f"""{_COMMON}
 local found = redis.call('HMGET', KEYS[1], 'status', 'claim_epoch', 'cancel_requested')
-if found[1] ~= 'running' or found[2] ~= ARGV[1] then return {'lost'} end
-redis.call('XCLAIM', KEYS[2], ARGV[2], ARGV[3], 0, ARGV[4], 'JUSTID')
-return {'ok', found[3] or ''}
+if found[1] ~= 'running' or found[2] ~= ARGV[1] then return {{'lost'}} end
+redis.call('ZADD', KEYS[2], server_time_s(), ARGV[2])
+return {{'ok', found[3] or ''}}
 """
 
 # KEYS job, events
 # ARGV claim_epoch, write_number, num_fields, (name, value)..., (type, data, at_s)...
-WRITE = f"""{_FINAL}
+WRITE = f"""{_COMMON}
 local found = redis.call('HMGET', KEYS[1], 'status', 'claim_epoch', 'write_number', 'cancel_requested')
 if found[1] ~= 'running' or found[2] ~= ARGV[1] then return {{'lost'}} end
 if tonumber(ARGV[2]) > tonumber(found[3]) then
@@ -107,17 +158,19 @@ return {{'ok', found[4] or ''}}
 """
 
 # Ends a job. With an empty claim_epoch it is a cancellation from outside: a queued job ends at
-# once, a running one is asked to, one that publishes goes on.
-# KEYS job, events, queue, adapter list, queued, payload, idempotency
-# ARGV claim_epoch, job_id, status, now_s, group, retention_s, event data, (name, value)...
-FINISH = f"""{_FINAL}
-local found = redis.call('HMGET', KEYS[1], 'status', 'claim_epoch', 'entry_id', 'is_publishing')
+# once, a running one is asked to (and to "keep" or "discard" what it has published), one that publishes
+# its result goes on.
+# KEYS job, events, running, adapter list, queued, payload, idempotency
+# ARGV claim_epoch, job_id, status, now_s, retention_s, event data, cancel, (name, value)...
+FINISH = f"""{_COMMON}
+local found = redis.call('HMGET', KEYS[1], 'status', 'claim_epoch', 'is_publishing', 'priority', 'owner',
+                         'corrections')
 if not found[1] then return {{'gone'}} end
 if final[found[1]] then return {{'final', found[1], found[2]}} end
 if ARGV[1] == '' then
   if found[1] ~= 'queued' then
-    if found[4] then return {{'too_late'}} end
-    redis.call('HSET', KEYS[1], 'cancel_requested', 1)
+    if found[3] then return {{'too_late'}} end
+    redis.call('HSET', KEYS[1], 'cancel_requested', ARGV[7])
     return {{'requested'}}
   end
 elseif found[1] ~= 'running' or found[2] ~= ARGV[1] then
@@ -125,33 +178,45 @@ elseif found[1] ~= 'running' or found[2] ~= ARGV[1] then
 end
 redis.call('HSET', KEYS[1], 'status', ARGV[3], 'finished_at_s', ARGV[4])
 for i = 8, #ARGV, 2 do redis.call('HSET', KEYS[1], ARGV[i], ARGV[i + 1]) end
-add_event(KEYS[2], ARGV[3], ARGV[7], ARGV[4])
-if found[3] and found[3] ~= '' then
-  redis.call('XACK', KEYS[3], ARGV[5], found[3])
-  redis.call('XDEL', KEYS[3], found[3])
-end
-redis.call('ZREM', KEYS[5], ARGV[2])
-redis.call('LREM', KEYS[4], 0, ARGV[2])
-local next_id = redis.call('LINDEX', KEYS[4], 0)
-if next_id then
-  local next_job = string.gsub('{keys.job("@")}', '@', next_id)
-  if redis.call('HDEL', next_job, 'deferred') == 1 then
-    local adapter = redis.call('HGET', next_job, 'adapter')
-    local entry = redis.call('XADD', KEYS[3], '*', 'job_id', next_id, 'adapter', adapter)
-    redis.call('HSET', next_job, 'entry_id', entry)
+add_event(KEYS[2], ARGV[3], ARGV[6], ARGV[4])
+redis.call('ZREM', KEYS[3], ARGV[2])
+local place = redis.call('ZSCORE', KEYS[5], ARGV[2])
+if place then
+  -- The key's later jobs move up by one place each.
+  local own = owner_queue(found[4] or '0', found[5] or '')
+  local later = redis.call('ZRANGEBYSCORE', own, '(' .. place, '+inf', 'WITHSCORES')
+  redis.call('ZREM', KEYS[5], ARGV[2])
+  redis.call('ZREM', own, ARGV[2])
+  for i = 1, #later, 2 do
+    redis.call('ZADD', KEYS[5], place, later[i])
+    redis.call('ZADD', own, place, later[i])
+    place = later[i + 1]
   end
 end
-for _, key in ipairs({{KEYS[1], KEYS[2], KEYS[6], KEYS[7]}}) do redis.call('EXPIRE', key, ARGV[6]) end
+for id in string.gmatch(found[6] or '', '[^,]+') do
+  local correction = correction_key(id)
+  if redis.call('HGET', correction, 'reserved_by') == ARGV[2] then
+    redis.call('HDEL', correction, 'reserved_by')
+    if ARGV[3] == 'succeeded' then redis.call('HSET', correction, 'used_by', ARGV[2]) end
+  end
+end
+if (redis.call('HGET', KEYS[1], 'webhook') or '') ~= '' then
+  redis.call('ZADD', '{keys.WEBHOOKS}', ARGV[4], ARGV[2])
+end
+redis.call('LREM', KEYS[4], 0, ARGV[2])
+if redis.call('LLEN', KEYS[4]) > 0 then wake_a_trainer() end
+for _, key in ipairs({{KEYS[1], KEYS[2], KEYS[6], KEYS[7]}}) do redis.call('EXPIRE', key, ARGV[5]) end
 return {{'done'}}
 """
 
 # Gives a claim back without blame: the next trainer to look takes the job at once.
-# KEYS job, queue
-# ARGV claim_epoch, group, trainer_id, entry_id
-RELEASE = """
+# KEYS job, running
+# ARGV claim_epoch, job_id
+RELEASE = f"""{_COMMON}
 local found = redis.call('HMGET', KEYS[1], 'status', 'claim_epoch')
-if found[1] ~= 'running' or found[2] ~= ARGV[1] then return {'lost'} end
+if found[1] ~= 'running' or found[2] ~= ARGV[1] then return {{'lost'}} end
 redis.call('HSET', KEYS[1], 'released', 1)
-redis.call('XCLAIM', KEYS[2], ARGV[2], ARGV[3], 0, ARGV[4], 'IDLE', 86400000, 'JUSTID')
-return {'ok'}
+redis.call('ZADD', KEYS[2], 0, ARGV[2])
+wake_a_trainer()
+return {{'ok'}}
 """

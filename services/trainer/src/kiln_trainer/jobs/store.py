@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import redis
@@ -17,14 +17,25 @@ from kiln_common.ids import new_id
 from kiln_common.pb import trainer_pb2
 from kiln_trainer.domain.errors import ClaimLost
 from kiln_trainer.jobs import scripts
-from kiln_trainer.jobs.errors import PayloadCorrupt
-from kiln_trainer.jobs.records import Claim, JobFailure, downsample, submitted_fields, to_event, to_job
+from kiln_trainer.jobs.errors import CorrectionsTaken, PayloadCorrupt, PayloadGone
+from kiln_trainer.jobs.records import (
+    FINAL_STATUSES,
+    Claim,
+    JobFailure,
+    Published,
+    downsample,
+    submitted_fields,
+    to_event,
+    to_job,
+)
 
 Event = tuple[str, dict[str, Any], float]
 """Type, data and time (seconds since the epoch) of something that happened to a job."""
 
 _MAX_HISTORY_POINTS = 200
 _DEFAULT_LIST_LIMIT = 100
+_LIST_PAGE = 200
+_MOST_ADOPTED = 1000
 
 
 class JobStore:
@@ -52,6 +63,7 @@ class JobStore:
 
         Raises:
             IdempotencyConflict: the key was used for another payload.
+            CorrectionsTaken: another job has one of the corrections, or it is gone.
         """
         job_id = job_id or new_id("job")
         payload, payload_sha256 = _serialise(request)
@@ -62,16 +74,20 @@ class JobStore:
         outcome, found_id = self._submit(
             keys=[
                 keys.job_idempotency(key), keys.job(job_id), keys.job_payload(job_id),
-                keys.job_events(job_id), keys.JOB_INDEX, keys.JOB_QUEUE,
-                keys.adapter_jobs(request.config.adapter), keys.JOB_QUEUED, keys.JOB_SEQUENCE,
+                keys.job_events(job_id), keys.JOB_INDEX, keys.adapter_jobs(request.config.adapter),
+                keys.JOB_QUEUED, keys.JOB_SEQUENCE, keys.JOB_TURNS,
             ],
             args=[
                 job_id, "1" if key else "", time.time(), payload,
-                json.dumps({"kind": fields["kind"], "adapter": fields["adapter"]}), *_flatten(fields),
+                json.dumps({"kind": fields["kind"], "adapter": fields["adapter"]}),
+                request.config.priority, request.owner, ",".join(request.correction_ids),
+                "" if request.retry_of else "1", *_flatten(fields),
             ],
         )  # fmt: skip
         if outcome == b"conflict":
             raise IdempotencyConflict(f"the idempotency key {key[:80]!r} was used for another body")
+        if outcome == b"taken":
+            raise CorrectionsTaken(f"the correction {found_id.decode()!r} is not free", param="corrections")
         return found_id.decode()
 
     def get(self, job_id: str) -> trainer_pb2.Job:
@@ -86,9 +102,32 @@ class JobStore:
         events = [to_event(event_id, entry) for event_id, entry in entries]
         return to_job(job_id, fields, position, downsample(events, _MAX_HISTORY_POINTS))
 
-    def list_jobs(self, limit: int) -> list[trainer_pb2.Job]:
-        """The newest jobs first, without their histories."""
-        ids = self._redis.zrevrange(keys.JOB_INDEX, 0, (limit or _DEFAULT_LIST_LIMIT) - 1)
+    def list_jobs(
+        self, limit: int, statuses: Collection[str] = (), owner: str | None = None
+    ) -> list[trainer_pb2.Job]:
+        """The newest jobs first, without their histories; those of `statuses`, of `owner`, or all."""
+        limit = limit or _DEFAULT_LIST_LIMIT
+        found: list[trainer_pb2.Job] = []
+        for start in range(0, self._redis.zcard(keys.JOB_INDEX), _LIST_PAGE):
+            ids = self._redis.zrevrange(keys.JOB_INDEX, start, start + _LIST_PAGE - 1)
+            found += [
+                job
+                for job in self._read(ids)
+                if (not statuses or job.status in statuses) and owner in (None, job.owner)
+            ]
+            if len(found) >= limit:
+                break
+        return found[:limit]
+
+    def list_open(self) -> list[trainer_pb2.Job]:
+        """The running jobs, then the queued ones in the order in which they will run."""
+        running = self._redis.zrange(keys.JOB_RUNNING, 0, -1)
+        jobs = self._read([*running, *self._redis.zrange(keys.JOB_QUEUED, 0, -1)])
+        # A job that was claimed between the two reads is there twice, one that ended not at all.
+        by_id = {job.id: job for job in jobs if job.status not in FINAL_STATUSES}
+        return sorted(by_id.values(), key=lambda job: (job.status != "running", job.queue_position))
+
+    def _read(self, ids: Sequence[bytes]) -> list[trainer_pb2.Job]:
         with self._redis.pipeline(transaction=False) as pipe:
             for job_id in ids:
                 pipe.hgetall(keys.job(job_id.decode()))
@@ -98,10 +137,7 @@ class JobStore:
         return [to_job(job_id.decode(), fields, rank, []) for job_id, fields, rank in found if fields]
 
     def forget_expired(self) -> None:
-        """Take ids of expired jobs off the index, and trainers not heard of for `retention_s` off the group."""
-        for consumer in self._redis.xinfo_consumers(keys.JOB_QUEUE, keys.JOB_GROUP):
-            if not consumer["pending"] and consumer["idle"] > 1000 * self._retention_s:
-                self._redis.xgroup_delconsumer(keys.JOB_QUEUE, keys.JOB_GROUP, consumer["name"])
+        """Take ids of expired jobs off the index."""
         # Ended jobs expire after retention_s, so only older ones can be gone.
         old = self._redis.zrangebyscore(keys.JOB_INDEX, 0, time.time() - self._retention_s)
         with self._redis.pipeline(transaction=False) as pipe:
@@ -111,6 +147,15 @@ class JobStore:
         if expired:
             self._redis.zrem(keys.JOB_INDEX, *expired)
 
+    def adopt_from_stream(self) -> None:
+        """Take over what an earlier Kiln, whose queue was a stream, has left running. Safe to repeat."""
+        if not self._redis.exists(keys.FORMER_JOB_QUEUE):
+            return
+        running = {job.id: 0 for job in self.list_jobs(_MOST_ADOPTED, ["running"])}
+        if running:
+            self._redis.zadd(keys.JOB_RUNNING, running, nx=True)
+        self._redis.delete(keys.FORMER_JOB_QUEUE)
+
     def status(self, job_id: str) -> str | None:
         """A job's status, None when there is no such job (any more)."""
         status = self._redis.hget(keys.job(job_id), "status")
@@ -119,63 +164,79 @@ class JobStore:
     def num_queued(self) -> int:
         return self._redis.zcard(keys.JOB_QUEUED)
 
-    def cancel(self, job_id: str) -> None:
-        """End a queued job, ask a running one to end, leave one that publishes or has ended.
+    def cancel(self, job_id: str, *, discards: bool = False) -> None:
+        """End a queued job, ask a running one to end, leave one that publishes its result or has ended.
+
+        `discards`: delete what the job has published on the way.
 
         Raises:
             JobNotFound: there is no such job.
         """
-        outcome, *_ = self._end(job_id, "", "cancelled", {}, {})
+        cancel = "discard" if discards else "keep"
+        outcome, *_ = self._end(job_id, "", "cancelled", {}, {}, cancel)
         if outcome == b"gone":
             raise JobNotFound(f"there is no job {job_id[:80]!r}")
 
-    def ensure_group(self) -> None:
-        """Create the queue's consumer group unless it is there."""
-        try:
-            self._redis.xgroup_create(keys.JOB_QUEUE, keys.JOB_GROUP, id="0", mkstream=True)
-        except redis.ResponseError as error:
-            if "BUSYGROUP" not in str(error):
-                raise
-
     def claim_next(self, claim_timeout_s: float, wait_s: float) -> Claim | None:
-        """Take over a job whose trainer went silent, else the next queued one.
+        """Take over a job whose trainer went silent, else the first that may run.
 
         `claim_timeout_s`: silence after which a running job is taken over.
-        `wait_s`: how long to wait for a job, 0 for not at all; None when none came, or only one that must wait.
+        `wait_s`: how long to wait for a job, 0 for not at all; None when none came.
         """
-        for entry_id, entry in self._next_entry(claim_timeout_s, wait_s):
-            job_id, adapter = entry[b"job_id"].decode(), entry[b"adapter"].decode()
-            outcome = self._claim(
-                keys=[
-                    keys.job(job_id), keys.JOB_QUEUE, keys.adapter_jobs(adapter), keys.JOB_QUEUED,
-                    keys.job_events(job_id),
-                ],
-                args=[job_id, entry_id, keys.JOB_GROUP, self._trainer_id, time.time()],
-            )  # fmt: skip
-            if outcome[0] == b"claimed":
-                return self._read_claim(job_id, adapter, entry_id.decode(), outcome[1])
-        return None
+        claim = self._claim_now(claim_timeout_s)
+        if claim is None and wait_s and self._redis.blpop([keys.JOB_WAKE], wait_s):
+            claim = self._claim_now(claim_timeout_s)
+        return claim
 
-    def read_payload(self, claim: Claim) -> trainer_pb2.SubmitRequest:
-        """The request as it was accepted. Raises PayloadCorrupt."""
-        payload = self._redis.get(keys.job_payload(claim.job_id)) or b""
-        accepted = self._redis.hget(keys.job(claim.job_id), "payload_sha256") or b""
-        found = hashlib.sha256(payload).hexdigest()
-        if found != accepted.decode():
-            raise PayloadCorrupt(f"the payload of {claim.job_id} has {len(payload)} bytes of hash {found}")
+    def _claim_now(self, claim_timeout_s: float) -> Claim | None:
+        outcome, *found = self._claim(
+            keys=[keys.JOB_RUNNING, keys.JOB_QUEUED, keys.JOB_TURNS],
+            args=[claim_timeout_s, self._trainer_id, time.time()],
+        )
+        if outcome != b"claimed":
+            return None
+        job_id, claim_epoch, adapter, num_crashes, cancel, base, published = found
+        created_s, traceparent = self._redis.hmget(keys.job(job_id.decode()), "created_at_s", "traceparent")
+        return Claim(
+            job_id=job_id.decode(),
+            adapter=adapter.decode(),
+            claim_epoch=claim_epoch,
+            num_crashes=int(num_crashes),
+            cancel=(cancel or b"").decode(),
+            resolved_base=None if base is None else base.decode(),
+            published=Published.from_json((published or b"").decode()),
+            created_at_s=float(created_s or 0),
+            traceparent=(traceparent or b"").decode(),
+        )
+
+    def read_payload(self, job_id: str) -> trainer_pb2.SubmitRequest:
+        """The request as it was accepted.
+
+        Raises:
+            PayloadGone: an ended job's data had to make room.
+            PayloadCorrupt: these are not the bytes that were accepted.
+        """
+        payload, accepted = self._redis.get(keys.job_payload(job_id)), self._payload_sha256(job_id)
+        if payload is None and self.status(job_id) in FINAL_STATUSES:
+            raise PayloadGone(f"the data of {job_id} is not kept any more")
+        found = hashlib.sha256(payload or b"").hexdigest()
+        if found != accepted:
+            raise PayloadCorrupt(f"the payload of {job_id} has {len(payload or b'')} bytes of hash {found}")
         return trainer_pb2.SubmitRequest.FromString(payload)
 
-    def heartbeat(self, claim: Claim) -> bool:
-        """Renew the claim; returns whether the job is to be cancelled. Raises ClaimLost."""
-        return _is_cancel_requested(claim, self._heartbeat(
-            keys=[keys.job(claim.job_id), keys.JOB_QUEUE],
-            args=[claim.claim_epoch, keys.JOB_GROUP, self._trainer_id, claim.entry_id],
+    def _payload_sha256(self, job_id: str) -> str:
+        return (self._redis.hget(keys.job(job_id), "payload_sha256") or b"").decode()
+
+    def heartbeat(self, claim: Claim) -> str:
+        """Renew the claim; returns how the job is to be cancelled, as in Claim. Raises ClaimLost."""
+        return _cancel_of(claim, self._heartbeat(
+            keys=[keys.job(claim.job_id), keys.JOB_RUNNING], args=[claim.claim_epoch, claim.job_id],
         ))  # fmt: skip
 
     def write(
         self, claim: Claim, write_number: int, fields: Mapping[str, str], events: Sequence[Event]
-    ) -> bool:
-        """Set fields and append events; returns whether the job is to be cancelled.
+    ) -> str:
+        """Set fields and append events; returns how the job is to be cancelled, as in Claim.
 
         A `write_number` not above the claim's last one was written before and does nothing.
 
@@ -183,7 +244,7 @@ class JobStore:
             ClaimLost: a later claim exists; nothing was written.
         """
         flat_events = [part for type_, data, at_s in events for part in (type_, json.dumps(data), at_s)]
-        return _is_cancel_requested(claim, self._write(
+        return _cancel_of(claim, self._write(
             keys=[keys.job(claim.job_id), keys.job_events(claim.job_id)],
             args=[claim.claim_epoch, write_number, len(fields), *_flatten(fields), *flat_events],
         ))  # fmt: skip
@@ -203,48 +264,7 @@ class JobStore:
 
     def release(self, claim: Claim) -> None:
         """Give the claim back, so that any trainer can go on with the job at once."""
-        self._release(
-            keys=[keys.job(claim.job_id), keys.JOB_QUEUE],
-            args=[claim.claim_epoch, keys.JOB_GROUP, self._trainer_id, claim.entry_id],
-        )
-
-    def _next_entry(self, claim_timeout_s: float, wait_s: float) -> list[tuple[bytes, dict[bytes, bytes]]]:
-        silent_ms, cursor = int(claim_timeout_s * 1000), b"0-0"
-        while True:  # each call looks at a few of the entries handed out
-            cursor, orphans, *_ = self._redis.xautoclaim(
-                keys.JOB_QUEUE, keys.JOB_GROUP, self._trainer_id, silent_ms, cursor, count=1
-            )
-            if orphans:
-                return orphans
-            if cursor == b"0-0":
-                break
-        # Redis takes 0 for ever, and no number for not at all.
-        wait_ms = int(wait_s * 1000) or None
-        fresh = self._redis.xreadgroup(
-            keys.JOB_GROUP, self._trainer_id, {keys.JOB_QUEUE: ">"}, count=1, block=wait_ms
-        )
-        return fresh[0][1] if fresh else []
-
-    def _read_claim(self, job_id: str, adapter: str, entry_id: str, claim_epoch: int) -> Claim:
-        num_crashes, cancel, base, created_s, traceparent = self._redis.hmget(
-            keys.job(job_id),
-            "num_crashes",
-            "cancel_requested",
-            "resolved_base",
-            "created_at_s",
-            "traceparent",
-        )
-        return Claim(
-            job_id=job_id,
-            adapter=adapter,
-            claim_epoch=claim_epoch,
-            entry_id=entry_id,
-            num_crashes=int(num_crashes),
-            is_cancel_requested=bool(cancel),
-            resolved_base=None if base is None else base.decode(),
-            created_at_s=float(created_s),
-            traceparent=(traceparent or b"").decode(),
-        )
+        self._release(keys=[keys.job(claim.job_id), keys.JOB_RUNNING], args=[claim.claim_epoch, claim.job_id])
 
     def _end_claimed(
         self, claim: Claim, status: str, fields: Mapping[str, str], data: dict[str, Any]
@@ -256,18 +276,24 @@ class JobStore:
             raise ClaimLost(f"claim {claim.claim_epoch} of {claim.job_id} is not the last one")
 
     def _end(
-        self, job_id: str, epoch: str, status: str, fields: Mapping[str, str], data: dict[str, Any]
+        self,
+        job_id: str,
+        epoch: str,
+        status: str,
+        fields: Mapping[str, str],
+        data: dict[str, Any],
+        cancel: str = "",
     ) -> list[bytes]:
         adapter, key = self._redis.hmget(keys.job(job_id), "adapter", "idempotency_key")
         return self._finish(
             keys=[
-                keys.job(job_id), keys.job_events(job_id), keys.JOB_QUEUE,
+                keys.job(job_id), keys.job_events(job_id), keys.JOB_RUNNING,
                 keys.adapter_jobs((adapter or b"").decode()), keys.JOB_QUEUED, keys.job_payload(job_id),
                 keys.job_idempotency((key or b"").decode()),
             ],
             args=[
-                epoch, job_id, status, time.time(), keys.JOB_GROUP, self._retention_s,
-                json.dumps(data), *_flatten(fields),
+                epoch, job_id, status, time.time(), self._retention_s, json.dumps(data), cancel,
+                *_flatten(fields),
             ],
         )  # fmt: skip
 
@@ -281,7 +307,7 @@ def _flatten(fields: Mapping[str, Any]) -> list[Any]:
     return [part for pair in fields.items() for part in pair]
 
 
-def _is_cancel_requested(claim: Claim, answer: Sequence[bytes]) -> bool:
+def _cancel_of(claim: Claim, answer: Sequence[bytes]) -> str:
     if answer[0] != b"ok":
         raise ClaimLost(f"claim {claim.claim_epoch} of {claim.job_id} is not the last one")
-    return bool(answer[1])
+    return answer[1].decode()

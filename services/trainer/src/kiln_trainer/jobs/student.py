@@ -40,6 +40,7 @@ class EngineStudent:
         self._sampling = request.opd.settings.sampling
         self._base = base
         self._base_model_hash = base_model_hash
+        self._owner = request.owner
 
     def sample(
         self, student: AdapterContent | None, prompts: Sequence[tuple[Sequence[int], int]]
@@ -91,6 +92,7 @@ class EngineStudent:
             parent_version=self._base.version if self._base else 0,
             job_id=claim.job_id,
             claim_epoch=claim.claim_epoch,
+            owner=self._owner,
         )
 
     def _withdraw(self, name: str) -> None:

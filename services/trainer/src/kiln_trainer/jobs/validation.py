@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 from kiln_common.adapter_names import check_adapter_name, parse_reference
 from kiln_common.errors import InvalidRequest, InvalidValue
@@ -25,8 +26,11 @@ from kiln_trainer.recipes.options import GrpoOptions, OptimizerOptions, RunOptio
 
 MAX_RANK = 256
 _MAX_EPOCHS = 1000
+MAX_PRIORITY = 10  # the queue's scores have room for these
 _MAX_LEARNING_RATE = 1.0  # AdamW moves each weight by about this much a step
 _MAX_REWARD = 1e9  # float32 advantages, and their products with gradients, stay finite
+_PUBLISH_EVERY = re.compile(r"[1-9][0-9]{0,8}")
+_CORRECTION_ID = re.compile(r"corr_[0-9a-f]{32}")
 _TARGET_GROUPS = frozenset({"all", "attention", "mlp"})
 
 
@@ -47,6 +51,9 @@ def check_request(request: trainer_pb2.SubmitRequest, engine: engine_pb2.EngineI
             f"the job is for base model {request.base_model_hash[:12]}, "
             f"the engine serves {base_model.model_hash[:12]}"
         )
+    for correction_id in request.correction_ids:
+        if not _CORRECTION_ID.fullmatch(correction_id):
+            raise InvalidValue(f"{correction_id[:60]!r} is not a correction's id", param="corrections")
     limits = DocumentLimits(request.config, base_model)
     match request.WhichOneof("recipe"):
         case "sft":
@@ -67,6 +74,8 @@ def _check_config(
         parse_reference(config.base_adapter, param="base_adapter")
         if config.start_fresh:
             raise InvalidJobConfig("start_fresh and base_adapter exclude each other", param="base_adapter")
+    if config.HasField("gate"):
+        _check_gate(config)
     _check_lora(config.lora, base_model, max_rank)
     optimizer = config.optimizer
     if not 0 < optimizer.learning_rate <= _MAX_LEARNING_RATE:
@@ -89,10 +98,30 @@ def _check_config(
             raise InvalidJobConfig(f"{name} is {getattr(config, name)}, it must not be negative", param=name)
     if config.epochs > _MAX_EPOCHS:
         raise InvalidJobConfig(f"epochs is {config.epochs}, at most {_MAX_EPOCHS}", param="epochs")
-    if config.publish not in ("", "end", "never"):
-        raise InvalidJobConfig(f"publish is {config.publish[:40]!r}, known are end, never", param="publish")
+    if config.publish not in ("", "end", "never") and not _PUBLISH_EVERY.fullmatch(config.publish):
+        raise InvalidJobConfig(
+            f"publish is {config.publish[:40]!r}, known are end, never and a number of steps", param="publish"
+        )
+    if abs(config.priority) > MAX_PRIORITY:
+        raise InvalidJobConfig(
+            f"priority is {config.priority}, it must be {-MAX_PRIORITY} to {MAX_PRIORITY}", param="priority"
+        )
     _check_metadata(config.metadata_json)
     RunOptions.from_proto(config)
+
+
+def _check_gate(config: trainer_pb2.JobConfig) -> None:
+    gate = config.gate
+    if config.publish not in ("", "end"):
+        raise InvalidJobConfig(
+            f'a gate judges what is published at the end, and publish is "{config.publish}"', param="gate"
+        )
+    if not gate.suite_id or not 0 <= gate.min_score <= 1 or not gate.timeout_s > 0:
+        raise InvalidJobConfig(
+            f"a gate needs a suite, a min_score from 0 to 1 and a timeout, got {gate.min_score:g} "
+            f"and {gate.timeout_s:g} s",
+            param="gate",
+        )
 
 
 def _check_lora(lora: trainer_pb2.LoraConfig, base_model: common_pb2.BaseModel | None, max_rank: int) -> None:

@@ -110,7 +110,7 @@ class Worker:
             while not self._stopping.is_set():
                 try:
                     if not is_ready:
-                        self._store.ensure_group()
+                        self._store.adopt_from_stream()
                         self._store.forget_expired()
                         self._remove_old_folders()
                         is_ready = True
@@ -119,7 +119,6 @@ class Worker:
                     )
                     is_away = False
                 except REDIS_FAILURES as error:
-                    # Also where the group is gone, with a Redis that was emptied.
                     if not is_away:
                         log.warning("queue_unavailable", reason=str(error))
                     is_ready, is_away = False, True
@@ -184,7 +183,7 @@ class Worker:
     def _attempt(self, job: ClaimedJob, folder: Path) -> dict[str, Any]:
         if job.claim.num_crashes >= _MAX_CRASHES:
             raise JobCrashedTrainer(job.claim.num_crashes)
-        request = job.patiently(lambda: self._store.read_payload(job.claim))
+        request = job.patiently(lambda: self._store.read_payload(job.claim.job_id))
         attempt = Attempt(
             job, self._backend, self._publisher, folder, self._stopping, self._patience_s, self.totals
         )

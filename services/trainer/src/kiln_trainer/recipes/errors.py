@@ -1,6 +1,6 @@
 """Why a job's data or settings cannot be trained on."""
 
-from kiln_common.errors import InvalidRequest, NotBuiltYet
+from kiln_common.errors import InvalidRequest
 
 
 class DocumentTooLong(InvalidRequest):
@@ -33,13 +33,3 @@ class UnknownOption(InvalidRequest):
 
     def __init__(self, field: str, value: str, known: tuple[str, ...]) -> None:
         super().__init__(f"{field} is {value!r}, known are {', '.join(known)}", param=field)
-
-
-class DropoutNotBuilt(NotBuiltYet):
-    """LoRA dropout is in the contract and not there yet."""
-
-    code = "lora_dropout_not_implemented"
-    hint = "Leave lora.dropout at 0."
-
-    def __init__(self, dropout: float) -> None:
-        super().__init__(f"lora.dropout is {dropout:g}; only 0 is built", param="lora.dropout")

@@ -11,8 +11,9 @@ from typing import Literal, cast, get_args
 
 from kiln_common.errors import InvalidValue
 from kiln_common.pb import trainer_pb2
-from kiln_trainer.recipes.errors import DropoutNotBuilt, UnknownOption
+from kiln_trainer.recipes.errors import UnknownOption
 
+OptimizerKind = Literal["adamw", "muon"]
 Schedule = Literal["constant", "linear", "cosine"]
 LossType = Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo"]
 KlEstimator = Literal["k1", "k2", "k3"]
@@ -41,7 +42,10 @@ _LOSS_DEFAULTS: dict[LossType, _LossDefaults] = {
 
 @dataclass(frozen=True)
 class OptimizerOptions:
-    """AdamW and its learning-rate schedule. `max_grad_norm` 0 does not clip."""
+    """The optimiser and its learning-rate schedule. `max_grad_norm` 0 does not clip.
+
+    beta1, beta2 and eps are AdamW's; muon has none of them.
+    """
 
     learning_rate: float
     weight_decay: float = 0.0
@@ -51,6 +55,7 @@ class OptimizerOptions:
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
+    kind: OptimizerKind = "adamw"
 
     @classmethod
     def from_proto(cls, wire: trainer_pb2.OptimizerConfig) -> OptimizerOptions:
@@ -68,6 +73,7 @@ class OptimizerOptions:
             beta1=wire.adam_beta1 or cls.beta1,
             beta2=wire.adam_beta2 or cls.beta2,
             eps=wire.adam_eps or cls.eps,
+            kind=cast(OptimizerKind, choice("optimizer", wire.type or "adamw", get_args(OptimizerKind))),
         )
 
 
@@ -76,6 +82,8 @@ class RunOptions:
     """How often the data is gone through, and how it is cut into optimiser steps.
 
     `gradient_accumulation` counts the micro-batches of one step; 0 puts a whole epoch into each.
+    `publish_every` counts the steps between two versions; 0 publishes none on the way.
+    `dropout` is that of the adapter's inputs.
     """
 
     epochs: int = 1
@@ -83,22 +91,28 @@ class RunOptions:
     gradient_accumulation: int = 0
     seed: int = 0
     checkpoint_every: int = 10
+    publish_every: int = 0
+    dropout: float = 0.0
 
     @classmethod
     def from_proto(cls, wire: trainer_pb2.JobConfig) -> RunOptions:
         """Read the wire form; 0 means the default, but for gradient_accumulation and seed.
 
         Raises:
-            DropoutNotBuilt: the adapter is to be trained with dropout.
+            InvalidValue: lora.dropout leaves everything out, or is no share.
         """
-        if wire.lora.dropout:
-            raise DropoutNotBuilt(wire.lora.dropout)
+        if not 0 <= wire.lora.dropout < 1:
+            raise InvalidValue(
+                f"lora.dropout is {wire.lora.dropout}, it must be in [0, 1)", param="lora.dropout"
+            )
         return cls(
             epochs=wire.epochs or cls.epochs,
             batch_tokens=wire.batch_tokens or cls.batch_tokens,
             gradient_accumulation=wire.gradient_accumulation,
             seed=wire.seed,
             checkpoint_every=wire.checkpoint_every or cls.checkpoint_every,
+            publish_every=int(wire.publish) if wire.publish.isdecimal() else 0,
+            dropout=wire.lora.dropout,
         )
 
 

@@ -57,6 +57,11 @@ class ActivationPlan:
             budget_bytes=_budget_bytes(device),
         )
 
+    @property
+    def least_token_bytes(self) -> float:
+        """Of one token if every layer is computed again."""
+        return self.carried_bytes + _LAYERS_AT_WORK * self.kept_bytes
+
     def num_kept_layers(self, num_tokens: int) -> int:
         """How many layers of a micro-batch of `num_tokens` may keep everything."""
         per_layer = self.kept_bytes * num_tokens
@@ -88,6 +93,11 @@ def _kept_bytes(model: PackedModel, linear: LinearFn, token_ids_T: torch.Tensor)
     finally:
         model.num_kept_layers = kept_before
     return sum(sizes.values())
+
+
+def head_bytes(device: torch.device) -> int:
+    """Set aside for the head's work on a micro-batch of any size."""
+    return _HEAD_BYTES_ON_GPU if device.type == "cuda" else 0
 
 
 def _budget_bytes(device: torch.device) -> int:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import contextlib
+import importlib.metadata
+import platform
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,9 +15,11 @@ import torch
 
 from kiln_common.errors import KilnError
 from kiln_nn.errors import KilnNnError
-from kiln_nn.sharing import SealedAdapter
+from kiln_trainer.domain.capacity import Capacity
 from kiln_trainer.domain.errors import DeviceBroken
 from kiln_trainer.domain.training import StepHooks, TrainedAdapter, TrainingTask
+from kiln_trainer.torch_backend.activation_memory import ActivationPlan, head_bytes
+from kiln_trainer.torch_backend.available_memory import device_bytes, host_bytes
 from kiln_trainer.torch_backend.errors import ModelError, OutOfTrainingMemory
 from kiln_trainer.torch_backend.gpu_share import GpuShare, GpuUse, WholeDevice
 from kiln_trainer.torch_backend.training_run import TrainingRun
@@ -65,6 +70,8 @@ class TorchBackend:
         self._mapped = MappedModel()
         self._last_failure = ""  # so that one outage is one line in the log
         self._is_warm = False
+        self._plan: ActivationPlan | None = None  # of the last job
+        self._device_bytes: int | None = None  # of a GPU, before anything was allocated there
 
     @classmethod
     def for_engine(cls, engine_address: str, **options: Any) -> TorchBackend:
@@ -81,9 +88,40 @@ class TorchBackend:
         """How training shares its device; before anything was mapped, that it does not."""
         return self._share.use if self._share is not None else GpuUse()
 
-    def num_device_bytes_held(self) -> int:
-        """What torch holds of this process's GPU, borrowed weights not counted; 0 on a CPU."""
-        return torch.cuda.memory_reserved(self._device) if torch.cuda.is_initialized() else 0
+    @property
+    def capacity(self) -> Capacity | None:
+        """Measured with the adapter of the last job; one with other targets differs by little."""
+        session, plan = self._session, self._plan
+        available_bytes = host_bytes() if self._device_bytes is None else self._device_bytes
+        if session is None or plan is None or available_bytes is None:
+            return None
+        is_float32 = session.weights_dtype == torch.float32
+        return Capacity(
+            available_bytes=available_bytes,
+            base_shared_bytes=self._mapped.num_borrowed_bytes,
+            base_copied_bytes=self._mapped.num_allocated_base_bytes,
+            token_bytes=plan.least_token_bytes,
+            fixed_bytes=head_bytes(session.device),
+            copy_bytes=0 if is_float32 else session.weights_dtype.itemsize,
+        )
+
+    @property
+    def environment(self) -> Mapping[str, str]:
+        """Versions and the device; without weights there is no device yet."""
+        found = {
+            "kiln": importlib.metadata.version("kiln-trainer"),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "machine": platform.machine(),
+            "num_threads": str(self._num_threads),
+        }
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found["triton"] = importlib.metadata.version("triton")
+        if self._session is not None:
+            device = self._session.device
+            found["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+            found["weights_dtype"] = str(self._session.weights_dtype).rpartition(".")[2]
+        return found
 
     def run(self, task: TrainingTask, hooks: StepHooks) -> TrainedAdapter:
         """Train from the last checkpoint in task.checkpoint_dir (or from the start) to the end.
@@ -101,10 +139,9 @@ class TorchBackend:
             share = self._share_of(session)
             with share.occupied():
                 training = TrainingRun(task, session, share)
+                self._plan = training.plan
                 training.execute(hooks)
-                lora = training.policy.lora
-                content = SealedAdapter(lora.tensors(), lora.spec, session.model_id)
-        return TrainedAdapter(content, dict(training.latest_metrics))
+                return training.trained()
 
     def keep_mapped(self) -> None:
         """Map the weights unless they are mapped, and let go of those whose engine has gone.
@@ -122,7 +159,8 @@ class TorchBackend:
                 if not self._is_warm:
                     self._is_warm = True
                     torch.set_num_threads(self._num_threads)
-                    warm_up(session, self._share_of(session))
+                    plan = warm_up(session, self._share_of(session))
+                    self._plan = plan or self._plan
         except KilnError as error:
             failure = str(error)
             if failure != self._last_failure:
@@ -142,6 +180,7 @@ class TorchBackend:
         self.close()
         session = WeightSession.open(self._locate, self._device)
         self._session = session
+        self._device_bytes = device_bytes(session.device) if session.device.type == "cuda" else None
         self._mapped = MappedModel(
             engine_boot_id=session.boot_id,
             model_hash=session.model_hash,

@@ -55,8 +55,11 @@ class CheckpointFolder:
         for leftover in folder.glob("*.tmp"):
             leftover.unlink()
 
-    def write(self, checkpoint: Checkpoint) -> None:
-        """Put a checkpoint on disk, so that a crash at any moment leaves it whole or absent."""
+    def write(self, checkpoint: Checkpoint) -> bool:
+        """Put a checkpoint on disk, so that a crash at any moment leaves it whole or absent.
+
+        Returns False where the disk does not take it: the job goes on, and a crash costs more of it.
+        """
         tensors = {name: tensor.cpu().contiguous() for name, tensor in checkpoint.tensors.items()}
         header = {
             "step": checkpoint.step,
@@ -66,9 +69,15 @@ class CheckpointFolder:
             "tensors_sha256": _digest(tensors),
         }
         path = self._folder / f"step-{checkpoint.step:08d}.safetensors"
-        write_durably(path, save(tensors, metadata={_HEADER: json.dumps(header, sort_keys=True)}))
+        content = save(tensors, metadata={_HEADER: json.dumps(header, sort_keys=True)})
+        try:
+            write_durably(path, content)
+        except OSError as error:
+            log.warning("checkpoint_not_written", step=checkpoint.step, bytes=len(content), reason=str(error))
+            return False
         for _, old in self._files()[_NUM_KEPT:]:
             old.unlink()
+        return True
 
     def newest(self, job_hash: str) -> Checkpoint | None:
         """The latest whole checkpoint of this very job; damaged and foreign files are passed over."""
@@ -92,10 +101,14 @@ class CheckpointFolder:
 def write_durably(path: Path, content: bytes) -> None:
     """Write a file under a temporary name, force it to disk, then rename it into place."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        temporary.unlink(missing_ok=True)  # it may be what fills the disk
+        raise
     temporary.replace(path)
     folder = os.open(path.parent, os.O_RDONLY)
     try:

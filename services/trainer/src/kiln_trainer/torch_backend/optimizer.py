@@ -1,6 +1,7 @@
-"""AdamW over the adapter's float32 parameters, with a state that a checkpoint can hold.
+"""AdamW or Muon over the adapter's float32 parameters, with a state that a checkpoint can hold.
 
-Paper: Loshchilov and Hutter 2019, Decoupled weight decay regularization (arXiv 1711.05101).
+Papers: Loshchilov and Hutter 2019, Decoupled weight decay regularization (arXiv 1711.05101); Jordan et
+al. 2024, Muon; Liu et al. 2025, Muon is scalable for LLM training (arXiv 2502.16982).
 """
 
 from __future__ import annotations
@@ -10,14 +11,17 @@ from collections.abc import Mapping
 import torch
 
 from kiln_nn.lora.parameters import LoraParameters
-from kiln_trainer.recipes.options import OptimizerOptions
+from kiln_trainer.recipes.options import OptimizerKind, OptimizerOptions
 from kiln_trainer.torch_backend.schedule import learning_rate
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+_MOMENTS: dict[OptimizerKind, tuple[str, ...]] = {
+    "adamw": ("exp_avg", "exp_avg_sq"),
+    "muon": ("momentum_buffer",),
+}
 
 
 class AdapterOptimizer:
-    """torch's AdamW for one adapter: clips, sets the step's learning rate, steps, clears.
+    """torch's optimiser for one adapter: clips, sets the step's learning rate, steps, clears.
 
     `num_steps_done` is the number of updates applied so far.
     """
@@ -27,14 +31,8 @@ class AdapterOptimizer:
         self._options = options
         self._num_steps = num_steps
         self._parameters = dict(lora.named_parameters())
-        self._adamw = torch.optim.AdamW(
-            self._parameters.values(),
-            lr=options.learning_rate,
-            betas=(options.beta1, options.beta2),
-            eps=options.eps,
-            weight_decay=options.weight_decay,
-            fused=True,  # one kernel for all parameters
-        )
+        self._moments = _MOMENTS[options.kind]
+        self._optimizer = _torch_optimizer([*self._parameters.values()], options)
 
     def clip(self) -> torch.Tensor:
         """Scale the gradients down to max_grad_norm together; returns their norm before that."""
@@ -44,9 +42,9 @@ class AdapterOptimizer:
     def step(self) -> float:
         """Apply the gathered gradients and clear them; returns the learning rate used."""
         rate = learning_rate(self.num_steps_done + 1, self._num_steps, self._options)
-        for group in self._adamw.param_groups:
+        for group in self._optimizer.param_groups:
             group["lr"] = rate
-        self._adamw.step()
+        self._optimizer.step()
         # torch does not count what its fused kernel writes, and copies of parameters go by that count.
         torch.autograd.graph.increment_version(self._parameters.values())
         self.clear()
@@ -55,22 +53,41 @@ class AdapterOptimizer:
 
     def clear(self) -> None:
         """Forget the gathered gradients."""
-        self._adamw.zero_grad(set_to_none=True)
+        self._optimizer.zero_grad(set_to_none=True)
 
     def moments(self) -> dict[str, torch.Tensor]:
-        """Both moments of every parameter as `<parameter>.<moment>`; zeros before the first step."""
+        """The moments of every parameter as `<parameter>.<moment>`; zeros before the first step."""
         return {
-            f"{name}.{moment}": self._adamw.state[parameter].get(moment, torch.zeros_like(parameter))
+            f"{name}.{moment}": self._optimizer.state[parameter].get(moment, torch.zeros_like(parameter))
             for name, parameter in self._parameters.items()
-            for moment in _MOMENTS
+            for moment in self._moments
         }
 
     def restore(self, moments: Mapping[str, torch.Tensor], num_steps_done: int) -> None:
         """Go on after `num_steps_done` updates that left `moments`."""
         for name, parameter in self._parameters.items():
             state = {
-                moment: moments[f"{name}.{moment}"].to(parameter.device, copy=True) for moment in _MOMENTS
+                moment: moments[f"{name}.{moment}"].to(parameter.device, copy=True)
+                for moment in self._moments
             }
-            step = torch.tensor(float(num_steps_done), device=parameter.device)
-            self._adamw.state[parameter] = {"step": step, **state}
+            if self._options.kind == "adamw":
+                state["step"] = torch.tensor(float(num_steps_done), device=parameter.device)
+            self._optimizer.state[parameter] = state
         self.num_steps_done = num_steps_done
+
+
+def _torch_optimizer(
+    parameters: list[torch.nn.Parameter], options: OptimizerOptions
+) -> torch.optim.AdamW | torch.optim.Muon:
+    rate, decay = options.learning_rate, options.weight_decay
+    if options.kind == "muon":
+        # An update has about the size of AdamW's, so that the same learning rates do.
+        return torch.optim.Muon(parameters, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+    return torch.optim.AdamW(
+        parameters,
+        lr=rate,
+        betas=(options.beta1, options.beta2),
+        eps=options.eps,
+        weight_decay=decay,
+        fused=True,  # one kernel for all parameters
+    )

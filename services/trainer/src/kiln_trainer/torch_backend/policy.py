@@ -8,6 +8,7 @@ import torch
 
 from kiln_nn.kernels.divergence import TokenDivergences, token_divergences
 from kiln_nn.kernels.logprobs import TokenLogprobs, token_logprobs
+from kiln_nn.lora.dropout import LoraDropout
 from kiln_nn.lora.parameters import LoraParameters
 from kiln_nn.packed_model import PackedModel
 from kiln_trainer.data.documents import Document
@@ -31,12 +32,13 @@ class Policy:
         device: torch.device,
         plan: ActivationPlan | None = None,
         teacher: LoraParameters | None = None,
+        dropout: LoraDropout | None = None,
     ) -> None:
         self.model = model
         self.lora = lora
         self.device = device
         self._plan = plan
-        self._adapted = lora.linear_fn(model.weights)
+        self._adapted = lora.linear_fn(model.weights, dropout)
         self._teacher = teacher.linear_fn(model.weights) if teacher is not None else None
 
     def score(self, batch: PackedBatch, *, with_adapter: bool = True) -> TokenLogprobs:

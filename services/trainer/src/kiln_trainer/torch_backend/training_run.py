@@ -7,17 +7,19 @@ the checkpoint. So an interrupted job ends with the same bytes on the CPU as an 
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import asdict
 
 import structlog
 import torch
 
+from kiln_nn.lora.dropout import LoraDropout
 from kiln_nn.packed_model import PackedModel
 from kiln_nn.sharing import SealedAdapter
 from kiln_trainer.data.documents import Document
 from kiln_trainer.data.packing import PackedBatch, first_fit, pack
-from kiln_trainer.domain.training import StepHooks, StepReport, TrainingTask
+from kiln_trainer.domain.training import StepHooks, StepReport, TrainedAdapter, TrainingTask
 from kiln_trainer.recipes.options import OptimizerOptions, PolicyObjective, RunOptions
 from kiln_trainer.torch_backend import setup
 from kiln_trainer.torch_backend.activation_memory import ActivationPlan
@@ -55,9 +57,11 @@ class TrainingRun:
         teacher = setup.teacher_adapter(task, session.config, session.device)
         model = PackedModel(session.config, session.weights)
         session.check_borrowed(model.weights)
-        plan = ActivationPlan.measure(model, lora.linear_fn(model.weights), session.device)
-        log.info("activations_planned", **asdict(plan))
-        self._policy = Policy(model, lora, session.device, plan, teacher)
+        self._dropout = LoraDropout(self._options.dropout)
+        linear = lora.linear_fn(model.weights, self._dropout)
+        self.plan = ActivationPlan.measure(model, linear, session.device)
+        log.info("activations_planned", **asdict(self.plan))
+        self._policy = Policy(model, lora, session.device, self.plan, teacher, self._dropout)
         optimizer = OptimizerOptions.from_proto(task.request.config.optimizer)
         self._optimizer = AdapterOptimizer(lora, optimizer, self._source.num_steps)
         # Of every document, where a policy's loss compares it with what it was.
@@ -67,11 +71,7 @@ class TrainingRun:
         unknown = [torch.full((document.num_scored,), math.nan) for document in self._scored]
         self._old_logprobs, self._reference_logprobs = list(unknown), list(unknown)
         self._num_tokens = 0
-        self.latest_metrics: dict[str, float] = {}
-
-    @property
-    def policy(self) -> Policy:
-        return self._policy
+        self._latest_metrics: dict[str, float] = {}
 
     def execute(self, hooks: StepHooks) -> None:
         """Go on from the newest checkpoint and take every remaining step.
@@ -94,22 +94,29 @@ class TrainingRun:
             hooks.after_step(report)
             is_last = step == num_steps
             is_due = step % self._options.checkpoint_every == 0
-            if is_last or is_due:
+            publish_every = self._options.publish_every
+            is_published = publish_every > 0 and step % publish_every == 0 and not is_last
+            if is_last or is_due or is_published:
                 self._check_parameters(step)
+            if is_published:
+                trained = self.trained()
+                with contextlib.closing(trained.content):
+                    hooks.publish(trained)
             # After the last step the adapter itself is about to be published.
             if is_due and not is_last:
                 hooks.before_checkpoint(step)
-                checkpoints.write(self._checkpoint())
-                self._source.forget(step)
-                hooks.after_checkpoint(step)
+                if checkpoints.write(self._checkpoint()):
+                    self._source.forget(step)
+                    hooks.after_checkpoint(step)
 
     def _take_step(self, step: int) -> StepReport:
         data = self._source.open(step, self._seal_student)
         sums = StepSums()
         self._optimizer.clear()
         normaliser = math.fsum(data.documents[index].normaliser for index in data.plan.documents)
-        for indices in data.plan.micro_batches:
+        for number, indices in enumerate(data.plan.micro_batches):
             self._share.between_micro_batches()
+            self._dropout.begin(f"{self._options.seed}:{step}:{number}")
             old_S = forward_backward(
                 self._policy,
                 self._batch(data, indices),
@@ -133,16 +140,23 @@ class TrainingRun:
         metrics |= {"grad_norm": grad_norm, "learning_rate": rate, "tokens": float(data.num_tokens)}
         metrics |= data.facts
         metrics |= self._share.take_metrics()
-        self.latest_metrics |= metrics
+        self._latest_metrics |= metrics
         return StepReport(step, self._source.num_steps, self._num_tokens, metrics)
+
+    def trained(self) -> TrainedAdapter:
+        """The adapter as it is."""
+        return TrainedAdapter(self._seal(), dict(self._latest_metrics), self._optimizer.num_steps_done)
+
+    def _seal(self) -> SealedAdapter:
+        lora = self._policy.lora
+        return SealedAdapter(lora.tensors(), lora.spec, self._session.model_id)
 
     def _seal_student(self) -> SealedAdapter | None:
         """The adapter as it is, for the engine to sample; None before the first update."""
         if not self._optimizer.num_steps_done:
             return None
         self._check_parameters(self._optimizer.num_steps_done)
-        lora = self._policy.lora
-        return SealedAdapter(lora.tensors(), lora.spec, self._session.model_id)
+        return self._seal()
 
     def _check_parameters(self, step: int) -> None:
         largest = torch.nn.utils.get_total_norm(self._policy.lora.parameters(), math.inf)
@@ -169,7 +183,8 @@ class TrainingRun:
         source, objective = self._source, self._source.objective
         if not (isinstance(source, FixedSteps) and isinstance(objective, PolicyObjective)):
             return
-        in_first_step = set(source.plans[0].documents)
+        # With dropout that pass is not the policy as it is.
+        in_first_step = set() if self._options.dropout else set(source.plans[0].documents)
         wanted = [
             index
             for index, document in enumerate(self._scored)
@@ -200,7 +215,7 @@ class TrainingRun:
         if self._scored:
             tensors["stream/old_logprobs"] = torch.cat(self._old_logprobs)
         step = self._optimizer.num_steps_done
-        return Checkpoint(step, self._num_tokens, self._job_hash, self.latest_metrics, tensors)
+        return Checkpoint(step, self._num_tokens, self._job_hash, self._latest_metrics, tensors)
 
     def _restore(self, saved: Checkpoint) -> None:
         self._policy.lora.load_state_dict(saved.group("lora"))
@@ -209,5 +224,5 @@ class TrainingRun:
             sizes = [document.num_scored for document in self._scored]
             self._old_logprobs = list(saved.tensors["stream/old_logprobs"].split(sizes))
         self._num_tokens = saved.num_tokens
-        self.latest_metrics = dict(saved.metrics)
+        self._latest_metrics = dict(saved.metrics)
         log.info("training_resumed", job_id=self._task.job_id, step=saved.step)

@@ -12,8 +12,8 @@ from pathlib import Path
 import structlog
 
 from kiln_common.pb import trainer_pb2
-from kiln_nn.sharing import SealedAdapter
-from kiln_trainer.domain.training import StepReport, TrainingTask
+from kiln_trainer.domain.training import StepReport, TrainedAdapter, TrainingTask
+from kiln_trainer.torch_backend.activation_memory import ActivationPlan
 from kiln_trainer.torch_backend.gpu_share import GpuShare
 from kiln_trainer.torch_backend.training_run import TrainingRun
 from kiln_trainer.torch_backend.weights import WeightSession
@@ -34,9 +34,15 @@ class _NoHooks:
     def after_checkpoint(self, step: int) -> None:
         pass
 
+    def publish(self, trained: TrainedAdapter) -> None:
+        pass
 
-def warm_up(session: WeightSession, share: GpuShare) -> None:
-    """Train a throwaway adapter for one step and pack it; a failure is logged, and left to the jobs."""
+
+def warm_up(session: WeightSession, share: GpuShare) -> ActivationPlan | None:
+    """Train a throwaway adapter for one step and pack it; returns what its tokens took.
+
+    A failure is logged, and left to the jobs.
+    """
     started_s = time.monotonic()
     try:
         with tempfile.TemporaryDirectory(prefix="kiln-warm-up-") as folder:
@@ -44,12 +50,12 @@ def warm_up(session: WeightSession, share: GpuShare) -> None:
             with share.occupied():
                 training = TrainingRun(task, session, share)
                 training.execute(_NoHooks())
-                lora = training.policy.lora
-                SealedAdapter(lora.tensors(), lora.spec, session.model_id).close()
+                training.trained().content.close()
     except Exception as error:
         log.warning("trainer_not_warm", reason=str(error), exc_info=error)
-    else:
-        log.info("trainer_warm", seconds=round(time.monotonic() - started_s, 2))
+        return None
+    log.info("trainer_warm", seconds=round(time.monotonic() - started_s, 2))
+    return training.plan
 
 
 def _request(is_gpu: bool) -> trainer_pb2.SubmitRequest:

@@ -77,6 +77,9 @@ class WeightSession:
         self.num_borrowed_bytes = sum(
             entry.nbytes for entry in shared.manifest.entries if entry.kind != "alias"
         )
+        # Where the weights lie that training reads, and so where it runs; and their format.
+        first = next(iter(self.weights.values()))
+        self.device, self.weights_dtype = first.device, first.dtype
         self.check_borrowed(self.weights)
 
     @classmethod
@@ -109,11 +112,6 @@ class WeightSession:
     @property
     def boot_id(self) -> str:
         return self._shared.manifest.boot_id
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights lie that training reads, and so where it runs."""
-        return next(iter(self.weights.values())).device
 
     def num_allocated_base_bytes(self, weights: Mapping[str, torch.Tensor]) -> int:
         """Bytes of the base model that this process holds itself: 0, or one copy on a device of its own."""

@@ -10,17 +10,23 @@ is rounded once, and reading what lies there costs a product of that size nothin
 base's format; the gradients of A and B are summed in float32 and stay there. The base gets none, so
 nothing of its size is ever made.
 
+With dropout `x` is multiplied by factors where the adapter reads it, and so is its gradient on that way.
+The factors are made again wherever they are needed.
+
 Legend: `T` tokens, `I` inputs, `O` outputs of a layer, `r` rank, `Q` ranks of all adapted layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+
+Factors = Callable[[], torch.Tensor] | None
+"""Makes the factors `[T, I]` of dropout, the same each time; None where there is none."""
 
 
 @dataclass(frozen=True)
@@ -69,18 +75,20 @@ class _Shrink(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, copies: AdapterCopies, x: torch.Tensor, *a: torch.Tensor
+        ctx: Any, copies: AdapterCopies, factors: Factors, x: torch.Tensor, *a: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.save_for_backward(x)
-        ctx.copies, ctx.dtype = copies, a[0].dtype
-        return x, F.linear(x, copies.scaled_a_QI)
+        ctx.copies, ctx.factors, ctx.dtype = copies, factors, a[0].dtype
+        return x, F.linear(x if factors is None else x * factors(), copies.scaled_a_QI)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (x,), (x_grad, h_grad) = ctx.saved_tensors, grads
+        if ctx.factors is not None:
+            x = x * ctx.factors()
         a_grad = _product(h_grad.t(), x, ctx.dtype).mul_(ctx.copies.scale)
         a_grads = [a_grad[ranks] for ranks in ctx.copies.ranks if ranks is not None]
-        return None, x_grad if ctx.needs_input_grad[1] else None, *a_grads
+        return None, None, x_grad if ctx.needs_input_grad[2] else None, *a_grads
 
 
 class _Expand(torch.autograd.Function):
@@ -93,6 +101,7 @@ class _Expand(torch.autograd.Function):
     def forward(
         ctx: Any,
         copies: AdapterCopies,
+        factors: Factors,
         num_layers: int,
         x: torch.Tensor,
         h: torch.Tensor,
@@ -106,6 +115,7 @@ class _Expand(torch.autograd.Function):
             else:
                 outputs.append(torch.mm(h[:, ranks], next(b).t()).addmm_(x, weight.t()))
         ctx.copies, ctx.weights, ctx.h, ctx.dtype = copies, weights, h, tensors[-1].dtype
+        ctx.factors = factors
         return tuple(outputs)
 
     @staticmethod
@@ -117,11 +127,13 @@ class _Expand(torch.autograd.Function):
                 torch.mm(grad, next(b), out=h_grad[:, ranks])
                 b_grads.append(_product(grad.t(), h[:, ranks], ctx.dtype))
         x_grad = None
-        if ctx.needs_input_grad[2]:
+        if ctx.needs_input_grad[3]:
             x_grad = torch.mm(h_grad, copies.scaled_a_QI)
+            if ctx.factors is not None:
+                x_grad.mul_(ctx.factors())
             for grad, weight in zip(grads, ctx.weights, strict=True):
                 x_grad.addmm_(grad, weight)
-        return None, None, x_grad, h_grad, *([None] * len(grads)), *b_grads
+        return None, None, None, x_grad, h_grad, *([None] * len(grads)), *b_grads
 
 
 def adapted_linears(
@@ -129,13 +141,15 @@ def adapted_linears(
     weights_OI: Sequence[torch.Tensor],
     pairs: Sequence[tuple[torch.Tensor, torch.Tensor] | None],
     copies: AdapterCopies,
+    factors: Factors = None,
 ) -> tuple[torch.Tensor, ...]:
     """Outputs `[T, O]` of layers that read `x`, with gradients of `x` and of the pairs A, B.
 
-    `copies` are those of `pairs`, in the format of `x` and the weights.
+    `copies` are those of `pairs`, in the format of `x` and the weights; `factors` are dropout's.
     """
     present = [pair for pair in pairs if pair is not None]
-    same_x, h = _Shrink.apply(copies, x_TI, *(a for a, _ in present))
+    same_x, h = _Shrink.apply(copies, factors, x_TI, *(a for a, _ in present))
     # Where x needs no gradient its alias must not ask for one.
     x = same_x if x_TI.requires_grad else x_TI
-    return _Expand.apply(copies, len(weights_OI), x, h, *weights_OI, *(b for _, b in present))  # type: ignore[no-any-return]
+    tensors = (x, h, *weights_OI, *(b for _, b in present))
+    return _Expand.apply(copies, factors, len(weights_OI), *tensors)  # type: ignore[no-any-return]

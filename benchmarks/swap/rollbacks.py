@@ -1,0 +1,59 @@
+"""Rollbacks of one adapter name under load: how soon the next request's first token is of the older version."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import httpx
+
+from benchmarks.swap.swaps import Answers, StackAddresses, Swapper, load
+from benchmarks.swap.telling_adapters import TellingAdapters
+
+NAME = "turned-back"
+_TIMEOUT_S = 60.0
+
+
+@dataclass
+class RollbackReport:
+    """Seconds of each rollback, in order: of its call, and from its POST to the next request's first token."""
+
+    call_s: list[float] = field(default_factory=list)
+    first_token_s: list[float] = field(default_factory=list)
+    answers: Answers = field(default_factory=Answers)
+
+
+async def run_rollbacks(
+    addresses: StackAddresses,
+    adapters: TellingAdapters,
+    *,
+    num_rollbacks: int,
+    num_clients: int,
+    max_tokens: int,
+) -> RollbackReport:
+    """Publish two versions, then go back to the first; again, that often. Clients never try again.
+
+    Raises:
+        AssertionError: a request that was sent after a rollback was answered by another version.
+    """
+    report = RollbackReport()
+    swapper = Swapper(addresses, adapters, NAME)
+    limits = httpx.Limits(max_connections=num_clients + 8)
+    async with httpx.AsyncClient(base_url=addresses.url, timeout=_TIMEOUT_S, limits=limits) as http:
+        try:
+            await swapper.swap()  # so that the name exists
+            async with load(http, adapters, report.answers, num_clients, max_tokens, NAME) as client:
+                for _ in range(num_rollbacks):
+                    older = swapper.newest
+                    await swapper.swap()
+                    assert (await client.first_token())[0] == swapper.newest
+                    asked_s = time.perf_counter()
+                    response = await http.post(f"/v1/adapters/{NAME}/rollback", json={"version": older})
+                    response.raise_for_status()
+                    report.call_s.append(time.perf_counter() - asked_s)
+                    version, came_s = await client.first_token()
+                    assert version == older, (version, older)
+                    report.first_token_s.append(came_s - asked_s)
+        finally:
+            await swapper.close()
+    return report

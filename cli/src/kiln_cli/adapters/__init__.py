@@ -1,0 +1,1 @@
+"""Adapters at the command line."""

@@ -1,0 +1,1 @@
+"""`kiln agent`: a model with tools, whose code runs in the sandbox."""

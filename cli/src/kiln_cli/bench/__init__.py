@@ -1,0 +1,1 @@
+"""`kiln bench`: how fast a running server answers."""

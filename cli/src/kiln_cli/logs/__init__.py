@@ -1,0 +1,1 @@
+"""The services' log files below a state folder."""

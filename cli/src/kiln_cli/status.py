@@ -1,0 +1,70 @@
+"""What `kiln status` shows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+_COLOURS = {"ok": "green", "degraded": "yellow", "unavailable": "red"}
+
+
+def show_status(console: Console, url: str, health: dict[str, Any]) -> None:
+    """The answer of GET /health, a line for each subject."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    table.add_row(
+        "server", f"{_coloured(health['status'])}  {escape(url)}  up {duration(health['uptime_s'])}"
+    )
+    table.add_row("model", escape(health.get("model") or "–"))
+    for number, engine in enumerate(health.get("engines") or ()):
+        table.add_row("engine" if number == 0 else "", _engine(engine))
+    table.add_row("training", _training(health.get("training")))
+    table.add_row("adapters", _adapters(health.get("adapters")))
+    away = [name for name, state in health["dependencies"].items() if state != "ok"]
+    if away:
+        table.add_row("away", f"[yellow]{', '.join(away)}[/yellow]; kiln doctor says what to do")
+    console.print(table)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as 45 s, 12 min, 3.4 h or 2.1 days."""
+    for unit, length_s, digits in (("days", 86400, 1), ("h", 3600, 1), ("min", 60, 0)):
+        if seconds >= length_s * (2 if unit == "min" else 1):
+            return f"{seconds / length_s:.{digits}f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def _coloured(state: str) -> str:
+    return f"[{_COLOURS.get(state, 'white')}]{escape(state)}[/]"
+
+
+def _engine(engine: dict[str, Any]) -> str:
+    scheduler = engine.get("scheduler") or {}
+    if not scheduler:
+        return _coloured(engine["status"])
+    tokens = f"{scheduler['pages_in_use']:,} of {scheduler['pages_total']:,} pages in use"
+    return (
+        f"{_coloured(engine['status'])}  {escape(engine.get('device', ''))}, {escape(engine.get('dtype', ''))}"
+        f"  {scheduler['running']} running, {scheduler['waiting']} waiting  {tokens}"
+        f"  {scheduler['generated_tokens_total']:,} tokens written"
+    )
+
+
+def _training(training: dict[str, Any] | None) -> str:
+    if training is None:
+        return "[yellow]the trainer does not answer[/yellow]"
+    running = training.get("running_job_id")
+    what = f"runs {escape(running)}" if running else "idle"
+    return f"{what}, {training.get('queued', 0)} waiting"
+
+
+def _adapters(adapters: dict[str, Any] | None) -> str:
+    if adapters is None:
+        return "[yellow]the registry does not answer[/yellow]"
+    attached = adapters.get("attached")
+    answers = f"[bold]{escape(attached)}[/bold] answers" if attached else "the bare base model answers"
+    return f"{adapters.get('count', 0)}; {answers}"

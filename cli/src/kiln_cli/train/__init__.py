@@ -1,0 +1,1 @@
+"""Training data from files, jobs on a server, and watching them."""

@@ -1,0 +1,1 @@
+"""Evaluation: suites of cases, answers drawn as any request's are, scorers, statistics."""

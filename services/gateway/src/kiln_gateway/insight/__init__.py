@@ -1,0 +1,1 @@
+"""What one sees of the gateway while it works: requests under way, and the feed of the dashboard."""

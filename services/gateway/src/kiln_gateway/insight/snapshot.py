@@ -1,0 +1,61 @@
+"""Reads a snapshot: engines, trainer, registry and this gateway's own requests, side by side."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable
+from typing import TypeVar
+
+from kiln_common.errors import KilnError
+from kiln_common.pb import trainer_pb2
+from kiln_gateway.gateway import Gateway
+from kiln_gateway.insight.feed import Snapshot
+from kiln_gateway.routes.health import engine_object, engine_stats, stats_object, training_object
+
+Result = TypeVar("Result")
+_TIMEOUT_S = 2.0
+_JOBS_SHOWN = 50
+
+
+async def read_snapshot(gateway: Gateway) -> Snapshot:
+    """How things stand now; what does not answer in time is left out."""
+    found, training, adapters, jobs = await asyncio.gather(
+        engine_stats(gateway),
+        training_object(gateway),
+        _or_none(gateway.clients.registry.list()),
+        _or_none(gateway.clients.trainer.list(_JOBS_SHOWN)),
+    )
+    resident_on: dict[str, list[str]] = {}
+    total: dict[str, float] = {}
+    engines = []
+    for seat, stats in found:
+        engine = engine_object(seat, stats)
+        engine.pop("scheduler", None)  # its numbers are in the sample
+        engines.append(engine)
+        for name, value in stats_object(stats).items():
+            total[name] = total.get(name, 0) + value
+        for reference in engine.get("resident_adapters", ()):
+            resident_on.setdefault(reference, []).append(engine.get("boot_id", ""))
+    return Snapshot(
+        sample={"at": round(time.time(), 3), "engine": total, "seconds": gateway.metrics.live.latencies()},
+        requests=gateway.metrics.live.view(),
+        status={"engines": engines, "training": training},
+        jobs=[await _with_history(gateway, job) for job in jobs] if jobs is not None else None,
+        adapters=adapters,
+        resident_on=resident_on,
+    )
+
+
+async def _with_history(gateway: Gateway, job: trainer_pb2.Job) -> trainer_pb2.Job:
+    """A list of jobs comes without histories; the curves of the running one are wanted."""
+    if job.status != "running":
+        return job
+    return await _or_none(gateway.clients.trainer.get(job.id)) or job
+
+
+async def _or_none(call: Awaitable[Result]) -> Result | None:
+    try:
+        return await asyncio.wait_for(call, _TIMEOUT_S)
+    except (KilnError, TimeoutError):
+        return None

@@ -1,0 +1,1 @@
+"""Training data: a catalogue and blobs of its own, apart from those of adapters."""

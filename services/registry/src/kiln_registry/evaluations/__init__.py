@@ -1,0 +1,1 @@
+"""Evaluation suites and runs: facts about adapter versions, kept beside them."""

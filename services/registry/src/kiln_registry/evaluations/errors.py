@@ -1,0 +1,38 @@
+"""Why a request about suites or runs is refused."""
+
+from __future__ import annotations
+
+from kiln_common.errors import ErrorKind, InvalidRequest, KilnError
+
+
+class EvalSuiteNotFound(KilnError):
+    code = "eval_suite_not_found"
+    kind = ErrorKind.NOT_FOUND
+    hint = "GET /v1/evals/suites lists the suites there are."
+    param = "suite"
+
+
+class InvalidSuiteName(InvalidRequest):
+    code = "invalid_suite_name"
+    hint = "Use 1 to 128 letters, digits, '.', '_' and '-', beginning with a letter or digit."
+    param = "name"
+
+
+class EvalRunNotFound(KilnError):
+    code = "eval_run_not_found"
+    kind = ErrorKind.NOT_FOUND
+    hint = "POST /v1/evals/runs starts one and answers with its id."
+
+
+class EvalClaimLost(KilnError):
+    """Another runner carries the run out now, or it has ended."""
+
+    code = "eval_claim_lost"
+    kind = ErrorKind.CONFLICT
+
+
+class EvalRunCrashed(KilnError):
+    """Every gateway that took the run over went away without finishing one more case."""
+
+    code = "eval_run_crashed"
+    hint = "The gateways' logs say how they ended; start the run again."

@@ -1,0 +1,268 @@
+"""Suites and runs in the catalogue's database. Each method is one transaction; time comes in."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from sqlalchemy import Connection, Engine, RowMapping, Select, delete, func, insert, select, update
+from sqlalchemy.exc import IntegrityError
+
+from kiln_common.adapter_names import InvalidAdapterName, parse_reference
+from kiln_common.ids import new_id
+from kiln_common.pb import evaluations_pb2 as pb
+from kiln_registry import schema
+from kiln_registry.evaluations.errors import (
+    EvalClaimLost,
+    EvalRunCrashed,
+    EvalRunNotFound,
+    EvalSuiteNotFound,
+    InvalidSuiteName,
+)
+from kiln_registry.evaluations.tables import cases, runs, suites
+
+_MAX_IDLE_CLAIMS = 3
+_SUITE_FIELDS = ("id", "name", "version", "sha256", "num_cases", "created_at_s")
+_RUN_FIELDS = (
+    *("id", "owner", "adapter", "settings_json", "job_id", "status", "summary_json"),
+    *("created_at_s", "started_at_s", "finished_at_s", "claim_epoch"),
+)
+T = TypeVar("T")
+
+
+class EvaluationStore:
+    """Owns the tables of suites, runs and cases. Thread-safe.
+
+    A run is carried out by whoever holds its claim: a lease that each report renews. When it runs
+    out, the next runner gets the run with the cases that are done; a report of an earlier claim is
+    refused. A run that three runners in a row left without one more case has failed.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        schema.metadata.create_all(engine)
+        self._engine = engine
+        self._reader = schema.reader(engine)
+
+    def put_suite(self, request: pb.PutSuiteRequest, now_s: float) -> pb.EvalSuite:
+        """Raises InvalidSuiteName."""
+        try:
+            is_bare = parse_reference(request.name).version is None
+        except InvalidAdapterName:
+            is_bare = False
+        if not is_bare:
+            raise InvalidSuiteName(f"{request.name[:140]!r} is not a suite's name")
+        sha256 = hashlib.sha256(request.content.encode()).hexdigest()
+        is_same_name = (suites.c.owner == request.owner) & (suites.c.name == request.name)
+
+        def put(connection: Connection) -> pb.EvalSuite:
+            query = select(suites).where(is_same_name, suites.c.sha256 == sha256)
+            known = connection.execute(query).mappings().first()
+            if known is not None:
+                return _suite(known)
+            last = connection.scalar(select(func.max(suites.c.version)).where(is_same_name)) or 0
+            row = {
+                "id": new_id("suite"), "owner": request.owner, "name": request.name, "version": last + 1,
+                "sha256": sha256, "num_cases": request.num_cases, "created_at_s": now_s,
+                "content": request.content,
+            }  # fmt: skip
+            connection.execute(insert(suites).values(**row))
+            return _suite(row)
+
+        return self._write(put)
+
+    def get_suite(self, owner: str, reference: str, *, with_content: bool) -> pb.EvalSuite:
+        """Raises EvalSuiteNotFound."""
+        with self._reader.begin() as connection:
+            row = connection.execute(_suite_query(owner, reference)).mappings().first()
+        if row is None:
+            raise EvalSuiteNotFound(f"there is no suite {reference[:160]!r}")
+        return _suite(row, with_content=with_content)
+
+    def list_suites(self, owner: str) -> list[pb.EvalSuite]:
+        with self._reader.begin() as connection:
+            query = select(suites).where(suites.c.owner == owner).order_by(suites.c.name, suites.c.version)
+            newest = {row["name"]: row for row in connection.execute(query).mappings()}
+        return [_suite(row) for row in newest.values()]
+
+    def submit_run(self, request: pb.SubmitRunRequest, now_s: float) -> pb.EvalRun:
+        """Raises EvalSuiteNotFound."""
+        key = request.idempotency_key or None
+
+        def submit(connection: Connection) -> str:
+            if key is not None:
+                known = connection.scalar(select(runs.c.id).where(runs.c.idempotency_key == key))
+                if known is not None:
+                    return known
+            if connection.scalar(select(suites.c.id).where(suites.c.id == request.suite_id)) is None:
+                raise EvalSuiteNotFound(f"there is no suite {request.suite_id[:160]!r}")
+            run_id = new_id("evalrun")
+            row = {
+                "id": run_id, "owner": request.owner, "suite_id": request.suite_id,
+                "adapter": request.adapter, "settings_json": request.settings_json,
+                "job_id": request.job_id, "idempotency_key": key, "status": "queued",
+                "created_at_s": now_s,
+            }  # fmt: skip
+            connection.execute(insert(runs).values(**row))
+            return run_id
+
+        return self._get(self._write(submit))
+
+    def get_run(self, run_id: str, owner: str, *, with_cases: bool) -> pb.EvalRun:
+        """Raises EvalRunNotFound."""
+        run = self._get(run_id, with_cases=with_cases)
+        if run.owner != owner:
+            raise _no_run(run_id)
+        return run
+
+    def claim_run(self, lease_s: float, now_s: float) -> pb.EvalRun | None:
+        """The oldest run that waits or whose lease has run out, with content and finished cases."""
+        is_free = runs.c.status.in_(("queued", "running")) & (runs.c.lease_ends_s <= now_s)
+        oldest = select(runs).where(is_free).order_by(runs.c.created_at_s, runs.c.id).limit(1)
+
+        def claim(connection: Connection) -> str | None:
+            while (row := connection.execute(oldest.with_for_update()).mappings().first()) is not None:
+                this = update(runs).where(runs.c.id == row["id"])
+                if row["num_idle_claims"] >= _MAX_IDLE_CLAIMS:
+                    crash = EvalRunCrashed(
+                        f"{_MAX_IDLE_CLAIMS} gateways in a row left the run without a result"
+                    )
+                    error = {"code": crash.code, "message": str(crash), "hint": crash.hint}
+                    connection.execute(
+                        this.values(status="failed", error_json=json.dumps(error), finished_at_s=now_s)
+                    )
+                    continue
+                connection.execute(
+                    this.values(
+                        status="running",
+                        started_at_s=row["started_at_s"] or now_s,
+                        claim_epoch=row["claim_epoch"] + 1,
+                        lease_ends_s=now_s + lease_s,
+                        num_idle_claims=row["num_idle_claims"] + 1,
+                    )
+                )
+                return row["id"]
+            return None
+
+        with self._reader.begin() as connection:  # gateways ask often, and mostly in vain
+            if connection.execute(oldest).first() is None:
+                return None
+        run_id = self._write(claim)
+        if run_id is None:
+            return None
+        run = self._get(run_id, with_cases=True, with_content=True)
+        for case in run.cases:  # what was said is of no use to who goes on
+            case.ClearField("answer")
+            case.ClearField("detail")
+        return run
+
+    def report_cases(self, request: pb.ReportCasesRequest, now_s: float) -> None:
+        """Keep results, of which the last of a case counts. Raises EvalClaimLost."""
+
+        def report(connection: Connection) -> None:
+            _check_claim(connection, request.run_id, request.claim_epoch)
+            _put_cases(connection, request.run_id, request.cases)
+            fields: dict[str, Any] = {"lease_ends_s": now_s + request.lease_s}
+            if request.cases or not request.lease_s:  # a runner that gives the run back did not crash
+                fields["num_idle_claims"] = 0
+            connection.execute(update(runs).where(runs.c.id == request.run_id).values(**fields))
+
+        self._write(report)
+
+    def finish_run(self, request: pb.FinishRunRequest, now_s: float) -> pb.EvalRun:
+        """Raises EvalClaimLost."""
+        has_failed = request.HasField("error")
+        status = "failed" if has_failed else "succeeded"
+        error = {name: getattr(request.error, name) for name in ("code", "message", "hint")}
+
+        def finish(connection: Connection) -> None:
+            _check_claim(connection, request.run_id, request.claim_epoch, also=status)
+            connection.execute(
+                update(runs)
+                .where(runs.c.id == request.run_id)
+                .values(
+                    status=status,
+                    summary_json=request.summary_json,
+                    error_json=json.dumps(error) if has_failed else "",
+                    finished_at_s=now_s,
+                )
+            )
+
+        self._write(finish)
+        return self._get(request.run_id)
+
+    def _get(self, run_id: str, *, with_cases: bool = False, with_content: bool = False) -> pb.EvalRun:
+        with self._reader.begin() as connection:
+            row = connection.execute(select(runs).where(runs.c.id == run_id)).mappings().first()
+            if row is None:
+                raise _no_run(run_id)
+            suite = connection.execute(select(suites).where(suites.c.id == row["suite_id"])).mappings().one()
+            num_done = connection.scalar(select(func.count()).where(cases.c.run_id == run_id)) or 0
+            query = select(cases).where(cases.c.run_id == run_id).order_by(cases.c.index)
+            found = connection.execute(query).mappings().all() if with_cases else []
+        run = pb.EvalRun(
+            **{name: row[name] for name in _RUN_FIELDS},
+            suite=_suite(suite, with_content=with_content),
+            num_done=num_done,
+            cases=[_case(case) for case in found],
+        )
+        if row["error_json"]:
+            run.error.CopyFrom(pb.EvalError(**json.loads(row["error_json"])))
+        return run
+
+    def _write(self, change: Callable[[Connection], T]) -> T:
+        """Carry out a transaction; once more where, on PostgreSQL, another one inserted the same row."""
+        try:
+            with self._engine.begin() as connection:
+                return change(connection)
+        except IntegrityError:
+            with self._engine.begin() as connection:
+                return change(connection)
+
+
+def _no_run(run_id: str) -> EvalRunNotFound:
+    return EvalRunNotFound(f"there is no evaluation run {run_id[:80]!r}")
+
+
+def _suite_query(owner: str, reference: str) -> Select[Any]:
+    is_owned = suites.c.owner == owner
+    if reference.startswith("suite_"):
+        by_id = select(suites).where(is_owned, suites.c.id == reference)
+        return by_id
+    name, _, version = reference.partition("@")
+    query = select(suites).where(is_owned, suites.c.name == name).order_by(suites.c.version.desc()).limit(1)
+    if version:
+        query = query.where(suites.c.version == (int(version) if version.isdecimal() else 0))
+    return query
+
+
+def _check_claim(connection: Connection, run_id: str, claim_epoch: int, *, also: str = "running") -> None:
+    query = select(runs.c.status, runs.c.claim_epoch).where(runs.c.id == run_id).with_for_update()
+    row = connection.execute(query).first()
+    if row is None:
+        raise _no_run(run_id)
+    if row.claim_epoch != claim_epoch or row.status not in ("running", also):
+        raise EvalClaimLost(f"claim {claim_epoch} of {run_id} is not the last one, or the run has ended")
+
+
+def _put_cases(connection: Connection, run_id: str, results: Sequence[pb.EvalCase]) -> None:
+    rows = [{"run_id": run_id, **{name: getattr(case, name) for name in _CASE_FIELDS}} for case in results]
+    if rows:
+        indexes = [row["index"] for row in rows]
+        connection.execute(delete(cases).where(cases.c.run_id == run_id, cases.c.index.in_(indexes)))
+        connection.execute(insert(cases), rows)
+
+
+_CASE_FIELDS = ("index", "score", "is_valid", "answer", "detail")
+
+
+def _suite(row: RowMapping | dict[str, Any], *, with_content: bool = False) -> pb.EvalSuite:
+    suite = pb.EvalSuite(**{name: row[name] for name in _SUITE_FIELDS})
+    if with_content:
+        suite.content = row["content"]
+    return suite
+
+
+def _case(row: RowMapping) -> pb.EvalCase:
+    return pb.EvalCase(**{name: row[name] for name in _CASE_FIELDS})

@@ -1,0 +1,100 @@
+"""Clients that ask all the time and never try again: every attempt is counted, with what came of it."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass
+
+import httpx
+
+from tests.support.stack import wait_for
+
+
+@dataclass(frozen=True)
+class Attempt:
+    began_s: float  # time.monotonic()
+    ended_s: float
+    outcome: str  # "ok", or what the client saw instead
+
+
+class ChatLoad:
+    """`num_clients` threads, half of them streaming, each on a new connection for each request."""
+
+    def __init__(
+        self, url: str, num_clients: int = 4, *, max_tokens: int = 16, timeout_s: float = 30.0
+    ) -> None:
+        self._url = f"{url}/v1/chat/completions"
+        self._max_tokens = max_tokens
+        self._timeout_s = timeout_s
+        self._stop = threading.Event()
+        self.attempts: list[Attempt] = []
+        self._threads = [
+            threading.Thread(target=self._ask_on, args=(number,), daemon=True)
+            for number in range(num_clients)
+        ]
+
+    def __enter__(self) -> ChatLoad:
+        for thread in self._threads:
+            thread.start()
+        self.wait_for_ok(2)
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(self._timeout_s + 10)
+            assert not thread.is_alive(), "a request had no ending"
+
+    def wait_for_ok(self, count: int = 1, timeout_s: float = 60.0) -> float:
+        """Wait for `count` answers to requests that begin now; returns the seconds it took."""
+        began_s = time.monotonic()
+        wait_for(
+            lambda: sum(a.outcome == "ok" and a.began_s >= began_s for a in list(self.attempts)) >= count,
+            f"{count} answers; the last attempts: {self.attempts[-5:]}",
+            timeout_s,
+        )
+        return time.monotonic() - began_s
+
+    def outcomes(self) -> Counter[str]:
+        return Counter(attempt.outcome for attempt in list(self.attempts))
+
+    @property
+    def longest_s(self) -> float:
+        return max(attempt.ended_s - attempt.began_s for attempt in list(self.attempts))
+
+    def _ask_on(self, number: int) -> None:
+        count = 0
+        while not self._stop.is_set():
+            began_s = time.monotonic()
+            outcome = self._ask(f"What is {number} + {count}?", is_streaming=number % 2 == 0)
+            self.attempts.append(Attempt(began_s, time.monotonic(), outcome))
+            count += 1
+            if outcome != "ok":
+                self._stop.wait(0.1)  # a refusal comes at once: do not drown what recovers
+
+    def _ask(self, content: str, *, is_streaming: bool) -> str:
+        body = {
+            "messages": [{"role": "user", "content": content}],
+            "max_tokens": self._max_tokens,
+            "ignore_eos": True,
+            "stream": is_streaming,
+        }
+        try:
+            with httpx.stream("POST", self._url, json=body, timeout=self._timeout_s) as response:
+                text = response.read().decode()
+        except httpx.HTTPError as error:
+            return type(error).__name__
+        if response.status_code != 200:
+            return f"{response.status_code} {json.loads(text)['error']['code']}"
+        return _end_of_stream(text) if is_streaming else "ok"
+
+
+def _end_of_stream(text: str) -> str:
+    events = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: ")]
+    for event in events:
+        if event != "[DONE]" and "error" in json.loads(event):
+            return f"stream {json.loads(event)['error']['code']}"
+    return "ok" if events and events[-1] == "[DONE]" else "stream broken off"
