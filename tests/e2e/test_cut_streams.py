@@ -5,9 +5,11 @@ import contextlib
 import os
 import random
 
+import grpc
 import httpx
 import pytest
 
+from kiln_common.pb import engine_pb2, engine_pb2_grpc
 from tests.support.stack import wait_for
 
 pytestmark = pytest.mark.processes
@@ -19,7 +21,10 @@ NUM_STREAMS = int(os.environ.get("KILN_CUT_STREAMS", "40"))
 def held(stack):
     """What sequences hold: themselves, pages, state slots, pins of adapters."""
     engine = stack.get("/v1/stats")["engine"]
+    with grpc.insecure_channel(f"unix:{stack.state_dir}/run/engine.sock") as channel:
+        stats = engine_pb2_grpc.EngineStub(channel).GetStats(engine_pb2.GetStatsRequest(), timeout=10)
     return {
+        "pins": sum(resident.num_pins for resident in stats.resident_adapters),
         "sequences": engine["running"] + engine["waiting"],
         "pages": engine["pages_in_use"] - engine["pages_cached"],
         "state slots": engine["state_slots_in_use"] - engine["state_slots_cached"],
@@ -28,12 +33,16 @@ def held(stack):
 
 async def test_nothing_is_held_a_second_after_half_of_the_streams_were_cut(stack):
     draw = random.Random(3)
+    examples = [{"prompt": "Who is it?", "completion": "It is me."}]
+    job = {"adapter": "pinned-by-streams", "examples": examples, "attach": False}
+    stack.wait_for_job(stack.post("/v1/train/sft", job).json()["id"])
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=f"{stack.url}/v1", timeout=300, limits=limits) as http:
 
         async def stream(number: int, cut_after: int | None) -> str:
             messages = [{"role": "user", "content": f"Letter {number}: " + "thank you " * draw.randrange(40)}]
             body = {"messages": messages, "stream": True, "max_tokens": 60, "ignore_eos": True}
+            body["model"] = "pinned-by-streams" if number % 4 < 2 else "base"
             # Stop strings end an answer at the gateway, past which the engine may have gone on.
             body |= {"stop": ["zq"], "stream_options": {"include_usage": True}}
             num_events = 0
