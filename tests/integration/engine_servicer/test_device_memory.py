@@ -1,6 +1,7 @@
 """What an engine on a GPU tells of its memory."""
 
 import pytest
+import torch
 
 from kiln_engine.device_side import load_device_side
 from kiln_engine.settings import EngineSettings
@@ -9,6 +10,7 @@ from tests.support.gateway import REPOSITORY
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 async def test_a_gpus_memory_is_told_by_use_and_by_the_driver(tmp_path):
     sizes = {"max_model_len": 512, "kv_cache_tokens": 4096, "max_running": 4, "step_token_budget": 256}
     settings = EngineSettings(

@@ -187,6 +187,14 @@ async def moving():
     await asyncio.to_thread(rig.loop.stop)
 
 
+async def until_nothing_is_held(rig: Rig) -> None:
+    """A move that the end of its request overtook gives back what it held a moment later."""
+    await rig.until_empty()
+    async with asyncio.timeout(10):
+        while +rig.adapters.held:
+            await asyncio.sleep(0.002)
+
+
 def publish_second(rig: Rig) -> None:
     rig.adapters.newest_version = 2
     rig.intake.follow(rig.adapters.newest("a"))
@@ -229,8 +237,7 @@ async def test_a_request_that_follows_a_name_goes_back_with_it(moving):
     assert (await moving.end_of("r")).finish_reason is FinishReason.LENGTH
     slots = [row.adapter_slots for plan in moving.runner.plans for row in plan.decode_rows]
     assert (slots[0], slots[-1]) == (((2, 0.5),), ((1, 0.5),))
-    await moving.until_empty()
-    assert +moving.adapters.held == Counter()
+    await until_nothing_is_held(moving)
 
 
 async def test_a_request_moves_on_to_what_came_while_it_waited(moving):
@@ -239,8 +246,7 @@ async def test_a_request_moves_on_to_what_came_while_it_waited(moving):
     moving.intake.submit(request, moving.outbox)
     assert (await moving.end_of("r")).finish_reason is FinishReason.LENGTH
     assert moving.runner.plans[-1].decode_rows[0].adapter_slots == ((2, 0.5),)
-    await moving.until_empty()
-    assert +moving.adapters.held == Counter()
+    await until_nothing_is_held(moving)
 
 
 async def test_a_version_that_cannot_be_had_leaves_the_request_where_it_is(moving):
@@ -253,8 +259,7 @@ async def test_a_version_that_cannot_be_had_leaves_the_request_where_it_is(movin
     moving.runner.let_go()
     assert (await moving.end_of("r")).finish_reason is FinishReason.LENGTH
     assert moving.runner.plans[-1].decode_rows[0].adapter_slots == ((1, 0.5),)
-    await moving.until_empty()
-    assert +moving.adapters.held == Counter()
+    await until_nothing_is_held(moving)
 
 
 async def test_a_policy_that_does_not_exist_is_refused(moving):

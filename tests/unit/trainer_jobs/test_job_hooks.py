@@ -5,6 +5,7 @@ import time
 
 from kiln_trainer.domain.training import StepReport
 from kiln_trainer.jobs.hooks import JobHooks
+from kiln_trainer.jobs.totals import TrainerTotals
 
 
 class WrittenJob:
@@ -17,7 +18,7 @@ class WrittenJob:
 
 def test_tokens_a_second_are_those_of_the_step_by_its_own_time():
     job = WrittenJob()
-    hooks = JobHooks(job, publish=lambda trained: None)
+    hooks = JobHooks(job, publish=lambda trained: None, totals=TrainerTotals())
     for num_tokens in (100.0, 300.0):
         began_s = time.monotonic()
         while time.monotonic() - began_s < 0.02:
@@ -30,5 +31,7 @@ def test_tokens_a_second_are_those_of_the_step_by_its_own_time():
 
 def test_a_report_without_tokens_has_no_rate():
     job = WrittenJob()
-    JobHooks(job, publish=lambda trained: None).after_step(StepReport(1, 1, 0, {"loss": 1.0}))
+    JobHooks(job, publish=lambda trained: None, totals=TrainerTotals()).after_step(
+        StepReport(1, 1, 0, {"loss": 1.0})
+    )
     assert job.written == [{"loss": 1.0}]
