@@ -51,22 +51,22 @@ def test_a_run_outlives_the_gateway_that_began_it(stack):
     """Killed in the middle; the next gateway answers what is left once the lease is over."""
     cases = [
         {"prompt": f"What is {n} plus {n}?", "scorer": {"type": "numeric", "target": 2 * n}}
-        for n in range(60)
+        for n in range(120)
     ]
     assert stack.post("/v1/evals/suites", {"name": "sums", "cases": cases}).status_code == 201
     body = {"suite": "sums", "adapter": None, "sampling": {"max_tokens": 24}}
     run_id = stack.post("/v1/evals/runs", body).json()["id"]
     path = f"/v1/evals/runs/{run_id}"
     wait_for(lambda: stack.get(path)["progress"]["done"] > 0, "the first results")
+    assert stack.get(path)["status"] == "running"
     dead = stack.kill("gateway")
     stack.wait_for_restart("gateway", dead)
     stack.wait_until_ready()
-    assert stack.get(path)["status"] == "running"
 
     def ended():
         run = stack.get(path)
         return run if run["status"] in ("succeeded", "failed") else None
 
     run = wait_for(ended, "the run to end", 90)
-    assert (run["status"], run["progress"]) == ("succeeded", {"done": 60, "cases": 60}), run
+    assert (run["status"], run["progress"]) == ("succeeded", {"done": 120, "cases": 120}), run
     assert 0 <= run["score"]["low"] <= run["score"]["mean"] <= run["score"]["high"] <= 1
