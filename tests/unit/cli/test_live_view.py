@@ -63,6 +63,19 @@ def test_how_a_job_ended_is_one_line():
     assert outcome(state("cancelled", progress=cut)) == "cancelled at step 2 of 9"
 
 
+def test_a_gate_that_was_not_passed_says_why_and_what_was_kept():
+    gate = {"passed": False, "reason": "the score 0.5 is below the least of 0.75"}
+    held = state("succeeded", result={"adapter": "job_1", "version": 1, "gate": gate})
+    assert outcome(held) == (
+        "the gate was not passed: the score 0.5 is below the least of 0.75\n"
+        "  polite is as it was; what the job learned is kept as job_1@1"
+    )
+    assert "gate not passed" in text_of(lambda console: show_jobs(console, [held]))
+    assert "gate not passed" in text_of(lambda console: show_job(console, held))
+    passed = state("succeeded", result={"adapter": "polite", "version": 3, "gate": {"passed": True}})
+    assert outcome(passed) == "polite@3 is live"
+
+
 def test_jobs_are_listed_and_one_is_shown_with_its_curve():
     assert "no jobs yet" in text_of(lambda console: show_jobs(console, []))
     history = [{"step": 1, "reward_mean": 0.2}, {"step": 2, "reward_mean": 0.8}]

@@ -89,7 +89,7 @@ def sft(
 ) -> int:
     """Learn from examples. Shows the job until its version answers, unless detached.
 
-    Exit code 1 when the job failed or was cancelled. Ctrl-C leaves the job alone.
+    Exit code 1 when the job failed, was cancelled or did not pass its gate. Ctrl-C leaves the job alone.
     """
     from kiln_cli.train.settings import job_fields
     from kiln_cli.train.submit import Following, sft_data, submit
@@ -144,7 +144,7 @@ def grpo(
 ) -> int:
     """Learn from rewards: scored answers, those to one prompt being a group.
 
-    Exit code 1 when the job failed or was cancelled. Ctrl-C leaves the job alone.
+    Exit code 1 when the job failed, was cancelled or did not pass its gate. Ctrl-C leaves the job alone.
     """
     from kiln_cli.train.settings import job_fields
     from kiln_cli.train.submit import Following, grpo_data, submit
@@ -196,7 +196,7 @@ def opd(
 ) -> int:
     """Learn from a teacher's judgement of what the student writes (on-policy distillation).
 
-    Exit code 1 when the job failed or was cancelled. Ctrl-C leaves the job alone.
+    Exit code 1 when the job failed, was cancelled or did not pass its gate. Ctrl-C leaves the job alone.
     """
     from kiln_cli.train.settings import job_fields
     from kiln_cli.train.submit import Following, opd_data, submit
@@ -243,7 +243,7 @@ def status(
 
 @command(app, "watch", examples=["kiln train watch JOB"])
 def watch(session: Session, job_id: JobId) -> int:
-    """Follow a job until it has ended. Exit code 1 when it failed or was cancelled."""
+    """Follow a job until it has ended. Exit code 1 when it failed, was cancelled or did not pass its gate."""
     from kiln_cli.train.submit import follow
 
     return follow(session, session.client.train.job(job_id))

@@ -95,7 +95,8 @@ def follow(session: Session, job: kiln.Job) -> int:
         session.out.note(f"\n{job.id} goes on; kiln train watch {job.id} follows it, cancel ends it")
         return exit_codes.INTERRUPTED
     session.out.answer(state.raw, lambda console: console.print(outcome(state), markup=False))
-    return exit_codes.DONE if state.status == "succeeded" else exit_codes.NO
+    is_as_asked = state.status == "succeeded" and state.gate_passed is not False
+    return exit_codes.DONE if is_as_asked else exit_codes.NO
 
 
 def _until_end(job: kiln.Job) -> kiln.JobState:
@@ -106,6 +107,8 @@ def _until_end(job: kiln.Job) -> kiln.JobState:
 
 def outcome(state: kiln.JobState) -> str:
     """How a job ended, in a line."""
+    if state.gate_passed is False:
+        return _gate_not_passed(state)
     if state.status == "succeeded":
         not_live = (state.result or {}).get("not_live") or []
         where = f", not yet on {', '.join(not_live)}" if not_live else ""
@@ -115,3 +118,11 @@ def outcome(state: kiln.JobState) -> str:
         hint = f"\n  {error['hint']}" if error.get("hint") else ""
         return f"failed: {error.get('message')} ({error.get('code')}){hint}"
     return f"{state.status} at step {state.step} of {state.num_steps}"
+
+
+def _gate_not_passed(state: kiln.JobState) -> str:
+    config = state.raw.get("effective_config") or {}
+    return (
+        f"the gate was not passed: {(state.result or {})['gate']['reason']}\n"
+        f"  {config.get('adapter', 'the adapter')} is as it was; what the job learned is kept as {state.version}"
+    )

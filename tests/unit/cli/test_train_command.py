@@ -1,0 +1,58 @@
+"""`kiln train`: what it prints and ends with, against a fake network."""
+
+import json
+
+import httpx
+import pytest
+
+from tests.support.command import Command
+
+HELD = {"passed": False, "reason": "the score 0.5 is below the least of 0.75"}
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """Give it `answer(request)`; every client of the command asks that one."""
+
+    def serve(answer):
+        def http_options(connection):
+            return {"base_url": "http://server", "transport": httpx.MockTransport(answer)}
+
+        monkeypatch.setattr("kiln.call.Connection.http_options", http_options)
+
+    return serve
+
+
+@pytest.fixture
+def run(capsys, tmp_path, monkeypatch):
+    (tmp_path / "examples.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    monkeypatch.chdir(tmp_path)
+    return Command(capsys)
+
+
+def job(status="succeeded", **fields):
+    return {"id": "job_1", "kind": "sft", "status": status, "effective_config": {"adapter": "a"}, **fields}
+
+
+def events(*types):
+    return "".join(
+        f"id: {number}-0\ndata: {json.dumps({'id': f'{number}-0', 'type': kind})}\n\n"
+        for number, kind in enumerate(types, start=1)
+    )
+
+
+@pytest.mark.parametrize(("passed", "exit_code"), [(False, 1), (True, 0)])
+def test_a_gate_that_was_not_passed_is_an_answer_of_no(server, run, passed, exit_code):
+    result = {"adapter": "job_1", "version": 1, "gate": {**HELD, "passed": passed}}
+
+    def answer(request):
+        if request.url.path.endswith("/events"):
+            return httpx.Response(200, text=events("succeeded"))
+        return httpx.Response(200, json=job(result=result))
+
+    server(answer)
+    shown = run("train", "watch", "job_1")
+    assert shown.exit_code == exit_code
+    assert ("the gate was not passed: the score 0.5 is below" in shown.out) is not passed
+    as_json = run("train", "sft", "examples.jsonl", "-a", "a", "--json")
+    assert (as_json.exit_code, as_json.json["result"]["gate"]["passed"]) == (exit_code, passed)
