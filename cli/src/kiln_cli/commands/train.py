@@ -46,7 +46,11 @@ Settings = Annotated[
 Detach = Annotated[bool, typer.Option("--detach", "-d", help="Print the job's id and end.")]
 Key = Annotated[
     str | None,
-    typer.Option("--idempotency-key", help="The same key never makes a second job.", show_default=False),
+    typer.Option(
+        "--idempotency-key",
+        help="The same key never makes a second job. Made up when left out.",
+        show_default=False,
+    ),
 ]
 Dataset = Annotated[
     str | None, typer.Option(help="An uploaded data set's id instead of a file.", show_default=False)
@@ -272,8 +276,9 @@ def retry(
 ) -> int:
     """Run a job's data again as a new job, with the same settings or changed ones."""
     from kiln_cli.train.settings import job_fields
-    from kiln_cli.train.submit import Following, accepted
+    from kiln_cli.train.submit import Following, accepted, send_once
 
-    changes = job_fields(settings or ())
-    job = session.client.train.job(job_id).retry(idempotency_key=idempotency_key, **changes)
-    return accepted(session, job, Following(detach, idempotency_key))
+    changes, following = job_fields(settings or ()), Following(detach, idempotency_key)
+    job = session.client.train.job(job_id)
+    again = send_once(session, following, lambda key: job.retry(idempotency_key=key, **changes))
+    return accepted(session, again, following)
