@@ -16,6 +16,7 @@ def confirm(question: str, is_agreed: bool) -> None:
     try:
         is_confirmed = sys.stdin.isatty() and typer.confirm(question, err=True)
     except typer.Abort:
+        typer.echo(err=True)  # the question's line has no end yet
         is_confirmed = False
     if not is_confirmed:
         raise NotConfirmed(f"not done: {question}")

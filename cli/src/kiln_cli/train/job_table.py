@@ -30,7 +30,7 @@ def show_jobs(console: Console, jobs: list[kiln.JobState]) -> None:
         table.add_row(
             escape(state.id),
             state.kind,
-            escape(state.version or state.raw.get("effective_config", {}).get("adapter", "")),
+            escape(_published_or_meant(state)),
             ended_as(state),
             f"{state.step}/{state.num_steps}" if state.num_steps else "",
             duration(max(time.time() - created, 0)) if created else "",
@@ -56,6 +56,11 @@ def show_job(console: Console, state: kiln.JobState) -> None:
     )
     if state.has_ended:
         console.print(f"  {outcome(state)}", markup=False)
+
+
+def _published_or_meant(state: kiln.JobState) -> str:
+    published = None if state.gate_passed is False else state.version
+    return published or state.raw.get("effective_config", {}).get("adapter", "")
 
 
 def ended_as(state: kiln.JobState) -> str:

@@ -147,8 +147,8 @@ def outcome(state: kiln.JobState) -> str:
 
 
 def _gate_not_passed(state: kiln.JobState) -> str:
-    config = state.raw.get("effective_config") or {}
+    name = state.raw.get("effective_config", {}).get("adapter", "its adapter's name")
     return (
         f"the gate was not passed: {(state.result or {})['gate']['reason']}\n"
-        f"  {config.get('adapter', 'the adapter')} is as it was; what the job learned is kept as {state.version}"
+        f"  nothing was published as {name}; what the job learned is kept as {state.version}"
     )
