@@ -136,14 +136,20 @@ def outcome(state: kiln.JobState) -> str:
     if state.gate_passed is False:
         return _gate_not_passed(state)
     if state.status == "succeeded":
-        not_live = (state.result or {}).get("not_live") or []
-        where = f", not yet on {', '.join(not_live)}" if not_live else ""
-        return f"{state.version} is live{where}" if state.version else "succeeded; nothing was published"
+        return _published(state) if state.version else "succeeded; nothing was published"
     if state.status == "failed":
         error = state.error or {}
         hint = f"\n  {error['hint']}" if error.get("hint") else ""
         return f"failed: {error.get('message')} ({error.get('code')}){hint}"
     return f"{state.status} at step {state.step} of {state.num_steps}"
+
+
+def _published(state: kiln.JobState) -> str:
+    not_live = (state.result or {}).get("not_live") or []
+    where = f", not yet on {', '.join(not_live)}" if not_live else ""
+    is_attached = state.raw.get("effective_config", {}).get("attach", True)
+    how = "" if is_attached else f" by name; kiln adapters attach {state.version} makes it the default"
+    return f"{state.version} is live{where}{how}"
 
 
 def _gate_not_passed(state: kiln.JobState) -> str:
