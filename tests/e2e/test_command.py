@@ -1,6 +1,5 @@
 """Every example of `kiln … --help` and every command in docs/, run as they stand against a real stack."""
 
-import contextlib
 import io
 import json
 import os
@@ -61,13 +60,11 @@ def work(stack, tmp_path_factory):
     with kiln.Client(stack.url) as client:
         client.train.sft("student", examples, attach=False).wait()
         job = client.train.sft("polite", examples, attach=False).wait()
-        names = {"JOB": job.id, "~/notes": str(folder), "DATASET": "none", "RUN_1": "none", "RUN_2": "none"}
-        with contextlib.suppress(kiln.NotBuiltError):
-            names["DATASET"] = client.datasets.upload(folder / "examples.jsonl")["id"]
-        with contextlib.suppress(kiln.NotBuiltError):
-            client.evals.put_suite("first", cases)
-            for name in ("RUN_1", "RUN_2"):
-                names[name] = client.evals.run("first", "base", max_tokens=16).wait().id
+        names = {"JOB": job.id, "~/notes": str(folder)}
+        names["DATASET"] = client.datasets.upload(folder / "examples.jsonl")["id"]
+        client.evals.put_suite("first", cases)
+        for name in ("RUN_1", "RUN_2"):
+            names[name] = client.evals.run("first", "base", max_tokens=16).wait().id
         yield folder, names
         client.adapters.detach()
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +23,21 @@ _AXE = Path(axe_playwright_python.__file__).parent / "axe.min.js"
 _SERIOUS = ("serious", "critical")
 
 
+@functools.cache
+def _chromium() -> str | None:
+    """The first that starts, as scripts/install_browser.sh decides: some distributions have a stub."""
+    installed = (found for name in _NAMES if (found := shutil.which(name)))
+    own = (str(found) for found in _OWN.glob("*/*/*headless*shell") if found.is_file())
+    return next((path for path in (*installed, *own) if _starts(path)), None)
+
+
+def _starts(path: str) -> bool:
+    return subprocess.run([path, "--version"], capture_output=True, timeout=60, check=False).returncode == 0
+
+
 def launch_options() -> dict[str, Any]:
     """For playwright's `chromium.launch`: the installed browser, with no network but loopback."""
-    path = next((found for name in _NAMES if (found := shutil.which(name))), None)
-    if path is None:
-        path = next((str(found) for found in _OWN.glob("*/*/*headless*shell*") if found.is_file()), None)
+    path = _chromium()
     assert path is not None, "no Chromium is here: run scripts/install_browser.sh"
     arguments = ["--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]
     if os.geteuid() == 0:

@@ -13,5 +13,10 @@ def confirm(question: str, is_agreed: bool) -> None:
     """Raises NotConfirmed when the answer is no, or when nobody is there to be asked."""
     if is_agreed:
         return
-    if not (sys.stdin.isatty() and typer.confirm(question, err=True)):
+    try:
+        is_confirmed = sys.stdin.isatty() and typer.confirm(question, err=True)
+    except typer.Abort:
+        typer.echo(err=True)  # the question's line has no end yet
+        is_confirmed = False
+    if not is_confirmed:
         raise NotConfirmed(f"not done: {question}")

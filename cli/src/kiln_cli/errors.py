@@ -3,6 +3,13 @@
 from kiln_common.errors import ErrorKind, InvalidRequest, KilnError
 
 
+class WrongUsage(InvalidRequest):
+    """A command or option that there is not, one that is missing, or a value that it does not take."""
+
+    code = "wrong_usage"
+    hint = "The same command with --help shows what it takes."
+
+
 class PortInUse(KilnError):
     code = "port_in_use"
     kind = ErrorKind.CONFLICT

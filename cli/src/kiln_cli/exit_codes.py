@@ -15,7 +15,7 @@ INTERRUPTED = 130
 
 MEANINGS = {
     DONE: "done",
-    NO: "it ran, and the answer is no: a job failed, a check or an evaluation did not pass",
+    NO: "it ran, and the answer is no: a job failed, a gate, a check or an evaluation did not pass",
     USAGE: "wrong usage: options, files or settings; nothing was sent",
     UNREACHABLE: "the server cannot be reached, or a service behind it is away; trying again may help",
     REFUSED: "the server refused the request",
@@ -41,6 +41,7 @@ def of_client_error(error: BaseException) -> int:
     codes: tuple[tuple[type[BaseException], int], ...] = (
         (kiln.JobFailed, NO),
         (kiln.JobCancelled, NO),
+        (kiln.GateNotPassed, NO),
         (kiln.ConnectionFailed, UNREACHABLE),
         (kiln.UnavailableError, UNREACHABLE),
         (kiln.NotBuiltError, NOT_BUILT),

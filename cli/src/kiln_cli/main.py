@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 import kiln_cli
 from kiln_cli import commands, exit_codes
+from kiln_cli.errors import WrongUsage
 from kiln_cli.output import Output
 from kiln_cli.session import MACHINE, Json
 from kiln_common.errors import KilnError
@@ -171,13 +172,22 @@ commands.register(app)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point: errors of ours become one line with a hint, and exit code 2.
+    """Entry point: errors of ours become one line with a hint, and exit code 2; with --json, so do options
+    that are wrong (a person sees those as typer shows them).
 
     `arguments` are those of the command line unless given.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
+    as_json = "--json" in arguments
+    # By default typer writes what is wrong with the options itself, for people.
+    quietly: dict[str, Any] = {"standalone_mode": False, "prog_name": "kiln"} if as_json else {}
     try:
-        app(args=list(arguments))
+        sys.exit(app(args=list(arguments), **quietly) or exit_codes.DONE)
     except KilnError as error:
-        Output("--json" in arguments).error(error.code, str(error), error.hint)
+        Output(as_json).error(error.code, str(error), error.hint)
+        sys.exit(exit_codes.USAGE)
+    except typer.TyperException as error:
+        context = getattr(error, "ctx", None)
+        shown = f"{context.command_path if context else 'kiln'} --help shows what it takes."
+        Output(as_json).error(WrongUsage.code, error.format_message(), shown)
         sys.exit(exit_codes.USAGE)

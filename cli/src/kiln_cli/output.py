@@ -26,6 +26,7 @@ class Output:
 
     def __init__(self, as_json: bool) -> None:
         self.as_json = as_json
+        self.about: dict[str, Any] = {}  # what an error object says besides, such as the job it is about
         self._console: Console | None = None
         self._errors: Console | None = None
 
@@ -60,7 +61,7 @@ class Output:
         """Why there is no answer; with --json as the same object that the server's errors have."""
         if self.as_json:
             body = {"code": code, "message": message, "hint": hint or None, "request_id": request_id}
-            sys.stdout.write(json.dumps({"error": body | details}, ensure_ascii=False) + "\n")
+            sys.stdout.write(json.dumps({"error": body | details | self.about}, ensure_ascii=False) + "\n")
             return
         from rich.markup import escape
 

@@ -3,8 +3,8 @@
 import pytest
 
 from kiln_cli.agent.tools import ToolLimits, Workbench
+from kiln_common import sandbox
 
-sandbox = pytest.importorskip("kiln_common.sandbox")
 MIB = 2**20
 
 

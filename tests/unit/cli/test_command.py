@@ -75,10 +75,36 @@ def test_an_error_is_json_on_standard_output_when_json_was_asked_for(capsys):
     ran = run("train", "sft", "nowhere.jsonl", "--adapter", "a", "--json")
     assert (ran.exit_code, ran.err) == (2, "")
     assert ran.json["error"]["code"] == "file_unreadable"
-    ran = run("up", "--port", "70000", "--json")
-    assert ran.exit_code == 2
     ran = run("up", "--gpu-sharing", "never", "--json")
     assert ran.json["error"]["code"] == "unknown_gpu_sharing"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message", "command"),
+    [
+        (("train", "sft"), "Missing option '--adapter'", "kiln train sft"),
+        (("eval", "run", "x", "--max-tokens", "0"), "Invalid value for '--max-tokens'", "kiln eval run"),
+        (("eval", "run", "x", "--nothing"), "No such option: --nothing", "kiln eval run"),
+        (("up", "--port", "70000"), "Invalid value for '--port'", "kiln up"),
+        (("burn",), "No such command 'burn'", "kiln"),
+    ],
+)
+def test_wrong_usage_is_json_too_and_text_for_a_person(capsys, arguments, message, command):
+    run = Command(capsys)
+    ran = run(*arguments, "--json")
+    assert (ran.exit_code, ran.err) == (2, "")
+    error = ran.json["error"]
+    assert (error["code"], error["hint"]) == ("wrong_usage", f"{command} --help shows what it takes.")
+    assert message in error["message"]
+    ran = run(*arguments)
+    assert (ran.exit_code, ran.out) == (2, "")
+    assert "Usage: " in ran.err
+
+
+def test_json_keeps_the_exit_code_of_what_ran(capsys):
+    run = Command(capsys)
+    assert run("version", "--json").exit_code == 0
+    assert run("status", "--url", "http://127.0.0.1:9", "--json").exit_code == 3
 
 
 @pytest.mark.parametrize("data", [(), ("f.jsonl", "--dataset", "ds_1")])

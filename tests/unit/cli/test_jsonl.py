@@ -21,6 +21,14 @@ def test_every_broken_line_is_named_with_its_number(tmp_path):
     assert "line 4: not an object but str; line 5: not an object but list" in str(caught.value)
 
 
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85"])
+def test_only_a_newline_ends_a_line(tmp_path, separator):
+    path = tmp_path / "data.jsonl"
+    text = f"one{separator}line"
+    path.write_bytes(f'{{"a": "{text}"}}\r\n{{"a": 2}}'.encode())
+    assert read_rows(str(path)) == [Row(1, {"a": text}), Row(2, {"a": 2})]
+
+
 def test_many_broken_lines_are_counted_and_the_first_ten_shown(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text("{\n" * 12)

@@ -13,9 +13,8 @@ from kiln_cli.train.submit import outcome
 
 def state(status="queued", **fields):
     config = {"adapter": "polite", "learning_rate": 1e-3, "seed": 0}
-    return kiln.JobState.of(
-        {"id": "job_1", "kind": "grpo", "status": status, "effective_config": config, **fields}
-    )
+    job = {"id": "job_1", "kind": "grpo", "status": status, "effective_config": config}
+    return kiln.JobState.of(job | fields)
 
 
 def event(kind, at_s=0.0, **raw):
@@ -56,11 +55,29 @@ def test_a_job_that_runs_shows_bar_curve_speed_and_time_left():
 def test_how_a_job_ended_is_one_line():
     done = {"adapter": "polite", "version": 3, "not_live": ["boot-2"]}
     assert outcome(state("succeeded", result=done)) == "polite@3 is live, not yet on boot-2"
+    done = {"adapter": "polite", "version": 3}
+    by_name = state("succeeded", result=done, effective_config={"attach": False})
+    assert outcome(by_name) == "polite@3 is live by name; kiln adapters attach polite@3 makes it the default"
     assert outcome(state("succeeded")) == "succeeded; nothing was published"
     error = {"code": "out_of_memory", "message": "no room", "hint": "Lower batch_tokens."}
     assert outcome(state("failed", error=error)) == "failed: no room (out_of_memory)\n  Lower batch_tokens."
     cut = {"step": 2, "steps": 9}
     assert outcome(state("cancelled", progress=cut)) == "cancelled at step 2 of 9"
+
+
+def test_a_gate_that_was_not_passed_says_why_and_what_was_kept():
+    gate = {"passed": False, "reason": "the score 0.5 is below the least of 0.75"}
+    held = state("succeeded", result={"adapter": "job_1", "version": 1, "gate": gate})
+    assert outcome(held) == (
+        "the gate was not passed: the score 0.5 is below the least of 0.75\n"
+        "  nothing was published as polite; what the job learned is kept as job_1@1"
+    )
+    listed = text_of(lambda console: show_jobs(console, [held]))
+    assert "gate not passed" in listed
+    assert "job_1@1" not in listed
+    assert "gate not passed" in text_of(lambda console: show_job(console, held))
+    passed = state("succeeded", result={"adapter": "polite", "version": 3, "gate": {"passed": True}})
+    assert outcome(passed) == "polite@3 is live"
 
 
 def test_jobs_are_listed_and_one_is_shown_with_its_curve():

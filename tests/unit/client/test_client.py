@@ -159,6 +159,25 @@ def test_waiting_ends_in_time_and_failures_carry_the_jobs_reason():
         waited.wait(timeout_s=-1.0)
 
 
+def test_a_gate_that_was_not_passed_is_not_a_success():
+    gate = {"passed": False, "reason": "the score 0.5 is below the least of 0.75"}
+
+    def answer(request):
+        if request.url.path.endswith("/events"):
+            return httpx.Response(200, text=sse({"id": "1-0", "type": "succeeded"}))
+        return httpx.Response(
+            200, json=job("succeeded", result={"adapter": "job_1", "version": 1, "gate": gate})
+        )
+
+    waited = client_of(answer).train.job("job_1")
+    with pytest.raises(kiln.GateNotPassed, match=r"job_1 did not pass its gate: the score 0\.5 is below"):
+        waited.wait()
+    assert (waited.state.gate_passed, waited.version) == (False, "job_1@1")
+    gate["passed"] = True
+    assert waited.wait().state.gate_passed is True
+    assert kiln.JobState.of(job("succeeded")).gate_passed is None
+
+
 def test_the_client_to_await_does_the_same():
     async def follow():
         def answer(request):

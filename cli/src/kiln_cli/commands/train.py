@@ -46,7 +46,11 @@ Settings = Annotated[
 Detach = Annotated[bool, typer.Option("--detach", "-d", help="Print the job's id and end.")]
 Key = Annotated[
     str | None,
-    typer.Option("--idempotency-key", help="The same key never makes a second job.", show_default=False),
+    typer.Option(
+        "--idempotency-key",
+        help="The same key never makes a second job. Made up when left out.",
+        show_default=False,
+    ),
 ]
 Dataset = Annotated[
     str | None, typer.Option(help="An uploaded data set's id instead of a file.", show_default=False)
@@ -89,7 +93,7 @@ def sft(
 ) -> int:
     """Learn from examples. Shows the job until its version answers, unless detached.
 
-    Exit code 1 when the job failed or was cancelled. Ctrl-C leaves the job alone.
+    Exit code 1 when the job failed, was cancelled or did not pass its gate. Ctrl-C leaves the job alone.
     """
     from kiln_cli.train.settings import job_fields
     from kiln_cli.train.submit import Following, sft_data, submit
@@ -144,7 +148,7 @@ def grpo(
 ) -> int:
     """Learn from rewards: scored answers, those to one prompt being a group.
 
-    Exit code 1 when the job failed or was cancelled. Ctrl-C leaves the job alone.
+    Exit code 1 when the job failed, was cancelled or did not pass its gate. Ctrl-C leaves the job alone.
     """
     from kiln_cli.train.settings import job_fields
     from kiln_cli.train.submit import Following, grpo_data, submit
@@ -196,7 +200,7 @@ def opd(
 ) -> int:
     """Learn from a teacher's judgement of what the student writes (on-policy distillation).
 
-    Exit code 1 when the job failed or was cancelled. Ctrl-C leaves the job alone.
+    Exit code 1 when the job failed, was cancelled or did not pass its gate. Ctrl-C leaves the job alone.
     """
     from kiln_cli.train.settings import job_fields
     from kiln_cli.train.submit import Following, opd_data, submit
@@ -243,7 +247,7 @@ def status(
 
 @command(app, "watch", examples=["kiln train watch JOB"])
 def watch(session: Session, job_id: JobId) -> int:
-    """Follow a job until it has ended. Exit code 1 when it failed or was cancelled."""
+    """Follow a job until it has ended. Exit code 1 when it failed, was cancelled or did not pass its gate."""
     from kiln_cli.train.submit import follow
 
     return follow(session, session.client.train.job(job_id))
@@ -272,8 +276,9 @@ def retry(
 ) -> int:
     """Run a job's data again as a new job, with the same settings or changed ones."""
     from kiln_cli.train.settings import job_fields
-    from kiln_cli.train.submit import Following, accepted
+    from kiln_cli.train.submit import Following, accepted, send_once
 
-    changes = job_fields(settings or ())
-    job = session.client.train.job(job_id).retry(idempotency_key=idempotency_key, **changes)
-    return accepted(session, job, Following(detach, idempotency_key))
+    changes, following = job_fields(settings or ()), Following(detach, idempotency_key)
+    job = session.client.train.job(job_id)
+    again = send_once(session, following, lambda key: job.retry(idempotency_key=key, **changes))
+    return accepted(session, again, following)

@@ -30,8 +30,8 @@ def show_jobs(console: Console, jobs: list[kiln.JobState]) -> None:
         table.add_row(
             escape(state.id),
             state.kind,
-            escape(state.version or state.raw.get("effective_config", {}).get("adapter", "")),
-            coloured(state.status),
+            escape(_published_or_meant(state)),
+            ended_as(state),
             f"{state.step}/{state.num_steps}" if state.num_steps else "",
             duration(max(time.time() - created, 0)) if created else "",
         )
@@ -40,7 +40,7 @@ def show_jobs(console: Console, jobs: list[kiln.JobState]) -> None:
 
 def show_job(console: Console, state: kiln.JobState) -> None:
     """One job: how far it is, its curve, its settings, how it ended."""
-    console.print(f"[bold]{escape(state.id)}[/bold]  {state.kind}  {coloured(state.status)}")
+    console.print(f"[bold]{escape(state.id)}[/bold]  {state.kind}  {ended_as(state)}")
     if state.status == "queued" and state.queue_position is not None:
         console.print(f"  place {state.queue_position + 1} in the queue")
     if state.num_steps:
@@ -56,6 +56,16 @@ def show_job(console: Console, state: kiln.JobState) -> None:
     )
     if state.has_ended:
         console.print(f"  {outcome(state)}", markup=False)
+
+
+def _published_or_meant(state: kiln.JobState) -> str:
+    published = None if state.gate_passed is False else state.version
+    return published or state.raw.get("effective_config", {}).get("adapter", "")
+
+
+def ended_as(state: kiln.JobState) -> str:
+    """Its status; a job whose gate refused the result has succeeded in nothing that was asked for."""
+    return "[yellow]gate not passed[/]" if state.gate_passed is False else coloured(state.status)
 
 
 def coloured(status: str) -> str:

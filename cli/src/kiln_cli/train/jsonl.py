@@ -55,7 +55,8 @@ def _lines(source: str) -> Iterator[str]:
         yield from sys.stdin
         return
     try:
-        yield from Path(source).expanduser().read_text(encoding="utf-8-sig").splitlines()
+        # Not splitlines: JSON's strings may hold U+2028 and U+0085 as they are.
+        yield from Path(source).expanduser().read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise FileUnreadable(
             f"{source} cannot be read: {getattr(error, 'strerror', None) or error}"

@@ -99,7 +99,7 @@ def watch(job: kiln.Job, console: Console) -> kiln.JobState:
     with Live(view, console=console, refresh_per_second=8, transient=False) as live:
         _follow(job, view, events)
         view.state = job.refresh().state
-        view.stage = view.state.status
+        view.stage = "gate not passed" if view.state.gate_passed is False else view.state.status
         live.refresh()
     return job.state
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,14 +64,31 @@ def submit(
     session: Session, recipe: str, body: dict[str, Any], lines: list[int], following: Following
 ) -> int:
     """Submit the job and follow it; the exit code says how it ended."""
+
+    def send(key: str) -> kiln.Job:
+        try:
+            return session.client.train.submit(recipe, body, key)
+        except kiln.InvalidRequestError as error:
+            line = line_of_field(error.param, lines)
+            if line is not None:
+                error.message = f"line {line}: {error.message}"
+            raise
+
+    return accepted(session, send_once(session, following, send), following)
+
+
+def send_once(session: Session, following: Following, send: Callable[[str], kiln.Job]) -> kiln.Job:
+    """The job that `send` makes under the key given, or one made up. Where nobody can know whether the
+    job was accepted, the error says the key: the same command with it never makes a second job.
+    """
+    key = following.idempotency_key or uuid.uuid4().hex
     try:
-        job = session.client.train.submit(recipe, body, following.idempotency_key)
-    except kiln.InvalidRequestError as error:
-        line = line_of_field(error.param, lines)
-        if line is not None:
-            error.message = f"line {line}: {error.message}"
+        return send(key)
+    except kiln.KilnError as error:
+        if exit_codes.of_client_error(error) in (exit_codes.UNREACHABLE, exit_codes.SERVER_FAILED):
+            session.out.about["idempotency_key"] = key
+            session.out.note(f"--idempotency-key {key} with the same command never makes a second job")
         raise
-    return accepted(session, job, following)
 
 
 def accepted(session: Session, job: kiln.Job, following: Following) -> int:
@@ -89,13 +108,21 @@ def follow(session: Session, job: kiln.Job) -> int:
     """Watch the job to its end and say how that was. Ctrl-C leaves the job alone."""
     from kiln_cli.train.live_view import watch
 
+    session.out.about["job_id"] = job.id
+    goes_on = f"{job.id} goes on; kiln train watch {job.id} follows it, cancel ends it"
     try:
         state = _until_end(job) if session.out.as_json else watch(job, session.out.errors)
     except KeyboardInterrupt:
-        session.out.note(f"\n{job.id} goes on; kiln train watch {job.id} follows it, cancel ends it")
+        session.out.note(f"\n{goes_on}")
+        if session.out.as_json:
+            session.out.error("interrupted", goes_on)
         return exit_codes.INTERRUPTED
+    except kiln.KilnError:
+        session.out.note(f"\nlost sight of {job.id}; kiln train watch {job.id} follows it again")
+        raise
     session.out.answer(state.raw, lambda console: console.print(outcome(state), markup=False))
-    return exit_codes.DONE if state.status == "succeeded" else exit_codes.NO
+    is_as_asked = state.status == "succeeded" and state.gate_passed is not False
+    return exit_codes.DONE if is_as_asked else exit_codes.NO
 
 
 def _until_end(job: kiln.Job) -> kiln.JobState:
@@ -106,12 +133,28 @@ def _until_end(job: kiln.Job) -> kiln.JobState:
 
 def outcome(state: kiln.JobState) -> str:
     """How a job ended, in a line."""
+    if state.gate_passed is False:
+        return _gate_not_passed(state)
     if state.status == "succeeded":
-        not_live = (state.result or {}).get("not_live") or []
-        where = f", not yet on {', '.join(not_live)}" if not_live else ""
-        return f"{state.version} is live{where}" if state.version else "succeeded; nothing was published"
+        return _published(state) if state.version else "succeeded; nothing was published"
     if state.status == "failed":
         error = state.error or {}
         hint = f"\n  {error['hint']}" if error.get("hint") else ""
         return f"failed: {error.get('message')} ({error.get('code')}){hint}"
     return f"{state.status} at step {state.step} of {state.num_steps}"
+
+
+def _published(state: kiln.JobState) -> str:
+    not_live = (state.result or {}).get("not_live") or []
+    where = f", not yet on {', '.join(not_live)}" if not_live else ""
+    is_attached = state.raw.get("effective_config", {}).get("attach", True)
+    how = "" if is_attached else f" by name; kiln adapters attach {state.version} makes it the default"
+    return f"{state.version} is live{where}{how}"
+
+
+def _gate_not_passed(state: kiln.JobState) -> str:
+    name = state.raw.get("effective_config", {}).get("adapter", "its adapter's name")
+    return (
+        f"the gate was not passed: {(state.result or {})['gate']['reason']}\n"
+        f"  nothing was published as {name}; what the job learned is kept as {state.version}"
+    )

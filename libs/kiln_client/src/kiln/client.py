@@ -221,7 +221,7 @@ class Job:
         """Until it has ended and, having succeeded, its version answers. Times out within 15 s more.
 
         Raises:
-            JobFailed, JobCancelled: it ended so.
+            JobFailed, JobCancelled, GateNotPassed: it ended so.
             WaitTimedOut: it goes on after `timeout_s`.
         """
         line = ProgressLine(self.id) if progress else None

@@ -8,7 +8,7 @@ KilnError
 │   └── ServerError (500)  NotBuiltError (501)  ServerTimeoutError (504)
 ├── ConnectionFailed    nothing answered, or the answer broke off
 ├── WaitTimedOut        the job had not ended in the time given
-└── JobFailed, JobCancelled, EvalFailed        it ended, and not well
+└── JobFailed, JobCancelled, GateNotPassed, EvalFailed        it ended, and not well
 """
 
 from __future__ import annotations
@@ -140,6 +140,18 @@ class JobCancelled(KilnError):
 
     def __init__(self, job: JobState) -> None:
         super().__init__(f"job {job.id} was cancelled at step {job.step} of {job.num_steps}")
+        self.job = job
+
+
+class GateNotPassed(KilnError):
+    """The job ran to its end, but what it learned did not pass its gate; `job` has all that is known."""
+
+    code = "gate_not_passed"
+    hint = "Nothing was published under the adapter's name; what the job learned is kept under the job's id."
+
+    def __init__(self, job: JobState) -> None:
+        reason = (job.result or {})["gate"].get("reason") or "no reason was given"
+        super().__init__(f"job {job.id} did not pass its gate: {reason}")
         self.job = job
 
 

@@ -107,10 +107,19 @@ class JobState:
 
     @property
     def version(self) -> str | None:
-        """The version it published, "name@version"; None until it has, and for `publish: never`."""
+        """The version it published, "name@version"; None until it has, and for `publish: never`.
+
+        Where its gate was not passed, the version that was kept aside under the job's id.
+        """
         if not self.result or not self.result.get("version"):
             return None
         return f"{self.result['adapter']}@{self.result['version']}"
+
+    @property
+    def gate_passed(self) -> bool | None:
+        """Whether its result passed its gate; None before that is known, and without a gate."""
+        gate = (self.result or {}).get("gate")
+        return None if gate is None else bool(gate["passed"])
 
     @classmethod
     def of(cls, raw: JsonObject) -> JobState:

@@ -5,7 +5,15 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from kiln.errors import ConnectionFailed, JobCancelled, JobFailed, KilnError, UnavailableError, WaitTimedOut
+from kiln.errors import (
+    ConnectionFailed,
+    GateNotPassed,
+    JobCancelled,
+    JobFailed,
+    KilnError,
+    UnavailableError,
+    WaitTimedOut,
+)
 from kiln.values import JobEvent, JobState, JsonObject
 
 _FIRST_PAUSE_S = 0.2
@@ -58,8 +66,10 @@ class EventCursor:
 
 
 def check_outcome(state: JobState) -> None:
-    """Raises JobFailed or JobCancelled when the job ended so."""
+    """Raises JobFailed, JobCancelled or GateNotPassed when the job ended so."""
     if state.status == "failed":
         raise JobFailed(state)
     if state.status == "cancelled":
         raise JobCancelled(state)
+    if state.gate_passed is False:
+        raise GateNotPassed(state)

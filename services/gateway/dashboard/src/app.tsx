@@ -5,6 +5,7 @@ import { apiKey } from "./api";
 import { attachedOf } from "./derive";
 import { connect, feed } from "./feed";
 import { KeyForm } from "./key_form";
+import { forgetRounds } from "./playground/state";
 import { useStore } from "./store";
 import { choose, theme, type Choice } from "./theme";
 import { Adapters } from "./views/adapters";
@@ -171,6 +172,7 @@ function State() {
           class="quiet"
           onClick={() => {
             apiKey.forget();
+            forgetRounds();
             void connect();
           }}
         >

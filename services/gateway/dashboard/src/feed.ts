@@ -21,9 +21,8 @@ export interface FeedState {
   logs: LogLine[];
 }
 
-export const feed = new Store<FeedState>({
-  connection: "connecting",
-  error: null,
+/** Everything a key was shown. A connection brings all of it anew, for its own key. */
+const nothing = {
   hello: null,
   samples: [],
   requests: { running: [], ended: [] },
@@ -31,7 +30,9 @@ export const feed = new Store<FeedState>({
   jobs: [],
   adapters: [],
   logs: [],
-});
+};
+
+export const feed = new Store<FeedState>({ connection: "connecting", error: null, ...nothing });
 
 let connection = new AbortController();
 
@@ -48,7 +49,7 @@ export async function connect(): Promise<void> {
       if (signal.aborted) return;
       const error = asApiError(caught);
       if (error.status === 401) {
-        feed.update({ connection: "key needed", error, hello: null });
+        feed.set({ connection: "key needed", error, ...nothing });
         return;
       }
       feed.update({ connection: "lost", error });
@@ -62,7 +63,7 @@ function take(event: string, data: string): void {
   const state = feed.value;
   if (event === "hello") {
     const hello = body as Hello;
-    feed.update({ connection: "live", error: null, hello, samples: hello.history, logs: [] });
+    feed.set({ connection: "live", error: null, ...nothing, hello, samples: hello.history });
   } else if (event === "sample") {
     feed.update({ samples: [...state.samples, body as Sample].slice(-SAMPLES_KEPT) });
   } else if (event === "requests") {

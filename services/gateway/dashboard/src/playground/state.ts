@@ -84,6 +84,12 @@ export function stopAnswers(): void {
   for (const controller of running) controller.abort();
 }
 
+/** Prompts and answers are those of a key: whoever forgets it takes them along. */
+export function forgetRounds(): void {
+  stopAnswers();
+  playground.update({ prompt: "", context: [], rounds: [] });
+}
+
 /** Throws where the tools are not a JSON array. */
 export function parseTools(text: string): unknown[] | undefined {
   if (!text.trim()) return undefined;
