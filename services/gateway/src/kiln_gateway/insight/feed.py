@@ -27,7 +27,7 @@ class Snapshot:
     """
 
     sample: dict[str, Any]  # numbers that are drawn over time
-    requests: dict[str, Any]
+    requests: dict[str, list[tuple[str, dict[str, Any]]]]  # each with its owner
     status: dict[str, Any]
     jobs: list[trainer_pb2.Job] | None
     adapters: list[registry_pb2.Adapter] | None
