@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from kiln_gateway.auth import Caller
@@ -88,7 +89,9 @@ async def _answer(
     gateway: Gateway, owner: str, body: ChatCompletionBody, target: Target | None = None
 ) -> tuple[Answer, str]:
     """The answer, and the adapter version that gave it. Without `target`, what the body names as the owner sees it."""
-    caller = Caller(owner=owner, scopes=frozenset({"infer"}))
+    limits = replace(gateway.keys.limits_of(owner), requests_per_minute=0)  # the run was one request
+    caller = Caller(owner=owner, scopes=frozenset({"infer"}), limits=limits)
+    await gateway.limits.admit(caller)
     run = await prepare_chat(gateway, body, caller, is_one_of_many=True, target=target)
     events = await run.collect(gateway.engines, gateway.rollouts, gateway.metrics)
     whole = ChatAnswer(run, gateway.tokenizer, has_logprobs=False, has_token_ids=False).whole(events)
