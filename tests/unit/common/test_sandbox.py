@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -9,14 +10,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 import kiln_common
 from kiln_common.errors import InvalidValue
-from kiln_common.sandbox import Language, Limits, Result, SandboxUnavailable, Stop, run
+from kiln_common.sandbox import Language, Limits, Result, SandboxUnavailable, Stop, run, work_folder
 
 MIB = 1024 * 1024
 Run = Callable[..., Result]
@@ -238,6 +239,55 @@ def test_what_is_written_to_the_work_folder_is_limited(python: Run):
     assert "bytes added to the work folder" in result.message
     empty = "import itertools\nfor n in itertools.count(): open(str(n), 'w').close()"
     assert python(empty, disk_bytes=MIB, time_s=20).stopped is Stop.DISK
+
+
+@contextlib.contextmanager
+def _as_ordinary_user(folder: Path) -> Iterator[None]:
+    """File permissions hold for this process, as they do not for root."""
+    if os.geteuid() != 0:
+        yield
+        return
+    for parent in [folder, *folder.parents[:2]]:
+        parent.chmod(0o755)
+    os.chown(folder, 54321, 54321)
+    os.seteuid(54321)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+def _nest(folder: Path, depth: int, name: str) -> int:
+    """Folders within each other; the open fd of the innermost."""
+    fd = os.open(folder, os.O_RDONLY)
+    for _ in range(depth):
+        os.mkdir(name, dir_fd=fd)
+        inner = os.open(name, os.O_RDONLY, dir_fd=fd)
+        os.close(fd)
+        fd = inner
+    return fd
+
+
+def test_a_work_folder_is_removed_whatever_was_left_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with _as_ordinary_user(tmp_path), work_folder() as folder:
+        os.close(_nest(folder.path, 1500, "a" * 20))
+        (folder.path / "link").symlink_to("/")
+        for mode in (0o000, 0o300, 0o500):
+            closed = folder.path / f"{mode:o}"
+            (closed / "inner").mkdir(parents=True)
+            (closed / "inner").chmod(mode)
+            closed.chmod(mode)
+        folder.path.chmod(0)
+    assert folder.is_removed
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_work_folder_that_cannot_be_removed_raises_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with work_folder() as folder:
+        folder.path.rename(tmp_path / "elsewhere")
+    assert not folder.is_removed
 
 
 def test_what_the_code_leaves_behind_dies_with_it(shell: Run, work: Path):

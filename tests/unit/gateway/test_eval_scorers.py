@@ -176,6 +176,9 @@ def test_code_passes_when_its_tests_do(sandbox):
     assert verdict(wrong) == WRONG
     assert "AssertionError" in wrong.detail
     assert verdict(score_code(scorer, Answer("```python\n```"))) == INVALID
+    # Deeper than a recursion, or a path, can follow.
+    nested = "import os\nfor _ in range(1500):\n    os.mkdir('a' * 9)\n    os.chdir('a' * 9)"
+    assert score_code(CodeScorer(type="code"), Answer(nested)).is_valid
     endless = CodeScorer(type="code", time_limit_s=0.3)
     assert "the limit is 0.3" in score_code(endless, Answer("while True: pass")).detail
 
