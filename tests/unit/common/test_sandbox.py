@@ -18,6 +18,7 @@ import pytest
 import kiln_common
 from kiln_common.errors import InvalidValue
 from kiln_common.sandbox import Language, Limits, Result, SandboxUnavailable, Stop, run, work_folder
+from kiln_common.sandbox.usage import folder_usage
 
 MIB = 1024 * 1024
 Run = Callable[..., Result]
@@ -239,6 +240,25 @@ def test_what_is_written_to_the_work_folder_is_limited(python: Run):
     assert "bytes added to the work folder" in result.message
     empty = "import itertools\nfor n in itertools.count(): open(str(n), 'w').close()"
     assert python(empty, disk_bytes=MIB, time_s=20).stopped is Stop.DISK
+
+
+def test_files_below_any_path_count_against_the_disk_limit(python: Run):
+    """Longer than the longest path, and deeper than is looked."""
+    code = "import os, time\nfor _ in range({}):\n    os.mkdir({!r})\n    os.chdir({!r})\n"
+    fill = "while True:\n    open(str(time.time()), 'wb').write(bytes(2**20))\n    time.sleep(0.01)"
+    long = python(code.format(30, "a" * 200, "a" * 200) + fill, disk_bytes=10 * MIB, time_s=20)
+    assert (long.stopped, "bytes added" in long.message) == (Stop.DISK, True)
+    deep = python(code.format(100, "b", "b") + fill, disk_bytes=2**40, time_s=20)
+    assert (deep.stopped, "cannot be read" in deep.message) == (Stop.DISK, True)
+
+
+def test_closed_folders_are_noticed(tmp_path: Path):
+    with _as_ordinary_user(tmp_path):
+        assert folder_usage(str(tmp_path)).num_unread == 0
+        (tmp_path / "closed").mkdir(mode=0o300)
+        (tmp_path / "closed" / "file").write_bytes(bytes(4096))
+        assert folder_usage(str(tmp_path)).num_unread == 1
+        (tmp_path / "closed").chmod(0o700)
 
 
 @contextlib.contextmanager
