@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
+from starlette.requests import ClientDisconnect
 
 from kiln_gateway.edge import EdgeMiddleware
 from kiln_gateway.engine_discovery import discovering
@@ -90,7 +91,8 @@ def create_app(settings: GatewaySettings, clients: Clients) -> FastAPI:
     install_error_handlers(app)
 
     @app.exception_handler(ClientLeft)
-    async def on_client_left(request: Request, error: ClientLeft) -> Response:
+    @app.exception_handler(ClientDisconnect)  # within its body
+    async def on_client_left(request: Request, error: Exception) -> Response:
         return Response(status_code=_CLIENT_CLOSED_REQUEST)
 
     install_openapi(app)
