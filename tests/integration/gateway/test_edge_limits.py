@@ -78,6 +78,18 @@ async def test_a_client_that_leaves_within_its_body_is_no_fault_of_ours(tmp_path
         assert lines == []
 
 
+async def test_an_upload_may_take_longer_than_a_completion(tmp_path):
+    rig = build_rig(tmp_path, request_timeout_s=0.2, body_pause_s=5)
+    rows = [b'{"prompt": "Hi", "completion": "Hello"}\n'] * 3
+    async with served(rig) as url:
+        host, port = url.removeprefix("http://").split(":")
+        for route, pieces, status in (("/v1/datasets", rows, 201), ("/v1/completions", rows[:1], 400)):
+            head = f"POST {route} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {sum(map(len, rows))}\r\n"
+            head += "Connection: close\r\n\r\n"
+            answer = await answer_to((host, port), head.encode(), *pieces, pause_s=0.15)
+            assert answer.startswith(f"HTTP/1.1 {status}".encode()), answer
+
+
 async def test_answers_may_take_longer_than_headers(tmp_path):
     rig = build_rig(tmp_path, header_timeout_s=0.2, body_pause_s=0.2)
     rig.engine.pause_after = 1

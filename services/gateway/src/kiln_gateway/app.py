@@ -105,5 +105,6 @@ def create_app(settings: GatewaySettings, clients: Clients) -> FastAPI:
         metrics=gateway.metrics,
         body_pause_s=settings.body_pause_s,
         body_timeout_s=settings.request_timeout_s,
+        upload_timeout_s=settings.upload_timeout_s,
     )
     return app
