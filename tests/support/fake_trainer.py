@@ -69,7 +69,7 @@ class FakeTrainer:
             job
             for job in newest_first
             if (not statuses or job.status in statuses) and owner in (None, job.owner)
-        ]
+        ][: limit or 100]
 
     async def queue(self) -> builtins.list[trainer_pb2.Job]:
         self._check()

@@ -8,6 +8,7 @@ import httpx
 import pytest
 
 from kiln_common.pb.common_pb2 import AdapterRef
+from kiln_common.pb.trainer_pb2 import Job
 from kiln_gateway.settings import ApiKey
 from tests.support.gateway import gateway_rig, served
 
@@ -199,6 +200,21 @@ async def test_what_belongs_to_another_key_is_in_no_answer(tmp_path):
         for headers, running in ((admin, "job_1"), (train, None)):
             found = (await rig.http.get("/v1/train/status", headers=headers)).json()
             assert (found["running_job_id"], found["status"]) == (running, "running")
+
+
+async def test_a_keys_own_jobs_are_shown_however_many_others_have(tmp_path):
+    async with gateway_rig(tmp_path, api_keys=KEYS) as rig, served(rig) as url:
+        train, admin = [{"Authorization": f"Bearer {key.key}"} for key in KEYS[1:]]
+        await rig.post("/v1/train/grpo", GRPO, headers=train)
+        rig.trainer.jobs["job_1"].status = "succeeded"
+        for number in range(60):
+            job = Job(id=f"of_another_{number}", owner="somebody", status="failed", created_at_s=200.0)
+            rig.trainer.jobs[job.id] = job
+        async with watching(url, **train) as events:
+            (job,) = await until(events, "jobs")
+            assert job["id"] == "job_1"
+        async with watching(url, **admin) as events:
+            assert len(await until(events, "jobs")) == 50
 
 
 async def test_nothing_is_read_while_nobody_watches(tmp_path):

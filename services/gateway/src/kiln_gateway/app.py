@@ -86,7 +86,7 @@ def create_app(settings: GatewaySettings, clients: Clients) -> FastAPI:
 
     app = FastAPI(title="Kiln", docs_url=None, redoc_url=None, lifespan=lifespan)
     app.state.gateway = gateway
-    app.state.feed = Feed(lambda: read_snapshot(gateway))
+    app.state.feed = Feed(lambda owners: read_snapshot(gateway, owners))
     app.state.api_routes = [route for router in _ROUTERS for route in router.routes]
     install_error_handlers(app)
 

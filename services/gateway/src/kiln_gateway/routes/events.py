@@ -41,7 +41,8 @@ async def _frames(gateway: Gateway, feed: Feed, caller: Caller) -> AsyncGenerato
     changes = _Changes()
     logs = _log_tail(gateway, caller)
     yield sse.frame(await _hello(gateway, caller, feed, has_logs=logs is not None), event="hello")
-    async with closing(feed.watch()) as snapshots:
+    owner = None if "admin" in caller.scopes else caller.owner
+    async with closing(feed.watch(owner)) as snapshots:
         async for snapshot in snapshots:
             for name, body in _parts(snapshot, caller, changes):
                 yield sse.frame(body, event=name)
