@@ -33,7 +33,6 @@ from kiln_gateway.routes import (
     home,
     messages,
     models,
-    not_built,
     responses,
     text,
     training,
@@ -61,7 +60,6 @@ _ROUTERS = (
     evals.router,
     health.router,
     events.router,
-    not_built.router,
     home.router,
 )
 
