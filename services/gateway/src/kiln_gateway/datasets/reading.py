@@ -85,7 +85,11 @@ class DatasetReader:
 
     async def _lines(self, dataset_id: str) -> AsyncGenerator[list[tuple[int, bytes | None]]]:
         splitter = LineSplitter()
+
+        def split(chunk: bytes) -> list[tuple[int, bytes | None]]:
+            return [*splitter.feed(chunk)]
+
         async with closing(self._datasets.fetch(dataset_id)) as chunks:
             async for chunk in chunks:
-                yield await asyncio.to_thread(lambda chunk=chunk: [*splitter.feed(chunk)])
+                yield await asyncio.to_thread(split, chunk)
         yield [*splitter.finish()]
