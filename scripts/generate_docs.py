@@ -158,12 +158,9 @@ def api_page(document: dict[str, Any]) -> str:
         "is not built yet answers 501.\n",
         "| route | does |\n|---|---|",
     ]
-    not_built = []
     for path, methods in document["paths"].items():
         for method, operation in methods.items():
-            row = f"| `{method.upper()} {path}` | {operation.get('summary', '')} |"
-            (not_built if operation.get("summary") == "Not built yet" else lines).append(row)
-    lines += ["\n## Not built yet (501)\n", "| route | |\n|---|---|", *not_built]
+            lines.append(f"| `{method.upper()} {path}` | {operation.get('summary', '')} |")
     lines.append("\n# Bodies")
     for name, schema in sorted(document["components"]["schemas"].items()):
         if "properties" in schema:

@@ -20,6 +20,7 @@ class FakeTrainer:
         self.jobs: dict[str, trainer_pb2.Job] = {}
         self.events: list[trainer_pb2.JobEvent] = []
         self.is_up = True
+        self.running_job_id = ""
         self.refusal: KilnError | None = None
 
     def _check(self) -> None:
@@ -68,7 +69,7 @@ class FakeTrainer:
             job
             for job in newest_first
             if (not statuses or job.status in statuses) and owner in (None, job.owner)
-        ]
+        ][: limit or 100]
 
     async def queue(self) -> builtins.list[trainer_pb2.Job]:
         self._check()
@@ -95,6 +96,7 @@ class FakeTrainer:
         self._check()
         return trainer_pb2.TrainerStatus(
             trainer_id="trainer-1",
+            running_job_id=self.running_job_id,
             num_queued=len(self.jobs),
             gpu_sharing="mps",
             gpu_share=0.5,

@@ -92,6 +92,7 @@ class FakeEngine:
         self.is_up = True
         self.is_closed = asyncio.Event()
         self.session_ends: list[str] = []
+        self.residents: list[common_pb2.AdapterRef] = []
         self.end_id = tokenizer.id_of("<|im_end|>")
         eos_ids = [tokenizer.id_of("<|endoftext|>"), self.end_id]
         self.base_model = common_pb2.BaseModel(
@@ -208,7 +209,10 @@ class FakeEngine:
     async def get_stats(self) -> engine_pb2.EngineStats:
         if not self.is_up:
             raise EngineUnavailable("the engine is down")
-        return engine_pb2.EngineStats(num_running=len(self.requests), num_pages_in_use=7)
+        residents = [engine_pb2.ResidentAdapter(adapter=each) for each in self.residents]
+        return engine_pb2.EngineStats(
+            num_running=len(self.requests), num_pages_in_use=7, resident_adapters=residents
+        )
 
 
 class FakeRegistry:
@@ -223,9 +227,9 @@ class FakeRegistry:
         self.publish_failure: KilnError | None = None
 
     def add(
-        self, name: str, *, attach: bool = False, model_hash: str = BASE_MODEL_HASH
+        self, name: str, *, attach: bool = False, model_hash: str = BASE_MODEL_HASH, owner: str = ""
     ) -> registry_pb2.AdapterVersion:
-        adapter = self.adapters.setdefault(name, registry_pb2.Adapter(name=name))
+        adapter = self.adapters.setdefault(name, registry_pb2.Adapter(name=name, owner=owner))
         number = len(adapter.versions) + 1
         version = adapter.versions.add(
             name=name,
@@ -234,6 +238,7 @@ class FakeRegistry:
             config_json='{"r": 8}',
             created_at_s=1.0,
             base_model_hash=model_hash,
+            owner=owner,
         )
         self.blobs[version.sha256] = f"bytes of {name}@{number}".encode()
         adapter.latest_version = number

@@ -137,7 +137,9 @@ async def test_the_stream_of_events_shows_a_keys_own_adapters_and_jobs(callers):
     await callers.upload("ann", "anns")
     await callers.ask("ann", "POST", "/v1/train/sft", {**SFT, "adapter": "anns"})
     registry, trainer = callers.rig.registry, callers.rig.trainer
-    snapshot = Snapshot({}, {}, {}, await trainer.list(10), await registry.list(), {})
+    snapshot = Snapshot(
+        {}, {}, {"engines": [], "training": None}, await trainer.list(10), await registry.list(), {}
+    )
     owner = (await registry.get("anns")).owner
     for caller, seen in (
         (Caller(owner, frozenset({"train"})), ["adapters", "jobs"]),

@@ -325,6 +325,10 @@ async def test_routes_that_are_not_there_say_so(rig):
     for method, path, status, code in cases:
         response = await rig.http.request(method, path)
         assert (response.status_code, response.json()["error"]["code"]) == (status, code), path
+    # What the hint names is there.
+    hint = (await rig.http.get("/v1/nothing")).json()["error"]["hint"]
+    assert hint.startswith("GET /openapi.json ")
+    assert CHAT in (await rig.http.get("/openapi.json")).json()["paths"]
 
 
 async def test_query_parameters_that_a_route_does_not_take_are_named(rig):

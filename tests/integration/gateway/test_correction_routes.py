@@ -136,6 +136,32 @@ async def test_corrections_of_another_base_model_are_not_learned(rig, store):
     assert rig.trainer.submitted == []
 
 
+async def test_a_list_reads_what_it_shows_and_a_job_finds_the_oldest(rig, store, monkeypatch):
+    monkeypatch.setattr("kiln_gateway.corrections._STATES_PAGE", 2)
+    monkeypatch.setattr("kiln_gateway.corrections._WHOLE_PAGE", 2)
+    completion_id = (await rig.chat()).json()["id"]
+    kept = [(await correct(rig, completion_id, text)).json()["id"] for text in "abcdefg"]
+    await store.hset(keys.correction(kept[1]), "used_by", "job_1")
+    await store.hset(keys.correction(kept[5]), "used_by", "job_1")
+
+    async def listed(query):
+        return [each["id"] for each in (await rig.http.get(f"{CORRECTIONS}?{query}")).json()["data"]]
+
+    assert await listed("status=used") == [kept[5], kept[1]]
+    assert await listed("status=used&limit=1") == [kept[5]]
+    assert await listed("") == kept[::-1]
+    # Whole ones are read as far as they are shown.
+    await store.config_resetstat()
+    assert await listed("limit=1") == kept[-1:]
+    assert (await store.info("commandstats"))["cmdstat_hgetall"]["calls"] == 1
+    monkeypatch.setattr("kiln_gateway.corrections.MAX_AT_ONCE", 3)
+    await rig.post(SFT, {"adapter": "a", "corrections": "unused"})
+    assert list(rig.trainer.submitted[0].correction_ids) == [kept[0], kept[2], kept[3]]
+    monkeypatch.setattr("kiln_gateway.corrections._MAX_KEPT", 7)
+    refused = await correct(rig, completion_id, "One more")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (409, "too_many_corrections")
+
+
 async def test_without_redis_there_are_no_corrections(tmp_path):
     async with gateway_rig(tmp_path) as rig:
         response = await rig.http.get(CORRECTIONS)

@@ -1,6 +1,7 @@
 """Datasets: every broken line is named, nothing is kept by halves, and jobs learn from their rows."""
 
 import json
+import random
 
 import pytest
 
@@ -127,6 +128,19 @@ async def test_a_sample_is_drawn_by_its_seed(rig):
     assert len(first) == 5
     assert all(each["row"] == rows[each["line"] - 2] for each in first)
     assert [each["row"] for each in await sample("n=1000")] == rows
+
+    # Nothing is read after the last row that is drawn.
+    fetch, sent = rig.datasets.fetch, []
+
+    async def counted(dataset_id):
+        async for chunk in fetch(dataset_id):
+            sent.append(chunk)
+            yield chunk
+
+    rig.datasets.fetch, rig.datasets.chunk_bytes = counted, 64
+    early = next(seed for seed in range(100) if random.Random(seed).randrange(50) < 20)
+    (found,) = await sample(f"n=1&seed={early}")
+    assert b"".join(sent).count(b"\n") < found["line"] + 3
 
 
 async def test_sft_learns_from_a_dataset_as_from_the_same_examples(rig):

@@ -3,6 +3,7 @@
 import asyncio
 
 import pytest
+import structlog
 
 from tests.support.gateway import build_rig, gateway_rig, served
 
@@ -57,6 +58,36 @@ async def test_a_body_that_pauses_is_refused(address):
     answer = await answer_to(address, HEAD + b"Content-Length: 100\r\n\r\n", b'{"messages"')
     assert answer.startswith(b"HTTP/1.1 400")
     assert b"body_too_slow" in answer
+
+
+@pytest.mark.parametrize("route", ["/v1/chat/completions", "/v1/datasets"])
+async def test_a_client_that_leaves_within_its_body_is_no_fault_of_ours(tmp_path, route):
+    rig = build_rig(tmp_path)
+    async with served(rig) as url:
+        with structlog.testing.capture_logs() as lines:
+            _, writer = await asyncio.open_connection(*url.removeprefix("http://").split(":"))
+            head = f"POST {route} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n"
+            writer.write(head.encode() + b'{"messages"')
+            await writer.drain()
+            writer.close()
+            counted = f'kiln_gateway_requests_total{{method="POST",route="{route}",status='
+            async with asyncio.timeout(10):
+                while counted not in (shown := rig.app.state.gateway.metrics.render().decode()):
+                    await asyncio.sleep(0.01)
+        assert f'{counted}"499"}} 1.0' in shown
+        assert lines == []
+
+
+async def test_an_upload_may_take_longer_than_a_completion(tmp_path):
+    rig = build_rig(tmp_path, request_timeout_s=0.2, body_pause_s=5)
+    rows = [b'{"prompt": "Hi", "completion": "Hello"}\n'] * 3
+    async with served(rig) as url:
+        host, port = url.removeprefix("http://").split(":")
+        for route, pieces, status in (("/v1/datasets", rows, 201), ("/v1/completions", rows[:1], 400)):
+            head = f"POST {route} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {sum(map(len, rows))}\r\n"
+            head += "Connection: close\r\n\r\n"
+            answer = await answer_to((host, port), head.encode(), *pieces, pause_s=0.15)
+            assert answer.startswith(f"HTTP/1.1 {status}".encode()), answer
 
 
 async def test_answers_may_take_longer_than_headers(tmp_path):

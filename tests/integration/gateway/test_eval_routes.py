@@ -59,11 +59,11 @@ async def start(rig, suite="capitals", **fields):
     return response.json()
 
 
-async def ended(rig, run_id):
+async def ended(rig, run_id, **options):
     """The run with its cases, once it has ended."""
     async with asyncio.timeout(20):
         while True:
-            run = (await rig.http.get(f"/v1/evals/runs/{run_id}?cases=true")).json()
+            run = (await rig.http.get(f"/v1/evals/runs/{run_id}?cases=true", **options)).json()
             if run["status"] in ("succeeded", "failed"):
                 return run
             await asyncio.sleep(0.01)
@@ -251,7 +251,7 @@ async def test_a_run_fails_with_a_reason_when_its_adapter_is_gone(rig):
     await rig.registry.delete("helper")
     async with evaluating(rig):
         run = await ended(rig, run["id"])
-    assert (run["status"], run["error"]["code"], run["score"]) == ("failed", "model_not_found", None)
+    assert (run["status"], run["error"]["code"], run["score"]) == ("failed", "adapter_not_found", None)
 
 
 async def test_an_engine_that_comes_back_is_waited_for(rig):
@@ -373,6 +373,25 @@ async def test_suites_and_runs_belong_to_the_key_that_made_them(tmp_path):
         assert (await rig.http.get(f"/v1/evals/runs/{run['id']}", headers=other)).status_code == 404
         assert (await rig.http.get("/v1/evals/suites", headers=other)).json()["data"] == []
         assert (await rig.post("/v1/evals/runs", body, headers=weak)).status_code == 403
+
+
+async def test_an_adapter_of_another_key_is_evaluated_where_it_was_accepted(tmp_path):
+    """The default is for everybody, and an admin may ask any adapter; anybody else finds their own."""
+    admin_key = {"key": "an-admin-key-of-many-chars", "scopes": ["infer", "train", "admin"]}
+    async with gateway_rig(tmp_path, api_keys=(*KEYS, admin_key)) as rig:
+        train, _, _, admin = [{"Authorization": f"Bearer {key['key']}"} for key in (*KEYS, admin_key)]
+        rig.registry.add("theirs", attach=True, owner="somebody")
+        runs = []
+        for headers, fields in ((train, {}), (admin, {"adapter": "theirs"})):
+            await put_suite(rig, QUESTIONS[:1], headers=headers)
+            body = {"suite": "capitals", **fields}
+            runs.append((await rig.post("/v1/evals/runs", body, headers=headers)).json())
+        refused = await rig.post("/v1/evals/runs", {"suite": "capitals", "adapter": "theirs"}, headers=train)
+        assert refused.json()["error"]["code"] == "adapter_not_found"
+        async with evaluating(rig):
+            for headers, run in zip((train, admin), runs, strict=True):
+                run = await ended(rig, run["id"], headers=headers)
+                assert (run["status"], run["adapter"], run["error"]) == ("succeeded", "theirs@1", None)
 
 
 async def test_a_failing_engine_fails_no_run_of_its_own(rig, monkeypatch):

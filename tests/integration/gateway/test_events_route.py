@@ -7,6 +7,8 @@ from contextlib import aclosing, asynccontextmanager
 import httpx
 import pytest
 
+from kiln_common.pb.common_pb2 import AdapterRef
+from kiln_common.pb.trainer_pb2 import Job
 from kiln_gateway.settings import ApiKey
 from tests.support.gateway import gateway_rig, served
 
@@ -124,7 +126,7 @@ async def test_requests_that_do_not_finish_are_shown_as_such(tmp_path, end):
                 await rig.engine.paused.wait()
         live = rig.app.state.gateway.metrics.live
         await condition(lambda: live.view()["ended"])
-        (ended,) = live.view()["ended"]
+        ((_, ended),) = live.view()["ended"]
         assert (ended["end"], ended["tokens"]) == (end, 2)
 
 
@@ -162,6 +164,57 @@ async def test_keys_see_what_their_scopes_allow(tmp_path):
                     seen.add(name)
                     assert name != "adapters" or body == []
         assert seen == {"sample", "requests", "status", "adapters"}
+
+
+async def test_what_belongs_to_another_key_is_in_no_answer(tmp_path):
+    """Requests with their adapters' names, resident adapters, and the job that runs."""
+    async with gateway_rig(tmp_path, api_keys=KEYS) as rig, served(rig) as url:
+        owner = KEYS[1].caller().owner
+        rig.registry.add("mine", owner=owner)
+        rig.registry.add("others", owner="somebody")
+        rig.engine.residents = [AdapterRef(name=name, version=1) for name in ("mine", "others")]
+        infer, train, admin = [{"Authorization": f"Bearer {key.key}"} for key in KEYS]
+        await rig.post("/v1/train/grpo", GRPO, headers=train)
+        rig.trainer.running_job_id = "job_1"
+        chat = {"model": "mine", "messages": [{"role": "user", "content": "Hi"}]}
+        answer = (await rig.post("/v1/chat/completions", chat, headers=train)).json()
+
+        both, none = ["mine@1", "others@1"], []
+        for headers, residents, running, requests in (
+            (admin, both, "job_1", [answer["id"]]),
+            (train, both[:1], "job_1", [answer["id"]]),
+            (infer, none, None, none),
+        ):
+            health = (await rig.http.get("/health", headers=headers)).json()
+            assert health["engines"][0]["resident_adapters"] == residents
+            assert health["training"]["running_job_id"] == running
+            stats = (await rig.http.get("/v1/stats", headers=headers)).json()
+            assert stats["training"]["running_job_id"] == running
+            async with watching(url, **headers) as events:
+                shown = await until(events, "requests")
+                assert [each["id"] for each in shown["ended"]] == requests
+                status = await until(events, "status")
+                assert status["engines"][0]["resident_adapters"] == residents
+                assert status["training"]["running_job_id"] == running
+        rig.trainer.jobs["job_1"].owner = "somebody"
+        for headers, running in ((admin, "job_1"), (train, None)):
+            found = (await rig.http.get("/v1/train/status", headers=headers)).json()
+            assert (found["running_job_id"], found["status"]) == (running, "running")
+
+
+async def test_a_keys_own_jobs_are_shown_however_many_others_have(tmp_path):
+    async with gateway_rig(tmp_path, api_keys=KEYS) as rig, served(rig) as url:
+        train, admin = [{"Authorization": f"Bearer {key.key}"} for key in KEYS[1:]]
+        await rig.post("/v1/train/grpo", GRPO, headers=train)
+        rig.trainer.jobs["job_1"].status = "succeeded"
+        for number in range(60):
+            job = Job(id=f"of_another_{number}", owner="somebody", status="failed", created_at_s=200.0)
+            rig.trainer.jobs[job.id] = job
+        async with watching(url, **train) as events:
+            (job,) = await until(events, "jobs")
+            assert job["id"] == "job_1"
+        async with watching(url, **admin) as events:
+            assert len(await until(events, "jobs")) == 50
 
 
 async def test_nothing_is_read_while_nobody_watches(tmp_path):

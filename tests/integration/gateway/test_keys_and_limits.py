@@ -11,8 +11,9 @@ import pytest
 import redis.asyncio
 import structlog
 
-from kiln_common.api_keys import ApiKey, InvalidApiKey, KeyRing, KeysFileUnusable, digest_of
+from kiln_common.api_keys import ApiKey, InvalidApiKey, KeyLimits, KeyRing, KeysFileUnusable, digest_of
 from kiln_gateway.errors import LimitsNeedRedis
+from kiln_gateway.evals.evaluator import Evaluator
 from tests.support.gateway import gateway_rig
 from tests.support.redis_server import private_redis
 
@@ -145,6 +146,39 @@ async def test_tokens_are_charged_when_they_were_used(tmp_path, store_url):
         owed = answer["usage"]["total_tokens"] - 30 + 1
         assert retry_after_s == pytest.approx(owed * 24 * 3600 / 30, abs=5)
         assert "30 tokens per day" in message
+
+
+def test_an_owners_limits_are_the_lowest_of_its_keys():
+    keys = [ApiKey(key=OLD, name="a", tokens_per_day=30, requests_per_minute=5)]
+    keys += [ApiKey(key=NEW, name="a", tokens_per_day=20), ApiKey(key="free-key-0123456789")]
+    ring = KeyRing(keys)
+    owner, _, free = (key.caller().owner for key in keys)
+    assert ring.limits_of(owner) == KeyLimits(requests_per_minute=5, tokens_per_day=20)
+    assert ring.limits_of(free) == ring.limits_of("nobody") == KeyLimits()
+
+
+async def test_an_evaluation_is_held_to_the_token_limits_of_its_key(tmp_path, store_url, monkeypatch):
+    monkeypatch.setattr("kiln_gateway.evals.evaluator._PATIENCE_S", 0.0)
+    keys = [
+        ApiKey(key=OLD, name="quota", scopes=("infer", "train"), requests_per_minute=3, tokens_per_day=30)
+    ]
+    async with gateway_rig(tmp_path, api_keys=keys, redis=redis.asyncio.from_url(store_url)) as rig:
+        case = {"prompt": "Hi", "scorer": {"type": "exact", "target": "Hello there!"}}
+        suite = {"name": "many", "cases": [case] * 20}
+        assert (await rig.post("/v1/evals/suites", suite, headers=bearer(OLD))).status_code == 201
+        run = await rig.post("/v1/evals/runs", {"suite": "many"}, headers=bearer(OLD))
+        gateway = rig.app.state.gateway
+        evaluator = Evaluator(gateway, gateway.clients.evaluations, concurrency=1, poll_s=0.01)
+        async with evaluator.working(), asyncio.timeout(20):
+            while (found := await _run(rig, run.json()["id"]))["status"] not in ("succeeded", "failed"):
+                await asyncio.sleep(0.01)
+        assert (found["status"], found["error"]["code"]) == ("failed", "rate_limited")
+        assert "30 tokens per day" in found["error"]["message"]
+        assert 1 <= len(rig.engine.requests) < 20
+
+
+async def _run(rig, run_id):
+    return (await rig.http.get(f"/v1/evals/runs/{run_id}", headers=bearer(OLD))).json()
 
 
 async def test_a_stream_that_is_left_is_charged_for_what_it_had(tmp_path, store_url):

@@ -28,6 +28,9 @@ async def test_a_requests_id_is_its_traces(tmp_path):
         assert given == "mine-1"
 
 
+EXAMPLE = {"prompt": "a", "completion": "b"}
+
+
 async def test_bodies_are_logged_only_where_that_was_asked_for(tmp_path):
     for log_bodies in (False, True):
         async with gateway_rig(tmp_path / str(log_bodies), log_bodies=log_bodies) as rig:
@@ -36,8 +39,12 @@ async def test_bodies_are_logged_only_where_that_was_asked_for(tmp_path):
                 body = {"messages": [{"role": "user", "content": "zanzibar"}]}
                 headers = {"traceparent": TRACEPARENT, "X-Request-Id": "mine-1"}
                 await rig.post("/v1/chat/completions", body, headers=headers)
+                hook = {"url": "http://localhost/", "secret": "a-secret-of-somebody"}
+                await rig.post("/v1/train/sft", {"webhook": hook, "adapter": "a", "examples": [EXAMPLE]})
+        assert "a-secret-of" not in repr(lines)
         assert ("zanzibar" in repr(lines)) is log_bodies
-        found = [line for line in lines if line["event"] == "request_body"]
+        found = [line for line in lines if line.get("path") == "/v1/chat/completions"]
+        assert len([line for line in lines if line.get("path") == "/v1/train/sft"]) == log_bodies
         assert [(line["request_id"], line["trace_id"]) for line in found] == [
             ("mine-1", TRACE_ID)
         ] * log_bodies

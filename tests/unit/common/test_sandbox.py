@@ -240,6 +240,16 @@ def test_what_is_written_to_the_work_folder_is_limited(python: Run):
     assert python(empty, disk_bytes=MIB, time_s=20).stopped is Stop.DISK
 
 
+def test_files_below_any_path_count_against_the_disk_limit(python: Run):
+    """Longer than the longest path, and deeper than is looked."""
+    code = "import os, time\nfor _ in range({}):\n    os.mkdir({!r})\n    os.chdir({!r})\n"
+    fill = "while True:\n    open(str(time.time()), 'wb').write(bytes(2**20))\n    time.sleep(0.01)"
+    long = python(code.format(30, "a" * 200, "a" * 200) + fill, disk_bytes=10 * MIB, time_s=20)
+    assert (long.stopped, "bytes added" in long.message) == (Stop.DISK, True)
+    deep = python(code.format(100, "b", "b") + fill, disk_bytes=2**40, time_s=20)
+    assert (deep.stopped, "cannot be read" in deep.message) == (Stop.DISK, True)
+
+
 def test_what_the_code_leaves_behind_dies_with_it(shell: Run, work: Path):
     """The background loop holds the pipe and would add to the file for ever."""
     result = shell("setsid sh -c 'while true; do echo x >> beats; done' & while [ ! -s beats ]; do :; done")

@@ -1,5 +1,7 @@
 """Each scorer tells right from wrong, and an answer without the form it needs from both."""
 
+import errno
+import shutil
 from typing import get_args
 
 import pytest
@@ -169,13 +171,26 @@ def test_code_is_the_fenced_blocks_or_all_of_the_answer():
     assert program_of("a = 1") == "a = 1"
 
 
-def test_code_passes_when_its_tests_do(sandbox):
+def _fail(outer):
+    shutil.rmtree(outer)
+    raise OSError(errno.EIO, "Input/output error")
+
+
+def test_code_passes_when_its_tests_do(sandbox, monkeypatch):
     scorer = CodeScorer(type="code", tests="assert double(4) == 8", time_limit_s=5.0)
     assert verdict(score_code(scorer, Answer("```python\ndef double(x):\n    return 2 * x\n```"))) == RIGHT
     wrong = score_code(scorer, Answer("```python\ndef double(x):\n    return x\n```"))
     assert verdict(wrong) == WRONG
     assert "AssertionError" in wrong.detail
     assert verdict(score_code(scorer, Answer("```python\n```"))) == INVALID
+    # Deeper than a recursion, or a path, can follow.
+    nested = "import os\nfor _ in range(1500):\n    os.mkdir('a' * 9)\n    os.chdir('a' * 9)"
+    assert score_code(CodeScorer(type="code"), Answer(nested)).is_valid
+    with monkeypatch.context() as patch:
+        patch.setattr("kiln_common.sandbox.own_folder._remove", _fail)
+        left = score_code(CodeScorer(type="code"), Answer("print(1)"))
+    assert verdict(left) == INVALID
+    assert "could not be removed" in left.detail
     endless = CodeScorer(type="code", time_limit_s=0.3)
     assert "the limit is 0.3" in score_code(endless, Answer("while True: pass")).detail
 

@@ -10,7 +10,7 @@ import hmac
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal, Self
 
@@ -126,6 +126,16 @@ class KeyRing:
     def is_open(self) -> bool:
         """Whether nobody needs a key."""
         return self._file is None and not self._configured
+
+    def limits_of(self, owner: str) -> KeyLimits:
+        """What holds for work that goes on without its request: of the owner's keys the lowest limits."""
+        self._look_again()
+        found = [caller.limits for _, caller in self._callers if caller.owner == owner]
+
+        def lowest(name: str) -> int:
+            return min((most for limits in found if (most := getattr(limits, name))), default=0)
+
+        return KeyLimits(*(lowest(limit.name) for limit in fields(KeyLimits)))
 
     def authenticate(self, authorization: str | None) -> Caller:
         """The caller behind an Authorization header; keys are compared by hash, all of them, in constant time.

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
+from starlette.requests import ClientDisconnect
 
 from kiln_gateway.edge import EdgeMiddleware
 from kiln_gateway.engine_discovery import discovering
@@ -32,7 +33,6 @@ from kiln_gateway.routes import (
     home,
     messages,
     models,
-    not_built,
     responses,
     text,
     training,
@@ -60,7 +60,6 @@ _ROUTERS = (
     evals.router,
     health.router,
     events.router,
-    not_built.router,
     home.router,
 )
 
@@ -85,12 +84,13 @@ def create_app(settings: GatewaySettings, clients: Clients) -> FastAPI:
 
     app = FastAPI(title="Kiln", docs_url=None, redoc_url=None, lifespan=lifespan)
     app.state.gateway = gateway
-    app.state.feed = Feed(lambda: read_snapshot(gateway))
+    app.state.feed = Feed(lambda owners: read_snapshot(gateway, owners))
     app.state.api_routes = [route for router in _ROUTERS for route in router.routes]
     install_error_handlers(app)
 
     @app.exception_handler(ClientLeft)
-    async def on_client_left(request: Request, error: ClientLeft) -> Response:
+    @app.exception_handler(ClientDisconnect)  # within its body
+    async def on_client_left(request: Request, error: Exception) -> Response:
         return Response(status_code=_CLIENT_CLOSED_REQUEST)
 
     install_openapi(app)
@@ -103,5 +103,6 @@ def create_app(settings: GatewaySettings, clients: Clients) -> FastAPI:
         metrics=gateway.metrics,
         body_pause_s=settings.body_pause_s,
         body_timeout_s=settings.request_timeout_s,
+        upload_timeout_s=settings.upload_timeout_s,
     )
     return app

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,9 @@ from kiln_common.ids import new_id
 from kiln_common.text.tokenizer import TextTokenizer
 from kiln_gateway.rollouts import Rollout
 
-_MAX_LISTED = 10_000
+_MAX_KEPT = 100_000  # of one key
+MAX_AT_ONCE = 10_000  # that a list shows, or a job learns
+_STATES_PAGE, _WHOLE_PAGE = 1000, 100
 _THINK_OPEN, _THINK_CLOSE, _TURN_END = "<think>", "</think>", "<|im_end|>"
 
 
@@ -31,6 +34,12 @@ class NothingToCorrect(InvalidRequest):
 
     code = "nothing_to_correct"
     hint = "Correct a completion that has an answer; a higher max_tokens lets the thinking end."
+
+
+class TooManyCorrections(KilnError):
+    code = "too_many_corrections"
+    kind = ErrorKind.CONFLICT
+    hint = "DELETE /v1/corrections/{id} those that are not needed any more; GET /v1/corrections?status=used lists learned ones."
 
 
 class NoUnusedCorrections(InvalidRequest):
@@ -60,7 +69,11 @@ class Correction:
 
     @property
     def status(self) -> str:
-        return "used" if self.used_by else "reserved" if self.reserved_by else "unused"
+        return _status(self.used_by, self.reserved_by)
+
+
+def _status(used_by: Any, reserved_by: Any) -> str:
+    return "used" if used_by else "reserved" if reserved_by else "unused"
 
 
 def correct(rollout: Rollout, text: str, tokenizer: TextTokenizer) -> Correction:
@@ -119,6 +132,10 @@ class CorrectionStore:
         self._redis = redis
 
     async def add(self, correction: Correction) -> None:
+        """Raises TooManyCorrections."""
+        (num_kept,) = await self._run(lambda pipe: pipe.zcard(keys.corrections(correction.owner)))
+        if num_kept >= _MAX_KEPT:
+            raise TooManyCorrections(f"{num_kept} corrections are kept for this key, at most {_MAX_KEPT}")
         fields = {
             "owner": correction.owner,
             "completion_id": correction.completion_id,
@@ -137,10 +154,39 @@ class CorrectionStore:
 
         await self._run(write)
 
-    async def all_of(self, owner: str) -> list[Correction]:
-        """The newest first."""
-        (ids,) = await self._run(lambda pipe: pipe.zrevrange(keys.corrections(owner), 0, _MAX_LISTED - 1))
+    async def newest(self, owner: str, status: str | None, limit: int) -> list[Correction]:
+        """The newest first, of one status or of any."""
+        last = limit - 1 if status is None else -1
+        (ids,) = await self._run(lambda pipe: pipe.zrevrange(keys.corrections(owner), 0, last))
+        if status is not None:
+            ids = await self._first(ids, limit, lambda found, _: found == status)
         return await self._read([each.decode() for each in ids])
+
+    async def unused(self, owner: str, model_hash: str) -> list[Correction]:
+        """The oldest first, as many as one job learns."""
+        (ids,) = await self._run(lambda pipe: pipe.zrange(keys.corrections(owner), 0, -1))
+        wanted = ("unused", model_hash.encode())
+        ids = await self._first(ids, MAX_AT_ONCE, lambda *found: found == wanted)
+        return await self._read([each.decode() for each in ids])
+
+    async def _first(
+        self, ids: Sequence[bytes], limit: int, is_wanted: Callable[[str, bytes], bool]
+    ) -> list[bytes]:
+        """Up to `limit` ids whose status and model hash are wanted; nothing else of them is read."""
+        chosen: list[bytes] = []
+        for start in range(0, len(ids), _STATES_PAGE):
+            page = ids[start : start + _STATES_PAGE]
+
+            def read(pipe: Any, page: Sequence[bytes] = page) -> None:
+                for each in page:
+                    pipe.hmget(keys.correction(each.decode()), "used_by", "reserved_by", "model_hash")
+
+            for each, (used_by, reserved_by, model_hash) in zip(page, await self._run(read), strict=True):
+                if model_hash is not None and is_wanted(_status(used_by, reserved_by), model_hash):
+                    chosen.append(each)
+            if len(chosen) >= limit:
+                break
+        return chosen[:limit]
 
     async def get(self, correction_id: str, owner: str) -> Correction:
         """Raises CorrectionNotFound, also for another key's correction."""
@@ -157,12 +203,17 @@ class CorrectionStore:
         await self._run(write)
 
     async def _read(self, ids: Sequence[str]) -> list[Correction]:
-        def read(pipe: Any) -> None:
-            for each in ids:
-                pipe.hgetall(keys.correction(each))
+        """Whole ones, of which each may be as long as a prompt: some at a time, and decoded on a thread."""
+        corrections: list[Correction] = []
+        for start in range(0, len(ids), _WHOLE_PAGE):
+            page = ids[start : start + _WHOLE_PAGE]
 
-        found = await self._run(read) if ids else []
-        return [_from_hash(each, fields) for each, fields in zip(ids, found, strict=True) if fields]
+            def read(pipe: Any, page: Sequence[str] = page) -> None:
+                for each in page:
+                    pipe.hgetall(keys.correction(each))
+
+            corrections += await asyncio.to_thread(_from_hashes, page, await self._run(read))
+        return corrections
 
     async def _run(self, fill: Any) -> Any:
         if self._redis is None:
@@ -173,6 +224,10 @@ class CorrectionStore:
                 return await pipe.execute()
         except (RedisError, OSError) as error:
             raise QueueUnavailable(f"Redis does not answer: {error}") from error
+
+
+def _from_hashes(ids: Sequence[str], found: Sequence[dict[bytes, bytes]]) -> list[Correction]:
+    return [_from_hash(each, fields) for each, fields in zip(ids, found, strict=True) if fields]
 
 
 def _from_hash(correction_id: str, fields: dict[bytes, bytes]) -> Correction:

@@ -33,6 +33,7 @@ _SAFE_HEADERS = {
     "X-Frame-Options": "DENY",
     "Referrer-Policy": "no-referrer",
 }
+_UPLOADS = frozenset({"/v1/datasets", "/v1/adapters/upload"})
 # Asked again and again by machines: not traced.
 _UNTRACED = frozenset({"/healthz", "/readyz", "/metrics"})
 
@@ -49,6 +50,7 @@ class EdgeMiddleware:
         metrics: GatewayMetrics,
         body_pause_s: float,
         body_timeout_s: float,
+        upload_timeout_s: float,
     ) -> None:
         self._app = app
         self._allowed_hosts = LOOPBACK_NAMES | {host.lower() for host in allowed_hosts}
@@ -56,6 +58,7 @@ class EdgeMiddleware:
         self._metrics = metrics
         self._body_pause_s = body_pause_s
         self._body_timeout_s = body_timeout_s
+        self._upload_timeout_s = upload_timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -89,7 +92,7 @@ class EdgeMiddleware:
             try:
                 _check_size(scope)
                 self._check_host_and_origin(headers)
-                await self._app(scope, self._patient(receive), send_with_id)
+                await self._app(scope, self._patient(receive, scope["path"]), send_with_id)
             except KilnError as error:
                 await error_response(error, request_id, path=scope["path"])(scope, receive, send_with_id)
             except Exception as error:  # noqa: BLE001 the outermost frame: a bug becomes a 500
@@ -103,9 +106,11 @@ class EdgeMiddleware:
                     span.set_attribute("http.response.status_code", status)
                 self._metrics.observe_request(route, scope["method"], status, time.monotonic() - started_at)
 
-    def _patient(self, receive: Receive) -> Receive:
+    def _patient(self, receive: Receive, path: str) -> Receive:
         """`receive`, which raises BodyTooSlow where the body pauses, or takes, too long."""
-        deadline_s = asyncio.get_running_loop().time() + self._body_timeout_s
+        # A whole file comes in its own time; against slow clients there is the longest pause.
+        timeout_s = self._upload_timeout_s if path in _UPLOADS else self._body_timeout_s
+        deadline_s = asyncio.get_running_loop().time() + timeout_s
         is_whole = False
 
         async def receive_in_time() -> Message:
@@ -118,7 +123,9 @@ class EdgeMiddleware:
                     message = await receive()
             except TimeoutError:
                 is_whole = True
-                raise BodyTooSlow(f"the body paused for {self._body_pause_s:g} s, or took too long") from None
+                raise BodyTooSlow(
+                    f"the body paused for {self._body_pause_s:g} s, or took longer than {timeout_s:g} s"
+                ) from None
             is_whole = not message.get("more_body", False)
             return message
 

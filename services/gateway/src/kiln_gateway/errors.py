@@ -7,7 +7,7 @@ import json
 from kiln_common.errors import ErrorKind, InvalidRequest, KilnError, NotBuiltYet, Unavailable
 from kiln_common.settings import ConfigurationError
 
-_ROUTES_HINT = "GET / lists the routes there are."
+_ROUTES_HINT = "GET /openapi.json has the routes there are; docs/api.md lists them."
 
 
 class InvalidField(InvalidRequest):

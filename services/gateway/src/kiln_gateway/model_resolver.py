@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Iterable, Sequence
 from dataclasses import dataclass
 
 import structlog
@@ -105,23 +105,22 @@ class ModelResolver:
         self, reference: str, model_hash: str, param: str, caller: Caller
     ) -> registry_pb2.AdapterVersion:
         """The version that `reference` means now to this caller. Raises AdapterNotFound, AdapterMismatch."""
-        try:
-            found = await VisibleAdapters(self._registry, caller).resolve(reference)
-        except KilnError as error:
-            if error.code in _NO_SUCH_ADAPTER:
-                # Clients of OpenAI's API show only the message.
-                raise AdapterNotFound(
-                    f"there is no adapter {reference!r}; GET /v1/adapters lists those there are",
-                    param=param,
-                ) from error
-            raise
-        if found.base_model_hash != model_hash:
-            raise AdapterMismatch(
-                f"{found.name}@{found.version} was made for the base model {found.base_model_hash[:12]}, "
-                f"served is {model_hash[:12]}",
-                param=param,
-            )
-        return found
+        visible = VisibleAdapters(self._registry, caller)
+        return await _checked(visible.resolve(reference), reference, model_hash, param)
+
+    async def accepted(self, label: str, model_hash: str) -> Target:
+        """The target that was resolved for its caller before, by its label: nobody's rights are asked again.
+
+        A version's number is never given to another one, so the label still means the same weights.
+
+        Raises:
+            AdapterNotFound: it has been deleted since.
+            AdapterMismatch: another base model is served now.
+        """
+        if label == BASE_NAME:
+            return Target()
+        found = self._registry.resolve(label)
+        return Target((_to_ref(await _checked(found, label, model_hash, "adapter")),))
 
     async def _default(self, model_hash: str) -> registry_pb2.AdapterVersion | None:
         """The attached version, unless it belongs to another base model than the served one.
@@ -154,6 +153,29 @@ class ModelResolver:
                 served=model_hash[:12],
             )
         return None
+
+
+async def _checked(
+    finding: Awaitable[registry_pb2.AdapterVersion], reference: str, model_hash: str, param: str
+) -> registry_pb2.AdapterVersion:
+    """What was found, if it is of the served base model. Raises AdapterNotFound, AdapterMismatch."""
+    try:
+        found = await finding
+    except KilnError as error:
+        if error.code in _NO_SUCH_ADAPTER:
+            # Clients of OpenAI's API show only the message.
+            raise AdapterNotFound(
+                f"there is no adapter {reference!r}; GET /v1/adapters lists those there are",
+                param=param,
+            ) from error
+        raise
+    if found.base_model_hash != model_hash:
+        raise AdapterMismatch(
+            f"{found.name}@{found.version} was made for the base model {found.base_model_hash[:12]}, "
+            f"served is {model_hash[:12]}",
+            param=param,
+        )
+    return found
 
 
 def _to_ref(version: registry_pb2.AdapterVersion, scale: float = 1.0) -> common_pb2.AdapterRef:

@@ -77,7 +77,12 @@ class GatewaySettings(BaseSettings):
         20.0, description="how long a request's headers may take to arrive"
     )
     body_pause_s: PositiveFloat = Field(30.0, description="longest pause within a request's body")
-    request_timeout_s: PositiveFloat = Field(600.0, description="longest a completion may take")
+    upload_timeout_s: PositiveFloat = Field(
+        14_400.0, description="longest an upload may take: a dataset, or an adapter"
+    )
+    request_timeout_s: PositiveFloat = Field(
+        600.0, description="longest a completion, or the body that asks for it, may take"
+    )
     max_choices: PositiveInt = Field(128, description="most choices of one request (prompts times n)")
     max_batch_choices: PositiveInt = Field(4096, description="most answers of one batch (prompts times n)")
     max_prompt_logprobs: PositiveInt = Field(

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from kiln_common.errors import InvalidValue
 from kiln_common.sandbox.model import MIB, Language, Limits, Result, SandboxUnavailable, Stop, Task
-from kiln_common.sandbox.usage import ProcessUsage, folder_bytes
+from kiln_common.sandbox.usage import FolderUsage, ProcessUsage, folder_usage
 
 _POLL_S = 0.02
 _DISK_POLL_S = 0.2
@@ -108,6 +108,16 @@ def _start(status_fd: int) -> subprocess.Popen[bytes]:
     )
 
 
+def _hides_files(before: FolderUsage, now: FolderUsage) -> tuple[Stop, str] | None:
+    """What cannot be counted may be any size."""
+    if now.num_unread <= before.num_unread:
+        return None
+    return Stop.DISK, (
+        f"the code was stopped: {now.num_unread - before.num_unread} new folders of the work folder cannot be "
+        "read to count what is in them; they are closed, or more than 64 deep"
+    )
+
+
 class _Sandbox:
     """One sandbox from its start to its end."""
 
@@ -154,7 +164,7 @@ class _Sandbox:
         stdout, stderr = bytearray(), bytearray()
         output = {self._process.stdout.fileno(): stdout, self._process.stderr.fileno(): stderr}
         started_s = next_disk_look_s = time.monotonic()
-        disk_bytes_before, num_disk_bytes = folder_bytes(work_folder), 0
+        disk_before = disk = folder_usage(work_folder)
         stopped: tuple[Stop, str] | None = None
         with selectors.DefaultSelector() as selector:
             for pipe_fd in output:
@@ -168,12 +178,14 @@ class _Sandbox:
                         selector.unregister(key.fd)
                 look_s = time.monotonic()
                 if look_s >= next_disk_look_s:
-                    num_disk_bytes = folder_bytes(work_folder) - disk_bytes_before
+                    disk = folder_usage(work_folder)
                     # A large folder takes long to look through: a tenth of the time at most.
                     next_disk_look_s = look_s + max(_DISK_POLL_S, 10 * (time.monotonic() - look_s))
                 num_output_bytes = sum(map(len, output.values()))
                 seconds = time.monotonic() - started_s
+                num_disk_bytes = disk.num_bytes - disk_before.num_bytes
                 stopped = self._passed_limit(limits, seconds, num_output_bytes, num_disk_bytes)
+                stopped = stopped or _hides_files(disk_before, disk)
         duration_s = time.monotonic() - started_s
         return Result(
             exit_code=None if stopped else self._process.wait(),

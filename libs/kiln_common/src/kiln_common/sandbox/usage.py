@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
+from dataclasses import dataclass
 
 _COUNTED_MEMORY = (b"RssAnon:", b"RssShmem:", b"VmSwap:", b"HugetlbPages:")
 _INODE_BYTES = 4096
+# Folders within each other that are looked through: each is an open file meanwhile.
+_MOST_DEPTH = 64
+_GONE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)  # removed meanwhile, or something else now
 
 
 class ProcessUsage:
@@ -46,17 +52,49 @@ class ProcessUsage:
             os.close(status_fd)
 
 
-def folder_bytes(folder: str) -> int:
-    """What the files below `folder` take on the disk; an empty one counts as 4 KiB."""
-    total = 0
-    waiting = [folder]
-    while waiting:
-        try:
-            with os.scandir(waiting.pop()) as entries:
-                for entry in entries:
-                    total += max(entry.stat(follow_symlinks=False).st_blocks * 512, _INODE_BYTES)
-                    if entry.is_dir(follow_symlinks=False):
-                        waiting.append(entry.path)
-        except OSError:
-            continue  # removed meanwhile, or closed to us
-    return total
+@dataclass
+class FolderUsage:
+    """What the files below a folder take on the disk, and how many folders could not be read."""
+
+    num_bytes: int = 0
+    num_unread: int = 0
+
+
+def folder_usage(folder: str) -> FolderUsage:
+    """Look through a folder that may change meanwhile. An empty file counts as 4 KiB.
+
+    Folders closed to this user, and those more than 64 deep, are not read but counted as such.
+    Files that are open and have no name any more are not seen.
+    """
+    usage = FolderUsage()
+    _count(usage, folder, None, 1)
+    return usage
+
+
+def _count(usage: FolderUsage, name: str, parent_fd: int | None, depth: int) -> None:
+    """By open folders rather than paths, whose length is limited."""
+    if depth > _MOST_DEPTH:
+        usage.num_unread += 1
+        return
+    try:
+        fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=parent_fd)
+    except OSError as error:
+        usage.num_unread += error.errno not in _GONE
+        return
+    try:
+        inner = []
+        with os.scandir(fd) as entries:
+            for entry in entries:
+                try:
+                    found = entry.stat(follow_symlinks=False)
+                except FileNotFoundError:
+                    continue  # removed meanwhile
+                usage.num_bytes += max(found.st_blocks * 512, _INODE_BYTES)
+                if stat.S_ISDIR(found.st_mode):
+                    inner.append(entry.name)
+        for each in inner:
+            _count(usage, each, fd, depth + 1)
+    except OSError:
+        usage.num_unread += 1
+    finally:
+        os.close(fd)

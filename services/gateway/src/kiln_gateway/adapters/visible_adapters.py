@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from typing import Any
+
 from kiln_common.errors import AdapterNotFound
 from kiln_common.pb import registry_pb2
 from kiln_gateway.auth import Caller
@@ -11,6 +14,24 @@ from kiln_gateway.ports import RegistryPort
 def is_visible(owner: str, caller: Caller) -> bool:
     """An adapter belongs to the key that made its first version; admins see all of them."""
     return "admin" in caller.scopes or owner == caller.owner
+
+
+def with_visible_residents(
+    engines: Iterable[dict[str, Any]], adapters: Sequence[registry_pb2.Adapter] | None, caller: Caller
+) -> list[dict[str, Any]]:
+    """Engines as `caller` sees them: whose `resident_adapters` are theirs. None are while the registry is away."""
+    if "admin" in caller.scopes:
+        return list(engines)
+    names = {adapter.name for adapter in adapters or () if is_visible(adapter.owner, caller)}
+    return [
+        {
+            name: [each for each in value if each.rpartition("@")[0] in names]
+            if name == "resident_adapters"
+            else value
+            for name, value in engine.items()
+        }
+        for engine in engines
+    ]
 
 
 class VisibleAdapters:

@@ -171,7 +171,9 @@ class CompletionRun:
         self, choice: Choice, metrics: GatewayMetrics
     ) -> contextlib.AbstractContextManager[RequestTrace]:
         num_prompt_tokens = len(choice.request.prompt_token_ids)
-        return metrics.live.following(self.completion_id, choice.index, self.target.label, num_prompt_tokens)
+        return metrics.live.following(
+            self.completion_id, choice.index, self.owner, self.target.label, num_prompt_tokens
+        )
 
     async def _outputs(
         self, choice: Choice, engines: EnginePool

@@ -42,13 +42,16 @@ async def prepare_chat(
     *,
     id_prefix: str = "chatcmpl",
     is_one_of_many: bool = False,
+    target: Target | None = None,
 ) -> CompletionRun:
     """Everything that can be wrong with a chat request is found here, before a token is computed.
 
-    Where it `is_one_of_many` to be prepared, others get their turn in between.
+    Where it `is_one_of_many` to be prepared, others get their turn in between. `target` is given
+    where the weights are known already.
     """
     body.refuse_unsupported()
-    target = await resolve_target(gateway, body, caller)
+    if target is None:
+        target = await resolve_target(gateway, body, caller)
     tools = body.active_tools
     grammar = await _chat_grammar(gateway, body)
     prompt = await chat_prompt(gateway, body, is_one_of_many=is_one_of_many)

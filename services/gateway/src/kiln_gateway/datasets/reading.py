@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import random
+from collections.abc import AsyncGenerator
 from typing import Any, cast
 
 from kiln_common.errors import DatasetNotFound, ErrorKind, InvalidRequest, KilnError
@@ -63,18 +65,31 @@ class DatasetReader:
     async def sample(self, dataset: dataset_pb2.Dataset, count: int, seed: int) -> list[dict[str, Any]]:
         """`count` rows drawn without replacement, in their order; the same seed draws the same ones."""
         chosen = {*random.Random(seed).sample(range(dataset.num_rows), min(count, dataset.num_rows))}
+        num_seen = 0
+
+        def pick(lines: list[tuple[int, bytes | None]]) -> list[dict[str, Any]]:
+            return [
+                {"line": number, "row": json.loads((line or b"").decode())}
+                for position, (number, line) in enumerate(lines, start=num_seen)
+                if position in chosen
+            ]
+
         found: list[dict[str, Any]] = []
-        position = 0
-        async for lines in self._lines(dataset.id):
-            for number, line in lines:
-                if position in chosen:
-                    found.append({"line": number, "row": json.loads((line or b"").decode())})
-                position += 1
+        async with contextlib.aclosing(self._lines(dataset.id)) as pieces:
+            async for lines in pieces:
+                found += await asyncio.to_thread(pick, lines)
+                num_seen += len(lines)
+                if len(found) == len(chosen):
+                    break
         return found
 
-    async def _lines(self, dataset_id: str) -> Any:
+    async def _lines(self, dataset_id: str) -> AsyncGenerator[list[tuple[int, bytes | None]]]:
         splitter = LineSplitter()
+
+        def split(chunk: bytes) -> list[tuple[int, bytes | None]]:
+            return [*splitter.feed(chunk)]
+
         async with closing(self._datasets.fetch(dataset_id)) as chunks:
             async for chunk in chunks:
-                yield [*splitter.feed(chunk)]
+                yield await asyncio.to_thread(split, chunk)
         yield [*splitter.finish()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from kiln_gateway.auth import Caller
@@ -10,6 +11,7 @@ from kiln_gateway.chat.responses import ChatAnswer
 from kiln_gateway.chat.translated import chat_body
 from kiln_gateway.evals.scorers import Answer, Score, ToolCall, choices_text, invalid
 from kiln_gateway.gateway import Gateway
+from kiln_gateway.model_resolver import Target
 from kiln_gateway.schemas.chat import ChatCompletionBody
 from kiln_gateway.schemas.evals import EvalCaseFields, JudgeScorer, MultipleChoiceScorer
 from kiln_gateway.schemas.gate import EvalSettings
@@ -21,7 +23,10 @@ _MOST_VERDICT_TOKENS = 16
 async def draw_answer(
     gateway: Gateway, owner: str, case: EvalCaseFields, adapter: str, settings: EvalSettings
 ) -> Answer:
-    """What `adapter` ("name@version" or "base") answers. Raises what a chat request raises."""
+    """What `adapter` ("name@version" or "base") answers, of which the run's owner was allowed to ask when the run was accepted.
+
+    Raises what a chat request raises.
+    """
     messages = _messages(case)
     if isinstance(case.scorer, MultipleChoiceScorer):
         last = messages[-1]
@@ -37,7 +42,8 @@ async def draw_answer(
         seed=settings.seed,
         chat_template_kwargs=None if settings.thinking is None else {"enable_thinking": settings.thinking},
     )
-    answer, _ = await _answer(gateway, owner, body)
+    model_hash = (await gateway.engines.base_model()).model_hash
+    answer, _ = await _answer(gateway, owner, body, await gateway.resolver.accepted(adapter, model_hash))
     return answer
 
 
@@ -79,10 +85,14 @@ def _body(**fields: Any) -> ChatCompletionBody:
     return chat_body({**fields, "store": False, "priority": _PRIORITY})
 
 
-async def _answer(gateway: Gateway, owner: str, body: ChatCompletionBody) -> tuple[Answer, str]:
-    """The answer, and the adapter version that gave it."""
-    caller = Caller(owner=owner, scopes=frozenset({"infer"}))
-    run = await prepare_chat(gateway, body, caller, is_one_of_many=True)
+async def _answer(
+    gateway: Gateway, owner: str, body: ChatCompletionBody, target: Target | None = None
+) -> tuple[Answer, str]:
+    """The answer, and the adapter version that gave it. Without `target`, what the body names as the owner sees it."""
+    limits = replace(gateway.keys.limits_of(owner), requests_per_minute=0)  # the run was one request
+    caller = Caller(owner=owner, scopes=frozenset({"infer"}), limits=limits)
+    await gateway.limits.admit(caller)
+    run = await prepare_chat(gateway, body, caller, is_one_of_many=True, target=target)
     events = await run.collect(gateway.engines, gateway.rollouts, gateway.metrics)
     whole = ChatAnswer(run, gateway.tokenizer, has_logprobs=False, has_token_ids=False).whole(events)
     message = whole["choices"][0]["message"]

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
-
 import regex
 
-from kiln_common.sandbox import Language, Limits, run
+from kiln_common.sandbox import Language, Limits, run, work_folder
 from kiln_gateway.evals.scorers import Answer, Score, invalid
 from kiln_gateway.schemas.evals import CodeScorer
 
@@ -21,8 +18,10 @@ def score_code(scorer: CodeScorer, answer: Answer) -> Score:
     if not code.strip():
         return invalid("there is no code in the answer")
     limits = Limits(time_s=scorer.time_limit_s, memory_bytes=scorer.memory_limit_mb * 1024 * 1024)
-    with tempfile.TemporaryDirectory(prefix="kiln-eval-") as folder:
-        result = run(f"{code}\n{scorer.tests}\n", Language(scorer.language), Path(folder), limits)
+    with work_folder() as folder:
+        result = run(f"{code}\n{scorer.tests}\n", Language(scorer.language), folder.path, limits)
+    if not folder.is_removed:
+        return invalid("what the program left in its work folder could not be removed")
     said = result.message or (result.stderr.strip() or result.stdout.strip())[-_MOST_SHOWN:]
     return Score(float(result.is_success), detail=said)
 

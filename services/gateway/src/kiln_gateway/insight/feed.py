@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
@@ -23,11 +23,12 @@ _HISTORY = 600
 class Snapshot:
     """How everything stood at one moment. `jobs` and `adapters` are None where their owner was away.
 
+    `jobs` are all open ones, and the newest of each owner who watches.
     `resident_on` lists engines (boot ids) by the "name@version" that they hold.
     """
 
     sample: dict[str, Any]  # numbers that are drawn over time
-    requests: dict[str, Any]
+    requests: dict[str, list[tuple[str, dict[str, Any]]]]  # each with its owner
     status: dict[str, Any]
     jobs: list[trainer_pb2.Job] | None
     adapters: list[registry_pb2.Adapter] | None
@@ -35,13 +36,16 @@ class Snapshot:
 
 
 class Feed:
-    """Reads snapshots with `read` while somebody watches; `history` has the latest samples."""
+    """Reads snapshots with `read` while somebody watches; `history` has the latest samples.
 
-    def __init__(self, read: Callable[[], Awaitable[Snapshot]]) -> None:
+    `read` is told who watches: owners, and None for those who see everybody's jobs.
+    """
+
+    def __init__(self, read: Callable[[frozenset[str | None]], Awaitable[Snapshot]]) -> None:
         self._read = read
         self._latest: Snapshot | None = None
         self._changed = asyncio.Event()
-        self.num_watchers = 0
+        self._watchers: Counter[str | None] = Counter()
         self._task: asyncio.Task[None] | None = None
         self.history: deque[dict[str, Any]] = deque(maxlen=_HISTORY)
 
@@ -50,9 +54,13 @@ class Feed:
         """Whether nothing is read now."""
         return self._task is None
 
-    async def watch(self) -> AsyncIterator[Snapshot]:
+    @property
+    def num_watchers(self) -> int:
+        return self._watchers.total()
+
+    async def watch(self, owner: str | None) -> AsyncIterator[Snapshot]:
         """Snapshots as they are read; a slow watcher misses some, never the latest."""
-        async with self._reading():
+        async with self._reading(owner):
             seen: Snapshot | None = None
             while True:
                 changed = self._changed
@@ -63,15 +71,16 @@ class Feed:
                     await changed.wait()
 
     @contextlib.asynccontextmanager
-    async def _reading(self) -> AsyncIterator[None]:
-        self.num_watchers += 1
+    async def _reading(self, owner: str | None) -> AsyncIterator[None]:
+        self._watchers[owner] += 1
         if self._task is None:
             self._latest = None
             self._task = asyncio.create_task(self._run())
         try:
             yield
         finally:
-            self.num_watchers -= 1
+            self._watchers[owner] -= 1
+            self._watchers += Counter()  # forgets who watches no more
             if not self.num_watchers and self._task is not None:
                 self._task.cancel()
                 self._task = None
@@ -80,7 +89,7 @@ class Feed:
         has_failed = False
         while True:
             try:
-                self._latest = await self._read()
+                self._latest = await self._read(frozenset(self._watchers))
             except Exception as error:  # a bug here must not end every watcher's stream
                 if not has_failed:
                     log.error("feed_failed", exc_info=error)

@@ -25,6 +25,7 @@ class RequestTrace:
 
     completion_id: str
     index: int
+    owner: str
     adapter: str
     num_prompt_tokens: int
     arrived_at: float
@@ -84,12 +85,12 @@ class LiveRequests:
 
     @contextlib.contextmanager
     def following(
-        self, completion_id: str, index: int, adapter: str, num_prompt_tokens: int
+        self, completion_id: str, index: int, owner: str, adapter: str, num_prompt_tokens: int
     ) -> Iterator[RequestTrace]:
         """The trace of a choice that is submitted now; its end is the block's."""
         now = time.monotonic()
         trace = RequestTrace(
-            completion_id, index, adapter, num_prompt_tokens, arrived_at.get(now), submitted_at=now
+            completion_id, index, owner, adapter, num_prompt_tokens, arrived_at.get(now), submitted_at=now
         )
         self._running[id(trace)] = trace
         try:
@@ -130,10 +131,10 @@ class LiveRequests:
             "inter_token_p99": inter_p99,
         }
 
-    def view(self) -> dict[str, list[dict[str, Any]]]:
-        """What runs, oldest first, and what ended, newest first."""
+    def view(self) -> dict[str, list[tuple[str, dict[str, Any]]]]:
+        """What runs, oldest first, and what ended, newest first, each with its owner."""
         now = time.monotonic()
         return {
-            "running": [trace.view(now) for trace in self._running.values()],
-            "ended": [trace.view(now) for trace in reversed(self._ended)],
+            "running": [(trace.owner, trace.view(now)) for trace in self._running.values()],
+            "ended": [(trace.owner, trace.view(now)) for trace in reversed(self._ended)],
         }

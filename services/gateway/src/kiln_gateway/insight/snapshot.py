@@ -11,6 +11,7 @@ from kiln_common.errors import KilnError
 from kiln_common.pb import trainer_pb2
 from kiln_gateway.gateway import Gateway
 from kiln_gateway.insight.feed import Snapshot
+from kiln_gateway.ports import TrainerPort
 from kiln_gateway.routes.health import engine_object, engine_stats, stats_object, training_object
 
 Result = TypeVar("Result")
@@ -18,13 +19,13 @@ _TIMEOUT_S = 2.0
 _JOBS_SHOWN = 50
 
 
-async def read_snapshot(gateway: Gateway) -> Snapshot:
-    """How things stand now; what does not answer in time is left out."""
+async def read_snapshot(gateway: Gateway, owners: frozenset[str | None]) -> Snapshot:
+    """How things stand now, for watchers of these `owners` (see Feed); what does not answer in time is left out."""
     found, training, adapters, jobs = await asyncio.gather(
         engine_stats(gateway),
         training_object(gateway),
         _or_none(gateway.clients.registry.list()),
-        _or_none(gateway.clients.trainer.list(_JOBS_SHOWN)),
+        _or_none(_jobs(gateway.clients.trainer, owners)),
     )
     resident_on: dict[str, list[str]] = {}
     total: dict[str, float] = {}
@@ -45,6 +46,15 @@ async def read_snapshot(gateway: Gateway) -> Snapshot:
         adapters=adapters,
         resident_on=resident_on,
     )
+
+
+async def _jobs(trainer: TrainerPort, owners: frozenset[str | None]) -> list[trainer_pb2.Job]:
+    """Open jobs and the newest of each owner, the newest first: one owner's many do not hide another's."""
+    pages = await asyncio.gather(
+        trainer.queue(), *(trainer.list(_JOBS_SHOWN, owner=owner) for owner in owners)
+    )
+    found = {job.id: job for page in pages for job in page}
+    return sorted(found.values(), key=lambda job: job.created_at_s, reverse=True)
 
 
 async def _with_history(gateway: Gateway, job: trainer_pb2.Job) -> trainer_pb2.Job:

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import Response
 
 from kiln_gateway.auth import Caller, require
-from kiln_gateway.corrections import Correction, correct
+from kiln_gateway.corrections import MAX_AT_ONCE, Correction, correct
 from kiln_gateway.errors import RolloutNotFound
 from kiln_gateway.gateway import gateway_of
 from kiln_gateway.json_response import json_response
@@ -59,13 +59,12 @@ async def add_correction(request: Request, caller: Caller = _TRAIN) -> Response:
 async def list_corrections(
     request: Request,
     status: Literal["unused", "reserved", "used"] | None = Query(None),
-    limit: int = Query(100, ge=1, le=10_000),
+    limit: int = Query(100, ge=1, le=MAX_AT_ONCE),
     caller: Caller = _TRAIN,
 ) -> Response:
     """The newest corrections first: unused, reserved by a job that is learning them, or used by one."""
-    found = await gateway_of(request).corrections.all_of(caller.owner)
-    wanted = [each for each in found if status in (None, each.status)][:limit]
-    return json_response({"object": "list", "data": [correction_object(each) for each in wanted]})
+    found = await gateway_of(request).corrections.newest(caller.owner, status, limit)
+    return json_response({"object": "list", "data": [correction_object(each) for each in found]})
 
 
 @router.delete("/{correction_id}")

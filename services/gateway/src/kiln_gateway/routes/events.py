@@ -15,7 +15,7 @@ from fastapi.responses import Response
 from kiln_common.errors import KilnError
 from kiln_gateway import sse
 from kiln_gateway.adapters.adapter_view import adapter_object
-from kiln_gateway.adapters.visible_adapters import is_visible
+from kiln_gateway.adapters.visible_adapters import is_visible, with_visible_residents
 from kiln_gateway.auth import Caller, require
 from kiln_gateway.gateway import Gateway, gateway_of
 from kiln_gateway.insight.feed import Feed, Snapshot
@@ -41,7 +41,8 @@ async def _frames(gateway: Gateway, feed: Feed, caller: Caller) -> AsyncGenerato
     changes = _Changes()
     logs = _log_tail(gateway, caller)
     yield sse.frame(await _hello(gateway, caller, feed, has_logs=logs is not None), event="hello")
-    async with closing(feed.watch()) as snapshots:
+    owner = None if "admin" in caller.scopes else caller.owner
+    async with closing(feed.watch(owner)) as snapshots:
         async for snapshot in snapshots:
             for name, body in _parts(snapshot, caller, changes):
                 yield sse.frame(body, event=name)
@@ -52,10 +53,12 @@ async def _frames(gateway: Gateway, feed: Feed, caller: Caller) -> AsyncGenerato
 def _parts(snapshot: Snapshot, caller: Caller, changes: _Changes) -> Iterable[tuple[str, Any]]:
     """The events of one snapshot, as far as they are the caller's; only what is new."""
     yield "sample", snapshot.sample
-    if changes.is_new("requests", snapshot.requests):
-        yield "requests", snapshot.requests
-    if changes.is_new("status", snapshot.status):
-        yield "status", snapshot.status
+    requests = _requests(snapshot, caller)
+    if changes.is_new("requests", requests):
+        yield "requests", requests
+    status = _status(snapshot, caller)
+    if changes.is_new("status", status):
+        yield "status", status
     adapters = _adapters(snapshot, caller)
     if adapters is not None and changes.is_new("adapters", adapters):
         yield "adapters", adapters
@@ -64,6 +67,24 @@ def _parts(snapshot: Snapshot, caller: Caller, changes: _Changes) -> Iterable[tu
         new_jobs = [job for job in jobs if changes.is_new(job["id"], job)]
         if new_jobs:
             yield "jobs", new_jobs
+
+
+def _requests(snapshot: Snapshot, caller: Caller) -> dict[str, list[dict[str, Any]]]:
+    is_admin = "admin" in caller.scopes
+    return {
+        state: [view for owner, view in requests if is_admin or owner == caller.owner]
+        for state, requests in snapshot.requests.items()
+    }
+
+
+def _status(snapshot: Snapshot, caller: Caller) -> dict[str, Any]:
+    training = snapshot.status["training"]
+    if training is not None and "admin" not in caller.scopes:
+        visible = {job.id for job in snapshot.jobs or () if job_rights.is_visible(job, caller)}
+        running = training["running_job_id"]
+        training = {**training, "running_job_id": running if running in visible else None}
+    engines = with_visible_residents(snapshot.status["engines"], snapshot.adapters, caller)
+    return {"engines": engines, "training": training}
 
 
 def _adapters(snapshot: Snapshot, caller: Caller) -> list[dict[str, Any]] | None:

@@ -10,13 +10,16 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 
 from kiln_common.errors import KilnError
-from kiln_common.pb import engine_pb2, trainer_pb2
-from kiln_gateway.auth import require
+from kiln_common.pb import engine_pb2, registry_pb2, trainer_pb2
+from kiln_gateway.adapters.visible_adapters import with_visible_residents
+from kiln_gateway.auth import Caller, require
 from kiln_gateway.engine_seat import EngineSeat
 from kiln_gateway.gateway import Gateway, answers, gateway_of
 from kiln_gateway.json_response import json_response
+from kiln_gateway.training.job_rights import visible_running_job
 
 router = APIRouter()
+_ANY_KEY = Depends(require(None))
 _CHECK_TIMEOUT_S = 2.0
 # Fields of EngineStats as clients name them, where that differs from dropping "num_".
 _STAT_NAMES = {
@@ -52,8 +55,8 @@ async def readyz(request: Request) -> Response:
     return json_response(body, status=200 if is_ready else 503, headers=headers)
 
 
-@router.get("/health", dependencies=[Depends(require(None))])
-async def health(request: Request) -> Response:
+@router.get("/health")
+async def health(request: Request, caller: Caller = _ANY_KEY) -> Response:
     """The whole picture in one answer; 503 when inference cannot be served."""
     gateway = gateway_of(request)
     states, stats = await asyncio.gather(_dependency_states(gateway), engine_stats(gateway))
@@ -61,20 +64,22 @@ async def health(request: Request) -> Response:
         model = await gateway.served_model_id() if states["engine"] else gateway.settings.served_model_name
     except KilnError:
         model = gateway.settings.served_model_name
+    adapters = await _adapters(gateway)
+    engines = [engine_object(seat, found) for seat, found in stats]
     body = {
         "status": ("ok" if all(states.values()) else "degraded") if states["engine"] else "unavailable",
         "uptime_s": round(time.monotonic() - gateway.started_at, 3),
         "model": model or None,
         "dependencies": {name: "ok" if is_ok else "degraded" for name, is_ok in states.items()},
-        "engines": [engine_object(seat, found) for seat, found in stats],
-        "training": await training_object(gateway),
-        "adapters": await _adapters_object(gateway),
+        "engines": with_visible_residents(engines, adapters, caller),
+        "training": await _visible_training(gateway, caller),
+        "adapters": _adapters_object(gateway, adapters),
     }
     return json_response(body, status=200 if states["engine"] else 503)
 
 
-@router.get("/v1/stats", dependencies=[Depends(require(None))])
-async def stats(request: Request) -> Response:
+@router.get("/v1/stats")
+async def stats(request: Request, caller: Caller = _ANY_KEY) -> Response:
     """Counters and gauges as JSON; `engine` adds up all engines."""
     gateway = gateway_of(request)
     found = [engine for _, engine in await engine_stats(gateway)]
@@ -82,11 +87,11 @@ async def stats(request: Request) -> Response:
     for engine in found:
         for name, value in stats_object(engine).items():
             total[name] = total.get(name, 0) + value
-    training = await training_object(gateway)
+    training = await _visible_training(gateway, caller)
     return json_response({"engine": total, "engines": list(map(stats_object, found)), "training": training})
 
 
-@router.get("/metrics", dependencies=[Depends(require(None))])
+@router.get("/metrics", dependencies=[_ANY_KEY])
 async def metrics(request: Request) -> Response:
     """Prometheus' text format."""
     gateway = gateway_of(request)
@@ -191,10 +196,23 @@ async def training_object(gateway: Gateway) -> dict[str, Any] | None:
     }
 
 
-async def _adapters_object(gateway: Gateway) -> dict[str, Any] | None:
+async def _visible_training(gateway: Gateway, caller: Caller) -> dict[str, Any] | None:
+    training = await training_object(gateway)
+    if training is not None:
+        running = training["running_job_id"] or ""
+        training["running_job_id"] = await visible_running_job(gateway.clients.trainer, running, caller)
+    return training
+
+
+async def _adapters(gateway: Gateway) -> list[registry_pb2.Adapter] | None:
     try:
-        adapters = await gateway.clients.registry.list()
+        return await gateway.clients.registry.list()
     except KilnError:
+        return None
+
+
+def _adapters_object(gateway: Gateway, adapters: list[registry_pb2.Adapter] | None) -> dict[str, Any] | None:
+    if adapters is None:
         return None
     attached = next((v for a in adapters for v in a.versions if v.version == a.attached_version), None)
     hashes = {seat.info.base_model.model_hash for seat in gateway.engines.seats if seat.info is not None}

@@ -20,7 +20,7 @@ from kiln_gateway.training.documents import DocumentBuilder
 from kiln_gateway.training.gate import resolved_gate
 from kiln_gateway.training.grpo import GrpoSpecBuilder
 from kiln_gateway.training.job_config import GRPO_DEFAULTS, OPD_DEFAULTS, SFT_DEFAULTS, job_config
-from kiln_gateway.training.job_rights import attaches, check_priority, is_visible
+from kiln_gateway.training.job_rights import attaches, check_priority, is_visible, visible_running_job
 from kiln_gateway.training.job_view import job_object
 from kiln_gateway.training.kept_data import chosen_corrections, dataset_rows
 from kiln_gateway.training.kept_rollouts import KeptRollouts
@@ -151,14 +151,15 @@ async def _accepted(gateway: Gateway, job_id: str) -> Response:
     return json_response(job_object(await gateway.clients.trainer.get(job_id)), status=_ACCEPTED)
 
 
-@router.get("/v1/train/status", dependencies=[_TRAIN])
-async def training_status(request: Request) -> Response:
+@router.get("/v1/train/status")
+async def training_status(request: Request, caller: Caller = _TRAIN) -> Response:
     """The trainer: what it runs, how much waits, whose weights it maps."""
-    status = await gateway_of(request).clients.trainer.status()
+    trainer = gateway_of(request).clients.trainer
+    status = await trainer.status()
     body: dict[str, Any] = {
         "trainer_id": status.trainer_id,
         "status": "running" if status.running_job_id else "idle",
-        "running_job_id": status.running_job_id or None,
+        "running_job_id": await visible_running_job(trainer, status.running_job_id, caller),
         "queued": status.num_queued,
         "engine_boot_id": status.engine_boot_id or None,
         "model_hash": status.model_hash or None,

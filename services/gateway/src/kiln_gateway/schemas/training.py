@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, model_validator
 from pydantic_core import PydanticCustomError
 
 from kiln_common.pb import trainer_pb2
@@ -62,12 +62,12 @@ class WebhookFields(Body):
     """Who is told that the job has ended."""
 
     url: Annotated[str, Field(min_length=1, max_length=2048)] = Field(description="http or https")
-    secret: Annotated[str, Field(min_length=16, max_length=256)] = Field(
-        description="signs each message, as Standard Webhooks has it", repr=False
+    secret: Annotated[SecretStr, Field(min_length=16, max_length=256)] = Field(
+        description="signs each message, as Standard Webhooks has it"
     )
 
     def to_proto(self) -> trainer_pb2.Webhook:
-        return trainer_pb2.Webhook(url=self.url, secret=self.secret)
+        return trainer_pb2.Webhook(url=self.url, secret=self.secret.get_secret_value())
 
 
 class JobFields(Body):

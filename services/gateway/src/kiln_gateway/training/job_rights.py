@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from kiln_common.errors import JobNotFound
+import asyncio
+
+from kiln_common.errors import JobNotFound, KilnError
 from kiln_common.pb import trainer_pb2
 from kiln_gateway.auth import Caller, require_scope
 from kiln_gateway.ports import TrainerPort
 from kiln_gateway.schemas.training import JobFields
+
+_TIMEOUT_S = 2.0
 
 
 def is_visible(job: trainer_pb2.Job, caller: Caller) -> bool:
@@ -20,6 +24,16 @@ async def visible_job(trainer: TrainerPort, job_id: str, caller: Caller) -> trai
     if not is_visible(job, caller):
         raise JobNotFound(f"there is no job {job_id[:80]!r}")
     return job
+
+
+async def visible_running_job(trainer: TrainerPort, job_id: str, caller: Caller) -> str | None:
+    """The id of the job that runs now, where `caller` may know it; None also while the trainer is away."""
+    if not job_id or "admin" in caller.scopes:
+        return job_id or None
+    try:
+        return (await asyncio.wait_for(visible_job(trainer, job_id, caller), _TIMEOUT_S)).id
+    except (KilnError, TimeoutError):
+        return None
 
 
 def attaches(body: JobFields, caller: Caller) -> bool:

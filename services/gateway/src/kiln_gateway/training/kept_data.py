@@ -31,12 +31,9 @@ async def chosen_corrections(
             if each.model_hash != model_hash:
                 raise CorrectionNotFound(f"{each.id} is for another base model", param="corrections")
         return named
-    found = await gateway.corrections.all_of(caller.owner)
-    unused = [each for each in reversed(found) if (each.status, each.model_hash) == ("unused", model_hash)]
+    unused = await gateway.corrections.unused(caller.owner, model_hash)
     if not unused:
-        raise NoUnusedCorrections(
-            f"none of {len(found)} corrections is unused and of this model", param="corrections"
-        )
+        raise NoUnusedCorrections("no correction is unused and of this model", param="corrections")
     return unused
 
 
