@@ -162,11 +162,15 @@ def use_span(started: Span) -> Iterator[Span]:
 
 
 def mark_failed(failed: Span, error: BaseException) -> None:
-    """Say by its code that a span ended with an error; messages may quote what users wrote."""
+    """Say by its code that a span ended with an error; messages may quote what users wrote.
+
+    What the caller got wrong, such as a name that is not there, is no failure of the one who says so.
+    """
     from opentelemetry.trace import Status, StatusCode
 
     code = error.code if isinstance(error, KilnError) else type(error).__name__
-    failed.set_status(Status(StatusCode.ERROR, code))
+    if not isinstance(error, KilnError) or error.kind.http_status >= 500:
+        failed.set_status(Status(StatusCode.ERROR, code))
     failed.set_attribute("error.type", code)
 
 
