@@ -161,6 +161,11 @@ class JobStore:
         status = self._redis.hget(keys.job(job_id), "status")
         return None if status is None else status.decode()
 
+    def correction_owner(self, correction_id: str) -> str | None:
+        """Whose correction it is; None when there is no such correction (any more)."""
+        owner = self._redis.hget(keys.correction(correction_id), "owner")
+        return None if owner is None else owner.decode()
+
     def num_queued(self) -> int:
         return self._redis.zcard(keys.JOB_QUEUED)
 
