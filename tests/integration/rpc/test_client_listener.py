@@ -8,7 +8,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from pydantic import ValidationError
 
-from kiln_common.api_keys import digest_of
+from kiln_common.api_keys import KeyRing, digest_of
 from kiln_common.bus import keys as bus_keys
 from kiln_common.bus.connect import connect
 from kiln_common.pb import engine_pb2, engine_pb2_grpc, trainer_pb2, trainer_pb2_grpc
@@ -21,7 +21,7 @@ from tests.support.engine_server import StubbornRunner, generate_request, make_p
 from tests.support.fake_engine import running_engine as adapter_engine
 from tests.support.jobs import ChainBackend, grpo_request, opd_request
 from tests.support.redis_server import private_redis
-from tests.support.registry import running_registry
+from tests.support.registry import adapter_bytes, publish_header, running_registry
 
 KEYS = {
     "infer-key-0123456789": ["infer"],
@@ -79,6 +79,47 @@ async def test_an_engine_checks_the_keys_of_clients_and_salts_their_prefixes(tmp
             assert await cached_tokens("infer", "a") == 0
             assert await cached_tokens("infer", "b") > 0
             assert await cached_tokens("admin", "c") == 0
+
+
+async def test_a_key_uses_only_its_own_adapters_on_an_engine(tmp_path, keys_file):
+    parts = make_parts(StubbornRunner())
+    owners = {entry.name: entry.caller().owner for entry in KeyRing(file=keys_file)._keys}
+    async with running_registry(tmp_path / "registry") as registry:
+        header = publish_header("theirs", owner=owners["other"])
+        theirs = await registry.publish(header, adapter_bytes())
+        mine = await registry.publish(publish_header("mine", owner=owners["infer"]), adapter_bytes(seed=1))
+        settings = {
+            "client_listen": "127.0.0.1:0", "api_keys_file": keys_file, "registry_address": registry.address,
+        }  # fmt: skip
+        async with (
+            running_engine(parts, tmp_path, **settings) as (engine, services_client),
+            grpc.aio.insecure_channel(f"127.0.0.1:{engine.client_server.port}") as channel,
+        ):
+            stub = engine_pb2_grpc.EngineStub(channel)
+
+            def generate(key, name, sha256):
+                request = generate_request(f"{key}-{name}")
+                request.adapters.add(name=name, version=1, sha256=sha256)
+                return aiter(stub.Generate(request, metadata=bearer(key)))
+
+            for name, sha256 in (("theirs", theirs.sha256), ("mine", mine.sha256)):
+                assert await anext(generate("admin", name, sha256))
+            # They are resident now: that gives nobody else their use.
+            assert await anext(generate("infer", "mine", mine.sha256))
+            for name in ("theirs", "mine"):
+                refused = generate("infer", name, theirs.sha256)
+                assert await refusal(anext(refused)) == "adapter_not_found"
+            request = generate_request("in a session")
+            request.adapters.add(name="theirs", version=1, sha256=theirs.sha256)
+            session = stub.Session(metadata=bearer("infer"))
+            await session.write(engine_pb2.SessionRequest(submit=request))
+            (output,) = (await session.read()).outputs
+            assert output.error.code == "adapter_not_found"
+
+            ask = engine_pb2.GetStatsRequest()
+            assert len((await services_client.get_stats()).resident_adapters) == 2
+            assert len((await stub.GetStats(ask, metadata=bearer("admin"))).resident_adapters) == 2
+            assert not (await stub.GetStats(ask, metadata=bearer("infer"))).resident_adapters
 
 
 @contextlib.asynccontextmanager
