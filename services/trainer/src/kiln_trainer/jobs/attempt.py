@@ -24,7 +24,7 @@ from kiln_trainer.jobs.errors import StartRankTooHigh, WorkerStopping
 from kiln_trainer.jobs.gate import Gate
 from kiln_trainer.jobs.hooks import JobHooks
 from kiln_trainer.jobs.ports import JobBackend, Publisher
-from kiln_trainer.jobs.published import take_back, with_version
+from kiln_trainer.jobs.published import VERSION_DELETED, take_back, with_version, without
 from kiln_trainer.jobs.records import data_sha256
 from kiln_trainer.jobs.student import EngineStudent
 from kiln_trainer.jobs.totals import TrainerTotals
@@ -129,7 +129,13 @@ class Attempt:
         self._note_default(request)
         header = self._header(request, base, trained)
         header.publish_key = f"{header.job_id}:{trained.step}"
-        version = self._wait_for(lambda: self._publisher.publish(header, trained.content))
+        try:
+            version = self._wait_for(lambda: self._publisher.publish(header, trained.content))
+        except KilnError as error:
+            if error.code != VERSION_DELETED:
+                raise
+            log.info("version_deleted_meanwhile", step=trained.step)  # it was published, once
+            return
         self._published = with_version(self._published, trained.step, version)
         self._job.write(
             {"published": self._published.to_json()}, ("published", {**self._published.versions[-1]})
@@ -148,11 +154,11 @@ class Attempt:
 
     def _discard(self, adapter: str) -> None:
         """Take back what was published; a cancel does not end that, and a stop leaves it to the next claim."""
-        job_id, before = self._job.claim.job_id, self._published.default_before or ""
+        job_id, before = self._job.claim.job_id, self._published.default_before
         references = self._wait_for(
             lambda: take_back(adapter, job_id, before, self._publisher), check=self._job.check_claim
         )
-        self._published = replace(self._published, versions=())
+        self._published = without(self._published, references)
         with contextlib.suppress(JobCancelled):  # what is written stands, and the job ends next
             self._job.write({"published": self._published.to_json()}, ("discarded", {"versions": references}))
 
