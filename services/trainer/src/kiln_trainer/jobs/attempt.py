@@ -17,7 +17,7 @@ from kiln_common import tracing
 from kiln_common.adapter_names import BASE_NAME, parse_reference
 from kiln_common.errors import AdapterMismatch, AdapterNotFound, ErrorKind, KilnError
 from kiln_common.pb import registry_pb2, trainer_pb2
-from kiln_trainer.domain.errors import JobCancelled, WeightsLost
+from kiln_trainer.domain.errors import ClaimLost, DeviceBroken, JobCancelled, WeightsLost
 from kiln_trainer.domain.training import StartingPoint, TrainedAdapter, TrainingTask
 from kiln_trainer.jobs.claimed_job import ClaimedJob
 from kiln_trainer.jobs.errors import StartRankTooHigh, WorkerStopping
@@ -71,8 +71,13 @@ class Attempt:
         """
         try:
             return self._run(request)
-        except JobCancelled:
-            if self._job.discards_published and request.config.publish.isdecimal():
+        except (ClaimLost, WorkerStopping, DeviceBroken):
+            raise  # the next claim goes on with what there is
+        except Exception as error:
+            if request.config.HasField("gate"):
+                self._gate(request).clear()
+            was_cancelled = isinstance(error, JobCancelled)
+            if was_cancelled and self._job.discards_published and request.config.publish.isdecimal():
                 self._discard(request.config.adapter)
             raise
 
@@ -88,13 +93,16 @@ class Attempt:
                 return {"adapter": "", "version": 0, "sha256": ""}
             if not request.config.HasField("gate"):
                 return self._publish(request, base, trained)
-            gate = Gate(self._job, self._publisher, self._wait_for, request.config.gate, self._stopping)
+            gate = self._gate(request)
             outcome, kept = gate.judge(self._header(request, base, trained), trained.content)
             if kept is not None:
                 return {**kept, "gate": outcome}
             published = self._publish(request, base, trained)
             gate.clear()
             return {**published, "gate": outcome}
+
+    def _gate(self, request: trainer_pb2.SubmitRequest) -> Gate:
+        return Gate(self._job, self._publisher, self._wait_for, request.config.gate, self._stopping)
 
     def _publish(
         self,
