@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from sqlalchemy import Connection, Engine, RowMapping, Select, delete, func, insert, select, update
-from sqlalchemy.exc import IntegrityError
 
 from kiln_common.adapter_names import InvalidAdapterName, parse_reference
 from kiln_common.ids import new_id
@@ -212,13 +211,7 @@ class EvaluationStore:
         return run
 
     def _write(self, change: Callable[[Connection], T]) -> T:
-        """Carry out a transaction; once more where, on PostgreSQL, another one inserted the same row."""
-        try:
-            with self._engine.begin() as connection:
-                return change(connection)
-        except IntegrityError:
-            with self._engine.begin() as connection:
-                return change(connection)
+        return schema.write(self._engine, change)
 
 
 def _no_run(run_id: str) -> EvalRunNotFound:
