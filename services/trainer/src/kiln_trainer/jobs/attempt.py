@@ -75,6 +75,7 @@ class Attempt:
             raise  # the next claim goes on with what there is
         except Exception as error:
             if request.config.HasField("gate"):
+                self._job.check_claim()  # else the candidate is a later claim's
                 self._gate(request).clear()
             was_cancelled = isinstance(error, JobCancelled)
             if was_cancelled and self._job.discards_published and request.config.publish.isdecimal():
