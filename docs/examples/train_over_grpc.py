@@ -1,6 +1,6 @@
 """Train from a file over gRPC, with nothing of Kiln installed: `pip install grpcio grpcio-reflection`.
 
-python train_over_grpc.py ADDRESS FILE ADAPTER [--cancel-after STEP] [--learning-rate RATE]
+python train_over_grpc.py ADDRESS FILE ADAPTER [--cancel-after STEP] [--learning-rate RATE] [--key KEY]
 
 Each line of FILE is a document: {"token_ids": [...], "num_prompt_tokens": 12}. The tokens after the
 prompt are learned. The trainer speaks token ids; POST /v1/tokenize of the gateway gives them. It
@@ -21,8 +21,9 @@ PACKAGE = "kiln.v1"
 class Trainer:
     """The trainer's methods and messages, as it describes them itself."""
 
-    def __init__(self, channel):
+    def __init__(self, channel, key=""):
         self._channel = channel
+        self._metadata = [("authorization", f"Bearer {key}")] if key else []
         self._pool = DescriptorPool(ProtoReflectionDescriptorDatabase(channel))
         self._methods = self._pool.FindServiceByName(f"{PACKAGE}.Trainer").methods_by_name
 
@@ -37,7 +38,7 @@ class Trainer:
             request_serializer=lambda message: message.SerializeToString(),
             response_deserializer=answer.FromString,
         )
-        return stub(request)
+        return stub(request, metadata=self._metadata)
 
 
 def parts(trainer, arguments):
@@ -65,9 +66,10 @@ def main():
     parser.add_argument("adapter")
     parser.add_argument("--cancel-after", type=int, default=0, metavar="STEP")
     parser.add_argument("--learning-rate", type=float, default=1e-4)
+    parser.add_argument("--key", default="", help="where the listener checks keys")
     arguments = parser.parse_args()
     with grpc.insecure_channel(arguments.address) as channel:
-        trainer = Trainer(channel)
+        trainer = Trainer(channel, arguments.key)
         job = trainer.call("SubmitStream", parts(trainer, arguments), "stream_unary")
         print(f"{job.id} {job.status}", flush=True)
         watch = trainer.message("WatchJobRequest", id=job.id)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from kiln_common.errors import AdapterNotFound
 from kiln_common.pb import engine_pb2, evaluations_pb2, registry_pb2, trainer_pb2
+from kiln_registry.domain import AdapterInUse, VersionDeleted
 from kiln_trainer.domain.capacity import Capacity
 from kiln_trainer.domain.training import (
     AdapterContent,
@@ -199,6 +200,7 @@ class MemoryPublisher:
         self.withdrawn: list[str] = []
         self.evaluation_requests: list[evaluations_pb2.SubmitRunRequest] = []
         self.evaluate: Callable[[evaluations_pb2.EvalRun], evaluations_pb2.EvalRun] = lambda run: run
+        self._last_number: dict[str, int] = {}
         self._by_key: dict[str, registry_pb2.AdapterVersion] = {}
         self._lock = threading.Lock()
 
@@ -222,11 +224,15 @@ class MemoryPublisher:
         with self._lock:
             self.num_publish_calls += 1
             if header.publish_key and header.publish_key in self._by_key:
-                return self._by_key[header.publish_key]
+                made = self._by_key[header.publish_key]
+                if made not in self.known.get(header.name, []):
+                    raise VersionDeleted(f"{header.publish_key} made a version that is deleted")
+                return made
             known = self.known.setdefault(header.name, [])
+            self._last_number[header.name] = number = self._last_number.get(header.name, len(known)) + 1
             version = registry_pb2.AdapterVersion(
                 name=header.name,
-                version=len(known) + 1,
+                version=number,
                 sha256=hashlib.sha256(content.view()).hexdigest(),
                 base_model_hash=header.base_model_hash,
                 config_json=header.config_json,
@@ -258,14 +264,21 @@ class MemoryPublisher:
         return [[first, last] for _ in requests]
 
     def start_evaluation(self, request: evaluations_pb2.SubmitRunRequest) -> evaluations_pb2.EvalRun:
+        """The run of this key, as in the registry."""
         self.evaluation_requests.append(request)
-        return evaluations_pb2.EvalRun(id="evalrun_1", status="queued")
+        known = [*dict.fromkeys(each.idempotency_key for each in self.evaluation_requests)]
+        run_id = f"evalrun_{known.index(request.idempotency_key) + 1}"
+        return evaluations_pb2.EvalRun(id=run_id, status="queued")
 
     def evaluation(self, run_id: str, owner: str) -> evaluations_pb2.EvalRun:
         """What `evaluate`, which runs on the worker thread and may raise, makes of a run that goes on."""
         return self.evaluate(evaluations_pb2.EvalRun(id=run_id, status="running"))
 
     def withdraw(self, name: str, version: int = 0) -> None:
+        if self.default in [f"{name}@{v.version}" for v in self.known.get(name, [])]:
+            attached = int(self.default.partition("@")[2])
+            if version in (0, attached):
+                raise AdapterInUse(f"{self.default} is attached as the default")
         self.withdrawn.append(f"{name}@{version}" if version else name)
         kept = [v for v in self.known.pop(name, []) if version not in (0, v.version)]
         if kept:

@@ -34,9 +34,17 @@ def test_a_correction_is_used_up_by_the_job_that_succeeds(store, redis_client):
     assert [*store.get(job_id).correction_ids] == IDS[:2]
     assert state(redis_client) == [(job_id, ""), (job_id, ""), ("", "")]
     claim = store.claim_next(60, 0)
-    store.succeed(claim, {})
-    store.succeed(claim, {})  # told twice, as after a lost answer
+    store.succeed(claim, {"adapter": "a"})
+    store.succeed(claim, {"adapter": "a"})  # told twice, as after a lost answer
     assert state(redis_client) == [("", job_id), ("", job_id), ("", "")]
+
+
+@pytest.mark.parametrize("kept_as", ["", "job_1"])
+def test_a_job_whose_adapter_has_not_learned_them_gives_its_corrections_back(store, redis_client, kept_as):
+    """It publishes nothing, or its gate was not passed."""
+    store.submit(learning("a", *IDS))
+    store.succeed(store.claim_next(60, 0), {"adapter": kept_as})
+    assert state(redis_client) == [("", "")] * 3
 
 
 @pytest.mark.parametrize("end", ["failed", "cancelled in the queue", "cancelled"])
@@ -72,5 +80,5 @@ def test_a_retry_learns_the_same_and_takes_what_is_free(store, redis_client):
 def test_a_correction_deleted_meanwhile_does_not_come_back(store, redis_client):
     store.submit(learning("a", *IDS))
     redis_client.delete(keys.correction(IDS[0]))
-    store.succeed(store.claim_next(60, 0), {})
+    store.succeed(store.claim_next(60, 0), {"adapter": "a"})
     assert not redis_client.exists(keys.correction(IDS[0]))

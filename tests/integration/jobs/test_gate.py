@@ -41,6 +41,11 @@ def ending_with(score):
     return evaluate
 
 
+def published_sha256(publisher):
+    (version,) = publisher.known["helper"]
+    return version.sha256
+
+
 class Working:
     """A worker that runs while the block does; `end_of` waits for a job."""
 
@@ -81,12 +86,16 @@ def test_what_passes_its_gate_is_published(store, redis_client, publisher, tmp_p
     )
     assert outcome.reason == "the score 0.75 reaches the least of 0.75"
     candidate, published = publisher.headers
-    assert (candidate.name, candidate.attach, candidate.publish_key) == (job_id, False, "")
+    assert (candidate.name, candidate.attach, candidate.publish_key) == (
+        job_id,
+        False,
+        f"gate:{job_id}:{published_sha256(publisher)}",
+    )
     assert (published.name, published.attach, published.publish_key) == ("helper", True, job_id)
     assert publisher.withdrawn == [job_id]
     (request,) = publisher.evaluation_requests
     assert (request.owner, request.suite_id, request.job_id) == ("me", "suite_1", job_id)
-    assert (request.adapter, request.idempotency_key) == (f"{job_id}@1", f"gate:{job_id}")
+    assert (request.adapter, request.idempotency_key) == (f"{job_id}@1", candidate.publish_key)
     types = event_types(redis_client, job_id)
     assert types[types.index("evaluating") :] == [
         "evaluating",
@@ -186,7 +195,76 @@ def test_a_trainer_that_stops_during_the_evaluation_hands_the_job_on(store, othe
         assert working.backend.steps_taken == []  # the last checkpoint was the end
     assert (job.result.adapter, job.result.gate.passed, job.claim_epoch) == ("helper", True, 2)
     keys_used = {request.idempotency_key for request in publisher.evaluation_requests}
-    assert keys_used == {f"gate:{job_id}"}  # the registry answers with the run it has
+    assert keys_used == {f"gate:{job_id}:{published_sha256(publisher)}"}  # the same bytes: the same run
+    assert [header.name for header in publisher.headers] == [job_id, "helper"]
+
+
+def test_other_bytes_of_a_later_claim_are_evaluated_themselves(store, other_store, publisher, tmp_path):
+    """The first claim's bytes would pass; those that would be published do not."""
+    looked = threading.Event()
+
+    def evaluate(run):
+        looked.set()
+        return run
+
+    publisher.evaluate = evaluate
+    job_id = store.submit(gated_request())
+    with Working(store, publisher, tmp_path / "a"):
+        assert looked.wait(10.0)
+    publisher.evaluate = lambda run: ending_with(1.0 if run.id == "evalrun_1" else 0.0)(run)
+    with Working(other_store, publisher, tmp_path / "b", ChainBackend(num_steps=3)) as working:
+        job = working.end_of(job_id)
+    assert (job.result.adapter, job.result.version, job.result.gate.passed) == (job_id, 2, False)
+    first, second = publisher.evaluation_requests
+    assert (first.adapter, second.adapter) == (f"{job_id}@1", f"{job_id}@2")
+
+
+def test_a_candidate_that_was_let_go_is_judged_anew(store, other_store, publisher, tmp_path):
+    looked = threading.Event()
+
+    def evaluate(run):
+        looked.set()
+        return run
+
+    publisher.evaluate = evaluate
+    job_id = store.submit(gated_request())
+    with Working(store, publisher, tmp_path):
+        assert looked.wait(10.0)
+    publisher.withdraw(job_id)
+    publisher.evaluate = ending_with(1.0)
+    with Working(other_store, publisher, tmp_path) as working:
+        job = working.end_of(job_id)
+    assert (job.result.adapter, job.result.gate.passed) == ("helper", True)
+    assert publisher.evaluation_requests[-1].adapter == f"{job_id}@2"
+
+
+def test_a_cancel_that_the_next_trainer_finds_leaves_no_candidate(store, other_store, publisher, tmp_path):
+    looked = threading.Event()
+
+    def evaluate(run):
+        looked.set()
+        return run
+
+    publisher.evaluate = evaluate
+    job_id = store.submit(gated_request())
+    with Working(store, publisher, tmp_path):
+        assert looked.wait(10.0)
+    store.cancel(job_id)
+    with Working(other_store, publisher, tmp_path) as working:
+        job = working.end_of(job_id)
+    assert (job.status, publisher.known) == ("cancelled", {})
+
+
+def test_a_job_that_fails_after_its_candidate_leaves_none(store, publisher, tmp_path):
+    def refuse_the_result():
+        if publisher.num_publish_calls:
+            raise InvalidJobConfig("refused")
+
+    publisher.evaluate = ending_with(1.0)
+    publisher.before_publish = refuse_the_result
+    with Working(store, publisher, tmp_path) as working:
+        job = working.end_of(store.submit(gated_request()))
+    assert (job.status, job.error.code, publisher.known) == ("failed", "invalid_job_config", {})
 
 
 @pytest.mark.parametrize(

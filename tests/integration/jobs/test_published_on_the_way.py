@@ -70,6 +70,26 @@ def test_a_resumed_job_publishes_each_of_its_versions_once(store, other_store, p
     assert numbers(publisher) == [1, 2, 3, 4]
 
 
+def test_a_resumed_job_goes_on_where_a_version_was_deleted_meanwhile(store, other_store, publisher, tmp_path):
+    failed = []
+
+    def fail_once(step):
+        if step == 4 and not failed:
+            failed.append(step)
+            raise DeviceBroken("gone")
+
+    job_id = store.submit(grpo_request("helper", publish="1", checkpoint_every=2))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(threading, "excepthook", lambda args: None)
+        with working(store, ChainBackend(before_step=fail_once), publisher, tmp_path) as worker:
+            worker._thread.join(10)
+    publisher.withdraw("helper", 3)
+    with working(other_store, ChainBackend(), publisher, tmp_path):
+        job = ended(store, job_id)
+    assert (job.status, job.result.version) == ("succeeded", 4)
+    assert numbers(publisher) == [1, 2, 4]
+
+
 def test_a_cancel_keeps_what_was_published(store, publisher, tmp_path):
     held = Held(4)
     job_id = store.submit(every(2))
@@ -113,6 +133,39 @@ def test_a_default_that_somebody_else_chose_stays(store, publisher, tmp_path):
         held.go_on.set()
         ended(store, job_id)
     assert (numbers(publisher), publisher.default) == ([], "other@1")
+
+
+def test_a_default_that_an_admin_made_of_it_stays(store, publisher, tmp_path):
+    """The job may not attach: it may not detach either, and still ends."""
+    held = Held(6)
+    job_id = store.submit(grpo_request("helper", publish="2"))
+    with working(store, ChainBackend(num_steps=9, before_step=held), publisher, tmp_path):
+        assert held.reached.wait(10)
+        publisher.attach("helper@1")
+        store.cancel(job_id, discards=True)
+        held.go_on.set()
+        job = ended(store, job_id)
+    assert (job.status, [each.version for each in job.published]) == ("cancelled", [1])
+    assert (numbers(publisher), publisher.default) == ([1], "helper@1")
+
+
+def test_a_version_attached_while_it_is_discarded_stays(store, publisher, tmp_path):
+    held = Held(6)
+    attach = publisher.attach
+
+    def attach_then_another(reference):
+        attach(reference)
+        attach("helper@1")
+
+    job_id = store.submit(every(2))
+    with working(store, ChainBackend(num_steps=9, before_step=held), publisher, tmp_path):
+        assert held.reached.wait(10)
+        publisher.attach = attach_then_another
+        store.cancel(job_id, discards=True)
+        held.go_on.set()
+        job = ended(store, job_id)
+    assert (job.status, [each.version for each in job.published]) == ("cancelled", [1])
+    assert (numbers(publisher), publisher.default) == ([1], "helper@1")
 
 
 def test_a_version_whose_record_was_lost_is_discarded_too(store, publisher, tmp_path):

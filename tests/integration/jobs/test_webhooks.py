@@ -2,10 +2,12 @@
 
 import asyncio
 import base64
+import contextlib
 import hashlib
 import hmac
 import ipaddress
 import json
+import socket
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -124,6 +126,30 @@ def test_a_receiver_that_fails_is_asked_again(store, redis_client, receiver):
     ids = {headers["webhook-id"] for headers, _ in receiver.requests}
     assert ids == {f"{job_id}-failed"}
     assert not redis_client.exists(keys.WEBHOOKS)
+
+
+def test_a_receiver_that_drips_does_not_keep_its_thread(store, redis_client):
+    """Each byte comes well within the timeout of a read; the headers never end."""
+    has_ended = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def drip():
+            connection, _ = server.accept()
+            with connection, contextlib.suppress(OSError):
+                connection.sendall(b"HTTP/1.1 200 OK\r\nx-slow: ")
+                while not has_ended.wait(0.02):
+                    connection.sendall(b"x")
+
+        dripping = threading.Thread(target=drip)
+        dripping.start()
+        job_id = failed(store, f"http://127.0.0.1:{server.getsockname()[1]}/")
+        began_s = time.monotonic()
+        assert sender(redis_client, store, attempt_s=0.4).send_one()
+        assert time.monotonic() - began_s < 5
+        has_ended.set()
+        dripping.join(10)
+    state = store.get(job_id).webhook
+    assert (state.status, state.error) == ("pending", "TimeoutError: there was no answer within 0.4 s")
 
 
 def test_waits_grow_and_end(store, redis_client):

@@ -1,10 +1,13 @@
 """Evaluations through a real registry: what is kept outlives it."""
 
 import pytest
+from sqlalchemy import event
 
 from kiln_common.clients.evaluations import EvaluationsClient
 from kiln_common.errors import KilnError
 from kiln_common.pb import evaluations_pb2 as pb
+from kiln_registry import schema
+from kiln_registry.evaluations.store import EvaluationStore
 from tests.support.registry import running_registry
 
 
@@ -44,3 +47,43 @@ async def test_suites_and_runs_outlive_the_registry(tmp_path):
                 await call
         assert [found.id for found in await client.list_suites("me")] == [suite.id]
         await client.close()
+
+
+async def test_a_key_stands_for_one_run_of_one_owner(tmp_path):
+    async with running_registry(tmp_path) as registry:
+        client = EvaluationsClient(registry.address)
+        suite = await client.put_suite("me", "small", "{}", 1)
+        fields = {
+            "owner": "me", "suite_id": suite.id, "adapter": "a@1", "settings_json": "{}",
+            "idempotency_key": "k",
+        }  # fmt: skip
+        run = await client.submit_run(pb.SubmitRunRequest(**fields))
+        for change in ({"owner": "you"}, {"adapter": "a@2"}, {"settings_json": '{"seed":1}'}):
+            with pytest.raises(KilnError) as refused:
+                await client.submit_run(pb.SubmitRunRequest(**{**fields, **change}))
+            assert refused.value.code == "idempotency_conflict"
+        assert (await client.submit_run(pb.SubmitRunRequest(**fields))).id == run.id
+        await client.close()
+
+
+def test_a_suites_content_is_read_only_where_it_is_wanted(tmp_path):
+    engine = schema.open_engine("", tmp_path)
+    store = EvaluationStore(engine)
+    suite = store.put_suite(pb.PutSuiteRequest(owner="me", name="small", content="{}", num_cases=1), 0.0)
+    read = []
+
+    @event.listens_for(engine, "before_cursor_execute")
+    def _note(connection, cursor, statement, *_):
+        if "eval_suites.content" in statement.partition("FROM")[0]:
+            read.append(statement)
+
+    run = store.submit_run(pb.SubmitRunRequest(owner="me", suite_id=suite.id, settings_json="{}"), 0.0)
+    store.list_suites("me")
+    store.get_suite("me", "small", with_content=False)
+    store.get_run(run.id, "me", with_cases=True)
+    store.put_suite(pb.PutSuiteRequest(owner="me", name="small", content="{}", num_cases=1), 0.0)
+    assert read == []
+    assert store.get_suite("me", suite.id, with_content=True).content == "{}"
+    assert store.claim_run(30.0, 1.0).suite.content == "{}"
+    assert len(read) == 2
+    engine.dispose()

@@ -12,7 +12,6 @@ from dataclasses import replace
 from typing import TypeVar
 
 from sqlalchemy import Connection, Engine, delete, func, insert, select, update
-from sqlalchemy.exc import IntegrityError
 
 from kiln_common.adapter_names import AdapterReference, check_adapter_name
 from kiln_common.errors import AdapterNotFound
@@ -34,7 +33,6 @@ from kiln_registry.domain import (
 from kiln_registry.retention import RecentUses, check_quota, find_collectable
 
 _MAX_OUTBOX_ROWS = 10_000
-_MAX_RACES = 3
 T = TypeVar("T")
 
 
@@ -248,7 +246,8 @@ class Catalog:
             AdapterNotFound: there is none.
             AdapterInUse: one of them is attached; nothing was deleted.
         """
-        with self._engine.begin() as connection:
+
+        def remove(connection: Connection) -> int:
             # A publish raises last_version in this row: the versions that are left stay the ones read.
             name_row = select(schema.adapters).where(schema.adapters.c.name == reference.name)
             connection.execute(name_row.with_for_update())
@@ -269,6 +268,8 @@ class Catalog:
             left = [r.version for r in records if r not in doomed]
             sql.repair_latest(connection, reference.name, left)
             return len(doomed)
+
+        return self._write(remove)
 
     def has_other_scaling(self, sha256: str, scaling: float) -> bool:
         """Whether a version that was ever recorded has these bytes and applies them more or less strongly."""
@@ -324,15 +325,7 @@ class Catalog:
             sql.audit(connection, "retention", "collect", record.name, record.version, now_s)
 
     def _write(self, change: Callable[[Connection], T]) -> T:
-        """Carry out a transaction; again where, on PostgreSQL, another one inserted the same first row."""
-        for _ in range(_MAX_RACES):
-            try:
-                with self._engine.begin() as connection:
-                    return change(connection)
-            except IntegrityError:
-                continue  # its row is there now
-        with self._engine.begin() as connection:
-            return change(connection)
+        return schema.write(self._engine, change)
 
     def _list(self, name: str | None) -> list[AdapterRecord]:
         with self._reader.begin() as connection:

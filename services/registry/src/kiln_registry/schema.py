@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy import (
     DDL,
     BigInteger,
     Column,
+    Connection,
     Engine,
     Float,
     ForeignKey,
@@ -25,11 +27,15 @@ from sqlalchemy import (
     text,
     update,
 )
-from sqlalchemy.exc import ArgumentError
+from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError
 
 from kiln_common.errors import KilnError
 
 SCHEMA_VERSION = 7
+
+_MAX_RACES = 3
+_RETRIED_STATES = ("40P01", "40001")  # deadlock_detected, serialization_failure
+T = TypeVar("T")
 
 # Execution option of engines whose transactions only read.
 READ_ONLY = "kiln_read_only"
@@ -202,6 +208,26 @@ def reader(engine: Engine) -> Engine:
     if engine.dialect.name == "postgresql":
         options["isolation_level"] = "REPEATABLE READ"
     return engine.execution_options(**options)
+
+
+def write(engine: Engine, change: Callable[[Connection], T]) -> T:
+    """Carry out a transaction; again where, on PostgreSQL, it lost to another one.
+
+    The other one inserted the same first row, or the two waited for each other and this one had to end.
+    """
+    for _ in range(_MAX_RACES):
+        try:
+            with engine.begin() as connection:
+                return change(connection)
+        except DBAPIError as error:
+            if not isinstance(error, IntegrityError) and _sqlstate(error) not in _RETRIED_STATES:
+                raise
+    with engine.begin() as connection:
+        return change(connection)
+
+
+def _sqlstate(error: DBAPIError) -> str:
+    return getattr(error.orig, "sqlstate", None) or ""
 
 
 def create_schema(engine: Engine) -> None:

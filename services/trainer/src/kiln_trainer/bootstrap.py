@@ -18,6 +18,7 @@ from kiln_common.ids import new_id
 from kiln_common.pb import trainer_pb2, trainer_pb2_grpc
 from kiln_common.rpc import RpcServer
 from kiln_common.rpc.client_listener import client_server
+from kiln_trainer.client_rights import ClientRights
 from kiln_trainer.jobs.held_versions import HeldVersions
 from kiln_trainer.jobs.ports import JobBackend
 from kiln_trainer.jobs.store import JobStore
@@ -113,6 +114,7 @@ async def start_trainer(
     )
     servicer = TrainerServicer(
         trainer_id, client, tail_client, store, worker, backend, engines,
+        ClientRights(store, registry, evaluations),
         max_payload_bytes=settings.max_payload_bytes,
         webhook_networks=settings.webhook_allowed_networks,
     )  # fmt: skip

@@ -12,13 +12,13 @@ import redis
 import redis.asyncio
 import structlog
 
-from kiln_common.api_keys import require_scope
 from kiln_common.bus.connect import REDIS_AWAY
 from kiln_common.errors import KilnError, QueueUnavailable
 from kiln_common.ids import new_id
 from kiln_common.pb import trainer_pb2 as pb
 from kiln_common.pb import trainer_pb2_grpc
 from kiln_common.rpc.keys import current_caller
+from kiln_trainer.client_rights import ClientRights
 from kiln_trainer.device_memory import num_device_bytes
 from kiln_trainer.jobs.capacity_check import check_capacity
 from kiln_trainer.jobs.durability import check_durable
@@ -43,7 +43,13 @@ _REFUSALS = ("OOM", "MISCONF", "READONLY", "NOREPLICAS")
 
 
 # What clients from outside need for each method; "admin" for those that are not here.
-CLIENT_SCOPES = dict.fromkeys(("Submit", "GetJob", "ListJobs", "CancelJob", "WatchJob", "GetStatus"), "train")
+CLIENT_SCOPES = dict.fromkeys(
+    (
+        *("Submit", "SubmitStream", "RetryJob", "GetJob", "ListJobs", "CancelJob", "WatchJob"),
+        "GetStatus",
+    ),
+    "train",
+)
 
 
 class TrainerServicer(trainer_pb2_grpc.TrainerServicer):
@@ -58,6 +64,7 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServicer):
         worker: Worker,
         backend: JobBackend,
         engines: EngineDirectory,
+        rights: ClientRights,
         *,
         max_payload_bytes: int,
         webhook_networks: Sequence[Network] = (),
@@ -69,6 +76,7 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServicer):
         self._worker = worker
         self._backend = backend
         self._engines = engines
+        self._rights = rights
         self._max_payload_bytes = max_payload_bytes
         self._webhook_networks = webhook_networks
 
@@ -82,7 +90,7 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServicer):
         return await self.Submit(await gather_request(request_iterator, self._max_payload_bytes), context)
 
     async def RetryJob(self, request: pb.RetryJobRequest, context: grpc.aio.ServicerContext) -> pb.Job:
-        job = await _on_redis(lambda: self._store.get(request.id))
+        job = await self._visible_job(request.id)
         accepted = await _on_redis(lambda: self._store.read_payload(request.id))
         return await self._submit(retried(job, accepted, request))
 
@@ -90,7 +98,8 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServicer):
         num_bytes = request.ByteSize()
         if num_bytes > self._max_payload_bytes:
             raise PayloadTooLarge(f"the job has {num_bytes} bytes, at most {self._max_payload_bytes}")
-        _check_caller(request)
+        if (caller := current_caller()) is not None:
+            await self._rights.make_own(request, caller)
         if request.HasField("webhook"):
             checking = asyncio.to_thread(check_webhook, request.webhook, self._webhook_networks)
             with contextlib.suppress(TimeoutError):  # a name that is not known now may be later
@@ -103,12 +112,14 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServicer):
         return await _on_redis(lambda: self._store.get(job_id))
 
     async def GetJob(self, request: pb.GetJobRequest, context: grpc.aio.ServicerContext) -> pb.Job:
-        return await _on_redis(lambda: self._store.get(request.id))
+        return await self._visible_job(request.id)
 
     async def ListJobs(
         self, request: pb.ListJobsRequest, context: grpc.aio.ServicerContext
     ) -> pb.ListJobsResponse:
         owner = request.owner if request.HasField("owner") else None
+        if (caller := current_caller()) is not None and "admin" not in caller.scopes:
+            owner = caller.owner
         jobs = await _on_redis(lambda: self._store.list_jobs(request.limit, request.statuses, owner))
         return pb.ListJobsResponse(jobs=jobs)
 
@@ -118,6 +129,7 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServicer):
         return pb.ListJobsResponse(jobs=await _on_redis(self._store.list_open))
 
     async def CancelJob(self, request: pb.CancelJobRequest, context: grpc.aio.ServicerContext) -> pb.Job:
+        await self._visible_job(request.id)
         await _on_redis(lambda: self._store.cancel(request.id, discards=request.discard_published))
         log.info("job_cancel_requested", job_id=request.id)
         return await _on_redis(lambda: self._store.get(request.id))
@@ -125,6 +137,8 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServicer):
     async def WatchJob(
         self, request: pb.WatchJobRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.JobEvent]:
+        if current_caller() is not None:
+            await self._visible_job(request.id)
         try:
             async for event in watch_events(self._tail_client, request.id, request.after_event_id):
                 yield event
@@ -155,6 +169,12 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServicer):
             num_device_bytes=num_device_bytes(),
         )
 
+    async def _visible_job(self, job_id: str) -> pb.Job:
+        """Raises JobNotFound, also for a job that whoever calls may not see."""
+        job = await _on_redis(lambda: self._store.get(job_id))
+        self._rights.check_visible(job, current_caller())
+        return job
+
     def _accept(self, request: pb.SubmitRequest) -> str:
         check_durable(self._client)
         job_id = new_id("job")
@@ -166,17 +186,6 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServicer):
             if self._store.status(job_id) is None:
                 raise _unavailable(error) from error
             return job_id
-
-
-def _check_caller(request: pb.SubmitRequest) -> None:
-    """A client from outside attaches only as an admin, and has idempotency keys of its own. Raises ScopeMissing."""
-    caller = current_caller()
-    if caller is None:
-        return
-    if request.config.attach:
-        require_scope(caller, "admin")
-    if request.idempotency_key:
-        request.idempotency_key = f"{caller.owner}:grpc:{request.idempotency_key}"
 
 
 async def _on_redis(call: Callable[[], T]) -> T:

@@ -104,6 +104,14 @@ class AdapterManager:
             raise
         return AdapterLease(tuple(versions), tuple(entry.slot for entry in entries))
 
+    async def check_owner(self, versions: Sequence[AdapterVersion], owner: str) -> None:
+        """Raises AdapterNotFound where one is another owner's, as if it did not exist; AdapterUnavailable."""
+        for version in versions:
+            record = await self._look_up(version)
+            # A slot is found by its hash: the name has to be that of these bytes, too.
+            if record.owner != owner or record.sha256 != version.sha256:
+                raise AdapterNotFound(f"there is no adapter {version.reference[:160]!r}")
+
     def release(self, lease: AdapterLease) -> None:
         """Let go of a lease's slots."""
         for adapter in lease.adapters:
@@ -277,21 +285,24 @@ class AdapterManager:
 
     async def _resolve(self, version: AdapterVersion) -> registry_pb2.AdapterVersion:
         """The version's record, once it is committed."""
-        if self._source is None:
-            raise AdapterUnavailable(
-                f"adapter {version.reference} is not on this engine, and no registry is configured"
-            )
-        try:
-            record = await self._source.resolve(version.reference)
-        except KilnError as error:
-            if error.code == AdapterNotFound.code:
-                raise
-            raise _unavailable(version, error) from error
+        record = await self._look_up(version)
         if record.sha256 != version.sha256:
             raise AdapterNotFound(
                 f"{version.reference} is {record.sha256[:12]}…, the request names {version.sha256[:12]}…"
             )
         return record
+
+    async def _look_up(self, version: AdapterVersion) -> registry_pb2.AdapterVersion:
+        if self._source is None:
+            raise AdapterUnavailable(
+                f"adapter {version.reference} is not on this engine, and no registry is configured"
+            )
+        try:
+            return await self._source.resolve(version.reference)
+        except KilnError as error:
+            if error.code == AdapterNotFound.code:
+                raise
+            raise _unavailable(version, error) from error
 
     async def _fetch(self, version: AdapterVersion) -> bytes:
         """The version's bytes, checked against its hash by the source."""

@@ -92,6 +92,10 @@ class AdapterResidency(Protocol):
         """
         ...
 
+    async def check_owner(self, versions: Sequence[AdapterVersion], owner: str) -> None:
+        """Raises AdapterNotFound where one of them is not `owner`'s; AdapterUnavailable if nobody can say."""
+        ...
+
     def release(self, lease: AdapterLease) -> None: ...
 
     def newest(self, name: str) -> AdapterVersion | None:

@@ -64,8 +64,10 @@ class RequestIntake:
         """Requests that wait for a grammar or an adapter."""
         return sum(live.preparing is not None for live in self._live.values())
 
-    def submit(self, message: engine_pb2.GenerateRequest, sink: Sink) -> None:
+    def submit(self, message: engine_pb2.GenerateRequest, sink: Sink, owner: str | None = None) -> None:
         """Accept a request; everything further about it, its end included, goes to the sink.
+
+        `owner`: whose adapters it may use; None is anyone's.
 
         Raises:
             KilnError: it was not accepted; the sink hears nothing.
@@ -83,7 +85,9 @@ class RequestIntake:
             if versions and message.adapter_policy == engine_pb2.ADAPTER_POLICY_LATEST:
                 live.followed_scales = tuple(use.scale for use in request.adapters)
             grammar = message.grammar if message.HasField("grammar") else None
-            live.preparing = asyncio.create_task(self._prepare_then_submit(request, grammar, versions, live))
+            live.preparing = asyncio.create_task(
+                self._prepare_then_submit(request, grammar, versions, live, owner)
+            )
         else:
             self.loop.submit(request, (), sink)
         self._live[request.request_id] = live
@@ -145,12 +149,15 @@ class RequestIntake:
         grammar: engine_pb2.Grammar | None,
         versions: list[AdapterVersion],
         live: LiveRequest,
+        owner: str | None,
     ) -> None:
         patience_s = None if request.deadline_s is None else request.deadline_s - self.clock.now()
         try:
             async with asyncio.timeout(patience_s):
                 if grammar is not None:
                     request = await self._with_grammar(request, grammar)
+                if owner is not None:
+                    await self.adapters.check_owner(versions, owner)
                 if versions:
                     live.lease = await self.adapters.acquire(versions)
             live.preparing = None

@@ -77,7 +77,7 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
         outbox = Outbox(self._outbox_steps)
         traces = self._open_traces()
         _salt(request)
-        self._intake.submit(request, outbox)
+        self._intake.submit(request, outbox, _adapter_owner())
         if traces is not None:
             traces.began(request)
         try:
@@ -104,7 +104,10 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
     async def GetStats(
         self, request: engine_pb2.GetStatsRequest, context: grpc.aio.ServicerContext
     ) -> engine_pb2.EngineStats:
-        return self._figures.read()
+        stats = self._figures.read()
+        if _adapter_owner() is not None:
+            stats.ClearField("resident_adapters")
+        return stats
 
     async def ShareWeights(
         self, request: engine_pb2.ShareWeightsRequest, context: grpc.aio.ServicerContext
@@ -164,7 +167,7 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
     ) -> None:
         try:
             _salt(message)
-            self._intake.submit(message, outbox)
+            self._intake.submit(message, outbox, _adapter_owner())
             if traces is not None:
                 traces.began(message)
         except KilnError as error:
@@ -177,3 +180,9 @@ def _salt(message: engine_pb2.GenerateRequest) -> None:
     caller = current_caller()
     if caller is not None:
         message.cache_salt = caller.owner + message.cache_salt
+
+
+def _adapter_owner() -> str | None:
+    """Whose adapters the call may use and see; None, for services and admins, is everyone's."""
+    caller = current_caller()
+    return None if caller is None or "admin" in caller.scopes else caller.owner

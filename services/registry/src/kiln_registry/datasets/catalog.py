@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from sqlalchemy import (
     BigInteger,
     Column,
+    Connection,
     Engine,
     Float,
     Index,
@@ -70,12 +71,15 @@ class DatasetCatalog:
             & (datasets.c.sha256 == record.sha256)
             & (datasets.c.format == record.format)
         )
-        with self._engine.begin() as connection:
+
+        def add(connection: Connection) -> DatasetRecord:
             row = connection.execute(select(datasets).where(content)).mappings().first()
             if row is not None:
                 return DatasetRecord(**row)
             connection.execute(insert(datasets).values(**asdict(record)))
-        return record
+            return record
+
+        return schema.write(self._engine, add)
 
     def get(self, dataset_id: str) -> DatasetRecord:
         """Raises DatasetNotFound."""

@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from sqlalchemy import Connection, Engine, RowMapping, Select, delete, func, insert, select, update
-from sqlalchemy.exc import IntegrityError
 
 from kiln_common.adapter_names import InvalidAdapterName, parse_reference
+from kiln_common.errors import IdempotencyConflict
 from kiln_common.ids import new_id
 from kiln_common.pb import evaluations_pb2 as pb
 from kiln_registry import schema
@@ -29,6 +29,7 @@ _RUN_FIELDS = (
     *("id", "owner", "adapter", "settings_json", "job_id", "status", "summary_json"),
     *("created_at_s", "started_at_s", "finished_at_s", "claim_epoch"),
 )
+_SUBMITTED_FIELDS = ("owner", "suite_id", "adapter", "settings_json", "job_id")
 T = TypeVar("T")
 
 
@@ -57,7 +58,7 @@ class EvaluationStore:
         is_same_name = (suites.c.owner == request.owner) & (suites.c.name == request.name)
 
         def put(connection: Connection) -> pb.EvalSuite:
-            query = select(suites).where(is_same_name, suites.c.sha256 == sha256)
+            query = _select_suites().where(is_same_name, suites.c.sha256 == sha256)
             known = connection.execute(query).mappings().first()
             if known is not None:
                 return _suite(known)
@@ -75,36 +76,37 @@ class EvaluationStore:
     def get_suite(self, owner: str, reference: str, *, with_content: bool) -> pb.EvalSuite:
         """Raises EvalSuiteNotFound."""
         with self._reader.begin() as connection:
-            row = connection.execute(_suite_query(owner, reference)).mappings().first()
+            query = _suite_query(owner, reference, with_content=with_content)
+            row = connection.execute(query).mappings().first()
         if row is None:
             raise EvalSuiteNotFound(f"there is no suite {reference[:160]!r}")
         return _suite(row, with_content=with_content)
 
     def list_suites(self, owner: str) -> list[pb.EvalSuite]:
         with self._reader.begin() as connection:
-            query = select(suites).where(suites.c.owner == owner).order_by(suites.c.name, suites.c.version)
+            query = _select_suites().where(suites.c.owner == owner)
+            query = query.order_by(suites.c.name, suites.c.version)
             newest = {row["name"]: row for row in connection.execute(query).mappings()}
         return [_suite(row) for row in newest.values()]
 
     def submit_run(self, request: pb.SubmitRunRequest, now_s: float) -> pb.EvalRun:
-        """Raises EvalSuiteNotFound."""
+        """Raises EvalSuiteNotFound, and IdempotencyConflict where the key made another run."""
         key = request.idempotency_key or None
+        body = {name: getattr(request, name) for name in _SUBMITTED_FIELDS}
 
         def submit(connection: Connection) -> str:
             if key is not None:
-                known = connection.scalar(select(runs.c.id).where(runs.c.idempotency_key == key))
+                query = select(runs).where(runs.c.idempotency_key == key)
+                known = connection.execute(query).mappings().first()
+                if known is not None and any(known[name] != value for name, value in body.items()):
+                    raise IdempotencyConflict(f"the idempotency key {key[:80]!r} was used for another run")
                 if known is not None:
-                    return known
+                    return known["id"]
             if connection.scalar(select(suites.c.id).where(suites.c.id == request.suite_id)) is None:
                 raise EvalSuiteNotFound(f"there is no suite {request.suite_id[:160]!r}")
             run_id = new_id("evalrun")
-            row = {
-                "id": run_id, "owner": request.owner, "suite_id": request.suite_id,
-                "adapter": request.adapter, "settings_json": request.settings_json,
-                "job_id": request.job_id, "idempotency_key": key, "status": "queued",
-                "created_at_s": now_s,
-            }  # fmt: skip
-            connection.execute(insert(runs).values(**row))
+            row = {"id": run_id, "idempotency_key": key, "status": "queued", "created_at_s": now_s}
+            connection.execute(insert(runs).values(**row, **body))
             return run_id
 
         return self._get(self._write(submit))
@@ -197,7 +199,8 @@ class EvaluationStore:
             row = connection.execute(select(runs).where(runs.c.id == run_id)).mappings().first()
             if row is None:
                 raise _no_run(run_id)
-            suite = connection.execute(select(suites).where(suites.c.id == row["suite_id"])).mappings().one()
+            query = _select_suites(with_content=with_content).where(suites.c.id == row["suite_id"])
+            suite = connection.execute(query).mappings().one()
             num_done = connection.scalar(select(func.count()).where(cases.c.run_id == run_id)) or 0
             query = select(cases).where(cases.c.run_id == run_id).order_by(cases.c.index)
             found = connection.execute(query).mappings().all() if with_cases else []
@@ -212,26 +215,25 @@ class EvaluationStore:
         return run
 
     def _write(self, change: Callable[[Connection], T]) -> T:
-        """Carry out a transaction; once more where, on PostgreSQL, another one inserted the same row."""
-        try:
-            with self._engine.begin() as connection:
-                return change(connection)
-        except IntegrityError:
-            with self._engine.begin() as connection:
-                return change(connection)
+        return schema.write(self._engine, change)
 
 
 def _no_run(run_id: str) -> EvalRunNotFound:
     return EvalRunNotFound(f"there is no evaluation run {run_id[:80]!r}")
 
 
-def _suite_query(owner: str, reference: str) -> Select[Any]:
-    is_owned = suites.c.owner == owner
+def _select_suites(*, with_content: bool = False) -> Select[Any]:
+    """A suite's content may have megabytes: it is read where it is wanted."""
+    fields = (*_SUITE_FIELDS, "content") if with_content else _SUITE_FIELDS
+    return select(*(suites.c[name] for name in fields))
+
+
+def _suite_query(owner: str, reference: str, *, with_content: bool) -> Select[Any]:
+    owned = _select_suites(with_content=with_content).where(suites.c.owner == owner)
     if reference.startswith("suite_"):
-        by_id = select(suites).where(is_owned, suites.c.id == reference)
-        return by_id
+        return owned.where(suites.c.id == reference)
     name, _, version = reference.partition("@")
-    query = select(suites).where(is_owned, suites.c.name == name).order_by(suites.c.version.desc()).limit(1)
+    query = owned.where(suites.c.name == name).order_by(suites.c.version.desc()).limit(1)
     if version:
         query = query.where(suites.c.version == (int(version) if version.isdecimal() else 0))
     return query

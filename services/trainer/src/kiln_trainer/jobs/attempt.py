@@ -17,14 +17,14 @@ from kiln_common import tracing
 from kiln_common.adapter_names import BASE_NAME, parse_reference
 from kiln_common.errors import AdapterMismatch, AdapterNotFound, ErrorKind, KilnError
 from kiln_common.pb import registry_pb2, trainer_pb2
-from kiln_trainer.domain.errors import JobCancelled, WeightsLost
+from kiln_trainer.domain.errors import ClaimLost, DeviceBroken, JobCancelled, WeightsLost
 from kiln_trainer.domain.training import StartingPoint, TrainedAdapter, TrainingTask
 from kiln_trainer.jobs.claimed_job import ClaimedJob
 from kiln_trainer.jobs.errors import StartRankTooHigh, WorkerStopping
 from kiln_trainer.jobs.gate import Gate
 from kiln_trainer.jobs.hooks import JobHooks
 from kiln_trainer.jobs.ports import JobBackend, Publisher
-from kiln_trainer.jobs.published import take_back, with_version
+from kiln_trainer.jobs.published import VERSION_DELETED, take_back, with_version, without
 from kiln_trainer.jobs.records import data_sha256
 from kiln_trainer.jobs.student import EngineStudent
 from kiln_trainer.jobs.totals import TrainerTotals
@@ -71,8 +71,14 @@ class Attempt:
         """
         try:
             return self._run(request)
-        except JobCancelled:
-            if self._job.discards_published and request.config.publish.isdecimal():
+        except (ClaimLost, WorkerStopping, DeviceBroken):
+            raise  # the next claim goes on with what there is
+        except Exception as error:
+            if request.config.HasField("gate"):
+                self._job.check_claim()  # else the candidate is a later claim's
+                self._gate(request).clear()
+            was_cancelled = isinstance(error, JobCancelled)
+            if was_cancelled and self._job.discards_published and request.config.publish.isdecimal():
                 self._discard(request.config.adapter)
             raise
 
@@ -88,13 +94,16 @@ class Attempt:
                 return {"adapter": "", "version": 0, "sha256": ""}
             if not request.config.HasField("gate"):
                 return self._publish(request, base, trained)
-            gate = Gate(self._job, self._publisher, self._wait_for, request.config.gate, self._stopping)
+            gate = self._gate(request)
             outcome, kept = gate.judge(self._header(request, base, trained), trained.content)
             if kept is not None:
                 return {**kept, "gate": outcome}
             published = self._publish(request, base, trained)
             gate.clear()
             return {**published, "gate": outcome}
+
+    def _gate(self, request: trainer_pb2.SubmitRequest) -> Gate:
+        return Gate(self._job, self._publisher, self._wait_for, request.config.gate, self._stopping)
 
     def _publish(
         self,
@@ -129,7 +138,13 @@ class Attempt:
         self._note_default(request)
         header = self._header(request, base, trained)
         header.publish_key = f"{header.job_id}:{trained.step}"
-        version = self._wait_for(lambda: self._publisher.publish(header, trained.content))
+        try:
+            version = self._wait_for(lambda: self._publisher.publish(header, trained.content))
+        except KilnError as error:
+            if error.code != VERSION_DELETED:
+                raise
+            log.info("version_deleted_meanwhile", step=trained.step)  # it was published, once
+            return
         self._published = with_version(self._published, trained.step, version)
         self._job.write(
             {"published": self._published.to_json()}, ("published", {**self._published.versions[-1]})
@@ -148,11 +163,11 @@ class Attempt:
 
     def _discard(self, adapter: str) -> None:
         """Take back what was published; a cancel does not end that, and a stop leaves it to the next claim."""
-        job_id, before = self._job.claim.job_id, self._published.default_before or ""
+        job_id, before = self._job.claim.job_id, self._published.default_before
         references = self._wait_for(
             lambda: take_back(adapter, job_id, before, self._publisher), check=self._job.check_claim
         )
-        self._published = replace(self._published, versions=())
+        self._published = without(self._published, references)
         with contextlib.suppress(JobCancelled):  # what is written stands, and the job ends next
             self._job.write({"published": self._published.to_json()}, ("discarded", {"versions": references}))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import threading
 import time
@@ -17,6 +18,7 @@ from kiln_trainer.domain.training import AdapterContent
 from kiln_trainer.jobs.claimed_job import ClaimedJob
 from kiln_trainer.jobs.errors import WorkerStopping
 from kiln_trainer.jobs.ports import Publisher
+from kiln_trainer.jobs.published import VERSION_DELETED
 
 log = structlog.get_logger()
 T = TypeVar("T")
@@ -33,8 +35,8 @@ class Gate:
     """Belongs to the worker thread and to one claim.
 
     The candidate is a version of the adapter named like the job, so that no request comes to it by
-    another name. Gateways evaluate it; a run that an earlier claim began is the same run. What does
-    not pass stays under that name, with its reason in the job's result.
+    another name. Gateways evaluate it; a run that an earlier claim began on the same bytes is the same
+    run. What does not pass stays under that name, with its reason in the job's result.
     """
 
     def __init__(
@@ -61,14 +63,18 @@ class Gate:
         """
         # Only the last claim may put a version into the registry.
         self._job.sync()
-        candidate = self._publish(header, content)
-        report = self._publisher.make_live(candidate)
+        # A later claim may train other bytes, on a GPU: what was evaluated is what is published.
+        key = f"gate:{self._job.claim.job_id}:{hashlib.sha256(content.view()).hexdigest()}"
         try:
-            outcome = self._evaluate(candidate)
-            self._job.write({}, ("gate", outcome))
-        except JobCancelled:
-            self.clear()
-            raise
+            candidate = self._publish(header, content, key)
+        except KilnError as error:
+            if error.code != VERSION_DELETED:
+                raise
+            key = f"{key}:{self._job.claim.claim_epoch}"  # an earlier claim let go of it: judged anew
+            candidate = self._publish(header, content, key)
+        report = self._publisher.make_live(candidate)
+        outcome = self._evaluate(candidate, key)
+        self._job.write({}, ("gate", outcome))
         log.info("gate_judged", passed=outcome["passed"], reason=outcome["reason"])
         if outcome["passed"]:
             return outcome, None
@@ -89,22 +95,22 @@ class Gate:
             log.warning("candidate_not_withdrawn", code=error.code, reason=str(error))
 
     def _publish(
-        self, header: registry_pb2.PublishHeader, content: AdapterContent
+        self, header: registry_pb2.PublishHeader, content: AdapterContent, key: str
     ) -> registry_pb2.AdapterVersion:
         held = registry_pb2.PublishHeader()
         held.CopyFrom(header)
-        held.name, held.publish_key, held.attach = self._job.claim.job_id, "", False
+        held.name, held.publish_key, held.attach = self._job.claim.job_id, key, False
         return self._wait_for(lambda: self._publisher.publish(held, content))
 
-    def _evaluate(self, candidate: registry_pb2.AdapterVersion) -> dict[str, Any]:
+    def _evaluate(self, candidate: registry_pb2.AdapterVersion, key: str) -> dict[str, Any]:
         try:
-            return self._evaluation(candidate)
+            return self._evaluation(candidate, key)
         except (ClaimLost, JobCancelled):
             raise
         except KilnError as error:
             return self._outcome(None, f"the evaluation failed with {error.code}: {error}")
 
-    def _evaluation(self, candidate: registry_pb2.AdapterVersion) -> dict[str, Any]:
+    def _evaluation(self, candidate: registry_pb2.AdapterVersion, key: str) -> dict[str, Any]:
         """Start it, wait for its end, and compare the score."""
         request = evaluations_pb2.SubmitRunRequest(
             owner=self._gate.owner,
@@ -112,7 +118,7 @@ class Gate:
             adapter=f"{candidate.name}@{candidate.version}",
             settings_json=self._gate.settings_json,
             job_id=self._job.claim.job_id,
-            idempotency_key=f"gate:{self._job.claim.job_id}",
+            idempotency_key=key,
         )
         run = self._wait_for(lambda: self._publisher.start_evaluation(request))
         run_id = run.id

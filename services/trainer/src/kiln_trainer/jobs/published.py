@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 
 import structlog
@@ -13,6 +14,10 @@ from kiln_trainer.jobs.records import Published
 
 log = structlog.get_logger()
 
+# What the registry answers for a version that was deleted after its key had made it, and for the default.
+VERSION_DELETED = "adapter_version_deleted"
+_IN_USE = "adapter_in_use"
+
 
 def with_version(published: Published, step: int, version: registry_pb2.AdapterVersion) -> Published:
     """`published` and one version more; one that a resumed job publishes again is there once."""
@@ -22,25 +27,44 @@ def with_version(published: Published, step: int, version: registry_pb2.AdapterV
     return replace(published, versions=(*published.versions, entry))
 
 
-def take_back(adapter: str, job_id: str, default_before: str, publisher: Publisher) -> list[str]:
+def without(published: Published, references: Collection[str]) -> Published:
+    """`published` without the versions of these references."""
+    left = [v for v in published.versions if f"{v['adapter']}@{v['version']}" not in references]
+    return replace(published, versions=tuple(left))
+
+
+def take_back(adapter: str, job_id: str, default_before: str | None, publisher: Publisher) -> list[str]:
     """Delete what the job has published; where one of it is the default, `default_before` is again.
 
-    Asks the registry what there is: a trainer may have died before it recorded its last version. Safe
-    to repeat. Returns the references that were deleted.
+    `default_before` is None for a job that has attached nothing: then somebody else chose the default,
+    and that version stays, as does one that is attached meanwhile. Asks the registry what there is: a
+    trainer may have died before it recorded its last version. Safe to repeat. Returns the references
+    that were deleted.
 
     Raises:
-        KilnError: the registry is away, or does not let go of a version.
+        KilnError: the registry is away.
     """
     numbers = [version.version for version in publisher.versions(adapter) if version.job_id == job_id]
-    references = [f"{adapter}@{number}" for number in numbers]
-    if publisher.default_adapter() in references:
+    default = publisher.default_adapter()
+    if default_before is not None and default in [f"{adapter}@{number}" for number in numbers]:
         try:
             publisher.attach(default_before)
         except KilnError as error:
             if error.code != AdapterNotFound.code:
                 raise
             publisher.attach("")  # it was deleted meanwhile
-    for number in numbers:
+    deleted = [f"{adapter}@{number}" for number in numbers if _withdraw(publisher, adapter, number)]
+    log.info("published_versions_discarded", versions=deleted)
+    return deleted
+
+
+def _withdraw(publisher: Publisher, adapter: str, number: int) -> bool:
+    """Whether the version is gone; it is not while it is the default."""
+    try:
         publisher.withdraw(adapter, number)
-    log.info("published_versions_discarded", versions=references)
-    return references
+    except KilnError as error:
+        if error.code != _IN_USE:
+            raise
+        log.info("default_not_discarded", adapter=f"{adapter}@{number}")
+        return False
+    return True

@@ -161,7 +161,8 @@ return {{'ok', found[4] or ''}}
 # once, a running one is asked to (and to "keep" or "discard" what it has published), one that publishes
 # its result goes on.
 # KEYS job, events, running, adapter list, queued, payload, idempotency
-# ARGV claim_epoch, job_id, status, now_s, retention_s, event data, cancel, (name, value)...
+# ARGV claim_epoch, job_id, status, now_s, retention_s, event data, cancel, whether the job's corrections
+# are used up, (name, value)...
 FINISH = f"""{_COMMON}
 local found = redis.call('HMGET', KEYS[1], 'status', 'claim_epoch', 'is_publishing', 'priority', 'owner',
                          'corrections')
@@ -177,7 +178,7 @@ elseif found[1] ~= 'running' or found[2] ~= ARGV[1] then
   return {{'lost'}}
 end
 redis.call('HSET', KEYS[1], 'status', ARGV[3], 'finished_at_s', ARGV[4])
-for i = 8, #ARGV, 2 do redis.call('HSET', KEYS[1], ARGV[i], ARGV[i + 1]) end
+for i = 9, #ARGV, 2 do redis.call('HSET', KEYS[1], ARGV[i], ARGV[i + 1]) end
 add_event(KEYS[2], ARGV[3], ARGV[6], ARGV[4])
 redis.call('ZREM', KEYS[3], ARGV[2])
 local place = redis.call('ZSCORE', KEYS[5], ARGV[2])
@@ -197,7 +198,7 @@ for id in string.gmatch(found[6] or '', '[^,]+') do
   local correction = correction_key(id)
   if redis.call('HGET', correction, 'reserved_by') == ARGV[2] then
     redis.call('HDEL', correction, 'reserved_by')
-    if ARGV[3] == 'succeeded' then redis.call('HSET', correction, 'used_by', ARGV[2]) end
+    if ARGV[8] == '1' then redis.call('HSET', correction, 'used_by', ARGV[2]) end
   end
 end
 if (redis.call('HGET', KEYS[1], 'webhook') or '') ~= '' then

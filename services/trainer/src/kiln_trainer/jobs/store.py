@@ -161,6 +161,11 @@ class JobStore:
         status = self._redis.hget(keys.job(job_id), "status")
         return None if status is None else status.decode()
 
+    def correction_owner(self, correction_id: str) -> str | None:
+        """Whose correction it is; None when there is no such correction (any more)."""
+        owner = self._redis.hget(keys.correction(correction_id), "owner")
+        return None if owner is None else owner.decode()
+
     def num_queued(self) -> int:
         return self._redis.zcard(keys.JOB_QUEUED)
 
@@ -250,8 +255,11 @@ class JobStore:
         ))  # fmt: skip
 
     def succeed(self, claim: Claim, result: dict[str, Any]) -> None:
-        """End the job well. Raises ClaimLost."""
-        self._end_claimed(claim, "succeeded", {"result": json.dumps(result)}, result)
+        """End the job well; its corrections are used up if its adapter has learned them. Raises ClaimLost."""
+        has_published = result.get("adapter") == claim.adapter or bool(claim.published.versions)
+        self._end_claimed(
+            claim, "succeeded", {"result": json.dumps(result)}, result, uses_corrections=has_published
+        )
 
     def fail(self, claim: Claim, failure: JobFailure) -> None:
         """End the job badly. Raises ClaimLost."""
@@ -267,11 +275,20 @@ class JobStore:
         self._release(keys=[keys.job(claim.job_id), keys.JOB_RUNNING], args=[claim.claim_epoch, claim.job_id])
 
     def _end_claimed(
-        self, claim: Claim, status: str, fields: Mapping[str, str], data: dict[str, Any]
+        self,
+        claim: Claim,
+        status: str,
+        fields: Mapping[str, str],
+        data: dict[str, Any],
+        *,
+        uses_corrections: bool = False,
     ) -> None:
-        outcome, *found = self._end(claim.job_id, str(claim.claim_epoch), status, fields, data)
+        epoch = str(claim.claim_epoch)
+        outcome, *found = self._end(
+            claim.job_id, epoch, status, fields, data, uses_corrections=uses_corrections
+        )
         # The answer to an earlier try may have been lost: this claim's own end is found again.
-        ended_before = outcome == b"final" and found == [status.encode(), str(claim.claim_epoch).encode()]
+        ended_before = outcome == b"final" and found == [status.encode(), epoch.encode()]
         if outcome != b"done" and not ended_before:
             raise ClaimLost(f"claim {claim.claim_epoch} of {claim.job_id} is not the last one")
 
@@ -283,6 +300,8 @@ class JobStore:
         fields: Mapping[str, str],
         data: dict[str, Any],
         cancel: str = "",
+        *,
+        uses_corrections: bool = False,
     ) -> list[bytes]:
         adapter, key = self._redis.hmget(keys.job(job_id), "adapter", "idempotency_key")
         return self._finish(
@@ -293,7 +312,7 @@ class JobStore:
             ],
             args=[
                 epoch, job_id, status, time.time(), self._retention_s, json.dumps(data), cancel,
-                *_flatten(fields),
+                "1" if uses_corrections else "", *_flatten(fields),
             ],
         )  # fmt: skip
 

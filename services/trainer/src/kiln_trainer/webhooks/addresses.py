@@ -9,8 +9,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from urllib.parse import urlsplit, urlunsplit
 
+import structlog
+
 from kiln_common.errors import InvalidRequest
 from kiln_common.pb import trainer_pb2
+
+log = structlog.get_logger()
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -63,7 +67,9 @@ def checked_target(url: str, allowed: Sequence[Network], resolve: Resolve = reso
     addresses = resolve(host, port)
     for address in addresses:
         if not is_allowed(address, allowed):
-            raise WebhookAddressRefused(f"{host[:200]} has the address {address}", param="webhook.url")
+            # Whoever gave the name is not told what it means inside.
+            log.warning("webhook_address_refused", host=host[:200], address=str(address))
+            raise WebhookAddressRefused(f"webhooks may not go to {host[:200]}", param="webhook.url")
     if not addresses:
         raise OSError(f"{host} has no address")
     number = f"[{addresses[0]}]" if addresses[0].version == 6 else str(addresses[0])

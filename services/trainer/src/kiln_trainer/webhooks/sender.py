@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextvars
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import httpx
 import structlog
@@ -13,7 +14,7 @@ import structlog
 from kiln_common.errors import KilnError
 from kiln_common.pb import trainer_pb2
 from kiln_trainer.jobs.claimed_job import REDIS_FAILURES
-from kiln_trainer.webhooks.addresses import Network, Resolve, checked_target, resolve
+from kiln_trainer.webhooks.addresses import Network, Resolve, Target, checked_target, resolve
 from kiln_trainer.webhooks.outbox import Delivery, WebhookOutbox
 from kiln_trainer.webhooks.signing import message, signed_headers
 
@@ -23,8 +24,9 @@ _NUM_THREADS = 4
 _MAX_ATTEMPTS = 10
 _LONGEST_WAIT_S = 3600.0
 _POLL_S = 1.0
-_TIMEOUT_S = 10.0
-# Longer than an attempt takes: resolving, connecting and one answer.
+_TIMEOUT_S = 10.0  # of a receiver that says nothing
+_ATTEMPT_S = 30.0  # of one that says a byte now and then
+# Longer than an attempt takes, with what the system's resolver may exceed its time by.
 _LEASE_S = 60.0
 _GONE = 410
 
@@ -33,6 +35,7 @@ class WebhookSender:
     """Sends what the outbox holds.
 
     `first_wait_s`: from the first attempt to the second; each wait after it is twice as long.
+    `attempt_s`: the longest that one attempt may take in all.
     `allowed`: networks beyond the public internet to which webhooks may go.
     """
 
@@ -44,17 +47,15 @@ class WebhookSender:
         allowed: Sequence[Network],
         first_wait_s: float,
         resolve: Resolve = resolve,
-        transport: httpx.BaseTransport | None = None,
+        attempt_s: float = _ATTEMPT_S,
     ) -> None:
         self._outbox = outbox
         self._read_job = read_job
         self._allowed = allowed
         self._first_wait_s = first_wait_s
         self._resolve = resolve
-        # No proxy from the environment: it would resolve the name again, and go where it leads.
-        self._http = httpx.Client(
-            timeout=_TIMEOUT_S, follow_redirects=False, trust_env=False, transport=transport
-        )
+        self._attempt_s = attempt_s
+        self._tls = httpx.create_ssl_context(trust_env=False)
         self._stopping = threading.Event()
         self._threads = [
             threading.Thread(
@@ -73,7 +74,6 @@ class WebhookSender:
         deadline_s = time.monotonic() + timeout_s
         for thread in self._threads:
             thread.join(max(0.0, deadline_s - time.monotonic()))
-        self._http.close()
 
     def send_one(self) -> bool:
         """Attempt the next webhook that is due; whether there was one."""
@@ -94,28 +94,43 @@ class WebhookSender:
 
     def _attempt(self, delivery: Delivery) -> tuple[str, bool]:
         """What went wrong, "" for nothing, and whether to leave it at that."""
+        deadline_s = time.monotonic() + self._attempt_s
         try:
             target = checked_target(delivery.webhook.url, self._allowed, self._resolve)
             job = self._read_job(delivery.job_id)
             body = message(job)
             message_id = f"{job.id}-{job.status}"
             headers = signed_headers(message_id, body, delivery.webhook.secret, int(time.time()))
-            request = self._http.build_request(
-                "POST",
-                target.url,
-                content=body,
-                headers={**headers, "host": target.host, "content-type": "application/json"},
-                extensions={"sni_hostname": target.server_name},
-            )
-            answer = self._http.send(request, stream=True)  # what it says is not read
-            answer.close()
+            status = asyncio.run(self._post(target, headers, body, deadline_s))
         except KilnError as error:
             return f"{error} ({error.code})", True
         except (httpx.HTTPError, OSError) as error:
             return f"{type(error).__name__}: {error}"[:500], False
-        if answer.is_success:
+        if httpx.codes.is_success(status):
             return "", True
-        return f"the receiver answered {answer.status_code}", answer.status_code == _GONE
+        return f"the receiver answered {status}", status == _GONE
+
+    async def _post(self, target: Target, headers: Mapping[str, str], body: bytes, deadline_s: float) -> int:
+        """The status of the answer; what it says is not read. Raises httpx.HTTPError, OSError."""
+        # No proxy from the environment: it would resolve the name again, and go where it leads.
+        client = httpx.AsyncClient(
+            timeout=_TIMEOUT_S, follow_redirects=False, trust_env=False, verify=self._tls
+        )
+        try:
+            async with (
+                asyncio.timeout(deadline_s - time.monotonic()),
+                client,
+                client.stream(
+                    "POST",
+                    target.url,
+                    content=body,
+                    headers={**headers, "host": target.host, "content-type": "application/json"},
+                    extensions={"sni_hostname": target.server_name},
+                ) as answer,
+            ):
+                return answer.status_code
+        except TimeoutError:
+            raise TimeoutError(f"there was no answer within {self._attempt_s:g} s") from None
 
     def _run(self) -> None:
         while not self._stopping.is_set():
