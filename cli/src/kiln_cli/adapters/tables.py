@@ -20,13 +20,14 @@ def show_adapters(console: Console, adapters: Sequence[kiln.Adapter]) -> None:
     if not adapters:
         console.print("no adapters yet; kiln train sft --help has an example")
         return
-    table = _table("adapter", "version", "answers", "rank", "size", "age")
+    table = _table("adapter", "latest", "versions", "answers", "rank", "size", "age")
     for adapter in adapters:
         newest = adapter.versions[-1] if adapter.versions else None
         attached = adapter.attached_version
         table.add_row(
             escape(adapter.name),
-            f"@{adapter.latest_version} of {len(adapter.versions)}",
+            f"@{adapter.latest_version}",
+            str(len(adapter.versions)),
             f"[green]@{attached} by default[/green]" if attached else "by name",
             str(newest.rank) if newest else "",
             size(newest.num_bytes) if newest else "",

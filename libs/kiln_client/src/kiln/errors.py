@@ -110,7 +110,7 @@ class ConnectionFailed(KilnError):
     """Nothing answered, or the answer broke off."""
 
     code = "connection_failed"
-    hint = "Is it running? `kiln up` starts a server; KILN_URL or Client(base_url=…) names another."
+    hint = "Is it running? `kiln up` starts a server; KILN_URL, --url or Client(base_url=…) names another."
 
 
 class WaitTimedOut(KilnError):

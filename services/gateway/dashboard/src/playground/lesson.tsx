@@ -10,11 +10,12 @@ import { Problem, useAction } from "../ui";
 import { useWholeJob } from "../whole_job";
 import { attach, detach, parseReference, rollBack } from "../versions";
 import { NumberField } from "./prompt_form";
-import { ask, playground, type Lesson, type Round } from "./state";
+import { ask, learner, playground, type Lesson, type Round } from "./state";
 import { rated, teach } from "./teach";
 
 export function TeachForm() {
-  const { rounds, lesson } = useStore(playground, (state) => state);
+  const state = useStore(playground, (state) => state);
+  const { rounds, lesson } = state;
   const mayTrain = useStore(feed, (state) => state.hello?.scopes.includes("train") ?? false);
   const setLesson = (changed: Lesson) => playground.update({ lesson: changed });
   const action = useAction();
@@ -39,7 +40,7 @@ export function TeachForm() {
         <label>
           Adapter
           <input
-            value={lesson.adapter}
+            value={learner(state)}
             required
             pattern="[A-Za-z0-9][A-Za-z0-9._\-]*"
             onInput={(event) => setLesson({ ...lesson, adapter: event.currentTarget.value })}

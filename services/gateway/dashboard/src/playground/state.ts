@@ -46,7 +46,8 @@ export interface Settings {
 }
 
 export interface Lesson {
-  adapter: string;
+  /** The name to learn under; null: the one that answered, so that what it knows is kept. */
+  adapter: string | null;
   learningRate: number;
   epochs: number;
 }
@@ -72,10 +73,18 @@ export const playground = new Store<PlaygroundState>({
     system: "",
     tools: "",
   },
-  lesson: { adapter: "playground", learningRate: 0.001, epochs: 8 },
+  lesson: { adapter: null, learningRate: 0.001, epochs: 8 },
   context: [],
   rounds: [],
 });
+
+/** The name that ratings are learned under. */
+export function learner({ lesson, rounds }: PlaygroundState): string {
+  if (lesson.adapter !== null) return lesson.adapter;
+  const answered = rounds.flatMap((round) => round.columns).map((column) => column.adapter);
+  const names = answered.filter((adapter) => adapter && adapter !== "base");
+  return names.at(-1)?.split("@")[0] ?? "playground";
+}
 
 let lastRound = 0;
 const running = new Set<AbortController>();

@@ -2,7 +2,7 @@
 import { call } from "../api";
 import { takeJobs } from "../feed";
 import type { Job } from "../types";
-import { changeRound, playground, type Round } from "./state";
+import { changeRound, learner, playground, type Round } from "./state";
 
 export interface Rated {
   groups: { rollouts: { completion_id: string; index: number; reward: number }[] }[];
@@ -34,10 +34,11 @@ export function rated(rounds: Round[]): Rated {
 }
 
 export async function teach(): Promise<Job> {
-  const { lesson, rounds } = playground.value;
+  const state = playground.value;
+  const { lesson, rounds } = state;
   const { groups, roundIds } = rated(rounds);
   const job = await call<Job>("POST", "/v1/train/grpo", {
-    adapter: lesson.adapter,
+    adapter: learner(state),
     groups,
     learning_rate: lesson.learningRate,
     epochs: lesson.epochs,
