@@ -54,7 +54,10 @@ def test_a_job_that_runs_shows_bar_curve_speed_and_time_left():
 
 def test_how_a_job_ended_is_one_line():
     done = {"adapter": "polite", "version": 3, "not_live": ["boot-2"]}
-    assert outcome(state("succeeded", result=done)) == "polite@3 is live, not yet on boot-2"
+    assert (
+        outcome(state("succeeded", result=done))
+        == "polite@3 is live, not yet on boot-2, and answers by default"
+    )
     done = {"adapter": "polite", "version": 3}
     by_name = state("succeeded", result=done, effective_config={"attach": False})
     assert outcome(by_name) == "polite@3 is live by name; kiln adapters attach polite@3 makes it the default"
@@ -77,7 +80,7 @@ def test_a_gate_that_was_not_passed_says_why_and_what_was_kept():
     assert "job_1@1" not in listed
     assert "gate not passed" in text_of(lambda console: show_job(console, held))
     passed = state("succeeded", result={"adapter": "polite", "version": 3, "gate": {"passed": True}})
-    assert outcome(passed) == "polite@3 is live"
+    assert outcome(passed) == "polite@3 is live, and answers by default"
 
 
 def test_jobs_are_listed_and_one_is_shown_with_its_curve():

@@ -60,7 +60,8 @@ def logs(
             sys.stdout.write(json.dumps(line.as_json(), ensure_ascii=False) + "\n")
             sys.stdout.flush()
         else:
-            session.out.console.print(service_line(line.service, line.text), soft_wrap=True)
+            time = f"[dim]{line.timestamp[11:19]:<8}[/dim] "
+            session.out.console.print(time + service_line(line.service, line.text), soft_wrap=True)
 
     for line in last_lines(files, lines, wanted):
         show(line)

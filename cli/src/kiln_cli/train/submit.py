@@ -148,7 +148,9 @@ def _published(state: kiln.JobState) -> str:
     not_live = (state.result or {}).get("not_live") or []
     where = f", not yet on {', '.join(not_live)}" if not_live else ""
     is_attached = state.raw.get("effective_config", {}).get("attach", True)
-    how = "" if is_attached else f" by name; kiln adapters attach {state.version} makes it the default"
+    how = ", and answers by default"
+    if not is_attached:
+        how = f" by name; kiln adapters attach {state.version} makes it the default"
     return f"{state.version} is live{where}{how}"
 
 
