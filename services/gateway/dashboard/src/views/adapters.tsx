@@ -102,7 +102,7 @@ function TreeNode({ node, attached }: { node: VersionNode; attached: Adapter | u
       <Problem error={action.error} />
       {isOpen && <Details node={node} />}
       {node.children.length > 0 && (
-        <ul>
+        <ul class={node.children.length === 1 ? "only" : undefined}>
           {node.children.map((child) => (
             <TreeNode key={child.version.id} node={child} attached={attached} />
           ))}
