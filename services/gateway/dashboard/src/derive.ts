@@ -1,6 +1,20 @@
 /** What is computed from samples: rates, ratios, lists of versions. */
 import type { Adapter, Sample, Version } from "./types";
 
+/** Samples are taken while somebody watches; a longer time between two was not watched. */
+const MOST_BETWEEN_S = 5;
+
+/** One number of each sample; null, where a line breaks, after a time that nobody watched. */
+export function valuesOf(
+  samples: Sample[],
+  of: (sample: Sample) => number | null | undefined,
+): (number | null)[] {
+  return samples.map((sample, index) => {
+    const before = samples[index - 1];
+    return before && sample.at - before.at >= MOST_BETWEEN_S ? null : (of(sample) ?? null);
+  });
+}
+
 /** The counter's growth by the second at each sample; null across a restart of an engine. */
 export function ratesOf(samples: Sample[], counter: string): (number | null)[] {
   return samples.map((sample, index) => {
@@ -8,8 +22,8 @@ export function ratesOf(samples: Sample[], counter: string): (number | null)[] {
     if (!before) return null;
     const passed = sample.at - before.at;
     const grown = (sample.engine[counter] ?? 0) - (before.engine[counter] ?? 0);
-    // After a pause of the dashboard there is no telling when in it the tokens came.
-    return passed > 0 && passed < 5 && grown >= 0 ? grown / passed : null;
+    // There is no telling when in a time that nobody watched the tokens came.
+    return passed > 0 && passed < MOST_BETWEEN_S && grown >= 0 ? grown / passed : null;
   });
 }
 

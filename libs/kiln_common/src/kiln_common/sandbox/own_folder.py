@@ -9,9 +9,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import structlog
-
-log = structlog.get_logger()
 _NAME = "work"
 
 
@@ -36,7 +33,9 @@ def work_folder() -> Iterator[WorkFolder]:
             _remove(outer)
             folder.is_removed = True
         except OSError as error:
-            log.warning("work_folder_not_removed", folder=outer, reason=error.strerror)
+            import structlog  # the sandbox itself needs nothing beyond Python
+
+            structlog.get_logger().warning("work_folder_not_removed", folder=outer, reason=error.strerror)
 
 
 def _remove(outer: str) -> None:

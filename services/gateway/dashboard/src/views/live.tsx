@@ -1,7 +1,7 @@
 /** How serving goes now: rates, latencies, memory, cache, and each request. */
 import { useMemo } from "preact/hooks";
 import { Chart, type Series } from "../chart";
-import { latest, ratesOf } from "../derive";
+import { latest, ratesOf, valuesOf } from "../derive";
 import { feed } from "../feed";
 import { bytes, clock, count, percent, rate, seconds } from "../format";
 import { useStore } from "../store";
@@ -80,7 +80,7 @@ function Charts({ shown, generated }: { shown: Sample[]; generated: (number | nu
     ): Series => ({
       label,
       color,
-      values: shown.map((sample) => of(sample) ?? null),
+      values: valuesOf(shown, of),
     });
     return {
       x: shown.map((sample) => sample.at),
@@ -103,7 +103,7 @@ function Charts({ shown, generated }: { shown: Sample[]; generated: (number | nu
     };
   }, [shown, generated]);
   const window = "At this gateway, over the 15 seconds before each point.";
-  const common = { x: drawn.x, isTime: true, empty: "Nothing was answered in the last five minutes." };
+  const common = { x: drawn.x, isTime: true, empty: "Nothing was answered while this page was watched in the last five minutes." };
   return (
     <div class="charts">
       <Chart {...common} title="Tokens per second" series={drawn.tokens} format={rate} />
