@@ -1,7 +1,10 @@
 """Adapter routes over a registry that runs: gateway and registry are real, the engine is scripted."""
 
+import asyncio
+
 import pytest
 
+from kiln_gateway.evals.evaluator import Evaluator
 from tests.support.gateway import gateway_rig
 from tests.support.registry import MODEL_HASH, adapter_bytes, publish_header, running_registry
 
@@ -18,6 +21,10 @@ async def rig(tmp_path):
 
 async def publish(rig, name="mine", seed=0, **fields):
     return await rig.registry.publish(publish_header(name, **fields), adapter_bytes(seed=seed))
+
+
+def prompt_of(rig, request):
+    return rig.tokenizer.decode(list(request.prompt_token_ids))
 
 
 async def get(rig, path, status=200):
@@ -78,6 +85,32 @@ async def test_a_version_without_a_parent_is_compared_with_the_base_model(rig):
     await publish(rig, seed=1, parent_name="mine", parent_version=1)
     await rig.http.delete("/v1/adapters/mine@1")
     assert (await get(rig, "/v1/adapters/mine/diff"))["from"] is None
+
+
+async def test_a_diff_has_the_newest_scores_of_both_versions(rig):
+    await publish(rig)
+    await publish(rig, seed=1, parent_name="mine", parent_version=1)
+    cases = [{"prompt": f"Case {n}?", "scorer": {"type": "exact", "target": "yes"}} for n in range(4)]
+    await rig.post("/v1/evals/suites", {"name": "answers", "cases": cases})
+    ids = []
+    for adapter, right in (("mine@1", 3), ("mine@1", 1), ("mine@2", 3), ("base", 4)):
+        rig.engine.script = lambda request, right=right: (
+            "yes" if any(f"Case {n}?" in prompt_of(rig, request) for n in range(right)) else "no"
+        )
+        gateway = rig.app.state.gateway
+        async with Evaluator(gateway, gateway.clients.evaluations, concurrency=4, poll_s=0.01).working():
+            run = (await rig.post("/v1/evals/runs", {"suite": "answers", "adapter": adapter})).json()
+            async with asyncio.timeout(20):
+                while (await get(rig, f"/v1/evals/runs/{run['id']}"))["status"] != "succeeded":
+                    await asyncio.sleep(0.01)
+        ids.append(run["id"])
+    (found,) = (await get(rig, "/v1/adapters/mine/diff"))["evaluations"]
+    assert (found["suite"], found["delta"]) == ("answers@1", 0.5)
+    assert (found["from"]["run"], found["from"]["mean"]) == (ids[1], 0.25)
+    assert (found["to"]["run"], found["to"]["mean"]) == (ids[2], 0.75)
+    await rig.http.delete("/v1/adapters/mine@1")
+    (found,) = (await get(rig, "/v1/adapters/mine/diff"))["evaluations"]
+    assert (found["from"]["run"], found["delta"]) == (ids[3], -0.25)
 
 
 async def test_a_diff_of_what_is_not_there_is_refused(rig):

@@ -71,6 +71,10 @@ def show_diff(console: Console, diff: dict[str, Any]) -> None:
             console.print(
                 f"{name} {values['from']:.4g} → {values['to']:.4g} ({values['delta']:+.4g})", markup=False
             )
+    for run in diff.get("evaluations", []):
+        if run["delta"] is not None:
+            before, after = run["from"]["mean"], run["to"]["mean"]
+            console.print(f"{run['suite']} {before:.3f} → {after:.3f} ({run['delta']:+.3f})", markup=False)
 
 
 def size(num_bytes: float) -> str:

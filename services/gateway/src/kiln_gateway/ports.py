@@ -122,6 +122,10 @@ class EvaluationsPort(Protocol):
         self, run_id: str, owner: str, *, with_cases: bool = False
     ) -> evaluations_pb2.EvalRun: ...
 
+    async def list_runs(
+        self, owner: str, adapters: Sequence[str]
+    ) -> builtins.list[evaluations_pb2.EvalRun]: ...
+
     async def claim_run(self, lease_s: float) -> evaluations_pb2.EvalRun | None: ...
 
     async def report_cases(

@@ -56,6 +56,11 @@ class EvaluationsClient:
         request = evaluations_pb2.GetRunRequest(id=run_id, owner=owner, with_cases=with_cases)
         return await self._call(self._stub.GetRun, request)
 
+    async def list_runs(self, owner: str, adapters: Sequence[str]) -> builtins.list[evaluations_pb2.EvalRun]:
+        """The owner's newest runs on these adapters that succeeded, newest first, without cases."""
+        request = evaluations_pb2.ListRunsRequest(owner=owner, adapters=adapters)
+        return [*(await self._call(self._stub.ListRuns, request)).runs]
+
     async def claim_run(self, lease_s: float) -> evaluations_pb2.EvalRun | None:
         """The oldest run that nobody carries out, now the caller's for `lease_s` seconds."""
         answer = await self._call(self._stub.ClaimRun, evaluations_pb2.ClaimRunRequest(lease_s=lease_s))

@@ -141,6 +141,20 @@ class GetRunRequest(_message.Message):
     with_cases: bool
     def __init__(self, id: _Optional[str] = ..., owner: _Optional[str] = ..., with_cases: bool = ...) -> None: ...
 
+class ListRunsRequest(_message.Message):
+    __slots__ = ("owner", "adapters")
+    OWNER_FIELD_NUMBER: _ClassVar[int]
+    ADAPTERS_FIELD_NUMBER: _ClassVar[int]
+    owner: str
+    adapters: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, owner: _Optional[str] = ..., adapters: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class ListRunsResponse(_message.Message):
+    __slots__ = ("runs",)
+    RUNS_FIELD_NUMBER: _ClassVar[int]
+    runs: _containers.RepeatedCompositeFieldContainer[EvalRun]
+    def __init__(self, runs: _Optional[_Iterable[_Union[EvalRun, _Mapping]]] = ...) -> None: ...
+
 class ClaimRunRequest(_message.Message):
     __slots__ = ("lease_s",)
     LEASE_S_FIELD_NUMBER: _ClassVar[int]

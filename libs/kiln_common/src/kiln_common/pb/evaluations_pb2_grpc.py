@@ -59,6 +59,11 @@ class EvaluationsStub(object):
                 request_serializer=kiln_dot_v1_dot_evaluations__pb2.GetRunRequest.SerializeToString,
                 response_deserializer=kiln_dot_v1_dot_evaluations__pb2.EvalRun.FromString,
                 _registered_method=True)
+        self.ListRuns = channel.unary_unary(
+                '/kiln.v1.Evaluations/ListRuns',
+                request_serializer=kiln_dot_v1_dot_evaluations__pb2.ListRunsRequest.SerializeToString,
+                response_deserializer=kiln_dot_v1_dot_evaluations__pb2.ListRunsResponse.FromString,
+                _registered_method=True)
         self.ClaimRun = channel.unary_unary(
                 '/kiln.v1.Evaluations/ClaimRun',
                 request_serializer=kiln_dot_v1_dot_evaluations__pb2.ClaimRunRequest.SerializeToString,
@@ -113,6 +118,13 @@ class EvaluationsServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListRuns(self, request, context):
+        """The newest runs of an owner that succeeded, newest first, without their cases.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ClaimRun(self, request, context):
         """Hands the oldest run that nobody carries out to the caller; empty when there is none.
         """
@@ -161,6 +173,11 @@ def add_EvaluationsServicer_to_server(servicer, server):
                     servicer.GetRun,
                     request_deserializer=kiln_dot_v1_dot_evaluations__pb2.GetRunRequest.FromString,
                     response_serializer=kiln_dot_v1_dot_evaluations__pb2.EvalRun.SerializeToString,
+            ),
+            'ListRuns': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListRuns,
+                    request_deserializer=kiln_dot_v1_dot_evaluations__pb2.ListRunsRequest.FromString,
+                    response_serializer=kiln_dot_v1_dot_evaluations__pb2.ListRunsResponse.SerializeToString,
             ),
             'ClaimRun': grpc.unary_unary_rpc_method_handler(
                     servicer.ClaimRun,
@@ -313,6 +330,33 @@ class Evaluations(object):
             '/kiln.v1.Evaluations/GetRun',
             kiln_dot_v1_dot_evaluations__pb2.GetRunRequest.SerializeToString,
             kiln_dot_v1_dot_evaluations__pb2.EvalRun.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListRuns(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kiln.v1.Evaluations/ListRuns',
+            kiln_dot_v1_dot_evaluations__pb2.ListRunsRequest.SerializeToString,
+            kiln_dot_v1_dot_evaluations__pb2.ListRunsResponse.FromString,
             options,
             channel_credentials,
             insecure,

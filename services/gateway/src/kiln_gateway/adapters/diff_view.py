@@ -8,17 +8,23 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from kiln_common.pb import registry_pb2
+from kiln_common.pb import evaluations_pb2, registry_pb2
 
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
 
 
-def diff_object(
-    found: registry_pb2.CompareResponse, from_parent: registry_pb2.CompareResponse | None
-) -> dict[str, Any]:
-    """Norms of the two updates and of their difference: in all, per layer, per module.
+BASE = "base"  # what runs call the bare base model
 
-    `from_parent` is the comparison of the later version with its parent, where there is one.
+
+def diff_object(
+    found: registry_pb2.CompareResponse,
+    from_parent: registry_pb2.CompareResponse | None,
+    runs: Sequence[evaluations_pb2.EvalRun],
+) -> dict[str, Any]:
+    """Norms of the two updates and of their difference: in all, per layer, per module; and scores.
+
+    `from_parent` is the comparison of the later version with its parent, where there is one. `runs`
+    are evaluations of either version, newest first.
     """
     earlier, later = found.earlier if found.HasField("earlier") else None, found.later
     by_layer: dict[int | None, list[registry_pb2.ModuleComparison]] = {}
@@ -42,6 +48,7 @@ def diff_object(
             for layer, modules in by_layer.items()
         ],
         "metrics": _metric_deltas(earlier, later),
+        "evaluations": _score_deltas(runs, _label(earlier) if earlier is not None else BASE, _label(later)),
     }
 
 
@@ -73,6 +80,23 @@ def _metric_deltas(
         }
         for name in sorted({*before, *after})
     }
+
+
+def _score_deltas(runs: Sequence[evaluations_pb2.EvalRun], earlier: str, later: str) -> list[dict[str, Any]]:
+    """Of each suite that either version was evaluated on: the newest scores, and how they differ."""
+    newest: dict[str, dict[str, dict[str, Any]]] = {}
+    for run in runs:
+        scores = newest.setdefault(f"{run.suite.name}@{run.suite.version}", {})
+        scores.setdefault(run.adapter, {"run": run.id, **json.loads(run.summary_json)["score"]})
+    return [
+        {
+            "suite": suite,
+            "from": (before := scores.get(earlier)),
+            "to": (after := scores.get(later)),
+            "delta": after["mean"] - before["mean"] if before and after else None,
+        }
+        for suite, scores in sorted(newest.items())
+    ]
 
 
 def _numbers(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, float]]:

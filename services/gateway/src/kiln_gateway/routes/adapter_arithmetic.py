@@ -11,7 +11,7 @@ from kiln_common.adapter_names import check_adapter_name
 from kiln_common.errors import AdapterNotFound, KilnError
 from kiln_common.pb import registry_pb2
 from kiln_gateway.adapters.adapter_view import version_object
-from kiln_gateway.adapters.diff_view import diff_object
+from kiln_gateway.adapters.diff_view import BASE, diff_object
 from kiln_gateway.adapters.publish_key import publish_key
 from kiln_gateway.adapters.visible_adapters import VisibleAdapters
 from kiln_gateway.auth import Caller, require
@@ -35,20 +35,24 @@ async def diff_adapter(
     later: Annotated[int | None, Query(alias="to", ge=1)] = None,
     caller: Caller = _READ,
 ) -> Response:
-    """What changed from one version of a name to another: norms and cosines of the updates, metrics.
+    """What changed from one version of a name to another: norms and cosines of the updates, metrics, scores.
 
     `to` is the latest version unless one is named, `from` its parent; one without a parent is compared
     with the bare base model.
     """
-    registry = gateway_of(request).clients.registry
+    clients = gateway_of(request).clients
+    registry = clients.registry
     visible = VisibleAdapters(registry, caller)
     to = await visible.resolve(name if later is None else f"{name}@{later}")
     parent = await _parent(visible, to)
     start = f"{name}@{earlier}" if earlier is not None else parent
-    found = await registry.compare(start, f"{to.name}@{to.version}")
+    label = f"{to.name}@{to.version}"
+    found = await registry.compare(start, label)
+    from_parent = found if parent else None
     if parent and start != parent:
-        return json_response(diff_object(found, await registry.compare(parent, f"{to.name}@{to.version}")))
-    return json_response(diff_object(found, found if parent else None))
+        from_parent = await registry.compare(parent, label)
+    runs = await clients.evaluations.list_runs(caller.owner, (start or BASE, label))
+    return json_response(diff_object(found, from_parent, runs))
 
 
 @router.post("/v1/adapters/merge", status_code=_CREATED)

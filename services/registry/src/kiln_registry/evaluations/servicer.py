@@ -46,6 +46,12 @@ class EvaluationServicer(evaluations_pb2_grpc.EvaluationsServicer):
             self._store.get_run, request.id, request.owner, with_cases=request.with_cases
         )
 
+    async def ListRuns(
+        self, request: pb.ListRunsRequest, context: grpc.aio.ServicerContext
+    ) -> pb.ListRunsResponse:
+        found = await asyncio.to_thread(self._store.list_runs, request.owner, request.adapters)
+        return pb.ListRunsResponse(runs=found)
+
     async def ClaimRun(
         self, request: pb.ClaimRunRequest, context: grpc.aio.ServicerContext
     ) -> pb.ClaimRunResponse:

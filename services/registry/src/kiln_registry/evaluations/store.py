@@ -24,6 +24,7 @@ from kiln_registry.evaluations.errors import (
 from kiln_registry.evaluations.tables import cases, runs, suites
 
 _MAX_IDLE_CLAIMS = 3
+_MOST_LISTED = 500
 _SUITE_FIELDS = ("id", "name", "version", "sha256", "num_cases", "created_at_s")
 _RUN_FIELDS = (
     *("id", "owner", "adapter", "settings_json", "job_id", "status", "summary_json"),
@@ -117,6 +118,25 @@ class EvaluationStore:
         if run.owner != owner:
             raise _no_run(run_id)
         return run
+
+    def list_runs(self, owner: str, adapters: Sequence[str]) -> list[pb.EvalRun]:
+        """The newest runs on these adapters that succeeded, newest first, without cases."""
+        wanted = (runs.c.owner == owner) & runs.c.adapter.in_(adapters) & (runs.c.status == "succeeded")
+        newest = (
+            select(runs).where(wanted).order_by(runs.c.finished_at_s.desc(), runs.c.id).limit(_MOST_LISTED)
+        )
+        with self._reader.begin() as connection:
+            rows = connection.execute(newest).mappings().all()
+            query = _select_suites().where(suites.c.id.in_({row["suite_id"] for row in rows}))
+            suite_of = {row["id"]: _suite(row) for row in connection.execute(query).mappings()}
+        return [
+            pb.EvalRun(
+                **{name: row[name] for name in _RUN_FIELDS},
+                suite=suite_of[row["suite_id"]],
+                num_done=suite_of[row["suite_id"]].num_cases,
+            )
+            for row in rows
+        ]
 
     def claim_run(self, lease_s: float, now_s: float) -> pb.EvalRun | None:
         """The oldest run that waits or whose lease has run out, with content and finished cases."""
