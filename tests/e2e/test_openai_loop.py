@@ -51,7 +51,7 @@ def test_the_openai_loop_is_answered_by_the_version_it_trained(stack):
 
 def test_the_readmes_loop_runs_as_it_stands(stack, capsys):
     readme = (Path(__file__).resolve().parents[2] / "README.md").read_text()
-    code = re.search(r"```python\n(import openai.*?)```", readme, re.DOTALL)[1]
+    code = re.search(r"```python\n(import httpx.*?)```", readme, re.DOTALL)[1]
     exec(compile(code.replace("http://localhost:8420", stack.url), "README.md", "exec"), {})
     printed = capsys.readouterr().out
     assert [f"step {step}:" in printed for step in range(10)] == [True] * 10
