@@ -9,6 +9,7 @@ import pytest
 import pytest_asyncio
 from playwright.async_api import async_playwright, expect
 
+from kiln_common.pb import trainer_pb2
 from kiln_gateway.settings import ApiKey
 from tests.support.browser import PageWatch, launch_options
 from tests.support.gateway import gateway_rig, served
@@ -275,6 +276,37 @@ async def test_a_job_is_cancelled_and_done_again(tmp_path, browser):
             await button(detail, "Do it again").click()
             await expect(page.get_by_role("navigation", name="Jobs").get_by_role("link")).to_have_count(2)
             assert f"training/{job_id}" not in page.url
+
+
+@pytest.mark.parametrize(
+    ("gate", "words"),
+    [
+        ({"passed": True, "score": 0.875}, ["passed", "scored 0.875 on replies@2, at least 0.8 was needed"]),
+        ({"passed": False, "score": 0.62}, ["held back", "scored 0.62 on replies@2", "polite means what it"]),
+        ({"passed": False}, ["held back", "at least 0.8 is needed on replies@2", "no engine answers"]),
+    ],
+)
+async def test_a_jobs_gate_says_whether_it_was_passed_with_its_numbers(tmp_path, browser, gate, words):
+    async with gateway_rig(tmp_path) as rig:
+        body = {"adapter": "polite", "prompt": "Hi", "completions": ["x", "y"], "rewards": [1, 0]}
+        job_id = (await rig.post("/v1/train/grpo", body)).json()["id"]
+        job = rig.trainer.jobs[job_id]
+        job.config.gate.suite, job.config.gate.min_score = "replies@2", 0.8
+        job.config.gate.settings_json = "{}"
+        async with opened(browser, rig, f"training/{job_id}") as page:
+            shown = page.get_by_role("region", name="Gate")
+            await expect(shown).to_contain_text("at least 0.8 is needed on replies@2")
+            kept = {"adapter": "polite"} if gate["passed"] else {"adapter": job_id}
+            outcome = trainer_pb2.GateOutcome(
+                suite="replies@2", min_score=0.8, reason="no engine answers", **gate
+            )
+            job.result.CopyFrom(trainer_pb2.JobResult(**kept, version=1, gate=outcome))
+            job.status = "succeeded"
+            for part in words:
+                await expect(shown).to_contain_text(part)
+            listed = page.get_by_role("navigation", name="Jobs")
+            await expect(listed).to_contain_text("succeeded" if gate["passed"] else "held back")
+            await expect(listed).to_contain_text("polite")
 
 
 async def test_views_are_reached_by_keys(tmp_path, browser):
