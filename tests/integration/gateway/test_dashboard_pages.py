@@ -213,6 +213,31 @@ async def test_versions_stand_below_their_parents_and_are_attached_and_detached(
             await expect(child).to_contain_text("helpful@1")
 
 
+async def test_versions_are_drawn_with_what_their_answers_earned(tmp_path, browser):
+    async with gateway_rig(tmp_path) as rig:
+        earned = [
+            ("base", 0.25, 8, "data 1"),
+            ("helpful@1", 0.5, 6, "data 2"),
+            ("helpful@1", 0.5, 6, "data 2"),  # the same data once more: does not count again
+            ("helpful@1", 0.9, 2, "data 3"),
+        ]
+        for writer, mean, num_completions, data in earned:
+            version = rig.registry.add("helpful")
+            rewards = {writer: {"mean": mean, "num_completions": num_completions}}
+            rewards["other@1"] = {"mean": 9.0, "num_completions": 1}
+            version.metrics_json = json.dumps({"loss": 1.0, "rewards_by_version": rewards})
+            version.data_sha256 = data
+        rig.registry.add("uploaded")
+        async with opened(browser, rig, "adapters") as page:
+            curve = page.get_by_role("figure", name="Reward of helpful, by version")
+            await expect(curve.get_by_role("img")).to_have_attribute(
+                "aria-label", "Reward of helpful, by version: mean 0.6"
+            )
+            await expect(page.get_by_role("figure")).to_have_count(1)
+            await page.get_by_role("button", name="Details").first.click()
+            await expect(page.get_by_role("main")).not_to_contain_text("rewards_by_version")
+
+
 async def test_an_older_version_is_rolled_back_to_in_one_call(tmp_path, browser):
     async with gateway_rig(tmp_path) as rig:
         add_versions(rig)

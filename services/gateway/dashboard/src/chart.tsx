@@ -18,6 +18,8 @@ interface Props {
   format: (value: number | null | undefined) => string;
   /** x are times rather than steps. */
   isTime?: boolean;
+  /** How a step is called on the axis; its number unless this says otherwise. */
+  label?: (step: number) => string;
   /** Values are whole numbers, and so are the ticks. */
   whole?: boolean;
   /** A stretch of x to mark. */
@@ -101,7 +103,7 @@ function lastKnown(values: (number | null)[]): number | null {
 
 /** `props` gives the latest ones: uPlot draws again and again with the options of its start. */
 function optionsOf(element: HTMLElement, props: () => Props): uPlot.Options {
-  const { series, isTime = false, whole = false } = props();
+  const { series, isTime = false, whole = false, label = String } = props();
   const style = getComputedStyle(element);
   const color = (name: string) => style.getPropertyValue(`--${name}`).trim();
   const axis: uPlot.Axis = {
@@ -122,7 +124,7 @@ function optionsOf(element: HTMLElement, props: () => Props): uPlot.Options {
       y: { range: (_plot, low, high) => rangeOf(low, high) },
     },
     axes: [
-      { ...axis, size: 26, ...(isTime ? { values: clockTicks, space: 70 } : { incrs: WHOLE }) },
+      { ...axis, size: 26, ...(isTime ? { values: clockTicks, space: 70 } : stepTicks(label)) },
       { ...valueAxis, values: (_plot, ticks) => ticks.map((tick) => props().format(tick)) },
     ],
     series: [{}, ...series.map((entry) => lineOf(entry.label, color(entry.color)))],
@@ -150,6 +152,10 @@ function rangeOf(low: number | null, high: number | null): uPlot.Range.MinMax {
   const span = high - Math.min(low, 0);
   const margin = span > 0 ? span * 0.08 : 1;
   return [low >= 0 ? 0 : low - margin, high + margin];
+}
+
+function stepTicks(label: (step: number) => string): Partial<uPlot.Axis> {
+  return { incrs: WHOLE, values: (_plot, ticks) => ticks.map(label) };
 }
 
 function clockTicks(_plot: uPlot, ticks: number[]): string[] {

@@ -8,6 +8,7 @@ import type { Adapter, Version } from "../types";
 import { Badge, Empty, Fact, Problem, useAction } from "../ui";
 import { attach, detach, rollBack } from "../versions";
 import { Difference } from "./difference";
+import { Progress } from "./progress";
 
 export function Adapters() {
   const adapters = useStore(feed, (state) => state.adapters);
@@ -43,6 +44,7 @@ export function Adapters() {
         </p>
         <Problem error={moving.error} />
       </section>
+      <Progress adapters={adapters} />
       <section class="card" aria-labelledby="lineage-title">
         <h2 id="lineage-title">Lineage</h2>
         <ul class="tree">
