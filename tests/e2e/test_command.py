@@ -63,7 +63,7 @@ def work(stack, tmp_path_factory):
         names = {"JOB": job.id, "~/notes": str(folder)}
         names["DATASET"] = client.datasets.upload(folder / "examples.jsonl")["id"]
         client.evals.put_suite("first", cases)
-        for name in ("RUN_1", "RUN_2"):
+        for name in ("RUN_1", "RUN_2", "RUN"):  # the last one is deleted
             names[name] = client.evals.run("first", "base", max_tokens=16).wait().id
         yield folder, names
         client.adapters.detach()

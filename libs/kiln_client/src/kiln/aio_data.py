@@ -95,6 +95,17 @@ class AsyncEvals:
         """A run by its id; with `cases`, every answer and how it was scored."""
         return AsyncEvalRun(self._client, await self._client.send(calls.get_eval(run_id, cases)))
 
+    async def runs(
+        self, model: str | None = None, *, status: str | None = None, limit: int = 100
+    ) -> list[AsyncEvalRun]:
+        """The newest runs first, without cases: all, or those on an adapter, name@version or "base"."""
+        found = await self._client.send(calls.list_evals(model, status, limit))
+        return [AsyncEvalRun(self._client, raw) for raw in found]
+
+    async def delete_run(self, run_id: str) -> JsonObject:
+        """Forget a run; one that is not over ends."""
+        return await self._client.send(calls.delete_eval(run_id))
+
     async def compare(self, baseline_run_id: str, candidate_run_id: str) -> JsonObject:
         """Two runs over the same suite, case by case: the difference and how sure it is."""
         return await self._client.send(calls.compare_evals(baseline_run_id, candidate_run_id))
