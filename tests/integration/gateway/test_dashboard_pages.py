@@ -9,7 +9,7 @@ import pytest
 import pytest_asyncio
 from playwright.async_api import async_playwright, expect
 
-from kiln_common.pb import trainer_pb2
+from kiln_common.pb import evaluations_pb2, trainer_pb2
 from kiln_gateway.settings import ApiKey
 from tests.support.browser import PageWatch, launch_options
 from tests.support.gateway import gateway_rig, served
@@ -236,6 +236,41 @@ async def test_versions_are_drawn_with_what_their_answers_earned(tmp_path, brows
             await expect(page.get_by_role("figure")).to_have_count(1)
             await page.get_by_role("button", name="Details").first.click()
             await expect(page.get_by_role("main")).not_to_contain_text("rewards_by_version")
+
+
+async def evaluated(rig, adapter, score, job_id=""):
+    """A run on a suite of one case that ended with this score."""
+    store = rig.app.state.gateway.clients.evaluations
+    suite = await store.put_suite("", "replies", "{}", 1)
+    run = await store.submit_run(
+        evaluations_pb2.SubmitRunRequest(
+            suite_id=suite.id, adapter=adapter, settings_json="{}", job_id=job_id
+        )
+    )
+    claimed = await store.claim_run(30.0)
+    summary = {"score": {"mean": score, "low": 0, "high": 1}, "num_invalid": 0, "by_scorer": {}}
+    await store.finish_run(run.id, claimed.claim_epoch, summary_json=json.dumps(summary))
+
+
+async def test_scores_are_drawn_by_version_and_runs_are_deleted(tmp_path, browser):
+    async with gateway_rig(tmp_path) as rig:
+        add_versions(rig)
+        rig.registry.adapters["helpful"].versions[1].job_id = "job_2"
+        await evaluated(rig, "base", 0.25)
+        await evaluated(rig, "helpful@1", 0.5)
+        await evaluated(rig, "job_2@1", 0.875, job_id="job_2")  # the gate that helpful@2 passed
+        async with opened(browser, rig, "adapters") as page:
+            curve = page.get_by_role("figure", name="Scores of helpful, by version")
+            await expect(curve).to_contain_text("replies@1 0.875")
+            runs = page.get_by_role("region", name="Evaluations").get_by_role("row")
+            await expect(runs).to_have_count(4)
+            newest = runs.filter(has_text="job_2@1")
+            await button(newest, "Delete").click()
+            await button(newest, "For good?").click()
+            await expect(runs).to_have_count(3)
+            await expect(curve).to_contain_text("replies@1 0.5")
+        left = await rig.app.state.gateway.clients.evaluations.list_runs("")
+        assert [run.adapter for run in left] == ["helpful@1", "base"]
 
 
 async def test_an_older_version_is_rolled_back_to_in_one_call(tmp_path, browser):

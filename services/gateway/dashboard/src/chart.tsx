@@ -20,6 +20,8 @@ interface Props {
   isTime?: boolean;
   /** How a step is called on the axis; its number unless this says otherwise. */
   label?: (step: number) => string;
+  /** Lines go on past steps without a value. */
+  joins?: boolean;
   /** Values are whole numbers, and so are the ticks. */
   whole?: boolean;
   /** A stretch of x to mark. */
@@ -103,7 +105,7 @@ function lastKnown(values: (number | null)[]): number | null {
 
 /** `props` gives the latest ones: uPlot draws again and again with the options of its start. */
 function optionsOf(element: HTMLElement, props: () => Props): uPlot.Options {
-  const { series, isTime = false, whole = false, label = String } = props();
+  const { series, isTime = false, whole = false, joins = false, label = String } = props();
   const style = getComputedStyle(element);
   const color = (name: string) => style.getPropertyValue(`--${name}`).trim();
   const axis: uPlot.Axis = {
@@ -127,14 +129,14 @@ function optionsOf(element: HTMLElement, props: () => Props): uPlot.Options {
       { ...axis, size: 26, ...(isTime ? { values: clockTicks, space: 70 } : stepTicks(label)) },
       { ...valueAxis, values: (_plot, ticks) => ticks.map((tick) => props().format(tick)) },
     ],
-    series: [{}, ...series.map((entry) => lineOf(entry.label, color(entry.color)))],
+    series: [{}, ...series.map((entry) => lineOf(entry.label, color(entry.color), joins))],
     hooks: { drawClear: [(plot) => drawBand(plot, props().band, color("band"))] },
   };
 }
 
-function lineOf(label: string, color: string): uPlot.Series {
+function lineOf(label: string, color: string, spanGaps: boolean): uPlot.Series {
   const points = { show: (plot: uPlot) => plot.data[0].length < FEW_POINTS, size: 5, fill: color };
-  return { label, stroke: color, width: 1.75, points, spanGaps: false };
+  return { label, stroke: color, width: 1.75, points, spanGaps };
 }
 
 function drawBand(plot: uPlot, band: Props["band"], color: string): void {

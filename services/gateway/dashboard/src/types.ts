@@ -118,6 +118,19 @@ export interface Version {
   resident_on: string[];
 }
 
+/** A suite's cases answered by one version. */
+export interface EvalRun {
+  id: string;
+  status: "queued" | "running" | "succeeded" | "failed";
+  suite: { id: string; name: string; version: number };
+  adapter: string;
+  progress: { done: number; cases: number };
+  score: { mean: number; low: number; high: number } | null;
+  error: { code: string; message: string; hint: string | null } | null;
+  job_id: string | null;
+  created_at: number | null;
+}
+
 export interface Adapter {
   name: string;
   latest_version: number | null;

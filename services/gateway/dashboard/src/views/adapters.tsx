@@ -8,11 +8,15 @@ import type { Adapter, Version } from "../types";
 import { Badge, Empty, Fact, Problem, useAction } from "../ui";
 import { attach, detach, rollBack } from "../versions";
 import { Difference } from "./difference";
+import { Evaluations, useRuns } from "./evaluations";
 import { Progress } from "./progress";
 
 export function Adapters() {
   const adapters = useStore(feed, (state) => state.adapters);
   const roots = useMemo(() => lineage(adapters), [adapters]);
+  const mayEvaluate = useStore(feed, (state) => state.hello?.scopes.includes("train") ?? false);
+  const evaluations = useRuns(mayEvaluate, adapters);
+  const { runs } = evaluations;
   const moving = useAction();
   if (!adapters.length)
     return (
@@ -44,7 +48,7 @@ export function Adapters() {
         </p>
         <Problem error={moving.error} />
       </section>
-      <Progress adapters={adapters} />
+      <Progress adapters={adapters} runs={runs} />
       <section class="card" aria-labelledby="lineage-title">
         <h2 id="lineage-title">Lineage</h2>
         <ul class="tree">
@@ -54,6 +58,7 @@ export function Adapters() {
         </ul>
       </section>
       <Difference adapters={adapters} />
+      {mayEvaluate && <Evaluations runs={runs} error={evaluations.error} look={evaluations.look} />}
     </>
   );
 }
