@@ -96,8 +96,9 @@ def up(
     from kiln_cli.up.gpu_sharing import parse_choice, shared_gpu
     from kiln_cli.up.gpus import assign_gpus
     from kiln_cli.up.json_lines import UpJsonLines
-    from kiln_cli.up.options import StateDirLock, build_options, default_state_dir
+    from kiln_cli.up.options import build_options, reachable_url
     from kiln_cli.up.specs import SharedFate, build_specs, engine_names
+    from kiln_cli.up.state_dir import StateDirLock, default_state_dir
     from kiln_cli.up.supervisor import Supervisor
 
     choice = parse_choice(gpu_sharing)
@@ -116,6 +117,7 @@ def up(
         )
         url = f"http://{'localhost' if host == '127.0.0.1' else host}:{port}"
         console = (UpJsonLines if as_json else UpConsole)(url, folder / "logs", is_verbose=verbose)
+        lock.announce(reachable_url(host, port))
         console.starting("the demo model" if options.is_demo_model else options.model, folder)
         with shared_gpu(choice, device, options.run_dir, folder) as sharing:
             if sharing.note:

@@ -17,8 +17,9 @@ from rich.console import Console
 from kiln_cli.errors import NotEnoughGpus, PortInUse, PublicHostWithoutKeys, StateDirInUse, StateDirUnusable
 from kiln_cli.up.console import UpConsole
 from kiln_cli.up.gpus import assign_gpus
-from kiln_cli.up.options import StateDirLock, build_options, check_host, check_port, make_run_dir
+from kiln_cli.up.options import build_options, check_host, check_port, make_run_dir, reachable_url
 from kiln_cli.up.specs import ServiceSpec, UpOptions, build_specs
+from kiln_cli.up.state_dir import StateDirLock, running_url
 from kiln_cli.up.supervisor import Supervisor
 from kiln_common.model_folder import ModelFolderMissing
 
@@ -130,10 +131,32 @@ def test_one_state_folder_belongs_to_one_supervisor(tmp_path):
         pass
 
 
+def test_a_state_folder_says_where_its_services_answer_while_they_run(tmp_path):
+    assert running_url(tmp_path / "nowhere") is None
+    with StateDirLock(tmp_path) as lock:
+        assert running_url(tmp_path) is None
+        lock.announce("http://127.0.0.1:8421")
+        assert running_url(tmp_path) == "http://127.0.0.1:8421"
+    assert running_url(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [
+        ("127.0.0.1", "http://127.0.0.1:8421"),
+        ("0.0.0.0", "http://127.0.0.1:8421"),
+        ("::", "http://[::1]:8421"),
+        ("box.local", "http://box.local:8421"),
+    ],
+)
+def test_what_listens_everywhere_is_reached_on_loopback(host, url):
+    assert reachable_url(host, 8421) == url
+
+
 # A supervisor that dies at once and leaves a service that holds its lock; prints the service's pid.
 _KILLED_SUPERVISOR = """
 import os, pathlib, subprocess, sys
-from kiln_cli.up.options import StateDirLock
+from kiln_cli.up.state_dir import StateDirLock
 lock = StateDirLock(pathlib.Path(sys.argv[1]))
 service = [sys.executable, "-c", "import sys; sys.stdin.read()"]
 print(subprocess.Popen(service, stdin=0, stdout=subprocess.DEVNULL, pass_fds=[lock.fd]).pid, flush=True)

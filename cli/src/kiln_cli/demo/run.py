@@ -23,8 +23,9 @@ from kiln_cli.demo.reward import score
 from kiln_cli.demo.statistics import Interval, mean_interval
 from kiln_cli.errors import DemoFailed
 from kiln_cli.up.console import UpConsole
-from kiln_cli.up.options import StateDirLock, build_options
+from kiln_cli.up.options import build_options
 from kiln_cli.up.specs import UpOptions, build_specs
+from kiln_cli.up.state_dir import StateDirLock
 from kiln_cli.up.supervisor import Supervisor
 from kiln_common.pb import engine_pb2, engine_pb2_grpc
 from kiln_common.rpc import open_channel
