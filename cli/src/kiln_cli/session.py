@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 from kiln_cli import exit_codes
+from kiln_cli.hints import in_words_of_the_command
 from kiln_cli.output import Output
 from kiln_cli.server import Server, find_server
 from kiln_common.errors import KilnError
@@ -59,10 +60,10 @@ class Session:
         return kiln.Client(self.server.url, api_key=self.api_key)
 
     def hint_of(self, error: kiln.KilnError) -> str:
-        """What to do about an error of the client."""
+        """What to do about an error of the client, in the words of the command."""
         if error.code == "connection_failed":
             return f"{self.server.why} kiln up starts a server; --url or KILN_URL names another."
-        return error.hint
+        return in_words_of_the_command(error.hint)
 
 
 def command(

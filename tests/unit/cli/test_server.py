@@ -1,11 +1,31 @@
 """Which server a command asks, and what it says when that one does not answer."""
 
+import re
+
+import httpx
 import pytest
 
 import kiln.call
+from kiln_cli.hints import in_words_of_the_command
 from kiln_cli.server import find_server
 from kiln_cli.up.state_dir import StateDirLock
 from tests.support.command import Command
+from tests.support.gateway import REPOSITORY
+
+PAGE = (REPOSITORY / "docs/errors.md").read_text(encoding="utf-8")
+HINTS = re.findall(r"^\| `(\w+)` \|.*\| (.*) \|$", PAGE, flags=re.MULTILINE)
+ROUTE = re.compile(r"\b(GET|POST|DELETE) /|Idempotency-Key|Bearer")
+# What no command asks for: corrections, token ids, routes by their path.
+WITHOUT_A_COMMAND = {
+    "correction_not_found",
+    "http_error",
+    "invalid_token_ids",
+    "method_not_allowed",
+    "missing_field",
+    "no_unused_corrections",
+    "route_not_found",
+    "too_many_corrections",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -50,3 +70,21 @@ def test_a_command_without_a_server_says_that_none_was_found(nowhere, capsys):
     shown = Command(capsys)("status").err
     assert f"the default: no kiln up has its state in {nowhere} now" in shown
     assert "kiln up starts a server" in shown
+
+
+def test_hints_name_commands_where_there_are_some():
+    with_a_route = {code for code, hint in HINTS if ROUTE.search(in_words_of_the_command(hint))}
+    assert with_a_route == WITHOUT_A_COMMAND
+
+
+def test_a_refusal_is_shown_in_the_words_of_the_command(monkeypatch, capsys):
+    body = {
+        "code": "job_not_found",
+        "message": "no job",
+        "hint": "GET /v1/train/jobs lists the jobs there are.",
+    }
+    refusal = httpx.Response(404, json={"error": body})
+    monkeypatch.setattr(httpx.HTTPTransport, "handle_request", lambda self, request: refusal)
+    shown = Command(capsys)("train", "status", "job_1")
+    assert shown.exit_code == 4
+    assert "kiln train status shows the jobs there are." in shown.err

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import kiln
 from kiln_cli.doctor.check import Finding, State, ok
+from kiln_cli.hints import in_words_of_the_command
 from kiln_cli.up import readiness
 from kiln_cli.up.options import run_dir_of
 from kiln_common.bus.private_server import server_command
@@ -26,7 +27,7 @@ def gateway(client: kiln.Client) -> Finding:
     except kiln.ConnectionFailed as error:
         return Finding(State.SKIPPED, error.message, "kiln up starts a server here; KILN_URL names another.")
     except kiln.KilnError as error:
-        return Finding(State.FAILED, f"{error.code}: {error.message}", error.hint)
+        return Finding(State.FAILED, f"{error.code}: {error.message}", in_words_of_the_command(error.hint))
     away = [name for name, state in health["dependencies"].items() if state != "ok"]
     detail = f"{client.base_url} serves {health.get('model')}" if health.get("model") else client.base_url
     if not away:
