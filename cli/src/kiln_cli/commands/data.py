@@ -27,7 +27,9 @@ def upload(
     format_: Annotated[
         str,
         typer.Option(
-            "--format", help="chat, prompt_completion or rollouts. The first row decides.", show_default=False
+            "--format",
+            help="chat, prompt_completion, mixed or rollouts. The rows decide when left out.",
+            show_default=False,
         ),
     ] = "",
 ) -> None:

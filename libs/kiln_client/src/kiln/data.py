@@ -26,7 +26,7 @@ class Datasets:
     def upload(self, source: str | Path, *, name: str = "", format: str = "") -> JsonObject:
         """Send a JSONL file; the server checks every row and keeps all of them or none.
 
-        `format` is chat, prompt_completion or rollouts; the first row decides when it is left out.
+        `format` is chat, prompt_completion, mixed or rollouts; the rows decide when it is left out.
 
         Raises:
             InvalidRequestError: rows are broken; the message has their lines.
