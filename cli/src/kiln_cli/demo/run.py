@@ -118,12 +118,19 @@ async def _learn(
     return results
 
 
+async def _measure(client: CountingClient, model: str, plan: LearningPlan, report: DemoReport) -> Evaluation:
+    found = await evaluate(client, model, plan.max_tokens)
+    report.advance()
+    return found
+
+
 async def run_demo(
     options: UpOptions, lock: StateDirLock, plan: LearningPlan, seed: int
 ) -> tuple[dict[str, object], list[str]]:
     """The whole demonstration; returns what its last line prints, and the `shortfalls`."""
     report = DemoReport()
     report.reward_source()
+    report.estimate(plan.num_rounds)
     started_s = time.monotonic()
     async with running_stack(options, lock) as url:
         engine_address = f"unix:{options.run_dir / 'engine'}.sock"
@@ -132,15 +139,16 @@ async def run_demo(
         try:
             models = (await client.request("GET", "/v1/models")).json()["data"]
             base_model = models[0]["id"]
-            report.step(f"measuring the base model on {len(HELD_OUT_PROMPTS)} held-out prompts …")
-            before = await evaluate(client, base_model, plan.max_tokens)
-            report.step(
-                f"reward before: {before.reward.mean:.3f}; now learning, with chat traffic beside it\n"
-            )
-            rounds = await _learn(client, base_model, plan, report, seed)
-            report.step("\n  measuring again …")
-            after = await evaluate(client, ADAPTER, plan.max_tokens)
-            control = await evaluate(client, CONTROL, plan.max_tokens)
+            with report.progress(plan.num_rounds):
+                report.step(f"measuring the base model on {len(HELD_OUT_PROMPTS)} held-out prompts …")
+                before = await _measure(client, base_model, plan, report)
+                report.step(
+                    f"reward before: {before.reward.mean:.3f}; now learning, with chat traffic beside it\n"
+                )
+                rounds = await _learn(client, base_model, plan, report, seed)
+                report.step("\n  measuring again …")
+                after = await _measure(client, ADAPTER, plan, report)
+                control = await _measure(client, CONTROL, plan, report)
         finally:
             await client.close()
         checksum_after = await base_checksum(engine_address)
