@@ -129,8 +129,8 @@ def run_reporting(session: Session, work: Callable[[], Any]) -> int:
         details: dict[str, Any] = {}
         if isinstance(error, kiln.ApiError):
             details = {"param": error.param} | ({"details": error.details} if error.details else {})
-        hint = session.hint_of(error)
-        out.error(error.code, error.message, hint, getattr(error, "request_id", None), **details)
+        message, hint = in_words_of_the_command(error.message), session.hint_of(error)
+        out.error(error.code, message, hint, getattr(error, "request_id", None), **details)
         return exit_codes.of_client_error(error)
 
 

@@ -80,11 +80,12 @@ def test_hints_name_commands_where_there_are_some():
 def test_a_refusal_is_shown_in_the_words_of_the_command(monkeypatch, capsys):
     body = {
         "code": "job_not_found",
-        "message": "no job",
+        "message": "no job; GET /v1/train/jobs lists others",
         "hint": "GET /v1/train/jobs lists the jobs there are.",
     }
     refusal = httpx.Response(404, json={"error": body})
     monkeypatch.setattr(httpx.HTTPTransport, "handle_request", lambda self, request: refusal)
     shown = Command(capsys)("train", "status", "job_1")
     assert shown.exit_code == 4
+    assert "no job; kiln train status shows others" in shown.err
     assert "kiln train status shows the jobs there are." in shown.err
