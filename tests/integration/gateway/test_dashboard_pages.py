@@ -234,6 +234,9 @@ async def test_versions_are_drawn_with_what_their_answers_earned(tmp_path, brows
                 "aria-label", "Reward of helpful, by version: mean 0.6"
             )
             await expect(page.get_by_role("figure")).to_have_count(1)
+            rows = page.get_by_role("listitem")
+            await expect(rows.filter(has_text="helpful@1")).to_contain_text("its answers earned 0.6")
+            await expect(rows.filter(has_text="helpful@2")).not_to_contain_text("earned")
             await page.get_by_role("button", name="Details").first.click()
             await expect(page.get_by_role("main")).not_to_contain_text("rewards_by_version")
 

@@ -69,7 +69,7 @@ function usePlot(host: { current: HTMLDivElement | null }, props: Props, hasData
 export function Chart(props: Props) {
   const { title, series, format, empty, note } = props;
   const host = useRef<HTMLDivElement>(null);
-  const hasData = series.some((entry) => entry.values.some((value) => value != null));
+  const hasData = series.some(isKnown);
   const hovered = usePlot(host, props, hasData);
   const shownAt = (values: (number | null)[]) =>
     hovered != null && hovered < values.length ? values[hovered] : lastKnown(values);
@@ -79,7 +79,7 @@ export function Chart(props: Props) {
       <figcaption>
         <h3>{title}</h3>
         <ul class="legend">
-          {series.map((entry) => (
+          {(hasData ? series.filter(isKnown) : series).map((entry) => (
             <li key={entry.label}>
               <i class={`swatch ${entry.color}`} />
               {entry.label} <b>{format(shownAt(entry.values))}</b>
@@ -95,6 +95,10 @@ export function Chart(props: Props) {
       {note && <p class="note">{note}</p>}
     </figure>
   );
+}
+
+function isKnown({ values }: Series): boolean {
+  return values.some((value) => value != null);
 }
 
 function lastKnown(values: (number | null)[]): number | null {
@@ -156,8 +160,13 @@ function rangeOf(low: number | null, high: number | null): uPlot.Range.MinMax {
   return [low >= 0 ? 0 : low - margin, high + margin];
 }
 
+/** Steps that there are; of a single one the axis begins before it and ends after it. */
 function stepTicks(label: (step: number) => string): Partial<uPlot.Axis> {
-  return { incrs: WHOLE, values: (_plot, ticks) => ticks.map(label) };
+  return {
+    incrs: WHOLE,
+    values: ({ data: [steps] }, ticks) =>
+      ticks.map((tick) => (tick < steps[0]! || tick > steps[steps.length - 1]! ? "" : label(tick))),
+  };
 }
 
 function clockTicks(_plot: uPlot, ticks: number[]): string[] {

@@ -64,11 +64,10 @@ export function Adapters() {
 }
 
 function TreeNode({ node, attached }: { node: VersionNode; attached: Adapter | undefined }) {
-  const { version } = node;
+  const { version, earned } = node;
   const action = useAction();
   const [isOpen, setOpen] = useState(false);
   const isOlder = attached?.name === version.name && version.version < (attached.attached_version ?? 0);
-  const reward = version.metrics.reward_mean;
   return (
     <li>
       <div class={`version-row ${node.isAttached ? "attached" : ""}`}>
@@ -80,7 +79,7 @@ function TreeNode({ node, attached }: { node: VersionNode; attached: Adapter | u
         </div>
         <span class="note">
           {ago(version.created_at)} · rank {version.rank} · {bytes(version.bytes)}
-          {reward !== undefined && ` · reward ${metric(reward)}`}
+          {earned !== undefined && ` · its answers earned ${metric(earned)}`}
         </span>
         <div class="buttons">
           {!node.isAttached && (

@@ -1,7 +1,7 @@
 /** Evaluation runs, the newest first. They are fetched: the feed does not bring them. */
 import { useEffect, useState } from "preact/hooks";
 import { call, type ApiError } from "../api";
-import { ago, metric } from "../format";
+import { ago } from "../format";
 import { suiteOf } from "../progress";
 import type { Adapter, EvalRun } from "../types";
 import { Badge, Problem, useAction } from "../ui";
@@ -108,7 +108,7 @@ function Outcome({ run }: { run: EvalRun }) {
     const { mean, low, high } = run.score;
     return (
       <>
-        <b>{metric(mean)}</b> <span class="note">{`${metric(low)} to ${metric(high)}`}</span>
+        <b>{mean.toFixed(2)}</b> <span class="note spare">{`${low.toFixed(2)} to ${high.toFixed(2)}`}</span>
       </>
     );
   }

@@ -54,5 +54,5 @@ function curvesOf(adapter: Adapter, runs: EvalRun[]): Curve[] {
     series: [...scored.means].map(([label, values], place) => ({ label, color: COLORS[place]!, values })),
     note: "Mean scores of the newest evaluations, those of gates included.",
   };
-  return [rewards, scores].filter((curve) => curve.versions.length > 0);
+  return [rewards, scores].filter((curve) => curve.versions.length > 1);
 }
