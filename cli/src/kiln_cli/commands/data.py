@@ -35,7 +35,7 @@ def upload(
 ) -> None:
     """Upload training data. A broken row refuses all, and every broken line is named.
 
-    Prints the id that kiln train sft --dataset takes.
+    Prints the id that --dataset of kiln train sft and kiln train grpo takes.
     """
     from kiln_cli.errors import FileUnreadable
 
