@@ -91,6 +91,13 @@ def test_each_example_does_what_it_says(run, work, example, monkeypatch):
             json.loads(line)
 
 
+def test_the_server_of_a_state_folder_is_found_by_itself(run, stack, monkeypatch):
+    monkeypatch.delenv("KILN_URL")
+    found = run("status")
+    assert found.exit_code == 0
+    assert stack.url in found.out
+
+
 def test_an_answer_is_printed_and_thinking_is_kept_apart(run):
     plain = run("chat", "What is 2 + 3?", "--model", "base", "--temperature", "0", "--max-tokens", "24")
     assert plain.exit_code == 0

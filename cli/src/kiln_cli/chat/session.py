@@ -50,7 +50,8 @@ class ChatSession:
                 elif text:
                     self._ask(text)
             except kiln.KilnError as error:
-                self._console.print(f"[red]{escape(error.code)}[/red]: {escape(error.message)}")
+                message = in_words_of_the_command(error.message)
+                self._console.print(f"[red]{escape(error.code)}[/red]: {escape(message)}")
                 if error.hint:
                     self._console.print(f"[dim]{escape(in_words_of_the_command(error.hint))}[/dim]")
             except KeyboardInterrupt:

@@ -22,7 +22,13 @@ DatasetId = Annotated[str, typer.Argument(help="The data set's id.")]
 @command(app, "upload", examples=["kiln data upload examples.jsonl --name examples"])
 def upload(
     session: Session,
-    file: Annotated[Path, typer.Argument(help="JSONL of conversations, prompt and completion, or rollouts.")],
+    file: Annotated[
+        Path,
+        typer.Argument(
+            help='JSONL of {"messages": […]} and {"prompt", "completion"}, or of groups of scored answers: '
+            '{"prompt", "completions": [{"text", "reward"}]}.'
+        ),
+    ],
     name: Annotated[str, typer.Option(help="The file's name when left out.", show_default=False)] = "",
     format_: Annotated[
         str,

@@ -112,7 +112,12 @@ function Outcome({ run }: { run: EvalRun }) {
       </>
     );
   }
-  if (run.error) return <span title={run.error.message}><Badge kind="failed">{run.error.code}</Badge></span>;
+  if (run.error)
+    return (
+      <span title={run.error.message}>
+        <Badge kind="failed">{run.error.code}</Badge>
+      </span>
+    );
   const { done, cases } = run.progress;
   return <Badge kind={run.status === "running" ? "running" : "waiting"}>{`${done} of ${cases}`}</Badge>;
 }

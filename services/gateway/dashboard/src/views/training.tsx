@@ -83,7 +83,9 @@ function JobDetail({ job }: { job: Job }) {
         <dl class="facts-list">
           <Fact name="Recipe">{job.kind.toUpperCase()}</Fact>
           <Fact name="Starts from">{job.base_adapter ?? (job.started_at ? "base" : "–")}</Fact>
-          <Fact name={isHeldBack(job) ? "Kept as" : "Result"}>{job.result ? `${job.result.adapter}@${job.result.version}` : "–"}</Fact>
+          <Fact name={isHeldBack(job) ? "Kept as" : "Result"}>
+            {job.result ? `${job.result.adapter}@${job.result.version}` : "–"}
+          </Fact>
           <Fact name="Steps">{`${job.progress.step} of ${job.progress.steps || "?"}`}</Fact>
           <Fact name="Tokens">{count(job.progress.tokens)}</Fact>
           <Fact name="Took">{seconds(took)}</Fact>
