@@ -275,9 +275,9 @@ async def test_the_engine_says_what_holds_its_memory(checkpoint, tmp_path):
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize(("drain_timeout_s", "code"), [(20.0, ""), (0.0, "engine_draining")])
+@pytest.mark.parametrize(("drain_timeout_s", "code"), [(20.0, ""), (0.0, "answer_handed_back")])
 async def test_the_process_stops_under_traffic(checkpoint, tmp_path, drain_timeout_s, code):
-    """Answers under way are finished, or end with an error when time is up; none is cut off silently."""
+    """Answers under way are finished, or handed back when time is up; none is cut off silently."""
     settings = settings_for(checkpoint, tmp_path, drain_timeout_s=drain_timeout_s)
     async with engine_process(settings) as (process, client):
         requests = [generate_request(f"r{i}", [i + 1] * 20, max_tokens=230) for i in range(6)]  # four run
