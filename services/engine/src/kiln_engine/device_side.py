@@ -18,7 +18,7 @@ from kiln_common.pb import common_pb2, engine_pb2
 from kiln_common.settings import ConfigurationError
 from kiln_engine.bootstrap import EngineParts
 from kiln_engine.checkpoint_identity import model_name, stop_token_ids
-from kiln_engine.domain.device_memory import DeviceMemory
+from kiln_engine.domain.device_memory import DeviceMemory, machine_memory
 from kiln_engine.execution.memory_plan import MemoryPlan, MemoryRequest, NotEnoughMemory, plan_memory
 from kiln_engine.execution.runner import TorchRunner
 from kiln_engine.execution.step_graphs import decode_ladder
@@ -152,7 +152,6 @@ def load_device_side(settings: EngineSettings) -> EngineParts:
         max_adapter_rank=memory.max_adapter_rank,
         max_running=limits.num_most_running,
         adapter_socket_path=str(inbox.socket_path),
-        memory=_memory_parts(model.manifest.nbytes, memory, device),
     )
     runner = TorchRunner(model.config, views, memory, is_batch_invariant=settings.batch_invariant)
     if has_graphs:
@@ -171,22 +170,8 @@ def _device_memory(device: torch.device, model: LoadedModel, memory: MemoryPlan)
         "workspace": memory.workspace_bytes,
     }
     if device.type == "cpu":
-        return DeviceMemory(parts)
+        return DeviceMemory(parts, machine_memory)
     return DeviceMemory(parts, partial(torch.cuda.mem_get_info, device))
-
-
-def _memory_parts(weights_bytes: int, memory: MemoryPlan, device: torch.device) -> engine_pb2.MemoryParts:
-    is_cpu = device.type == "cpu"
-    return engine_pb2.MemoryParts(
-        num_weights_bytes=weights_bytes,
-        num_kv_bytes=memory.kv_bytes,
-        num_state_bytes=memory.state_bytes,
-        num_adapter_bytes=memory.adapter_bytes,
-        num_workspace_bytes=memory.workspace_bytes + memory.page_table_bytes,
-        num_device_bytes=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        if is_cpu
-        else torch.cuda.mem_get_info(device)[1],
-    )
 
 
 def _grammars(folder: Path, info: engine_pb2.EngineInfo, time_limit_s: float) -> ThreadedCompiler | None:

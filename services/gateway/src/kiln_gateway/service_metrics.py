@@ -85,7 +85,7 @@ def _adapter_slots(stats: engine_pb2.EngineStats) -> dict[str, int]:
 
 def _device_memory(stats: engine_pb2.EngineStats) -> dict[str, int]:
     used = stats.num_device_bytes - stats.num_device_bytes_free
-    return {"used": used, "free": stats.num_device_bytes_free} if stats.num_device_bytes else {}
+    return {"used": used, "free": stats.num_device_bytes_free}
 
 
 EngineFigure = Figure[engine_pb2.EngineStats]
@@ -133,7 +133,7 @@ ENGINE_FIGURES: tuple[EngineFigure, ...] = (
         lambda s: {part.name: part.num_bytes for part in s.memory_parts}, "part",
     ),
     EngineFigure(
-        "device_memory_bytes", "gauge", "The GPU's memory, whoever uses it; none on a CPU",
+        "device_memory_bytes", "gauge", "The device's memory, whoever uses it; the machine's on a CPU",
         _device_memory, "state",
     ),
 )  # fmt: skip

@@ -187,7 +187,7 @@ class GetInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class EngineInfo(_message.Message):
-    __slots__ = ("base_model", "boot_id", "device", "dtype", "page_tokens", "num_pages", "num_state_slots", "num_adapter_slots", "max_adapter_rank", "max_running", "adapter_socket_path", "memory")
+    __slots__ = ("base_model", "boot_id", "device", "dtype", "page_tokens", "num_pages", "num_state_slots", "num_adapter_slots", "max_adapter_rank", "max_running", "adapter_socket_path")
     BASE_MODEL_FIELD_NUMBER: _ClassVar[int]
     BOOT_ID_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
@@ -199,7 +199,6 @@ class EngineInfo(_message.Message):
     MAX_ADAPTER_RANK_FIELD_NUMBER: _ClassVar[int]
     MAX_RUNNING_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_SOCKET_PATH_FIELD_NUMBER: _ClassVar[int]
-    MEMORY_FIELD_NUMBER: _ClassVar[int]
     base_model: _common_pb2.BaseModel
     boot_id: str
     device: str
@@ -211,24 +210,7 @@ class EngineInfo(_message.Message):
     max_adapter_rank: int
     max_running: int
     adapter_socket_path: str
-    memory: MemoryParts
-    def __init__(self, base_model: _Optional[_Union[_common_pb2.BaseModel, _Mapping]] = ..., boot_id: _Optional[str] = ..., device: _Optional[str] = ..., dtype: _Optional[str] = ..., page_tokens: _Optional[int] = ..., num_pages: _Optional[int] = ..., num_state_slots: _Optional[int] = ..., num_adapter_slots: _Optional[int] = ..., max_adapter_rank: _Optional[int] = ..., max_running: _Optional[int] = ..., adapter_socket_path: _Optional[str] = ..., memory: _Optional[_Union[MemoryParts, _Mapping]] = ...) -> None: ...
-
-class MemoryParts(_message.Message):
-    __slots__ = ("num_weights_bytes", "num_kv_bytes", "num_state_bytes", "num_adapter_bytes", "num_workspace_bytes", "num_device_bytes")
-    NUM_WEIGHTS_BYTES_FIELD_NUMBER: _ClassVar[int]
-    NUM_KV_BYTES_FIELD_NUMBER: _ClassVar[int]
-    NUM_STATE_BYTES_FIELD_NUMBER: _ClassVar[int]
-    NUM_ADAPTER_BYTES_FIELD_NUMBER: _ClassVar[int]
-    NUM_WORKSPACE_BYTES_FIELD_NUMBER: _ClassVar[int]
-    NUM_DEVICE_BYTES_FIELD_NUMBER: _ClassVar[int]
-    num_weights_bytes: int
-    num_kv_bytes: int
-    num_state_bytes: int
-    num_adapter_bytes: int
-    num_workspace_bytes: int
-    num_device_bytes: int
-    def __init__(self, num_weights_bytes: _Optional[int] = ..., num_kv_bytes: _Optional[int] = ..., num_state_bytes: _Optional[int] = ..., num_adapter_bytes: _Optional[int] = ..., num_workspace_bytes: _Optional[int] = ..., num_device_bytes: _Optional[int] = ...) -> None: ...
+    def __init__(self, base_model: _Optional[_Union[_common_pb2.BaseModel, _Mapping]] = ..., boot_id: _Optional[str] = ..., device: _Optional[str] = ..., dtype: _Optional[str] = ..., page_tokens: _Optional[int] = ..., num_pages: _Optional[int] = ..., num_state_slots: _Optional[int] = ..., num_adapter_slots: _Optional[int] = ..., max_adapter_rank: _Optional[int] = ..., max_running: _Optional[int] = ..., adapter_socket_path: _Optional[str] = ...) -> None: ...
 
 class ResidentAdapter(_message.Message):
     __slots__ = ("adapter", "slot", "num_pins")

@@ -32,6 +32,7 @@ _STAT_NAMES = {
     "num_pages": "pages_total",
     "num_state_slots": "state_slots_total",
 }
+_PART_NAMES = {"states": "state", "adapters": "adapter"}
 
 
 @router.get("/healthz")
@@ -157,17 +158,20 @@ def engine_object(seat: EngineSeat, stats: engine_pb2.EngineStats | None) -> dic
             "model_hash": info.base_model.model_hash,
             "max_running": info.max_running,
             "num_adapter_slots": info.num_adapter_slots,
-            "memory": {
-                field.name.removeprefix("num_"): getattr(info.memory, field.name)
-                for field in info.memory.DESCRIPTOR.fields
-            },
         }
     if stats is not None:
+        body["memory"] = _memory_object(stats)
         body["scheduler"] = stats_object(stats)
         body["resident_adapters"] = [
             f"{resident.adapter.name}@{resident.adapter.version}" for resident in stats.resident_adapters
         ]
     return body
+
+
+def _memory_object(stats: engine_pb2.EngineStats) -> dict[str, int]:
+    """Bytes by what holds them, and of the whole device."""
+    sizes = {f"{_PART_NAMES.get(part.name, part.name)}_bytes": part.num_bytes for part in stats.memory_parts}
+    return {**sizes, "device_bytes": stats.num_device_bytes}
 
 
 async def _trainer_status(gateway: Gateway) -> trainer_pb2.TrainerStatus | None:
