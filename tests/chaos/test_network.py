@@ -50,7 +50,7 @@ def test_a_network_cut_ends_requests_clearly_and_heals(system, tmp_path):
         "KILN_GATEWAY_MODEL_PATH": str(demo_model_dir()),
         "KILN_GATEWAY_ENGINE_ADDRESSES": f"unix:{run_dir}/cut.sock",
         "KILN_GATEWAY_REGISTRY_ADDRESS": f"unix:{run_dir}/registry.sock",
-        "KILN_GATEWAY_TRAINER_ADDRESS": f"unix:{run_dir}/trainer.sock",
+        "KILN_GATEWAY_TRAINER_ADDRESSES": f"unix:{run_dir}/trainer.sock",
         "KILN_GATEWAY_ENGINE_SILENCE_S": "2",
     }
     try:

@@ -65,7 +65,7 @@ async def scrape(rig):
 
 async def test_what_engine_and_trainer_said_is_shown(rig):
     found = await scrape(rig)
-    engine = ("engine", "0")
+    engine, trainer = ("engine", "0"), ("trainer", "0")
     assert found["kiln_engine_up"][(engine,)] == 1
     assert found["kiln_engine_requests_waiting"][(engine,)] == 2
     assert found["kiln_engine_kv_cache_usage_ratio"][(engine,)] == 0.4
@@ -78,8 +78,8 @@ async def test_what_engine_and_trainer_said_is_shown(rig):
     buckets = found["kiln_engine_step_seconds_bucket"]
     assert [buckets[engine, ("le", bound)] for bound in ("0.01", "0.1", "+Inf")] == [2, 3, 4]
     assert found["kiln_engine_step_seconds_sum"][(engine,)] == pytest.approx(7.06)
-    assert found["kiln_trainer_jobs_ended_total"][(("status", "succeeded"),)] == 2
-    assert found["kiln_trainer_step_metric"][(("name", "loss"),)] == 0.5
+    assert found["kiln_trainer_jobs_ended_total"][("status", "succeeded"), trainer] == 2
+    assert found["kiln_trainer_step_metric"][("name", "loss"), trainer] == 0.5
 
 
 async def test_health_says_what_holds_an_engines_memory(rig):
