@@ -86,6 +86,14 @@ def up(
             show_default=False,
         ),
     ] = None,
+    redis_memory_mb: Annotated[
+        int,
+        typer.Option(
+            help="Most memory of the private Redis: the queue, rollouts, stored responses.",
+            envvar="KILN_REDIS_MAX_MEMORY_MB",
+            min=16,
+        ),
+    ] = 512,
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="Show every log line, not only warnings.")
     ] = False,
@@ -125,6 +133,7 @@ def up(
             num_gateways=gateways,
             engine_gpus=gpus,
             num_trainers=choose_num_trainers(trainers, gpus),
+            redis_memory_mb=redis_memory_mb,
         )
         url = f"http://{'localhost' if host == '127.0.0.1' else host}:{port}"
         console = (UpJsonLines if as_json else UpConsole)(url, folder / "logs", is_verbose=verbose)

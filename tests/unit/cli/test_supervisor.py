@@ -238,6 +238,12 @@ def test_an_external_redis_replaces_the_private_one(tmp_path):
     assert specs["trainer"].env["KILN_TRAINER_REDIS_URL"] == "redis://elsewhere:6379"
 
 
+def test_the_private_redis_gets_the_memory_it_is_given(tmp_path):
+    options = UpOptions("m", False, "127.0.0.1", 1, tmp_path, tmp_path, redis_memory_mb=64)
+    (argv,) = (spec.argv for spec in build_specs(options) if spec.name == "redis")
+    assert argv[argv.index("--maxmemory") + 1] == "64mb"
+
+
 def test_several_gateways_share_the_port_and_know_every_engine(tmp_path):
     options = UpOptions(
         "m", False, "127.0.0.1", 1, tmp_path, tmp_path, num_gateways=3, engine_gpus=("0", "1")

@@ -27,6 +27,7 @@ class UpOptions:
     served_model_name: str | None = None
     device: str | None = None
     redis_url: str | None = None  # None starts a private server
+    redis_memory_mb: int = 512  # of the private server
     # For engine and trainer: how they share a GPU.
     gpu_env: Mapping[str, str] = field(default_factory=dict)
     num_gateways: int = 1
@@ -104,7 +105,7 @@ def _redis(options: UpOptions) -> ServiceSpec:
     socket_path = options.run_dir / "redis.sock"
     return ServiceSpec(
         name="redis",
-        argv=tuple(server_command(data_dir, socket_path=socket_path)),
+        argv=tuple(server_command(data_dir, socket_path=socket_path, max_memory_mb=options.redis_memory_mb)),
         probe=lambda: readiness.redis_ready(f"unix://{socket_path}"),
     )
 
