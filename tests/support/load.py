@@ -7,6 +7,7 @@ import threading
 import time
 from collections import Counter, defaultdict
 from dataclasses import dataclass
+from pathlib import Path
 
 import httpx
 
@@ -27,11 +28,18 @@ class ChatLoad:
     """
 
     def __init__(
-        self, url: str, num_clients: int = 4, *, max_tokens: int = 16, timeout_s: float = 30.0
+        self,
+        url: str,
+        num_clients: int = 4,
+        *,
+        max_tokens: int = 16,
+        timeout_s: float = 30.0,
+        socket_path: Path | None = None,  # instead of the URL's host
     ) -> None:
         self._url = f"{url}/v1/chat/completions"
         self._max_tokens = max_tokens
         self._timeout_s = timeout_s
+        self._socket_path = str(socket_path) if socket_path is not None else None
         self._stop = threading.Event()
         self.attempts: list[Attempt] = []
         self.texts: defaultdict[str, set[str]] = defaultdict(set)
@@ -88,7 +96,11 @@ class ChatLoad:
             "seed": sum(content.encode()),
         }
         try:
-            with httpx.stream("POST", self._url, json=body, timeout=self._timeout_s) as response:
+            transport = httpx.HTTPTransport(uds=self._socket_path)
+            with (
+                httpx.Client(transport=transport, timeout=self._timeout_s) as http,
+                http.stream("POST", self._url, json=body) as response,
+            ):
                 text = response.read().decode()
         except httpx.HTTPError as error:
             return type(error).__name__

@@ -134,6 +134,22 @@ async def test_adapters_are_fetched_on_demand_and_change_the_answer(checkpoint, 
             assert sum(stats.adapter_load_seconds.counts) == 2
 
 
+async def test_an_answer_begun_elsewhere_goes_on_with_its_adapter(checkpoint, tmp_path):
+    drawn = {"temperature": 1.0, "seed": 3, "max_tokens": 24}
+    async with real_registry(tmp_path) as (address, registry):
+        settings = settings_for(checkpoint, tmp_path, registry_address=address)
+        async with real_engine(settings) as (_, client):
+            model_hash = (await client.get_info()).base_model.model_hash
+            style = await until_registered(registry, checkpoint, model_hash, seed=1)
+            whole = tokens(await collect(client, generate_request("whole", adapters=[style], **drawn)))
+            assert whole != tokens(await collect(client, generate_request("base", **drawn)))
+            for count in (1, 9, 23):
+                rest = generate_request(
+                    f"{count}", adapters=[style], resumed_token_ids=whole[:count], **drawn
+                )  # fmt: skip
+                assert tokens(await collect(client, rest)) == whole[count:]
+
+
 async def test_more_versions_than_slots_take_turns(checkpoint, tmp_path):
     async with real_registry(tmp_path) as (address, registry):
         settings = settings_for(checkpoint, tmp_path, registry_address=address, num_adapter_slots=1)

@@ -18,7 +18,7 @@ from kiln_common.pb import common_pb2, engine_pb2
 from kiln_common.settings import ConfigurationError
 from kiln_engine.bootstrap import EngineParts
 from kiln_engine.checkpoint_identity import model_name, stop_token_ids
-from kiln_engine.domain.device_memory import DeviceMemory, machine_memory
+from kiln_engine.domain.device_memory import DeviceMemory
 from kiln_engine.execution.memory_plan import MemoryPlan, MemoryRequest, NotEnoughMemory, plan_memory
 from kiln_engine.execution.runner import TorchRunner
 from kiln_engine.execution.step_graphs import decode_ladder
@@ -170,8 +170,14 @@ def _device_memory(device: torch.device, model: LoadedModel, memory: MemoryPlan)
         "workspace": memory.workspace_bytes,
     }
     if device.type == "cpu":
-        return DeviceMemory(parts, machine_memory)
+        return DeviceMemory(parts, _machine_memory)
     return DeviceMemory(parts, partial(torch.cuda.mem_get_info, device))
+
+
+def _machine_memory() -> tuple[int, int]:
+    """Free and total bytes of this machine."""
+    page_bytes = os.sysconf("SC_PAGE_SIZE")
+    return os.sysconf("SC_AVPHYS_PAGES") * page_bytes, os.sysconf("SC_PHYS_PAGES") * page_bytes
 
 
 def _grammars(folder: Path, info: engine_pb2.EngineInfo, time_limit_s: float) -> ThreadedCompiler | None:

@@ -2,15 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-
-
-def machine_memory() -> tuple[int, int]:
-    """Free and total bytes of this machine."""
-    page_bytes = os.sysconf("SC_PAGE_SIZE")
-    return os.sysconf("SC_AVPHYS_PAGES") * page_bytes, os.sysconf("SC_PHYS_PAGES") * page_bytes
 
 
 def _unknown() -> tuple[int, int]:

@@ -65,6 +65,10 @@ class GenerationRequest:
         return self.prompt_token_ids + self.resumed_token_ids
 
     @property
+    def num_known_tokens(self) -> int:
+        return len(self.prompt_token_ids) + len(self.resumed_token_ids)
+
+    @property
     def uses_prefix_cache(self) -> bool:
         """Whether the prompt may start from cached pages, and leave its own: not when it is read out."""
         return self.num_prompt_logprobs is None and not self.wants_embedding

@@ -97,8 +97,8 @@ class Scheduler:
             raise DuplicateRequestId(request.request_id)
         if not request.prompt_token_ids:
             raise EmptyPrompt("the prompt has no tokens")
-        if len(request.known_token_ids) >= self.limits.max_num_tokens:
-            raise PromptTooLong(len(request.known_token_ids), self.limits.max_num_tokens - 1)
+        if request.num_known_tokens >= self.limits.max_num_tokens:
+            raise PromptTooLong(request.num_known_tokens, self.limits.max_num_tokens - 1)
         namespace = Namespace(request.adapters, request.cache_salt)
         cacheable = request.prompt_token_ids if request.uses_prefix_cache else ()
         sequence = Sequence(
@@ -335,7 +335,7 @@ class Scheduler:
                 sequence.constraint.advance(row.token_id)
             except KilnError as error:
                 return self._fail(sequence, error)
-        is_first = len(sequence.tokens) == len(sequence.request.known_token_ids)
+        is_first = len(sequence.tokens) == sequence.request.num_known_tokens
         sequence.tokens.append(row.token_id)
         self.counters.num_generated_tokens += 1
         request = sequence.request
