@@ -79,7 +79,7 @@ def measure(num_gateways: int, options: argparse.Namespace, cores: list[list[int
             "KILN_GATEWAY_MODEL_PATH": str(_DEMO_MODEL),
             "KILN_GATEWAY_ENGINE_ADDRESSES": addresses,
             "KILN_GATEWAY_REGISTRY_ADDRESS": f"unix:{folder}/none.sock",
-            "KILN_GATEWAY_TRAINER_ADDRESS": f"unix:{folder}/none.sock",
+            "KILN_GATEWAY_TRAINER_ADDRESSES": f"unix:{folder}/none.sock",
         }
         environments = [environment] * num_gateways
         with running_gateways(environments, Path(folder), gateway_prefixes) as gateways:

@@ -37,9 +37,9 @@ def gateway(client: kiln.Client) -> Finding:
     return Finding(state, f"{detail}; away: {', '.join(away)}", hint)
 
 
-def engine_names(state_dir: Path) -> list[str]:
-    """The first engine, and those that kiln up --engines started beside it."""
-    return ["engine", *sorted(path.stem for path in run_dir_of(state_dir).glob("engine-*.sock"))]
+def names_of(kind: str, state_dir: Path) -> list[str]:
+    """The first engine or trainer, and those that kiln up started beside it."""
+    return [kind, *sorted(path.stem for path in run_dir_of(state_dir).glob(f"{kind}-*.sock"))]
 
 
 def service(name: str, state_dir: Path) -> Finding:

@@ -90,7 +90,13 @@ class TrainerPort(Protocol):
 
     def watch(self, job_id: str, after_event_id: str = "") -> AsyncIterator[trainer_pb2.JobEvent]: ...
 
-    async def status(self) -> trainer_pb2.TrainerStatus: ...
+    async def status(self) -> trainer_pb2.TrainerStatus:
+        """Of one that answers."""
+        ...
+
+    async def statuses(self) -> builtins.list[trainer_pb2.TrainerStatus | None]:
+        """One entry a trainer, None for one that does not answer in time."""
+        ...
 
 
 class DatasetPort(Protocol):
