@@ -16,6 +16,7 @@ from kiln_common.errors import KilnError
 from kiln_common.model_folder import find_model_folder
 from kiln_common.pb import common_pb2, engine_pb2
 from kiln_common.settings import ConfigurationError
+from kiln_common.text.vocabulary import vocabulary_hash
 from kiln_engine.bootstrap import EngineParts
 from kiln_engine.checkpoint_identity import model_name, stop_token_ids
 from kiln_engine.domain.device_memory import DeviceMemory
@@ -352,7 +353,17 @@ def _base_model(
             common_pb2.AdaptableModule(path=path, in_features=inputs, out_features=outputs)
             for path, (inputs, outputs) in adapter_table(model.config).items()
         ],
+        vocabulary_hash=_vocabulary_hash(folder),
     )
+
+
+def _vocabulary_hash(folder: Path) -> str:
+    """Without it the model can serve, and neither teach another engine's nor learn from it."""
+    try:
+        return vocabulary_hash(folder)
+    except (ValueError, OSError) as error:
+        log.warning("vocabulary_unknown", reason=str(error))
+        return ""
 
 
 def _log_plan(
