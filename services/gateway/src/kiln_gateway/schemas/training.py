@@ -103,9 +103,6 @@ class JobFields(Body):
         """Whether the request says `base_adapter: null`."""
         return self.base_adapter is None and "base_adapter" in self.model_fields_set
 
-    def refuse_unsupported(self) -> None:
-        """Refuse, by name, what is not built yet. Raises FieldNotBuiltYet."""
-
     @model_validator(mode="after")
     def _publishes_what_the_gate_judges(self) -> JobFields:
         if self.gate is not None and self.publish != "end":

@@ -135,9 +135,16 @@ def _loss(loss: trainer_pb2.GrpoLoss) -> dict[str, Any]:
     }
 
 
+def _teacher(settings: trainer_pb2.OpdSettings) -> str | dict[str, Any]:
+    if not settings.HasField("teacher_model"):
+        return settings.teacher
+    teacher = settings.teacher_model
+    return {"model": teacher.model_id, "sha256": teacher.model_hash, "top_k": teacher.top_k}
+
+
 def _opd_settings(settings: trainer_pb2.OpdSettings) -> dict[str, Any]:
     shown: dict[str, Any] = {
-        "teacher": settings.teacher,
+        "teacher": _teacher(settings),
         "divergence": {"type": settings.divergence, "beta": settings.beta},
     }
     sampling = settings.sampling

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from kiln_nn.kernels.divergence import TokenDivergences, token_divergences
+from kiln_nn.kernels.divergence import TokenDivergences, token_divergences, top_k_divergences
 from kiln_nn.kernels.logprobs import TokenLogprobs, token_logprobs
 from kiln_nn.lora.dropout import LoraDropout
 from kiln_nn.lora.parameters import LoraParameters
@@ -21,7 +21,8 @@ class Policy:
     """A frozen base model and the adapter on it; the reference policy is the same model without.
 
     Only the rows that predict a scored token go through the head, so a prompt costs no logits.
-    The teacher is the same model too: with the adapter `teacher`, or without any. Without a plan
+    The teacher is the same model too, with the adapter `teacher` or without any, unless a batch says what
+    another one thinks of it. Without a plan
     every layer keeps its activations.
     """
 
@@ -56,10 +57,13 @@ class Policy:
         )
 
     def compare(self, batch: PackedBatch, objective: DistillationObjective) -> TokenDivergences:
-        """How far each scored token's distribution is from the teacher's, over the whole vocabulary.
+        """How far each scored token's distribution is from the teacher's.
 
-        `batch` must be on the policy's device.
+        Over the teacher's likeliest tokens and one place for all others where the batch has them, else
+        over the whole vocabulary. `batch` must be on the policy's device.
         """
+        if batch.teacher_ids_SK is not None and batch.teacher_logprobs_SK is not None:
+            return self._compare_to_top(batch, batch.teacher_ids_SK, batch.teacher_logprobs_SK, objective)
         with torch.no_grad():
             teacher_TD = self.model.hidden_states(batch.token_ids_T, batch.cu_seqlens, self._teacher)
             teacher_SD = teacher_TD[batch.rows_S]
@@ -69,6 +73,25 @@ class Policy:
         return token_divergences(
             student_TD[batch.rows_S],
             teacher_SD,
+            self.model.head_weight,
+            batch.targets_S,
+            objective.divergence,
+            beta=objective.beta,
+        )
+
+    def _compare_to_top(
+        self,
+        batch: PackedBatch,
+        ids_SK: torch.Tensor,
+        logprobs_SK: torch.Tensor,
+        objective: DistillationObjective,
+    ) -> TokenDivergences:
+        self._plan_activations(batch)
+        student_TD = self.model.hidden_states(batch.token_ids_T, batch.cu_seqlens, self._adapted)
+        return top_k_divergences(
+            student_TD[batch.rows_S],
+            ids_SK,
+            logprobs_SK,
             self.model.head_weight,
             batch.targets_S,
             objective.divergence,

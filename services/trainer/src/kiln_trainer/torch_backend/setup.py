@@ -21,6 +21,7 @@ from kiln_trainer.recipes.options import RunOptions
 from kiln_trainer.recipes.sft import prepare_sft
 from kiln_trainer.torch_backend.document_checks import check_documents
 from kiln_trainer.torch_backend.steps import FixedSteps, SampledSteps, StepSource
+from kiln_trainer.torch_backend.teacher_scores import TeacherTops
 
 _DEFAULT_RANK = 16
 _GROUPS = ("all", "attention", "mlp")
@@ -42,10 +43,15 @@ def step_source(task: TrainingTask, options: RunOptions, config: ModelConfig, jo
             job = prepare_grpo(request.grpo)
         case "opd":
             _check_teacher(task)
+            folder, teacher = task.checkpoint_dir, None
+            if task.scorer is not None:
+                teacher = TeacherTops(task.scorer, folder, job_hash)
             if request.opd.prompts:
                 assert task.sampler is not None, "a job with prompts comes with a sampler"
-                return SampledSteps(request.opd, task.sampler, options, config, task.checkpoint_dir, job_hash)
-            job = prepare_opd(request.opd.rollouts, OpdOptions.from_proto(request.opd.settings).objective)
+                return SampledSteps(request.opd, task.sampler, options, config, folder, job_hash, teacher)
+            rollouts = request.opd.rollouts
+            tops = teacher.of("given", rollouts) if teacher is not None else None
+            job = prepare_opd(rollouts, OpdOptions.from_proto(request.opd.settings).objective, tops)
         case _:
             raise InvalidRequest("the job names no recipe", hint="Give sft, grpo or opd.")
     check_documents(job.documents, config)
