@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import time
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -29,7 +30,7 @@ from kiln_engine.settings import EngineSettings
 from kiln_nn.config import ModelConfig
 from kiln_nn.errors import KilnNnError
 from kiln_nn.kernels.dispatch import why_no_kernels
-from kiln_nn.lora import adapter_table
+from kiln_nn.lora import adapter_table, mtp_table
 from kiln_nn.sharing import AdapterInbox, WeightServer, wait_for_old_leases
 from kiln_nn.weights import LoadedModel, WeightArena, load_checkpoint, vmm_memory
 from kiln_nn.weights.arena import GpuTransport
@@ -349,12 +350,17 @@ def _base_model(
         vocab_size=model.config.vocab_size,
         max_model_len=limits.max_num_tokens,
         eos_token_ids=stop_token_ids(folder, model.config.eos_token_ids),
-        adaptable_modules=[
-            common_pb2.AdaptableModule(path=path, in_features=inputs, out_features=outputs)
-            for path, (inputs, outputs) in adapter_table(model.config).items()
-        ],
+        adaptable_modules=_modules(adapter_table(model.config)),
         vocabulary_hash=_vocabulary_hash(folder),
+        draft_modules=_modules(mtp_table(model.config)),
     )
+
+
+def _modules(table: Mapping[str, tuple[int, int]]) -> list[common_pb2.AdaptableModule]:
+    return [
+        common_pb2.AdaptableModule(path=path, in_features=inputs, out_features=outputs)
+        for path, (inputs, outputs) in table.items()
+    ]
 
 
 def _vocabulary_hash(folder: Path) -> str:

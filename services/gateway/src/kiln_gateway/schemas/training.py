@@ -85,6 +85,10 @@ class JobFields(Body):
     weight_decay: Annotated[float, Field(ge=0, le=10)] = 0.0
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
     optimizer: Literal["adamw", "muon"] = "adamw"
+    train_mtp: bool = Field(
+        False,
+        description="adapt the checkpoint's multi-token-prediction layer too: its drafts follow what is learned",
+    )
     seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
     checkpoint_every: PositiveInt = 10
     publish: Literal["end", "never"] | Annotated[int, Field(ge=1, lt=10**9)] = Field(

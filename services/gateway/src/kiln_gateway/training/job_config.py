@@ -67,6 +67,7 @@ def job_config(
         publish=str(body.publish),
         priority=body.priority,
         gate=gate,
+        train_mtp=body.train_mtp,
     )
 
 
@@ -108,6 +109,7 @@ def effective_config(job: trainer_pb2.Job) -> dict[str, Any]:
         "weight_decay": optimizer.weight_decay,
         "max_grad_norm": optimizer.max_grad_norm,
         "optimizer": optimizer.type or "adamw",
+        "train_mtp": config.train_mtp,
         "seed": config.seed,
         "checkpoint_every": config.checkpoint_every,
         "publish": int(config.publish) if config.publish.isdecimal() else config.publish,

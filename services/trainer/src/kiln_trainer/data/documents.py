@@ -56,6 +56,11 @@ class Document:
         return self.scored_s.shape[0]
 
     @property
+    def num_drafted(self) -> int:
+        """Scored tokens that a draft could have foreseen: those with two tokens before them."""
+        return int((self.scored_s >= 2).sum())
+
+    @property
     def is_sampled(self) -> bool:
         """Whether the sampler's log-probabilities are known (they are for all tokens or none)."""
         return not bool(self.sampler_logprob_s.isnan().any())

@@ -4,7 +4,8 @@ Documents lie one after the other in a micro-batch, without padding; the model s
 each boundary. The cut depends on lengths, settings and seed alone, so that a resumed job finds
 the steps it left.
 
-Legend: `T` tokens of a micro-batch, `S` its scored tokens, `K` likeliest tokens of a teacher.
+Legend: `T` tokens of a micro-batch, `S` its scored tokens, `M` those that a draft could
+have foreseen, `K` likeliest tokens of a teacher.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ class PackedBatch:
     Each document ends with the token before its last scored one: nothing after it has a gradient.
     `rows_S` are the positions in T whose hidden state predicts `targets_S`, `document_S` counts
     the micro-batch's documents from 0. NaN in a log-probability stream means unknown. The teacher's
-    likeliest tokens are there where a teacher on another engine has judged the documents.
+    likeliest tokens are there where a teacher on another engine has judged the documents. `drafted_M`
+    counts through S: the tokens with two tokens before them in their document.
     """
 
     cu_seqlens: tuple[int, ...]
@@ -54,6 +56,7 @@ class PackedBatch:
     sampler_logprob_S: torch.Tensor
     old_logprob_S: torch.Tensor
     reference_logprob_S: torch.Tensor
+    drafted_M: torch.Tensor
     teacher_ids_SK: torch.Tensor | None = None
     teacher_logprobs_SK: torch.Tensor | None = None
 
@@ -142,6 +145,7 @@ def pack(
         sampler_logprob_S=torch.cat([d.sampler_logprob_s for d in documents]),
         old_logprob_S=torch.cat(list(old_logprobs or unknown)),
         reference_logprob_S=torch.cat(list(reference_logprobs or unknown)),
+        drafted_M=(torch.cat([d.scored_s for d in documents]) >= 2).nonzero()[:, 0],
         teacher_ids_SK=torch.cat([top.ids_sK for top in tops]) if tops else None,
         teacher_logprobs_SK=torch.cat([top.logprobs_sK for top in tops]) if tops else None,
     )

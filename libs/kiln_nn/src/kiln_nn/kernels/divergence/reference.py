@@ -35,12 +35,15 @@ class TokenDivergences(NamedTuple):
 
     Only `divergences_T` has a gradient. `reverse_kls_T` is KL(student || teacher), whichever
     divergence was asked for; `entropies_T` and `logprobs_T` (of the targets) are the student's.
+    `overlaps_T` is what the distributions have in common, the sum of the lesser probabilities: how often
+    a draw from one can stand for one from the other (Leviathan et al. 2022, arXiv 2211.17192).
     """
 
     divergences_T: torch.Tensor
     reverse_kls_T: torch.Tensor
     entropies_T: torch.Tensor
     logprobs_T: torch.Tensor
+    overlaps_T: torch.Tensor
 
 
 def token_divergences(
@@ -125,7 +128,7 @@ class _TokenDivergences(torch.autograd.Function):
     ) -> tuple[torch.Tensor, ...]:
         dtype = accumulation_dtype(student)
         results = [student.new_empty(student.shape[0], dtype=dtype) for _ in TokenDivergences._fields]
-        divergences, reverse_kls, entropies, logprobs = results
+        divergences, reverse_kls, entropies, logprobs, overlaps = results
         for start in range(0, student.shape[0], chunk_tokens):
             part = slice(start, start + chunk_tokens)
             log_p = log_softmax(student[part], head, dtype)
@@ -134,10 +137,11 @@ class _TokenDivergences(torch.autograd.Function):
             reverse_kls[part] = kl(log_p, log_q)
             entropies[part] = -(log_p.exp() * log_p).sum(-1)
             logprobs[part] = log_p.gather(-1, targets[part, None])[:, 0]
+            overlaps[part] = torch.minimum(log_p, log_q).exp().sum(-1)
         ctx.save_for_backward(student, teacher, head)
         ctx.kind, ctx.beta, ctx.chunk_tokens = kind, beta, chunk_tokens
-        ctx.mark_non_differentiable(reverse_kls, entropies, logprobs)
-        return divergences, reverse_kls, entropies, logprobs
+        ctx.mark_non_differentiable(reverse_kls, entropies, logprobs, overlaps)
+        return divergences, reverse_kls, entropies, logprobs, overlaps
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

@@ -52,7 +52,7 @@ def top_k_divergences(
     """As `token_divergences`, of a teacher given by its K likeliest tokens after each position.
 
     `teacher_ids_TK` are K different tokens, `teacher_logprobs_TK` their log-probabilities among all V.
-    `reverse_kls_T` and `divergences_T` are those over the K + 1 places.
+    `divergences_T`, `reverse_kls_T` and `overlaps_T` are those over the K + 1 places.
     """
     num_tokens, width = student_TD.shape
     num_top = teacher_ids_TK.shape[-1]
@@ -133,7 +133,7 @@ class _TopKDivergences(torch.autograd.Function):
     ) -> tuple[torch.Tensor, ...]:
         dtype = accumulation_dtype(student)
         results = [student.new_empty(student.shape[0], dtype=dtype) for _ in TokenDivergences._fields]
-        divergences, reverse_kls, entropies, own_logprobs = results
+        divergences, reverse_kls, entropies, own_logprobs, overlaps = results
         for start in range(0, student.shape[0], chunk_tokens):
             part = slice(start, start + chunk_tokens)
             log_p = log_softmax(student[part], head, dtype)
@@ -143,10 +143,11 @@ class _TopKDivergences(torch.autograd.Function):
             reverse_kls[part] = kl(log_P, log_Q)
             entropies[part] = -(log_p.exp() * log_p).sum(-1)
             own_logprobs[part] = log_p.gather(-1, targets[part, None])[:, 0]
+            overlaps[part] = torch.minimum(log_P, log_Q).exp().sum(-1)
         ctx.save_for_backward(student, ids, logprobs, head)
         ctx.kind, ctx.beta, ctx.chunk_tokens = kind, beta, chunk_tokens
-        ctx.mark_non_differentiable(reverse_kls, entropies, own_logprobs)
-        return divergences, reverse_kls, entropies, own_logprobs
+        ctx.mark_non_differentiable(reverse_kls, entropies, own_logprobs, overlaps)
+        return divergences, reverse_kls, entropies, own_logprobs, overlaps
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
