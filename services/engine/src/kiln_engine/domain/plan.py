@@ -194,8 +194,9 @@ class BatchPlan:
     @property
     def sequence_ids(self) -> tuple[int, ...]:
         """Whom the step works for, decode rows first."""
-        parts = (*self.decode_rows, *self.prefill_chunks, *self.verify_rows)
-        return tuple(part.sequence_id for part in parts)
+        rows = tuple(row.sequence_id for row in self.decode_rows)
+        chunks = tuple(chunk.sequence_id for chunk in self.prefill_chunks)
+        return rows + chunks + tuple(row.sequence_id for row in self.verify_rows)
 
     @property
     def num_tokens(self) -> int:

@@ -23,6 +23,15 @@ class Candidate:
     most_drafts: int
 
 
+# Rows with as many lines as there may be that a step has room for, however few sequences may run.
+_LEAST_ROWS = 16
+
+
+def most_lines(max_running: int, max_draft_tokens: int) -> int:
+    """Lines of verify rows in one step, at the most; as many as sequences may run, without speculation."""
+    return max(max_running, _LEAST_ROWS * (1 + max_draft_tokens)) if max_draft_tokens else max_running
+
+
 class Speculator(Protocol):
     """Decides how far each sequence guesses ahead. Called from the loop thread only."""
 
@@ -41,7 +50,9 @@ class Speculator(Protocol):
         """At most so many guesses of the tokens after `candidate.token_ids`. Not asked of a device."""
         ...
 
-    def observe(self, sequence_id: int, adapters: tuple[AdapterUse, ...], drafted: int, accepted: int) -> None:
+    def observe(
+        self, sequence_id: int, adapters: tuple[AdapterUse, ...], drafted: int, accepted: int
+    ) -> None:
         """Hear how many of the drafts of one row were accepted."""
         ...
 
