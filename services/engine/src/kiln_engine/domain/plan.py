@@ -184,6 +184,11 @@ class BatchPlan:
             yield BatchPlan(self.step_id, verify_rows=(verify,))
 
     @property
+    def num_verify_lines(self) -> int:
+        """Lines of the longest verify row; 0 without any."""
+        return max((row.num_lines for row in self.verify_rows), default=0)
+
+    @property
     def has_late_rows(self) -> bool:
         """Whether a row's draw is constrained by a token that a step under way is drawing.
 
