@@ -18,6 +18,7 @@ from functools import partial
 import structlog
 import torch
 
+from kiln_engine.domain.batch_sizes import decode_ladder
 from kiln_engine.domain.plan import BatchPlan, RowSampling
 from kiln_engine.domain.speculation import most_lines
 from kiln_engine.execution.captured_step import CapturedStep, Draw, GraphParts
@@ -32,12 +33,6 @@ log = structlog.get_logger()
 _PROGRESS_INTERVAL_S = 2.0
 _PREFILL_TOKENS = (64, 128, 256)
 PREFILL_CHUNKS = 8
-
-
-def decode_ladder(max_rows: int) -> list[int]:
-    """Batch sizes worth a graph of their own: few enough to capture, dense enough to waste little."""
-    sizes = [1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, *range(160, max_rows, 32)]
-    return [*(size for size in sizes if size < max_rows), max_rows]
 
 
 class DecodeGraph:
