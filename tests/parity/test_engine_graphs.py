@@ -15,11 +15,11 @@ import pytest
 import torch
 
 from kiln_engine.domain import AdapterUse, GenerationRequest, SamplingParams
+from kiln_engine.domain.batch_sizes import decode_ladder
 from kiln_engine.domain.output_rules import OutputRules, ThinkingRules
-from kiln_engine.execution import step_graphs
+from kiln_engine.execution import captured_step
 from kiln_engine.execution.memory_plan import MemoryRequest, plan_memory
 from kiln_engine.execution.runner import TorchRunner
-from kiln_engine.execution.step_graphs import decode_ladder
 from kiln_engine.scheduling import Scheduler, SchedulerLimits
 from kiln_nn.config import ModelConfig
 from kiln_nn.lora import serialize_adapter
@@ -179,16 +179,16 @@ def test_replayed_steps_give_what_launched_ones_give(
     folder: Path, monkeypatch: pytest.MonkeyPatch, with_adapters: bool, device: str
 ):
     if device == "cpu":
-        monkeypatch.setattr(step_graphs, "_captured", RunAgain)
+        monkeypatch.setattr(captured_step, "_captured", RunAgain)
         monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     replays: list[int] = []
-    replay = step_graphs.CapturedStep.replay
+    replay = captured_step.CapturedStep.replay
 
     def counting(self: Any, rows: Any) -> Any:
         replays.append(len(rows))
         return replay(self, rows)
 
-    monkeypatch.setattr(step_graphs.CapturedStep, "replay", counting)
+    monkeypatch.setattr(captured_step.CapturedStep, "replay", counting)
     answers = []
     for is_captured in (False, True):
         runner, limits = make_runner(folder, torch.float32, device)

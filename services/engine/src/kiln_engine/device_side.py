@@ -18,10 +18,10 @@ from kiln_common.pb import common_pb2, engine_pb2
 from kiln_common.settings import ConfigurationError
 from kiln_engine.bootstrap import EngineParts
 from kiln_engine.checkpoint_identity import model_name, stop_token_ids
+from kiln_engine.domain.batch_sizes import decode_ladder
 from kiln_engine.domain.device_memory import DeviceMemory
 from kiln_engine.execution.memory_plan import MemoryPlan, MemoryRequest, NotEnoughMemory, plan_memory
 from kiln_engine.execution.runner import TorchRunner
-from kiln_engine.execution.step_graphs import decode_ladder
 from kiln_engine.grammar import ThreadedCompiler
 from kiln_engine.scheduling import SchedulerLimits
 from kiln_engine.settings import EngineSettings
@@ -135,6 +135,7 @@ def load_device_side(settings: EngineSettings) -> EngineParts:
             page_tokens=memory.page_tokens,
             checkpoint_interval_tokens=settings.checkpoint_interval_tokens,
             fixed_chunk_tokens=fixed_chunk_tokens(memory) if settings.batch_invariant else 0,
+            max_draft_tokens=memory.max_draft_tokens,
         )
     except ValueError as error:
         raise SettingsContradict(str(error)) from error
@@ -269,6 +270,7 @@ def _memory_request(settings: EngineSettings, config: ModelConfig, device: torch
         num_adapter_slots=settings.num_adapter_slots,
         max_adapter_rank=settings.max_adapter_rank,
         num_state_slots=settings.num_state_slots,
+        max_draft_tokens=0 if settings.speculation == "none" else settings.max_draft_tokens,
         kv_cache_tokens=settings.kv_cache_tokens or (_CPU_KV_CACHE_TOKENS if is_cpu else 0),
         state_dtype=torch.bfloat16 if settings.state_dtype == "bfloat16" else torch.float32,
         kv_dtype=torch.float8_e4m3fn if settings.kv_dtype == "fp8" else None,

@@ -257,7 +257,9 @@ class EngineLoop:
     def _time(self, step: _LaunchedStep) -> None:
         """Count a step that has ended; what it spent behind the step before is that one's."""
         now = self._clock.now()
-        self.step_seconds.observe(now - max(step.launched_s, self._last_ended_s))
+        seconds = now - max(step.launched_s, self._last_ended_s)
+        self.step_seconds.observe(seconds)
+        self._scheduler.observe_step(step.plan, seconds)
         self._last_ended_s = now
 
     def _draw_oldest(self) -> None:

@@ -48,6 +48,16 @@ class EngineSettings(ClientListener, BaseSettings):
         description="give a seeded request the same tokens, to the bit, alone and in any batch; slower:"
         " see operations.md (on a GPU: bfloat16 only)",
     )
+    speculation: Literal["none", "ngram"] = Field(
+        "none",
+        description="where guesses of the next tokens come from, several of which one step can confirm;"
+        " ngram: what followed the same words earlier in the text; answers are the same with and without",
+    )
+    max_draft_tokens: int = Field(3, ge=1, le=7, description="most tokens guessed ahead of a sequence")
+    adaptive_drafts: bool = Field(
+        True,
+        description="guess only as far as it pays by measured times and acceptance; off: always as far as allowed",
+    )
     num_threads: PositiveInt = Field(1, description="CPU threads of a step")
 
     page_tokens: PositiveInt = Field(16, description="tokens in one KV page")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from kiln_common.errors import KilnError
+from kiln_engine.domain.speculation import most_lines
 from kiln_engine.execution.adapter_tables import adapter_slot_bytes, largest_matrix_bytes
 from kiln_engine.execution.adapter_upload import upload_block_bytes
 from kiln_engine.model import kv_page_bytes, page_table_bytes, state_slot_bytes
@@ -56,6 +57,7 @@ class MemoryPlan:
     max_model_len: int
     max_running: int
     step_token_budget: int
+    max_draft_tokens: int
     state_dtype: torch.dtype
     kv_dtype: torch.dtype
     num_pages: int
@@ -121,6 +123,7 @@ def plan_memory(
         max_model_len=request.max_model_len,
         max_running=min(request.max_running, num_slots),
         step_token_budget=request.step_token_budget,
+        max_draft_tokens=request.max_draft_tokens,
         state_dtype=request.state_dtype,
         kv_dtype=kv_dtype,
         num_pages=num_pages,
@@ -155,13 +158,14 @@ def _workspace_bytes(config: ModelConfig, request: MemoryRequest, dtype: torch.d
     mlp = 3 * config.intermediate_size * dtype.itemsize
     residual = 4 * config.hidden_size * dtype.itemsize
     state = config.linear_num_value_heads * config.linear_key_head_dim * config.linear_value_head_dim
+    num_lines = most_lines(request.max_running, request.max_draft_tokens)
     step = request.step_token_budget * (max(mixer + scores, mlp) + residual)
     if request.has_kernels:
         # Logits and one copy to edit; graphs keep what a decode step makes on the way.
-        rows = request.max_running * (2 * config.vocab_size * float32 + 4 * (mixer + mlp + residual))
+        rows = num_lines * (2 * config.vocab_size * float32 + 4 * (mixer + mlp + residual))
         return step + rows
     # Logits, their copies, and in float64 those that top-k and top-p sort.
-    rows = request.max_running * (10 * config.vocab_size + 3 * state) * float32
+    rows = num_lines * (10 * config.vocab_size + 3 * state) * float32
     return step + rows + _attention_bytes(config, request, dtype)
 
 
