@@ -7,10 +7,17 @@ from __future__ import annotations
 
 import torch
 
+from kiln_nn.config import ModelConfig
+
 # The token before is the one before it in the same pass.
 IN_PASS = -2
 # The token before has no hidden state at hand: it is taken for zeros.
 NOT_KEPT = -1
+
+
+def carried_slot_bytes(config: ModelConfig, max_draft_tokens: int, dtype: torch.dtype) -> int:
+    """Bytes of one slot."""
+    return (max_draft_tokens + 1) * config.hidden_size * dtype.itemsize + torch.long.itemsize
 
 
 class CarriedHidden:

@@ -87,8 +87,12 @@ class MtpLayer:
         k, v = linears.apply(f"{_PREFIX}.self_attn.kv_proj", x).view(-1, 2, num_kv_heads, width).unbind(1)
         # Nobody asks anything here: the keys stand in for the queries.
         self._write_and_rotate(k, k, v, layout.positions_T, layout.token_slots_T)
-        last = hidden_TD if layout.last_tokens is None else hidden_TD[layout.last_tokens]
-        self.carried.keep(layout.last_slots, last)
+        if layout.verify is not None:
+            lines_RND = hidden_TD.view(-1, layout.verify.num_lines, hidden_TD.shape[1])
+            self.carried.keep_lines(layout.last_slots, lines_RND)
+        else:
+            last = hidden_TD if layout.last_tokens is None else hidden_TD[layout.last_tokens]
+            self.carried.keep(layout.last_slots, last)
 
     def forward(
         self,
@@ -132,7 +136,9 @@ class MtpLayer:
         normed, residual = self._add_norm(fed, residual, "mtp.norm")
         return normed if self.reads_normed else residual
 
-    def logits(self, hidden_RD: torch.Tensor, linears: Linears, num_tokens: int | None = None) -> torch.Tensor:
+    def logits(
+        self, hidden_RD: torch.Tensor, linears: Linears, num_tokens: int | None = None
+    ) -> torch.Tensor:
         """Float32 logits `[R, V]` over the first `num_tokens` of the vocabulary, or all of it.
 
         Token ids of a BPE tokenizer rise as pairs get rarer, so that the first ones are most of a text.

@@ -48,15 +48,12 @@ class PrefillLayout:
     attention: AttentionChunks
     # Each chunk's line of the page table.
     table_rows_N: torch.Tensor
+    # Each chunk's last token; any for a chunk that is padding.
+    last_tokens_N: torch.Tensor
 
     @property
     def num_tokens(self) -> int:
         return self.token_ids_T.shape[0]
-
-    @property
-    def last_tokens_N(self) -> torch.Tensor:
-        """Each chunk's last token; any token for a chunk that is padding."""
-        return (self.delta.cu_seqlens_N1[1:] - 1).clamp_min(0)
 
 
 @dataclass(frozen=True)
@@ -70,7 +67,7 @@ class PrefillNumbers:
     def layout(self, flat: torch.Tensor) -> PrefillLayout:
         """The layout of a tensor that holds these numbers, or others with the same capacity."""
         tokens, places, slots, carried, samples, kept, *rest = flat.split(list(self.section_sizes))
-        *delta, lines, contexts, tile_chunks, tile_starts = rest
+        *delta, lines, lasts, contexts, tile_chunks, tile_starts = rest
         chunks = DeltaChunks(*delta)
         return PrefillLayout(
             token_ids_T=tokens,
@@ -84,6 +81,7 @@ class PrefillNumbers:
                 chunks.cu_seqlens_N1, contexts, tile_chunks, tile_starts, self.tile_tokens
             ),
             table_rows_N=lines,
+            last_tokens_N=lasts,
         )
 
 
@@ -118,6 +116,7 @@ def prefill_numbers(
         _padded([chunks[i].state_slot for i in sampled], num_samples, NO_SLOT),
         *(np.array(numbers, dtype=np.int64) for numbers in delta.values()),
         _padded([chunk.state_slot for chunk in chunks], num_chunks, shape.spare_line),
+        _padded([end - 1 for end in ends], num_chunks, 0),
         _padded(contexts, num_chunks, 0),
         *(np.array(numbers, dtype=np.int64) for numbers in tiles),
     ]

@@ -34,7 +34,7 @@ class StepLayout:
     # Where the hidden state of the token before each is found, as CarriedHidden says it.
     carried_slots_T: torch.Tensor
     # The last tokens of rows and chunks, and the live slots with which their hidden states stay (-1:
-    # none); None is every token.
+    # none); None is every token. Those of verify rows stay with all of their lines.
     last_tokens: torch.Tensor | None
     last_slots: torch.Tensor
     # The tokens whose next one is sampled, in the order of StepResult.rows; None is every one.
@@ -86,6 +86,9 @@ def lines_layout(verify: VerifyLayout) -> StepLayout:
         token_ids_T=verify.token_ids_T,
         positions_T=verify.positions_T,
         token_slots_T=verify.token_slots_T,
+        carried_slots_T=verify.carried_slots_T,
+        last_tokens=None,
+        last_slots=verify.live_slots_R,
         sample_tokens=None,
         kept_slots=verify.live_slots_R,
         decode=None,
