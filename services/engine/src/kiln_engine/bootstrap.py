@@ -201,7 +201,7 @@ def make_speculator(settings: EngineSettings, limits: SchedulerLimits) -> DraftS
     return DraftSpeculator(
         limits.max_draft_tokens,
         decode_ladder(limits.num_most_running),
-        drafts_on_device=False,
+        drafts_on_device=settings.speculation == "mtp",
         is_adaptive=settings.adaptive_drafts,
     )
 

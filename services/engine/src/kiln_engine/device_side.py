@@ -122,6 +122,8 @@ def load_device_side(settings: EngineSettings) -> EngineParts:
     dtype = views["model.embed_tokens.weight"].dtype
     if settings.batch_invariant:
         check_batch_invariant(device, dtype, settings.page_tokens)
+    if settings.speculation == "mtp":
+        _check_mtp(model.config)
     request = _memory_request(settings, model.config, device)
     free_bytes = _free_bytes(device, settings.gpu_memory_fraction, model.manifest.nbytes)
     memory = plan_memory(model.config, request, dtype, free_bytes)
@@ -155,7 +157,14 @@ def load_device_side(settings: EngineSettings) -> EngineParts:
         adapter_socket_path=str(inbox.socket_path),
         memory=_memory_parts(model.manifest.nbytes, memory, device),
     )
-    runner = TorchRunner(model.config, views, memory, is_batch_invariant=settings.batch_invariant)
+    runner = TorchRunner(
+        model.config,
+        views,
+        memory,
+        is_batch_invariant=settings.batch_invariant,
+        mtp_hidden=settings.mtp_hidden,
+        draft_vocab_tokens=settings.draft_vocab_tokens or None,
+    )
     if has_graphs:
         _capture(runner)
     grammars = _grammars(folder, info, settings.grammar_time_limit_s)
@@ -271,11 +280,21 @@ def _memory_request(settings: EngineSettings, config: ModelConfig, device: torch
         max_adapter_rank=settings.max_adapter_rank,
         num_state_slots=settings.num_state_slots,
         max_draft_tokens=0 if settings.speculation == "none" else settings.max_draft_tokens,
+        drafts_by_mtp=settings.speculation == "mtp",
         kv_cache_tokens=settings.kv_cache_tokens or (_CPU_KV_CACHE_TOKENS if is_cpu else 0),
         state_dtype=torch.bfloat16 if settings.state_dtype == "bfloat16" else torch.float32,
         kv_dtype=torch.float8_e4m3fn if settings.kv_dtype == "fp8" else None,
         has_kernels=_has_kernels(device),
     )
+
+
+def _check_mtp(config: ModelConfig) -> None:
+    if config.num_mtp_layers != 1:
+        count = config.num_mtp_layers or "no"
+        raise SettingsContradict(
+            f"KILN_ENGINE_SPECULATION is mtp and needs one multi-token-prediction layer; the checkpoint has"
+            f" {count}. ngram needs none"
+        )
 
 
 def _check_fp8(device: torch.device) -> None:

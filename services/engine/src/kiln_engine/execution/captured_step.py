@@ -14,6 +14,7 @@ import torch
 
 from kiln_engine.domain.plan import RowSampling
 from kiln_engine.execution.adapter_store import AdapterStore
+from kiln_engine.execution.drafting import Drafter
 from kiln_engine.execution.sampled_ids import DraftIds, SampledIds
 from kiln_engine.execution.sampler import PendingDraws, Sampler, sample
 from kiln_engine.model import Linears, PagedModel, StepLayout
@@ -31,6 +32,8 @@ class GraphParts:
     sampler: Sampler
     sampled_ids: SampledIds
     draft_ids: DraftIds
+    # None where drafts are not made by the model.
+    drafter: Drafter | None
     logits_RV: torch.Tensor
     pool: Any
 
@@ -44,8 +47,8 @@ class CapturedStep:
         self._capacity = layout.num_samples
         self._logits_RV = parts.logits_RV[: self._capacity]
         self._tables = parts.sampler.prepare((), self._capacity)
-        self._forward = _captured(partial(self._run_forward, linears), parts.pool)
-        self._draw = _captured(self._run_draw, parts.pool)
+        self._forward = self._capture(partial(self._run_forward, linears))
+        self._draw = self._capture(self._run_draw)
 
     def replay(self, rows: Sequence[RowSampling]) -> Draw | None:
         """Run the pass for what is in the buffers; returns what draws the rows' tokens.
@@ -72,6 +75,9 @@ class CapturedStep:
 
     def _run_draw(self) -> None:
         self._keep(self._parts.sampler.launch(self._logits_RV, self._tables))
+
+    def _capture(self, run: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        return _captured(run, self._parts.pool)
 
     def _feed(self) -> None:
         """Bring tokens that only the device knows into the layout."""

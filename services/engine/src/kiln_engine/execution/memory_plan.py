@@ -11,6 +11,7 @@ from kiln_engine.domain.speculation import most_lines
 from kiln_engine.execution.adapter_tables import adapter_slot_bytes, largest_matrix_bytes
 from kiln_engine.execution.adapter_upload import upload_block_bytes
 from kiln_engine.model import kv_page_bytes, page_table_bytes, state_slot_bytes
+from kiln_engine.model.carried_hidden import carried_slot_bytes
 from kiln_nn.config import ModelConfig
 from kiln_nn.kernels.paged_attention.reference import MOST_GATHERED_TOKENS, MOST_SCORES
 
@@ -42,6 +43,8 @@ class MemoryRequest:
     kv_cache_tokens: int = 0
     least_model_len: int = 1
     max_draft_tokens: int = 0
+    # Whether the model's multi-token-prediction layer makes the drafts.
+    drafts_by_mtp: bool = False
     state_dtype: torch.dtype = torch.float32
     # None is the model's own format.
     kv_dtype: torch.dtype | None = None
@@ -58,6 +61,7 @@ class MemoryPlan:
     max_running: int
     step_token_budget: int
     max_draft_tokens: int
+    drafts_by_mtp: bool
     state_dtype: torch.dtype
     kv_dtype: torch.dtype
     num_pages: int
@@ -97,7 +101,9 @@ def plan_memory(
         state_dtype=request.state_dtype,
         max_draft_tokens=request.max_draft_tokens,
     )
-    page = kv_page_bytes(config, request.page_tokens, kv_dtype)
+    if request.drafts_by_mtp:
+        slot += carried_slot_bytes(config, request.max_draft_tokens, dtype)
+    page = kv_page_bytes(config, request.page_tokens, kv_dtype, num_mtp_layers=int(request.drafts_by_mtp))
     adapters = request.num_adapter_slots * adapter_slot_bytes(config, request.max_adapter_rank, dtype)
     if request.has_kernels:
         adapters += upload_block_bytes(largest_matrix_bytes(config, request.max_adapter_rank))
@@ -124,6 +130,7 @@ def plan_memory(
         max_running=min(request.max_running, num_slots),
         step_token_budget=request.step_token_budget,
         max_draft_tokens=request.max_draft_tokens,
+        drafts_by_mtp=request.drafts_by_mtp,
         state_dtype=request.state_dtype,
         kv_dtype=kv_dtype,
         num_pages=num_pages,

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 
-from kiln_engine.domain.plan import BatchPlan, RowSampling
+from kiln_engine.domain.plan import BatchPlan, RowSampling, VerifyRow
 from kiln_engine.domain.result import RowResult, StepResult
 from kiln_engine.domain.speculation import most_lines
 from kiln_engine.execution.adapter_store import AdapterStore
 from kiln_engine.execution.captured_step import Draw, GraphParts
+from kiln_engine.execution.drafting import Drafter
 from kiln_engine.execution.host_allocator import keep_freed_memory
 from kiln_engine.execution.memory_plan import MemoryPlan
 from kiln_engine.execution.readouts import PendingReadouts, read_out
@@ -18,8 +20,10 @@ from kiln_engine.execution.sampled_ids import DraftIds, SampledIds
 from kiln_engine.execution.sampler import PendingDraws, Sampler, sample
 from kiln_engine.execution.step_graphs import PREFILL_CHUNKS, StepGraphs
 from kiln_engine.execution.token_masks import compile_masks
-from kiln_engine.execution.verifying import PendingVerify, accept, drafts_of, line_samplings
+from kiln_engine.execution.verifying import PendingVerify, accept, line_samplings, needs_drafts_on_host
 from kiln_engine.model import KvStore, Linears, PagedModel, PrefillCapacity, StateStore
+from kiln_engine.model.carried_hidden import CarriedHidden
+from kiln_engine.model.mtp_layer import MtpHidden, MtpLayer
 from kiln_engine.model.prefill_layout import prefill_numbers
 from kiln_engine.model.step_layout import join_layouts
 from kiln_nn.blocks import Weights
@@ -109,6 +113,8 @@ class TorchRunner:
         memory: MemoryPlan,
         *,
         is_batch_invariant: bool = False,
+        mtp_hidden: MtpHidden = "normed",
+        draft_vocab_tokens: int | None = None,
     ) -> None:
         device, dtype = _place_of(weights)
         if device.type == "cpu":
@@ -121,6 +127,7 @@ class TorchRunner:
             page_tokens=memory.page_tokens,
             dtype=memory.kv_dtype,
             device=device,
+            num_mtp_layers=int(memory.drafts_by_mtp),
         )
         self.states = StateStore(
             config,
@@ -150,17 +157,46 @@ class TorchRunner:
         self._is_batch_invariant = is_batch_invariant
         self._sampled_ids = SampledIds(memory.num_state_slots, device)
         self._draft_ids = DraftIds(memory.num_state_slots, memory.max_draft_tokens, device)
+        self._drafter: Drafter | None = None
+        if memory.drafts_by_mtp:
+            self.model.mtp = self._mtp_layer(memory, mtp_hidden)
+            self._drafter = Drafter(
+                self.model.mtp,
+                self.model.matrices,
+                self._draft_ids,
+                draft_vocab_tokens,
+                is_batch_invariant=is_batch_invariant,
+            )
         self._max_rows = memory.max_running
         self._max_draft_tokens = memory.max_draft_tokens
         self._dtype = dtype
         self._step_token_budget = memory.step_token_budget
         self._graphs: StepGraphs | None = None
 
+    def _mtp_layer(self, memory: MemoryPlan, hidden: MtpHidden) -> MtpLayer:
+        carried = CarriedHidden(
+            memory.num_state_slots,
+            memory.max_draft_tokens + 1,
+            self.config.hidden_size,
+            _place_of(self.model.weights)[1],
+            self.device,
+        )
+        return MtpLayer(
+            self.config,
+            self.model.weights,
+            self.kv.layer(self.config.num_full_layers),
+            self.model.pages,
+            carried,
+            hidden=hidden,
+            is_batch_invariant=self._is_batch_invariant,
+        )
+
     @property
     def num_bytes(self) -> int:
         """Device bytes held beside the weights."""
         stores = (self.kv, self.states, self.adapters, self.model.pages)
-        return sum(store.num_bytes for store in stores)
+        num_carried_bytes = 0 if self.model.mtp is None else self.model.mtp.carried.num_bytes
+        return sum(store.num_bytes for store in stores) + num_carried_bytes
 
     def capture(self) -> int:
         """Capture the steps that fit a CUDA graph, before the first `launch`; returns their bytes.
@@ -174,7 +210,14 @@ class TorchRunner:
         sampler = Sampler(num_rows, vocab_size, self.device, is_batch_invariant=self._is_batch_invariant)
         pool = torch.cuda.graph_pool_handle()
         parts = GraphParts(
-            self.model, self.adapters, sampler, self._sampled_ids, self._draft_ids, logits_RV, pool
+            self.model,
+            self.adapters,
+            sampler,
+            self._sampled_ids,
+            self._draft_ids,
+            self._drafter,
+            logits_RV,
+            pool,
         )
         graphs = StepGraphs(parts, self._max_rows, self._max_draft_tokens)
         self._compile_long_prompts()
@@ -218,8 +261,9 @@ class TorchRunner:
         """The pass of the verify rows, their draws, and how many of their drafts stand."""
         graph = self._graphs.for_verify(plan) if self._graphs else None
         self.model.prepare(plan, has_clean_memory=graph is None)
+        guessed = self._known_drafts(plan.verify_rows)
         if graph is not None:
-            step.add_verified(graph.run(plan))
+            step.add_verified(graph.run(plan, guessed))
             return
         layout = self.model.layout(plan)
         verify = layout.verify
@@ -228,11 +272,26 @@ class TorchRunner:
         adapter_rows = self.adapters.rows_for(plan)
         adapters = None if adapter_rows is None else self.adapters.of_step(adapter_rows)
         logits_TV = self.model.forward(layout, Linears(self.model.matrices, adapters))
-        samplings = line_samplings(plan.verify_rows, drafts_of(plan.verify_rows), verify.num_lines)
+        samplings = line_samplings(plan.verify_rows, guessed, verify.num_lines)
         draws = sample(logits_TV, samplings)
         drawn_RN = draws.token_ids_R.view(-1, verify.num_lines)
         accepted_R = accept(verify.token_ids_RN, drawn_RN, verify.num_new_R)
         step.add_verified(PendingVerify(plan.verify_rows, verify.num_lines, draws, accepted_R))
+        if self._drafter is not None:
+            drafts = self._drafter.of(len(plan.verify_rows))
+            drafts.send(plan.verify_rows)
+            drafts.begin(verify, drawn_RN, accepted_R)
+            drafts.run(plan.verify_rows)
+
+    def _known_drafts(self, rows: Sequence[VerifyRow]) -> list[tuple[int, ...]]:
+        """The rows' drafts as far as their draws need them on the host."""
+        if not any(map(needs_drafts_on_host, rows)):
+            return [row.draft_token_ids or () for row in rows]
+        made = self._draft_ids.read([row.state_slot for row in rows])
+        return [
+            tuple(drafts[: row.num_drafts]) if row.draft_token_ids is None else row.draft_token_ids
+            for row, drafts in zip(rows, made, strict=True)
+        ]
 
     def _launch_rows_and_chunks(self, plan: BatchPlan, step: TorchStep) -> None:
         rows_graph = self._graphs.for_rows(plan) if self._graphs and plan.decode_rows else None

@@ -5,9 +5,11 @@ Legend: `S` state slots, `R` rows, `N` sampled rows, or lines of a verify row, `
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
-from kiln_engine.model import StepLayout
+from kiln_engine.model import StepLayout, to_device
 
 
 class SampledIds:
@@ -45,3 +47,7 @@ class DraftIds:
         lines = token_ids_RN[:, 1:]
         drafts = self.ids_SK[slots_R, : lines.shape[1]]
         lines.copy_(torch.where(lines < 0, drafts, lines))
+
+    def read(self, slots: Sequence[int]) -> list[list[int]]:
+        """The slots' drafts on the host, once the step that makes them has ended."""
+        return self.ids_SK[to_device(slots, self.ids_SK.device, torch.long)].tolist()  # type: ignore[no-any-return]

@@ -37,11 +37,6 @@ def needs_drafts_on_host(row: VerifyRow) -> bool:
     return any(sampling.constraint or sampling.params.needs_history for sampling in row.samplings[1:])
 
 
-def drafts_of(rows: Sequence[VerifyRow]) -> list[tuple[int, ...]]:
-    """The rows' drafts as far as the host knows them."""
-    return [row.draft_token_ids or () for row in rows]
-
-
 def line_samplings(
     rows: Sequence[VerifyRow], drafts: Sequence[Sequence[int]], num_lines: int
 ) -> list[RowSampling]:

@@ -14,6 +14,7 @@ import torch
 from kiln_engine.domain.plan import BatchPlan
 from kiln_engine.model.kv_store import KvStore
 from kiln_engine.model.linears import BaseMatrices, Linears
+from kiln_engine.model.mtp_layer import MtpLayer
 from kiln_engine.model.page_table import PageTable
 from kiln_engine.model.state_store import StateStore
 from kiln_engine.model.step_layout import StepLayout, begun_pages, build_layout, moved_to_slots
@@ -47,6 +48,8 @@ class PagedModel:
         *,
         is_batch_invariant: bool = False,
     ) -> None:
+        # Set where drafts are made by it: then every pass leaves what that layer needs.
+        self.mtp: MtpLayer | None = None
         self.config = config
         self.weights = weights
         self.kv = kv
@@ -136,6 +139,8 @@ class PagedModel:
             x, residual = self._add_norm(fed, residual, self._end_norms[index])
         if layout.decode is not None:
             delta_commit(self.states.all_layers, layout.decode.delta)
+        if self.mtp is not None:
+            self.mtp.write(layout, x if self.mtp.reads_normed else residual, linears)
         return x
 
     def _norm(self, x_TD: torch.Tensor, name: str) -> torch.Tensor:

@@ -31,6 +31,12 @@ class StepLayout:
     token_ids_T: torch.Tensor
     positions_T: torch.Tensor
     token_slots_T: torch.Tensor
+    # Where the hidden state of the token before each is found, as CarriedHidden says it.
+    carried_slots_T: torch.Tensor
+    # The last tokens of rows and chunks, and the live slots with which their hidden states stay (-1:
+    # none); None is every token. Those of verify rows stay with all of their lines.
+    last_tokens: torch.Tensor | None
+    last_slots: torch.Tensor
     # The tokens whose next one is sampled, in the order of StepResult.rows; None is every one.
     sample_tokens: torch.Tensor | None
     # The live slots their tokens stay with.
@@ -80,6 +86,9 @@ def lines_layout(verify: VerifyLayout) -> StepLayout:
         token_ids_T=verify.token_ids_T,
         positions_T=verify.positions_T,
         token_slots_T=verify.token_slots_T,
+        carried_slots_T=verify.carried_slots_T,
+        last_tokens=None,
+        last_slots=verify.live_slots_R,
         sample_tokens=None,
         kept_slots=verify.live_slots_R,
         decode=None,
@@ -98,6 +107,9 @@ def join_layouts(decode: DecodeLayout | None, prefill: PrefillLayout | None) -> 
             token_ids_T=decode.token_ids_R,
             positions_T=decode.positions_R,
             token_slots_T=decode.token_slots_R,
+            carried_slots_T=decode.delta.ring_slots_R,
+            last_tokens=None,
+            last_slots=decode.kept_slots_R,
             sample_tokens=None,
             kept_slots=decode.kept_slots_R,
             decode=decode,
@@ -110,6 +122,9 @@ def join_layouts(decode: DecodeLayout | None, prefill: PrefillLayout | None) -> 
             token_ids_T=prefill.token_ids_T,
             positions_T=prefill.positions_T,
             token_slots_T=prefill.token_slots_T,
+            carried_slots_T=prefill.carried_slots_T,
+            last_tokens=prefill.last_tokens_N,
+            last_slots=prefill.delta.live_slots_N,
             sample_tokens=prefill.sample_tokens_N,
             kept_slots=prefill.kept_slots_N,
             decode=None,
@@ -123,6 +138,9 @@ def join_layouts(decode: DecodeLayout | None, prefill: PrefillLayout | None) -> 
         token_ids_T=torch.cat((decode.token_ids_R, prefill.token_ids_T)),
         positions_T=torch.cat((decode.positions_R, prefill.positions_T)),
         token_slots_T=torch.cat((decode.token_slots_R, prefill.token_slots_T)),
+        carried_slots_T=torch.cat((decode.delta.ring_slots_R, prefill.carried_slots_T)),
+        last_tokens=torch.cat((rows, prefill.last_tokens_N + num_rows)),
+        last_slots=torch.cat((decode.kept_slots_R, prefill.delta.live_slots_N)),
         sample_tokens=torch.cat((rows, prefill.sample_tokens_N + num_rows)),
         kept_slots=torch.cat((decode.kept_slots_R, prefill.kept_slots_N)),
         decode=decode,
