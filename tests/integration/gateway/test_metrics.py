@@ -28,6 +28,10 @@ def engine_stats():
         num_adapter_slots=4, resident_adapters=[engine_pb2.ResidentAdapter(num_pins=1)],
         step_seconds=step_seconds.to_proto(), num_device_bytes=1000, num_device_bytes_free=400,
         memory_parts=[engine_pb2.MemoryPart(name="weights", num_bytes=500)],
+        drafts=[
+            engine_pb2.DraftTotals(num_proposed=9, num_accepted=5),
+            engine_pb2.DraftTotals(adapter="billing", num_proposed=4, num_accepted=4),
+        ],
     )  # fmt: skip
 
 
