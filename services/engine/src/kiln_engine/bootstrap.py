@@ -197,7 +197,7 @@ async def start_engine(settings: EngineSettings, parts: EngineParts) -> RunningE
 
 def make_speculator(settings: EngineSettings, limits: SchedulerLimits) -> DraftSpeculator | None:
     """Who decides about drafts, if there are any."""
-    if settings.speculation == "none":
+    if settings.speculation == "none" or not limits.max_draft_tokens:
         return None
     return DraftSpeculator(
         limits.max_draft_tokens,
