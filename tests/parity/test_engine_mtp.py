@@ -20,6 +20,7 @@ from kiln_engine.model import Linears
 from kiln_engine.model.mtp_layer import DraftPlaces, MtpHidden
 from kiln_nn.packed_model import MtpInput, PackedHidden, PackedModel
 from tests.support.engine_plans import EngineRig, HandSequence, relative_error, token_ids
+from tests.support.engine_serving import KERNEL_SHAPE
 from tests.support.tiny_models import make_checkpoint, read_tensors
 
 TOLERANCE = 1e-5
@@ -76,15 +77,16 @@ def last_state(rig: EngineRig, sequence: HandSequence, token: int) -> torch.Tens
     """The layer's state for the next token, which attends to all entries that passes have written."""
     layer = rig.model.mtp
     assert layer is not None
-    slot = torch.tensor([sequence.state_slot])
+    device = rig.model.device
+    slot = torch.tensor([sequence.state_slot], device=device)
     position = sequence.num_computed
     rig.cover(sequence, position + 1)
     rig.model.pages.update(BatchPlan(0, (rig.decode(sequence, token),)))
-    room = torch.tensor([len(sequence.page_ids) * rig.page_tokens])
+    room = torch.tensor([len(sequence.page_ids) * rig.page_tokens], device=device)
     return layer.forward(
-        torch.tensor([token]),
+        torch.tensor([token], device=device),
         layer.carried.last(slot),
-        torch.tensor([position]),
+        torch.tensor([position], device=device),
         DraftPlaces(slot, room),
         Linears(rig.model.matrices),
     )
@@ -279,3 +281,19 @@ def test_a_row_whose_pages_are_full_writes_into_nobody_elses(folder):
     for cache, old in zip(rig.kv.layer(rig.config.num_full_layers), before, strict=True):
         changed = (cache != old).flatten(1).any(1).nonzero().flatten().tolist()
         assert changed == [row.page_ids[0]]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
+def test_entries_on_a_gpu_are_those_of_the_packed_form(tmp_path, dtype, tolerance):
+    """bfloat16: some tens of roundings of 0.4 % on the way. The shape is one that the kernels take."""
+    make_checkpoint(tmp_path, seed=8, **KERNEL_SHAPE)
+    rig, packed = make_rig(tmp_path, device="cuda", dtype=dtype), Packed(tmp_path)
+    sequence = rig.sequence()
+    rig.prefill(sequence, TOKENS[:40], (16,))
+    for token in TOKENS[40:60]:
+        rig.step([rig.decode(sequence, token)])
+    state = last_state(rig, sequence, TOKENS[60])
+    expected = packed.states(TOKENS[:61], packed.hidden(TOKENS[:61]))[59]
+    assert relative_error(state.float().cpu(), expected[None]) < tolerance

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from functools import cache
 
 import pytest
+import torch
 from tokenizers import Tokenizer
 
 from demo.data.rendering import render_prompt
@@ -97,3 +98,25 @@ def test_answers_are_the_same_and_come_in_fewer_steps(make, is_captured, monkeyp
     (base, *_) = speculator.totals()
     assert base.num_accepted > 0.4 * base.num_proposed
     assert is_captured or num_steps[0] <= 14
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_graphs_on_a_gpu_draft_as_well(dtype, monkeypatch):
+    """In float32 answers are the same; bfloat16 may part at a draw on an edge, and accepts as many drafts."""
+    answers = []
+    for speculator in (None, _longest()):
+        memory = {"max_draft_tokens": _MAX_DRAFTS, "drafts_by_mtp": True} if speculator else {}
+        runner, limits = make_runner(DEMO_MODEL, dtype, "cuda", **memory)
+        load_adapters(runner)
+        capture(runner, monkeypatch)
+        answers.append(serve(runner, limits, _requests(), speculator=speculator))
+    plain, drafted = answers
+    if dtype is torch.float32:
+        assert {key: each.tokens for key, each in plain.items()} == {
+            key: each.tokens for key, each in drafted.items()
+        }
+    assert speculator is not None
+    (base, *_) = speculator.totals()
+    assert base.num_accepted > 0.4 * base.num_proposed
