@@ -82,8 +82,8 @@ def _convolve(
     tails_RJC = conv_rows.index_select(0, conv_window).view(num_rows, -1, num_channels)
     dtype = accumulation_dtype(mixed_RNC)
     inputs, taps = torch.cat((tails_RJC.to(dtype), mixed_RNC.to(dtype)), dim=1), conv_CW.to(dtype).t()
-    mixed = sum(inputs[:, tap : tap + num_lines] * taps[tap] for tap in range(taps.shape[0]))
-    return F.silu(mixed)
+    first, *others = (inputs[:, tap : tap + num_lines] * taps[tap] for tap in range(taps.shape[0]))
+    return F.silu(sum(others, start=first))
 
 
 def _fold_full_pages(memory: DeltaMemory, rows: DeltaRows) -> DeltaRows:
