@@ -150,10 +150,12 @@ class RunAgain:
 
     def __init__(self, run: Callable[[], None], pool: object) -> None:
         self._run = run
-        self._layout = getattr(run, "func", run).__self__._layout
+        # Of a pass; drafts have none.
+        self._layout = getattr(getattr(run, "func", run).__self__, "_layout", None)
 
     def replay(self) -> None:
-        for part in (self._layout.decode, self._layout.prefill):
+        parts = () if self._layout is None else (self._layout.decode, self._layout.prefill)
+        for part in parts:
             if part is not None:
                 part.delta._indices.clear()
         self._run()

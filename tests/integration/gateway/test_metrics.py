@@ -28,6 +28,10 @@ def engine_stats():
         num_adapter_slots=4, resident_adapters=[engine_pb2.ResidentAdapter(num_pins=1)],
         step_seconds=step_seconds.to_proto(), num_device_bytes=1000, num_device_bytes_free=400,
         memory_parts=[engine_pb2.MemoryPart(name="weights", num_bytes=500)],
+        drafts=[
+            engine_pb2.DraftTotals(num_proposed=9, num_accepted=5),
+            engine_pb2.DraftTotals(adapter="billing", num_proposed=4, num_accepted=4),
+        ],
     )  # fmt: skip
 
 
@@ -72,6 +76,8 @@ async def test_what_engine_and_trainer_said_is_shown(rig):
     assert found["kiln_engine_adapter_slots"][engine, ("use", "pinned")] == 1
     assert found["kiln_engine_device_memory_bytes"][engine, ("state", "used")] == 600
     assert found["kiln_engine_memory_bytes"][engine, ("part", "weights")] == 500
+    assert found["kiln_engine_spec_decode_draft_tokens_total"][("adapter", "(base)"), engine] == 9
+    assert found["kiln_engine_spec_decode_accepted_tokens_total"][("adapter", "billing"), engine] == 4
     buckets = found["kiln_engine_step_seconds_bucket"]
     assert [buckets[engine, ("le", bound)] for bound in ("0.01", "0.1", "+Inf")] == [2, 3, 4]
     assert found["kiln_engine_step_seconds_sum"][(engine,)] == pytest.approx(7.06)

@@ -143,6 +143,7 @@ async def start_engine(settings: EngineSettings, parts: EngineParts) -> RunningE
             parts.weights,
             adapters.load_seconds,
             parts.memory,
+            speculator,
             clock.now(),
         ),
         outbox_steps=settings.outbox_steps,

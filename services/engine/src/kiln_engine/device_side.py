@@ -20,6 +20,7 @@ from kiln_engine.bootstrap import EngineParts
 from kiln_engine.checkpoint_identity import model_name, stop_token_ids
 from kiln_engine.domain.batch_sizes import decode_ladder
 from kiln_engine.domain.device_memory import DeviceMemory
+from kiln_engine.execution.free_memory import free_bytes_for_pools
 from kiln_engine.execution.memory_plan import MemoryPlan, MemoryRequest, NotEnoughMemory, plan_memory
 from kiln_engine.execution.runner import TorchRunner
 from kiln_engine.grammar import ThreadedCompiler
@@ -125,7 +126,7 @@ def load_device_side(settings: EngineSettings) -> EngineParts:
     if settings.speculation == "mtp":
         _check_mtp(model.config)
     request = _memory_request(settings, model.config, device)
-    free_bytes = _free_bytes(device, settings.gpu_memory_fraction, model.manifest.nbytes)
+    free_bytes = free_bytes_for_pools(device, settings.gpu_memory_fraction, model.manifest.nbytes)
     memory = plan_memory(model.config, request, dtype, free_bytes)
     try:
         limits = SchedulerLimits(
@@ -289,11 +290,11 @@ def _memory_request(settings: EngineSettings, config: ModelConfig, device: torch
 
 
 def _check_mtp(config: ModelConfig) -> None:
+    """Raises SettingsContradict where the checkpoint has no such layer, or several."""
     if config.num_mtp_layers != 1:
-        count = config.num_mtp_layers or "no"
         raise SettingsContradict(
-            f"KILN_ENGINE_SPECULATION is mtp and needs one multi-token-prediction layer; the checkpoint has"
-            f" {count}. ngram needs none"
+            f"speculation is mtp, which needs one multi-token-prediction layer; the checkpoint has"
+            f" {config.num_mtp_layers or 'none'}. ngram needs none"
         )
 
 
@@ -337,27 +338,6 @@ def _has_kernels(device: torch.device) -> bool:
             "kernels_unavailable", reason=reason, effect="steps run on the references, many times slower"
         )
     return reason is None
-
-
-def _free_bytes(device: torch.device, gpu_memory_fraction: float, weights_bytes: int) -> int:
-    """What the pools may take: all that is free on a CPU; on a GPU the engine's share, less its weights.
-
-    The rest of a GPU is the trainer's, whether it has taken it already or not.
-    """
-    if device.type == "cpu":
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") + _cached_file_bytes()
-    free, total = torch.cuda.mem_get_info(device)
-    return max(0, min(free, int(total * gpu_memory_fraction) - weights_bytes))
-
-
-def _cached_file_bytes() -> int:
-    """Memory the kernel would give back from its file cache; 0 where it does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return 0
-    kib = {line.split(":")[0]: int(line.split()[1]) for line in lines}
-    return max(0, kib.get("MemAvailable", 0) - kib.get("MemFree", 0)) * 1024
 
 
 def _base_model(

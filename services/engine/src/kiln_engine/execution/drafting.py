@@ -113,6 +113,7 @@ class DraftPass:
         carried.accept(slots_R, accepted_R)
         self._slots_R[count:] = -1
         self._room_R[count:] = 0
+        self._column_R[count:] = 0
         self._token_ids_R[:count] = drawn_RN.gather(1, last_R1)[:, 0]
         self._positions_R[:count] = verify.positions_T[:: verify.num_lines][:count] + accepted_R
         self._slots_R[:count] = slots_R

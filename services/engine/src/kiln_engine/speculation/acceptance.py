@@ -97,9 +97,9 @@ class AcceptanceBook:
         return SequenceAcceptance(record)
 
     def totals(self) -> tuple[DraftTotals, ...]:
-        """Of every adapter that has drafted, by name."""
+        """Of every adapter that has drafted, by name; other threads may ask too."""
         return tuple(
             DraftTotals(adapter, record.num_proposed, record.num_accepted)
-            for adapter, record in sorted(self._records.items())
+            for adapter, record in sorted(self._records.copy().items())
             if record.num_proposed
         )

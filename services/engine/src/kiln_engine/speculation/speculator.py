@@ -46,7 +46,7 @@ class DraftSpeculator:
         self._known: dict[int, _Known] = {}
 
     def totals(self) -> tuple[DraftTotals, ...]:
-        """Drafts and how many were accepted, by the hashes of a request's adapters."""
+        """Drafts and how many were accepted, by the names of a request's adapters. Any thread may ask."""
         return self._book.totals()
 
     def lengths(self, candidates: Sequence[Candidate]) -> list[int]:
@@ -100,7 +100,7 @@ class DraftSpeculator:
         """Know the sequence, and what its text proposes behind the tokens so far."""
         known = self._known.get(candidate.sequence_id)
         if known is None:
-            adapters = "+".join(use.sha256 for use in candidate.adapters)
+            adapters = "+".join(use.name for use in candidate.adapters)
             proposer = None if self.drafts_on_device else NgramProposer()
             known = self._known[candidate.sequence_id] = _Known(self._book.begin(adapters), proposer)
         if known.proposer is not None and known.num_tokens != len(candidate.token_ids):
