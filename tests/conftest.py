@@ -7,7 +7,9 @@ import pytest
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--speculation", choices=["ngram", "mtp"], help="run the engines of the tests with this kind of drafts"
+        "--speculation",
+        choices=["ngram", "mtp"],
+        help="run the engines of the tests with this kind of drafts",
     )
 
 
