@@ -6,18 +6,24 @@ falls on an edge, which the seeds here do not; log-probabilities agree within 1e
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from kiln_common.text.tokenizer import TextTokenizer
 from kiln_engine.domain import AdapterUse, FinishReason, GenerationRequest, SamplingParams
 from kiln_engine.domain.output_rules import OutputRules, ThinkingRules
 from kiln_engine.domain.speculation import Candidate
+from kiln_engine.grammar import ThreadedCompiler
 from kiln_engine.scheduling import Scheduler
 from kiln_engine.speculation.speculator import DraftSpeculator
+from kiln_nn.config import ModelConfig
+from tests.support.demo_serving import DEMO_MODEL
 from tests.support.engine_plans import token_ids
 from tests.support.engine_scheduling import Guesser
 from tests.support.engine_serving import (
@@ -183,22 +189,87 @@ def test_requests_that_give_way_get_the_same(folder: Path, plain: Any):
 def test_a_next_turn_starts_from_what_a_guessed_answer_left(folder: Path, plain: Any):
     runner, limits = make_runner(folder, max_draft_tokens=3)
     made = requests()[:3]
-    answers = [plain[False]]
-    for speculator in (Guesser(oracle(plain[False], made, 0)), None):
-        answers.append(serve(runner, limits, made, speculator=speculator))
-    # The second time over they start from the first time's pages and states.
-    check_same(
-        {name: answers[2][name] for name in ("r0", "r1", "r2")},
-        {n: plain[False][n] for n in ("r0", "r1", "r2")},
-    )
-    turns = []
+    scheduler = Scheduler(limits, frozenset(), Guesser(oracle(plain[False], made, 0)))
+    answers = serve(runner, limits, made, scheduler=scheduler)
+    turns: list[SlottedRequest] = []
     for request, _ in made:
-        whole = (*request.prompt_token_ids, *answers[1][request.request_id].tokens, 3, 4)
+        whole = (*request.prompt_token_ids, *answers[request.request_id].tokens, 3, 4)
         turns.append((GenerationRequest(f"{request.request_id} next", whole, SamplingParams(8, seed=5)), ()))
-    cached = serve(runner, limits, turns)
-    fresh_runner, _ = make_runner(folder)
-    check_same(cached, serve(fresh_runner, limits, turns))
-    assert all(answer.num_cached_tokens for answer in cached.values())
+    fresh = serve(*make_runner(folder), turns)
+    scheduler = Scheduler(limits, frozenset(), Guesser(oracle(plain[False] | fresh, made + turns, 3)))
+    serve(runner, limits, made, scheduler=scheduler)
+    cached = serve(runner, limits, turns, scheduler=scheduler)
+    check_same(cached, fresh)
+    # Into the answers, at most two pages before their ends.
+    for request, _ in turns:
+        num_tokens = len(request.prompt_token_ids)
+        assert cached[request.request_id].num_cached_tokens > num_tokens - 3 * limits.page_tokens
+
+
+async def test_a_json_schema_holds_in_every_line():
+    """Drafts from the text of the schema's own keys, on the demo model with its tokenizer."""
+    tokenizer = TextTokenizer.load(DEMO_MODEL)
+    config = ModelConfig.from_folder(DEMO_MODEL)
+    properties = {
+        name: {"type": "string", "enum": ["first", "second"]} for name in ("alpha", "beta", "gamma")
+    }
+    schema = {
+        "type": "object",
+        "properties": properties,
+        "required": list(properties),
+        "additionalProperties": False,
+    }
+    end = tokenizer.id_of("<|im_end|>")
+    compiler = ThreadedCompiler(
+        DEMO_MODEL / "tokenizer.json", vocab_size=config.vocab_size, end_token_ids=[end], time_limit_s=30.0
+    )
+    grammar = await compiler.compile("json_schema", json.dumps(schema))
+    compiler.close()
+    example = tokenizer.encode('{"alpha": "first", "beta": "first", "gamma": "second"}')
+    answers = []
+    for max_draft_tokens in (0, 3):
+        runner, limits = make_runner(DEMO_MODEL, max_draft_tokens=max_draft_tokens)
+        speculator = DraftSpeculator(3, [12], drafts_on_device=False, is_adaptive=False)
+        made = [
+            (
+                GenerationRequest(
+                    f"r{seed}",
+                    tuple(example * 2),
+                    SamplingParams(60, seed=seed, stop_token_ids=frozenset({end})),
+                    rules=OutputRules(grammar=grammar),
+                ),
+                (),
+            )
+            for seed in range(2)
+        ]
+        answers.append(serve(runner, limits, made, speculator=speculator if max_draft_tokens else None))
+    check_same(answers[1], answers[0])
+    [totals] = speculator.totals()
+    assert totals.num_accepted > 5
+    for answer in answers[1].values():
+        assert answer.finish_reason is FinishReason.STOP
+        assert set(json.loads(tokenizer.decode(answer.tokens[:-1]))) == set(properties)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_bfloat16_lines_stay_close_to_single_steps(tmp_path: Path):
+    """Greedy, each line forced along the plain answer: log-probabilities part by bfloat16's rounding."""
+    make_checkpoint(tmp_path, seed=6, **KERNEL_SHAPE)
+    made = [
+        (replace(request, sampling=replace(request.sampling, temperature=0.0, logit_bias={9: 1e4})), slots)
+        for request, slots in requests()
+        if request.rules is None and not request.sampling.needs_history
+    ]
+    answers: list[dict[str, Answer]] = []
+    for max_draft_tokens in (0, 3):
+        runner, limits = make_runner(tmp_path, torch.bfloat16, "cuda", max_draft_tokens=max_draft_tokens)
+        runner.capture()
+        guesser = Guesser(oracle(answers[0], made, 3)) if max_draft_tokens else None
+        answers.append(serve(runner, limits, made, speculator=guesser))
+    for name, plain in answers[0].items():
+        assert answers[1][name].tokens == plain.tokens
+        assert answers[1][name].logprobs == pytest.approx(plain.logprobs, abs=0.1)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])])

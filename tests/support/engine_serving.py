@@ -92,15 +92,16 @@ def serve(
     requests: Iterable[SlottedRequest],
     *,
     speculator: Speculator | None = None,
+    scheduler: Scheduler | None = None,
     run_ahead: int = 1,
     steps_between: int = 3,
     on_step: Callable[[int, Scheduler], None] = lambda number, scheduler: None,
 ) -> dict[str, Answer]:
     """Serve requests that come a few steps after each other; `on_step` is called before each step.
 
-    With `run_ahead` 1 a step is launched before the one ahead of it is committed, where the scheduler allows.
+    Without a `scheduler` nothing is cached. With `run_ahead` 1 a step is launched before the one ahead of it is committed, where the scheduler allows.
     """
-    scheduler = Scheduler(limits, frozenset(), speculator)
+    scheduler = scheduler or Scheduler(limits, frozenset(), speculator)
     answers: dict[str, Answer] = {}
     waiting = deque(requests)
     launched: deque[Any] = deque()
