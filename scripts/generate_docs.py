@@ -114,7 +114,9 @@ def metrics_page() -> str:
     # One sample of each, so that its labels show.
     metrics.observe_request("", "", 200, 0.0)
     metrics.rollouts.labels("")
-    stats = engine_pb2.EngineStats(memory_parts=[engine_pb2.MemoryPart()], num_device_bytes=1)
+    stats = engine_pb2.EngineStats(
+        memory_parts=[engine_pb2.MemoryPart()], num_device_bytes=1, drafts=[engine_pb2.DraftTotals()]
+    )
     status = trainer_pb2.TrainerStatus(num_jobs_ended={"": 0}, metrics={"": 0.0})
     metrics.services.show({"": stats}, status)
     lines = [
