@@ -50,6 +50,8 @@ class BaseMatrices:
                     self._parts[f"{prefix}.{name}"] = _joined(
                         [weights[f"{prefix}.{part}.weight"] for part in parts]
                     )
+        if "mtp.fc.weight" in weights:
+            self._parts |= _mtp_parts(weights)
         self.head_VD = head_weight(config, weights)
 
     def parts(self, path: str) -> tuple[torch.Tensor, ...]:
@@ -95,9 +97,11 @@ class Linears:
         self.adapters.finish(path, x_TI, y_STO[0], begun)
         return y_STO
 
-    def head(self, x_TD: torch.Tensor, out_TV: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits `[T, V]` in float32, in `out_TV` if it is given."""
-        head_VD = self.base.head_VD
+    def head(
+        self, x_TD: torch.Tensor, out_TV: torch.Tensor | None = None, *, num_tokens: int | None = None
+    ) -> torch.Tensor:
+        """Logits `[T, V]` in float32, in `out_TV` if it is given; of the first `num_tokens` tokens alone."""
+        head_VD = self.base.head_VD[:num_tokens]
         return linear(x_TD, head_VD, out_dtype=torch.float32, out=out_TV, config=self.base.tiling(head_VD))
 
     def _side_by_side(
@@ -120,6 +124,19 @@ class Linears:
             shows_producers=shows_producers,
             is_apart=self.base.is_batch_invariant,
         )
+
+
+def _mtp_parts(weights: Weights) -> dict[str, tuple[torch.Tensor, ...]]:
+    """The matrices of the multi-token-prediction layer; those of keys and values also without the queries."""
+    prefix = "mtp.layers.0"
+    groups = {**FUSED_GROUPS, "self_attn.kv_proj": ("self_attn.k_proj", "self_attn.v_proj")}
+    groups |= {name: (name,) for name in _ALONE}
+    parts = {
+        f"{prefix}.{name}": _joined([weights[f"{prefix}.{part}.weight"] for part in group])
+        for name, group in groups.items()
+        if not name.startswith("linear_attn.")
+    }
+    return {"mtp.fc": (weights["mtp.fc.weight"],), **parts}
 
 
 def _joined(parts: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
