@@ -1,0 +1,6 @@
+"""Weights of eight and four bits: what stands for such a matrix, and rounding to the nearest."""
+
+from kiln_nn.kernels.quantised.matrix import FP8, GROUP_INPUTS, WORD_INPUTS, QuantisedMatrix, Scheme
+from kiln_nn.kernels.quantised.reference import quantise_rtn
+
+__all__ = ["FP8", "GROUP_INPUTS", "WORD_INPUTS", "QuantisedMatrix", "Scheme", "quantise_rtn"]
