@@ -21,7 +21,7 @@ from kiln_nn.kernels.linear import (
     linear_partials,
     linear_swiglu,
 )
-from kiln_nn.kernels.quantised import QuantisedMatrix
+from kiln_nn.kernels.quantised import QuantisedMatrix, Scheme
 from kiln_nn.kernels.swiglu import swiglu
 from kiln_nn.weights.names import FUSED_GROUPS
 
@@ -68,8 +68,8 @@ class BaseMatrices:
         """How the kernels must be cut for this matrix; None leaves it to them."""
         if not self.is_batch_invariant:
             return None
-        scheme = weight_OI.scheme if isinstance(weight_OI, QuantisedMatrix) else None
-        return invariant_config(*weight_OI.shape, scheme)
+        num_outputs, num_inputs = weight_OI.shape
+        return invariant_config(num_outputs, num_inputs, _scheme(weight_OI))
 
 
 @dataclass(frozen=True)
@@ -114,14 +114,24 @@ class Linears:
     def _side_by_side(
         self, x_TI: torch.Tensor, parts: tuple[Weight, ...], *, shows_producers: bool = False
     ) -> torch.Tensor:
-        options = [{"config": self.base.tiling(part), "shows_producers": shows_producers} for part in parts]
         if len(parts) == 1:
-            return linear(x_TI, parts[0], **options[0])
+            return self._product(x_TI, parts[0], shows_producers=shows_producers)
         widths = [part.shape[0] for part in parts]
         y_TO = x_TI.new_empty((x_TI.shape[0], sum(widths)))
-        for part, out, own in zip(parts, y_TO.split(widths, dim=1), options, strict=True):
-            linear(x_TI, part, out=out, **own)
+        for part, out in zip(parts, y_TO.split(widths, dim=1), strict=True):
+            self._product(x_TI, part, out, shows_producers=shows_producers)
         return y_TO
+
+    def _product(
+        self,
+        x_TI: torch.Tensor,
+        weight_OI: Weight,
+        out_TO: torch.Tensor | None = None,
+        *,
+        shows_producers: bool,
+    ) -> torch.Tensor:
+        config = self.base.tiling(weight_OI)
+        return linear(x_TI, weight_OI, out=out_TO, config=config, shows_producers=shows_producers)
 
     def _partial_sums(
         self, x_TI: torch.Tensor, weight_OI: Weight, *, shows_producers: bool = False
@@ -144,7 +154,7 @@ def _joined(parts: list[Weight]) -> tuple[Weight, ...]:
     return tuple(joined)
 
 
-def _scheme(part: Weight) -> str | None:
+def _scheme(part: Weight) -> Scheme | None:
     return part.scheme if isinstance(part, QuantisedMatrix) else None
 
 
