@@ -16,8 +16,9 @@ from kiln_nn.config import ModelConfig
 from kiln_nn.kernels.linear import (
     LinearConfig,
     Weight,
-    invariant_config,
+    invariant_config_of,
     linear,
+    linear_beside,
     linear_partials,
     linear_swiglu,
 )
@@ -66,10 +67,7 @@ class BaseMatrices:
 
     def tiling(self, weight_OI: Weight) -> LinearConfig | None:
         """How the kernels must be cut for this matrix; None leaves it to them."""
-        if not self.is_batch_invariant:
-            return None
-        num_outputs, num_inputs = weight_OI.shape
-        return invariant_config(num_outputs, num_inputs, _scheme(weight_OI))
+        return invariant_config_of(weight_OI) if self.is_batch_invariant else None
 
 
 @dataclass(frozen=True)
@@ -114,24 +112,11 @@ class Linears:
     def _side_by_side(
         self, x_TI: torch.Tensor, parts: tuple[Weight, ...], *, shows_producers: bool = False
     ) -> torch.Tensor:
-        if len(parts) == 1:
-            return self._product(x_TI, parts[0], shows_producers=shows_producers)
-        widths = [part.shape[0] for part in parts]
-        y_TO = x_TI.new_empty((x_TI.shape[0], sum(widths)))
-        for part, out in zip(parts, y_TO.split(widths, dim=1), strict=True):
-            self._product(x_TI, part, out, shows_producers=shows_producers)
-        return y_TO
-
-    def _product(
-        self,
-        x_TI: torch.Tensor,
-        weight_OI: Weight,
-        out_TO: torch.Tensor | None = None,
-        *,
-        shows_producers: bool,
-    ) -> torch.Tensor:
-        config = self.base.tiling(weight_OI)
-        return linear(x_TI, weight_OI, out=out_TO, config=config, shows_producers=shows_producers)
+        if len(parts) > 1:
+            is_invariant = self.base.is_batch_invariant
+            return linear_beside(x_TI, parts, is_invariant=is_invariant, shows_producers=shows_producers)
+        (weight_OI,) = parts
+        return linear(x_TI, weight_OI, config=self.base.tiling(weight_OI), shows_producers=shows_producers)
 
     def _partial_sums(
         self, x_TI: torch.Tensor, weight_OI: Weight, *, shows_producers: bool = False
