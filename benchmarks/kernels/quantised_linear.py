@@ -67,7 +67,7 @@ def _candidates(scheme: Scheme, layer: Layer, num_rows: int) -> list[LinearConfi
     if num_rows <= 16:
         inputs = 256 if scheme == "int4" else 128
         shapes = [(64, 4, inputs, 48), (64, 4, inputs, 72), (64, 4, inputs, 108)]
-        shapes += [(48, 4, inputs, 72), (96, 8, inputs, 108), (128, 8, inputs, 108)]
+        shapes += [(128, 4, inputs, 108), (96, 8, inputs, 108), (128, 8, inputs, 108)]
     elif num_rows <= 128:
         shapes = [
             (64, 4, 128, 96),
