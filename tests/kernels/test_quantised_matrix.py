@@ -7,7 +7,7 @@ import torch
 
 from kiln_nn.kernels.checks import ShapeMismatch
 from kiln_nn.kernels.quantised import QuantisedMatrix, quantise_rtn
-from kiln_nn.kernels.quantised.matrix import pack_int4
+from kiln_nn.kernels.quantised.matrix import pack_int4, transposed_words
 
 SCHEMES = ["fp8", "int4"]
 FORMATS = [torch.bfloat16, torch.float32]
@@ -17,9 +17,14 @@ def _draw(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return (torch.randn(*shape, generator=torch.Generator().manual_seed(0)) * 0.02).to(dtype)
 
 
-def test_a_word_holds_eight_inputs_lowest_bits_first():
-    (word,) = pack_int4(torch.tensor([[-8, -7, 0, 1, 2, 3, 6, 7]]))[0].tolist()
-    assert word & 0xFFFFFFFF == 0xFEBA9810
+def test_a_word_holds_every_eighth_of_64_inputs_lowest_bits_first():
+    numbers = torch.zeros(1, 64, dtype=torch.int64)
+    numbers[0, 3::8] = torch.tensor([-8, -7, 0, 1, 2, 3, 6, 7])
+    words = pack_int4(numbers)
+    assert words[0, 3].item() & 0xFFFFFFFF == 0xFEBA9810
+    in_a_row = transposed_words(words)
+    assert [word & 15 for word in (in_a_row[0] >> 12).tolist()] == [0, 1, 8, 9, 10, 11, 14, 15]
+    assert torch.equal(transposed_words(in_a_row), words)
 
 
 @pytest.mark.parametrize("dtype", FORMATS)

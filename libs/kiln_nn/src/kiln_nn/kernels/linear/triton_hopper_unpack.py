@@ -1,8 +1,7 @@
 """Quantised weights from Hopper's shared memory into the registers of a product, and the sums over them.
 
-Warps read a box into the places that the left operand of warp-group products has in registers, where
-four threads that share a row look at the same words and each takes the two weights of a word that
-are its own. Four bits become bf16 by setting them under the exponent of 128 and subtracting 136, E4M3
+Warps read a box into the places that the left operand of warp-group products has in registers: a thread
+has two neighbours of every eight inputs of a row. Four bits become bf16 by setting them under the exponent of 128 and subtracting 136, E4M3
 by moving its bits into place and multiplying by 2^120: both exact.
 """
 
@@ -25,27 +24,61 @@ def _halves(low, high):
 
 @gluon.jit
 def four_bits(tile, PLACES: gl.constexpr):
-    """bf16 of the numbers in a tile of words, `[ROWS, 16]`; input `8 w + 2 t + b` is bits `4 (2 t + b)`."""
-    words = tile.load(gl.SliceLayout(2, PLACES))
-    thread = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, PLACES)))[None, None, :]
-    choice = thread | 0x4440  # byte t of the word, and zeros
-    low, high = gl.inline_asm_elementwise(
+    """bf16 of the numbers in a tile of words, `[ROWS, 16]`, as two tensors `[ROWS, 64]`.
+
+    A thread has two neighbouring words of every eight: of each place in them two neighbouring inputs.
+    """
+    words = tile.load(PLACES)
+    p0, p1, p2, p3, p4, p5, p6, p7 = gl.inline_asm_elementwise(
         """{
-        .reg .b32 pair, least;
-        prmt.b32 pair, $2, 0, $3;
-        mul.lo.u32 pair, pair, 0x1001;
-        lop3.b32 pair, pair, 0x000F000F, 0x43004300, 0xEA;
+        .reg .b32 low, high, moved, least;
+        prmt.b32 low, $8, $9, 0x5410;
+        prmt.b32 high, $8, $9, 0x7632;
         mov.b32 least, 0x43084308;
-        sub.rn.bf16x2 pair, pair, least;
-        mov.b32 {$0, $1}, pair;
+        lop3.b32 $0, low, 0x000F000F, 0x43004300, 0xEA;
+        shr.u32 moved, low, 4;
+        lop3.b32 $1, moved, 0x000F000F, 0x43004300, 0xEA;
+        shr.u32 moved, low, 8;
+        lop3.b32 $2, moved, 0x000F000F, 0x43004300, 0xEA;
+        shr.u32 moved, low, 12;
+        lop3.b32 $3, moved, 0x000F000F, 0x43004300, 0xEA;
+        lop3.b32 $4, high, 0x000F000F, 0x43004300, 0xEA;
+        shr.u32 moved, high, 4;
+        lop3.b32 $5, moved, 0x000F000F, 0x43004300, 0xEA;
+        shr.u32 moved, high, 8;
+        lop3.b32 $6, moved, 0x000F000F, 0x43004300, 0xEA;
+        shr.u32 moved, high, 12;
+        lop3.b32 $7, moved, 0x000F000F, 0x43004300, 0xEA;
+        sub.rn.bf16x2 $0, $0, least;
+        sub.rn.bf16x2 $1, $1, least;
+        sub.rn.bf16x2 $2, $2, least;
+        sub.rn.bf16x2 $3, $3, least;
+        sub.rn.bf16x2 $4, $4, least;
+        sub.rn.bf16x2 $5, $5, least;
+        sub.rn.bf16x2 $6, $6, least;
+        sub.rn.bf16x2 $7, $7, least;
         }""",
-        "=h,=h,r,r",
-        [gl.expand_dims(words, 2), choice],
-        dtype=(gl.bfloat16, gl.bfloat16),
+        "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r",
+        [words],
+        dtype=(
+            gl.bfloat16,
+            gl.bfloat16,
+            gl.bfloat16,
+            gl.bfloat16,
+            gl.bfloat16,
+            gl.bfloat16,
+            gl.bfloat16,
+            gl.bfloat16,
+        ),
         is_pure=True,
-        pack=1,
+        pack=2,
     )
-    return _halves(low, high)
+    lower = gl.join(gl.join(p0, p1), gl.join(p2, p3))
+    upper = gl.join(gl.join(p4, p5), gl.join(p6, p7))
+    # [ROWS, 2, 8, places]: of every 64 inputs number 8 i + w is at place i of word w.
+    places = gl.join(lower, upper).reshape([tile.shape[0], 2, 8, 2, 2, 2])
+    first, last = gl.permute(places, (0, 5, 4, 3, 2, 1)).split()
+    return first.reshape([tile.shape[0], 64]), last.reshape([tile.shape[0], 64])
 
 
 @gluon.jit
@@ -54,13 +87,12 @@ def eight_bits(tile, PLACES: gl.constexpr):
     pairs = tile.load(PLACES)
     low, high = gl.inline_asm_elementwise(
         """{
-        .reg .b32 pair, sign, scale;
-        cvt.u32.u16 pair, $2;
-        prmt.b32 pair, pair, 0, 0x4140;
-        mul.lo.u32 sign, pair, 256;
-        mul.lo.u32 pair, pair, 16;
+        .reg .b32 bytes, pair, scale;
+        cvt.u32.u16 bytes, $2;
+        prmt.b32 bytes, bytes, 0, 0x1404;
+        shr.u32 pair, bytes, 4;
         and.b32 pair, pair, 0x07F007F0;
-        lop3.b32 pair, sign, 0x80008000, pair, 0xEA;
+        lop3.b32 pair, bytes, 0x80008000, pair, 0xEA;
         mov.b32 scale, 0x7B807B80;
         mul.rn.bf16x2 pair, pair, scale;
         mov.b32 {$0, $1}, pair;
@@ -203,22 +235,17 @@ def multiply_quantised(
 
 
 def places(rows: int, warps: int, *, is_four_bits: bool) -> gl.DistributedLinearLayout:
-    """Which registers and threads hold what of a tile, as the left operand has its weights.
+    """Which registers and threads hold what of a tile: words of four-bit numbers, or pairs of E4M3.
 
     A thread of a warp-group product has rows `g` and `g + 8` of sixteen and of every eight inputs
-    two neighbours, `2 t` and `2 t + 1`. Of words every thread of a row holds all, and names by the
-    third coordinate which byte is its own.
+    two neighbours, `2 t` and `2 t + 1`; and so of every eight words.
     """
-    inner = [[0, step] for step in ((1, 2, 4, 8) if is_four_bits else (4, 8, 16, 32))]
+    inner = [[0, 1], [0, 8]] if is_four_bits else [[0, step] for step in (4, 8, 16, 32)]
+    columns, lanes = (16, [[0, 2], [0, 4]]) if is_four_bits else (64, [[0, 1], [0, 2]])
     row_steps = [1 << bit for bit in range(rows.bit_length() - 1)]
     warp_steps = [step for step in row_steps[4:] if step < 16 * warps]
     registers = [*inner, [8, 0], *([step, 0] for step in row_steps[4:] if step >= 16 * warps)]
-    lanes, warp_bases = [[1, 0], [2, 0], [4, 0]], [[step, 0] for step in warp_steps]
-    if not is_four_bits:
-        lanes = [[0, 1], [0, 2], *lanes]
-        return gl.DistributedLinearLayout(registers, lanes, warp_bases, [], [rows, 64])
-    registers, lanes, warp_bases = (
-        [[*base, 0] for base in bases] for bases in (registers, lanes, warp_bases)
+    lanes = [*lanes, [1, 0], [2, 0], [4, 0]]
+    return gl.DistributedLinearLayout(
+        registers, lanes, [[step, 0] for step in warp_steps], [], [rows, columns]
     )
-    lanes = [[0, 0, 1], [0, 0, 2], *lanes]
-    return gl.DistributedLinearLayout(registers, lanes, warp_bases, [], [rows, 16, 4])

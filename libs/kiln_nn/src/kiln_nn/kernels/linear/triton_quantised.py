@@ -1,7 +1,7 @@
 """Linear layers of few tokens over quantised weights in Triton, for GPUs other than Hopper's.
 
 The tiles of triton.py. A tile of four-bit words is multiplied in eight products, one for each place
-in a word, with every eighth input of x: nothing is reordered. E4M3 is decoded by moving its bits into
+in a word, with the eight of every 64 inputs of x that have it. E4M3 is decoded by moving its bits into
 a float32, which GPUs without that format can do too. Sums over a group of 128 inputs are scaled in
 float32; E4M3's scale, one an output, comes last.
 
@@ -57,14 +57,14 @@ def _sum_four_bits(
     acc = tl.zeros([OUTPUTS, TOKENS], tl.float32)
     words = tl.arange(0, _GROUP // 8)
     word_ptrs = values_ptr + rows[:, None] * value_stride + words[None, :]
-    x_ptrs = x_ptr + 8 * words[:, None] + tokens[None, :].to(tl.int64) * x_stride
+    x_ptrs = x_ptr + (words // 8 * 64 + words % 8)[:, None] + tokens[None, :].to(tl.int64) * x_stride
     in_tokens = (tokens < num_tokens)[None, :]
     for start in range(first, last, _GROUP):
         word = tl.load(word_ptrs + start // 8, eviction_policy="evict_first")
         part = tl.zeros([OUTPUTS, TOKENS], tl.float32)
         for place in tl.static_range(8):
             number = ((word >> (4 * place)) & 15) - 8
-            x = tl.load(x_ptrs + start + place, mask=in_tokens, other=0.0, eviction_policy="evict_last")
+            x = tl.load(x_ptrs + start + 8 * place, mask=in_tokens, other=0.0, eviction_policy="evict_last")
             part = multiply(number.to(tl.float32).to(tl.bfloat16), x, part, INTERPRETED)
         scale = tl.load(scales_ptr + rows * scale_stride + start // _GROUP).to(tl.float32)
         acc += part * scale[:, None]

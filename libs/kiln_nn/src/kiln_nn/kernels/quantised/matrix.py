@@ -1,8 +1,10 @@
 """A quantised matrix: small numbers and the scales that make weights of them.
 
-`fp8`: one E4M3 number a weight and one scale an output. `int4`: four bits a weight, eight
-consecutive inputs in a word of 32 bits, the first in its lowest bits, stored as the number plus
-eight, and one scale for 128 inputs of an output: the "pack-quantized" layout of compressed-tensors.
+`fp8`: one E4M3 number a weight and one scale an output. `int4`: four bits a weight, stored as the
+number plus eight, and one scale for 128 inputs of an output. Of every 64 inputs word `w` of eight has
+inputs `w`, `8 + w`, …, `56 + w`, the first in its lowest bits: what one thread of a tensor-core
+product needs lies in words of its own. `transposed_words` turns that into the "pack-quantized" layout
+of compressed-tensors and back, where a word has eight consecutive inputs.
 Outputs are rows in both, so rows can be sliced, and matrices that lie back to back are one.
 
 Legend: `I` inputs, `O` outputs, `G` groups of inputs, `W` words or numbers of a row.
@@ -69,9 +71,7 @@ class QuantisedMatrix:
         """What the weights are before they are scaled, float32 `[O, I]`."""
         if self.scheme == "fp8":
             return self.values.float()
-        shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=self.device)
-        nibbles = (self.values[..., None] >> shifts) & 15
-        return (nibbles.flatten(1) - _ZERO).float()
+        return (_nibbles(transposed_words(self.values)).flatten(1) - _ZERO).float()
 
     def dequantise(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight `[O, I]`: products in float32, rounded once."""
@@ -84,7 +84,23 @@ class QuantisedMatrix:
 
 
 def pack_int4(numbers_OI: torch.Tensor) -> torch.Tensor:
-    """Whole numbers of -8 to 7 as words `int32 [O, I / 8]`."""
+    """Whole numbers of -8 to 7, inputs in whole groups, as words `int32 [O, I / 8]`."""
     nibbles = (numbers_OI.to(torch.int32) + _ZERO).unflatten(1, (-1, WORD_INPUTS))
-    shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=numbers_OI.device)
-    return (nibbles << shifts).sum(-1, dtype=torch.int32)
+    return transposed_words(_words(nibbles))
+
+
+def transposed_words(words_OW: torch.Tensor) -> torch.Tensor:
+    """Number `i` of word `w` and number `w` of word `i` in each other's place, in every eight words."""
+    blocks = _nibbles(words_OW).unflatten(1, (-1, WORD_INPUTS))
+    return _words(blocks.transpose(2, 3).flatten(1, 2))
+
+
+def _nibbles(words_OW: torch.Tensor) -> torch.Tensor:
+    """The eight stored numbers of each word, `[O, W, 8]`."""
+    shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=words_OW.device)
+    return (words_OW[..., None] >> shifts) & 15
+
+
+def _words(nibbles_OW8: torch.Tensor) -> torch.Tensor:
+    shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=nibbles_OW8.device)
+    return (nibbles_OW8 << shifts).sum(-1, dtype=torch.int32)

@@ -47,7 +47,9 @@ def _dequantise_kernel(
         scale = tl.load(scales_ptr + row * scale_stride + words * 8 // GROUP, mask=is_there, other=0.0)
         places = tl.arange(0, 8)[None, :]
         numbers = (((word[:, None] >> (4 * places)) & 15) - 8).to(tl.float32)
-        out_ptrs = out_ptr + row * num_inputs + words[:, None] * 8 + places
+        # Place i of word w in eight words is input 8 i + w of their 64.
+        inputs = words[:, None] // 8 * 64 + words[:, None] % 8 + 8 * places
+        out_ptrs = out_ptr + row * num_inputs + inputs
         weights = numbers * scale.to(tl.float32)[:, None]
         tl.store(out_ptrs, weights.to(out_ptr.dtype.element_ty), mask=is_there[:, None])
     else:
