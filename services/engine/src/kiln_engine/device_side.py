@@ -23,8 +23,10 @@ from kiln_engine.execution.memory_plan import MemoryPlan, MemoryRequest, NotEnou
 from kiln_engine.execution.runner import TorchRunner
 from kiln_engine.execution.step_graphs import decode_ladder
 from kiln_engine.grammar import ThreadedCompiler
+from kiln_engine.model.small_head import make_small_head
 from kiln_engine.scheduling import SchedulerLimits
 from kiln_engine.settings import EngineSettings
+from kiln_nn.blocks import head_weight
 from kiln_nn.config import ModelConfig
 from kiln_nn.errors import KilnNnError
 from kiln_nn.kernels.dispatch import why_no_kernels
@@ -116,14 +118,16 @@ def load_device_side(settings: EngineSettings) -> EngineParts:
         )
         weights = SharedArena(model.arena, socket_path)
         inbox = AdapterInbox(settings.socket_dir / _INBOX_NAME)
+        views = model.arena.views()
+        small_head = make_small_head(head_weight(model.config, views), settings.head_quantization)
     except KilnNnError as error:
         raise ModelNotLoaded(error) from error
-    views = model.arena.views()
+    weights_bytes = model.manifest.nbytes + (small_head.nbytes if small_head else 0)
     dtype = views["model.embed_tokens.weight"].dtype
     if settings.batch_invariant:
         check_batch_invariant(device, dtype, settings.page_tokens)
     request = _memory_request(settings, model.config, device)
-    free_bytes = _free_bytes(device, settings.gpu_memory_fraction, model.manifest.nbytes)
+    free_bytes = _free_bytes(device, settings.gpu_memory_fraction, weights_bytes)
     memory = plan_memory(model.config, request, dtype, free_bytes)
     try:
         limits = SchedulerLimits(
@@ -152,19 +156,21 @@ def load_device_side(settings: EngineSettings) -> EngineParts:
         max_adapter_rank=memory.max_adapter_rank,
         max_running=limits.num_most_running,
         adapter_socket_path=str(inbox.socket_path),
-        memory=_memory_parts(model.manifest.nbytes, memory, device),
+        memory=_memory_parts(weights_bytes, memory, device),
     )
-    runner = TorchRunner(model.config, views, memory, is_batch_invariant=settings.batch_invariant)
+    runner = TorchRunner(
+        model.config, views, memory, small_head=small_head, is_batch_invariant=settings.batch_invariant
+    )
     if has_graphs:
         _capture(runner)
     grammars = _grammars(folder, info, settings.grammar_time_limit_s)
-    usage = _device_memory(device, model, memory)
+    usage = _device_memory(device, weights_bytes, memory)
     return EngineParts(runner, runner.adapters, weights, limits, info, inbox, grammars, usage)
 
 
-def _device_memory(device: torch.device, model: LoadedModel, memory: MemoryPlan) -> DeviceMemory:
+def _device_memory(device: torch.device, weights_bytes: int, memory: MemoryPlan) -> DeviceMemory:
     parts = {
-        "weights": model.manifest.nbytes,
+        "weights": weights_bytes,
         "kv": memory.kv_bytes + memory.page_table_bytes,
         "states": memory.state_bytes,
         "adapters": memory.adapter_bytes,
