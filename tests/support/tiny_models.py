@@ -48,6 +48,15 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 
+# Every linear layer reads whole groups of 128 inputs, so that all of them can be quantised to four bits.
+WHOLE_GROUPS: dict[str, Any] = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "head_dim": 32,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+}
+
 
 def tiny_config(**overrides: Any) -> ModelConfig:
     """A four-layer model of about 60 thousand parameters; any ModelConfig field can be overridden.

@@ -110,6 +110,7 @@ def load_device_side(settings: EngineSettings) -> EngineParts:
             folder,
             device,
             settings.dtype,
+            quantization=settings.quantization,
             transport=_gpu_transport(settings.weight_transport, device),
             boot_id=boot_id,
             progress=_LoadProgress(folder.name),
@@ -362,9 +363,13 @@ def _log_plan(
     dtype: torch.dtype,
     graph_sizes: list[int],
 ) -> None:
+    if model.unquantised_layers:
+        layers = model.unquantised_layers
+        log.warning("layers_not_quantised", scheme=model.scheme, count=len(layers), first=layers[0])
     log.info(
         "memory_plan",
         weights_mib=model.manifest.nbytes >> 20,
+        weights_scheme=model.scheme or "none",
         weights_transport=model.manifest.transport,
         weights_dtype=str(dtype).removeprefix("torch."),
         kv_mib=memory.kv_bytes >> 20,

@@ -1,0 +1,125 @@
+"""A quantised matrix of a checkpoint, in the parts that its format stores it in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from kiln_nn.errors import CheckpointMismatch, UnsupportedQuantization, name_list
+from kiln_nn.kernels.quantised import QuantisedMatrix, Scheme
+from kiln_nn.weights.checkpoint_files import Stored, StoredTensor
+
+
+class StoredFormat(Protocol):
+    """How one kind of quantised checkpoint stores a matrix `[O, I]`.
+
+    `scheme`: what `read` gives; None where the scheme here cannot hold it, and `read` gives a tensor.
+    `parts`: what follows the module's path in the names of the tensors, all of which must be there.
+    `scales`: the part whose format the scales keep.
+    """
+
+    @property
+    def scheme(self) -> Scheme | None: ...
+    @property
+    def parts(self) -> tuple[str, ...]: ...
+    @property
+    def scales(self) -> str: ...
+
+    def shape(self, parts: Mapping[str, StoredTensor]) -> tuple[int, int]:
+        """(O, I), by what the files' headers say."""
+
+    def read(self, name: str, parts: Mapping[str, torch.Tensor]) -> QuantisedMatrix | torch.Tensor:
+        """The matrix, or the weights as float32.
+
+        Raises:
+            UnsupportedQuantization: the values use what cannot be held; `name` is for the message.
+        """
+
+
+@dataclass(frozen=True)
+class StoredMatrix:
+    """One quantised matrix of the checkpoint."""
+
+    name: str
+    format: StoredFormat
+    parts: Mapping[str, StoredTensor]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.format.shape(self.parts)
+
+    @property
+    def tensors(self) -> Sequence[StoredTensor]:
+        return [self.parts[part] for part in self.format.parts]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the weights are where they are not held quantised."""
+        stored = self.parts[self.format.scales].dtype
+        return torch.float16 if stored == torch.float16 else torch.bfloat16
+
+    @property
+    def scales_dtype(self) -> torch.dtype:
+        """Half-precision scales become float32: the arena's other format, bfloat16, has fewer bits."""
+        stored = self.parts[self.format.scales].dtype
+        return torch.bfloat16 if stored == torch.bfloat16 and self.format.scheme == "int4" else torch.float32
+
+    def read(self, tensors: Sequence[torch.Tensor]) -> QuantisedMatrix | torch.Tensor:
+        """The matrix out of its `tensors`' values."""
+        return self.format.read(self.name, dict(zip(self.format.parts, tensors, strict=True)))
+
+
+def stored_format(raw_config: Mapping[str, Any]) -> StoredFormat | None:
+    """The format that a config.json names; None where it names none.
+
+    Raises:
+        UnsupportedQuantization: a method or a variant that is not read here.
+    """
+    from kiln_nn.weights.formats import awq, compressed_tensors, gptq
+
+    text = raw_config.get("text_config") or {}
+    quantization = raw_config.get("quantization_config") or text.get("quantization_config")
+    if not quantization:
+        return None
+    readers = {"compressed-tensors": compressed_tensors, "gptq": gptq, "awq": awq}
+    method = quantization.get("quant_method")
+    if method not in readers:
+        raise UnsupportedQuantization(f"quant_method {method!r} is not one of {', '.join(readers)}")
+    return readers[method].from_config(quantization)
+
+
+def gather_matrices(stored: Mapping[str, StoredTensor], format: StoredFormat | None) -> dict[str, Stored]:
+    """The checkpoint's tensors, the parts of each quantised matrix gathered under its weight's name.
+
+    Raises:
+        CheckpointMismatch: a matrix lacks a part.
+    """
+    if format is None:
+        return dict(stored)
+    # The first part alone tells a quantised matrix, by its name or, where that is "weight", by its format.
+    first = format.parts[0]
+    modules = [
+        name.removesuffix(f".{first}")
+        for name, tensor in stored.items()
+        if name.endswith(f".{first}") and tensor.dtype_name in ("I32", "F8_E4M3")
+    ]
+    gathered: dict[str, Stored] = dict(stored)
+    for module in modules:
+        names = {part: f"{module}.{part}" for part in format.parts}
+        if missing := [name for name in names.values() if name not in stored]:
+            raise CheckpointMismatch(f"{module} is quantised, but lacks {name_list(missing)}")
+        parts = {part: stored[name] for part, name in names.items()}
+        for name in names.values():
+            gathered.pop(name)
+        gathered[f"{module}.weight"] = StoredMatrix(f"{module}.weight", format, parts)
+    return gathered
+
+
+def require(config: Mapping[str, Any], expected: Mapping[str, Any], where: str) -> None:
+    """Raises UnsupportedQuantization for the first field that has another value than what is read here."""
+    for field, value in expected.items():
+        if config.get(field, value) != value:
+            raise UnsupportedQuantization(f"{where}: {field} is {config[field]!r}, only {value!r} is read")
