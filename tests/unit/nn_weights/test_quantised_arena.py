@@ -54,7 +54,9 @@ def test_parts_of_a_fused_matrix_lie_back_to_back_and_so_do_their_scales(folder,
         first, second = (getattr(part, field) for part in parts)
         assert first.data_ptr() + first.nbytes == second.data_ptr()
         assert getattr(both, field).data_ptr() == first.data_ptr()
-    assert torch.equal(both.dequantise(torch.float32), torch.cat([p.dequantise(torch.float32) for p in parts]))
+    assert torch.equal(
+        both.dequantise(torch.float32), torch.cat([p.dequantise(torch.float32) for p in parts])
+    )
     gates = fused[f"{IN_PROJ}_b+in_proj_a.weight"]
     assert torch.equal(gates, torch.cat([views[f"{IN_PROJ}_{part}.weight"] for part in "ba"]))
     assert fused["model.layers.0.mlp.gate_up_proj.weight"].shape == (512, 128)
