@@ -77,18 +77,18 @@ def test_the_arena_shrinks_and_the_model_stays_the_same(folder):
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_reader_sees_the_owners_matrices(folder, scheme, tmp_path):
     arena = load_checkpoint(folder, quantization=scheme).arena
-    with WeightServer(arena, tmp_path / "private" / "weights.sock") as server:
-        with attach(server.socket_path) as shared:
-            views = shared.views()
-            assert shared.num_foreign_bytes(views) == 0
-            assert shared.checksum() == arena.checksum()
-            for name, view in arena.views().items():
-                if isinstance(view, QuantisedMatrix):
-                    assert torch.equal(views[name].values.view(torch.uint8), view.values.view(torch.uint8))
-                    assert torch.equal(views[name].scales, view.scales)
-            copied = {GATE: views[GATE].rows(0, 2), "own": quantise_rtn(torch.ones(2, 128), scheme)}
-            assert shared.num_foreign_bytes(copied) == copied["own"].nbytes
-            del views, copied, view
+    socket_path = tmp_path / "private" / "weights.sock"
+    with WeightServer(arena, socket_path), attach(socket_path) as shared:
+        views = shared.views()
+        assert shared.num_foreign_bytes(views) == 0
+        assert shared.checksum() == arena.checksum()
+        for name, view in arena.views().items():
+            if isinstance(view, QuantisedMatrix):
+                assert torch.equal(views[name].values.view(torch.uint8), view.values.view(torch.uint8))
+                assert torch.equal(views[name].scales, view.scales)
+        copied = {GATE: views[GATE].rows(0, 2), "own": quantise_rtn(torch.ones(2, 128), scheme)}
+        assert shared.num_foreign_bytes(copied) == copied["own"].nbytes
+        del views, copied, view
     arena.close()
 
 

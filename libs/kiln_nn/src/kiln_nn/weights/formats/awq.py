@@ -18,7 +18,6 @@ import torch
 from kiln_nn.errors import UnsupportedQuantization
 from kiln_nn.kernels.quantised import GROUP_INPUTS, WORD_INPUTS, QuantisedMatrix, Scheme
 from kiln_nn.kernels.quantised.matrix import pack_int4
-from kiln_nn.weights.checkpoint_files import StoredTensor
 from kiln_nn.weights.formats.stored_matrix import StoredFormat, require
 
 _SUPPORTED = {"bits": 4, "group_size": GROUP_INPUTS, "version": "gemm"}
@@ -35,9 +34,12 @@ class AwqInt4:
     parts = ("qweight", "scales", "qzeros")
     scales = "scales"
 
-    def shape(self, parts: Mapping[str, StoredTensor]) -> tuple[int, int]:
-        num_inputs, num_words = parts["qweight"].shape
-        return num_words * WORD_INPUTS, num_inputs
+    def shape(self, first_part: tuple[int, ...]) -> tuple[int, int]:
+        return first_part[1] * WORD_INPUTS, first_part[0]
+
+    def shapes(self, num_outputs: int, num_inputs: int) -> tuple[tuple[int, ...], ...]:
+        num_groups, num_words = num_inputs // GROUP_INPUTS, num_outputs // WORD_INPUTS
+        return (num_inputs, num_words), (num_groups, num_outputs), (num_groups, num_words)
 
     def read(self, name: str, parts: Mapping[str, torch.Tensor]) -> QuantisedMatrix | torch.Tensor:
         numbers_IO, zeros_GO = (_in_order(parts[part]) for part in ("qweight", "qzeros"))

@@ -12,7 +12,6 @@ import torch
 
 from kiln_nn.errors import UnsupportedQuantization
 from kiln_nn.kernels.quantised import GROUP_INPUTS, WORD_INPUTS, QuantisedMatrix, Scheme
-from kiln_nn.weights.checkpoint_files import StoredTensor
 from kiln_nn.weights.formats.stored_matrix import StoredFormat, require
 
 _WEIGHTS: dict[Scheme, dict[str, Any]] = {
@@ -35,9 +34,12 @@ class PackedInt4:
     parts = ("weight_packed", "weight_scale", "weight_shape")
     scales = "weight_scale"
 
-    def shape(self, parts: Mapping[str, StoredTensor]) -> tuple[int, int]:
-        num_outputs, num_words = parts["weight_packed"].shape
-        return num_outputs, num_words * WORD_INPUTS
+    def shape(self, first_part: tuple[int, ...]) -> tuple[int, int]:
+        return first_part[0], first_part[1] * WORD_INPUTS
+
+    def shapes(self, num_outputs: int, num_inputs: int) -> tuple[tuple[int, ...], ...]:
+        packed = (num_outputs, num_inputs // WORD_INPUTS)
+        return packed, (num_outputs, num_inputs // GROUP_INPUTS), (2,)
 
     def read(self, name: str, parts: Mapping[str, torch.Tensor]) -> QuantisedMatrix:
         return QuantisedMatrix("int4", parts["weight_packed"], parts["weight_scale"])
@@ -55,9 +57,11 @@ class Fp8PerOutput:
     parts = ("weight", "weight_scale")
     scales = "weight_scale"
 
-    def shape(self, parts: Mapping[str, StoredTensor]) -> tuple[int, int]:
-        num_outputs, num_inputs = parts["weight"].shape
-        return num_outputs, num_inputs
+    def shape(self, first_part: tuple[int, ...]) -> tuple[int, int]:
+        return first_part[0], first_part[1]
+
+    def shapes(self, num_outputs: int, num_inputs: int) -> tuple[tuple[int, ...], ...]:
+        return (num_outputs, num_inputs), (num_outputs, 1)
 
     def read(self, name: str, parts: Mapping[str, torch.Tensor]) -> QuantisedMatrix:
         return QuantisedMatrix("fp8", parts["weight"], parts["weight_scale"].float())

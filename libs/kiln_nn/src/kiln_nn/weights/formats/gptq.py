@@ -15,7 +15,6 @@ import torch
 
 from kiln_nn.errors import UnsupportedQuantization
 from kiln_nn.kernels.quantised import GROUP_INPUTS, WORD_INPUTS, QuantisedMatrix, Scheme
-from kiln_nn.weights.checkpoint_files import StoredTensor
 from kiln_nn.weights.formats.stored_matrix import StoredFormat, require
 
 _SUPPORTED = {"bits": 4, "group_size": GROUP_INPUTS, "sym": True, "desc_act": False}
@@ -32,9 +31,13 @@ class GptqInt4:
     parts = ("qweight", "scales", "qzeros", "g_idx")
     scales = "scales"
 
-    def shape(self, parts: Mapping[str, StoredTensor]) -> tuple[int, int]:
-        num_words, num_outputs = parts["qweight"].shape
-        return num_outputs, num_words * WORD_INPUTS
+    def shape(self, first_part: tuple[int, ...]) -> tuple[int, int]:
+        return first_part[1], first_part[0] * WORD_INPUTS
+
+    def shapes(self, num_outputs: int, num_inputs: int) -> tuple[tuple[int, ...], ...]:
+        num_groups = num_inputs // GROUP_INPUTS
+        packed = (num_inputs // WORD_INPUTS, num_outputs)
+        return packed, (num_groups, num_outputs), (num_groups, num_outputs // WORD_INPUTS), (num_inputs,)
 
     def read(self, name: str, parts: Mapping[str, torch.Tensor]) -> QuantisedMatrix:
         num_inputs = parts["g_idx"].shape[0]

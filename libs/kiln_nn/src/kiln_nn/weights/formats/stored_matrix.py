@@ -28,8 +28,11 @@ class StoredFormat(Protocol):
     @property
     def scales(self) -> str: ...
 
-    def shape(self, parts: Mapping[str, StoredTensor]) -> tuple[int, int]:
-        """(O, I), by what the files' headers say."""
+    def shape(self, first_part: tuple[int, ...]) -> tuple[int, int]:
+        """(O, I), by the shape of the first of the parts."""
+
+    def shapes(self, num_outputs: int, num_inputs: int) -> tuple[tuple[int, ...], ...]:
+        """What shape each of the parts has then."""
 
     def read(self, name: str, parts: Mapping[str, torch.Tensor]) -> QuantisedMatrix | torch.Tensor:
         """The matrix, or the weights as float32.
@@ -49,7 +52,7 @@ class StoredMatrix:
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.format.shape(self.parts)
+        return self.format.shape(self.parts[self.format.parts[0]].shape)
 
     @property
     def tensors(self) -> Sequence[StoredTensor]:
@@ -95,7 +98,7 @@ def gather_matrices(stored: Mapping[str, StoredTensor], format: StoredFormat | N
     """The checkpoint's tensors, the parts of each quantised matrix gathered under its weight's name.
 
     Raises:
-        CheckpointMismatch: a matrix lacks a part.
+        CheckpointMismatch: a matrix lacks a part, or one has another shape than the others ask for.
     """
     if format is None:
         return dict(stored)
@@ -114,8 +117,17 @@ def gather_matrices(stored: Mapping[str, StoredTensor], format: StoredFormat | N
         parts = {part: stored[name] for part, name in names.items()}
         for name in names.values():
             gathered.pop(name)
-        gathered[f"{module}.weight"] = StoredMatrix(f"{module}.weight", format, parts)
+        gathered[f"{module}.weight"] = _checked(StoredMatrix(f"{module}.weight", format, parts))
     return gathered
+
+
+def _checked(matrix: StoredMatrix) -> StoredMatrix:
+    if any(len(tensor.shape) > 2 for tensor in matrix.tensors) or len(matrix.tensors[0].shape) != 2:
+        raise CheckpointMismatch(f"{matrix.name} is quantised, but its parts are no matrices")
+    for tensor, shape in zip(matrix.tensors, matrix.format.shapes(*matrix.shape), strict=True):
+        if tensor.shape != shape:
+            raise CheckpointMismatch(f"{tensor.stored_name} is {list(tensor.shape)} instead of {list(shape)}")
+    return matrix
 
 
 def require(config: Mapping[str, Any], expected: Mapping[str, Any], where: str) -> None:
