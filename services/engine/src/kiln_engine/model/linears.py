@@ -6,14 +6,22 @@ Legend: `T` tokens, `I`/`O` inputs and outputs of a linear layer, `F` feed-forwa
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any, Protocol
 
 import torch
 
 from kiln_nn.blocks import Weights, head_weight
 from kiln_nn.config import ModelConfig
-from kiln_nn.kernels.linear import LinearConfig, invariant_config, linear, linear_partials, linear_swiglu
+from kiln_nn.kernels.linear import (
+    LinearConfig,
+    Weight,
+    invariant_config,
+    linear,
+    linear_partials,
+    linear_swiglu,
+)
+from kiln_nn.kernels.quantised import QuantisedMatrix
 from kiln_nn.kernels.swiglu import swiglu
 from kiln_nn.weights.names import FUSED_GROUPS
 
@@ -33,14 +41,14 @@ class StepAdapters(Protocol):
 class BaseMatrices:
     """The base model's matrices by fused path, such as `model.layers.0.mlp.gate_up_proj`.
 
-    Parts that lie back to back in the weight arena are one view of it; others stay apart. Nothing is
-    copied either way. If they are batch-invariant, the kernels have one tiling for every number of
+    Parts that lie back to back in the weight arena are one view of it; others stay apart, and so do
+    quantised parts from those that are not. Nothing is copied either way. If they are batch-invariant, the kernels have one tiling for every number of
     tokens, and a step with adapters runs the same ones as a step without.
     """
 
     def __init__(self, config: ModelConfig, weights: Weights, *, is_batch_invariant: bool = False) -> None:
         self.is_batch_invariant = is_batch_invariant
-        self._parts: dict[str, tuple[torch.Tensor, ...]] = {}
+        self._parts: dict[str, tuple[Weight, ...]] = {}
         for index, kind in enumerate(config.layer_types):
             mixer = "linear_attn." if kind == "linear_attention" else "self_attn."
             groups = {**FUSED_GROUPS, **{name: (name,) for name in _ALONE}}
@@ -52,13 +60,16 @@ class BaseMatrices:
                     )
         self.head_VD = head_weight(config, weights)
 
-    def parts(self, path: str) -> tuple[torch.Tensor, ...]:
+    def parts(self, path: str) -> tuple[Weight, ...]:
         """The layer's matrices `[O, I]`, to be read as one on top of the other."""
         return self._parts[path]
 
-    def tiling(self, weight_OI: torch.Tensor) -> LinearConfig | None:
+    def tiling(self, weight_OI: Weight) -> LinearConfig | None:
         """How the kernels must be cut for this matrix; None leaves it to them."""
-        return invariant_config(*weight_OI.shape) if self.is_batch_invariant else None
+        if not self.is_batch_invariant:
+            return None
+        scheme = weight_OI.scheme if isinstance(weight_OI, QuantisedMatrix) else None
+        return invariant_config(*weight_OI.shape, scheme)
 
 
 @dataclass(frozen=True)
@@ -101,16 +112,19 @@ class Linears:
         return linear(x_TD, head_VD, out_dtype=torch.float32, out=out_TV, config=self.base.tiling(head_VD))
 
     def _side_by_side(
-        self, x_TI: torch.Tensor, parts: tuple[torch.Tensor, ...], *, shows_producers: bool = False
+        self, x_TI: torch.Tensor, parts: tuple[Weight, ...], *, shows_producers: bool = False
     ) -> torch.Tensor:
-        outputs = [
-            linear(x_TI, part, config=self.base.tiling(part), shows_producers=shows_producers)
-            for part in parts
-        ]
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+        options = [{"config": self.base.tiling(part), "shows_producers": shows_producers} for part in parts]
+        if len(parts) == 1:
+            return linear(x_TI, parts[0], **options[0])
+        widths = [part.shape[0] for part in parts]
+        y_TO = x_TI.new_empty((x_TI.shape[0], sum(widths)))
+        for part, out, own in zip(parts, y_TO.split(widths, dim=1), options, strict=True):
+            linear(x_TI, part, out=out, **own)
+        return y_TO
 
     def _partial_sums(
-        self, x_TI: torch.Tensor, weight_OI: torch.Tensor, *, shows_producers: bool = False
+        self, x_TI: torch.Tensor, weight_OI: Weight, *, shows_producers: bool = False
     ) -> torch.Tensor:
         # Kept apart they meet what adapters add in the same order, however many tokens there are.
         return linear_partials(
@@ -122,15 +136,39 @@ class Linears:
         )
 
 
-def _joined(parts: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    """One view over matrices that lie back to back, or the matrices themselves."""
+def _joined(parts: list[Weight]) -> tuple[Weight, ...]:
+    """The fewest matrices that hold these rows: one view over those that lie back to back."""
+    joined: list[Weight] = []
+    for _, run in groupby(parts, key=_scheme):
+        joined.extend(_joined_alike(list(run)))
+    return tuple(joined)
+
+
+def _scheme(part: Weight) -> str | None:
+    return part.scheme if isinstance(part, QuantisedMatrix) else None
+
+
+def _joined_alike(parts: list[Weight]) -> list[Weight]:
+    tensors = [part for part in parts if isinstance(part, torch.Tensor)]
+    if tensors:
+        view = _one_view(tensors)
+        return parts if view is None else [view]
+    matrices = [part for part in parts if isinstance(part, QuantisedMatrix)]
+    values, scales = (_one_view([getattr(m, name) for m in matrices]) for name in ("values", "scales"))
+    if values is None or scales is None:
+        return parts
+    return [QuantisedMatrix(matrices[0].scheme, values, scales)]
+
+
+def _one_view(parts: list[torch.Tensor]) -> torch.Tensor | None:
+    """One view over matrices that lie back to back; None if they do not."""
     is_adjacent = all(
         first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
         and first.data_ptr() + first.nbytes == second.data_ptr()
         and first.dtype == second.dtype
         for first, second in pairwise(parts)
     )
-    if len(parts) == 1 or not is_adjacent:
-        return tuple(parts)
+    if not is_adjacent:
+        return None
     num_rows, num_columns = sum(part.shape[0] for part in parts), parts[0].shape[1]
-    return (parts[0].as_strided((num_rows, num_columns), (num_columns, 1)),)
+    return parts[0].as_strided((num_rows, num_columns), (num_columns, 1))

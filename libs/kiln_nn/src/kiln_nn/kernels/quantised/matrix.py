@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 
 from kiln_nn.kernels.checks import check_shape
+from kiln_nn.kernels.dispatch import takes_triton
 
 Scheme = Literal["fp8", "int4"]
 FP8 = torch.float8_e4m3fn
@@ -74,6 +75,10 @@ class QuantisedMatrix:
 
     def dequantise(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight `[O, I]`: products in float32, rounded once."""
+        if takes_triton(self.values, self.scales):
+            from kiln_nn.kernels.quantised import triton
+
+            return triton.dequantise(self, dtype)
         grouped = self.numbers().unflatten(1, (self.scales.shape[1], -1))
         return (grouped * self.scales.float()[..., None]).flatten(1).to(dtype)
 
