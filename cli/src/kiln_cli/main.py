@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +16,13 @@ from kiln_cli.errors import WrongUsage
 from kiln_cli.output import Output
 from kiln_cli.session import MACHINE, Json
 from kiln_common.errors import KilnError
+
+
+class Quantization(StrEnum):
+    NONE = "none"
+    FP8 = "fp8"
+    INT4 = "int4"
+
 
 app = typer.Typer(
     name="kiln",
@@ -68,6 +76,13 @@ def up(
     device: Annotated[
         str | None, typer.Option(help="cpu or cuda. A GPU when there is one.", show_default=False)
     ] = None,
+    quantization: Annotated[
+        Quantization | None,
+        typer.Option(
+            help="Round the weights at load: fp8, or int4 for four bits. As the checkpoint has them when left out.",
+            show_default=False,
+        ),
+    ] = None,
     gpu_sharing: Annotated[
         str | None,
         typer.Option(
@@ -112,7 +127,10 @@ def up(
             device=device,
         )
         options = dataclasses.replace(
-            options, num_gateways=gateways, engine_gpus=assign_gpus(engines, device)
+            options,
+            num_gateways=gateways,
+            engine_gpus=assign_gpus(engines, device),
+            quantization=quantization.value if quantization else None,
         )
         url = f"http://{'localhost' if host == '127.0.0.1' else host}:{port}"
         console = (UpJsonLines if as_json else UpConsole)(url, folder / "logs", is_verbose=verbose)
