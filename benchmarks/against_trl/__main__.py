@@ -214,6 +214,8 @@ def speed(options: argparse.Namespace) -> None:
     for name, workload in WORKLOADS.items():
         if options.workloads and not any(part in name for part in options.workloads):
             continue
+        if options.steps:
+            workload = replace(workload, num_steps=options.steps)
         if options.tiny:
             workload = replace(
                 workload, rows_per_step=4, prompt_tokens=5, completion_tokens=12, micro_rows=2, num_steps=5
@@ -248,6 +250,9 @@ def main() -> None:
     parser.add_argument("--recipes", nargs="+", default=["sft", "grpo", "opd"])
     parser.add_argument("--model", type=Path, default=DEMO_MODEL, help="checkpoint folder, for speed")
     parser.add_argument("--workloads", nargs="+", help="names or parts of names; all if left out")
+    parser.add_argument(
+        "--steps", type=int, default=0, help="speed: of each run; the first two are not counted"
+    )
     parser.add_argument("--tiny", action="store_true", help="speed: sizes that run on a CPU in seconds")
     parser.add_argument("--trl-python", default=str(_TRL_PYTHON))
     parser.add_argument("--trl-path", default="", help="folder with TRL's packages, put before others")

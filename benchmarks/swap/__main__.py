@@ -102,7 +102,9 @@ async def measure(options: argparse.Namespace, stack: Stack, folder: Path) -> bo
     traffic = {"num_clients": options.clients, "max_tokens": options.max_tokens}
     settings = f"{adapters.num_bytes / 1e6:.1f} MB, {options.clients} clients"
     if options.swaps:
-        swaps = await run_swaps(addresses, adapters, num_swaps=options.swaps, **traffic)
+        swaps = await run_swaps(
+            addresses, adapters, num_swaps=options.swaps, most_seconds=options.seconds, **traffic
+        )
         is_right &= report_swaps(results, swaps, settings)
     if options.rollbacks:
         rollbacks = await run_rollbacks(addresses, adapters, num_rollbacks=options.rollbacks, **traffic)
@@ -132,6 +134,9 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--model", type=Path, help="checkpoint folder; the demo model if left out")
     parser.add_argument("--swaps", type=int, default=100)
+    parser.add_argument(
+        "--seconds", type=float, default=900.0, help="for all swaps; those not begun are left out"
+    )
     parser.add_argument("--rollbacks", type=int, default=20)
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--max-tokens", type=int, default=32)

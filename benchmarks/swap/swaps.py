@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -23,6 +24,7 @@ NAME = "teller"
 _TIMEOUT_S = 60.0
 # Older ones are deleted, so that a thousand of them fit on a disk.
 _VERSIONS_KEPT = 24
+_PROGRESS_INTERVAL_S = 15.0
 
 
 @dataclass
@@ -216,8 +218,9 @@ async def run_swaps(
     num_swaps: int,
     num_clients: int,
     max_tokens: int,
+    most_seconds: float = math.inf,
 ) -> SwapReport:
-    """Swap that often under load, one version after the other."""
+    """Swap that often under load, one version after the other, or as often as the time allows."""
     report = SwapReport()
     swapper = Swapper(addresses, adapters)
     limits = httpx.Limits(max_connections=num_clients + 8)
@@ -225,7 +228,13 @@ async def run_swaps(
         try:
             await swapper.swap()  # so that the name exists
             async with load(http, adapters, report.answers, num_clients, max_tokens) as client:
-                for _ in range(num_swaps):
+                began_s = shown_s = time.monotonic()
+                for number in range(num_swaps):
+                    if time.monotonic() - began_s > most_seconds:
+                        break
+                    if time.monotonic() - shown_s > _PROGRESS_INTERVAL_S:
+                        shown_s = time.monotonic()
+                        print(f"{number} of {num_swaps} swaps in {shown_s - began_s:.0f} s", flush=True)
                     asked_s = time.perf_counter()
                     report.ordinary_s.append((await client.first_token())[1] - asked_s)
                     publish_s, swap_s = await swapper.swap()

@@ -9,7 +9,14 @@ import torch
 import torch.nn.functional as F
 
 from kiln_nn.kernels.checks import ShapeMismatch
-from kiln_nn.kernels.linear import LinearConfig, invariant_config, linear, linear_partials, linear_swiglu
+from kiln_nn.kernels.linear import (
+    LinearConfig,
+    invariant_config,
+    linear,
+    linear_beside,
+    linear_partials,
+    linear_swiglu,
+)
 from kiln_nn.kernels.linear.choice_quantised import WEIGHT_BITS, choose
 from kiln_nn.kernels.linear.config import LinearKind, fit
 from kiln_nn.kernels.quantised import QuantisedMatrix, quantise_rtn
@@ -148,6 +155,21 @@ def test_rows_that_lie_apart(scheme, kernel):
 
 
 @on_triton
+@pytest.mark.skipif(INTERPRETED, reason="the public function asks for a GPU")
+@pytest.mark.parametrize("num_tokens", [1, 3, 8, 9, 64, 2048])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_whole_rows_beside(scheme, num_tokens):
+    size, num_beside = (12288, 2560), 64
+    x, matrix, beside = _draw(num_tokens, size[1]), _matrix(scheme, *size), _draw(num_beside, size[1], seed=2)
+    out = linear_beside(x, [matrix, beside])
+    assert out.is_contiguous()
+    expected = x.double() @ beside.double().t()
+    assert relative_error(out[:, size[0] :], expected) < TOLERANCE[torch.bfloat16]
+    # The library may choose another kernel for rows that lie apart.
+    assert relative_error(out[:, : size[0]], linear(x, matrix)) < TOLERANCE[torch.bfloat16]
+
+
+@on_triton
 @pytest.mark.parametrize("kind", list(LinearKind))
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_an_invariant_row_does_not_depend_on_its_batch(scheme, kind, kernel, monkeypatch):
@@ -229,6 +251,9 @@ def test_on_a_cpu_weights_are_made_whole(scheme):
     linear(x, matrix, out=out[:, 2:18])
     assert torch.equal(out[:, 2:18], F.linear(x, weight))
     assert out[:, :2].isnan().all()
+    for is_invariant in (False, True):
+        both = linear_beside(x, [matrix, weight[:4]], is_invariant=is_invariant)
+        assert torch.allclose(both, F.linear(x, torch.cat([weight, weight[:4]])), atol=1e-6)
 
 
 def test_unequal_shapes_are_refused():
@@ -288,7 +313,9 @@ def test_they_compile_for_every_supported_gpu(capability):
     assert all(one.shared_memory_bytes <= SHARED_MEMORY_LIMIT[capability] for one in compiled)
 
 
-def _hopper_shared_memory(scheme: str, config: LinearConfig, num_tokens: int, size, kind: LinearKind) -> int:
+def _hopper_shared_memory(
+    scheme: str, config: LinearConfig, num_tokens: int, size, kind: LinearKind, num_beside: int = 0
+) -> int:
     """Compile Hopper's kernel for a configuration; the bytes of shared memory of a program."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -298,7 +325,8 @@ def _hopper_shared_memory(scheme: str, config: LinearConfig, num_tokens: int, si
     from kiln_nn.kernels.linear.triton_hopper_parts import line_layout
 
     is_four_bits, is_gated = scheme == "int4", kind is LinearKind.GATED
-    constants = hopper.constants(config, num_tokens, size[1], is_gated=is_gated, is_four_bits=is_four_bits)
+    kinds = {"is_gated": is_gated, "is_four_bits": is_four_bits}
+    constants = hopper.constants(config, num_tokens, size[1], num_beside, **kinds)
     kind_of_word, columns, bits = ("i32", 16, 32) if is_four_bits else ("i16", 64, 16)
     stored, whole = line_layout(columns, bits), line_layout(64, 16)
     box, rest, x_box, x_rest = (constants[name] for name in ("BOX", "REST", "X_BOX", "X_REST"))
@@ -309,9 +337,13 @@ def _hopper_shared_memory(scheme: str, config: LinearConfig, num_tokens: int, si
         "x_rest_desc": f"tensordesc<bf16[{x_rest or x_box}, 64],{whole!r}>",
         "scales_ptr": "*bf16" if is_four_bits else "*fp32",
         "out_ptr": "*fp32",
+        "x_ptr": "*bf16",
+        "beside_ptr": "*bf16",
     }
     kernel = hopper._linear_kernel
-    signature |= {name: "i32" for name in kernel.arg_names if name.islower() and name not in signature}
+    signature |= {
+        name: "i32" for name in kernel.arg_names if name.islower() and name not in signature | constants
+    }
     constants |= {"DEPENDENT": True, "SHOWS_PRODUCERS": True}
     signature |= dict.fromkeys(constants, "constexpr")
     places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
@@ -319,7 +351,7 @@ def _hopper_shared_memory(scheme: str, config: LinearConfig, num_tokens: int, si
     options = {"num_warps": config.warps, "launch_pdl": True}
     binary = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     # Weights go from memory to registers as they are wanted there, without a way through other threads.
-    assert "shfl" not in binary.asm["ptx"]
+    assert num_beside or "shfl" not in binary.asm["ptx"]
     return binary.metadata.shared
 
 
@@ -332,5 +364,5 @@ def test_the_kernel_for_hopper_compiles(scheme, size, kind):
         config = choose(scheme, num_tokens, *size, kind, is_hopper=True)
         if config is not None:
             assert _hopper_shared_memory(scheme, config, num_tokens, size, kind) <= SHARED_MEMORY_LIMIT[90]
-    config = invariant_config(*size, scheme)
-    assert _hopper_shared_memory(scheme, config, 1, size, kind) <= SHARED_MEMORY_LIMIT[90]
+    config, num_beside = invariant_config(*size, scheme), 64 if kind is LinearKind.PLAIN else 0
+    assert _hopper_shared_memory(scheme, config, 1, size, kind, num_beside) <= SHARED_MEMORY_LIMIT[90]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from kiln_nn.packed_model import PackedModel
-from kiln_trainer.torch_backend.activation_memory import ActivationPlan
+from kiln_trainer.torch_backend.activation_memory import ActivationPlan, ActivationPlans
 from tests.support.lora_builders import random_lora
 from tests.support.tiny_models import random_tensors, tiny_config
 
@@ -47,3 +47,24 @@ def test_the_measured_cost_grows_with_the_layers_and_leaves_the_weights_out():
         assert least < plan.kept_bytes < 20 * least
     assert 1.7 < costs[1] / costs[0] < 2.1
     assert plan.num_kept_layers(100) == config.num_layers
+
+
+def test_adapters_of_one_kind_are_measured_once():
+    config = tiny_config()
+    weights = random_tensors(config)
+    model, lora = PackedModel(config, weights), random_lora(config)
+    num_calls = 0
+
+    def counted(module_paths, x):
+        nonlocal num_calls
+        num_calls += 1
+        return lora.linear_fn(weights)(module_paths, x)
+
+    plans = ActivationPlans()
+    first = plans.of(lora.spec, model, counted, torch.device("cpu"))
+    num_first = num_calls
+    assert num_first
+    assert plans.of(lora.spec, model, counted, torch.device("cpu")) == first
+    assert num_calls == num_first
+    plans.of("another kind", model, counted, torch.device("cpu"))
+    assert num_calls == 2 * num_first

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import hashlib
 import os
@@ -15,6 +16,7 @@ from kiln_registry.domain import AdapterTooLarge, BlobNotFound, Sha256Mismatch, 
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 CHUNK_BYTES = 1024 * 1024
+_SYNCERS = concurrent.futures.ThreadPoolExecutor(4, thread_name_prefix="sync-blob")
 
 
 class BlobStore:
@@ -95,6 +97,7 @@ class Upload:
         self._hash = hashlib.sha256()
         self._max_bytes = max_bytes
         self._num_bytes = 0
+        self._syncing: concurrent.futures.Future[None] | None = None
         self.path = Path(self._file.name)
 
     @property
@@ -116,9 +119,10 @@ class Upload:
         self._file.write(chunk)
 
     def finish(self, expected_sha256: str) -> None:
-        """Sync the file. Raises Sha256Mismatch unless the expectation is empty or met."""
+        """Nothing more comes: begin to sync the file. Raises Sha256Mismatch unless the expectation is empty or met."""
         self._file.flush()
-        os.fsync(self._file.fileno())
+        # The bytes are looked at meanwhile.
+        self._syncing = _SYNCERS.submit(os.fsync, self._file.fileno())
         if expected_sha256 and self.sha256 != expected_sha256.lower():
             raise Sha256Mismatch(
                 f"{self._num_bytes} bytes arrived with the hash {self.sha256}, "
@@ -126,6 +130,9 @@ class Upload:
             )
 
     def move_to(self, target: Path) -> None:
+        """Put the file in place once it is synced; `finish` comes before."""
+        assert self._syncing is not None
+        self._syncing.result()
         target.parent.mkdir(exist_ok=True)
         os.replace(self.path, target)
         for folder in (target.parent, target.parent.parent):
@@ -133,6 +140,8 @@ class Upload:
 
     def close(self) -> None:
         """Delete the temporary file unless it has been moved into place."""
+        if self._syncing is not None:
+            concurrent.futures.wait([self._syncing])  # it needs the descriptor
         with contextlib.suppress(OSError):  # a full disk does not take the rest of its buffer
             self._file.close()
         self.path.unlink(missing_ok=True)

@@ -18,7 +18,7 @@ from kiln_common.adapter_names import AdapterReference, parse_reference
 from kiln_common.pb import registry_pb2 as pb
 from kiln_common.pb import registry_pb2_grpc
 from kiln_registry.adapter_file import AdapterFile
-from kiln_registry.blobs import CHUNK_BYTES, BlobStore
+from kiln_registry.blobs import CHUNK_BYTES, BlobStore, Upload
 from kiln_registry.catalog import Catalog
 from kiln_registry.comparison import compare_adapters
 from kiln_registry.domain import (
@@ -76,10 +76,7 @@ class RegistryServicer(registry_pb2_grpc.RegistryServicer):
         upload = await asyncio.to_thread(self._blobs.begin_upload)
         try:
             with _full_disk_named():
-                async for request in request_iterator:
-                    if request.WhichOneof("part") != "chunk":
-                        raise InvalidPublish("a second header came among the bytes")
-                    await asyncio.to_thread(upload.write, request.chunk)
+                await _receive(request_iterator, upload)
                 record = await asyncio.to_thread(self._publisher.publish, header, upload)
         finally:
             upload.close()
@@ -238,6 +235,21 @@ def _full_disk_named() -> Iterator[None]:
 def _storage_full(error: BaseException | None) -> RegistryStorageFull:
     log.error("registry_storage_full", reason=str(error))
     return RegistryStorageFull(f"the registry's disk did not take the version: {error}")
+
+
+async def _receive(requests: AsyncIterator[pb.PublishRequest], upload: Upload) -> None:
+    """Hash and write each chunk while the next one travels."""
+    writing: asyncio.Task[None] | None = None
+    try:
+        async for request in requests:
+            if request.WhichOneof("part") != "chunk":
+                raise InvalidPublish("a second header came among the bytes")
+            if writing is not None:
+                await writing
+            writing = asyncio.create_task(asyncio.to_thread(upload.write, request.chunk))
+    finally:
+        if writing is not None:
+            await writing
 
 
 async def _read_header(requests: AsyncIterator[pb.PublishRequest]) -> pb.PublishHeader:

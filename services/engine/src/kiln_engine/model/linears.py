@@ -16,12 +16,13 @@ from kiln_nn.config import ModelConfig
 from kiln_nn.kernels.linear import (
     LinearConfig,
     Weight,
-    invariant_config,
+    invariant_config_of,
     linear,
+    linear_beside,
     linear_partials,
     linear_swiglu,
 )
-from kiln_nn.kernels.quantised import QuantisedMatrix
+from kiln_nn.kernels.quantised import QuantisedMatrix, Scheme
 from kiln_nn.kernels.swiglu import swiglu
 from kiln_nn.weights.names import FUSED_GROUPS
 
@@ -66,10 +67,7 @@ class BaseMatrices:
 
     def tiling(self, weight_OI: Weight) -> LinearConfig | None:
         """How the kernels must be cut for this matrix; None leaves it to them."""
-        if not self.is_batch_invariant:
-            return None
-        scheme = weight_OI.scheme if isinstance(weight_OI, QuantisedMatrix) else None
-        return invariant_config(*weight_OI.shape, scheme)
+        return invariant_config_of(weight_OI) if self.is_batch_invariant else None
 
 
 @dataclass(frozen=True)
@@ -114,14 +112,11 @@ class Linears:
     def _side_by_side(
         self, x_TI: torch.Tensor, parts: tuple[Weight, ...], *, shows_producers: bool = False
     ) -> torch.Tensor:
-        options = [{"config": self.base.tiling(part), "shows_producers": shows_producers} for part in parts]
-        if len(parts) == 1:
-            return linear(x_TI, parts[0], **options[0])
-        widths = [part.shape[0] for part in parts]
-        y_TO = x_TI.new_empty((x_TI.shape[0], sum(widths)))
-        for part, out, own in zip(parts, y_TO.split(widths, dim=1), options, strict=True):
-            linear(x_TI, part, out=out, **own)
-        return y_TO
+        if len(parts) > 1:
+            is_invariant = self.base.is_batch_invariant
+            return linear_beside(x_TI, parts, is_invariant=is_invariant, shows_producers=shows_producers)
+        (weight_OI,) = parts
+        return linear(x_TI, weight_OI, config=self.base.tiling(weight_OI), shows_producers=shows_producers)
 
     def _partial_sums(
         self, x_TI: torch.Tensor, weight_OI: Weight, *, shows_producers: bool = False
@@ -144,7 +139,7 @@ def _joined(parts: list[Weight]) -> tuple[Weight, ...]:
     return tuple(joined)
 
 
-def _scheme(part: Weight) -> str | None:
+def _scheme(part: Weight) -> Scheme | None:
     return part.scheme if isinstance(part, QuantisedMatrix) else None
 
 

@@ -1,14 +1,15 @@
 """Which layers keep their activations for the backward pass, and which compute them again.
 
 Keeping is faster by a third of the matrix products, and costs memory beside an engine that owns most of
-the device. What a token costs is measured once per job, on a short pass through the model.
+the device. What a token costs is measured once per kind of adapter, on a short pass through the model.
 
 Legend: `T` tokens, `D` hidden width.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Hashable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -70,6 +71,22 @@ class ActivationPlan:
         if per_layer * self.num_layers <= spare:
             return self.num_layers
         return max(0, int((spare - _LAYERS_AT_WORK * per_layer) // per_layer))
+
+
+class ActivationPlans:
+    """The plans of one mapped model, each measured with the first adapter of its kind."""
+
+    def __init__(self) -> None:
+        self._plans: dict[Hashable, ActivationPlan] = {}
+
+    def of(
+        self, kind: Hashable, model: PackedModel, linear: LinearFn, device: torch.device
+    ) -> ActivationPlan:
+        """The plan for adapters of this kind, with what may be taken now."""
+        known = self._plans.get(kind)
+        if known is not None:
+            return replace(known, budget_bytes=_budget_bytes(device))
+        return self._plans.setdefault(kind, ActivationPlan.measure(model, linear, device))
 
 
 def _kept_bytes(model: PackedModel, linear: LinearFn, token_ids_T: torch.Tensor) -> int:

@@ -18,7 +18,7 @@ from kiln_nn.errors import KilnNnError
 from kiln_trainer.domain.capacity import Capacity
 from kiln_trainer.domain.errors import DeviceBroken
 from kiln_trainer.domain.training import StepHooks, TrainedAdapter, TrainingTask
-from kiln_trainer.torch_backend.activation_memory import ActivationPlan, head_bytes
+from kiln_trainer.torch_backend.activation_memory import ActivationPlan, ActivationPlans, head_bytes
 from kiln_trainer.torch_backend.available_memory import device_bytes, host_bytes
 from kiln_trainer.torch_backend.errors import ModelError, OutOfTrainingMemory
 from kiln_trainer.torch_backend.gpu_share import GpuShare, GpuUse, WholeDevice
@@ -71,6 +71,7 @@ class TorchBackend:
         self._last_failure = ""  # so that one outage is one line in the log
         self._is_warm = False
         self._plan: ActivationPlan | None = None  # of the last job
+        self._plans = ActivationPlans()  # of the mapping there is now
         self._device_bytes: int | None = None  # of a GPU, before anything was allocated there
 
     @classmethod
@@ -138,7 +139,7 @@ class TorchBackend:
             session = self._open_session()
             share = self._share_of(session)
             with share.occupied():
-                training = TrainingRun(task, session, share)
+                training = TrainingRun(task, session, share, self._plans)
                 self._plan = training.plan
                 training.execute(hooks)
                 return training.trained()
@@ -159,7 +160,7 @@ class TorchBackend:
                 if not self._is_warm:
                     self._is_warm = True
                     torch.set_num_threads(self._num_threads)
-                    plan = warm_up(session, self._share_of(session))
+                    plan = warm_up(session, self._share_of(session), self._plans)
                     self._plan = plan or self._plan
         except KilnError as error:
             failure = str(error)
@@ -173,6 +174,7 @@ class TorchBackend:
             self._session.close()
             self._session = None
             self._mapped = MappedModel()
+            self._plans = ActivationPlans()
 
     def _open_session(self) -> WeightSession:
         if self._session is not None and self._session.is_alive():

@@ -22,7 +22,7 @@ from kiln_trainer.data.packing import PackedBatch, first_fit, pack
 from kiln_trainer.domain.training import StepHooks, StepReport, TrainedAdapter, TrainingTask
 from kiln_trainer.recipes.options import OptimizerOptions, PolicyObjective, RunOptions
 from kiln_trainer.torch_backend import setup
-from kiln_trainer.torch_backend.activation_memory import ActivationPlan
+from kiln_trainer.torch_backend.activation_memory import ActivationPlans
 from kiln_trainer.torch_backend.checkpoints import Checkpoint, CheckpointFolder
 from kiln_trainer.torch_backend.errors import BaseModelMismatch, TrainingDiverged
 from kiln_trainer.torch_backend.gpu_share import GpuShare
@@ -43,7 +43,9 @@ class TrainingRun:
         KilnError, KilnNnError: the data, the settings or the starting adapter do not fit.
     """
 
-    def __init__(self, task: TrainingTask, session: WeightSession, share: GpuShare) -> None:
+    def __init__(
+        self, task: TrainingTask, session: WeightSession, share: GpuShare, plans: ActivationPlans
+    ) -> None:
         wanted = task.request.base_model_hash
         if wanted and wanted != session.model_hash:
             raise BaseModelMismatch(wanted, session.model_hash)
@@ -59,7 +61,8 @@ class TrainingRun:
         session.check_borrowed(model.weights)
         self._dropout = LoraDropout(self._options.dropout)
         linear = lora.linear_fn(model.weights, self._dropout)
-        self.plan = ActivationPlan.measure(model, linear, session.device)
+        kind = (lora.spec, self._options.dropout > 0)
+        self.plan = plans.of(kind, model, linear, session.device)
         log.info("activations_planned", **asdict(self.plan))
         self._policy = Policy(model, lora, session.device, self.plan, teacher, self._dropout)
         optimizer = OptimizerOptions.from_proto(task.request.config.optimizer)

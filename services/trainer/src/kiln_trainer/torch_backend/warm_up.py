@@ -13,7 +13,7 @@ import structlog
 
 from kiln_common.pb import trainer_pb2
 from kiln_trainer.domain.training import StepReport, TrainedAdapter, TrainingTask
-from kiln_trainer.torch_backend.activation_memory import ActivationPlan
+from kiln_trainer.torch_backend.activation_memory import ActivationPlan, ActivationPlans
 from kiln_trainer.torch_backend.gpu_share import GpuShare
 from kiln_trainer.torch_backend.training_run import TrainingRun
 from kiln_trainer.torch_backend.weights import WeightSession
@@ -38,7 +38,7 @@ class _NoHooks:
         pass
 
 
-def warm_up(session: WeightSession, share: GpuShare) -> ActivationPlan | None:
+def warm_up(session: WeightSession, share: GpuShare, plans: ActivationPlans) -> ActivationPlan | None:
     """Train a throwaway adapter for one step and pack it; returns what its tokens took.
 
     A failure is logged, and left to the jobs.
@@ -48,7 +48,7 @@ def warm_up(session: WeightSession, share: GpuShare) -> ActivationPlan | None:
         with tempfile.TemporaryDirectory(prefix="kiln-warm-up-") as folder:
             task = TrainingTask("warm-up", _request(session.device.type == "cuda"), None, Path(folder), 0)
             with share.occupied():
-                training = TrainingRun(task, session, share)
+                training = TrainingRun(task, session, share, plans)
                 training.execute(_NoHooks())
                 training.trained().content.close()
     except Exception as error:

@@ -5,6 +5,8 @@ Weights are bf16 matrices or quantised ones, which are read as they are stored.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from kiln_nn.kernels.checks import check_shape
@@ -14,7 +16,16 @@ from kiln_nn.kernels.linear.choice import choose
 from kiln_nn.kernels.linear.config import LinearConfig, LinearKind
 from kiln_nn.kernels.quantised import QuantisedMatrix, Scheme
 
-__all__ = ["LinearConfig", "Weight", "invariant_config", "linear", "linear_partials", "linear_swiglu"]
+__all__ = [
+    "LinearConfig",
+    "Weight",
+    "invariant_config",
+    "invariant_config_of",
+    "linear",
+    "linear_beside",
+    "linear_partials",
+    "linear_swiglu",
+]
 
 Weight = torch.Tensor | QuantisedMatrix
 """A matrix `[O, I]`."""
@@ -25,6 +36,14 @@ def invariant_config(num_outputs: int, num_inputs: int, scheme: Scheme | None = 
     if scheme is not None:
         return choice_quantised.invariant_config(scheme, num_outputs, num_inputs)
     return choice.invariant_config(num_outputs, num_inputs)
+
+
+def invariant_config_of(w_OI: Weight) -> LinearConfig:
+    """The same for a weight at hand."""
+    num_outputs, num_inputs = w_OI.shape
+    return invariant_config(
+        num_outputs, num_inputs, w_OI.scheme if isinstance(w_OI, QuantisedMatrix) else None
+    )
 
 
 def linear(
@@ -61,6 +80,35 @@ def linear(
     from kiln_nn.kernels.linear import streaming
 
     return streaming.linear(x_TI, w_OI, tiling, out_dtype=out_dtype, out=out, shows_producers=shows_producers)
+
+
+def linear_beside(
+    x_TI: torch.Tensor, parts: Sequence[Weight], *, is_invariant: bool = False, shows_producers: bool = False
+) -> torch.Tensor:
+    """`x Wᵀ` of several weights in one tensor, side by side; see `linear`.
+
+    A few bf16 rows after a quantised matrix cost nothing with few tokens, unless tilings are to be
+    those of every number of tokens (`is_invariant`).
+
+    Returns: `[T, O]`, the sum of the parts' outputs.
+
+    Raises:
+        ShapeMismatch: the inputs of `x` and of a part differ.
+    """
+    for part in parts:
+        check_shape("x", x_TI, (None, part.shape[-1]))
+    if len(parts) == 2 and not is_invariant:
+        matrix, beside_BI = parts
+        if isinstance(matrix, QuantisedMatrix) and isinstance(beside_BI, torch.Tensor):
+            y_TO = quantised.linear_beside(x_TI, matrix, beside_BI, shows_producers=shows_producers)
+            if y_TO is not None:
+                return y_TO
+    widths = [part.shape[0] for part in parts]
+    y_TO = x_TI.new_empty((x_TI.shape[0], sum(widths)))
+    for part, out in zip(parts, y_TO.split(widths, dim=1), strict=True):
+        config = invariant_config_of(part) if is_invariant else None
+        linear(x_TI, part, out=out, config=config, shows_producers=shows_producers)
+    return y_TO
 
 
 def linear_swiglu(

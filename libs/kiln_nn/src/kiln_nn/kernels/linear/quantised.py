@@ -72,6 +72,29 @@ def linear_partials(
     return out_STO
 
 
+def linear_beside(
+    x_TI: torch.Tensor,
+    matrix: QuantisedMatrix,
+    beside_BI: torch.Tensor,
+    *,
+    shows_producers: bool = False,
+) -> torch.Tensor | None:
+    """As `kernels.linear.linear_beside`, where one kernel computes both; else None."""
+    tiling = _tiling(x_TI, matrix, None, LinearKind.PLAIN)
+    if tiling is None or not takes_triton(x_TI, beside_BI) or not takes_hopper(x_TI, matrix):
+        return None
+    from kiln_nn.kernels.linear.triton_hopper_beside import MOST_TOKENS_BESIDE
+
+    is_plain = beside_BI.dtype is torch.bfloat16 and beside_BI.stride(1) == 1
+    if not is_plain or x_TI.shape[0] > MOST_TOKENS_BESIDE:
+        return None
+    out_TO = x_TI.new_empty((x_TI.shape[0], matrix.shape[0] + beside_BI.shape[0]))
+    launch(
+        x_TI, matrix, out_TO, tiling, LinearKind.PLAIN, beside_BI=beside_BI, shows_producers=shows_producers
+    )
+    return out_TO
+
+
 def library_linear(
     x_TI: torch.Tensor,
     matrix: QuantisedMatrix,
@@ -154,19 +177,25 @@ def launch(
     config: LinearConfig,
     kind: LinearKind,
     *,
+    beside_BI: torch.Tensor | None = None,
     shows_producers: bool = False,
 ) -> None:
-    """Fill `out` by the own kernel of this device; only partial sums use the configuration's splits."""
+    """Fill `out` by the own kernel of this device; only partial sums use the configuration's splits.
+
+    Hopper's kernel also takes rows `beside_BI`.
+    """
     limit = device_limits(x_TI.device).shared_memory_bytes - _SCALES_BYTES
     tiling = fit(config, kind, limit, WEIGHT_BITS[matrix.scheme])
     if kind is not LinearKind.PARTIAL:
         tiling = replace(tiling, splits=1)
-    options = {"is_gated": kind is LinearKind.GATED, "shows_producers": shows_producers}
+    is_gated = kind is LinearKind.GATED
     if takes_hopper(x_TI, matrix):
         from kiln_nn.kernels.linear import triton_hopper_quantised
 
-        triton_hopper_quantised.launch(x_TI, matrix, out, tiling, **options)
+        triton_hopper_quantised.launch(
+            x_TI, matrix, out, tiling, beside_BI=beside_BI, is_gated=is_gated, shows_producers=shows_producers
+        )
     else:
         from kiln_nn.kernels.linear import triton_quantised
 
-        triton_quantised.launch(x_TI, matrix, out, tiling, **options)
+        triton_quantised.launch(x_TI, matrix, out, tiling, is_gated=is_gated, shows_producers=shows_producers)

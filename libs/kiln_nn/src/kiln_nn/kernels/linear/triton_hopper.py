@@ -39,6 +39,7 @@ from kiln_nn.kernels.linear.triton_hopper_parts import (
     X_COLUMNS,
     ask_for_weights,
     ask_for_x,
+    barrier,
     boxes,
     can_be_fetched,
     describe,
@@ -46,8 +47,6 @@ from kiln_nn.kernels.linear.triton_hopper_parts import (
     store,
     store_gated,
 )
-
-_barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier  # Triton 3.6, 3.7
 
 
 @gluon.jit
@@ -95,7 +94,7 @@ def _multiply(
         # Folded sums may not be in flight where the branch above moves them.
         acc = warpgroup_mma_wait(0 if FOLDED else SUBS, deps=[acc])
         # The block before is done with its slot, in all warps after the barrier.
-        _barrier()
+        barrier()
         later = block - 1 + STAGES
         slot = later % STAGES
         bar = bars.index(slot)
