@@ -96,6 +96,8 @@ def load_checkpoint(
         views = raw_views(entries, memory.writable_u8())
         model_hash = _fill(views, forms, stored, progress)
         del views  # the last writable view: sealing needs it gone
+        if target.type == "cuda":
+            torch.cuda.empty_cache()  # what quantising took: the pools are cut from what is free
         arena = finish(memory, entries, model_hash, config, target, boot_id)
     except BaseException:
         memory.close()
