@@ -113,6 +113,8 @@ def test_the_kernels_in_the_interpreter():
 @pytest.mark.parametrize("num_tokens", TOKENS)
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_linear(scheme, num_tokens, size, out_dtype, kernel):
+    if not INTERPRETED and out_dtype is torch.float32 and num_tokens not in (3, 300):
+        pytest.skip("only the end of the kernel differs")
     x, matrix = _draw(num_tokens, size[1]), _matrix(scheme, *size)
     out = kernel(x, matrix, _poisoned(num_tokens, size[0], dtype=out_dtype), LinearKind.PLAIN)
     assert relative_error(out, _product(scheme, *size, num_tokens)) < TOLERANCE[out_dtype]
