@@ -1,6 +1,4 @@
-"""Options that run the same tests on another engine."""
-
-from __future__ import annotations
+"""`--quantization int4` (or fp8) has every engine of the tests round its weights (see support/variants.py)."""
 
 import os
 
@@ -12,12 +10,13 @@ from tests.support.variants import SETTING
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--quantization",
-        choices=("none", "fp8", "int4"),
-        default=os.environ.get(SETTING, "none"),
-        help="round the weights of every engine under test",
+        choices=["fp8", "int4"],
+        help="run the engines of the tests on weights of this scheme",
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # Services that tests start read it as well.
-    os.environ[SETTING] = config.getoption("--quantization")
+    scheme = config.getoption("--quantization")
+    if scheme:
+        # Engines in this process and those started by it read their settings from here.
+        os.environ[SETTING] = scheme

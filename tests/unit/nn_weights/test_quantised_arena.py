@@ -92,6 +92,19 @@ def test_a_reader_sees_the_owners_matrices(folder, scheme, tmp_path):
     arena.close()
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("transport", ["vmm", "legacy"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_gpu_rounds_as_a_cpu_does(folder, scheme, transport):
+    expected = load_checkpoint(folder, dtype="bfloat16", quantization=scheme).arena.checksum()
+    before = torch.cuda.memory_reserved()
+    arena = load_checkpoint(folder, "cuda", quantization=scheme, transport=transport).arena
+    assert arena.checksum() == expected
+    assert torch.cuda.memory_reserved() <= before  # what rounding took was given back
+    arena.close()
+
+
 def test_inputs_that_are_no_whole_groups_stay_and_are_told(tmp_path):
     make_checkpoint(tmp_path, dtype=torch.bfloat16, **WHOLE_GROUPS | {"intermediate_size": 192})
     loaded = load_checkpoint(tmp_path, quantization="int4")
