@@ -129,5 +129,5 @@ def test_a_folder_in_use_and_a_quantised_model_are_refused(plain, tmp_path):
     quantise_checkpoint(plain, tmp_path / "out", "int4", "rtn")
     with pytest.raises(InvalidQuantization, match="is not empty"):
         quantise_checkpoint(plain, tmp_path / "out", "int4", "rtn")
-    with pytest.raises(InvalidQuantization, match="already, to int4"):
+    with pytest.raises(InvalidQuantization, match="is quantised already"):
         quantise_checkpoint(tmp_path / "out", tmp_path / "again", "fp8", "rtn")

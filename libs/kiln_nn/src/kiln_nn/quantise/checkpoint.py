@@ -15,12 +15,14 @@ from typing import Any, Literal
 
 import torch
 
+from kiln_nn.config import read_json
 from kiln_nn.errors import InvalidQuantization
 from kiln_nn.kernels.quantised import FP8, GROUP_INPUTS, QuantisedMatrix, Scheme, quantise_rtn
 from kiln_nn.quantise.calibration import Documents, calibrated_layers
 from kiln_nn.quantise.folder_writer import FolderWriter
 from kiln_nn.weights import LoadedModel, load_checkpoint
 from kiln_nn.weights.checkpoint_files import StoredTensor, scan_folder
+from kiln_nn.weights.formats import stored_format
 from kiln_nn.weights.formats.compressed_tensors import FORMAT_OF, quantization_config
 from kiln_nn.weights.names import EMBEDDING, HEAD, is_quantisable
 
@@ -56,10 +58,8 @@ def quantise_checkpoint(
         InvalidQuantization: the method does not go with the scheme, lacks text, or `out` is in use.
         Whatever `load_checkpoint` raises.
     """
-    _check(out, scheme, method, documents)
+    _check(folder, out, scheme, method, documents)
     loaded = load_checkpoint(folder, device)
-    if loaded.scheme is not None:
-        raise InvalidQuantization(f"{folder} is quantised already, to {loaded.scheme}")
     stored, _ = scan_folder(folder)
     writer = FolderWriter(out)
     views = loaded.arena.views()
@@ -83,7 +83,9 @@ def quantise_checkpoint(
     return QuantisedFolder(writer.num_bytes, len(quantised), modules)
 
 
-def _check(out: Path, scheme: Scheme, method: Method, documents: Documents) -> None:
+def _check(folder: Path, out: Path, scheme: Scheme, method: Method, documents: Documents) -> None:
+    if stored_format(read_json(folder / "config.json")) is not None:
+        raise InvalidQuantization(f"{folder} is quantised already")
     if out.exists() and any(out.iterdir()):
         raise InvalidQuantization(f"{out} is not empty")
     if method == "gptq" and scheme != "int4":
