@@ -75,25 +75,6 @@ class StoredMatrix:
         return self.format.read(self.name, dict(zip(self.format.parts, tensors, strict=True)))
 
 
-def stored_format(raw_config: Mapping[str, Any]) -> StoredFormat | None:
-    """The format that a config.json names; None where it names none.
-
-    Raises:
-        UnsupportedQuantization: a method or a variant that is not read here.
-    """
-    from kiln_nn.weights.formats import awq, compressed_tensors, gptq
-
-    text = raw_config.get("text_config") or {}
-    quantization = raw_config.get("quantization_config") or text.get("quantization_config")
-    if not quantization:
-        return None
-    readers = {"compressed-tensors": compressed_tensors, "gptq": gptq, "awq": awq}
-    method = quantization.get("quant_method")
-    if method not in readers:
-        raise UnsupportedQuantization(f"quant_method {method!r} is not one of {', '.join(readers)}")
-    return readers[method].from_config(quantization)
-
-
 def gather_matrices(stored: Mapping[str, StoredTensor], format: StoredFormat | None) -> dict[str, Stored]:
     """The checkpoint's tensors, the parts of each quantised matrix gathered under its weight's name.
 
