@@ -30,7 +30,7 @@ from kiln_nn.kernels.linear import LinearConfig, Weight, linear, linear_partials
 from kiln_nn.kernels.linear.choice_quantised import WEIGHT_BITS
 from kiln_nn.kernels.linear.config import LinearKind, weight_rows
 from kiln_nn.kernels.linear.quantised import library_linear
-from kiln_nn.kernels.quantised import QuantisedMatrix, Scheme, quantise_rtn
+from kiln_nn.kernels.quantised import FP8, QuantisedMatrix, Scheme, quantise_rtn
 from kiln_nn.kernels.rms_norm import add_rms_norm
 from kiln_nn.kernels.swiglu import swiglu
 
@@ -196,7 +196,13 @@ def _compile(tasks: list[tuple[Layer, int, Scheme, LinearConfig]]) -> None:
 
 @cache
 def _empty_matrix(scheme: Scheme, layer: Layer) -> QuantisedMatrix:
-    return quantise_rtn(torch.zeros(layer.outputs, layer.inputs, device="cuda").bfloat16(), scheme)
+    outputs, inputs = layer.outputs, layer.inputs
+    if scheme == "fp8":
+        bytes_OI = torch.zeros(outputs, inputs, dtype=torch.uint8, device="cuda")
+        return QuantisedMatrix(scheme, bytes_OI.view(FP8), torch.ones(outputs, 1, device="cuda"))
+    words = torch.zeros(outputs, inputs // 8, dtype=torch.int32, device="cuda")
+    scales = torch.ones(outputs, inputs // 128, dtype=torch.bfloat16, device="cuda")
+    return QuantisedMatrix(scheme, words, scales)
 
 
 def _compile_all(layers: Iterable[Layer], all_rows: Iterable[int]) -> None:

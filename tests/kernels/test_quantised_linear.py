@@ -144,6 +144,14 @@ def test_partial_sums(scheme, num_tokens, size, kernel):
 
 
 @on_triton
+def test_group_scales_in_float32(kernel):
+    x, matrix = _draw(3, ODD[1]), _matrix("int4", *ODD)
+    wide = QuantisedMatrix("int4", matrix.values, matrix.scales.float())
+    out = kernel(x, wide, _poisoned(3, ODD[0], dtype=torch.float32), LinearKind.PLAIN)
+    assert relative_error(out, _product("int4", *ODD, 3)) < TOLERANCE[torch.float32]
+
+
+@on_triton
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_rows_that_lie_apart(scheme, kernel):
     num_rows, num_inputs = ODD[0] - 10, ODD[1]
@@ -285,7 +293,9 @@ def test_every_choice_fits_its_gpu(scheme, size, kind, is_hopper):
         config = choose(scheme, num_tokens, *size, kind, is_hopper=is_hopper)
         if config is None:
             continue
-        limit = LIMITS[is_hopper] - _quantised()._SCALES_BYTES
+        limit = _quantised().ring_limit(
+            quantise_rtn(torch.ones(1, 128).bfloat16(), scheme), LIMITS[is_hopper]
+        )
         assert config.inputs % 128 == 0
         assert fit(config, kind, limit, WEIGHT_BITS[scheme]) == config
         assert kind is LinearKind.PARTIAL or config.splits == 1
@@ -316,7 +326,14 @@ def test_they_compile_for_every_supported_gpu(capability):
 
 
 def _hopper_shared_memory(
-    scheme: str, config: LinearConfig, num_tokens: int, size, kind: LinearKind, num_beside: int = 0
+    scheme: str,
+    config: LinearConfig,
+    num_tokens: int,
+    size: tuple[int, int],
+    kind: LinearKind,
+    *,
+    num_beside: int = 0,
+    scales: str = "*bf16",
 ) -> int:
     """Compile Hopper's kernel for a configuration; the bytes of shared memory of a program."""
     import triton
@@ -337,7 +354,7 @@ def _hopper_shared_memory(
         "rest_desc": f"tensordesc<{kind_of_word}[{rest or box}, {columns}],{stored!r}>",
         "x_desc": f"tensordesc<bf16[{x_box}, 64],{whole!r}>",
         "x_rest_desc": f"tensordesc<bf16[{x_rest or x_box}, 64],{whole!r}>",
-        "scales_ptr": "*bf16" if is_four_bits else "*fp32",
+        "scales_ptr": scales if is_four_bits else "*fp32",
         "out_ptr": "*fp32",
         "x_ptr": "*bf16",
         "beside_ptr": "*bf16",
@@ -366,5 +383,6 @@ def test_the_kernel_for_hopper_compiles(scheme, size, kind):
         config = choose(scheme, num_tokens, *size, kind, is_hopper=True)
         if config is not None:
             assert _hopper_shared_memory(scheme, config, num_tokens, size, kind) <= SHARED_MEMORY_LIMIT[90]
-    config, num_beside = invariant_config(*size, scheme), 64 if kind is LinearKind.PLAIN else 0
-    assert _hopper_shared_memory(scheme, config, 1, size, kind, num_beside) <= SHARED_MEMORY_LIMIT[90]
+    config = invariant_config(*size, scheme)
+    others = {"num_beside": 64 if kind is LinearKind.PLAIN else 0, "scales": "*fp32"}
+    assert _hopper_shared_memory(scheme, config, 1, size, kind, **others) <= SHARED_MEMORY_LIMIT[90]

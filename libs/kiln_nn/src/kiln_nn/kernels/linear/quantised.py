@@ -20,7 +20,8 @@ from kiln_nn.kernels.linear.config import LinearConfig, LinearKind, fit
 from kiln_nn.kernels.quantised import QuantisedMatrix
 from kiln_nn.kernels.swiglu import swiglu
 
-_SCALES_BYTES = 36 * 1024  # of a program's groups, at most 128 of 128 rows, beside its ring
+_MOST_GROUP_SCALES = 128 * 128  # of a program's rows and groups, beside its ring
+_BARRIERS_BYTES = 1024
 
 
 def linear(
@@ -170,6 +171,12 @@ def takes_hopper(x_TI: torch.Tensor, matrix: QuantisedMatrix) -> bool:
     return triton_hopper_quantised.takes(x_TI, matrix)
 
 
+def ring_limit(matrix: QuantisedMatrix, shared_memory_bytes: int) -> int:
+    """What a program's ring may take of the memory that it shares."""
+    num_scales = _MOST_GROUP_SCALES if matrix.scheme == "int4" else 0
+    return shared_memory_bytes - num_scales * matrix.scales.element_size() - _BARRIERS_BYTES
+
+
 def launch(
     x_TI: torch.Tensor,
     matrix: QuantisedMatrix,
@@ -184,7 +191,7 @@ def launch(
 
     Hopper's kernel also takes rows `beside_BI`.
     """
-    limit = device_limits(x_TI.device).shared_memory_bytes - _SCALES_BYTES
+    limit = ring_limit(matrix, device_limits(x_TI.device).shared_memory_bytes)
     tiling = fit(config, kind, limit, WEIGHT_BITS[matrix.scheme])
     if kind is not LinearKind.PARTIAL:
         tiling = replace(tiling, splits=1)
