@@ -157,7 +157,7 @@ def main() -> None:
         with quantised_model(options.model, way, options.device, calibration) as loaded:
             quality = compare(exact, loaded, texts)
             weights_mib = loaded.manifest.nbytes / 2**20
-        figures: dict[str, object] = {field: f"{value:.4g}" for field, value in asdict(quality).items()}
+        figures: dict[str, object] = {field: f"{value:.5g}" for field, value in asdict(quality).items()}
         figures |= {"num_tokens": quality.num_tokens, "weights_mib": round(weights_mib, 1)}
         if way == "gptq":
             figures["num_calibration_tokens"] = sum(map(len, calibration))
