@@ -1,7 +1,9 @@
 """Rounding that makes up for its errors, on inputs whose statistics are known."""
 
+import pytest
 import torch
 
+from kiln_nn.errors import InvalidQuantization
 from kiln_nn.kernels.quantised import quantise_rtn
 from kiln_nn.quantise import Curvature, gptq
 
@@ -72,3 +74,12 @@ def test_inputs_that_never_occur_still_get_sensible_weights():
     moved = (matrix.dequantise(torch.float32) - exact)[:, 7].abs()
     beyond_the_range = (exact[:, 7].abs() - 7 * scale_O).clamp_min(0)
     assert (moved <= 0.51 * scale_O + beyond_the_range).all()
+
+
+def test_inputs_that_are_not_finite_are_refused():
+    x = correlated_inputs(300)
+    x[3, 5] = torch.inf
+    curvature = Curvature()
+    curvature.add(x)
+    with pytest.raises(InvalidQuantization, match="no usable statistics"):
+        curvature.inverse_factor()

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import torch
 
+from kiln_nn.errors import InvalidQuantization
 from kiln_nn.kernels.quantised import GROUP_INPUTS, QuantisedMatrix
 from kiln_nn.kernels.quantised.matrix import pack_int4
 
@@ -39,13 +40,22 @@ class Curvature:
     def inverse_factor(self, damping: float = 0.01) -> torch.Tensor:
         """Upper triangular U `[I, I]` with `U^T U = (H + damping * mean(diag H))^-1`.
 
-        Damping keeps inputs that the text hardly used from being paid for with everything else.
+        Damping keeps inputs that the text hardly used from being paid for with everything else; where
+        float32 cannot invert the sum, there is more of it.
+
+        Raises:
+            InvalidQuantization: that does not help, as with activations that are not finite.
         """
         assert self._sum_II is not None, "nothing was counted"
         diagonal = self._sum_II.diagonal()
-        damped = self._sum_II + torch.diag_embed((damping * diagonal.mean() + 1e-12).expand_as(diagonal))
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-        return torch.linalg.cholesky(inverse, upper=True)
+        for more in (1, 10, 100):
+            added = (more * damping * diagonal.mean() + 1e-12).expand_as(diagonal)
+            try:
+                factor = torch.linalg.cholesky(self._sum_II + torch.diag_embed(added))
+                return torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True)
+            except torch.linalg.LinAlgError:
+                continue
+        raise InvalidQuantization("the inputs of a layer on the calibration text have no usable statistics")
 
 
 def gptq(weight_OI: torch.Tensor, inverse_factor_II: torch.Tensor) -> QuantisedMatrix:
