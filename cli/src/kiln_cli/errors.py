@@ -129,3 +129,10 @@ class QuantizingFailed(InvalidRequest):
     def __init__(self, code: str, message: str, hint: str) -> None:
         super().__init__(message, hint=hint)
         self.code = code
+
+
+class TooManyTrainers(InvalidRequest):
+    """`--trainers` asks for more trainers than there are engines whose weights they could share."""
+
+    code = "too_many_trainers"
+    hint = "Start more engines, or fewer trainers; with KILN_TRAINER_DEVICE set there can be one."

@@ -26,7 +26,10 @@ BaseAdapter = Annotated[
     ),
 ]
 LearningRate = Annotated[
-    float | None, typer.Option("--learning-rate", "--lr", help="Highest of the schedule.", show_default=False)
+    float | None,
+    typer.Option(
+        "--learning-rate", "--lr", help="The highest that the schedule comes to.", show_default=False
+    ),
 ]
 Epochs = Annotated[int | None, typer.Option(help="Times through the data.", min=1, show_default=False)]
 Rank = Annotated[int | None, typer.Option(help="Rank of the LoRA.", min=1, show_default=False)]

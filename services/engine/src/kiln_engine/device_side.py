@@ -152,7 +152,6 @@ def load_device_side(settings: EngineSettings) -> EngineParts:
         max_adapter_rank=memory.max_adapter_rank,
         max_running=limits.num_most_running,
         adapter_socket_path=str(inbox.socket_path),
-        memory=_memory_parts(model.manifest.nbytes, memory, device),
     )
     runner = TorchRunner(model.config, views, memory, is_batch_invariant=settings.batch_invariant)
     if has_graphs:
@@ -171,22 +170,14 @@ def _device_memory(device: torch.device, model: LoadedModel, memory: MemoryPlan)
         "workspace": memory.workspace_bytes,
     }
     if device.type == "cpu":
-        return DeviceMemory(parts)
+        return DeviceMemory(parts, _machine_memory)
     return DeviceMemory(parts, partial(torch.cuda.mem_get_info, device))
 
 
-def _memory_parts(weights_bytes: int, memory: MemoryPlan, device: torch.device) -> engine_pb2.MemoryParts:
-    is_cpu = device.type == "cpu"
-    return engine_pb2.MemoryParts(
-        num_weights_bytes=weights_bytes,
-        num_kv_bytes=memory.kv_bytes,
-        num_state_bytes=memory.state_bytes,
-        num_adapter_bytes=memory.adapter_bytes,
-        num_workspace_bytes=memory.workspace_bytes + memory.page_table_bytes,
-        num_device_bytes=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        if is_cpu
-        else torch.cuda.mem_get_info(device)[1],
-    )
+def _machine_memory() -> tuple[int, int]:
+    """Free and total bytes of this machine."""
+    page_bytes = os.sysconf("SC_PAGE_SIZE")
+    return os.sysconf("SC_AVPHYS_PAGES") * page_bytes, os.sysconf("SC_PHYS_PAGES") * page_bytes
 
 
 def _grammars(folder: Path, info: engine_pb2.EngineInfo, time_limit_s: float) -> ThreadedCompiler | None:

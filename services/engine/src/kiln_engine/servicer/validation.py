@@ -51,6 +51,7 @@ def parse_request(
         _check(
             message.sampling.max_tokens == 0, "max_tokens", message.sampling.max_tokens, "0 for an embedding"
         )
+    resumed = _parse_resumed(message, limits)
     num_top = message.num_prompt_logprobs
     _check(0 <= num_top <= MAX_TOP_LOGPROBS, "num_prompt_logprobs", num_top, f"0 to {MAX_TOP_LOGPROBS}")
     timeout_s = message.timeout_s
@@ -59,6 +60,7 @@ def parse_request(
         request_id=message.request_id,
         prompt_token_ids=prompt,
         sampling=_parse_sampling(message.sampling, limits, least_tokens=0 if is_read_out else 1),
+        resumed_token_ids=resumed,
         adapters=tuple(parse_adapter_use(adapter) for adapter in message.adapters),
         num_stable_prefix_tokens=message.num_stable_prefix_tokens,
         num_shared_prefix_tokens=message.num_shared_prefix_tokens,
@@ -126,6 +128,22 @@ def _check_prompt(prompt: tuple[int, ...], limits: RequestLimits) -> None:
     if len(prompt) >= limits.max_num_tokens:
         raise PromptTooLong(len(prompt), limits.max_num_tokens - 1)
     _check_ids(prompt, "prompt_token_ids", limits.vocab_size)
+
+
+def _parse_resumed(message: engine_pb2.GenerateRequest, limits: RequestLimits) -> tuple[int, ...]:
+    """The beginning of an answer that another engine handed back; it must leave a token to draw."""
+    resumed = tuple(message.resumed_token_ids)
+    if not resumed:
+        return ()
+    _check_ids(resumed, "resumed_token_ids", limits.vocab_size)
+    num_left = limits.max_num_tokens - len(message.prompt_token_ids)
+    most = min(message.sampling.max_tokens, num_left) - 1
+    _check(len(resumed) <= most, "resumed_token_ids", f"{len(resumed)} tokens long", f"at most {most}")
+    is_read_out = message.HasField("num_prompt_logprobs")
+    _check(
+        not is_read_out, "num_prompt_logprobs", message.num_prompt_logprobs, "left out of a resumed answer"
+    )
+    return resumed
 
 
 def _parse_sampling(

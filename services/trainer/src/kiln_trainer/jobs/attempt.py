@@ -28,6 +28,7 @@ from kiln_trainer.jobs.published import VERSION_DELETED, take_back, with_version
 from kiln_trainer.jobs.records import data_sha256
 from kiln_trainer.jobs.student import EngineStudent
 from kiln_trainer.jobs.totals import TrainerTotals
+from kiln_trainer.jobs.version_metrics import version_metrics
 
 log = structlog.get_logger()
 T = TypeVar("T")
@@ -273,7 +274,7 @@ class Attempt:
             publish_key=claim.job_id,
             claim_epoch=claim.claim_epoch,
             attach=request.config.attach,
-            metrics_json=json.dumps(dict(trained.metrics)),
+            metrics_json=version_metrics(request, trained.metrics),
             data_sha256=data_sha256(request),
             owner=request.owner,
         )
