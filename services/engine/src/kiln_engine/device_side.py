@@ -27,7 +27,6 @@ from kiln_engine.model.small_head import make_small_head
 from kiln_engine.scheduling import SchedulerLimits
 from kiln_engine.settings import EngineSettings
 from kiln_nn.blocks import head_weight
-from kiln_nn.config import ModelConfig
 from kiln_nn.errors import KilnNnError
 from kiln_nn.kernels.dispatch import why_no_kernels
 from kiln_nn.lora import adapter_table
@@ -112,6 +111,7 @@ def load_device_side(settings: EngineSettings) -> EngineParts:
             folder,
             device,
             settings.dtype,
+            quantization=settings.quantization,
             transport=_gpu_transport(settings.weight_transport, device),
             boot_id=boot_id,
             progress=_LoadProgress(folder.name),
@@ -126,7 +126,7 @@ def load_device_side(settings: EngineSettings) -> EngineParts:
     dtype = views["model.embed_tokens.weight"].dtype
     if settings.batch_invariant:
         check_batch_invariant(device, dtype, settings.page_tokens)
-    request = _memory_request(settings, model.config, device)
+    request = _memory_request(settings, model, device)
     free_bytes = _free_bytes(device, settings.gpu_memory_fraction, weights_bytes)
     memory = plan_memory(model.config, request, dtype, free_bytes)
     try:
@@ -254,9 +254,9 @@ def _gpu_transport(choice: Literal["auto", "vmm", "legacy"], device: torch.devic
     return "legacy"
 
 
-def _memory_request(settings: EngineSettings, config: ModelConfig, device: torch.device) -> MemoryRequest:
+def _memory_request(settings: EngineSettings, model: LoadedModel, device: torch.device) -> MemoryRequest:
     is_cpu = device.type == "cpu"
-    longest = config.max_position_embeddings
+    longest = model.config.max_position_embeddings
     return MemoryRequest(
         page_tokens=settings.page_tokens,
         max_model_len=min(settings.max_model_len or longest, longest),
@@ -270,6 +270,7 @@ def _memory_request(settings: EngineSettings, config: ModelConfig, device: torch
         state_dtype=torch.bfloat16 if settings.state_dtype == "bfloat16" else torch.float32,
         kv_dtype=torch.float8_e4m3fn if settings.kv_dtype == "fp8" else None,
         has_kernels=_has_kernels(device),
+        has_quantised_weights=model.scheme is not None,
     )
 
 
@@ -359,9 +360,13 @@ def _log_plan(
     dtype: torch.dtype,
     graph_sizes: list[int],
 ) -> None:
+    if model.unquantised_layers:
+        layers = model.unquantised_layers
+        log.warning("layers_not_quantised", scheme=model.scheme, count=len(layers), first=layers[0])
     log.info(
         "memory_plan",
         weights_mib=model.manifest.nbytes >> 20,
+        weights_scheme=model.scheme or "none",
         weights_transport=model.manifest.transport,
         weights_dtype=str(dtype).removeprefix("torch."),
         kv_mib=memory.kv_bytes >> 20,
