@@ -210,7 +210,7 @@ def _compile_all(layers: Iterable[Layer], all_rows: Iterable[int]) -> None:
         (layer, num_rows, scheme, config)
         for layer in layers
         if layer.name != "qkv_proj"  # compiled as in_proj is
-        for num_rows in _rows_of(layer, all_rows)
+        for num_rows in sorted({max(8, rows) for rows in _rows_of(layer, all_rows)})  # fewer run the same
         for scheme in SCHEMES
         for config in _candidates(scheme, layer, num_rows)
     ]
