@@ -91,13 +91,14 @@ class Scheduler:
         Raises:
             DuplicateRequestId: a request of this id is alive.
             EmptyPrompt, PromptTooLong: it could never produce a token.
+            GrammarFailed: what it resumes does not follow its grammar.
         """
         if request.request_id in self._by_request_id:
             raise DuplicateRequestId(request.request_id)
         if not request.prompt_token_ids:
             raise EmptyPrompt("the prompt has no tokens")
-        if len(request.prompt_token_ids) >= self.limits.max_num_tokens:
-            raise PromptTooLong(len(request.prompt_token_ids), self.limits.max_num_tokens - 1)
+        if request.num_known_tokens >= self.limits.max_num_tokens:
+            raise PromptTooLong(request.num_known_tokens, self.limits.max_num_tokens - 1)
         namespace = Namespace(request.adapters, request.cache_salt)
         cacheable = request.prompt_token_ids if request.uses_prefix_cache else ()
         sequence = Sequence(
@@ -106,7 +107,7 @@ class Scheduler:
             adapter_slots=adapter_slots,
             namespace=namespace,
             page_hashes=hash_pages(namespace, cacheable, self.limits.page_tokens),
-            tokens=list(request.prompt_token_ids),
+            tokens=list(request.known_token_ids),
             is_redecoded=self.limits.fixed_chunk_tokens > 0,
             constraint=start_constraint(request, stop_ids(request.sampling, self._eos_token_ids)),
         )
@@ -313,10 +314,10 @@ class Scheduler:
             sequence.optional_checkpoints = list(checkpoints.optional)
         self.counters.num_tokens_lost_for_want_of_checkpoint += num_matched - num_hit
         if sequence.num_cached_tokens is None:
-            sequence.num_cached_tokens = num_hit
+            sequence.num_cached_tokens = min(num_hit, sequence.num_prompt_tokens)
             sequence.first_scheduled_s = now
             self.counters.num_prompt_tokens += sequence.num_prompt_tokens
-            self.counters.num_cached_tokens += num_hit
+            self.counters.num_cached_tokens += sequence.num_cached_tokens
         return True
 
     def _land(self, sequence_id: int, num_computed: int = 0) -> Sequence:
@@ -334,7 +335,7 @@ class Scheduler:
                 sequence.constraint.advance(row.token_id)
             except KilnError as error:
                 return self._fail(sequence, error)
-        is_first = sequence.num_outputs == 0
+        is_first = len(sequence.tokens) == sequence.request.num_known_tokens
         sequence.tokens.append(row.token_id)
         self.counters.num_generated_tokens += 1
         request = sequence.request
@@ -354,7 +355,9 @@ class Scheduler:
             return self._fail(sequence, NonFiniteLogits(sequence.num_computed))
         sequence.num_read_out = max(sequence.num_read_out, sequence.num_computed)
         request = sequence.request
-        event = SequenceEvent(request.request_id, readout=readout)
+        event = SequenceEvent(
+            request.request_id, readout=readout, packs_readout=request.packs_prompt_logprobs
+        )
         if request.sampling.max_tokens or sequence.num_computed < sequence.num_prompt_tokens:
             return event
         self._end(sequence)
