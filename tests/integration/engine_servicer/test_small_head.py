@@ -34,7 +34,7 @@ async def test_few_rows_read_the_rounded_head_and_many_the_whole(scheme, tmp_pat
     assert torch.allclose(linears.head(x[:-1]), x[:-1] @ rounded.dequantise(torch.float32).t(), atol=1e-5)
     assert not torch.allclose(linears.head(x[:-1]), x[:-1] @ whole.t(), atol=1e-3)
     arena_bytes = parts.weights.num_bytes
-    assert parts.info.memory.num_weights_bytes == arena_bytes + rounded.nbytes
+    assert parts.memory.parts["weights"] == arena_bytes + rounded.nbytes
     async with running_engine(parts, tmp_path) as (_, client):
         outputs = await collect(client, generate_request("r", range(10, 20), max_tokens=4))
         assert outputs[-1].error.code == ""
