@@ -69,8 +69,13 @@ def _candidates(scheme: Scheme, layer: Layer, num_rows: int) -> list[LinearConfi
     """Tiles to try: rows of a program, warps, inputs of a slot and kilobytes of its ring."""
     if num_rows <= 16:
         inputs = 256 if scheme == "int4" else 128
-        shapes = [(64, 4, inputs, 48), (64, 4, inputs, 72), (64, 4, inputs, 108)]
-        shapes += [(128, 4, inputs, 108), (96, 8, inputs, 108), (128, 8, inputs, 108)]
+        shapes = [
+            (64, 4, inputs, 72),
+            (64, 4, inputs, 108),
+            (64, 4, 2 * inputs, 72),
+            (64, 4, 2 * inputs, 108),
+        ]
+        shapes += [(128, 4, inputs, 108), (128, 8, inputs, 108)]
     elif num_rows <= 128:
         shapes = [
             (64, 4, 128, 96),

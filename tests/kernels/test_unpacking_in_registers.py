@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import re
 import struct
-from pathlib import Path
 
 import pytest
 import torch
 
-import kiln_nn.kernels.linear
+from kiln_nn.kernels.quantised.matrix import pack_int4
 
-SOURCE = Path(kiln_nn.kernels.linear.__file__).with_name("triton_hopper_unpack.py").read_text()
-FOUR_BITS, FOUR_BITS_SCALED, EIGHT_BITS = re.findall(r'"""\{\n(.*?)\}"""', SOURCE, re.DOTALL)
+unpack = pytest.importorskip("kiln_nn.kernels.linear.triton_hopper_unpack")
 
 
 def _to_float(bits: int) -> float:
@@ -51,7 +49,7 @@ OPERATIONS = {
     "cvt.u32.u16": lambda a: a,
     "mov.b32": lambda a: a,
     "prmt.b32": _prmt,
-    "mul.lo.u32": lambda a, b: a * b & 0xFFFFFFFF,
+    "shr.u32": lambda a, places: a >> places,
     "and.b32": lambda a, b: a & b,
     "lop3.b32": _lop3,
     "sub.rn.bf16x2": _pairwise(lambda a, b: a - b),
@@ -59,38 +57,41 @@ OPERATIONS = {
 }
 
 
-def _run(code: str, **inputs: int) -> tuple[float, float]:
-    """The two bf16 results of a piece of PTX; `$2` and on are `inputs` in their order."""
-    registers = {f"${place}": value for place, value in enumerate(inputs.values(), 2)}
+def _run(code, num_outputs: int, *inputs: int) -> list[float]:
+    """The bf16 results of a piece of PTX whose inputs are numbered after its outputs."""
+    registers = {f"${place}": value for place, value in enumerate(inputs, num_outputs)}
 
     def read(operand: str) -> int:
-        if "+" in operand:
-            low, high = (read(part) for part in operand.split("+"))
-            return low | high << 16
         return registers[operand] if operand in registers else int(operand, 0)
 
-    for line in code.strip().splitlines():
+    for line in code.value.strip("{}\n").splitlines():
         operation, operands = line.strip().rstrip(";").split(None, 1)
         if operation == ".reg":
             continue
         # A pair in braces is one operand.
-        pairs = re.sub(r"\{(\S+), (\S+)\}", r"\1+\2", operands)
-        target, *sources = pairs.split(", ")
+        target, *sources = re.sub(r"\{(\S+), (\S+)\}", r"\1+\2", operands).split(", ")
         result = OPERATIONS[operation](*map(read, sources))
         places = target.split("+")
         registers |= dict(zip(places, _halves(result) if len(places) == 2 else [result], strict=True))
-    return _to_float(registers["$0"]), _to_float(registers["$1"])
+    results = [registers[f"${place}"] for place in range(num_outputs)]
+    if num_outputs == 8:
+        return [_to_float(half) for value in results for half in _halves(value)]
+    return [_to_float(value) for value in results]
 
 
-@pytest.mark.parametrize("thread", range(4))
-def test_a_thread_takes_its_two_numbers_of_a_word(thread):
-    for byte in range(256):
-        word = 0x5A_C3_0F_96 & ~(0xFF << 8 * thread) | byte << 8 * thread
-        expected = (float((byte & 15) - 8), float((byte >> 4) - 8))
-        assert _run(FOUR_BITS, word=word, choice=thread | 0x4440) == expected
-        scale = _to_bf16(0.0123)
-        scaled = tuple(_to_float(_to_bf16(number * _to_float(scale))) for number in expected)
-        assert _run(FOUR_BITS_SCALED, word=word, choice=thread | 0x4440, scale=scale) == scaled
+def test_two_words_become_eight_pairs_of_neighbours():
+    generator = torch.Generator().manual_seed(0)
+    scale = _to_bf16(0.0123)
+    for _ in range(20):
+        numbers = torch.randint(-8, 8, (1, 64), generator=generator)
+        words = [word & 0xFFFFFFFF for word in pack_int4(numbers)[0].tolist()]
+        for thread in range(4):
+            # Of every eight inputs the two that a thread of a product multiplies.
+            expected = numbers.view(8, 4, 2)[:, thread].flatten().tolist()
+            pair = words[2 * thread : 2 * thread + 2]
+            assert _run(unpack.FOUR_BITS, 8, *pair) == expected
+            scaled = [_to_float(_to_bf16(number * _to_float(scale))) for number in expected]
+            assert _run(unpack.FOUR_BITS_SCALED, 8, *pair, scale | scale << 16) == scaled
 
 
 def test_every_number_of_eight_bits():
@@ -98,4 +99,4 @@ def test_every_number_of_eight_bits():
     for first, value in enumerate(values):
         second = (first * 37 + 11) % 256
         if first & 127 != 127 and second & 127 != 127:  # what E4M3 has for NaN
-            assert _run(EIGHT_BITS, pair=first | second << 8) == (value, values[second])
+            assert _run(unpack.EIGHT_BITS, 2, first | second << 8) == [value, values[second]]

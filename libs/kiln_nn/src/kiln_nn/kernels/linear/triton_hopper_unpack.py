@@ -1,8 +1,9 @@
 """Quantised weights from Hopper's shared memory into the registers of a product, and the sums over them.
 
-Warps read a box into the places that the left operand of warp-group products has in registers: a thread
-has two neighbours of every eight inputs of a row. Four bits become bf16 by setting them under the exponent of 128 and subtracting 136, E4M3
-by moving its bits into place and multiplying by 2^120: both exact.
+Warps read a box into the places that the left operand of warp-group products has in registers: a
+thread has two neighbours of every eight inputs of a row. Four bits become bf16 by setting them under
+the exponent of 128 and subtracting 136, E4M3 by moving its bits into place and multiplying by 2^120:
+both exact.
 """
 
 from __future__ import annotations
@@ -14,123 +15,94 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 from kiln_nn.kernels.linear.triton_hopper_parts import ask_for_weights, ask_for_x, barrier
 
 
+def _numbers_of_a_place(out: int) -> str:
+    """Instructions: of the words' halves in `low` and `high`, place `out` as a pair of bf16."""
+    half, shift = ("low", "high")[out // 4], 4 * (out % 4)
+    source = "moved" if shift else half
+    moving = f"shr.u32 moved, {half}, {shift};\n" if shift else ""
+    return (
+        f"{moving}lop3.b32 ${out}, {source}, 0x000F000F, 0x43004300, 0xEA;\n"
+        f"sub.rn.bf16x2 ${out}, ${out}, least;\n"
+    )
+
+
+# Two neighbouring words, $8 and $9, as eight pairs of neighbouring inputs; $10 is the row's scale, twice.
+_BEGIN = """.reg .b32 low, high, moved, least;
+prmt.b32 low, $8, $9, 0x5410;
+prmt.b32 high, $8, $9, 0x7632;
+mov.b32 least, 0x43084308;
+"""
+_PLACES = "".join(map(_numbers_of_a_place, range(8)))
+_SCALING = "".join(f"mul.rn.bf16x2 ${out}, ${out}, $10;\n" for out in range(8))
+FOUR_BITS = gl.constexpr("{\n" + _BEGIN + _PLACES + "}")
+FOUR_BITS_SCALED = gl.constexpr("{\n" + _BEGIN + _PLACES + _SCALING + "}")
+_OUTPUTS = gl.constexpr("=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r")
+_OUTPUTS_SCALED = gl.constexpr("=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r")
+_PAIRS = gl.constexpr((gl.bfloat16,) * 8)
+
+# $2 is a pair of neighbours.
+EIGHT_BITS = gl.constexpr(
+    """{
+.reg .b32 bytes, pair, scale;
+cvt.u32.u16 bytes, $2;
+prmt.b32 bytes, bytes, 0, 0x1404;
+shr.u32 pair, bytes, 4;
+and.b32 pair, pair, 0x07F007F0;
+lop3.b32 pair, bytes, 0x80008000, pair, 0xEA;
+mov.b32 scale, 0x7B807B80;
+mul.rn.bf16x2 pair, pair, scale;
+mov.b32 {$0, $1}, pair;
+}"""
+)
+
+
 @gluon.jit
-def _halves(low, high):
-    """Pairs of neighbours as two tensors `[ROWS, 64]`: the first and the last inputs of a box."""
-    ROWS: gl.constexpr = low.shape[0]
-    inputs = gl.join(low, high).reshape([ROWS, 2, 64])
-    return gl.permute(inputs, (0, 2, 1)).split()
+def _in_order(p0, p1, p2, p3, p4, p5, p6, p7):
+    """Numbers by their place in a word, each `[ROWS, 16]`, as two tensors `[ROWS, 64]` by input."""
+    ROWS: gl.constexpr = p0.shape[0]
+    lower = gl.join(gl.join(p0, p1), gl.join(p2, p3))
+    upper = gl.join(gl.join(p4, p5), gl.join(p6, p7))
+    # Of every 64 inputs number 8 i + w is at place i of word w.
+    places = gl.join(lower, upper).reshape([ROWS, 2, 8, 2, 2, 2])
+    first, last = gl.permute(places, (0, 5, 4, 3, 2, 1)).split()
+    return first.reshape([ROWS, 64]), last.reshape([ROWS, 64])
 
 
 @gluon.jit
 def four_bits(tile, PLACES: gl.constexpr):
-    """bf16 of the numbers in a tile of words, `[ROWS, 16]`, as two tensors `[ROWS, 64]`.
-
-    A thread has two neighbouring words of every eight: of each place in them two neighbouring inputs.
-    """
+    """bf16 of the numbers in a tile of words, `[ROWS, 16]`: the first and the last 64 inputs of a box."""
     words = tile.load(PLACES)
     p0, p1, p2, p3, p4, p5, p6, p7 = gl.inline_asm_elementwise(
-        """{
-        .reg .b32 low, high, moved, least;
-        prmt.b32 low, $8, $9, 0x5410;
-        prmt.b32 high, $8, $9, 0x7632;
-        mov.b32 least, 0x43084308;
-        lop3.b32 $0, low, 0x000F000F, 0x43004300, 0xEA;
-        shr.u32 moved, low, 4;
-        lop3.b32 $1, moved, 0x000F000F, 0x43004300, 0xEA;
-        shr.u32 moved, low, 8;
-        lop3.b32 $2, moved, 0x000F000F, 0x43004300, 0xEA;
-        shr.u32 moved, low, 12;
-        lop3.b32 $3, moved, 0x000F000F, 0x43004300, 0xEA;
-        lop3.b32 $4, high, 0x000F000F, 0x43004300, 0xEA;
-        shr.u32 moved, high, 4;
-        lop3.b32 $5, moved, 0x000F000F, 0x43004300, 0xEA;
-        shr.u32 moved, high, 8;
-        lop3.b32 $6, moved, 0x000F000F, 0x43004300, 0xEA;
-        shr.u32 moved, high, 12;
-        lop3.b32 $7, moved, 0x000F000F, 0x43004300, 0xEA;
-        sub.rn.bf16x2 $0, $0, least;
-        sub.rn.bf16x2 $1, $1, least;
-        sub.rn.bf16x2 $2, $2, least;
-        sub.rn.bf16x2 $3, $3, least;
-        sub.rn.bf16x2 $4, $4, least;
-        sub.rn.bf16x2 $5, $5, least;
-        sub.rn.bf16x2 $6, $6, least;
-        sub.rn.bf16x2 $7, $7, least;
-        }""",
-        "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r",
-        [words],
-        dtype=(
-            gl.bfloat16,
-            gl.bfloat16,
-            gl.bfloat16,
-            gl.bfloat16,
-            gl.bfloat16,
-            gl.bfloat16,
-            gl.bfloat16,
-            gl.bfloat16,
-        ),
-        is_pure=True,
-        pack=2,
+        FOUR_BITS, _OUTPUTS, [words], dtype=_PAIRS, is_pure=True, pack=2
     )
-    lower = gl.join(gl.join(p0, p1), gl.join(p2, p3))
-    upper = gl.join(gl.join(p4, p5), gl.join(p6, p7))
-    # [ROWS, 2, 8, places]: of every 64 inputs number 8 i + w is at place i of word w.
-    places = gl.join(lower, upper).reshape([tile.shape[0], 2, 8, 2, 2, 2])
-    first, last = gl.permute(places, (0, 5, 4, 3, 2, 1)).split()
-    return first.reshape([tile.shape[0], 64]), last.reshape([tile.shape[0], 64])
+    return _in_order(p0, p1, p2, p3, p4, p5, p6, p7)
 
 
 @gluon.jit
 def four_bits_scaled(tile, scales, PLACES: gl.constexpr):
     """The same times the rows' scales, `[ROWS, 1]` in shared memory, rounded to bf16."""
-    words = tile.load(gl.SliceLayout(2, PLACES))
-    thread = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, PLACES)))[None, None, :]
-    scale = scales.load(gl.SliceLayout(2, PLACES)).to(gl.bfloat16)
-    low, high = gl.inline_asm_elementwise(
-        """{
-        .reg .b32 pair, least, scale;
-        prmt.b32 pair, $2, 0, $3;
-        mul.lo.u32 pair, pair, 0x1001;
-        lop3.b32 pair, pair, 0x000F000F, 0x43004300, 0xEA;
-        mov.b32 least, 0x43084308;
-        sub.rn.bf16x2 pair, pair, least;
-        mov.b32 scale, {$4, $4};
-        mul.rn.bf16x2 pair, pair, scale;
-        mov.b32 {$0, $1}, pair;
-        }""",
-        "=h,=h,r,r,h",
-        [gl.expand_dims(words, 2), thread | 0x4440, gl.expand_dims(scale, 2)],
-        dtype=(gl.bfloat16, gl.bfloat16),
-        is_pure=True,
-        pack=1,
+    words = tile.load(PLACES)
+    scale = scales.load(PLACES).to(gl.bfloat16)
+    p0, p1, p2, p3, p4, p5, p6, p7 = gl.inline_asm_elementwise(
+        FOUR_BITS_SCALED, _OUTPUTS_SCALED, [words, scale], dtype=_PAIRS, is_pure=True, pack=2
     )
-    return _halves(low, high)
+    return _in_order(p0, p1, p2, p3, p4, p5, p6, p7)
 
 
 @gluon.jit
 def eight_bits(tile, PLACES: gl.constexpr):
-    """bf16 of the numbers in a tile of pairs of E4M3, `[ROWS, 64]`."""
-    pairs = tile.load(PLACES)
+    """bf16 of the numbers in a tile of pairs of E4M3, `[ROWS, 64]`: the first and the last 64 inputs."""
+    ROWS: gl.constexpr = tile.shape[0]
     low, high = gl.inline_asm_elementwise(
-        """{
-        .reg .b32 bytes, pair, scale;
-        cvt.u32.u16 bytes, $2;
-        prmt.b32 bytes, bytes, 0, 0x1404;
-        shr.u32 pair, bytes, 4;
-        and.b32 pair, pair, 0x07F007F0;
-        lop3.b32 pair, bytes, 0x80008000, pair, 0xEA;
-        mov.b32 scale, 0x7B807B80;
-        mul.rn.bf16x2 pair, pair, scale;
-        mov.b32 {$0, $1}, pair;
-        }""",
+        EIGHT_BITS,
         "=h,=h,h",
-        [pairs],
+        [tile.load(PLACES)],
         dtype=(gl.bfloat16, gl.bfloat16),
         is_pure=True,
         pack=1,
     )
-    return _halves(low, high)
+    inputs = gl.join(low, high).reshape([ROWS, 2, 64])
+    return gl.permute(inputs, (0, 2, 1)).split()
 
 
 @gluon.jit

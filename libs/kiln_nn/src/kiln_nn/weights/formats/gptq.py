@@ -15,6 +15,7 @@ import torch
 
 from kiln_nn.errors import UnsupportedQuantization
 from kiln_nn.kernels.quantised import GROUP_INPUTS, WORD_INPUTS, QuantisedMatrix, Scheme
+from kiln_nn.kernels.quantised.matrix import transposed_words
 from kiln_nn.weights.formats.stored_matrix import StoredFormat, require
 
 _SUPPORTED = {"bits": 4, "group_size": GROUP_INPUTS, "sym": True, "desc_act": False}
@@ -46,8 +47,8 @@ class GptqInt4:
             raise UnsupportedQuantization(f"{name}: g_idx is not in order (desc_act), which is not read")
         if not (_nibbles(parts["qzeros"]) == self.stored_zero).all():
             raise UnsupportedQuantization(f"{name}: zero points are not all in the middle, which is not read")
-        # By output, these are the arena's own words.
-        return QuantisedMatrix("int4", parts["qweight"].t(), parts["scales"].t())
+        # By output, these are words of eight inputs in a row.
+        return QuantisedMatrix("int4", transposed_words(parts["qweight"].t()), parts["scales"].t())
 
 
 def _nibbles(words: torch.Tensor) -> torch.Tensor:
