@@ -8,6 +8,8 @@ both exact.
 
 from __future__ import annotations
 
+from functools import cache
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
@@ -240,6 +242,7 @@ def multiply_quantised(
     return total
 
 
+@cache
 def places(rows: int, warps: int, *, is_four_bits: bool) -> gl.DistributedLinearLayout:
     """Which registers and threads hold what of a tile: words of four-bit numbers, or pairs of E4M3.
 
