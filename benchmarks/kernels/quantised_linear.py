@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache, partial
+from itertools import product
 
 import torch
 from measure import ResultTable, relative_error, time_calls
@@ -79,19 +80,17 @@ def _candidates(scheme: Scheme, layer: Layer, num_rows: int) -> list[LinearConfi
             (128, 8, 128, 190),
         ]
     else:
-        shapes = [(64, 4, 128, 104), (128, 8, 128, 104), (128, 8, 128, 190)]
-    # Four bits need sums of a group beside all the sums: 128 tokens are what registers hold.
-    tokens = max(8, min(128 if scheme == "int4" else 256, 1 << (num_rows - 1).bit_length()))
+        shapes = [(64, 4, 128, 190), (128, 8, 128, 104), (128, 8, 128, 190)]
+    # More than 128 tokens want so many sums that four-bit weights are scaled first.
+    most = 1 << (num_rows - 1).bit_length()
+    tiles = {max(8, min(most, 256)), max(8, min(most, 128))} if num_rows <= 256 else {256}
     found = {}
-    for rows, warps, inputs, ring_kib in shapes:
+    for tokens, (rows, warps, inputs, ring_kib) in product(sorted(tiles), shapes):
         outputs = rows // 2 if layer.kind is LinearKind.GATED else rows
-        if max(16 * warps, weight_rows(outputs, layer.kind)) * tokens > (
-            128 * 128 if scheme == "int4" else 128 * 256
-        ):
+        tile_rows = max(16 * warps, weight_rows(outputs, layer.kind))
+        if tile_rows * tokens > 128 * 128 * (1 if scheme == "int4" and tokens == 128 else 2):
             continue
-        line = inputs * (
-            WEIGHT_BITS[scheme] * max(16 * warps, weight_rows(outputs, layer.kind)) + 16 * tokens
-        )
+        line = inputs * (WEIGHT_BITS[scheme] * tile_rows + 16 * tokens)
         stages = min(12, ring_kib * 1024 * 8 // line)
         if stages < 2:
             continue
@@ -110,9 +109,9 @@ def _splits(layer: Layer, outputs: int, inputs: int, num_rows: int) -> list[int]
     if layer.kind is not LinearKind.PARTIAL:
         return [1]
     num_blocks = -(-layer.inputs // inputs)
-    wanted = (
-        {1, 2} if num_rows > 128 else {max(1, round(n * 132 / -(-layer.outputs // outputs))) for n in (1, 2)}
-    )
+    shares = (0.5, 1) if num_rows > 128 else (1, 2)
+    num_tiles = -(-layer.outputs // outputs) * -(-num_rows // 256)
+    wanted = {max(1, round(share * 132 / num_tiles)) for share in shares}
     return sorted({-(-num_blocks // -(-num_blocks // splits)) for splits in wanted})
 
 
@@ -211,7 +210,7 @@ def _compile_all(layers: Iterable[Layer], all_rows: Iterable[int]) -> None:
         (layer, num_rows, scheme, config)
         for layer in layers
         if layer.name != "qkv_proj"  # compiled as in_proj is
-        for num_rows in _rows_of(layer, all_rows)
+        for num_rows in sorted({max(8, rows) for rows in _rows_of(layer, all_rows)})  # fewer run the same
         for scheme in SCHEMES
         for config in _candidates(scheme, layer, num_rows)
     ]

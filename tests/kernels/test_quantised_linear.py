@@ -97,6 +97,12 @@ def kernel(request, monkeypatch):
     return run
 
 
+def _tolerance(scheme: str, num_tokens: int, dtype: torch.dtype) -> float:
+    """Four-bit weights that meet many tokens are rounded to bf16 once they are scaled."""
+    is_scaled = scheme == "int4" and num_tokens > 128
+    return TOLERANCE[torch.bfloat16] if is_scaled else TOLERANCE[dtype]
+
+
 def _poisoned(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.full(shape, float("nan"), dtype=dtype, device=DEVICE)
 
@@ -117,7 +123,9 @@ def test_linear(scheme, num_tokens, size, out_dtype, kernel):
         pytest.skip("only the end of the kernel differs")
     x, matrix = _draw(num_tokens, size[1]), _matrix(scheme, *size)
     out = kernel(x, matrix, _poisoned(num_tokens, size[0], dtype=out_dtype), LinearKind.PLAIN)
-    assert relative_error(out, _product(scheme, *size, num_tokens)) < TOLERANCE[out_dtype]
+    assert relative_error(out, _product(scheme, *size, num_tokens)) < _tolerance(
+        scheme, num_tokens, out_dtype
+    )
 
 
 @on_triton
@@ -140,7 +148,8 @@ def test_partial_sums(scheme, num_tokens, size, kernel):
     splits = _config(x, matrix, LinearKind.PARTIAL).splits
     out = _poisoned(splits, num_tokens, size[0], dtype=torch.float32)
     kernel(x, matrix, out, LinearKind.PARTIAL)
-    assert relative_error(out.double().sum(0), _product(scheme, *size, num_tokens)) < 2e-5
+    tolerance = _tolerance(scheme, num_tokens, torch.float32)
+    assert relative_error(out.double().sum(0), _product(scheme, *size, num_tokens)) < tolerance
 
 
 @on_triton
@@ -289,7 +298,7 @@ LIMITS = {True: 227 * 1024, False: 99 * 1024}
 @pytest.mark.parametrize(("size", "kind"), CHECKED.items())
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_every_choice_fits_its_gpu(scheme, size, kind, is_hopper):
-    for num_tokens in range(1, 300):
+    for num_tokens in (*range(1, 300), 1024, 4096):
         config = choose(scheme, num_tokens, *size, kind, is_hopper=is_hopper)
         if config is None:
             continue
@@ -379,7 +388,7 @@ def _hopper_shared_memory(
 @pytest.mark.parametrize(("size", "kind"), list(CHECKED.items())[::2])
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_the_kernel_for_hopper_compiles(scheme, size, kind):
-    for num_tokens in (1, 64):
+    for num_tokens in (1, 64, 256):
         config = choose(scheme, num_tokens, *size, kind, is_hopper=True)
         if config is not None:
             assert _hopper_shared_memory(scheme, config, num_tokens, size, kind) <= SHARED_MEMORY_LIMIT[90]

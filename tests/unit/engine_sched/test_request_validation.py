@@ -73,6 +73,13 @@ def test_a_prompt_can_be_asked_about_without_a_completion():
         ({"resumed_token_ids": [1], "num_prompt_logprobs": 0}, "invalid_value", "left out of a resumed"),
         ({"wants_embedding": True}, "invalid_value", "max_tokens is 4; it must be 0"),
         ({"num_prompt_logprobs": 21}, "invalid_value", "num_prompt_logprobs is 21; it must be 0 to 20"),
+        (
+            {"num_prompt_logprobs": 257, "packs_prompt_logprobs": True},
+            "invalid_value",
+            "num_prompt_logprobs is 257; it must be 0 to 256",
+        ),
+        ({"first_prompt_logprob": 20}, "invalid_value", "it must be below 20, the prompt's length"),
+        ({"first_prompt_logprob": -1}, "invalid_value", "first_prompt_logprob is -1"),
         ({"num_prompt_logprobs": 1, "max_tokens": -1}, "invalid_value", "max_tokens is -1"),
         ({"min_tokens": 9}, "invalid_value", "at most max_tokens, which is 4"),
         ({"temperature": -0.1}, "invalid_value", "temperature"),

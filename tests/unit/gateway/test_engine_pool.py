@@ -55,6 +55,37 @@ async def test_new_prompts_are_spread_and_a_known_beginning_goes_where_it_is(eng
         assert engine_of(engines, f"second-{number}") is engine_of(engines, f"first-{number}")
 
 
+async def test_an_engine_of_another_model_answers_nobody(engines):
+    ours, alien = engines
+    alien.base_model.model_hash = "another"
+    pool = EnginePool([ours], connect=lambda address: alien)
+    await pool.probe()
+    word = EngineWord(alien.address, "boot_alien", "another", 16, 0, 0)
+    await pool.hear([word])
+    assert [seat.client for seat in pool.seats] == [ours]
+    # Not while ours is away either.
+    ours.is_up = False
+    await pool.probe()
+    await pool.hear([word])
+    with pytest.raises(EngineUnavailable):
+        await drain(pool, "r")
+    assert (await pool.base_model()).model_hash != "another"
+
+
+async def test_an_engine_heard_of_before_ones_own_is_let_go(engines):
+    ours, alien = engines
+    alien.base_model.model_hash = "another"
+    ours.is_up = False
+    pool = EnginePool([ours], connect=lambda address: alien)
+    word = EngineWord(alien.address, "boot_alien", "another", 16, 0, 0)
+    await pool.hear([word])
+    assert len(pool.seats) == 2
+    ours.is_up = True
+    await pool.probe()
+    await pool.hear([word])
+    assert [seat.client for seat in pool.seats] == [ours]
+
+
 async def test_an_engine_that_went_away_is_passed_over_until_it_answers_again(engines):
     pool = EnginePool(engines)
     await drain(pool, "a", [1] * 40)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import time
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -16,6 +17,7 @@ from kiln_common.errors import KilnError
 from kiln_common.model_folder import find_model_folder
 from kiln_common.pb import common_pb2, engine_pb2
 from kiln_common.settings import ConfigurationError
+from kiln_common.text.vocabulary import vocabulary_hash
 from kiln_engine.bootstrap import EngineParts
 from kiln_engine.checkpoint_identity import model_name, stop_token_ids
 from kiln_engine.domain.device_memory import DeviceMemory
@@ -23,11 +25,14 @@ from kiln_engine.execution.memory_plan import MemoryPlan, MemoryRequest, NotEnou
 from kiln_engine.execution.runner import TorchRunner
 from kiln_engine.execution.step_graphs import decode_ladder
 from kiln_engine.grammar import ThreadedCompiler
+from kiln_engine.load_progress import LoadProgress
+from kiln_engine.model.small_head import make_small_head
 from kiln_engine.scheduling import SchedulerLimits
 from kiln_engine.settings import EngineSettings
+from kiln_nn.blocks import head_weight
 from kiln_nn.errors import KilnNnError
 from kiln_nn.kernels.dispatch import why_no_kernels
-from kiln_nn.lora import adapter_table
+from kiln_nn.lora import adapter_table, mtp_table
 from kiln_nn.sharing import AdapterInbox, WeightServer, wait_for_old_leases
 from kiln_nn.weights import LoadedModel, WeightArena, load_checkpoint, vmm_memory
 from kiln_nn.weights.arena import GpuTransport
@@ -43,7 +48,6 @@ _PAGES_OF_KERNELS = (8, 16, 32, 64)
 _OLDEST_FP8_CAPABILITY = (8, 9)
 _SOCKET_NAME = "weights.sock"
 _INBOX_NAME = "adapters.sock"
-_PROGRESS_INTERVAL_S = 2.0
 
 
 class ModelNotLoaded(KilnError):
@@ -112,18 +116,20 @@ def load_device_side(settings: EngineSettings) -> EngineParts:
             quantization=settings.quantization,
             transport=_gpu_transport(settings.weight_transport, device),
             boot_id=boot_id,
-            progress=_LoadProgress(folder.name),
+            progress=LoadProgress(folder.name),
         )
         weights = SharedArena(model.arena, socket_path)
         inbox = AdapterInbox(settings.socket_dir / _INBOX_NAME)
+        views = model.arena.views()
+        small_head = make_small_head(head_weight(model.config, views), settings.head_quantization)
     except KilnNnError as error:
         raise ModelNotLoaded(error) from error
-    views = model.arena.views()
+    weights_bytes = model.manifest.nbytes + (small_head.nbytes if small_head else 0)
     dtype = views["model.embed_tokens.weight"].dtype
     if settings.batch_invariant:
         check_batch_invariant(device, dtype, settings.page_tokens)
     request = _memory_request(settings, model, device)
-    free_bytes = _free_bytes(device, settings.gpu_memory_fraction, model.manifest.nbytes)
+    free_bytes = _free_bytes(device, settings.gpu_memory_fraction, weights_bytes)
     memory = plan_memory(model.config, request, dtype, free_bytes)
     try:
         limits = SchedulerLimits(
@@ -153,17 +159,19 @@ def load_device_side(settings: EngineSettings) -> EngineParts:
         max_running=limits.num_most_running,
         adapter_socket_path=str(inbox.socket_path),
     )
-    runner = TorchRunner(model.config, views, memory, is_batch_invariant=settings.batch_invariant)
+    runner = TorchRunner(
+        model.config, views, memory, small_head=small_head, is_batch_invariant=settings.batch_invariant
+    )
     if has_graphs:
         _capture(runner)
     grammars = _grammars(folder, info, settings.grammar_time_limit_s)
-    usage = _device_memory(device, model, memory)
+    usage = _device_memory(device, weights_bytes, memory)
     return EngineParts(runner, runner.adapters, weights, limits, info, inbox, grammars, usage)
 
 
-def _device_memory(device: torch.device, model: LoadedModel, memory: MemoryPlan) -> DeviceMemory:
+def _device_memory(device: torch.device, weights_bytes: int, memory: MemoryPlan) -> DeviceMemory:
     parts = {
-        "weights": model.manifest.nbytes,
+        "weights": weights_bytes,
         "kv": memory.kv_bytes + memory.page_table_bytes,
         "states": memory.state_bytes,
         "adapters": memory.adapter_bytes,
@@ -211,21 +219,6 @@ def is_out_of_memory(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
-
-
-class _LoadProgress:
-    """Logs the loading of weights: at the end, and every few seconds while it takes longer."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self._logged_s = time.monotonic()
-
-    def __call__(self, loaded_bytes: int, total_bytes: int) -> None:
-        now = time.monotonic()
-        if loaded_bytes == total_bytes or now - self._logged_s >= _PROGRESS_INTERVAL_S:
-            percent = 100 * loaded_bytes // max(total_bytes, 1)
-            log.info("loading_weights", model=self._name, percent=percent, mib=loaded_bytes >> 20)
-            self._logged_s = now
 
 
 def _choose_device(choice: str) -> torch.device:
@@ -340,11 +333,26 @@ def _base_model(
         vocab_size=model.config.vocab_size,
         max_model_len=limits.max_num_tokens,
         eos_token_ids=stop_token_ids(folder, model.config.eos_token_ids),
-        adaptable_modules=[
-            common_pb2.AdaptableModule(path=path, in_features=inputs, out_features=outputs)
-            for path, (inputs, outputs) in adapter_table(model.config).items()
-        ],
+        adaptable_modules=_modules(adapter_table(model.config)),
+        vocabulary_hash=_vocabulary_hash(folder),
+        draft_modules=_modules(mtp_table(model.config)),
     )
+
+
+def _modules(table: Mapping[str, tuple[int, int]]) -> list[common_pb2.AdaptableModule]:
+    return [
+        common_pb2.AdaptableModule(path=path, in_features=inputs, out_features=outputs)
+        for path, (inputs, outputs) in table.items()
+    ]
+
+
+def _vocabulary_hash(folder: Path) -> str:
+    """Without it the model can serve, and neither teach another engine's nor learn from it."""
+    try:
+        return vocabulary_hash(folder)
+    except (ValueError, OSError) as error:
+        log.warning("vocabulary_unknown", reason=str(error))
+        return ""
 
 
 def _log_plan(

@@ -45,6 +45,11 @@ class EngineSettings(ClientListener, BaseSettings):
     state_dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="format of committed recurrent states; auto: float32"
     )
+    head_quantization: Literal["none", "fp8", "int4"] = Field(
+        "none",
+        description="format of a second copy of the head, read by steps of up to 128 rows: faster with few"
+        " sequences, and their probabilities differ from the trainer's by its rounding",
+    )
     cuda_graphs: bool = Field(
         True, description="capture steps as CUDA graphs at start, without which they are launched (GPU)"
     )

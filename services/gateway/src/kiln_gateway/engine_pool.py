@@ -71,13 +71,17 @@ class EnginePool:
         """Take in what engines announce: all of them, as of now."""
         now_s = time.monotonic()
         strangers = {word.address: word for word in words}
+        served = next((seat.model_hash for seat in self._known()), "")
         for seat in list(self.seats):
             mine = [word for word in words if seat.is_spoken_of(word)]
             if mine:
                 # After a restart the word of the boot before may still stand.
                 seat.hear(max(mine, key=seat.is_of_this_boot), now_s)
             is_gone = not mine and not seat.is_answering
-            if not (seat.is_configured or seat.num_in_flight) and (is_gone or self._is_double(seat)):
+            is_of_others = seat.model_hash not in ("", served)
+            if not (seat.is_configured or seat.num_in_flight) and (
+                is_gone or is_of_others or self._is_double(seat)
+            ):
                 self.seats.remove(seat)
                 log.info("engine_gone", engine=seat.number, address=seat.address)
                 await seat.client.close()
@@ -86,6 +90,8 @@ class EnginePool:
         if self._connect is None or self._is_closed:
             return
         for address, word in strangers.items():
+            if served and word.model_hash != served:
+                continue  # it teaches this deployment's trainer, or is none of its business
             seat = EngineSeat(self._num_seated, self._connect(address), is_configured=False)
             self._num_seated += 1
             seat.hear(word, now_s)
@@ -104,7 +110,7 @@ class EnginePool:
             EngineUnavailable: no engine has answered since the gateway started.
         """
         for attempt in range(2):
-            info = next((seat.info for seat in self.seats if seat.info is not None), None)
+            info = next((seat.info for seat in self._known()), None)
             if info is not None:
                 return info.base_model
             if attempt == 0:
@@ -207,9 +213,20 @@ class EnginePool:
         for seat in self.seats:
             if seat.is_answering and seat.info is not None:
                 by_boot.setdefault(seat.boot_id, seat)
-        model_hash = model_hash or next((seat.model_hash for seat in by_boot.values()), "")
+        model_hash = model_hash or self._served_hash()
         seats = [s for s in by_boot.values() if s.model_hash == model_hash and s.boot_id not in tried]
         return [seat for seat in seats if not seat.is_draining] or seats
+
+    def _served_hash(self) -> str:
+        """Not that of an engine that announced itself, which may serve another model for a trainer."""
+        known = self._known()
+        answering = (seat.model_hash for seat in known if seat.is_answering)
+        return next(answering, known[0].model_hash if known else "")
+
+    def _known(self) -> list[EngineSeat]:
+        """Seats that have answered once: the configured ones, the others only where none of those has."""
+        known = [seat for seat in self.seats if seat.info is not None]
+        return [seat for seat in known if seat.is_configured] or known
 
     async def _is_another_left(self, tried: Container[str], model_hash: str) -> bool:
         if not self._usable(tried, model_hash) and len(self.seats) > 1:

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from kiln_common.pb import common_pb2 as kiln_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14kiln/v1/engine.proto\x12\x07kiln.v1\x1a\x14kiln/v1/common.proto\"\x9b\x03\n\x0eSamplingParams\x12\x12\n\nmax_tokens\x18\x01 \x01(\x05\x12\x12\n\nmin_tokens\x18\x02 \x01(\x05\x12\x13\n\x0btemperature\x18\x03 \x01(\x01\x12\r\n\x05top_p\x18\x04 \x01(\x01\x12\r\n\x05top_k\x18\x05 \x01(\x05\x12\r\n\x05min_p\x18\x06 \x01(\x01\x12\x18\n\x10presence_penalty\x18\x07 \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\x08 \x01(\x01\x12\x1a\n\x12repetition_penalty\x18\t \x01(\x01\x12:\n\nlogit_bias\x18\n \x03(\x0b\x32&.kiln.v1.SamplingParams.LogitBiasEntry\x12\x11\n\x04seed\x18\x0b \x01(\x04H\x00\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\x0c \x03(\x03\x12\x12\n\nignore_eos\x18\r \x01(\x08\x12\x18\n\x10num_top_logprobs\x18\x0e \x01(\x05\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\x03\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x07\n\x05_seed\"\x91\x01\n\x07Grammar\x12\x15\n\x0bjson_schema\x18\x01 \x01(\tH\x00\x12\x0f\n\x05regex\x18\x02 \x01(\tH\x00\x12\x0e\n\x04lark\x18\x03 \x01(\tH\x00\x12\x0e\n\x04\x65\x62nf\x18\x04 \x01(\tH\x00\x12\x1d\n\x10trigger_token_id\x18\x05 \x01(\x03H\x01\x88\x01\x01\x42\n\n\x08languageB\x13\n\x11_trigger_token_id\"\x91\x01\n\x08Thinking\x12\x14\n\x0c\x65nd_token_id\x18\x01 \x01(\x03\x12\x1a\n\rbudget_tokens\x18\x02 \x01(\x05H\x00\x88\x01\x01\x12 \n\x14\x62\x65\x66ore_end_token_ids\x18\x03 \x03(\x03\x42\x02\x10\x01\x12\x1f\n\x13\x61\x66ter_end_token_ids\x18\x04 \x03(\x03\x42\x02\x10\x01\x42\x10\n\x0e_budget_tokens\"\x91\x04\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x1c\n\x10prompt_token_ids\x18\x02 \x03(\x03\x42\x02\x10\x01\x12)\n\x08sampling\x18\x03 \x01(\x0b\x32\x17.kiln.v1.SamplingParams\x12%\n\x08\x61\x64\x61pters\x18\x04 \x03(\x0b\x32\x13.kiln.v1.AdapterRef\x12 \n\x18num_stable_prefix_tokens\x18\x05 \x01(\x05\x12\x12\n\ncache_salt\x18\x06 \x01(\t\x12\x10\n\x08priority\x18\x07 \x01(\x05\x12\x11\n\ttimeout_s\x18\x08 \x01(\x01\x12 \n\x18num_shared_prefix_tokens\x18\t \x01(\x05\x12!\n\x07grammar\x18\n \x01(\x0b\x32\x10.kiln.v1.Grammar\x12#\n\x08thinking\x18\x0b \x01(\x0b\x32\x11.kiln.v1.Thinking\x12.\n\x0e\x61\x64\x61pter_policy\x18\x14 \x01(\x0e\x32\x16.kiln.v1.AdapterPolicy\x12 \n\x13num_prompt_logprobs\x18\x1e \x01(\x05H\x00\x88\x01\x01\x12\x17\n\x0fwants_embedding\x18\x1f \x01(\x08\x12\x13\n\x0btraceparent\x18< \x01(\t\x12\x1d\n\x11resumed_token_ids\x18\x46 \x03(\x03\x42\x02\x10\x01\x42\x16\n\x14_num_prompt_logprobs\"X\n\x0eSessionRequest\x12*\n\x06submit\x18\x01 \x01(\x0b\x32\x18.kiln.v1.GenerateRequestH\x00\x12\x0f\n\x05\x61\x62ort\x18\x02 \x01(\tH\x00\x42\t\n\x07\x63ommand\":\n\x0bTopLogprobs\x12\x15\n\ttoken_ids\x18\x01 \x03(\x03\x42\x02\x10\x01\x12\x14\n\x08logprobs\x18\x02 \x03(\x02\x42\x02\x10\x01\"\xb6\x03\n\x0eSequenceOutput\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x15\n\ttoken_ids\x18\x02 \x03(\x03\x42\x02\x10\x01\x12\x14\n\x08logprobs\x18\x03 \x03(\x02\x42\x02\x10\x01\x12\x1c\n\x10sampled_logprobs\x18\x04 \x03(\x02\x42\x02\x10\x01\x12*\n\x0ctop_logprobs\x18\x05 \x03(\x0b\x32\x14.kiln.v1.TopLogprobs\x12,\n\rfinish_reason\x18\x06 \x01(\x0e\x32\x15.kiln.v1.FinishReason\x12#\n\x05\x65rror\x18\x07 \x01(\x0b\x32\x14.kiln.v1.ErrorDetail\x12\x19\n\x11num_cached_tokens\x18\x08 \x01(\x05\x12\x0c\n\x04seed\x18\t \x01(\x04\x12\x0f\n\x07queue_s\x18\n \x01(\x01\x12%\n\x08moved_to\x18\x14 \x03(\x0b\x32\x13.kiln.v1.AdapterRef\x12\x1b\n\x0fprompt_logprobs\x18\x1e \x03(\x02\x42\x02\x10\x01\x12\x31\n\x13top_prompt_logprobs\x18\x1f \x03(\x0b\x32\x14.kiln.v1.TopLogprobs\x12\x15\n\tembedding\x18  \x03(\x02\x42\x02\x10\x01\"7\n\x0bStepOutputs\x12(\n\x07outputs\x18\x01 \x03(\x0b\x32\x17.kiln.v1.SequenceOutput\"\x10\n\x0eGetInfoRequest\"\x92\x02\n\nEngineInfo\x12&\n\nbase_model\x18\x01 \x01(\x0b\x32\x12.kiln.v1.BaseModel\x12\x0f\n\x07\x62oot_id\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\x13\n\x0bpage_tokens\x18\x05 \x01(\x05\x12\x11\n\tnum_pages\x18\x06 \x01(\x05\x12\x17\n\x0fnum_state_slots\x18\x07 \x01(\x05\x12\x19\n\x11num_adapter_slots\x18\x08 \x01(\x05\x12\x18\n\x10max_adapter_rank\x18\t \x01(\x05\x12\x13\n\x0bmax_running\x18\n \x01(\x05\x12\x1b\n\x13\x61\x64\x61pter_socket_path\x18\x14 \x01(\tJ\x04\x08(\x10)\"W\n\x0fResidentAdapter\x12$\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x13.kiln.v1.AdapterRef\x12\x0c\n\x04slot\x18\x02 \x01(\x05\x12\x10\n\x08num_pins\x18\x03 \x01(\x05\"\x11\n\x0fGetStatsRequest\"-\n\nMemoryPart\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\tnum_bytes\x18\x02 \x01(\x03\"\xd9\x05\n\x0b\x45ngineStats\x12\x13\n\x0bnum_running\x18\x01 \x01(\x05\x12\x13\n\x0bnum_waiting\x18\x02 \x01(\x05\x12\x18\n\x10num_pages_in_use\x18\x03 \x01(\x05\x12\x18\n\x10num_pages_cached\x18\x04 \x01(\x05\x12\x11\n\tnum_pages\x18\x05 \x01(\x05\x12\x1e\n\x16num_state_slots_in_use\x18\x06 \x01(\x05\x12\x1e\n\x16num_state_slots_cached\x18\x07 \x01(\x05\x12\x17\n\x0fnum_state_slots\x18\x08 \x01(\x05\x12\x11\n\tnum_steps\x18\t \x01(\x03\x12\x19\n\x11num_prompt_tokens\x18\n \x01(\x03\x12\x1c\n\x14num_generated_tokens\x18\x0b \x01(\x03\x12\x19\n\x11num_cached_tokens\x18\x0c \x01(\x03\x12.\n&num_tokens_lost_for_want_of_checkpoint\x18\r \x01(\x03\x12\x17\n\x0fnum_preemptions\x18\x0e \x01(\x03\x12\x33\n\x11resident_adapters\x18\x0f \x03(\x0b\x32\x18.kiln.v1.ResidentAdapter\x12\x19\n\x11num_weight_leases\x18\x10 \x01(\x05\x12\x13\n\x0bis_draining\x18\x11 \x01(\x08\x12\x10\n\x08uptime_s\x18\x12 \x01(\x01\x12\x19\n\x11num_adapter_slots\x18< \x01(\x05\x12(\n\x0cstep_seconds\x18= \x01(\x0b\x32\x12.kiln.v1.Histogram\x12\x30\n\x14\x61\x64\x61pter_load_seconds\x18> \x01(\x0b\x32\x12.kiln.v1.Histogram\x12)\n\x0cmemory_parts\x18? \x03(\x0b\x32\x13.kiln.v1.MemoryPart\x12\x18\n\x10num_device_bytes\x18@ \x01(\x03\x12\x1d\n\x15num_device_bytes_free\x18\x41 \x01(\x03\"\x15\n\x13ShareWeightsRequest\"P\n\x14ShareWeightsResponse\x12\x13\n\x0bsocket_path\x18\x01 \x01(\t\x12\x0f\n\x07\x62oot_id\x18\x02 \x01(\t\x12\x12\n\nmodel_hash\x18\x03 \x01(\t\"\x18\n\x16\x43hecksumWeightsRequest\"<\n\x17\x43hecksumWeightsResponse\x12\x0e\n\x06sha256\x18\x01 \x01(\t\x12\x11\n\tnum_bytes\x18\x02 \x01(\x03\"=\n\x15PrepareAdapterRequest\x12$\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x13.kiln.v1.AdapterRef\"K\n\x16PrepareAdapterResponse\x12\x0c\n\x04slot\x18\x01 \x01(\x05\x12\x12\n\nwas_loaded\x18\x02 \x01(\x08\x12\x0f\n\x07seconds\x18\x03 \x01(\x01\"\"\n\x0c\x44rainRequest\x12\x12\n\ndeadline_s\x18\x01 \x01(\x01\":\n\rDrainResponse\x12\x14\n\x0cnum_finished\x18\x01 \x01(\x05\x12\x13\n\x0bnum_aborted\x18\x02 \x01(\x05*B\n\rAdapterPolicy\x12\x16\n\x12\x41\x44\x41PTER_POLICY_PIN\x10\x00\x12\x19\n\x15\x41\x44\x41PTER_POLICY_LATEST\x10\x01*\x91\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x17\n\x13\x46INISH_REASON_ABORT\x10\x03\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x04\x32\xaa\x04\n\x06\x45ngine\x12<\n\x07Session\x12\x17.kiln.v1.SessionRequest\x1a\x14.kiln.v1.StepOutputs(\x01\x30\x01\x12?\n\x08Generate\x12\x18.kiln.v1.GenerateRequest\x1a\x17.kiln.v1.SequenceOutput0\x01\x12\x37\n\x07GetInfo\x12\x17.kiln.v1.GetInfoRequest\x1a\x13.kiln.v1.EngineInfo\x12:\n\x08GetStats\x12\x18.kiln.v1.GetStatsRequest\x1a\x14.kiln.v1.EngineStats\x12K\n\x0cShareWeights\x12\x1c.kiln.v1.ShareWeightsRequest\x1a\x1d.kiln.v1.ShareWeightsResponse\x12T\n\x0f\x43hecksumWeights\x12\x1f.kiln.v1.ChecksumWeightsRequest\x1a .kiln.v1.ChecksumWeightsResponse\x12Q\n\x0ePrepareAdapter\x12\x1e.kiln.v1.PrepareAdapterRequest\x1a\x1f.kiln.v1.PrepareAdapterResponse\x12\x36\n\x05\x44rain\x12\x15.kiln.v1.DrainRequest\x1a\x16.kiln.v1.DrainResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14kiln/v1/engine.proto\x12\x07kiln.v1\x1a\x14kiln/v1/common.proto\"\x9b\x03\n\x0eSamplingParams\x12\x12\n\nmax_tokens\x18\x01 \x01(\x05\x12\x12\n\nmin_tokens\x18\x02 \x01(\x05\x12\x13\n\x0btemperature\x18\x03 \x01(\x01\x12\r\n\x05top_p\x18\x04 \x01(\x01\x12\r\n\x05top_k\x18\x05 \x01(\x05\x12\r\n\x05min_p\x18\x06 \x01(\x01\x12\x18\n\x10presence_penalty\x18\x07 \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\x08 \x01(\x01\x12\x1a\n\x12repetition_penalty\x18\t \x01(\x01\x12:\n\nlogit_bias\x18\n \x03(\x0b\x32&.kiln.v1.SamplingParams.LogitBiasEntry\x12\x11\n\x04seed\x18\x0b \x01(\x04H\x00\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\x0c \x03(\x03\x12\x12\n\nignore_eos\x18\r \x01(\x08\x12\x18\n\x10num_top_logprobs\x18\x0e \x01(\x05\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\x03\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x07\n\x05_seed\"\x91\x01\n\x07Grammar\x12\x15\n\x0bjson_schema\x18\x01 \x01(\tH\x00\x12\x0f\n\x05regex\x18\x02 \x01(\tH\x00\x12\x0e\n\x04lark\x18\x03 \x01(\tH\x00\x12\x0e\n\x04\x65\x62nf\x18\x04 \x01(\tH\x00\x12\x1d\n\x10trigger_token_id\x18\x05 \x01(\x03H\x01\x88\x01\x01\x42\n\n\x08languageB\x13\n\x11_trigger_token_id\"\x91\x01\n\x08Thinking\x12\x14\n\x0c\x65nd_token_id\x18\x01 \x01(\x03\x12\x1a\n\rbudget_tokens\x18\x02 \x01(\x05H\x00\x88\x01\x01\x12 \n\x14\x62\x65\x66ore_end_token_ids\x18\x03 \x03(\x03\x42\x02\x10\x01\x12\x1f\n\x13\x61\x66ter_end_token_ids\x18\x04 \x03(\x03\x42\x02\x10\x01\x42\x10\n\x0e_budget_tokens\"\xce\x04\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x1c\n\x10prompt_token_ids\x18\x02 \x03(\x03\x42\x02\x10\x01\x12)\n\x08sampling\x18\x03 \x01(\x0b\x32\x17.kiln.v1.SamplingParams\x12%\n\x08\x61\x64\x61pters\x18\x04 \x03(\x0b\x32\x13.kiln.v1.AdapterRef\x12 \n\x18num_stable_prefix_tokens\x18\x05 \x01(\x05\x12\x12\n\ncache_salt\x18\x06 \x01(\t\x12\x10\n\x08priority\x18\x07 \x01(\x05\x12\x11\n\ttimeout_s\x18\x08 \x01(\x01\x12 \n\x18num_shared_prefix_tokens\x18\t \x01(\x05\x12!\n\x07grammar\x18\n \x01(\x0b\x32\x10.kiln.v1.Grammar\x12#\n\x08thinking\x18\x0b \x01(\x0b\x32\x11.kiln.v1.Thinking\x12.\n\x0e\x61\x64\x61pter_policy\x18\x14 \x01(\x0e\x32\x16.kiln.v1.AdapterPolicy\x12 \n\x13num_prompt_logprobs\x18\x1e \x01(\x05H\x00\x88\x01\x01\x12\x17\n\x0fwants_embedding\x18\x1f \x01(\x08\x12\x1c\n\x14\x66irst_prompt_logprob\x18( \x01(\x05\x12\x1d\n\x15packs_prompt_logprobs\x18) \x01(\x08\x12\x13\n\x0btraceparent\x18< \x01(\t\x12\x1d\n\x11resumed_token_ids\x18\x46 \x03(\x03\x42\x02\x10\x01\x42\x16\n\x14_num_prompt_logprobs\"X\n\x0eSessionRequest\x12*\n\x06submit\x18\x01 \x01(\x0b\x32\x18.kiln.v1.GenerateRequestH\x00\x12\x0f\n\x05\x61\x62ort\x18\x02 \x01(\tH\x00\x42\t\n\x07\x63ommand\":\n\x0bTopLogprobs\x12\x15\n\ttoken_ids\x18\x01 \x03(\x03\x42\x02\x10\x01\x12\x14\n\x08logprobs\x18\x02 \x03(\x02\x42\x02\x10\x01\"\xf1\x03\n\x0eSequenceOutput\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x15\n\ttoken_ids\x18\x02 \x03(\x03\x42\x02\x10\x01\x12\x14\n\x08logprobs\x18\x03 \x03(\x02\x42\x02\x10\x01\x12\x1c\n\x10sampled_logprobs\x18\x04 \x03(\x02\x42\x02\x10\x01\x12*\n\x0ctop_logprobs\x18\x05 \x03(\x0b\x32\x14.kiln.v1.TopLogprobs\x12,\n\rfinish_reason\x18\x06 \x01(\x0e\x32\x15.kiln.v1.FinishReason\x12#\n\x05\x65rror\x18\x07 \x01(\x0b\x32\x14.kiln.v1.ErrorDetail\x12\x19\n\x11num_cached_tokens\x18\x08 \x01(\x05\x12\x0c\n\x04seed\x18\t \x01(\x04\x12\x0f\n\x07queue_s\x18\n \x01(\x01\x12%\n\x08moved_to\x18\x14 \x03(\x0b\x32\x13.kiln.v1.AdapterRef\x12\x1b\n\x0fprompt_logprobs\x18\x1e \x03(\x02\x42\x02\x10\x01\x12\x31\n\x13top_prompt_logprobs\x18\x1f \x03(\x0b\x32\x14.kiln.v1.TopLogprobs\x12\x15\n\tembedding\x18  \x03(\x02\x42\x02\x10\x01\x12\x1c\n\x14packed_top_token_ids\x18( \x01(\x0c\x12\x1b\n\x13packed_top_logprobs\x18) \x01(\x0c\"7\n\x0bStepOutputs\x12(\n\x07outputs\x18\x01 \x03(\x0b\x32\x17.kiln.v1.SequenceOutput\"\x10\n\x0eGetInfoRequest\"\x92\x02\n\nEngineInfo\x12&\n\nbase_model\x18\x01 \x01(\x0b\x32\x12.kiln.v1.BaseModel\x12\x0f\n\x07\x62oot_id\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\x13\n\x0bpage_tokens\x18\x05 \x01(\x05\x12\x11\n\tnum_pages\x18\x06 \x01(\x05\x12\x17\n\x0fnum_state_slots\x18\x07 \x01(\x05\x12\x19\n\x11num_adapter_slots\x18\x08 \x01(\x05\x12\x18\n\x10max_adapter_rank\x18\t \x01(\x05\x12\x13\n\x0bmax_running\x18\n \x01(\x05\x12\x1b\n\x13\x61\x64\x61pter_socket_path\x18\x14 \x01(\tJ\x04\x08(\x10)\"W\n\x0fResidentAdapter\x12$\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x13.kiln.v1.AdapterRef\x12\x0c\n\x04slot\x18\x02 \x01(\x05\x12\x10\n\x08num_pins\x18\x03 \x01(\x05\"\x11\n\x0fGetStatsRequest\"-\n\nMemoryPart\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\tnum_bytes\x18\x02 \x01(\x03\"\xd9\x05\n\x0b\x45ngineStats\x12\x13\n\x0bnum_running\x18\x01 \x01(\x05\x12\x13\n\x0bnum_waiting\x18\x02 \x01(\x05\x12\x18\n\x10num_pages_in_use\x18\x03 \x01(\x05\x12\x18\n\x10num_pages_cached\x18\x04 \x01(\x05\x12\x11\n\tnum_pages\x18\x05 \x01(\x05\x12\x1e\n\x16num_state_slots_in_use\x18\x06 \x01(\x05\x12\x1e\n\x16num_state_slots_cached\x18\x07 \x01(\x05\x12\x17\n\x0fnum_state_slots\x18\x08 \x01(\x05\x12\x11\n\tnum_steps\x18\t \x01(\x03\x12\x19\n\x11num_prompt_tokens\x18\n \x01(\x03\x12\x1c\n\x14num_generated_tokens\x18\x0b \x01(\x03\x12\x19\n\x11num_cached_tokens\x18\x0c \x01(\x03\x12.\n&num_tokens_lost_for_want_of_checkpoint\x18\r \x01(\x03\x12\x17\n\x0fnum_preemptions\x18\x0e \x01(\x03\x12\x33\n\x11resident_adapters\x18\x0f \x03(\x0b\x32\x18.kiln.v1.ResidentAdapter\x12\x19\n\x11num_weight_leases\x18\x10 \x01(\x05\x12\x13\n\x0bis_draining\x18\x11 \x01(\x08\x12\x10\n\x08uptime_s\x18\x12 \x01(\x01\x12\x19\n\x11num_adapter_slots\x18< \x01(\x05\x12(\n\x0cstep_seconds\x18= \x01(\x0b\x32\x12.kiln.v1.Histogram\x12\x30\n\x14\x61\x64\x61pter_load_seconds\x18> \x01(\x0b\x32\x12.kiln.v1.Histogram\x12)\n\x0cmemory_parts\x18? \x03(\x0b\x32\x13.kiln.v1.MemoryPart\x12\x18\n\x10num_device_bytes\x18@ \x01(\x03\x12\x1d\n\x15num_device_bytes_free\x18\x41 \x01(\x03\"\x15\n\x13ShareWeightsRequest\"P\n\x14ShareWeightsResponse\x12\x13\n\x0bsocket_path\x18\x01 \x01(\t\x12\x0f\n\x07\x62oot_id\x18\x02 \x01(\t\x12\x12\n\nmodel_hash\x18\x03 \x01(\t\"\x18\n\x16\x43hecksumWeightsRequest\"<\n\x17\x43hecksumWeightsResponse\x12\x0e\n\x06sha256\x18\x01 \x01(\t\x12\x11\n\tnum_bytes\x18\x02 \x01(\x03\"=\n\x15PrepareAdapterRequest\x12$\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x13.kiln.v1.AdapterRef\"K\n\x16PrepareAdapterResponse\x12\x0c\n\x04slot\x18\x01 \x01(\x05\x12\x12\n\nwas_loaded\x18\x02 \x01(\x08\x12\x0f\n\x07seconds\x18\x03 \x01(\x01\"\"\n\x0c\x44rainRequest\x12\x12\n\ndeadline_s\x18\x01 \x01(\x01\":\n\rDrainResponse\x12\x14\n\x0cnum_finished\x18\x01 \x01(\x05\x12\x13\n\x0bnum_aborted\x18\x02 \x01(\x05*B\n\rAdapterPolicy\x12\x16\n\x12\x41\x44\x41PTER_POLICY_PIN\x10\x00\x12\x19\n\x15\x41\x44\x41PTER_POLICY_LATEST\x10\x01*\x91\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x17\n\x13\x46INISH_REASON_ABORT\x10\x03\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x04\x32\xaa\x04\n\x06\x45ngine\x12<\n\x07Session\x12\x17.kiln.v1.SessionRequest\x1a\x14.kiln.v1.StepOutputs(\x01\x30\x01\x12?\n\x08Generate\x12\x18.kiln.v1.GenerateRequest\x1a\x17.kiln.v1.SequenceOutput0\x01\x12\x37\n\x07GetInfo\x12\x17.kiln.v1.GetInfoRequest\x1a\x13.kiln.v1.EngineInfo\x12:\n\x08GetStats\x12\x18.kiln.v1.GetStatsRequest\x1a\x14.kiln.v1.EngineStats\x12K\n\x0cShareWeights\x12\x1c.kiln.v1.ShareWeightsRequest\x1a\x1d.kiln.v1.ShareWeightsResponse\x12T\n\x0f\x43hecksumWeights\x12\x1f.kiln.v1.ChecksumWeightsRequest\x1a .kiln.v1.ChecksumWeightsResponse\x12Q\n\x0ePrepareAdapter\x12\x1e.kiln.v1.PrepareAdapterRequest\x1a\x1f.kiln.v1.PrepareAdapterResponse\x12\x36\n\x05\x44rain\x12\x15.kiln.v1.DrainRequest\x1a\x16.kiln.v1.DrainResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -56,10 +56,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SEQUENCEOUTPUT'].fields_by_name['prompt_logprobs']._serialized_options = b'\020\001'
   _globals['_SEQUENCEOUTPUT'].fields_by_name['embedding']._loaded_options = None
   _globals['_SEQUENCEOUTPUT'].fields_by_name['embedding']._serialized_options = b'\020\001'
-  _globals['_ADAPTERPOLICY']._serialized_start=3556
-  _globals['_ADAPTERPOLICY']._serialized_end=3622
-  _globals['_FINISHREASON']._serialized_start=3625
-  _globals['_FINISHREASON']._serialized_end=3770
+  _globals['_ADAPTERPOLICY']._serialized_start=3676
+  _globals['_ADAPTERPOLICY']._serialized_end=3742
+  _globals['_FINISHREASON']._serialized_start=3745
+  _globals['_FINISHREASON']._serialized_end=3890
   _globals['_SAMPLINGPARAMS']._serialized_start=56
   _globals['_SAMPLINGPARAMS']._serialized_end=467
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=410
@@ -69,43 +69,43 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_THINKING']._serialized_start=618
   _globals['_THINKING']._serialized_end=763
   _globals['_GENERATEREQUEST']._serialized_start=766
-  _globals['_GENERATEREQUEST']._serialized_end=1295
-  _globals['_SESSIONREQUEST']._serialized_start=1297
-  _globals['_SESSIONREQUEST']._serialized_end=1385
-  _globals['_TOPLOGPROBS']._serialized_start=1387
-  _globals['_TOPLOGPROBS']._serialized_end=1445
-  _globals['_SEQUENCEOUTPUT']._serialized_start=1448
-  _globals['_SEQUENCEOUTPUT']._serialized_end=1886
-  _globals['_STEPOUTPUTS']._serialized_start=1888
-  _globals['_STEPOUTPUTS']._serialized_end=1943
-  _globals['_GETINFOREQUEST']._serialized_start=1945
-  _globals['_GETINFOREQUEST']._serialized_end=1961
-  _globals['_ENGINEINFO']._serialized_start=1964
-  _globals['_ENGINEINFO']._serialized_end=2238
-  _globals['_RESIDENTADAPTER']._serialized_start=2240
-  _globals['_RESIDENTADAPTER']._serialized_end=2327
-  _globals['_GETSTATSREQUEST']._serialized_start=2329
-  _globals['_GETSTATSREQUEST']._serialized_end=2346
-  _globals['_MEMORYPART']._serialized_start=2348
-  _globals['_MEMORYPART']._serialized_end=2393
-  _globals['_ENGINESTATS']._serialized_start=2396
-  _globals['_ENGINESTATS']._serialized_end=3125
-  _globals['_SHAREWEIGHTSREQUEST']._serialized_start=3127
-  _globals['_SHAREWEIGHTSREQUEST']._serialized_end=3148
-  _globals['_SHAREWEIGHTSRESPONSE']._serialized_start=3150
-  _globals['_SHAREWEIGHTSRESPONSE']._serialized_end=3230
-  _globals['_CHECKSUMWEIGHTSREQUEST']._serialized_start=3232
-  _globals['_CHECKSUMWEIGHTSREQUEST']._serialized_end=3256
-  _globals['_CHECKSUMWEIGHTSRESPONSE']._serialized_start=3258
-  _globals['_CHECKSUMWEIGHTSRESPONSE']._serialized_end=3318
-  _globals['_PREPAREADAPTERREQUEST']._serialized_start=3320
-  _globals['_PREPAREADAPTERREQUEST']._serialized_end=3381
-  _globals['_PREPAREADAPTERRESPONSE']._serialized_start=3383
-  _globals['_PREPAREADAPTERRESPONSE']._serialized_end=3458
-  _globals['_DRAINREQUEST']._serialized_start=3460
-  _globals['_DRAINREQUEST']._serialized_end=3494
-  _globals['_DRAINRESPONSE']._serialized_start=3496
-  _globals['_DRAINRESPONSE']._serialized_end=3554
-  _globals['_ENGINE']._serialized_start=3773
-  _globals['_ENGINE']._serialized_end=4327
+  _globals['_GENERATEREQUEST']._serialized_end=1356
+  _globals['_SESSIONREQUEST']._serialized_start=1358
+  _globals['_SESSIONREQUEST']._serialized_end=1446
+  _globals['_TOPLOGPROBS']._serialized_start=1448
+  _globals['_TOPLOGPROBS']._serialized_end=1506
+  _globals['_SEQUENCEOUTPUT']._serialized_start=1509
+  _globals['_SEQUENCEOUTPUT']._serialized_end=2006
+  _globals['_STEPOUTPUTS']._serialized_start=2008
+  _globals['_STEPOUTPUTS']._serialized_end=2063
+  _globals['_GETINFOREQUEST']._serialized_start=2065
+  _globals['_GETINFOREQUEST']._serialized_end=2081
+  _globals['_ENGINEINFO']._serialized_start=2084
+  _globals['_ENGINEINFO']._serialized_end=2358
+  _globals['_RESIDENTADAPTER']._serialized_start=2360
+  _globals['_RESIDENTADAPTER']._serialized_end=2447
+  _globals['_GETSTATSREQUEST']._serialized_start=2449
+  _globals['_GETSTATSREQUEST']._serialized_end=2466
+  _globals['_MEMORYPART']._serialized_start=2468
+  _globals['_MEMORYPART']._serialized_end=2513
+  _globals['_ENGINESTATS']._serialized_start=2516
+  _globals['_ENGINESTATS']._serialized_end=3245
+  _globals['_SHAREWEIGHTSREQUEST']._serialized_start=3247
+  _globals['_SHAREWEIGHTSREQUEST']._serialized_end=3268
+  _globals['_SHAREWEIGHTSRESPONSE']._serialized_start=3270
+  _globals['_SHAREWEIGHTSRESPONSE']._serialized_end=3350
+  _globals['_CHECKSUMWEIGHTSREQUEST']._serialized_start=3352
+  _globals['_CHECKSUMWEIGHTSREQUEST']._serialized_end=3376
+  _globals['_CHECKSUMWEIGHTSRESPONSE']._serialized_start=3378
+  _globals['_CHECKSUMWEIGHTSRESPONSE']._serialized_end=3438
+  _globals['_PREPAREADAPTERREQUEST']._serialized_start=3440
+  _globals['_PREPAREADAPTERREQUEST']._serialized_end=3501
+  _globals['_PREPAREADAPTERRESPONSE']._serialized_start=3503
+  _globals['_PREPAREADAPTERRESPONSE']._serialized_end=3578
+  _globals['_DRAINREQUEST']._serialized_start=3580
+  _globals['_DRAINREQUEST']._serialized_end=3614
+  _globals['_DRAINRESPONSE']._serialized_start=3616
+  _globals['_DRAINRESPONSE']._serialized_end=3674
+  _globals['_ENGINE']._serialized_start=3893
+  _globals['_ENGINE']._serialized_end=4447
 # @@protoc_insertion_point(module_scope)

@@ -54,6 +54,10 @@ class GenerationRequest:
     priority: int = 0
     # Alternatives to report with each prompt token's log-probability; None reports neither.
     num_prompt_logprobs: int | None = None
+    # The first prompt token, counted from 0, that is reported.
+    first_prompt_logprob: int = 1
+    # Report the alternatives as two runs of numbers, not one by one.
+    packs_prompt_logprobs: bool = False
     wants_embedding: bool = False
     # Absolute times on the loop's clock, in seconds; deadline_s is None without a limit.
     arrival_s: float = 0.0

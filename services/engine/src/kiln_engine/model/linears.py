@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
+from kiln_engine.model.small_head import MOST_ROWS
 from kiln_nn.blocks import Weights, head_weight
 from kiln_nn.config import ModelConfig
 from kiln_nn.kernels.linear import (
@@ -44,10 +45,18 @@ class BaseMatrices:
 
     Parts that lie back to back in the weight arena are one view of it; others stay apart, and so do
     quantised parts from those that are not. Nothing is copied either way. If they are batch-invariant, the kernels have one tiling for every number of
-    tokens, and a step with adapters runs the same ones as a step without.
+    tokens, and a step with adapters runs the same ones as a step without. Few rows read `small_head_VD`
+    where there is one; if they are batch-invariant, any number does.
     """
 
-    def __init__(self, config: ModelConfig, weights: Weights, *, is_batch_invariant: bool = False) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Weights,
+        *,
+        small_head_VD: QuantisedMatrix | None = None,
+        is_batch_invariant: bool = False,
+    ) -> None:
         self.is_batch_invariant = is_batch_invariant
         self._parts: dict[str, tuple[Weight, ...]] = {}
         for index, kind in enumerate(config.layer_types):
@@ -60,6 +69,13 @@ class BaseMatrices:
                         [weights[f"{prefix}.{part}.weight"] for part in parts]
                     )
         self.head_VD = head_weight(config, weights)
+        self._small_head_VD = small_head_VD
+
+    def head(self, num_rows: int) -> Weight:
+        """What a step of so many rows makes its logits with."""
+        if self._small_head_VD is not None and (self.is_batch_invariant or num_rows <= MOST_ROWS):
+            return self._small_head_VD
+        return self.head_VD
 
     def parts(self, path: str) -> tuple[Weight, ...]:
         """The layer's matrices `[O, I]`, to be read as one on top of the other."""
@@ -106,7 +122,7 @@ class Linears:
 
     def head(self, x_TD: torch.Tensor, out_TV: torch.Tensor | None = None) -> torch.Tensor:
         """Logits `[T, V]` in float32, in `out_TV` if it is given."""
-        head_VD = self.base.head_VD
+        head_VD = self.base.head(x_TD.shape[0])
         return linear(x_TD, head_VD, out_dtype=torch.float32, out=out_TV, config=self.base.tiling(head_VD))
 
     def _side_by_side(

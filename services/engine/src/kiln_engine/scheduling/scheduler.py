@@ -355,7 +355,9 @@ class Scheduler:
             return self._fail(sequence, NonFiniteLogits(sequence.num_computed))
         sequence.num_read_out = max(sequence.num_read_out, sequence.num_computed)
         request = sequence.request
-        event = SequenceEvent(request.request_id, readout=readout)
+        event = SequenceEvent(
+            request.request_id, readout=readout, packs_readout=request.packs_prompt_logprobs
+        )
         if request.sampling.max_tokens or sequence.num_computed < sequence.num_prompt_tokens:
             return event
         self._end(sequence)

@@ -16,6 +16,8 @@ from kiln_engine.domain.output_rules import ThinkingRules
 from kiln_engine.domain.request import AdapterUse, GenerationRequest, SamplingParams
 
 MAX_TOP_LOGPROBS = 20
+# Of prompts whose alternatives are packed: they cost the loop's thread one copy, whatever their number.
+MAX_PACKED_LOGPROBS = 256
 _MAX_TIMEOUT_S = 7 * 24 * 3600.0
 
 
@@ -53,7 +55,12 @@ def parse_request(
         )
     resumed = _parse_resumed(message, limits)
     num_top = message.num_prompt_logprobs
-    _check(0 <= num_top <= MAX_TOP_LOGPROBS, "num_prompt_logprobs", num_top, f"0 to {MAX_TOP_LOGPROBS}")
+    most = MAX_PACKED_LOGPROBS if message.packs_prompt_logprobs else MAX_TOP_LOGPROBS
+    _check(0 <= num_top <= most, "num_prompt_logprobs", num_top, f"0 to {most}")
+    first = message.first_prompt_logprob
+    _check(
+        0 <= first < len(prompt), "first_prompt_logprob", first, f"below {len(prompt)}, the prompt's length"
+    )
     timeout_s = message.timeout_s
     _check(0 <= timeout_s <= _MAX_TIMEOUT_S, "timeout_s", timeout_s, f"between 0 and {_MAX_TIMEOUT_S:.0f}")
     return GenerationRequest(
@@ -69,6 +76,8 @@ def parse_request(
         num_prompt_logprobs=min(num_top, limits.vocab_size)
         if message.HasField("num_prompt_logprobs")
         else None,
+        first_prompt_logprob=max(first, 1),
+        packs_prompt_logprobs=message.packs_prompt_logprobs,
         wants_embedding=message.wants_embedding,
         arrival_s=now,
         deadline_s=now + timeout_s if timeout_s else None,

@@ -115,7 +115,6 @@ async def train_opd(request: Request, caller: Caller = _TRAIN) -> Response:
 
 async def _check_and_open(gateway: Gateway, body: JobFields, caller: Caller) -> KeptRollouts:
     """What all recipes check before any text is touched; then the caller's rollouts."""
-    body.refuse_unsupported()
     check_priority(body.priority, caller)
     check_adapter_name(body.adapter, reserved=await gateway.base_ids())
     with contextlib.suppress(RegistryUnavailable):  # it refuses the result, too

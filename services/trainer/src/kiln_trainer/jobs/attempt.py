@@ -27,8 +27,10 @@ from kiln_trainer.jobs.ports import JobBackend, Publisher
 from kiln_trainer.jobs.published import VERSION_DELETED, take_back, with_version, without
 from kiln_trainer.jobs.records import data_sha256
 from kiln_trainer.jobs.student import EngineStudent
+from kiln_trainer.jobs.teacher import EngineTeacher
 from kiln_trainer.jobs.totals import TrainerTotals
 from kiln_trainer.jobs.version_metrics import version_metrics
+from kiln_trainer.recipes.opd_options import OpdOptions
 
 log = structlog.get_logger()
 T = TypeVar("T")
@@ -225,6 +227,7 @@ class Attempt:
             claim_epoch=self._job.claim.claim_epoch,
             teacher=self._teacher(request),
             sampler=self._sampler(request, base),
+            scorer=self._scorer(request),
         )
         with tracing.span("job.train"):
             hooks = JobHooks(
@@ -253,6 +256,13 @@ class Attempt:
         return EngineStudent(
             self._job, self._publisher, request, base, lambda: self._base_model_hash(request)
         )
+
+    def _scorer(self, request: trainer_pb2.SubmitRequest) -> EngineTeacher | None:
+        if not request.opd.settings.HasField("teacher_model"):
+            return None
+        teacher = OpdOptions.from_proto(request.opd.settings).teacher_model
+        assert teacher is not None
+        return EngineTeacher(self._job, self._publisher, teacher)
 
     def _base_model_hash(self, request: trainer_pb2.SubmitRequest) -> str:
         return request.base_model_hash or self._backend.mapped_model.model_hash

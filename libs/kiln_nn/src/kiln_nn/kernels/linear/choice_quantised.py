@@ -12,8 +12,10 @@ WEIGHT_BITS: dict[Scheme, int] = {"fp8": 8, "int4": 4}
 _MULTIPROCESSORS = 132  # of the GPU that the rule was made for
 _RING_BYTES = 50 * 1024  # of few tokens: four programs to a multiprocessor unpack while others wait
 _WIDE_RING_BYTES = 150 * 1024  # of many tokens: one program
+_MOST_TILE_TOKENS = 256
 _FEW_TOKENS = 16  # beyond, x takes as much bandwidth as the weights, and larger tiles share it
-_MOST_TOKENS = 128  # that the own kernel is chosen for
+# That the own kernel is chosen for: fp8's library multiplies eight bits, that of int4 whole weights.
+_MOST_TOKENS: dict[Scheme, int] = {"fp8": 128, "int4": 1024}
 _MOST_TOKENS_UNMEASURED = 16  # on other GPUs
 
 # By scheme and (O, I): the configuration up to a number of tokens; None leaves it to the library, and
@@ -36,7 +38,7 @@ def choose(
     measured = _MEASURED.get((scheme, (num_outputs, num_inputs)))
     if measured is not None:
         return next((config for most, config in measured.items() if num_tokens <= most), None)
-    if num_tokens > _MOST_TOKENS:
+    if num_tokens > _MOST_TOKENS[scheme]:
         return None
     return _by_rule(scheme, num_tokens, num_outputs, num_inputs, kind)
 
@@ -50,13 +52,15 @@ def invariant_config(scheme: Scheme, num_outputs: int, num_inputs: int) -> Linea
 def _by_rule(
     scheme: Scheme, num_tokens: int, num_outputs: int, num_inputs: int, kind: LinearKind
 ) -> LinearConfig:
-    tokens = max(8, 1 << (num_tokens - 1).bit_length())
-    has_few = tokens <= _FEW_TOKENS
+    tokens = max(8, min(_MOST_TILE_TOKENS, 1 << (num_tokens - 1).bit_length()))
+    has_few, has_many = tokens <= _FEW_TOKENS, tokens == _MOST_TILE_TOKENS
     inputs = 256 if scheme == "int4" and has_few else 128
-    outputs, warps = (64, 4) if has_few else (96, 8)
+    outputs, warps = (64, 4) if has_few else (128 if has_many else 96, 8)
     if kind is LinearKind.GATED:
         outputs //= 2
-    splits = _splits(num_outputs, num_inputs, outputs, inputs) if kind is LinearKind.PARTIAL else 1
+    splits = 1
+    if kind is LinearKind.PARTIAL and num_tokens <= _MOST_TILE_TOKENS:
+        splits = _splits(num_outputs, num_inputs, outputs, inputs)
     slot_bits = inputs * (WEIGHT_BITS[scheme] * max(64, weight_rows(outputs, kind)) + 16 * tokens)
     ring_bytes = _RING_BYTES if has_few else _WIDE_RING_BYTES
     return LinearConfig(tokens, outputs, inputs, splits, warps, max(2, min(12, 8 * ring_bytes // slot_bits)))

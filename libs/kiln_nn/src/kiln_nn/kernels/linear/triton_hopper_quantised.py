@@ -3,7 +3,7 @@
 The ring, the waiting and the tiles of triton_hopper.py. A box of weights holds 128 inputs: 64 bytes
 of a row in four bits, 128 in eight, unpacked as triton_hopper_unpack.py says; nothing is reordered in
 memory, and x lies as in every other linear layer. Sums over a group of 128 inputs are scaled in
-float32; E4M3's scale, one an output, comes last. A few rows that stay bf16 can be computed beside
+float32, in tiles of more than 128 tokens the weights in bf16; E4M3's scale, one an output, comes last. A few rows that stay bf16 can be computed beside
 (triton_hopper_beside.py), for which a launch of their own would take as long as all the others.
 
 Takes bf16 x and quantised matrices of any number of outputs whose rows are 16-byte aligned (inputs in
@@ -47,6 +47,7 @@ from kiln_nn.kernels.linear.triton_hopper_unpack import (
 )
 from kiln_nn.kernels.quantised import FP8, QuantisedMatrix
 
+_MOST_TOKENS_BY_GROUP = 128  # of a tile: sums of a group beside all the sums are what registers hold
 BOX_INPUTS = 128  # one group of four-bit weights
 
 
@@ -77,6 +78,7 @@ def _program(
     SUBS: gl.constexpr,
     STAGES: gl.constexpr,
     FOUR_BITS: gl.constexpr,
+    SCALED: gl.constexpr,
     GATED: gl.constexpr,
     DEPENDENT: gl.constexpr,
     SHOWS_PRODUCERS: gl.constexpr,
@@ -180,6 +182,7 @@ def _program(
         SUBS,
         STAGES,
         FOUR_BITS,
+        SCALED,
         num_warps,
     )
     for slot in gl.static_range(STAGES):
@@ -223,6 +226,7 @@ def _linear_kernel(
     SUBS: gl.constexpr,
     STAGES: gl.constexpr,
     FOUR_BITS: gl.constexpr,
+    SCALED: gl.constexpr,
     GATED: gl.constexpr,
     BESIDE: gl.constexpr,
     BESIDE_INPUTS: gl.constexpr,
@@ -275,6 +279,7 @@ def _linear_kernel(
             SUBS,
             STAGES,
             FOUR_BITS,
+            SCALED,
             GATED,
             DEPENDENT,
             SHOWS_PRODUCERS,
@@ -285,6 +290,11 @@ def _linear_kernel(
 def takes(x_TI: torch.Tensor, matrix: QuantisedMatrix) -> bool:
     """Whether the accelerator can fetch these tensors, beyond what triton_quantised.py asks of them."""
     return can_be_fetched(x_TI) and can_be_fetched(matrix.values) and matrix.shape[1] % BOX_INPUTS == 0
+
+
+def scales_weights(config: LinearConfig) -> bool:
+    """Whether four-bit weights are scaled, and rounded to bf16, before they meet x."""
+    return config.tokens > _MOST_TOKENS_BY_GROUP
 
 
 def constants(
@@ -313,6 +323,7 @@ def constants(
         "SUBS": config.inputs // BOX_INPUTS,
         "STAGES": config.stages,
         "FOUR_BITS": is_four_bits,
+        "SCALED": is_four_bits and scales_weights(config),
         "GATED": is_gated,
         "BESIDE": num_beside,
         "BESIDE_INPUTS": triton.next_power_of_2(num_inputs) if num_beside else 1,

@@ -49,6 +49,33 @@ def four_bits(tile, PLACES: gl.constexpr):
 
 
 @gluon.jit
+def four_bits_scaled(tile, scales, PLACES: gl.constexpr):
+    """The same times the rows' scales, `[ROWS, 1]` in shared memory, rounded to bf16."""
+    words = tile.load(gl.SliceLayout(2, PLACES))
+    thread = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, PLACES)))[None, None, :]
+    scale = scales.load(gl.SliceLayout(2, PLACES)).to(gl.bfloat16)
+    low, high = gl.inline_asm_elementwise(
+        """{
+        .reg .b32 pair, least, scale;
+        prmt.b32 pair, $2, 0, $3;
+        mul.lo.u32 pair, pair, 0x1001;
+        lop3.b32 pair, pair, 0x000F000F, 0x43004300, 0xEA;
+        mov.b32 least, 0x43084308;
+        sub.rn.bf16x2 pair, pair, least;
+        mov.b32 scale, {$4, $4};
+        mul.rn.bf16x2 pair, pair, scale;
+        mov.b32 {$0, $1}, pair;
+        }""",
+        "=h,=h,r,r,h",
+        [gl.expand_dims(words, 2), thread | 0x4440, gl.expand_dims(scale, 2)],
+        dtype=(gl.bfloat16, gl.bfloat16),
+        is_pure=True,
+        pack=1,
+    )
+    return _halves(low, high)
+
+
+@gluon.jit
 def eight_bits(tile, PLACES: gl.constexpr):
     """bf16 of the numbers in a tile of pairs of E4M3, `[ROWS, 64]`."""
     pairs = tile.load(PLACES)
@@ -138,9 +165,13 @@ def multiply_quantised(
     SUBS: gl.constexpr,
     STAGES: gl.constexpr,
     FOUR_BITS: gl.constexpr,
+    SCALED: gl.constexpr,
     num_warps: gl.constexpr,
 ):
-    """`[ROWS, TOKENS]` sums over `count` blocks of inputs, those of four bits scaled."""
+    """`[ROWS, TOKENS]` sums over `count` blocks of inputs, those of four bits scaled.
+
+    With `SCALED` their weights are, not the sums of groups, which want as many registers again.
+    """
     ROWS: gl.constexpr = w_ring.shape[1]
     TOKENS: gl.constexpr = x_ring.shape[1]
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, TOKENS, 16])
@@ -154,7 +185,10 @@ def multiply_quantised(
         before = total
         for sub in gl.static_range(SUBS):
             place = slot * SUBS + sub
-            if FOUR_BITS:
+            if SCALED:
+                group = scales.index(block * SUBS + sub)
+                first, last = four_bits_scaled(w_ring.index(place), group, PLACES)
+            elif FOUR_BITS:
                 first, last = four_bits(w_ring.index(place), PLACES)
             else:
                 first, last = eight_bits(w_ring.index(place), PLACES)
@@ -162,7 +196,7 @@ def multiply_quantised(
             last = gl.convert_layout(last, operand)
             x_first = x_ring.index(2 * place).permute((1, 0))
             x_last = x_ring.index(2 * place + 1).permute((1, 0))
-            if FOUR_BITS:
+            if FOUR_BITS and not SCALED:
                 part = warpgroup_mma(first, x_first, gl.zeros_like(total), use_acc=False, is_async=True)
                 part = warpgroup_mma(last, x_last, part, is_async=True)
                 if sub > 0:
@@ -173,7 +207,7 @@ def multiply_quantised(
             else:
                 total = warpgroup_mma(first, x_first, total, is_async=True)
                 total = warpgroup_mma(last, x_last, total, is_async=True)
-        if FOUR_BITS:
+        if FOUR_BITS and not SCALED:
             before = warpgroup_mma_wait(0, deps=[before])
             scale = scales.index(block * SUBS + SUBS - 1).load(layout).to(gl.float32)
             total += before * scale
