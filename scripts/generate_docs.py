@@ -115,7 +115,9 @@ def metrics_page() -> str:
     metrics.observe_request("", "", 200, 0.0)
     metrics.rollouts.labels("")
     metrics.moved.labels("")
-    stats = engine_pb2.EngineStats(memory_parts=[engine_pb2.MemoryPart()], num_device_bytes=1)
+    stats = engine_pb2.EngineStats(
+        memory_parts=[engine_pb2.MemoryPart()], num_device_bytes=1, drafts=[engine_pb2.DraftTotals()]
+    )
     status = trainer_pb2.TrainerStatus(num_jobs_ended={"": 0}, metrics={"": 0.0})
     metrics.services.show({"": stats}, {"": status})
     lines = [

@@ -71,13 +71,14 @@ class Recording:
     num_requests: int
     arrivals: list[tuple[float, list[SequenceEvent]]] = field(default_factory=list)
 
-    def check(self) -> None:
+    def check(self, *, may_stop: bool = False) -> None:
         """Raises:
-        RequestFailed: not every request came to the end it asked for.
+        RequestFailed: not every request came to the end it asked for, or where it may, to its own.
         """
+        wanted = {FinishReason.LENGTH, FinishReason.STOP} if may_stop else {FinishReason.LENGTH}
         ends = [event for _, events in self.arrivals for event in events if event.finish_reason]
         for event in ends:
-            if event.finish_reason is not FinishReason.LENGTH:
+            if event.finish_reason not in wanted:
                 raise RequestFailed(f"{event.request_id} ended with {event.finish_reason}: {event.error}")
         if len(ends) != self.num_requests:
             raise RequestFailed(f"{len(ends)} of {self.num_requests} requests ended")
@@ -164,7 +165,7 @@ class Recorder:
             self._on_ends(num_ended)
         return True
 
-    def wait(self, timeout_s: float) -> Recording:
+    def wait(self, timeout_s: float, *, may_stop: bool = False) -> Recording:
         """The recording once every request has ended as asked.
 
         Raises:
@@ -172,5 +173,5 @@ class Recorder:
         """
         if not self._all_ended.wait(timeout_s):
             raise RequestFailed(f"{self._num_left} requests had not ended after {timeout_s:.0f} s")
-        self.recording.check()
+        self.recording.check(may_stop=may_stop)
         return self.recording

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from benchmarks.engine.recording import Recorder, Recording
+from kiln_engine.bootstrap import make_speculator
 from kiln_engine.clock import MonotonicClock
 from kiln_engine.device_side import load_device_side
 from kiln_engine.domain import GenerationRequest
@@ -55,7 +56,9 @@ class Spine:
         run_ahead = settings.run_ahead
         if run_ahead is None:
             run_ahead = int(self.parts.info.device.startswith("cuda"))
-        self.scheduler = Scheduler(self.parts.limits, frozenset(self.parts.info.base_model.eos_token_ids))
+        self.speculator = make_speculator(settings, self.parts.limits)
+        eos_token_ids = frozenset(self.parts.info.base_model.eos_token_ids)
+        self.scheduler = Scheduler(self.parts.limits, eos_token_ids, self.speculator)
         self.loop = EngineLoop(self.scheduler, self.parts.runner, MonotonicClock(), run_ahead=run_ahead)
         self.loop.start()
         freeze_heap()  # as the engine's process does
@@ -98,8 +101,12 @@ class Spine:
             self.loop.submit(request, own_slots, recorder)
         return recorder.wait(_MOST_SECONDS)
 
-    def run_clients(self, requests: Sequence[GenerationRequest], num_clients: int) -> Recording:
+    def run_clients(
+        self, requests: Sequence[GenerationRequest], num_clients: int, *, may_stop: bool = False
+    ) -> Recording:
         """A closed loop: whenever a request ends, the next one is submitted.
+
+        Requests run to their length, or end by themselves where they may.
 
         Raises:
             RequestFailed: one of them did not run to its length.
@@ -112,7 +119,7 @@ class Spine:
 
         recorder = Recorder(len(requests), on_ends=submit)
         submit(num_clients)
-        return recorder.wait(_MOST_SECONDS)
+        return recorder.wait(_MOST_SECONDS, may_stop=may_stop)
 
     def upload_adapter(self, slot: int, adapter_bytes: bytes, config_json: str) -> None:
         """Bring an adapter onto the device, as the adapter manager does."""

@@ -165,6 +165,36 @@ def test_the_reference_finds_them_too():
     assert relative_error(out, expected) < TOLERANCE[torch.float32]
 
 
+class _SkippingCase(_Case):
+    """The first token of every row is to be skipped."""
+
+    def expected(self, gated: bool) -> torch.Tensor:
+        self.rows = [tuple(part[1:] for part in slots) for slots in self.rows]
+        return super().expected(gated)
+
+
+@on_triton
+@pytest.mark.parametrize("num_parts", [1, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_skipped_tokens_are_not_attended_to(num_parts, dtype):
+    kernel, case = _kernel(), _SkippingCase((1, 2, 16, 0, 90, 33), 4, 2, 64, dtype=dtype)
+    for first, place in ((slots[0][:1], slots[1][:1]) for slots in case.rows):
+        case.k[first, place] = case.v[first, place] = float("nan")
+    config = kernel.DecodeConfig(16, 32, num_parts, num_warps=4, num_stages=1)
+    out = kernel.paged_decode_attention(*case.arguments(), gate_RHD=case.gate, num_skipped=1, config=config)
+    assert relative_error(out, case.expected(True)) < TOLERANCE[dtype]
+
+
+def test_the_reference_skips_them_too():
+    case = _SkippingCase((1, 2, 16, 0, 90), 4, 2, 64)
+    q, k, v, *rest = (x.cpu() if torch.is_tensor(x) else x for x in case.arguments())
+    gate = case.gate.cpu()
+    out = reference.paged_decode_attention(
+        q, k.nan_to_num(), v.nan_to_num(), *rest, gate_RHD=gate, num_skipped=1
+    )
+    assert relative_error(out, case.expected(True)) < TOLERANCE[torch.float32]
+
+
 @on_triton
 @pytest.mark.skipif(INTERPRETED, reason="needs a graph")
 def test_one_graph_serves_every_context_length():
@@ -240,6 +270,7 @@ def test_it_compiles_for_every_supported_gpu(cache_dtype, capabilities):
     dtype = torch.float32 if cache_dtype is torch.float32 else torch.bfloat16
     arguments, gate = _compile_case(64, dtype, cache_dtype)
     with compiling_instead_of_launching(capabilities) as compiled:
+        _kernel().paged_decode_attention(*arguments, gate_RHD=gate, num_skipped=1)
         _kernel().paged_decode_attention(*arguments, gate_RHD=gate)
     assert {one.name for one in compiled} == {"decode_kernel", "join_kernel"}
     assert all(one.shared_memory_bytes <= SHARED_MEMORY_LIMIT[one.capability] for one in compiled)

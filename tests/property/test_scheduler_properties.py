@@ -9,7 +9,13 @@ from kiln_common.errors import KilnError, PromptTooLong
 from kiln_engine.domain import AdapterUse, FinishReason
 from kiln_engine.domain.adapter import AdapterChange, AdapterVersion
 from kiln_engine.scheduling import check_invariants
-from tests.support.engine_scheduling import SchedulerRig, expected_completion, make_request
+from tests.support.engine_scheduling import (
+    Guesser,
+    SchedulerRig,
+    expected_completion,
+    make_request,
+    right_guesses,
+)
 
 ADAPTERS = {
     "base": ((), ()),
@@ -29,6 +35,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         interval=st.sampled_from([4, 8, 64]),
         run_ahead=st.integers(0, 1),
         fixed_chunk_tokens=st.sampled_from([0, 0, 4, 8]),
+        drafts=st.sampled_from(["none", "host", "device"]),
+        max_draft_tokens=st.integers(1, 3),
+        guess_period=st.sampled_from([0, 1, 3]),
     )
     def start(
         self,
@@ -39,8 +48,20 @@ class SchedulerMachine(RuleBasedStateMachine):
         interval,
         run_ahead,
         fixed_chunk_tokens,
+        drafts,
+        max_draft_tokens,
+        guess_period,
     ):
+        speculator = None
+        if drafts != "none" and not fixed_chunk_tokens:
+            speculator = Guesser(
+                right_guesses(lambda: self.rig, guess_period),
+                max_draft_tokens=max_draft_tokens,
+                on_device=drafts == "device",
+                wants=self._wants,
+            )
         self.rig = SchedulerRig(
+            speculator=speculator,
             run_ahead=run_ahead,
             num_pages=num_pages,
             num_state_slots=num_state_slots,
@@ -54,6 +75,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.aborted = set()
         self.moved = set()
         self.now = 0.0
+
+    def _wants(self, candidate):
+        """All that is allowed, or less, or nothing, by phases of the run."""
+        phase = (int(self.now) // 4 + candidate.sequence_id) % 4
+        return candidate.most_drafts if phase > 1 else phase
 
     @rule(
         blocks=st.lists(st.sampled_from(BLOCKS), min_size=1, max_size=3),

@@ -23,9 +23,12 @@ from kiln_engine.domain import (
     RowSampling,
     SamplingParams,
     StateCheckpoint,
+    VerifyRow,
 )
 from kiln_engine.execution.adapter_store import AdapterStore
 from kiln_engine.model import KvStore, Linears, PagedModel, StateStore
+from kiln_engine.model.carried_hidden import CarriedHidden
+from kiln_engine.model.mtp_layer import MtpHidden, MtpLayer
 from kiln_nn.config import ModelConfig
 from kiln_nn.weights.names import expected_tensors
 from tests.support.tiny_models import read_tensors
@@ -43,6 +46,8 @@ class HandSequence:
     state_slot: int
     adapter_slots: AdapterSlots = ()
     num_computed: int = 0
+    # Tokens in the committed state.
+    num_committed: int = 0
     page_ids: list[int] = field(default_factory=list)
     read_slot: int | None = None
 
@@ -60,17 +65,19 @@ class EngineRig:
         max_draft_tokens: int = 0,
         device: str = "cpu",
         dtype: torch.dtype = torch.float32,
+        mtp_hidden: MtpHidden | None = None,
     ) -> None:
         self.config = ModelConfig.from_folder(folder)
         self.page_tokens = page_tokens
         placed: dict[str, Any] = {"dtype": dtype, "device": torch.device(device)}
         common = {"page_tokens": page_tokens, **placed}
-        self.kv = KvStore(self.config, num_pages=num_pages, **common)
+        num_mtp_layers = 0 if mtp_hidden is None else 1
+        self.kv = KvStore(self.config, num_pages=num_pages, num_mtp_layers=num_mtp_layers, **common)
         self.states = StateStore(
             self.config, num_slots=num_slots, max_draft_tokens=max_draft_tokens, **common
         )
         specs = expected_tensors(self.config, include_mtp=True)
-        weights = {
+        self.weights = weights = {
             name: tensor.to(device, torch.float32 if specs[name].keeps_fp32 else dtype)
             for name, tensor in read_tensors(folder).items()
         }
@@ -81,6 +88,12 @@ class EngineRig:
             self.states,
             max_model_len=num_pages * page_tokens,
         )
+        if mtp_hidden is not None:
+            carried = CarriedHidden(num_slots, max_draft_tokens + 1, self.config.hidden_size, **placed)
+            caches = self.kv.layer(self.config.num_full_layers)
+            self.model.mtp = MtpLayer(
+                self.config, weights, caches, self.model.pages, carried, hidden=mtp_hidden
+            )
         self.adapters = AdapterStore(self.config, num_slots=4, max_rank=8, **placed)
         shuffled = random.Random(0)
         self._pages = shuffled.sample(range(num_pages), num_pages)
@@ -108,7 +121,7 @@ class EngineRig:
     ) -> PrefillChunk:
         """A prefill chunk of the sequence's next tokens; call once per step."""
         start = sequence.num_computed
-        self._cover(sequence, start + len(token_ids))
+        self.cover(sequence, start + len(token_ids))
         chunk = PrefillChunk(
             sequence_id=sequence.sequence_id,
             token_ids=tuple(token_ids),
@@ -121,6 +134,7 @@ class EngineRig:
             sampling=sampling,
         )
         sequence.num_computed += len(token_ids)
+        sequence.num_committed = sequence.num_computed // self.page_tokens * self.page_tokens
         sequence.read_slot = sequence.state_slot
         return chunk
 
@@ -133,7 +147,7 @@ class EngineRig:
     ) -> DecodeRow:
         """One decode row; at the end of a page the state goes to `commit_slot` or its own slot."""
         position = sequence.num_computed
-        self._cover(sequence, position + 1)
+        self.cover(sequence, position + 1)
         assert sequence.read_slot is not None
         is_commit = (position + 1) % self.page_tokens == 0
         target = sequence.state_slot if commit_slot is None else commit_slot
@@ -150,8 +164,43 @@ class EngineRig:
         )
         sequence.num_computed += 1
         if is_commit:
+            sequence.num_committed = sequence.num_computed
             sequence.read_slot = sequence.state_slot = target
         return row
+
+    def verify(
+        self,
+        sequence: HandSequence,
+        token_id: int,
+        drafts: Sequence[int],
+        *,
+        num_accepted: int,
+        sampling: RowSampling = GREEDY,
+    ) -> VerifyRow:
+        """A row of the next token and drafts, of which the caller says how many will stand.
+
+        The state of full pages is folded as the scheduler would have it.
+        """
+        position = sequence.num_computed
+        self.cover(sequence, position + 2 * len(drafts) + 2)
+        assert sequence.read_slot is not None
+        num_in_ring = position - sequence.num_committed
+        if is_folded := num_in_ring >= self.page_tokens:
+            sequence.num_committed += self.page_tokens
+        sequence.num_computed += 1 + num_accepted
+        return VerifyRow(
+            sequence_id=sequence.sequence_id,
+            token_id=token_id,
+            draft_token_ids=tuple(drafts),
+            num_drafts=len(drafts),
+            position=position,
+            page_ids=tuple(sequence.page_ids),
+            state_read_slot=sequence.read_slot,
+            state_slot=sequence.state_slot,
+            state_fold_slot=sequence.state_slot if is_folded else None,
+            adapter_slots=sequence.adapter_slots,
+            samplings=(sampling,) * (1 + len(drafts)),
+        )
 
     def step(self, rows: Sequence[DecodeRow] = (), chunks: Sequence[PrefillChunk] = ()) -> list[torch.Tensor]:
         """Run one step: logits of every token, one [tokens, vocabulary] per row, then per chunk."""
@@ -177,7 +226,8 @@ class EngineRig:
         """Logits of the given tokens, fed one step each."""
         return torch.cat([self.step(rows=[self.decode(sequence, token)])[0] for token in token_ids])
 
-    def _cover(self, sequence: HandSequence, num_tokens: int) -> None:
+    def cover(self, sequence: HandSequence, num_tokens: int) -> None:
+        """Give the sequence pages for so many tokens."""
         while len(sequence.page_ids) * self.page_tokens < num_tokens:
             sequence.page_ids.append(self._pages.pop())
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable, Sequence
 
 from kiln_common.errors import KilnError
 from kiln_engine.domain import AdapterUse, BatchPlan, GenerationRequest, SamplingParams, SequenceEvent
 from kiln_engine.domain.plan import RowSampling
 from kiln_engine.domain.ports import PendingStep
+from kiln_engine.domain.speculation import Candidate
 from kiln_engine.scheduling import Scheduler, SchedulerLimits, check_invariants
 from kiln_engine.simulation.runner import SimulatedRunner, expected_tokens
 
@@ -31,6 +33,47 @@ def make_request(
     return GenerationRequest(request_id, tuple(prompt), params, adapters=adapters, **rest)  # type: ignore[arg-type]
 
 
+class Guesser:
+    """A speculator that guesses what it is told: `guess(candidate, count)` are the drafts of a candidate.
+
+    `wants` says how far each candidate guesses, as far as it may by default. With `on_device` the runner
+    makes the drafts.
+    """
+
+    def __init__(
+        self,
+        guess: Callable[[Candidate, int], Sequence[int]] = lambda candidate, count: (),
+        *,
+        max_draft_tokens: int = 3,
+        on_device: bool = False,
+        wants: Callable[[Candidate], int] = lambda candidate: candidate.most_drafts,
+    ) -> None:
+        self.max_draft_tokens = max_draft_tokens
+        self.drafts_on_device = on_device
+        self._guess, self._wants = guess, wants
+        self.num_drafted = self.num_accepted = self.num_steps = 0
+        self.known: set[int] = set()
+
+    def lengths(self, candidates: Sequence[Candidate]) -> list[int]:
+        self.known.update(candidate.sequence_id for candidate in candidates)
+        return [self._wants(candidate) for candidate in candidates]
+
+    def propose(self, candidate: Candidate, num_tokens: int) -> tuple[int, ...]:
+        assert not self.drafts_on_device
+        return tuple(self._guess(candidate, num_tokens))[:num_tokens]
+
+    def observe(self, sequence_id: int, adapters: object, drafted: int, accepted: int) -> None:
+        assert 0 <= accepted <= drafted <= self.max_draft_tokens
+        self.num_drafted += drafted
+        self.num_accepted += accepted
+
+    def observe_step(self, plan: BatchPlan, seconds: float) -> None:
+        self.num_steps += 1
+
+    def forget(self, sequence_id: int) -> None:
+        self.known.discard(sequence_id)
+
+
 class SchedulerRig:
     """A real scheduler with the simulated runner; checks the invariants around every step.
 
@@ -49,6 +92,7 @@ class SchedulerRig:
         page_tokens: int = 4,
         checkpoint_interval_tokens: int = 64,
         fixed_chunk_tokens: int = 0,
+        speculator: Guesser | None = None,
     ) -> None:
         limits = SchedulerLimits(
             num_pages=num_pages,
@@ -59,8 +103,9 @@ class SchedulerRig:
             page_tokens=page_tokens,
             checkpoint_interval_tokens=checkpoint_interval_tokens,
             fixed_chunk_tokens=fixed_chunk_tokens,
+            max_draft_tokens=speculator.max_draft_tokens if speculator else 0,
         )
-        self.scheduler = Scheduler(limits, frozenset({EOS}))
+        self.scheduler = Scheduler(limits, frozenset({EOS}), speculator)
         self.runner = SimulatedRunner(vocab_size=VOCAB_SIZE, page_tokens=page_tokens)
         self.run_ahead = run_ahead
         self.launched: deque[tuple[BatchPlan, PendingStep]] = deque()
@@ -129,6 +174,22 @@ class SchedulerRig:
 
     def last(self, request_id: str) -> SequenceEvent:
         return self.events[request_id][-1]
+
+
+def right_guesses(rig: Callable[[], SchedulerRig], period: int = 0) -> Callable[[Candidate, int], list[int]]:
+    """Guesses of the tokens that will come; with a period every so manieth of the answer is wrong."""
+
+    def guess(candidate: Candidate, count: int) -> list[int]:
+        [sequence] = [s for s in rig().scheduler.running if s.sequence_id == candidate.sequence_id]
+        first = len(candidate.token_ids) - candidate.num_prompt_tokens
+        answer = expected_completion(sequence.request, sequence.adapter_slots, first + count)
+        indexed = list(enumerate(answer))[first:]
+        return [
+            (token + 1) % VOCAB_SIZE if period and index % period == period - 1 else token
+            for index, token in indexed
+        ]
+
+    return guess
 
 
 def expected_completion(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -118,6 +119,7 @@ class FakeWeights:
 def make_parts(runner: Any, store: Any = None, *, num_adapter_slots: int = 2, **limits: int) -> EngineParts:
     """Device parts around a runner; `limits` override SchedulerLimits."""
     numbers = {
+        "max_draft_tokens": 3 if os.environ.get("KILN_ENGINE_SPECULATION") else 0,
         "num_pages": 64,
         "num_state_slots": 16,
         "max_model_len": 256,

@@ -225,6 +225,20 @@ async def test_batching_does_not_change_a_seeded_answer(checkpoint, tmp_path):
         assert tokens(answers[-1]) == alone
 
 
+async def test_drafts_are_counted_and_do_not_change_an_answer(checkpoint, tmp_path):
+    answers = []
+    for kind in ("none", "mtp"):
+        (folder := tmp_path / kind).mkdir()
+        settings = settings_for(checkpoint, folder, speculation=kind, adaptive_drafts=False)
+        async with real_engine(settings) as (_, client):
+            answers.append(tokens(await collect(client, generate_request("r", seed=5, max_tokens=30))))
+            drafts = (await client.get_stats()).drafts
+    assert answers[0] == answers[1]
+    [base] = drafts
+    assert base.adapter == ""
+    assert 0 <= base.num_accepted < base.num_proposed
+
+
 async def test_preemption_does_not_change_an_answer(checkpoint, tmp_path):
     requests = [generate_request(f"r{i}", [i + 1] * 20, temperature=0.0, max_tokens=60) for i in range(4)]
     answers = []

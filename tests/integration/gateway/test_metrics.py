@@ -31,6 +31,10 @@ def engine_stats():
             engine_pb2.MemoryPart(name=name, num_bytes=num_bytes)
             for name, num_bytes in (("weights", 500), ("kv", 40), ("states", 30), ("adapters", 20), ("workspace", 10))
         ],
+        drafts=[
+            engine_pb2.DraftTotals(num_proposed=9, num_accepted=5),
+            engine_pb2.DraftTotals(adapter="billing", num_proposed=4, num_accepted=4),
+        ],
     )  # fmt: skip
 
 
@@ -75,6 +79,8 @@ async def test_what_engine_and_trainer_said_is_shown(rig):
     assert found["kiln_engine_adapter_slots"][engine, ("use", "pinned")] == 1
     assert found["kiln_engine_device_memory_bytes"][engine, ("state", "used")] == 600
     assert found["kiln_engine_memory_bytes"][engine, ("part", "weights")] == 500
+    assert found["kiln_engine_spec_decode_draft_tokens_total"][("adapter", "(base)"), engine] == 9
+    assert found["kiln_engine_spec_decode_accepted_tokens_total"][("adapter", "billing"), engine] == 4
     buckets = found["kiln_engine_step_seconds_bucket"]
     assert [buckets[engine, ("le", bound)] for bound in ("0.01", "0.1", "+Inf")] == [2, 3, 4]
     assert found["kiln_engine_step_seconds_sum"][(engine,)] == pytest.approx(7.06)

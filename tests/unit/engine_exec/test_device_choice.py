@@ -7,6 +7,7 @@ from kiln_common.settings import ConfigurationError
 from kiln_engine import device_side
 from kiln_engine.device_side import DeviceNotAvailable, SettingsContradict, load_device_side
 from kiln_engine.settings import EngineSettings
+from tests.support.tiny_models import make_checkpoint
 
 
 @pytest.mark.parametrize(("cuda_version", "reason"), [("12.8", "sees no GPU"), (None, "built for CPUs only")])
@@ -18,6 +19,15 @@ def test_cuda_without_a_gpu_is_refused(monkeypatch, cuda_version, reason):
     assert isinstance(refused.value, ConfigurationError)
     assert refused.value.code == "device_not_available"
     assert "out to use the CPU" in refused.value.hint
+
+
+def test_drafts_by_a_layer_that_the_checkpoint_lacks_are_refused(tmp_path):
+    make_checkpoint(tmp_path / "model", num_mtp_layers=0)
+    settings = EngineSettings(
+        model_path=str(tmp_path / "model"), device="cpu", speculation="mtp", socket_dir=tmp_path / "run"
+    )
+    with pytest.raises(SettingsContradict, match="multi-token-prediction layer; the checkpoint has none"):
+        load_device_side(settings)
 
 
 def test_fp8_keys_and_values_are_refused_where_no_kernel_reads_them(monkeypatch):

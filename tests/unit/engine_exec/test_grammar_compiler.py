@@ -52,6 +52,10 @@ async def test_equal_grammars_are_compiled_once_and_followed_apart(compiler):
     one.advance(TOKENIZER.id_of("c"))
     assert one.is_at_end
     assert not other.is_at_end
+    ahead = other.fork()
+    ahead.advance(TOKENIZER.id_of("b"))
+    assert allowed_by(ahead) == ["c"]
+    assert "a" in allowed_by(other)
     assert allowed_by(one) == ["<|im_end|>"]
     assert await compiler.compile("lark", "start: /[ab]c/") is not first
 

@@ -62,6 +62,33 @@ class Ended:
         return sorted(self.ids)
 
 
+class CountingClock:
+    """Each look at it takes a second."""
+
+    def __init__(self) -> None:
+        self._now_s = 0
+
+    def now(self) -> float:
+        self._now_s += 1
+        return self._now_s
+
+
+def test_what_the_host_needs_between_two_steps_is_part_of_what_drafts_cost():
+    limits = SchedulerLimits(
+        num_pages=64, num_state_slots=8, max_model_len=256, max_running=8, step_token_budget=64
+    )
+    scheduler = Scheduler(limits, frozenset())
+    observed: list[float] = []
+    scheduler.observe_step = lambda plan, seconds: observed.append(seconds)
+    loop, box = EngineLoop(scheduler, StubbornRunner(), CountingClock()), Box()
+    loop.submit(make_request("r", range(5), max_tokens=4), (), box)
+    loop.start()
+    box.wait_for_ends(1)
+    loop.stop()
+    # The first from its launch to its end; the others from end to end: planning, launch, end.
+    assert observed == [1, 3, 3, 3]
+
+
 class Rig:
     def __init__(self, run_ahead: int) -> None:
         limits = SchedulerLimits(

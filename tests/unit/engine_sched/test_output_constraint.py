@@ -24,6 +24,11 @@ class CountingMatcher:
     def is_at_end(self) -> bool:
         return self.num_left == 0
 
+    def fork(self) -> "CountingMatcher":
+        forked = CountingMatcher(self.num_left)
+        forked.taken = list(self.taken)
+        return forked
+
     def advance(self, token_id: int) -> None:
         if not self.num_left:
             raise GrammarFailed("it is at its end")
@@ -55,6 +60,30 @@ def test_a_grammar_speaks_from_the_first_token():
     assert rules.allowance == Allowance(matcher=grammar.started[0])
     rules.advance(5)
     assert grammar.started[0].taken == [5]
+
+
+def test_looking_ahead_changes_nothing_and_ends_where_the_grammar_does():
+    grammar = CountingGrammar(num_tokens=2)
+    rules = constraint(grammar=grammar)
+    ahead = rules.after(5)
+    assert ahead is not None
+    assert ahead.allowance.matcher.taken == [5]
+    end = ahead.after(6)
+    assert end is not None
+    assert end.after(7) is None
+    assert rules.allowance == Allowance(matcher=grammar.started[0])
+    assert grammar.started[0].taken == []
+
+
+def test_looking_ahead_spends_a_budget_of_its_own():
+    rules = constraint(thinking=thinking(budget=1))
+    ahead = rules.after(1)
+    assert ahead is not None
+    assert ahead.allowance == Allowance(only=NEWLINE)
+    assert rules.allowance == Allowance()
+    ahead = ahead.after(NEWLINE)
+    assert ahead is not None
+    assert ahead.allowance == Allowance(only=END)
 
 
 def test_thinking_that_ends_by_itself_leads_into_the_grammar_by_the_same_tokens():

@@ -24,6 +24,7 @@ from kiln_engine.adapters.manager import AdapterManager
 from kiln_engine.adapters.refresh import AdapterRefresh
 from kiln_engine.adapters.slots import AdapterSlots
 from kiln_engine.clock import MonotonicClock
+from kiln_engine.domain.batch_sizes import decode_ladder
 from kiln_engine.domain.device_memory import DeviceMemory
 from kiln_engine.domain.ports import AdapterStore, BaseWeights, GrammarCompiler, Runner
 from kiln_engine.loop import EngineLoop
@@ -34,6 +35,7 @@ from kiln_engine.servicer.servicer import CLIENT_SCOPES, EngineServicer
 from kiln_engine.servicer.stats import EngineFigures
 from kiln_engine.servicer.validation import RequestLimits
 from kiln_engine.settings import EngineSettings
+from kiln_engine.speculation.speculator import DraftSpeculator
 
 log = structlog.get_logger()
 
@@ -104,7 +106,8 @@ class RunningEngine:
 async def start_engine(settings: EngineSettings, parts: EngineParts) -> RunningEngine:
     """Wire the parts, start the loop and serve. The registry and Redis may come later."""
     clock = MonotonicClock()
-    scheduler = Scheduler(parts.limits, frozenset(parts.info.base_model.eos_token_ids))
+    speculator = make_speculator(settings, parts.limits)
+    scheduler = Scheduler(parts.limits, frozenset(parts.info.base_model.eos_token_ids), speculator)
     has_failed = asyncio.Event()
     ended = _LateCallback()
     loop = EngineLoop(
@@ -140,6 +143,7 @@ async def start_engine(settings: EngineSettings, parts: EngineParts) -> RunningE
             parts.weights,
             adapters.load_seconds,
             parts.memory,
+            speculator,
             clock.now(),
         ),
         outbox_steps=settings.outbox_steps,
@@ -188,6 +192,18 @@ async def start_engine(settings: EngineSettings, parts: EngineParts) -> RunningE
         background,
         has_failed,
         settings.drain_timeout_s,
+    )
+
+
+def make_speculator(settings: EngineSettings, limits: SchedulerLimits) -> DraftSpeculator | None:
+    """Who decides about drafts, if there are any."""
+    if settings.speculation == "none" or not limits.max_draft_tokens:
+        return None
+    return DraftSpeculator(
+        limits.max_draft_tokens,
+        decode_ladder(limits.num_most_running),
+        drafts_on_device=settings.speculation == "mtp",
+        is_adaptive=settings.adaptive_drafts,
     )
 
 

@@ -20,16 +20,18 @@ from kiln_common.settings import ConfigurationError
 from kiln_common.text.vocabulary import vocabulary_hash
 from kiln_engine.bootstrap import EngineParts
 from kiln_engine.checkpoint_identity import model_name, stop_token_ids
+from kiln_engine.domain.batch_sizes import decode_ladder
 from kiln_engine.domain.device_memory import DeviceMemory
+from kiln_engine.execution.free_memory import free_bytes_for_pools
 from kiln_engine.execution.memory_plan import MemoryPlan, MemoryRequest, NotEnoughMemory, plan_memory
 from kiln_engine.execution.runner import TorchRunner
-from kiln_engine.execution.step_graphs import decode_ladder
 from kiln_engine.grammar import ThreadedCompiler
 from kiln_engine.load_progress import LoadProgress
 from kiln_engine.model.small_head import make_small_head
 from kiln_engine.scheduling import SchedulerLimits
 from kiln_engine.settings import EngineSettings
 from kiln_nn.blocks import head_weight
+from kiln_nn.config import ModelConfig
 from kiln_nn.errors import KilnNnError
 from kiln_nn.kernels.dispatch import why_no_kernels
 from kiln_nn.lora import adapter_table, mtp_table
@@ -128,8 +130,10 @@ def load_device_side(settings: EngineSettings) -> EngineParts:
     dtype = views["model.embed_tokens.weight"].dtype
     if settings.batch_invariant:
         check_batch_invariant(device, dtype, settings.page_tokens)
+    if settings.speculation == "mtp":
+        _check_mtp(model.config)
     request = _memory_request(settings, model, device)
-    free_bytes = _free_bytes(device, settings.gpu_memory_fraction, weights_bytes)
+    free_bytes = free_bytes_for_pools(device, settings.gpu_memory_fraction, weights_bytes)
     memory = plan_memory(model.config, request, dtype, free_bytes)
     try:
         limits = SchedulerLimits(
@@ -141,6 +145,7 @@ def load_device_side(settings: EngineSettings) -> EngineParts:
             page_tokens=memory.page_tokens,
             checkpoint_interval_tokens=settings.checkpoint_interval_tokens,
             fixed_chunk_tokens=fixed_chunk_tokens(memory) if settings.batch_invariant else 0,
+            max_draft_tokens=memory.max_draft_tokens,
         )
     except ValueError as error:
         raise SettingsContradict(str(error)) from error
@@ -160,7 +165,13 @@ def load_device_side(settings: EngineSettings) -> EngineParts:
         adapter_socket_path=str(inbox.socket_path),
     )
     runner = TorchRunner(
-        model.config, views, memory, small_head=small_head, is_batch_invariant=settings.batch_invariant
+        model.config,
+        views,
+        memory,
+        small_head=small_head,
+        is_batch_invariant=settings.batch_invariant,
+        mtp_hidden=settings.mtp_hidden,
+        draft_vocab_tokens=settings.draft_vocab_tokens or None,
     )
     if has_graphs:
         _capture(runner)
@@ -253,12 +264,23 @@ def _memory_request(settings: EngineSettings, model: LoadedModel, device: torch.
         num_adapter_slots=settings.num_adapter_slots,
         max_adapter_rank=settings.max_adapter_rank,
         num_state_slots=settings.num_state_slots,
+        max_draft_tokens=0 if settings.speculation == "none" else settings.max_draft_tokens,
+        drafts_by_mtp=settings.speculation == "mtp",
         kv_cache_tokens=settings.kv_cache_tokens or (_CPU_KV_CACHE_TOKENS if is_cpu else 0),
         state_dtype=torch.bfloat16 if settings.state_dtype == "bfloat16" else torch.float32,
         kv_dtype=torch.float8_e4m3fn if settings.kv_dtype == "fp8" else None,
         has_kernels=_has_kernels(device),
         has_quantised_weights=model.scheme is not None,
     )
+
+
+def _check_mtp(config: ModelConfig) -> None:
+    """Raises SettingsContradict where the checkpoint has no such layer, or several."""
+    if config.num_mtp_layers != 1:
+        raise SettingsContradict(
+            f"speculation is mtp, which needs one multi-token-prediction layer; the checkpoint has"
+            f" {config.num_mtp_layers or 'none'}. ngram needs none"
+        )
 
 
 def _check_fp8(device: torch.device) -> None:
@@ -301,27 +323,6 @@ def _has_kernels(device: torch.device) -> bool:
             "kernels_unavailable", reason=reason, effect="steps run on the references, many times slower"
         )
     return reason is None
-
-
-def _free_bytes(device: torch.device, gpu_memory_fraction: float, weights_bytes: int) -> int:
-    """What the pools may take: all that is free on a CPU; on a GPU the engine's share, less its weights.
-
-    The rest of a GPU is the trainer's, whether it has taken it already or not.
-    """
-    if device.type == "cpu":
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") + _cached_file_bytes()
-    free, total = torch.cuda.mem_get_info(device)
-    return max(0, min(free, int(total * gpu_memory_fraction) - weights_bytes))
-
-
-def _cached_file_bytes() -> int:
-    """Memory the kernel would give back from its file cache; 0 where it does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return 0
-    kib = {line.split(":")[0]: int(line.split()[1]) for line in lines}
-    return max(0, kib.get("MemAvailable", 0) - kib.get("MemFree", 0)) * 1024
 
 
 def _base_model(

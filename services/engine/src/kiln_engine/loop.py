@@ -83,6 +83,8 @@ class EngineLoop:
         self._is_healthy = True
         self.step_seconds = Histogram(STEP_SECONDS)
         self._last_ended_s = -math.inf
+        # Whether there was nothing to do since the last step ended.
+        self._was_idle = True
         self._stats = scheduler.stats()
         self._thread = threading.Thread(target=self._run, name="engine-loop", daemon=True)
 
@@ -160,6 +162,7 @@ class EngineLoop:
         has_plan = True
         while not self._mailbox.is_closed:
             is_idle = not self._scheduler.has_work and not self._launched
+            self._was_idle |= is_idle
             timeout_s = None if is_idle else _STUCK_WAIT_S
             self._taken.extend(self._mailbox.take_all(wait=is_idle or not has_plan, timeout_s=timeout_s))
             self._handle_taken()
@@ -257,8 +260,12 @@ class EngineLoop:
     def _time(self, step: _LaunchedStep) -> None:
         """Count a step that has ended; what it spent behind the step before is that one's."""
         now = self._clock.now()
-        self.step_seconds.observe(now - max(step.launched_s, self._last_ended_s))
-        self._last_ended_s = now
+        seconds = now - max(step.launched_s, self._last_ended_s)
+        self.step_seconds.observe(seconds)
+        # What the host needed between the two counts as well: a step ahead hides it, drafts do not.
+        passed_s = now - (step.launched_s if self._was_idle else self._last_ended_s)
+        self._scheduler.observe_step(step.plan, passed_s)
+        self._last_ended_s, self._was_idle = now, False
 
     def _draw_oldest(self) -> None:
         """Draw what the oldest step under way had left until the steps before it were taken in."""

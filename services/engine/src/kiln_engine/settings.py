@@ -58,6 +58,26 @@ class EngineSettings(ClientListener, BaseSettings):
         description="give a seeded request the same tokens, to the bit, alone and in any batch; slower:"
         " see operations.md (on a GPU: bfloat16 only)",
     )
+    speculation: Literal["none", "ngram", "mtp"] = Field(
+        "none",
+        description="where guesses of the next tokens come from, several of which one step can confirm;"
+        " ngram: what followed the same words earlier in the text; mtp: the checkpoint's"
+        " multi-token-prediction layer; answers are the same with and without",
+    )
+    mtp_hidden: Literal["normed", "residual"] = Field(
+        "normed",
+        description="what the multi-token-prediction layer reads of the model: its last hidden state after"
+        " the final norm, as the released models are trained, or before it",
+    )
+    draft_vocab_tokens: NonNegativeInt = Field(
+        32768,
+        description="mtp guesses among this many tokens, the lowest ids, which are the commonest; 0: among all",
+    )
+    max_draft_tokens: int = Field(3, ge=1, le=7, description="most tokens guessed ahead of a sequence")
+    adaptive_drafts: bool = Field(
+        True,
+        description="guess only as far as it pays by measured times and acceptance; off: always as far as allowed",
+    )
     num_threads: PositiveInt = Field(1, description="CPU threads of a step")
 
     page_tokens: PositiveInt = Field(16, description="tokens in one KV page")

@@ -81,6 +81,10 @@ def _adapter_slots(stats: engine_pb2.EngineStats) -> dict[str, int]:
     }  # fmt: skip
 
 
+def _drafts(field: str) -> Callable[[engine_pb2.EngineStats], dict[str, int]]:
+    return lambda stats: {each.adapter or "(base)": getattr(each, field) for each in stats.drafts}
+
+
 def _device_memory(stats: engine_pb2.EngineStats) -> dict[str, int]:
     used = stats.num_device_bytes - stats.num_device_bytes_free
     return {"used": used, "free": stats.num_device_bytes_free}
@@ -119,6 +123,14 @@ ENGINE_FIGURES: tuple[EngineFigure, ...] = (
     ),
     EngineFigure(
         "preemptions", "counter", "Times a sequence gave its memory to others", lambda s: s.num_preemptions
+    ),
+    EngineFigure(
+        "spec_decode_draft_tokens", "counter", "Tokens guessed ahead, by the request's adapter",
+        _drafts("num_proposed"), "adapter",
+    ),
+    EngineFigure(
+        "spec_decode_accepted_tokens", "counter", "Guessed tokens that turned out to be the ones drawn",
+        _drafts("num_accepted"), "adapter",
     ),
     EngineFigure("adapter_slots", "gauge", "Adapter slots by their use", _adapter_slots, "use"),
     EngineFigure(

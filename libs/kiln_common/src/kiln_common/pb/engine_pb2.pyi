@@ -242,8 +242,18 @@ class MemoryPart(_message.Message):
     num_bytes: int
     def __init__(self, name: _Optional[str] = ..., num_bytes: _Optional[int] = ...) -> None: ...
 
+class DraftTotals(_message.Message):
+    __slots__ = ("adapter", "num_proposed", "num_accepted")
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    NUM_PROPOSED_FIELD_NUMBER: _ClassVar[int]
+    NUM_ACCEPTED_FIELD_NUMBER: _ClassVar[int]
+    adapter: str
+    num_proposed: int
+    num_accepted: int
+    def __init__(self, adapter: _Optional[str] = ..., num_proposed: _Optional[int] = ..., num_accepted: _Optional[int] = ...) -> None: ...
+
 class EngineStats(_message.Message):
-    __slots__ = ("num_running", "num_waiting", "num_pages_in_use", "num_pages_cached", "num_pages", "num_state_slots_in_use", "num_state_slots_cached", "num_state_slots", "num_steps", "num_prompt_tokens", "num_generated_tokens", "num_cached_tokens", "num_tokens_lost_for_want_of_checkpoint", "num_preemptions", "resident_adapters", "num_weight_leases", "is_draining", "uptime_s", "num_adapter_slots", "step_seconds", "adapter_load_seconds", "memory_parts", "num_device_bytes", "num_device_bytes_free")
+    __slots__ = ("num_running", "num_waiting", "num_pages_in_use", "num_pages_cached", "num_pages", "num_state_slots_in_use", "num_state_slots_cached", "num_state_slots", "num_steps", "num_prompt_tokens", "num_generated_tokens", "num_cached_tokens", "num_tokens_lost_for_want_of_checkpoint", "num_preemptions", "resident_adapters", "num_weight_leases", "is_draining", "uptime_s", "num_adapter_slots", "step_seconds", "adapter_load_seconds", "memory_parts", "num_device_bytes", "num_device_bytes_free", "drafts")
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
     NUM_PAGES_IN_USE_FIELD_NUMBER: _ClassVar[int]
@@ -268,6 +278,7 @@ class EngineStats(_message.Message):
     MEMORY_PARTS_FIELD_NUMBER: _ClassVar[int]
     NUM_DEVICE_BYTES_FIELD_NUMBER: _ClassVar[int]
     NUM_DEVICE_BYTES_FREE_FIELD_NUMBER: _ClassVar[int]
+    DRAFTS_FIELD_NUMBER: _ClassVar[int]
     num_running: int
     num_waiting: int
     num_pages_in_use: int
@@ -292,7 +303,8 @@ class EngineStats(_message.Message):
     memory_parts: _containers.RepeatedCompositeFieldContainer[MemoryPart]
     num_device_bytes: int
     num_device_bytes_free: int
-    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_pages_in_use: _Optional[int] = ..., num_pages_cached: _Optional[int] = ..., num_pages: _Optional[int] = ..., num_state_slots_in_use: _Optional[int] = ..., num_state_slots_cached: _Optional[int] = ..., num_state_slots: _Optional[int] = ..., num_steps: _Optional[int] = ..., num_prompt_tokens: _Optional[int] = ..., num_generated_tokens: _Optional[int] = ..., num_cached_tokens: _Optional[int] = ..., num_tokens_lost_for_want_of_checkpoint: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., resident_adapters: _Optional[_Iterable[_Union[ResidentAdapter, _Mapping]]] = ..., num_weight_leases: _Optional[int] = ..., is_draining: bool = ..., uptime_s: _Optional[float] = ..., num_adapter_slots: _Optional[int] = ..., step_seconds: _Optional[_Union[_common_pb2.Histogram, _Mapping]] = ..., adapter_load_seconds: _Optional[_Union[_common_pb2.Histogram, _Mapping]] = ..., memory_parts: _Optional[_Iterable[_Union[MemoryPart, _Mapping]]] = ..., num_device_bytes: _Optional[int] = ..., num_device_bytes_free: _Optional[int] = ...) -> None: ...
+    drafts: _containers.RepeatedCompositeFieldContainer[DraftTotals]
+    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_pages_in_use: _Optional[int] = ..., num_pages_cached: _Optional[int] = ..., num_pages: _Optional[int] = ..., num_state_slots_in_use: _Optional[int] = ..., num_state_slots_cached: _Optional[int] = ..., num_state_slots: _Optional[int] = ..., num_steps: _Optional[int] = ..., num_prompt_tokens: _Optional[int] = ..., num_generated_tokens: _Optional[int] = ..., num_cached_tokens: _Optional[int] = ..., num_tokens_lost_for_want_of_checkpoint: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., resident_adapters: _Optional[_Iterable[_Union[ResidentAdapter, _Mapping]]] = ..., num_weight_leases: _Optional[int] = ..., is_draining: bool = ..., uptime_s: _Optional[float] = ..., num_adapter_slots: _Optional[int] = ..., step_seconds: _Optional[_Union[_common_pb2.Histogram, _Mapping]] = ..., adapter_load_seconds: _Optional[_Union[_common_pb2.Histogram, _Mapping]] = ..., memory_parts: _Optional[_Iterable[_Union[MemoryPart, _Mapping]]] = ..., num_device_bytes: _Optional[int] = ..., num_device_bytes_free: _Optional[int] = ..., drafts: _Optional[_Iterable[_Union[DraftTotals, _Mapping]]] = ...) -> None: ...
 
 class ShareWeightsRequest(_message.Message):
     __slots__ = ()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,10 +28,14 @@ class Rollback:
 
 @dataclass(frozen=True, slots=True)
 class AdapterUse:
-    """One adapter as a request applies it: identity of the bytes, and strength."""
+    """One adapter as a request applies it: identity of the bytes, and strength.
+
+    The name it was asked for by is for statistics, and no part of what it is.
+    """
 
     sha256: str
     scale: float = 1.0
+    name: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,10 @@ class Matcher(Protocol):
         """Whether nothing but an end token may follow."""
         ...
 
+    def fork(self) -> Matcher:
+        """Another one at the same place, to look ahead with."""
+        ...
+
     def advance(self, token_id: int) -> None:
         """Go on by a token.
 
@@ -68,3 +72,7 @@ class Constraint(Protocol):
 
     @property
     def allowance(self) -> Allowance: ...
+
+    def after(self, token_id: int) -> Constraint | None:
+        """The same rules once `token_id` follows; None where it may not. Changes nothing here."""
+        ...

@@ -10,6 +10,15 @@ empty. The checkpoint a row reads from is never written.
 Steps take effect in the order of their launch: a plan may name what an earlier one, still under way,
 writes. The token a step draws for a row stays with the row's live slot (the one it commits to, if it
 commits), so that a row planned before anybody has read that token can be fed from there.
+
+Speculation. A verify row computes several tokens at once: lines. The first is the newest token, the
+others are drafts, guesses of those after it. Each line draws the token after it exactly as a decode row
+at its place would, with the same random number; a draft is accepted if it is the token that the line
+before it drew. So the tokens are those of plain decoding, whatever was guessed. Rejected lines leave a
+shorter ring, and keys and values that the next lines overwrite.
+
+Paper: Leviathan, Kalman and Matias 2023, Speculative Decoding (arXiv 2211.17192); the coupling of
+drafts and draws by one random number is that of Daliri, Musco and Suresh 2025 (arXiv 2408.07978).
 """
 
 from __future__ import annotations
@@ -57,6 +66,46 @@ class DecodeRow:
     # (adapter slot, scale) pairs; empty is the base model.
     adapter_slots: tuple[tuple[int, float], ...]
     sampling: RowSampling
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyRow:
+    """One sequence's newest token and drafts of those after it, one line each.
+
+    Nothing is committed when a page is completed: the row's next step, which must be a verify row
+    too, first folds the page from the ring (`state_fold_slot`). Until then the ring holds more than a
+    page; its capacity is page_tokens and the longest draft.
+    """
+
+    sequence_id: int
+    # The newest token: the first line.
+    token_id: int
+    # The drafts behind it. None: the step before made them for `state_slot`, and only the device has them.
+    draft_token_ids: tuple[int, ...] | None
+    num_drafts: int
+    # Tokens before the first line.
+    position: int
+    # Pages in order, covering the lines and what drafting writes ahead of them.
+    page_ids: tuple[int, ...]
+    state_read_slot: int
+    state_slot: int
+    # Set exactly when the ring holds a page or more: the slot that the state at its end goes to, and
+    # in which the row lives from then on.
+    state_fold_slot: int | None
+    adapter_slots: tuple[tuple[int, float], ...]
+    # One for each line. Histories and constraints are those of the first: the drafts come on top.
+    samplings: tuple[RowSampling, ...]
+    # Drafts to make on the device for the row's next step, behind the token that this one draws last.
+    num_next_drafts: int = 0
+
+    @property
+    def num_lines(self) -> int:
+        return 1 + self.num_drafts
+
+    @property
+    def live_slot(self) -> int:
+        """Where the row lives after the step; drafts and the last drawn token stay with it."""
+        return self.state_slot if self.state_fold_slot is None else self.state_fold_slot
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,10 +168,11 @@ class BatchPlan:
     step_id: int
     decode_rows: tuple[DecodeRow, ...] = ()
     prefill_chunks: tuple[PrefillChunk, ...] = ()
+    verify_rows: tuple[VerifyRow, ...] = ()
 
     @property
     def is_empty(self) -> bool:
-        return not self.decode_rows and not self.prefill_chunks
+        return not self.decode_rows and not self.prefill_chunks and not self.verify_rows
 
     def one_by_one(self) -> Iterator[BatchPlan]:
         """A plan for each sequence alone; together they do the same."""
@@ -130,6 +180,13 @@ class BatchPlan:
             yield BatchPlan(self.step_id, (row,))
         for chunk in self.prefill_chunks:
             yield BatchPlan(self.step_id, prefill_chunks=(chunk,))
+        for verify in self.verify_rows:
+            yield BatchPlan(self.step_id, verify_rows=(verify,))
+
+    @property
+    def num_verify_lines(self) -> int:
+        """Lines of the longest verify row; 0 without any."""
+        return max((row.num_lines for row in self.verify_rows), default=0)
 
     @property
     def has_late_rows(self) -> bool:
@@ -143,8 +200,10 @@ class BatchPlan:
     def sequence_ids(self) -> tuple[int, ...]:
         """Whom the step works for, decode rows first."""
         rows = tuple(row.sequence_id for row in self.decode_rows)
-        return rows + tuple(chunk.sequence_id for chunk in self.prefill_chunks)
+        chunks = tuple(chunk.sequence_id for chunk in self.prefill_chunks)
+        return rows + chunks + tuple(row.sequence_id for row in self.verify_rows)
 
     @property
     def num_tokens(self) -> int:
-        return len(self.decode_rows) + sum(len(chunk.token_ids) for chunk in self.prefill_chunks)
+        num_lines = sum(row.num_lines for row in self.verify_rows)
+        return len(self.decode_rows) + num_lines + sum(len(chunk.token_ids) for chunk in self.prefill_chunks)

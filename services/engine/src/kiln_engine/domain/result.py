@@ -62,6 +62,14 @@ class PackedTop:
 
 
 @dataclass(frozen=True, slots=True)
+class VerifyResult:
+    """The tokens one verify row has drawn, in order: those its drafts had guessed, and the one after them."""
+
+    sequence_id: int
+    rows: tuple[RowResult, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class ReadoutResult:
     """What one chunk told about its tokens, as its Readout asked."""
 
@@ -80,11 +88,13 @@ class ReadoutResult:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """One entry for each decode row and each chunk with sampling, and one for each chunk that is read out."""
+    """One entry for each decode row and each chunk with sampling, one for each chunk that is read out,
+    and one for each verify row."""
 
     step_id: int
     rows: tuple[RowResult, ...]
     readouts: tuple[ReadoutResult, ...] = ()
+    verified: tuple[VerifyResult, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

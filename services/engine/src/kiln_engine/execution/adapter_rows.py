@@ -5,7 +5,7 @@ Legend: `S` slots, `T` tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,20 +44,36 @@ class ResidentAdapter:
     digest: str = ""
 
 
-def groups_of(plan: BatchPlan, resident: Mapping[int, ResidentAdapter]) -> list[TokenGroup]:
-    """The plan's tokens that use adapters, decode rows first as everywhere; slot 0 adds nothing."""
+def groups_of(
+    plan: BatchPlan, resident: Mapping[int, ResidentAdapter], num_lines: int = 0
+) -> list[TokenGroup]:
+    """The plan's tokens that use adapters, in the order of the pass; slot 0 adds nothing.
+
+    Verify rows have `num_lines` each, or as many as the longest.
+    """
     tokens_of: dict[tuple[tuple[int, float], ...], list[int]] = {}
-    for token, row in enumerate(plan.decode_rows):
-        if row.adapter_slots:
-            tokens_of.setdefault(row.adapter_slots, []).append(token)
-    token = len(plan.decode_rows)
-    for chunk in plan.prefill_chunks:
-        end = token + len(chunk.token_ids)
-        if chunk.adapter_slots:
-            tokens_of.setdefault(chunk.adapter_slots, []).extend(range(token, end))
-        token = end
+    end = 0
+    for adapter_slots, num_tokens in _runs_of(plan, num_lines):
+        start, end = end, end + num_tokens
+        if adapter_slots:
+            tokens_of.setdefault(adapter_slots, []).extend(range(start, end))
     groups = [TokenGroup(tokens, _uses(slots, resident)) for slots, tokens in tokens_of.items()]
     return [group for group in groups if group.uses]
+
+
+def _runs_of(plan: BatchPlan, num_lines: int) -> Iterator[tuple[tuple[tuple[int, float], ...], int]]:
+    """(adapters, tokens) of each part of the pass."""
+    for row in plan.decode_rows:
+        yield row.adapter_slots, 1
+    for verify in plan.verify_rows:
+        yield verify.adapter_slots, num_lines or plan.num_verify_lines
+    for chunk in plan.prefill_chunks:
+        yield chunk.adapter_slots, len(chunk.token_ids)
+
+
+def num_pass_tokens(plan: BatchPlan) -> int:
+    """Tokens of the plan's pass, padding lines included."""
+    return sum(num_tokens for _, num_tokens in _runs_of(plan, 0))
 
 
 def _uses(
@@ -103,7 +119,7 @@ class StaticLoraRows:
         num_tokens: int,
         num_slots: int,
         device: torch.device,
-        groups_of: Callable[[BatchPlan], list[TokenGroup]],
+        groups_of: Callable[[BatchPlan, int], list[TokenGroup]],
     ) -> None:
         self._num_tokens = num_tokens
         self._groups_of = groups_of
@@ -119,13 +135,15 @@ class StaticLoraRows:
         self._copied: list[torch.cuda.Event | None] = [None] * len(self._host)
         self._next = 0
 
-    def fill_(self, plan: BatchPlan) -> bool:
+    def fill_(self, plan: BatchPlan, num_lines: int = 0) -> bool:
         """Copy the plan's uses to the device without waiting; tokens beyond the plan use nothing.
+
+        `num_lines` as in `groups_of`.
 
         Returns: whether any token uses an adapter.
         """
         assert plan.num_tokens <= self._num_tokens, (plan.num_tokens, self._num_tokens)
-        groups = self._groups_of(plan)
+        groups = self._groups_of(plan, num_lines)
         words = pack_groups(groups, self._shape)
         number, self._next = self._next, (self._next + 1) % len(self._host)
         copied = self._copied[number]

@@ -18,7 +18,13 @@ import torch
 
 from kiln_common.errors import InvalidRequest
 from kiln_engine.domain.plan import BatchPlan
-from kiln_engine.execution.adapter_rows import ResidentAdapter, StaticLoraRows, groups_of, lora_rows
+from kiln_engine.execution.adapter_rows import (
+    ResidentAdapter,
+    StaticLoraRows,
+    groups_of,
+    lora_rows,
+    num_pass_tokens,
+)
 from kiln_engine.execution.adapter_stacks import AdapterStacks, StackedRows
 from kiln_engine.execution.adapter_tables import AdapterTables, adapter_slot_bytes, largest_matrix_bytes
 from kiln_engine.execution.adapter_upload import AdapterUploader
@@ -143,7 +149,7 @@ class AdapterStore:
         if self._tables.uses_kernel:
             return lora_rows(groups, self._device, is_batch_invariant=self._is_batch_invariant)
         place = (self._device, self._tables.dtype)
-        return StackedRows(plan.num_tokens, groups, self._stacks, self._resident, place)
+        return StackedRows(num_pass_tokens(plan), groups, self._stacks, self._resident, place)
 
     def static_rows(self, num_tokens: int) -> StaticLoraRows:
         """Rows in fixed device memory for CUDA graphs of up to so many tokens; they begin empty."""
@@ -195,8 +201,8 @@ class AdapterStore:
         layout.check_values(file_u8)
         self._tables.write(index, layout.views(file_u8))
 
-    def _groups_of(self, plan: BatchPlan) -> list[TokenGroup]:
-        return groups_of(plan, self._resident)
+    def _groups_of(self, plan: BatchPlan, num_lines: int = 0) -> list[TokenGroup]:
+        return groups_of(plan, self._resident, num_lines)
 
 
 @dataclass(frozen=True)

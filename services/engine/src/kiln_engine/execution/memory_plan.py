@@ -7,9 +7,11 @@ from dataclasses import dataclass
 import torch
 
 from kiln_common.errors import KilnError
+from kiln_engine.domain.speculation import most_lines
 from kiln_engine.execution.adapter_tables import adapter_slot_bytes, largest_matrix_bytes
 from kiln_engine.execution.adapter_upload import upload_block_bytes
 from kiln_engine.model import kv_page_bytes, page_table_bytes, state_slot_bytes
+from kiln_engine.model.carried_hidden import carried_slot_bytes
 from kiln_nn.config import ModelConfig
 from kiln_nn.kernels.paged_attention.reference import MOST_GATHERED_TOKENS, MOST_SCORES
 
@@ -41,6 +43,8 @@ class MemoryRequest:
     kv_cache_tokens: int = 0
     least_model_len: int = 1
     max_draft_tokens: int = 0
+    # Whether the model's multi-token-prediction layer makes the drafts.
+    drafts_by_mtp: bool = False
     state_dtype: torch.dtype = torch.float32
     # None is the model's own format.
     kv_dtype: torch.dtype | None = None
@@ -58,6 +62,8 @@ class MemoryPlan:
     max_model_len: int
     max_running: int
     step_token_budget: int
+    max_draft_tokens: int
+    drafts_by_mtp: bool
     state_dtype: torch.dtype
     kv_dtype: torch.dtype
     num_pages: int
@@ -97,7 +103,9 @@ def plan_memory(
         state_dtype=request.state_dtype,
         max_draft_tokens=request.max_draft_tokens,
     )
-    page = kv_page_bytes(config, request.page_tokens, kv_dtype)
+    if request.drafts_by_mtp:
+        slot += carried_slot_bytes(config, request.max_draft_tokens, dtype)
+    page = kv_page_bytes(config, request.page_tokens, kv_dtype, num_mtp_layers=int(request.drafts_by_mtp))
     adapters = request.num_adapter_slots * adapter_slot_bytes(config, request.max_adapter_rank, dtype)
     if request.has_kernels:
         adapters += upload_block_bytes(largest_matrix_bytes(config, request.max_adapter_rank))
@@ -125,6 +133,8 @@ def plan_memory(
         max_model_len=request.max_model_len,
         max_running=min(request.max_running, num_slots),
         step_token_budget=request.step_token_budget,
+        max_draft_tokens=request.max_draft_tokens,
+        drafts_by_mtp=request.drafts_by_mtp,
         state_dtype=request.state_dtype,
         kv_dtype=kv_dtype,
         num_pages=num_pages,
@@ -159,13 +169,14 @@ def _workspace_bytes(config: ModelConfig, request: MemoryRequest, dtype: torch.d
     mlp = 3 * config.intermediate_size * dtype.itemsize
     residual = 4 * config.hidden_size * dtype.itemsize
     state = config.linear_num_value_heads * config.linear_key_head_dim * config.linear_value_head_dim
+    num_lines = most_lines(request.max_running, request.max_draft_tokens)
     step = request.step_token_budget * (max(mixer + scores, mlp) + residual)
     if request.has_kernels:
         # Logits and one copy to edit; graphs keep what a decode step makes on the way.
-        rows = request.max_running * (2 * config.vocab_size * float32 + 4 * (mixer + mlp + residual))
+        rows = num_lines * (2 * config.vocab_size * float32 + 4 * (mixer + mlp + residual))
         return step + rows
     # Logits, their copies, and in float64 those that top-k and top-p sort.
-    rows = request.max_running * (10 * config.vocab_size + 3 * state) * float32
+    rows = num_lines * (10 * config.vocab_size + 3 * state) * float32
     return step + rows + _attention_bytes(config, request, dtype)
 
 

@@ -8,38 +8,16 @@ Legend: `T` tokens of the step, `N` targets, `E` embeddings, `D` hidden width, `
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
 
 from kiln_engine.domain.plan import BatchPlan, PrefillChunk
 from kiln_engine.domain.result import PackedTop, ReadoutResult
+from kiln_engine.execution.host_copy import HostCopy
 from kiln_engine.model import to_device
 
 Head = Callable[[torch.Tensor], torch.Tensor]
-
-
-@dataclass(frozen=True)
-class _Arriving:
-    """A tensor on its way to the host."""
-
-    host: torch.Tensor
-    arrived: torch.cuda.Event | None
-
-    @classmethod
-    def of(cls, tensor: torch.Tensor) -> _Arriving:
-        if tensor.device.type != "cuda":
-            return cls(tensor, None)
-        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
-        arrived = torch.cuda.Event(blocking=True)
-        arrived.record()
-        return cls(host, arrived)
-
-    def wait(self) -> torch.Tensor:
-        if self.arrived is not None:
-            self.arrived.synchronize()
-        return self.host
 
 
 class PendingReadouts:
@@ -53,12 +31,12 @@ class PendingReadouts:
         self, chunks: Sequence[PrefillChunk], targets_NF: torch.Tensor, embeddings_ED: torch.Tensor
     ) -> None:
         self._chunks = chunks
-        self._targets = _Arriving.of(targets_NF)
-        self._embeddings = _Arriving.of(embeddings_ED)
+        self._targets = HostCopy(targets_NF)
+        self._embeddings = HostCopy(embeddings_ED)
 
     def wait(self) -> tuple[ReadoutResult, ...]:
         """One result for each chunk that is read out."""
-        lines_NF, embeddings = self._targets.wait(), iter(self._embeddings.wait().tolist())
+        lines_NF, embeddings = self._targets.tensor(), iter(self._embeddings.wait())
         results, begin = [], 0
         for chunk in self._chunks:
             assert chunk.readout is not None

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 
-from kiln_engine.domain.plan import BatchPlan, RowSampling
+from kiln_engine.domain.plan import BatchPlan, RowSampling, VerifyRow
 from kiln_engine.domain.result import RowResult, StepResult
+from kiln_engine.domain.speculation import most_lines
 from kiln_engine.execution.adapter_store import AdapterStore
+from kiln_engine.execution.captured_step import Draw, GraphParts
+from kiln_engine.execution.drafting import Drafter
 from kiln_engine.execution.host_allocator import keep_freed_memory
 from kiln_engine.execution.memory_plan import MemoryPlan
 from kiln_engine.execution.readouts import PendingReadouts, read_out
-from kiln_engine.execution.sampled_ids import SampledIds
+from kiln_engine.execution.sampled_ids import DraftIds, SampledIds
 from kiln_engine.execution.sampler import PendingDraws, Sampler, sample
-from kiln_engine.execution.step_graphs import PREFILL_CHUNKS, Draw, GraphParts, StepGraphs
+from kiln_engine.execution.step_graphs import PREFILL_CHUNKS, StepGraphs
 from kiln_engine.execution.token_masks import compile_masks
+from kiln_engine.execution.verifying import PendingVerify, accept, line_samplings, needs_drafts_on_host
 from kiln_engine.model import KvStore, Linears, PagedModel, PrefillCapacity, StateStore
+from kiln_engine.model.carried_hidden import CarriedHidden
+from kiln_engine.model.mtp_layer import MtpHidden, MtpLayer
 from kiln_engine.model.prefill_layout import prefill_numbers
 from kiln_engine.model.step_layout import join_layouts
 from kiln_nn.blocks import Weights
@@ -37,6 +44,7 @@ class TorchStep:
         self._drawn: list[tuple[_Rows, PendingDraws]] = []
         self._undrawn: list[tuple[_Rows, Draw]] = []
         self._readouts: list[PendingReadouts] = []
+        self._verified: list[PendingVerify] = []
         self._ended: torch.cuda.Event | None = None
 
     def add(self, rows: _Rows, draw: Draw | None, *, is_late: bool = False) -> None:
@@ -52,12 +60,16 @@ class TorchStep:
         """Add what the step's chunks tell."""
         self._readouts.append(readouts)
 
+    def add_verified(self, verified: PendingVerify) -> None:
+        """Add what the step's verify rows have drawn."""
+        self._verified.append(verified)
+
     def mark_end(self, device: torch.device) -> None:
         """Let `wait` wait for the device where no result would make it.
 
         What a step reads may be given away once it has been waited for: pages, slots, adapters.
         """
-        if device.type == "cuda" and not (self._drawn or self._undrawn or self._readouts):
+        if device.type == "cuda" and not (self._drawn or self._undrawn or self._readouts or self._verified):
             self._ended = torch.cuda.Event(blocking=True)
             self._ended.record()
 
@@ -68,7 +80,7 @@ class TorchStep:
         self._undrawn = []
 
     def wait(self) -> StepResult:
-        """One row for each decode row and each chunk with sampling, and what chunks told."""
+        """One row for each decode row and each chunk with sampling, what chunks told, and verify rows."""
         assert not self._undrawn
         if self._ended is not None:
             self._ended.synchronize()
@@ -78,7 +90,8 @@ class TorchStep:
             for (sequence_id, _), draw in zip(drawn, pending.wait(), strict=True)
         ]
         readouts = [told for pending in self._readouts for told in pending.wait()]
-        return StepResult(self._step_id, tuple(rows), tuple(readouts))
+        verified = [result for pending in self._verified for result in pending.wait()]
+        return StepResult(self._step_id, tuple(rows), tuple(readouts), tuple(verified))
 
 
 class TorchRunner:
@@ -102,6 +115,8 @@ class TorchRunner:
         *,
         small_head: QuantisedMatrix | None = None,
         is_batch_invariant: bool = False,
+        mtp_hidden: MtpHidden = "normed",
+        draft_vocab_tokens: int | None = None,
     ) -> None:
         device, dtype = _place_of(weights)
         if device.type == "cpu":
@@ -114,6 +129,7 @@ class TorchRunner:
             page_tokens=memory.page_tokens,
             dtype=memory.kv_dtype,
             device=device,
+            num_mtp_layers=int(memory.drafts_by_mtp),
         )
         self.states = StateStore(
             config,
@@ -121,6 +137,7 @@ class TorchRunner:
             page_tokens=memory.page_tokens,
             dtype=dtype,
             state_dtype=memory.state_dtype,
+            max_draft_tokens=memory.max_draft_tokens,
             device=device,
         )
         self.adapters = AdapterStore(
@@ -142,16 +159,47 @@ class TorchRunner:
         )
         self._is_batch_invariant = is_batch_invariant
         self._sampled_ids = SampledIds(memory.num_state_slots, device)
+        self._draft_ids = DraftIds(memory.num_state_slots, memory.max_draft_tokens, device)
+        self._drafter: Drafter | None = None
+        if memory.drafts_by_mtp:
+            self.model.mtp = self._mtp_layer(memory, mtp_hidden)
+            self._drafter = Drafter(
+                self.model.mtp,
+                self.model.matrices,
+                self._draft_ids,
+                draft_vocab_tokens,
+                is_batch_invariant=is_batch_invariant,
+            )
         self._max_rows = memory.max_running
+        self._max_draft_tokens = memory.max_draft_tokens
         self._dtype = dtype
         self._step_token_budget = memory.step_token_budget
         self._graphs: StepGraphs | None = None
+
+    def _mtp_layer(self, memory: MemoryPlan, hidden: MtpHidden) -> MtpLayer:
+        carried = CarriedHidden(
+            memory.num_state_slots,
+            memory.max_draft_tokens + 1,
+            self.config.hidden_size,
+            _place_of(self.model.weights)[1],
+            self.device,
+        )
+        return MtpLayer(
+            self.config,
+            self.model.weights,
+            self.kv.layer(self.config.num_full_layers),
+            self.model.pages,
+            carried,
+            hidden=hidden,
+            is_batch_invariant=self._is_batch_invariant,
+        )
 
     @property
     def num_bytes(self) -> int:
         """Device bytes held beside the weights."""
         stores = (self.kv, self.states, self.adapters, self.model.pages)
-        return sum(store.num_bytes for store in stores)
+        num_carried_bytes = 0 if self.model.mtp is None else self.model.mtp.carried.num_bytes
+        return sum(store.num_bytes for store in stores) + num_carried_bytes
 
     def capture(self) -> int:
         """Capture the steps that fit a CUDA graph, before the first `launch`; returns their bytes.
@@ -159,12 +207,22 @@ class TorchRunner:
         Raises: whatever a kernel raises that cannot run on this device or shape.
         """
         reserved_bytes = torch.cuda.memory_reserved()
-        num_rows, vocab_size = max(self._max_rows, PREFILL_CHUNKS), self.config.vocab_size
+        num_lines = most_lines(self._max_rows, self._max_draft_tokens)
+        num_rows, vocab_size = max(num_lines, PREFILL_CHUNKS), self.config.vocab_size
         logits_RV = torch.empty((num_rows, vocab_size), dtype=torch.float32, device=self.device)
         sampler = Sampler(num_rows, vocab_size, self.device, is_batch_invariant=self._is_batch_invariant)
         pool = torch.cuda.graph_pool_handle()
-        parts = GraphParts(self.model, self.adapters, sampler, self._sampled_ids, logits_RV, pool)
-        graphs = StepGraphs(parts, self._max_rows)
+        parts = GraphParts(
+            self.model,
+            self.adapters,
+            sampler,
+            self._sampled_ids,
+            self._draft_ids,
+            self._drafter,
+            logits_RV,
+            pool,
+        )
+        graphs = StepGraphs(parts, self._max_rows, self._max_draft_tokens)
         self._compile_long_prompts()
         compile_masks(logits_RV)
         self._graphs = graphs
@@ -195,6 +253,50 @@ class TorchRunner:
         return step
 
     def _launch(self, plan: BatchPlan, step: TorchStep) -> None:
+        if plan.verify_rows:
+            # First: rows that are drawn late must come last.
+            self._launch_verify(BatchPlan(plan.step_id, verify_rows=plan.verify_rows), step)
+            plan = replace(plan, verify_rows=())
+        if not plan.is_empty:
+            self._launch_rows_and_chunks(plan, step)
+
+    def _launch_verify(self, plan: BatchPlan, step: TorchStep) -> None:
+        """The pass of the verify rows, their draws, and how many of their drafts stand."""
+        graph = self._graphs.for_verify(plan) if self._graphs else None
+        self.model.prepare(plan, has_clean_memory=graph is None)
+        guessed = self._known_drafts(plan.verify_rows)
+        if graph is not None:
+            step.add_verified(graph.run(plan, guessed))
+            return
+        layout = self.model.layout(plan)
+        verify = layout.verify
+        assert verify is not None
+        self._draft_ids.feed_lines_(verify.token_ids_RN, verify.delta.ring_slots_R)
+        adapter_rows = self.adapters.rows_for(plan)
+        adapters = None if adapter_rows is None else self.adapters.of_step(adapter_rows)
+        logits_TV = self.model.forward(layout, Linears(self.model.matrices, adapters))
+        samplings = line_samplings(plan.verify_rows, guessed, verify.num_lines)
+        draws = sample(logits_TV, samplings)
+        drawn_RN = draws.token_ids_R.view(-1, verify.num_lines)
+        accepted_R = accept(verify.token_ids_RN, drawn_RN, verify.num_new_R)
+        step.add_verified(PendingVerify(plan.verify_rows, verify.num_lines, draws, accepted_R))
+        if self._drafter is not None:
+            drafts = self._drafter.of(len(plan.verify_rows))
+            drafts.send(plan.verify_rows)
+            drafts.begin(verify, drawn_RN, accepted_R)
+            drafts.run(plan.verify_rows)
+
+    def _known_drafts(self, rows: Sequence[VerifyRow]) -> list[tuple[int, ...]]:
+        """The rows' drafts as far as their draws need them on the host."""
+        if not any(map(needs_drafts_on_host, rows)):
+            return [row.draft_token_ids or () for row in rows]
+        made = self._draft_ids.read([row.state_slot for row in rows])
+        return [
+            tuple(drafts[: row.num_drafts]) if row.draft_token_ids is None else row.draft_token_ids
+            for row, drafts in zip(rows, made, strict=True)
+        ]
+
+    def _launch_rows_and_chunks(self, plan: BatchPlan, step: TorchStep) -> None:
         rows_graph = self._graphs.for_rows(plan) if self._graphs and plan.decode_rows else None
         chunks_graph = self._graphs.for_chunks(plan) if self._graphs and plan.prefill_chunks else None
         if self._is_batch_invariant and self.device.type == "cpu":

@@ -1,13 +1,15 @@
-"""The tokens drawn last, on the device: a step is fed from here before the host has read them.
+"""Tokens on the device, by live slot: a step is fed from here before the host has read them.
 
-Legend: `S` state slots, `R` decode rows, `N` sampled rows.
+Legend: `S` state slots, `R` rows, `N` sampled rows, or lines of a verify row, `K` longest draft.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
-from kiln_engine.model import StepLayout
+from kiln_engine.model import StepLayout, to_device
 
 
 class SampledIds:
@@ -32,3 +34,20 @@ class SampledIds:
     def keep_rows(self, slots_N: torch.Tensor, token_ids_N: torch.Tensor) -> None:
         """Remember the tokens drawn for these slots. A graph can hold it."""
         self._ids_S[slots_N] = token_ids_N
+
+
+class DraftIds:
+    """For each live state slot the drafts made last for its sequence; slot -1 as above."""
+
+    def __init__(self, num_slots: int, max_draft_tokens: int, device: torch.device) -> None:
+        self.ids_SK = torch.zeros((num_slots + 1, max_draft_tokens), dtype=torch.long, device=device)
+
+    def feed_lines_(self, token_ids_RN: torch.Tensor, slots_R: torch.Tensor) -> None:
+        """Put the drafts of the rows' slots where `token_ids_RN` is -1. A graph can hold it."""
+        lines = token_ids_RN[:, 1:]
+        drafts = self.ids_SK[slots_R, : lines.shape[1]]
+        lines.copy_(torch.where(lines < 0, drafts, lines))
+
+    def read(self, slots: Sequence[int]) -> list[list[int]]:
+        """The slots' drafts on the host, once the step that makes them has ended."""
+        return self.ids_SK[to_device(slots, self.ids_SK.device, torch.long)].tolist()  # type: ignore[no-any-return]

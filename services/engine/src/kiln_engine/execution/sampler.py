@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 
 from kiln_engine.domain.plan import RowSampling
+from kiln_engine.execution.host_copy import HostCopy
 from kiln_engine.execution.logit_edits import logit_edits, most_logit_edits
 from kiln_engine.execution.sampling_tables import SamplingTables, StaticTables, exact_tables
 from kiln_engine.execution.token_masks import token_masks
@@ -41,21 +42,11 @@ class PendingDraws:
     def __init__(self, token_ids_R: torch.Tensor, packed: torch.Tensor, rows: Sequence[RowSampling]) -> None:
         self.token_ids_R = token_ids_R
         self._num_top = [row.params.num_top_logprobs for row in rows]
-        self._arrived: torch.cuda.Event | None = None
-        if packed.device.type == "cuda":
-            pinned = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
-            self._packed = pinned.copy_(packed, non_blocking=True)
-            # Sleeps in `wait` instead of spinning: the device has its next step already.
-            self._arrived = torch.cuda.Event(blocking=True)
-            self._arrived.record()
-        else:
-            self._packed = packed.clone()
+        self._packed = HostCopy(packed)
 
     def wait(self) -> list[DrawnRow]:
         """The rows, in order."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        packed = self._packed.tolist()
+        packed = self._packed.wait()
         if not any(self._num_top):
             return [DrawnRow(int(token), logprob, sampled, ()) for token, logprob, sampled, *_ in packed]
         drawn = []

@@ -43,7 +43,7 @@ def fill_tables(rows: Sequence[RowSampling], num_rows: int) -> np.ndarray:
     table_RF = numbers[: num_rows * NUM_ROW_FIELDS].reshape(num_rows, NUM_ROW_FIELDS)
     table_RF[len(rows) :] = PADDING
     if rows:
-        table_RF[: len(rows)] = [_row_fields(row) for row in rows]
+        table_RF[: len(rows)] = [row_fields(row) for row in rows]
         table_RF[: len(rows), UNIFORM] = uniform_draws(
             [row.params.seed for row in rows], [row.output_index for row in rows]
         )
@@ -71,7 +71,7 @@ def _edits_start(num_rows: int) -> int:
     return (num_rows * NUM_ROW_FIELDS + 1) // 2 * 2
 
 
-def _row_fields(row: RowSampling) -> tuple[float, ...]:
+def row_fields(row: RowSampling) -> tuple[float, ...]:
     params = row.params
     inverse = 1.0 / max(params.temperature, _LOWEST_TEMPERATURE) if params.temperature > 0 else 0.0
     log_min_p = math.log(params.min_p) if params.min_p > 0.0 else -math.inf

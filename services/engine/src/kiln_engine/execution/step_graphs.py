@@ -13,18 +13,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import structlog
 import torch
 
+from kiln_engine.domain.batch_sizes import decode_ladder
 from kiln_engine.domain.plan import BatchPlan, RowSampling
-from kiln_engine.execution.adapter_store import AdapterStore
-from kiln_engine.execution.sampled_ids import SampledIds
-from kiln_engine.execution.sampler import PendingDraws, Sampler, sample
-from kiln_engine.model import Linears, PagedModel, PrefillCapacity, StepLayout, copy_to
+from kiln_engine.domain.speculation import most_lines
+from kiln_engine.execution.captured_step import CapturedStep, Draw, GraphParts
+from kiln_engine.execution.verify_graphs import VerifyGraph, verify_ladder
+from kiln_engine.model import Linears, PrefillCapacity, copy_to
 from kiln_engine.model.decode_layout import decode_fields, decode_layout
 from kiln_engine.model.prefill_layout import prefill_numbers
 from kiln_engine.model.step_layout import join_layouts
@@ -34,67 +33,6 @@ log = structlog.get_logger()
 _PROGRESS_INTERVAL_S = 2.0
 _PREFILL_TOKENS = (64, 128, 256)
 PREFILL_CHUNKS = 8
-
-# Draws the tokens of a pass that has been launched.
-Draw = Callable[[], PendingDraws]
-
-
-def decode_ladder(max_rows: int) -> list[int]:
-    """Batch sizes worth a graph of their own: few enough to capture, dense enough to waste little."""
-    sizes = [1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, *range(160, max_rows, 32)]
-    return [*(size for size in sizes if size < max_rows), max_rows]
-
-
-@dataclass(frozen=True)
-class GraphParts:
-    """What every captured step is made of. All of them write their logits to one place."""
-
-    model: PagedModel
-    adapters: AdapterStore
-    sampler: Sampler
-    sampled_ids: SampledIds
-    logits_RV: torch.Tensor
-    pool: Any
-
-
-class CapturedStep:
-    """One forward pass over fixed buffers, and the drawing of its samples."""
-
-    def __init__(self, parts: GraphParts, layout: StepLayout, linears: Linears) -> None:
-        self._parts = parts
-        self._layout = layout
-        self._capacity = layout.kept_slots.shape[0]
-        self._logits_RV = parts.logits_RV[: self._capacity]
-        self._tables = parts.sampler.prepare((), self._capacity)
-        self._forward = _captured(partial(self._run_forward, linears), parts.pool)
-        self._draw = _captured(self._run_draw, parts.pool)
-
-    def replay(self, rows: Sequence[RowSampling]) -> Draw | None:
-        """Run the pass for what is in the buffers; returns what draws the rows' tokens.
-
-        That has to be called before any other step runs: the logits of all lie in one place.
-        """
-        self._forward.replay()
-        return partial(self._draw_rows, rows) if rows else None
-
-    def _draw_rows(self, rows: Sequence[RowSampling]) -> PendingDraws:
-        sampler = self._parts.sampler
-        if sampler.needs_eager(rows):
-            is_invariant = sampler.is_batch_invariant
-            draws = sample(self._logits_RV[: len(rows)], rows, is_batch_invariant=is_invariant)
-            self._parts.sampled_ids.keep_rows(self._layout.kept_slots[: len(rows)], draws.token_ids_R)
-            return draws
-        sampler.prepare(rows, self._capacity)
-        self._draw.replay()
-        return sampler.pending(rows)
-
-    def _run_forward(self, linears: Linears) -> None:
-        self._parts.sampled_ids.feed_(self._layout)
-        self._parts.model.forward(self._layout, linears, out=self._logits_RV)
-
-    def _run_draw(self) -> None:
-        token_ids_R = self._parts.sampler.launch(self._logits_RV, self._tables)
-        self._parts.sampled_ids.keep_rows(self._layout.kept_slots, token_ids_R)
 
 
 class DecodeGraph:
@@ -142,18 +80,23 @@ class PrefillGraph:
 class StepGraphs:
     """The captured steps of one model, by kind and size.
 
-    The logits and the sampler of `parts` have room for `max_rows` and for `PREFILL_CHUNKS` rows.
+    The logits and the sampler of `parts` have room for `PREFILL_CHUNKS` rows and for the lines that
+    `max_rows` sequences may have with drafts of up to `max_draft_tokens`.
 
     Raises (at construction): whatever a kernel raises that cannot run on this device or shape.
     """
 
-    def __init__(self, parts: GraphParts, max_rows: int) -> None:
-        assert parts.logits_RV.shape[0] >= max(max_rows, PREFILL_CHUNKS)
+    def __init__(self, parts: GraphParts, max_rows: int, max_draft_tokens: int = 0) -> None:
+        num_lines = most_lines(max_rows, max_draft_tokens)
+        assert parts.logits_RV.shape[0] >= max(num_lines, PREFILL_CHUNKS)
         self._parts = parts
         self.decode_sizes = decode_ladder(max_rows)
         self.prefill_sizes = _PREFILL_TOKENS
         self._decode: dict[tuple[int, bool], DecodeGraph] = {}
         self._prefill: dict[int, PrefillGraph] = {}
+        # By lines of a row, then the numbers of rows.
+        self.verify_sizes = verify_ladder(max_rows, num_lines, max_draft_tokens)
+        self._verify: dict[tuple[int, int, bool], VerifyGraph] = {}
         self._capture()
 
     def for_rows(self, plan: BatchPlan) -> DecodeGraph | None:
@@ -175,6 +118,15 @@ class StepGraphs:
         size = next((size for size in self.prefill_sizes if size >= num_tokens), None)
         return None if size is None else self._prefill[size]
 
+    def for_verify(self, plan: BatchPlan) -> VerifyGraph | None:
+        """The smallest graph that holds the plan's verify rows, if one does."""
+        rows = plan.verify_rows
+        if any(row.live_slot != row.state_slot for row in rows):
+            return None
+        lines = next((lines for lines in self.verify_sizes if lines >= plan.num_verify_lines), 0)
+        size = next((size for size in self.verify_sizes.get(lines, ()) if size >= len(rows)), None)
+        return None if size is None else self._verify[size, lines, any(row.adapter_slots for row in rows)]
+
     @torch.inference_mode()
     def _capture(self) -> None:
         """Largest first, so that the others find their memory in the pool."""
@@ -185,6 +137,9 @@ class StepGraphs:
         for has_adapters in (False, True):
             for size in reversed(self.decode_sizes):
                 wanted.append(partial(self._capture_decode, parts, size, has_adapters))
+            for lines, sizes in self.verify_sizes.items():
+                for size in reversed(sizes):
+                    wanted.append(partial(self._capture_verify, parts, size, lines, has_adapters))
         logged_s = started_s
         for number, capture in enumerate(wanted, start=1):
             capture()
@@ -199,11 +154,5 @@ class StepGraphs:
     def _capture_decode(self, parts: GraphParts, size: int, has_adapters: bool) -> None:
         self._decode[size, has_adapters] = DecodeGraph(parts, size, has_adapters=has_adapters)
 
-
-def _captured(run: Callable[[], None], pool: Any) -> torch.cuda.CUDAGraph:
-    """A graph of what `run` launches, after a first run that compiles what is not compiled yet."""
-    run()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        run()
-    return graph
+    def _capture_verify(self, parts: GraphParts, size: int, lines: int, has_adapters: bool) -> None:
+        self._verify[size, lines, has_adapters] = VerifyGraph(parts, size, lines, has_adapters=has_adapters)

@@ -23,6 +23,9 @@ class TokenMatcher:
     def is_at_end(self) -> bool:
         return self.matcher.is_stopped()
 
+    def fork(self) -> TokenMatcher:
+        return TokenMatcher(self.matcher.deep_copy())
+
     def advance(self, token_id: int) -> None:
         if not self.matcher.consume_token(token_id):
             raise GrammarFailed(

@@ -1,4 +1,4 @@
-"""Keys and values of the full-attention layers; the PagePool counts the pages."""
+"""Keys and values of the layers with attention; the PagePool counts the pages."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ import torch
 from kiln_nn.config import ModelConfig
 
 
-def kv_page_bytes(config: ModelConfig, page_tokens: int, dtype: torch.dtype) -> int:
-    """Bytes of one page across all full-attention layers, keys and values together."""
-    return 2 * config.num_full_layers * page_tokens * config.num_kv_heads * config.head_dim * dtype.itemsize
+def kv_page_bytes(
+    config: ModelConfig, page_tokens: int, dtype: torch.dtype, *, num_mtp_layers: int = 0
+) -> int:
+    """Bytes of one page across all layers with attention, keys and values together."""
+    num_layers = config.num_full_layers + num_mtp_layers
+    return 2 * num_layers * page_tokens * config.num_kv_heads * config.head_dim * dtype.itemsize
 
 
 class KvStore:
@@ -28,11 +31,13 @@ class KvStore:
         page_tokens: int,
         dtype: torch.dtype,
         device: torch.device,
+        num_mtp_layers: int = 0,
     ) -> None:
         self.page_tokens = page_tokens
         self.num_pages = num_pages
+        num_layers = config.num_full_layers + num_mtp_layers
         self._cache = torch.zeros(
-            (config.num_full_layers, 2, num_pages, page_tokens, config.num_kv_heads, config.head_dim),
+            (num_layers, 2, num_pages, page_tokens, config.num_kv_heads, config.head_dim),
             dtype=dtype,
             device=device,
         )
@@ -45,7 +50,10 @@ class KvStore:
         return self._cache.nbytes
 
     def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Key and value cache of the index-th full-attention layer, each `[P, S, h, D]`."""
+        """Key and value cache of the index-th full-attention layer, each `[P, S, h, D]`.
+
+        Behind the model's own come those of its multi-token-prediction layers.
+        """
         return self._layers[index]
 
     def begin_pages(self, page_ids: torch.Tensor) -> None:

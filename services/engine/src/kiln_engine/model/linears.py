@@ -68,6 +68,8 @@ class BaseMatrices:
                     self._parts[f"{prefix}.{name}"] = _joined(
                         [weights[f"{prefix}.{part}.weight"] for part in parts]
                     )
+        if "mtp.fc.weight" in weights:
+            self._parts |= _mtp_parts(weights)
         self.head_VD = head_weight(config, weights)
         self._small_head_VD = small_head_VD
 
@@ -120,9 +122,15 @@ class Linears:
         self.adapters.finish(path, x_TI, y_STO[0], begun)
         return y_STO
 
-    def head(self, x_TD: torch.Tensor, out_TV: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits `[T, V]` in float32, in `out_TV` if it is given."""
+    def head(
+        self, x_TD: torch.Tensor, out_TV: torch.Tensor | None = None, *, num_tokens: int | None = None
+    ) -> torch.Tensor:
+        """Logits `[T, V]` in float32, in `out_TV` if it is given; of the first `num_tokens` tokens alone."""
         head_VD = self.base.head(x_TD.shape[0])
+        if isinstance(head_VD, QuantisedMatrix):
+            head_VD = head_VD.rows(0, num_tokens or head_VD.shape[0])
+        else:
+            head_VD = head_VD[:num_tokens]
         return linear(x_TD, head_VD, out_dtype=torch.float32, out=out_TV, config=self.base.tiling(head_VD))
 
     def _side_by_side(
@@ -145,6 +153,19 @@ class Linears:
             shows_producers=shows_producers,
             is_apart=self.base.is_batch_invariant,
         )
+
+
+def _mtp_parts(weights: Weights) -> dict[str, tuple[Weight, ...]]:
+    """The matrices of the multi-token-prediction layer; those of keys and values also without the queries."""
+    prefix = "mtp.layers.0"
+    groups = {**FUSED_GROUPS, "self_attn.kv_proj": ("self_attn.k_proj", "self_attn.v_proj")}
+    groups |= {name: (name,) for name in _ALONE}
+    parts = {
+        f"{prefix}.{name}": _joined([weights[f"{prefix}.{part}.weight"] for part in group])
+        for name, group in groups.items()
+        if not name.startswith("linear_attn.")
+    }
+    return {"mtp.fc": (weights["mtp.fc.weight"],), **parts}
 
 
 def _joined(parts: list[Weight]) -> tuple[Weight, ...]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from kiln_engine.domain.plan import BatchPlan, DecodeRow, PrefillChunk
+from kiln_engine.domain.plan import BatchPlan, DecodeRow, PrefillChunk, VerifyRow
 from kiln_engine.model.store_shape import StoreShape
 from kiln_engine.model.transfers import to_device
 
@@ -42,7 +42,11 @@ class PageTable:
         places: list[int] = []
         page_ids: list[int] = []
         sent: dict[int, tuple[int, ...]] = {}
-        parts: list[DecodeRow | PrefillChunk] = [*plan.decode_rows, *plan.prefill_chunks]
+        parts: list[DecodeRow | PrefillChunk | VerifyRow] = [
+            *plan.decode_rows,
+            *plan.prefill_chunks,
+            *plan.verify_rows,
+        ]
         for part in parts:
             pages, known = part.page_ids, self._known.get(part.state_slot, ())
             if pages == known:

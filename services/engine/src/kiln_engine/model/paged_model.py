@@ -1,7 +1,7 @@
 """Qwen3.5 over KV pages and state slots: the forward pass of one engine step.
 
 Decode rows go through the layers as one batch, prefill chunks as one packed run; the linear
-layers see all of them together. What a sequence remembers is in the two stores. On a GPU a pass
+layers see all of them together. Verify rows are a pass of their own, whose lines attend one by one. What a sequence remembers is in the two stores. On a GPU a pass
 waits for nothing on the host, so that one over fixed buffers can be captured in a graph.
 
 Legend: `T` tokens of the step (decode rows first), `R` decode rows, `D` hidden width.
@@ -14,6 +14,7 @@ import torch
 from kiln_engine.domain.plan import BatchPlan
 from kiln_engine.model.kv_store import KvStore
 from kiln_engine.model.linears import BaseMatrices, Linears
+from kiln_engine.model.mtp_layer import MtpLayer
 from kiln_engine.model.page_table import PageTable
 from kiln_engine.model.state_store import StateStore
 from kiln_engine.model.step_layout import StepLayout, begun_pages, build_layout, moved_to_slots
@@ -21,7 +22,7 @@ from kiln_engine.model.store_shape import StoreShape
 from kiln_engine.model.transfers import to_device
 from kiln_nn.blocks import Weights, conv_weight, embed
 from kiln_nn.config import ModelConfig
-from kiln_nn.kernels.delta_decode import DeltaDecodeWeights, delta_commit, delta_decode
+from kiln_nn.kernels.delta_decode import DeltaDecodeWeights, delta_commit, delta_decode, delta_verify
 from kiln_nn.kernels.delta_prefill import delta_prefill
 from kiln_nn.kernels.paged_attention import paged_chunk_attention, paged_decode_attention
 from kiln_nn.kernels.qk_norm_rope_write import qk_norm_rope_write
@@ -49,6 +50,8 @@ class PagedModel:
         small_head_VD: QuantisedMatrix | None = None,
         is_batch_invariant: bool = False,
     ) -> None:
+        # Set where drafts are made by it: then every pass leaves what that layer needs.
+        self.mtp: MtpLayer | None = None
         self.config = config
         self.weights = weights
         self.kv = kv
@@ -140,6 +143,8 @@ class PagedModel:
             x, residual = self._add_norm(fed, residual, self._end_norms[index])
         if layout.decode is not None:
             delta_commit(self.states.all_layers, layout.decode.delta)
+        if self.mtp is not None:
+            self.mtp.write(layout, x if self.mtp.reads_normed else residual, linears)
         return x
 
     def _norm(self, x_TD: torch.Tensor, name: str) -> torch.Tensor:
@@ -175,17 +180,17 @@ class PagedModel:
             *caches,
         )
         scale, num_rows, outputs = width**-0.5, layout.num_decode_rows, []
-        if layout.decode is not None:
-            decode = layout.decode
+        if layout.single_tokens is not None:
+            context_lengths, table_rows = layout.single_tokens
             outputs.append(
                 paged_decode_attention(
                     q[:num_rows],
                     *caches,
                     self.pages.lines_SM,
-                    decode.context_lengths_R,
+                    context_lengths,
                     scale,
                     gate_RHD=gate[:num_rows],
-                    table_rows_R=decode.table_rows_R,
+                    table_rows_R=table_rows,
                     is_batch_invariant=self.is_batch_invariant,
                 )
             )
@@ -220,6 +225,10 @@ class PagedModel:
             outputs.append(
                 delta_decode(slots, delta, own, *rows, commits=False, is_batch_invariant=is_invariant)
             )
+        if layout.verify is not None:
+            verify = layout.verify
+            lines = (part.unflatten(0, (-1, verify.num_lines)) for part in (mixed, a, b, z))
+            outputs.append(delta_verify(slots, verify.delta, verify.num_new_R, own, *lines).flatten(0, 1))
         if layout.prefill is not None:
             tokens = (part[num_rows:] for part in (mixed, a, b, z))
             chunks = layout.prefill.delta

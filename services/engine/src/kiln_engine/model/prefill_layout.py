@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from kiln_engine.domain.plan import PrefillChunk
+from kiln_engine.model.carried_hidden import IN_PASS, NOT_KEPT
 from kiln_engine.model.store_shape import StoreShape
 from kiln_nn.kernels.delta_prefill import NO_SLOT, ChunkCapacity, ChunkSlots, DeltaChunks, chunk_lists
 from kiln_nn.kernels.paged_attention import AttentionChunks, choose_tile_tokens, chunk_tiles, most_tiles
@@ -38,6 +39,8 @@ class PrefillLayout:
     positions_T: torch.Tensor
     # Where each token's key and value go; -1 for padding.
     token_slots_T: torch.Tensor
+    # Where the hidden state of the token before each is found, as CarriedHidden says it.
+    carried_slots_T: torch.Tensor
     # The last tokens of the chunks whose next one is sampled, and the live slots it stays with (-1: none).
     sample_tokens_N: torch.Tensor
     kept_slots_N: torch.Tensor
@@ -45,6 +48,8 @@ class PrefillLayout:
     attention: AttentionChunks
     # Each chunk's line of the page table.
     table_rows_N: torch.Tensor
+    # Each chunk's last token; any for a chunk that is padding.
+    last_tokens_N: torch.Tensor
 
     @property
     def num_tokens(self) -> int:
@@ -61,13 +66,14 @@ class PrefillNumbers:
 
     def layout(self, flat: torch.Tensor) -> PrefillLayout:
         """The layout of a tensor that holds these numbers, or others with the same capacity."""
-        tokens, places, slots, samples, kept, *rest = flat.split(list(self.section_sizes))
-        *delta, lines, contexts, tile_chunks, tile_starts = rest
+        tokens, places, slots, carried, samples, kept, *rest = flat.split(list(self.section_sizes))
+        *delta, lines, lasts, contexts, tile_chunks, tile_starts = rest
         chunks = DeltaChunks(*delta)
         return PrefillLayout(
             token_ids_T=tokens,
             positions_T=places,
             token_slots_T=slots,
+            carried_slots_T=carried,
             sample_tokens_N=samples,
             kept_slots_N=kept,
             delta=chunks,
@@ -75,6 +81,7 @@ class PrefillNumbers:
                 chunks.cu_seqlens_N1, contexts, tile_chunks, tile_starts, self.tile_tokens
             ),
             table_rows_N=lines,
+            last_tokens_N=lasts,
         )
 
 
@@ -104,10 +111,12 @@ def prefill_numbers(
         _padded([token for chunk in chunks for token in chunk.token_ids], num_tokens, 0),
         _padded(_positions(chunks), num_tokens, 0),
         _padded(_token_slots(chunks, shape.page_tokens), num_tokens, -1),
+        _padded(_carried_slots(chunks), num_tokens, NOT_KEPT),
         _padded([ends[i] - 1 for i in sampled], num_samples, 0),
         _padded([chunks[i].state_slot for i in sampled], num_samples, NO_SLOT),
         *(np.array(numbers, dtype=np.int64) for numbers in delta.values()),
         _padded([chunk.state_slot for chunk in chunks], num_chunks, shape.spare_line),
+        _padded([end - 1 for end in ends], num_chunks, 0),
         _padded(contexts, num_chunks, 0),
         *(np.array(numbers, dtype=np.int64) for numbers in tiles),
     ]
@@ -132,6 +141,16 @@ def _chunk_slots(chunk: PrefillChunk) -> ChunkSlots:
 
 def _positions(chunks: Sequence[PrefillChunk]) -> list[int]:
     return [place for c in chunks for place in range(c.start, c.start + len(c.token_ids))]
+
+
+def _carried_slots(chunks: Sequence[PrefillChunk]) -> list[int]:
+    """What stands before a chunk that begins at a shared checkpoint has not been kept."""
+    slots: list[int] = []
+    for chunk in chunks:
+        goes_on = chunk.start > 0 and chunk.state_read_slot == chunk.state_slot
+        slots.append(chunk.state_slot if goes_on else NOT_KEPT)
+        slots.extend([IN_PASS] * (len(chunk.token_ids) - 1))
+    return slots
 
 
 def _token_slots(chunks: Sequence[PrefillChunk], page_tokens: int) -> list[int]:

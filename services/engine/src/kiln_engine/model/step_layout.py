@@ -1,6 +1,7 @@
 """Where everything of one step lies: a BatchPlan turned into index tensors.
 
-The step's tokens are flat: first one per decode row, then the prefill chunks, end to end.
+The step's tokens are flat: first one per decode row, then the prefill chunks, end to end. Verify rows
+are a pass of their own, in which each has as many lines as the longest.
 
 Legend: `T` tokens, `R` decode rows.
 """
@@ -16,6 +17,7 @@ from kiln_engine.model.decode_layout import DecodeLayout, decode_fields, decode_
 from kiln_engine.model.prefill_layout import PrefillLayout, prefill_numbers
 from kiln_engine.model.store_shape import StoreShape
 from kiln_engine.model.transfers import to_device
+from kiln_engine.model.verify_layout import VerifyLayout, verify_layout, verify_numbers
 
 
 @dataclass(frozen=True)
@@ -23,21 +25,48 @@ class StepLayout:
     """One step's index tensors."""
 
     num_tokens: int
+    # Tokens before those of chunks.
     num_decode_rows: int
     # -1 where the token is the one drawn last for the row's live slot: `SampledIds.feed_` puts it in.
     token_ids_T: torch.Tensor
     positions_T: torch.Tensor
     token_slots_T: torch.Tensor
+    # Where the hidden state of the token before each is found, as CarriedHidden says it.
+    carried_slots_T: torch.Tensor
+    # The last tokens of rows and chunks, and the live slots with which their hidden states stay (-1:
+    # none); None is every token. Those of verify rows stay with all of their lines.
+    last_tokens: torch.Tensor | None
+    last_slots: torch.Tensor
     # The tokens whose next one is sampled, in the order of StepResult.rows; None is every one.
     sample_tokens: torch.Tensor | None
     # The live slots their tokens stay with.
     kept_slots: torch.Tensor
     decode: DecodeLayout | None
     prefill: PrefillLayout | None
+    verify: VerifyLayout | None = None
+
+    @property
+    def num_samples(self) -> int:
+        return self.num_tokens if self.sample_tokens is None else self.sample_tokens.shape[0]
+
+    @property
+    def single_tokens(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Context lengths, and lines of the page table, of the tokens that attend one by one: all but chunks'."""
+        if self.decode is not None:
+            return self.decode.context_lengths_R, self.decode.table_rows_R
+        if self.verify is not None:
+            return self.verify.context_lengths_T, self.verify.table_rows_T
+        return None
 
 
 def build_layout(plan: BatchPlan, shape: StoreShape, device: torch.device) -> StepLayout:
     """Work out one step's indices on the host and send them to the device."""
+    if plan.verify_rows:
+        assert not plan.decode_rows
+        assert not plan.prefill_chunks
+        lines = verify_numbers(plan.verify_rows, shape, plan.num_verify_lines)
+        on_device = to_device(torch.from_numpy(lines), device)
+        return lines_layout(verify_layout(on_device, plan.num_verify_lines))
     decode = prefill = None
     if plan.decode_rows:
         fields = decode_fields(plan.decode_rows, shape)
@@ -46,6 +75,26 @@ def build_layout(plan: BatchPlan, shape: StoreShape, device: torch.device) -> St
         numbers = prefill_numbers(plan.prefill_chunks, shape)
         prefill = numbers.layout(to_device(torch.from_numpy(numbers.flat), device))
     return join_layouts(decode, prefill)
+
+
+def lines_layout(verify: VerifyLayout) -> StepLayout:
+    """The layout of a pass of verify rows: every line is sampled."""
+    num_tokens = verify.token_ids_T.shape[0]
+    return StepLayout(
+        num_tokens=num_tokens,
+        num_decode_rows=num_tokens,
+        token_ids_T=verify.token_ids_T,
+        positions_T=verify.positions_T,
+        token_slots_T=verify.token_slots_T,
+        carried_slots_T=verify.carried_slots_T,
+        last_tokens=None,
+        last_slots=verify.live_slots_R,
+        sample_tokens=None,
+        kept_slots=verify.live_slots_R,
+        decode=None,
+        prefill=None,
+        verify=verify,
+    )
 
 
 def join_layouts(decode: DecodeLayout | None, prefill: PrefillLayout | None) -> StepLayout:
@@ -58,6 +107,9 @@ def join_layouts(decode: DecodeLayout | None, prefill: PrefillLayout | None) -> 
             token_ids_T=decode.token_ids_R,
             positions_T=decode.positions_R,
             token_slots_T=decode.token_slots_R,
+            carried_slots_T=decode.delta.ring_slots_R,
+            last_tokens=None,
+            last_slots=decode.kept_slots_R,
             sample_tokens=None,
             kept_slots=decode.kept_slots_R,
             decode=decode,
@@ -70,6 +122,9 @@ def join_layouts(decode: DecodeLayout | None, prefill: PrefillLayout | None) -> 
             token_ids_T=prefill.token_ids_T,
             positions_T=prefill.positions_T,
             token_slots_T=prefill.token_slots_T,
+            carried_slots_T=prefill.carried_slots_T,
+            last_tokens=prefill.last_tokens_N,
+            last_slots=prefill.delta.live_slots_N,
             sample_tokens=prefill.sample_tokens_N,
             kept_slots=prefill.kept_slots_N,
             decode=None,
@@ -83,6 +138,9 @@ def join_layouts(decode: DecodeLayout | None, prefill: PrefillLayout | None) -> 
         token_ids_T=torch.cat((decode.token_ids_R, prefill.token_ids_T)),
         positions_T=torch.cat((decode.positions_R, prefill.positions_T)),
         token_slots_T=torch.cat((decode.token_slots_R, prefill.token_slots_T)),
+        carried_slots_T=torch.cat((decode.delta.ring_slots_R, prefill.carried_slots_T)),
+        last_tokens=torch.cat((rows, prefill.last_tokens_N + num_rows)),
+        last_slots=torch.cat((decode.kept_slots_R, prefill.delta.live_slots_N)),
         sample_tokens=torch.cat((rows, prefill.sample_tokens_N + num_rows)),
         kept_slots=torch.cat((decode.kept_slots_R, prefill.kept_slots_N)),
         decode=decode,
@@ -97,6 +155,11 @@ def begun_pages(plan: BatchPlan, page_tokens: int) -> list[int]:
         for row in plan.decode_rows
         if row.position % page_tokens == 0
     ]
+    for verify in plan.verify_rows:
+        # Only the first line can be of a page that holds something: then it was begun before.
+        first = -(-verify.position // page_tokens)
+        last = (verify.position + verify.num_drafts) // page_tokens
+        pages.extend(verify.page_ids[first : last + 1])
     for chunk in plan.prefill_chunks:
         end = chunk.start + len(chunk.token_ids)
         if end % page_tokens:
@@ -107,4 +170,5 @@ def begun_pages(plan: BatchPlan, page_tokens: int) -> list[int]:
 def moved_to_slots(plan: BatchPlan) -> list[int]:
     """Live slots in which rows go on after a step, other than the ones they had."""
     slots = [(row.state_slot, row.state_commit_slot) for row in plan.decode_rows]
+    slots += [(verify.state_slot, verify.state_fold_slot) for verify in plan.verify_rows]
     return [to for slot, to in slots if to is not None and to != slot]

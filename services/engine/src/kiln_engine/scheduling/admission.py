@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from itertools import islice
 
+from kiln_engine.scheduling.checkpoints import plan_checkpoints
+from kiln_engine.scheduling.limits import SchedulerLimits
 from kiln_engine.scheduling.memory import SequenceMemory
 from kiln_engine.scheduling.sequence import Sequence, num_common_pages
 
@@ -48,3 +50,19 @@ def branch_points(
         if not is_same_prompt and boundary >= hit + _MIN_BRANCH_GAIN_PAGES * page_tokens:
             points.add(boundary)
     return tuple(sorted(points))
+
+
+def want_checkpoints(sequence: Sequence, branches: tuple[int, ...], limits: SchedulerLimits) -> None:
+    """Note where along its prompt a sequence that starts is to leave checkpoints."""
+    request = sequence.request
+    checkpoints = plan_checkpoints(
+        num_prompt_tokens=sequence.num_prompt_tokens,
+        num_stable_tokens=request.num_stable_prefix_tokens,
+        num_shared_tokens=request.num_shared_prefix_tokens,
+        num_hit_tokens=sequence.num_computed,
+        branch_points=tuple(map(limits.whole_units, branches)),
+        page_tokens=limits.cache_unit_tokens,
+        interval_tokens=limits.checkpoint_interval_tokens,
+    )
+    sequence.wanted_checkpoints = list(checkpoints.wanted)
+    sequence.optional_checkpoints = list(checkpoints.optional)

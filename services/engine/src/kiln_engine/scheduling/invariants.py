@@ -57,6 +57,9 @@ def _check_sequence(sequence: Sequence, scheduler: Scheduler) -> None:
     assert (sequence.num_computed < sequence.num_planned) == (sequence.num_steps_under_way > 0)
     assert len(sequence.page_ids) * page_tokens >= sequence.num_planned
     assert len(set(sequence.page_ids)) == len(sequence.page_ids)
+    assert sequence.num_state_tokens % page_tokens == 0
+    num_in_ring = sequence.num_computed - sequence.num_state_tokens
+    assert 0 <= num_in_ring <= page_tokens + scheduler.limits.max_draft_tokens, "the ring overflows"
     if sequence.is_running:
         assert sequence.num_computed < len(sequence.tokens)
         assert sequence.num_planned <= len(sequence.tokens) + 1

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kiln_engine.domain.speculation import most_lines
+
 
 @dataclass(frozen=True, slots=True)
 class SchedulerLimits:
@@ -11,8 +13,8 @@ class SchedulerLimits:
 
     Raises:
         ValueError: a step cannot hold every running sequence and one page (or fixed chunk) of prefill,
-            a fixed chunk is not made of pages, or there are too few state slots to run one sequence
-            from a checkpoint.
+            a fixed chunk is not made of pages, drafts are longer than a page or come with fixed chunks,
+            or there are too few state slots to run one sequence from a checkpoint.
     """
 
     num_pages: int
@@ -29,6 +31,8 @@ class SchedulerLimits:
     # depends on others: its prompt is cut at the multiples of this, a chunk runs whole or waits, only
     # whole chunks are cached, and an answer that had to give way is decoded again, not prefilled.
     fixed_chunk_tokens: int = 0
+    # The longest draft; 0: nothing is guessed.
+    max_draft_tokens: int = 0
 
     def __post_init__(self) -> None:
         if self.num_state_slots < 2:
@@ -46,6 +50,13 @@ class SchedulerLimits:
                 f"step_token_budget is {self.step_token_budget}; {self.num_most_running} running sequences "
                 f"and one {unit} of prefill need {least}"
             )
+        if self.max_draft_tokens >= self.page_tokens:
+            raise ValueError(
+                f"max_draft_tokens is {self.max_draft_tokens}; a page of {self.page_tokens} tokens must hold"
+                " the newest token and its drafts"
+            )
+        if self.max_draft_tokens and self.fixed_chunk_tokens:
+            raise ValueError("speculation computes tokens in groups that vary, so fixed chunks forbid it")
         if self.max_num_tokens < 2:
             raise ValueError("the context must hold at least one prompt and one output token")
 
@@ -53,6 +64,12 @@ class SchedulerLimits:
     def num_most_running(self) -> int:
         """Every running sequence owns a state slot."""
         return min(self.max_running, self.num_state_slots)
+
+    @property
+    def num_most_lines(self) -> int:
+        """Lines of verify rows that a step holds beside a page of prefill."""
+        wanted = most_lines(self.num_most_running, self.max_draft_tokens)
+        return min(wanted, self.step_token_budget - self.cache_unit_tokens)
 
     @property
     def cache_unit_tokens(self) -> int:

@@ -56,6 +56,7 @@ class SequenceMemory:
         sequence.state_slot = live_slot
         sequence.tree_node = match.nodes[-1] if match.nodes else None
         sequence.num_computed = sequence.num_planned = match.num_hit_tokens
+        sequence.num_state_tokens = match.num_hit_tokens
         has_pages = self.add_pages(sequence, num_own_pages)
         assert has_pages
         return match.num_matched_tokens
@@ -74,6 +75,21 @@ class SequenceMemory:
         if self.states.num_free == 0 and not (may_evict and self.tree.evict_checkpoint()):
             return None
         return self.states.take(1)[0]
+
+    def take_checkpoints(self, sequence: Sequence, end: int) -> None:
+        """Reserve slots for the checkpoints up to `end`, as far as there are any."""
+        taken = []
+        for boundaries, may_evict in (
+            (sequence.wanted_checkpoints, True),
+            (sequence.optional_checkpoints, False),
+        ):
+            while boundaries and boundaries[0] <= end:
+                boundary = boundaries.pop(0)
+                slot = self.take_slot(may_evict=may_evict)
+                if slot is not None:
+                    taken.append(StateCheckpoint(boundary, slot))
+        taken.sort(key=lambda checkpoint: checkpoint.num_tokens)
+        sequence.pending_checkpoints += tuple(taken)
 
     def keep_computed(self, sequence: Sequence, num_tokens: int) -> None:
         """Enter the sequence's complete computed pages, up to `num_tokens`, into the tree."""
@@ -102,12 +118,12 @@ class SequenceMemory:
     def keep_live_state(self, sequence: Sequence) -> None:
         """Let go of the live slot: what it has committed becomes a checkpoint of the tree.
 
-        The committed state is the one at the last page boundary computed: no step may be under way
-        that takes it further.
+        The committed state is the one at the last page boundary computed, or at the one before if that
+        page is still in the ring: no step may be under way that takes it further.
         """
         assert sequence.num_steps_under_way == 0
-        boundary = sequence.num_computed // self.page_tokens * self.page_tokens
-        self.keep_computed(sequence, boundary)
+        self.keep_computed(sequence, sequence.num_computed // self.page_tokens * self.page_tokens)
+        boundary = sequence.num_state_tokens
         is_kept = boundary > 0 and sequence.request.uses_prefix_cache
         if is_kept and sequence.read_slot is None and sequence.state_slot is not None:
             slot, sequence.state_slot = sequence.state_slot, None
@@ -118,7 +134,8 @@ class SequenceMemory:
         self._release(sequence)
         if sequence.has_moved:  # then all of it is computed anew, by later adapters
             sequence.num_keepable_tokens = 0
-        sequence.num_computed = sequence.num_planned = 0
+        sequence.num_computed = sequence.num_planned = sequence.num_state_tokens = 0
+        sequence.num_device_drafts = 0
         sequence.tree_node = None
         sequence.wanted_checkpoints = []
         sequence.optional_checkpoints = []

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections import deque
 
+from kiln_common.errors import KilnError
 from kiln_engine.domain.output_rules import Allowance, Matcher, OutputRules
 from kiln_engine.domain.request import GenerationRequest
 
@@ -88,6 +90,17 @@ class OutputConstraint:
         elif token_id == self._rules.trigger_token_id and self._rules.grammar is not None:
             self._matcher = self._rules.grammar.start()
         self._start_grammar()
+
+    def after(self, token_id: int) -> OutputConstraint | None:
+        """A copy that has taken a token, to look ahead with; None where the grammar forbids it."""
+        ahead = copy.copy(self)
+        ahead._forced = self._forced.copy()
+        ahead._matcher = None if self._matcher is None else self._matcher.fork()
+        try:
+            ahead.advance(token_id)
+        except KilnError:
+            return None
+        return ahead
 
     def _think(self, token_id: int, is_forced: bool) -> None:
         thinking = self._rules.thinking

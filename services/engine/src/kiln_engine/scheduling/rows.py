@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from kiln_engine.domain.plan import DecodeRow, PrefillChunk, Readout, RowSampling
+from kiln_engine.domain.plan import DecodeRow, PrefillChunk, Readout, RowSampling, VerifyRow
+from kiln_engine.scheduling.drafts import Drafts
 from kiln_engine.scheduling.sequence import Sequence
 from kiln_engine.scheduling.stopping import banned_ids, is_at_length
 
@@ -32,6 +33,7 @@ def decode_row(sequence: Sequence, page_tokens: int, eos_token_ids: frozenset[in
     position = sequence.num_planned
     assert sequence.is_redecoded or position >= len(sequence.tokens) - 1
     assert position <= len(sequence.tokens)
+    assert sequence.num_steps_under_way or position - sequence.num_state_tokens < page_tokens
     completes_page = (position + 1) % page_tokens == 0
     return DecodeRow(
         sequence_id=sequence.sequence_id,
@@ -43,6 +45,34 @@ def decode_row(sequence: Sequence, page_tokens: int, eos_token_ids: frozenset[in
         state_commit_slot=sequence.state_slot if completes_page else None,
         adapter_slots=sequence.adapter_slots,
         sampling=row_sampling(sequence, position + 1, eos_token_ids),
+    )
+
+
+def verify_row(
+    sequence: Sequence, drafts: Drafts, page_tokens: int, eos_token_ids: frozenset[int]
+) -> VerifyRow:
+    """The row of the newest token and its drafts; its pages must be there already."""
+    assert sequence.state_slot is not None
+    assert not sequence.num_steps_under_way
+    position = sequence.num_computed
+    assert position == len(sequence.tokens) - 1
+    is_folded = position - sequence.num_state_tokens >= page_tokens
+    return VerifyRow(
+        sequence_id=sequence.sequence_id,
+        token_id=sequence.tokens[position],
+        draft_token_ids=drafts.token_ids,
+        num_drafts=drafts.num_tokens,
+        position=position,
+        page_ids=tuple(sequence.page_ids),
+        state_read_slot=sequence.state_slot,
+        state_slot=sequence.state_slot,
+        state_fold_slot=sequence.state_slot if is_folded else None,
+        adapter_slots=sequence.adapter_slots,
+        samplings=tuple(
+            row_sampling(sequence, position + 1 + line, eos_token_ids)
+            for line in range(1 + drafts.num_tokens)
+        ),
+        num_next_drafts=drafts.num_next,
     )
 
 
@@ -88,10 +118,9 @@ def _readout(sequence: Sequence, start: int, end: int) -> Readout | None:
 
 
 def row_sampling(sequence: Sequence, num_tokens: int, eos_token_ids: frozenset[int]) -> RowSampling:
-    """How the token after the first `num_tokens` is drawn."""
+    """How the token after the first `num_tokens` is drawn; the history is of those known so far."""
     params = sequence.request.sampling
     needs_history = params.needs_history
-    assert not needs_history or num_tokens <= len(sequence.tokens)
     output_index = num_tokens - sequence.num_prompt_tokens
     constraint = sequence.constraint
     # What is decoded again is not drawn again, whatever comes out.

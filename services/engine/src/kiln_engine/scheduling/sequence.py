@@ -40,6 +40,10 @@ class Sequence:
 
     num_computed: int = 0
     num_planned: int = 0
+    # Tokens in the committed state that the sequence goes on from; the ring holds the computed ones since.
+    num_state_tokens: int = 0
+    # Drafts that the device has made for the next step.
+    num_device_drafts: int = 0
     # Steps under way that have a row or a chunk for this sequence.
     num_steps_under_way: int = 0
     is_running: bool = False

@@ -41,7 +41,7 @@ class _Step:
         pairs = list(zip(self.lease.adapters, self.lease.slots, scales, strict=True))
         return AdapterChange(
             self.lease.adapters,
-            tuple(AdapterUse(version.sha256, scale) for version, _, scale in pairs),
+            tuple(AdapterUse(version.sha256, scale, version.name) for version, _, scale in pairs),
             tuple((slot, scale) for _, slot, scale in pairs),
         )
 

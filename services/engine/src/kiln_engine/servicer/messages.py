@@ -18,14 +18,26 @@ _FINISH_REASONS = {
 
 
 def step_outputs(events: list[SequenceEvent]) -> engine_pb2.StepOutputs:
-    """One message for what one step did to one client's requests."""
-    return engine_pb2.StepOutputs(outputs=[sequence_output(event) for event in events])
+    """One message for what one step did to one client's requests: one output for each of them."""
+    by_request: dict[str, engine_pb2.SequenceOutput] = {}
+    for event in events:
+        # With speculation a step may draw several tokens of a request.
+        known = by_request.get(event.request_id)
+        if known is None:
+            by_request[event.request_id] = sequence_output(event)
+        else:
+            _add(known, event)
+    return engine_pb2.StepOutputs(outputs=by_request.values())
 
 
 def sequence_output(event: SequenceEvent) -> engine_pb2.SequenceOutput:
-    output = engine_pb2.SequenceOutput(
-        request_id=event.request_id, finish_reason=_FINISH_REASONS[event.finish_reason]
-    )
+    output = engine_pb2.SequenceOutput(request_id=event.request_id)
+    _add(output, event)
+    return output
+
+
+def _add(output: engine_pb2.SequenceOutput, event: SequenceEvent) -> None:
+    output.finish_reason = _FINISH_REASONS[event.finish_reason]
     if event.row is not None:
         _add_row(output, event.row)
     if event.readout is not None:
@@ -38,7 +50,6 @@ def sequence_output(event: SequenceEvent) -> engine_pb2.SequenceOutput:
         output.queue_s = event.queue_s
     for version in event.moved_to:
         output.moved_to.add(name=version.name, version=version.version, sha256=version.sha256)
-    return output
 
 
 def _add_row(output: engine_pb2.SequenceOutput, row: RowResult) -> None:

@@ -10,6 +10,7 @@ from kiln_engine.domain.device_memory import DeviceMemory
 from kiln_engine.domain.ports import AdapterResidency, BaseWeights
 from kiln_engine.loop import EngineLoop
 from kiln_engine.servicer.intake import RequestIntake
+from kiln_engine.speculation.speculator import DraftSpeculator
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,8 @@ class EngineFigures:
     weights: BaseWeights
     adapter_load_seconds: Histogram
     memory: DeviceMemory
+    # None without speculation.
+    speculator: DraftSpeculator | None
     started_s: float
 
     def read(self) -> engine_pb2.EngineStats:
@@ -39,6 +42,8 @@ class EngineFigures:
             num_device_bytes=total_bytes,
             num_device_bytes_free=free_bytes,
         )
+        for totals in self.speculator.totals() if self.speculator else ():
+            stats.drafts.add(**asdict(totals))
         stats.num_waiting += self.intake.num_preparing
         for name, num_bytes in self.memory.parts.items():
             stats.memory_parts.add(name=name, num_bytes=num_bytes)

@@ -88,7 +88,7 @@ def parse_adapter_use(adapter: common_pb2.AdapterRef) -> AdapterUse:
     """An adapter as a request applies it. Raises InvalidValue."""
     scale = adapter.scale or 1.0
     _check(math.isfinite(scale), "adapters.scale", scale, "a finite number")
-    return AdapterUse(parse_adapter_version(adapter).sha256, scale)
+    return AdapterUse(parse_adapter_version(adapter).sha256, scale, adapter.name)
 
 
 def parse_adapter_version(adapter: common_pb2.AdapterRef) -> AdapterVersion:

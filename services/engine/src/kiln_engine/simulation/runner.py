@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from kiln_engine.domain.plan import BatchPlan, DecodeRow, PrefillChunk, RowSampling
-from kiln_engine.domain.result import PackedTop, ReadoutResult, RowResult, StepResult
+from kiln_engine.domain.plan import BatchPlan, DecodeRow, PrefillChunk, RowSampling, VerifyRow
+from kiln_engine.domain.result import PackedTop, ReadoutResult, RowResult, StepResult, VerifyResult
 
 
 class WrongPlan(AssertionError):
@@ -48,8 +48,9 @@ class SimulatedRunner:
         self._page_tokens = page_tokens
         self._pages: dict[tuple[int, int], int] = {}
         self._slots: dict[int, _Slot] = {}
-        # The token drawn last for each live slot.
+        # The token drawn last for each live slot, and the drafts made behind it.
         self._drawn: dict[int, int] = {}
+        self._drafts: dict[int, tuple[int, ...]] = {}
 
     def launch(self, plan: BatchPlan) -> SimulatedStep:
         """Carry out a plan. Raises WrongPlan when it breaks the contract of domain/plan.py."""
@@ -62,7 +63,63 @@ class SimulatedRunner:
             if result is not None:
                 rows.append(result)
         readouts = [_read_out(chunk) for chunk in plan.prefill_chunks if chunk.readout is not None]
-        return SimulatedStep(StepResult(plan.step_id, tuple(rows), tuple(readouts)))
+        verified = [self._verify(row, written) for row in plan.verify_rows]
+        return SimulatedStep(StepResult(plan.step_id, tuple(rows), tuple(readouts), tuple(verified)))
+
+    def _verify(self, row: VerifyRow, written: set[int]) -> VerifyResult:
+        if row.live_slot != row.state_slot:
+            self._claim(row.state_slot, written)
+        self._claim(row.live_slot, written)
+        slot = self._unfolded(row)
+        digest = _digest_all(slot.digest, slot.ring)
+        self._check_pages(row.page_ids, row.position, digest)
+        made = self._drafts.get(row.state_slot, ()) if row.draft_token_ids is None else row.draft_token_ids
+        drafts = made[: row.num_drafts]
+        if not len(drafts) == row.num_drafts == len(row.samplings) - 1:
+            raise WrongPlan(f"{row.num_drafts} drafts were planned, there are {len(drafts)}")
+        drawn: list[RowResult] = []
+        is_accepted = True
+        for line, token in enumerate([row.token_id, *drafts]):
+            trace = _trace(token, row.adapter_slots)
+            self._write_trace(row.page_ids, row.position + line, trace)
+            slot.ring.append(trace)
+            is_accepted = is_accepted and (line == 0 or drawn[-1].token_id == token)
+            if is_accepted:
+                digest = hash((digest, trace))
+                drawn.append(self._draw(row.sequence_id, row.live_slot, digest, row.samplings[line]))
+        del slot.ring[len(slot.ring) - row.num_lines + len(drawn) :]
+        if row.num_next_drafts:
+            self._drafts[row.live_slot] = self._guesses(row, digest, drawn)
+        return VerifyResult(row.sequence_id, tuple(drawn))
+
+    def _guesses(self, row: VerifyRow, digest: int, drawn: list[RowResult]) -> tuple[int, ...]:
+        """Drafts behind the token drawn last: the tokens that will come, every third one wrong."""
+        last_line = row.position + len(drawn) + row.num_next_drafts
+        if last_line > len(row.page_ids) * self._page_tokens:
+            raise WrongPlan(f"row at {row.position} has no pages for {row.num_next_drafts} drafts ahead")
+        guesses, token, index = [], drawn[-1].token_id, row.samplings[0].output_index + len(drawn)
+        for _ in range(row.num_next_drafts):
+            digest = hash((digest, _trace(token, row.adapter_slots)))
+            token = _draw_token(digest, RowSampling(row.samplings[0].params, index), self._vocab_size)
+            guesses.append((token + (digest % 3 == 0)) % self._vocab_size)
+            index += 1
+        return tuple(guesses)
+
+    def _unfolded(self, row: VerifyRow) -> _Slot:
+        """The row's live slot, with a full page folded."""
+        read, ring = self._slots[row.state_read_slot], self._slots[row.state_slot].ring
+        num_in_ring = row.position - read.num_tokens
+        if num_in_ring != len(ring):
+            raise WrongPlan(
+                f"row at {row.position} reads a state of {read.num_tokens} and {len(ring)} ring tokens"
+            )
+        if (num_in_ring >= self._page_tokens) != (row.state_fold_slot is not None):
+            raise WrongPlan(f"row at {row.position} folds at the wrong time")
+        num_folded = self._page_tokens if row.state_fold_slot is not None else 0
+        folded = _digest_all(read.digest, ring[:num_folded])
+        slot = _Slot(read.num_tokens + num_folded, folded, ring[num_folded:])
+        self._slots[row.live_slot] = slot
+        return slot
 
     def _decode(self, row: DecodeRow, written: set[int]) -> RowResult:
         read = self._slots[row.state_read_slot]

@@ -50,7 +50,7 @@ def delta_decode_reference(
     )
     g, beta = delta_rule_gates(a_RH, b_RH, weights.A_log_H, weights.dt_bias_H)
     state = memory.state_SHKV.index_select(0, index.read_slots)
-    ring = _rings_of(memory.ring, index.ring_slots)
+    ring = rings_of(memory.ring, index.ring_slots)
     step = gated_delta_ring_step(state, ring, index.mask_R1P, q, k, v, g, beta)
     _put(memory.ring.k_RhPK, 3, index.key_entries, k)
     _put(memory.ring.u_RHPV, 3, index.value_entries, step.u_RHV)
@@ -73,7 +73,8 @@ def delta_commit_reference(layers: DeltaMemory, rows: DeltaRows) -> None:
         _commit(memory, index.commit, memory.state_SHKV.index_select(0, index.commit.read_slots))
 
 
-def _rings_of(ring: DeltaRing, slots: torch.Tensor) -> DeltaRing:
+def rings_of(ring: DeltaRing, slots: torch.Tensor) -> DeltaRing:
+    """Copies of some slots' rings."""
     return DeltaRing(
         ring.k_RhPK.index_select(0, slots),
         ring.u_RHPV.index_select(0, slots),
@@ -88,7 +89,7 @@ def _put(ring: torch.Tensor, num_entry_dims: int, entries: torch.Tensor, values:
 
 def _commit(memory: DeltaMemory, commit: CommitIndices, state_NHKV: torch.Tensor) -> None:
     """Fold the rings into new states; the states they started from stay as they are."""
-    states = gated_delta_ring_commit(state_NHKV, _rings_of(memory.ring, commit.ring_slots), commit.lengths)
+    states = gated_delta_ring_commit(state_NHKV, rings_of(memory.ring, commit.ring_slots), commit.lengths)
     memory.state_SHKV.index_copy_(0, commit.to_slots, states.to(memory.state_SHKV.dtype))
     conv_rows = memory.conv_rows_SQC.view(-1, memory.conv_rows_SQC.shape[-1])
     conv_rows.index_copy_(0, commit.tail_targets, conv_rows.index_select(0, commit.tail_sources))

@@ -130,7 +130,8 @@ def delta_decode(
     out_RHV = torch.empty(z_RHV.shape, dtype=z_RHV.dtype, device=device)
     if num_rows == 0:
         return out_RHV
-    num_entries = max(16, triton.next_power_of_2(capacity))
+    # A row that decodes has less than a page in its ring, whatever room that has for drafts.
+    num_entries = max(16, triton.next_power_of_2(memory.page_tokens))
     pairs = torch.empty(
         (num_rows, num_key_heads, 4 if config.uses_tensor_cores else 2, key_dim),
         dtype=torch.bfloat16 if config.uses_tensor_cores else torch.float32,

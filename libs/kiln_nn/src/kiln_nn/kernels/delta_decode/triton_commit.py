@@ -135,7 +135,7 @@ def delta_commit(layers: DeltaMemory, rows: DeltaRows, config: CommitConfig | No
         C=num_channels,
         SHARE=triton.next_power_of_2(triton.cdiv(num_channels, num_blocks)),
         P=capacity,
-        ENTRIES=max(16, triton.next_power_of_2(capacity)),
+        ENTRIES=max(16, triton.next_power_of_2(layers.page_tokens)),
         J=layers.conv_rows_SQC.shape[2] - capacity,
         BLOCK_K=block_k,
         # The interpreter knows no bf16x3, and computes all products in float32.

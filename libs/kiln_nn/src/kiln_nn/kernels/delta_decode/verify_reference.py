@@ -1,4 +1,4 @@
-"""Several new tokens per row on top of single steps that commit nothing.
+"""Several new tokens per row at once, behind the ring, of which nothing is committed.
 
 Legend: see `memory.py`; `N` most new tokens of a row.
 """
@@ -6,15 +6,24 @@ Legend: see `memory.py`; `N` most new tokens of a row.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
+from kiln_nn.kernels.checks import accumulation_dtype
 from kiln_nn.kernels.delta_decode.memory import (
     NO_SLOT,
     DeltaDecodeWeights,
     DeltaMemory,
     DeltaRows,
 )
-from kiln_nn.kernels.delta_decode.reference import delta_decode_reference
-from kiln_nn.kernels.gated_delta import DeltaRing, gated_delta_ring_commit
+from kiln_nn.kernels.delta_decode.reference import rings_of
+from kiln_nn.kernels.gated_delta import (
+    DeltaRing,
+    delta_rule_gates,
+    delta_rule_heads,
+    gated_delta_ring_commit,
+    gated_delta_ring_lines,
+)
+from kiln_nn.kernels.rms_norm import gated_rms_norm
 
 
 def delta_verify_reference(
@@ -29,17 +38,52 @@ def delta_verify_reference(
 ) -> torch.Tensor:
     """See `delta_verify`; float64 throughout if the memory and the inputs are float64."""
     begun = _fold_full_pages(memory, rows)
-    nowhere = torch.full_like(rows.commit_slots_R, NO_SLOT)
+    index = begun.indices(memory)
     outputs = torch.zeros_like(z_RNHV)
-    for place in range(mixed_RNC.shape[1]):
-        is_new = place < num_new_R
-        if not bool((is_new & (begun.ring_slots_R >= 0)).any()):
-            break
-        ring_slots = torch.where(is_new, begun.ring_slots_R, nowhere)
-        step = DeltaRows(begun.read_slots_R, ring_slots, begun.lengths_R + place, nowhere)
-        inputs = (x[:, place] for x in (mixed_RNC, a_RNH, b_RNH, z_RNHV))
-        outputs[:, place] = delta_decode_reference(memory, step, weights, *inputs)
+    if not index.ring_slots.numel():
+        return outputs
+    if index.active is not None:
+        lines = (num_new_R, mixed_RNC, a_RNH, b_RNH, z_RNHV)
+        num_new_R, mixed_RNC, a_RNH, b_RNH, z_RNHV = (x.index_select(0, index.active) for x in lines)
+    num_rows, num_lines = mixed_RNC.shape[:2]
+    num_key_heads, _, key_dim = memory.ring.k_RhPK.shape[1:]
+    convolved = _convolve(memory, index.conv_window, weights.conv_CW, mixed_RNC)
+    heads = delta_rule_heads(convolved.flatten(0, 1), num_key_heads, key_dim, z_RNHV.shape[-1])
+    q, k, v = (x.unflatten(0, (num_rows, num_lines)) for x in heads)
+    g, beta = delta_rule_gates(a_RNH, b_RNH, weights.A_log_H, weights.dt_bias_H)
+    state = memory.state_SHKV.index_select(0, index.read_slots)
+    ring = rings_of(memory.ring, index.ring_slots)
+    done = gated_delta_ring_lines(state, ring, index.mask_R1P, q, k, v, g, beta)
+    out = gated_rms_norm(done.out_RNHV, z_RNHV, weights.norm_V, weights.norm_eps)
+
+    is_new_RN = torch.arange(num_lines, device=num_new_R.device) < num_new_R[:, None]
+    rows_T, lines_T = is_new_RN.nonzero(as_tuple=True)
+    lengths_R = begun.lengths_R if index.active is None else begun.lengths_R[index.active]
+    slots_T, places_T = index.ring_slots[rows_T], lengths_R[rows_T] + lines_T
+    memory.ring.k_RhPK[slots_T, :, places_T] = k[rows_T, lines_T].to(memory.ring.k_RhPK.dtype)
+    memory.ring.u_RHPV[slots_T, :, places_T] = done.u_RHNV[rows_T, :, lines_T].to(memory.ring.u_RHPV.dtype)
+    memory.ring.log_decay_RHP[slots_T, :, places_T] = done.log_decay_RHN[rows_T, :, lines_T].to(
+        memory.ring.log_decay_RHP.dtype
+    )
+    num_tail_rows = weights.conv_CW.shape[1] - 1
+    memory.conv_rows_SQC[slots_T, num_tail_rows + places_T] = mixed_RNC[rows_T, lines_T].to(
+        memory.conv_rows_SQC.dtype
+    )
+    outputs[rows_T if index.active is None else index.active[rows_T], lines_T] = out[rows_T, lines_T]
     return outputs
+
+
+def _convolve(
+    memory: DeltaMemory, conv_window: torch.Tensor, conv_CW: torch.Tensor, mixed_RNC: torch.Tensor
+) -> torch.Tensor:
+    """The lines convolved with what is before each, and their SiLU, `[R, N, C]`."""
+    num_rows, num_lines, num_channels = mixed_RNC.shape
+    conv_rows = memory.conv_rows_SQC.view(-1, num_channels)
+    tails_RJC = conv_rows.index_select(0, conv_window).view(num_rows, -1, num_channels)
+    dtype = accumulation_dtype(mixed_RNC)
+    inputs, taps = torch.cat((tails_RJC.to(dtype), mixed_RNC.to(dtype)), dim=1), conv_CW.to(dtype).t()
+    first, *others = (inputs[:, tap : tap + num_lines] * taps[tap] for tap in range(taps.shape[0]))
+    return F.silu(sum(others, start=first))
 
 
 def _fold_full_pages(memory: DeltaMemory, rows: DeltaRows) -> DeltaRows:
@@ -55,7 +99,7 @@ def _fold_full_pages(memory: DeltaMemory, rows: DeltaRows) -> DeltaRows:
         torch.where(is_folded, rows.commit_slots_R, rows.read_slots_R),
         torch.where(is_folded, rows.commit_slots_R, rows.ring_slots_R),
         torch.where(is_folded, rows.lengths_R - memory.page_tokens, rows.lengths_R),
-        rows.commit_slots_R,
+        torch.full_like(rows.commit_slots_R, NO_SLOT),
     )
 
 

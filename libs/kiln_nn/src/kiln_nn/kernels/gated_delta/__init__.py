@@ -15,16 +15,19 @@ from kiln_nn.kernels.gated_delta.ring import (
     gated_delta_ring_step,
     ring_mask,
 )
+from kiln_nn.kernels.gated_delta.ring_lines import RingLines, gated_delta_ring_lines
 
 __all__ = [
     "DeltaRing",
     "DeltaRun",
+    "RingLines",
     "RingStep",
     "delta_rule_gates",
     "delta_rule_heads",
     "gated_delta_chunked",
     "gated_delta_recurrent",
     "gated_delta_ring_commit",
+    "gated_delta_ring_lines",
     "gated_delta_ring_step",
     "ring_mask",
 ]

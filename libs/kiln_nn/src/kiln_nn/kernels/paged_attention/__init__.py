@@ -42,6 +42,7 @@ def paged_decode_attention(
     *,
     gate_RHD: torch.Tensor | None = None,
     table_rows_R: torch.Tensor | None = None,
+    num_skipped: int = 0,
     is_batch_invariant: bool = False,
 ) -> torch.Tensor:
     """Attend from one new token per row to its sequence, the token itself included.
@@ -50,6 +51,8 @@ def paged_decode_attention(
     its pages in line `table_rows[r]` of the table, or in line `r` where no `table_rows` are given.
     Page ids behind a row's context may be any valid page. A row of length 0 or line -1 is padding:
     its output is zero. With a gate, the output is multiplied by its sigmoid.
+    Nobody attends to the first `num_skipped` (fewer than 16) tokens of a sequence; a row with no others
+    is padding too.
 
     On a GPU nothing depends on a length the host would have to know, so the call can be
     captured in a CUDA graph and replayed for any lengths that fit the page table. A batch-invariant
@@ -77,7 +80,8 @@ def paged_decode_attention(
                 triton_decode.paged_decode_attention,
                 config=triton_decode.invariant_config(q_RHD.dtype) if is_batch_invariant else None,
             )
-    return implementation(*inputs, scale, gate_RHD=gate_RHD, table_rows_R=table_rows_R)
+    options = {"gate_RHD": gate_RHD, "table_rows_R": table_rows_R, "num_skipped": num_skipped}
+    return implementation(*inputs, scale, **options)
 
 
 def paged_chunk_attention(

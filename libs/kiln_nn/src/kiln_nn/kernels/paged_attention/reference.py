@@ -56,6 +56,7 @@ def paged_decode_attention(
     *,
     gate_RHD: torch.Tensor | None = None,
     table_rows_R: torch.Tensor | None = None,
+    num_skipped: int = 0,
 ) -> torch.Tensor:
     """Attend from one new token per row to its sequence, the token itself included.
 
@@ -73,6 +74,7 @@ def paged_decode_attention(
     if table_rows_R is not None:
         lines_R = table_rows_R.clamp_min(0)
         context_lengths_R = context_lengths_R.masked_fill(table_rows_R < 0, 0)
+    context_lengths_R = context_lengths_R.masked_fill(context_lengths_R <= num_skipped, 0)
     out = torch.zeros_like(q_RHD, memory_format=torch.contiguous_format)
     for rows, num_tokens in row_groups(context_lengths_R.tolist()):
         index = torch.tensor(rows, device=q_RHD.device)
@@ -80,7 +82,8 @@ def paged_decode_attention(
         pages_RM = page_table_SM[:, :num_pages].index_select(0, lines_R.index_select(0, index))
         contexts = context_lengths_R.index_select(0, index)
         q = q_RHD.index_select(0, index)
-        out.index_copy_(0, index, _attend_rows(q, k_cache_PShD, v_cache_PShD, pages_RM, contexts, scale))
+        attended = _attend_rows(q, k_cache_PShD, v_cache_PShD, pages_RM, contexts, scale, num_skipped)
+        out.index_copy_(0, index, attended)
     return out if gate_RHD is None else out * torch.sigmoid(gate_RHD)
 
 
@@ -108,6 +111,7 @@ def _attend_rows(
     pages_RM: torch.Tensor,
     context_lengths_R: torch.Tensor,
     scale: float,
+    num_skipped: int,
 ) -> torch.Tensor:
     num_rows, num_heads, head_dim = q_RHD.shape
     page_tokens, num_kv_heads = k_cache_PShD.shape[1:3]
@@ -120,7 +124,7 @@ def _attend_rows(
         _pages(cache, pages).view(num_rows, num_places, num_kv_heads, head_dim).transpose(1, 2)
         for cache in (k_cache_PShD, v_cache_PShD)
     )
-    in_context = (places < context_lengths_R[:, None])[:, None, None]
+    in_context = ((places >= num_skipped) & (places < context_lengths_R[:, None]))[:, None, None]
     # The query heads of one kv head stand where attention usually has query tokens.
     q = q_RHD.reshape(num_rows, num_kv_heads, num_heads // num_kv_heads, head_dim)
     out = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), attn_mask=in_context, scale=scale)

@@ -128,9 +128,13 @@ def paged_decode_attention(
     *,
     gate_RHD: torch.Tensor | None = None,
     table_rows_R: torch.Tensor | None = None,
+    num_skipped: int = 0,
     config: DecodeConfig | None = None,
 ) -> torch.Tensor:
-    """As the reference, for inputs that `takes` accepts; rows of length 0 give zeros."""
+    """As the reference, for inputs that `takes` accepts; rows of length 0 give zeros.
+
+    The skipped tokens are fewer than a tile's.
+    """
     num_rows, num_heads, head_dim = q_RHD.shape
     page_tokens, num_kv_heads = k_cache_PShD.shape[1:3]
     config = config or choose_config(num_rows, num_kv_heads, q_RHD.dtype, q_RHD.device)
@@ -150,6 +154,7 @@ def paged_decode_attention(
         "LEAST": config.least_part_tokens,
         "HAS_TABLE_ROWS": table_rows_R is not None,
         "HAS_GATE": gate_RHD is not None,
+        "SKIPPED": num_skipped,
     }
     group = num_heads // num_kv_heads
     decode_kernel[(num_kv_heads, num_rows, num_parts)](

@@ -20,13 +20,15 @@ def _part_of_context(context, part, num_parts, LEAST: tl.constexpr, TILE: tl.con
 
 
 @triton.jit
-def _context_and_line(context_ptr, table_row_ptr, row, HAS_TABLE_ROWS: tl.constexpr):
-    """Tokens of a row and its line of the page table; a row without a line has no token."""
+def _context_and_line(context_ptr, table_row_ptr, row, HAS_TABLE_ROWS: tl.constexpr, SKIPPED: tl.constexpr):
+    """Tokens of a row and its line of the page table; a row without a line, or only skipped ones, has none."""
     context = tl.load(context_ptr + row).to(tl.int32)
     table_row = row
     if HAS_TABLE_ROWS:
         table_row = tl.load(table_row_ptr + row).to(tl.int64)
         context = tl.where(table_row < 0, 0, context)
+    if SKIPPED > 0:
+        context = tl.where(context <= SKIPPED, 0, context)
     return context, table_row
 
 
@@ -72,6 +74,7 @@ def _attend(
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
     IS_FP8: tl.constexpr,
+    SKIPPED: tl.constexpr,
 ):
     """Softmax over tokens `first` to `last` of one sequence: weighted values, their total weight
     and the highest score, which the weights are relative to. Scores are in units of log 2.
@@ -87,6 +90,8 @@ def _attend(
     for start in tl.range(first, last, TILE, num_stages=STAGES):
         tokens = start + in_tile
         is_token = tokens < last
+        if SKIPPED > 0:
+            is_token = is_token & (tokens >= SKIPPED)
         pages = tl.load(page_row_ptr + tokens // PAGE_TOKENS, mask=is_token, other=0).to(tl.int64)
         slots = (pages * PAGE_TOKENS + tokens % PAGE_TOKENS) * KV_HEADS + kv_head
         places = slots[:, None] * HEAD_DIM + columns[None, :]
@@ -145,11 +150,12 @@ def decode_kernel(
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
     IS_FP8: tl.constexpr,
+    SKIPPED: tl.constexpr,
 ):
     kv_head = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     part = tl.program_id(2)
-    context, table_row = _context_and_line(context_ptr, table_row_ptr, row, HAS_TABLE_ROWS)
+    context, table_row = _context_and_line(context_ptr, table_row_ptr, row, HAS_TABLE_ROWS, SKIPPED)
     first, last = _part_of_context(context, part, num_parts, LEAST, TILE)
     if IS_JOINED_LATER and first >= context:
         return
@@ -175,6 +181,7 @@ def decode_kernel(
         PRECISION,
         STAGES,
         IS_FP8,
+        SKIPPED,
     )
     # A padding row has no token: its total is zero and so is its output.
     out = mixed / tl.maximum(total, 1e-30)[:, None]
@@ -209,11 +216,12 @@ def join_kernel(
     LEAST: tl.constexpr,
     HAS_TABLE_ROWS: tl.constexpr,
     HAS_GATE: tl.constexpr,
+    SKIPPED: tl.constexpr,
 ):
     """Weigh the parts of one row and head by their share of the softmax, and gate the sum."""
     head = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
-    context, _ = _context_and_line(context_ptr, table_row_ptr, row, HAS_TABLE_ROWS)
+    context, _ = _context_and_line(context_ptr, table_row_ptr, row, HAS_TABLE_ROWS, SKIPPED)
     parts = tl.arange(0, PARTS_BLOCK)
     first, _ = _part_of_context(context, parts, num_parts, LEAST, TILE)
     is_part = (parts < num_parts) & (first < context)

@@ -1,0 +1,179 @@
+"""Guesses of the next tokens by the multi-token-prediction layer, made on the device behind a step's draws.
+
+A draft is drawn as the token at its place will be: by its row's temperature and truncation and with the same
+random number, so that where the layer's distribution is close to the model's it is mostly that very
+token. What changes single logits of a row (penalties, bans, rules) is left out: it costs acceptance only.
+
+Legend: `R` rows, `K` longest draft, `F` fields of a row's settings, `U` random numbers of a row, `V` tokens
+a draft is chosen from, `D` hidden width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import numpy as np
+import torch
+
+from kiln_engine.domain.plan import VerifyRow
+from kiln_engine.execution.draws import uniform_draws
+from kiln_engine.execution.sampled_ids import DraftIds
+from kiln_engine.execution.sampling_tables import row_fields
+from kiln_engine.model import Linears, copy_to
+from kiln_engine.model.linears import BaseMatrices
+from kiln_engine.model.mtp_layer import DraftPlaces, MtpLayer
+from kiln_engine.model.verify_layout import VerifyLayout
+from kiln_nn.kernels.sample import draw_tokens
+from kiln_nn.kernels.sample.settings import (
+    NUM_DRAWN_FIELDS,
+    NUM_EDIT_FIELDS,
+    NUM_ROW_FIELDS,
+    PADDING,
+    UNIFORM,
+)
+
+
+def draft_numbers(rows: Sequence[VerifyRow], capacity: int, num_uniforms: int) -> np.ndarray:
+    """How the rows draw, float64 `[capacity, F + U]`: their settings, then their random numbers.
+
+    Those begin with the number of the token after the one that the first line draws.
+    """
+    numbers_RF = np.zeros((capacity, NUM_ROW_FIELDS + num_uniforms))
+    numbers_RF[len(rows) :, :NUM_ROW_FIELDS] = PADDING
+    if rows:
+        numbers_RF[: len(rows), :NUM_ROW_FIELDS] = [row_fields(row.samplings[0]) for row in rows]
+        seeds = [row.samplings[0].params.seed for row in rows for _ in range(num_uniforms)]
+        first = [row.samplings[0].output_index + 1 for row in rows]
+        places = [start + number for start in first for number in range(num_uniforms)]
+        uniforms = uniform_draws(seeds, places)
+        numbers_RF[: len(rows), NUM_ROW_FIELDS:] = uniforms.reshape(len(rows), num_uniforms)
+    return numbers_RF
+
+
+class DraftPass:
+    """The drafts of up to `capacity` rows, over buffers that stay where they are.
+
+    `send` brings what the host knows, `begin` takes up where the rows' verification has ended, and
+    `run` adds the drafts, one `step` each for all rows. A graph can hold `begin` and `step`; on a GPU
+    nothing waits for the host. The drafts are tokens of the first `num_tokens` of the vocabulary (None:
+    of all).
+    """
+
+    def __init__(
+        self,
+        layer: MtpLayer,
+        linears: Linears,
+        draft_ids: DraftIds,
+        capacity: int,
+        num_tokens: int | None,
+        *,
+        is_batch_invariant: bool = False,
+    ) -> None:
+        self._layer, self._linears, self._draft_ids = layer, linears, draft_ids
+        self._capacity = capacity
+        self._num_tokens = num_tokens
+        self._is_batch_invariant = is_batch_invariant
+        device = draft_ids.ids_SK.device
+        # A row that verifies as many as it may has all of them before it, and as many behind.
+        self._num_uniforms = 2 * draft_ids.ids_SK.shape[1]
+        self._numbers_RF = torch.from_numpy(draft_numbers((), capacity, self._num_uniforms)).to(device)
+        self._settings_RF = self._numbers_RF[:, :NUM_ROW_FIELDS].contiguous()
+        self._edits_EF = self._settings_RF.new_empty(0, NUM_EDIT_FIELDS)
+        self._token_ids_R = torch.zeros(capacity, dtype=torch.long, device=device)
+        self._drawn_RF = self._settings_RF.new_empty(capacity, NUM_DRAWN_FIELDS)
+        self._positions_R = torch.zeros_like(self._token_ids_R)
+        self._slots_R = torch.full_like(self._token_ids_R, -1)
+        self._table_rows_R = torch.zeros_like(self._token_ids_R)
+        self._room_R = torch.zeros_like(self._token_ids_R)
+        # Of the next draft: its random number, and its place among the drafts.
+        self._column_R = torch.zeros_like(self._token_ids_R)
+        self._place = torch.zeros(1, dtype=torch.long, device=device)
+        self._hidden_RD = layer.carried.last(self._slots_R)
+        # `step`, or a graph of it.
+        self.run_step: Callable[[], object] = self.step
+
+    @property
+    def is_captured(self) -> bool:
+        return self.run_step != self.step
+
+    def send(self, rows: Sequence[VerifyRow]) -> None:
+        """Bring the settings of these rows, in the order of the verification."""
+        numbers = draft_numbers(rows, self._capacity, self._num_uniforms)
+        copy_to(self._numbers_RF, torch.from_numpy(numbers))
+
+    def begin(self, verify: VerifyLayout, drawn_RN: torch.Tensor, accepted_R: torch.Tensor) -> None:
+        """Go on behind the tokens that the rows have drawn, of which `accepted_R` stand.
+
+        The verification may have fewer rows than there is room for.
+        """
+        count = accepted_R.shape[0]
+        carried, last_R1 = self._layer.carried, (accepted_R - 1)[:, None]
+        slots_R = verify.live_slots_R[:count]
+        carried.accept(slots_R, accepted_R)
+        self._slots_R[count:] = -1
+        self._room_R[count:] = 0
+        self._column_R[count:] = 0
+        self._token_ids_R[:count] = drawn_RN.gather(1, last_R1)[:, 0]
+        self._positions_R[:count] = verify.positions_T[:: verify.num_lines][:count] + accepted_R
+        self._slots_R[:count] = slots_R
+        self._table_rows_R[:count] = verify.table_rows_T[:: verify.num_lines][:count]
+        self._room_R[:count] = verify.room_R[:count]
+        self._column_R[:count] = last_R1[:, 0]
+        self._hidden_RD[:count] = carried.last(slots_R)
+        self._settings_RF.copy_(self._numbers_RF[:, :NUM_ROW_FIELDS])
+        self._place.zero_()
+
+    def run(self, rows: Sequence[VerifyRow]) -> None:
+        """Make as many drafts as one of the rows wants."""
+        for _ in range(max((row.num_next_drafts for row in rows), default=0)):
+            self.run_step()
+
+    def step(self) -> None:
+        """Draw every row's next draft, and keep it for the row's next step."""
+        layer, linears = self._layer, self._linears
+        places = DraftPlaces(self._table_rows_R, self._room_R)
+        hidden_RD = layer.forward(self._token_ids_R, self._hidden_RD, self._positions_R, places, linears)
+        logits_RV = layer.logits(hidden_RD, linears, self._num_tokens)
+        uniforms_RU = self._numbers_RF[:, NUM_ROW_FIELDS:]
+        self._settings_RF[:, UNIFORM] = uniforms_RU.gather(1, self._column_R[:, None])[:, 0]
+        draw_tokens(
+            logits_RV,
+            self._settings_RF,
+            self._edits_EF,
+            out=(self._token_ids_R, self._drawn_RF),
+            is_batch_invariant=self._is_batch_invariant,
+        )
+        self._draft_ids.ids_SK[self._slots_R, self._place] = self._token_ids_R
+        self._hidden_RD.copy_(hidden_RD)
+        for number in (self._positions_R, self._column_R, self._place):
+            number += 1
+
+
+class Drafter:
+    """The passes of all sizes. Adapters do not touch the layer."""
+
+    def __init__(
+        self,
+        layer: MtpLayer,
+        matrices: BaseMatrices,
+        draft_ids: DraftIds,
+        num_tokens: int | None,
+        *,
+        is_batch_invariant: bool = False,
+    ) -> None:
+        self._make = partial(
+            DraftPass,
+            layer,
+            Linears(matrices),
+            draft_ids,
+            num_tokens=num_tokens,
+            is_batch_invariant=is_batch_invariant,
+        )
+        self._passes: dict[int, DraftPass] = {}
+
+    def of(self, capacity: int) -> DraftPass:
+        """The one pass for so many rows."""
+        if capacity not in self._passes:
+            self._passes[capacity] = self._make(capacity=capacity)
+        return self._passes[capacity]

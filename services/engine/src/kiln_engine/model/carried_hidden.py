@@ -1,0 +1,66 @@
+"""Hidden states that wait for the token after theirs: the MTP layer reads both together.
+
+Legend: `T` tokens of a pass, `S` state slots, `N` lines of a row, `R` rows, `D` hidden width.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from kiln_nn.config import ModelConfig
+
+# The token before is the one before it in the same pass.
+IN_PASS = -2
+# The token before has no hidden state at hand: it is taken for zeros.
+NOT_KEPT = -1
+
+
+def carried_slot_bytes(config: ModelConfig, max_draft_tokens: int, dtype: torch.dtype) -> int:
+    """Bytes of one slot."""
+    return (max_draft_tokens + 1) * config.hidden_size * dtype.itemsize + torch.long.itemsize
+
+
+class CarriedHidden:
+    """For each live state slot the hidden states of the lines its sequence computed last.
+
+    A decode row or a chunk leaves one, that of its last token; a verify row leaves one for each of its
+    lines, and `accept` says later which of them counts. Slot -1 is that of padding rows: one more
+    place at the end, which nobody reads. A graph can hold every call.
+    """
+
+    def __init__(
+        self, num_slots: int, max_lines: int, width: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self._lines_SND = torch.zeros((num_slots + 1, max_lines, width), dtype=dtype, device=device)
+        # The line of each slot that counts.
+        self._line_S = torch.zeros(num_slots + 1, dtype=torch.long, device=device)
+
+    @property
+    def num_bytes(self) -> int:
+        return self._lines_SND.nbytes + self._line_S.nbytes
+
+    def before(self, slots_T: torch.Tensor, hidden_TD: torch.Tensor) -> torch.Tensor:
+        """The hidden state of the token before each of a pass, `[T, D]`.
+
+        `hidden_TD` are those of the pass; `slots_T` says where to look: a live slot, IN_PASS, NOT_KEPT.
+        """
+        known_TD = torch.where((slots_T == IN_PASS)[:, None], hidden_TD.roll(1, 0), 0)
+        return torch.where((slots_T >= 0)[:, None], self.last(slots_T.clamp_min(-1)), known_TD)
+
+    def last(self, slots_R: torch.Tensor) -> torch.Tensor:
+        """The hidden state that the slots' sequences left, `[R, D]`."""
+        return self._lines_SND[slots_R, self._line_S[slots_R]]
+
+    def keep(self, slots_R: torch.Tensor, hidden_RD: torch.Tensor) -> None:
+        """Remember the hidden state of each row's only or last token."""
+        self._lines_SND[slots_R, 0] = hidden_RD
+        self._line_S[slots_R] = 0
+
+    def keep_lines(self, slots_R: torch.Tensor, hidden_RND: torch.Tensor) -> None:
+        """Remember those of all lines of verify rows; the first counts until `accept` says otherwise."""
+        self._lines_SND[slots_R, : hidden_RND.shape[1]] = hidden_RND
+        self._line_S[slots_R] = 0
+
+    def accept(self, slots_R: torch.Tensor, num_lines_R: torch.Tensor) -> None:
+        """The first `num_lines_R` lines of each row, one or more, turned out to be its sequence's tokens."""
+        self._line_S[slots_R] = num_lines_R - 1
