@@ -5,7 +5,7 @@ import torch
 
 from kiln_nn.errors import InvalidQuantization
 from kiln_nn.kernels.quantised import quantise_rtn
-from kiln_nn.quantise import Curvature, gptq
+from kiln_nn.quantise.gptq import Curvature, gptq
 
 INPUTS = 256
 
