@@ -14,7 +14,6 @@ from kiln_nn.weights.loader import LoadedModel, load_checkpoint
 from kiln_trainer.domain.training import StartingPoint, StepReport, TrainedAdapter, TrainingTask
 from kiln_trainer.torch_backend.weights import LocateWeights, WeightLocation
 from tests.support.tiny_models import make_checkpoint
-from tests.support.variants import quantization
 
 MODEL_ID = "tiny/qwen3.5"
 
@@ -32,9 +31,7 @@ class ServedModel:
     ) -> None:
         make_checkpoint(folder, **overrides)
         self.folder = folder
-        self.loaded: LoadedModel = load_checkpoint(
-            folder, device, **({"quantization": quantization()} | dict(loading or {}))
-        )
+        self.loaded: LoadedModel = load_checkpoint(folder, device, **(loading or {}))
         self.server = WeightServer(self.loaded.arena, socket_folder / "weights.sock")
 
     @property
