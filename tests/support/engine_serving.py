@@ -22,6 +22,7 @@ from kiln_nn.lora import serialize_adapter
 from kiln_nn.weights.names import expected_tensors
 from tests.support.lora_builders import random_lora
 from tests.support.tiny_models import read_tensors
+from tests.support.variants import as_engine_holds_them
 
 # Within what the kernels take, unlike the smaller shapes of other tests.
 KERNEL_SHAPE: dict[str, Any] = {
@@ -83,7 +84,7 @@ def make_runner(
         step_token_budget=STEP_TOKENS,
         max_draft_tokens=plan.max_draft_tokens,
     )
-    return TorchRunner(config, weights, plan), limits
+    return TorchRunner(config, as_engine_holds_them(weights), plan), limits
 
 
 def serve(
