@@ -26,6 +26,7 @@ from kiln_registry.settings import RegistrySettings
 from tests.support.engine_server import collect, generate_request
 from tests.support.redis_server import private_redis
 from tests.support.tiny_models import make_checkpoint, random_adapter
+from tests.support.variants import quantization
 
 GREEDY = {"temperature": 0.0, "max_tokens": 12}
 
@@ -290,6 +291,7 @@ async def engine_process(settings: EngineSettings):
         await client.close()
 
 
+@pytest.mark.skipif(quantization() != "none", reason="weights are expected to be as large as they are stored")
 async def test_the_engine_says_what_holds_its_memory(checkpoint, tmp_path):
     async with real_engine(settings_for(checkpoint, tmp_path)) as (_, client):
         stats = await client.get_stats()
