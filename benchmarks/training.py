@@ -1,13 +1,13 @@
 """Times optimiser steps of LoRA training at Qwen3.5-4B's shape with random weights.
 
-    python -m benchmarks.training [--workloads NAME …] [--profile] [--tiny]
+    python -m benchmarks.training [--workloads NAME …] [--mtp] [--profile] [--tiny]
 
 A step is what the trainer does: pack the documents, forward and backward of the one micro-batch, clip,
 AdamW; rank 16 on all linear layers. The first step compiles the kernels and is not counted. Rows go to
 benchmarks/results/training.csv. MFU counts four operations per parameter and token (six without the
 weights' own gradients) and attention's products forward and backward; the head counts for scored tokens
 alone. What is computed twice to save memory is not counted. `--profile` prints where a step's GPU time
-goes; `--tiny` runs everything in small on a CPU, and keeps its rows out of there.
+goes; `--mtp` adapts a multi-token-prediction layer as well, whose operations the MFU leaves out; `--tiny` runs everything in small on a CPU, and keeps its rows out of there.
 """
 
 from __future__ import annotations
@@ -104,16 +104,17 @@ def model_flops(config: ModelConfig, workload: Workload) -> float:
 class Trainer:
     """A policy on random weights and one optimiser step after the other."""
 
-    def __init__(self, config: ModelConfig, device: torch.device) -> None:
+    def __init__(self, config: ModelConfig, device: torch.device, *, trains_mtp: bool = False) -> None:
         torch.manual_seed(0)
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         weights = {
             name: draw(name, spec, str(device)).to(torch.float32 if spec.keeps_fp32 else dtype)
-            for name, spec in expected_tensors(config, include_mtp=False).items()
+            for name, spec in expected_tensors(config, include_mtp=trains_mtp).items()
         }
         self.weight_bytes = torch.cuda.memory_allocated() if device.type == "cuda" else 0
-        self.config, self.device = config, device
-        lora = LoraParameters.create(config, LoraSpec(_RANK, 2.0 * _RANK), seed=0, device=device)
+        self.config, self.device, self.trains_mtp = config, device, trains_mtp
+        spec = LoraSpec(_RANK, 2.0 * _RANK, with_mtp=trains_mtp)
+        lora = LoraParameters.create(config, spec, seed=0, device=device)
         model = PackedModel(config, weights)
         self.plan = ActivationPlan.measure(model, lora.linear_fn(weights), device)
         self._policy = Policy(model, lora, device, self.plan)
@@ -124,7 +125,10 @@ class Trainer:
         sums = StepSums()
         normaliser = sum(document.normaliser for document in documents)
         batch = pack(documents).to(self.device)
-        forward_backward(self._policy, batch, objective, normaliser, sums, is_first_step=True)
+        num_drafted = sum(document.num_drafted for document in documents) if self.trains_mtp else 0
+        forward_backward(
+            self._policy, batch, objective, normaliser, sums, is_first_step=True, num_drafted=num_drafted
+        )
         metrics = sums.metrics() | {"grad_norm": float(self._optimizer.clip())}
         self._optimizer.step()
         return metrics
@@ -146,7 +150,7 @@ def measure(trainer: Trainer, name: str, workload: Workload, num_samples: int, r
     added = (torch.cuda.max_memory_allocated() - trainer.weight_bytes) / 2**30 if is_cuda else 0.0
     results.add(
         name,
-        f"rank {_RANK}, {'bfloat16' if is_cuda else 'float32'}",
+        f"rank {_RANK}, {'bfloat16' if is_cuda else 'float32'}{', train_mtp' if trainer.trains_mtp else ''}",
         mean_ms=mean_s * 1e3,
         best_ms=min(samples_s) * 1e3,
         tok_per_s=workload.num_tokens / mean_s,
@@ -203,12 +207,14 @@ def main() -> None:
     parser.add_argument("--shape", default="4b", help="a shape of scripts/gpu/make_random_checkpoint.py")
     parser.add_argument("--workloads", nargs="+", help="names or parts of names; all if left out")
     parser.add_argument("--samples", type=int, default=3)
+    parser.add_argument("--mtp", action="store_true", help="with train_mtp")
     parser.add_argument("--profile", action="store_true", help="print where a step's time goes instead")
     parser.add_argument("--tiny", action="store_true", help="sizes that run on a CPU in seconds")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() and not options.tiny else "cpu")
     shape = tiny_shape() if options.tiny else shape_config(options.shape)
-    trainer = Trainer(ModelConfig.from_dict({**shape, "eos_token_id": 0}), device)
+    config = ModelConfig.from_dict({**shape, "eos_token_id": 0, "mtp_num_hidden_layers": int(options.mtp)})
+    trainer = Trainer(config, device, trains_mtp=options.mtp)
     if options.tiny:
         os.environ.setdefault("KILN_BENCH_RESULTS", tempfile.mkdtemp(prefix="kiln-bench-"))
     results = ResultFile("training", device_name() if device.type == "cuda" else "cpu", _COLUMNS)

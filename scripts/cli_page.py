@@ -8,7 +8,7 @@ from typing import Any
 
 INTRO = """# The kiln command
 
-`kiln` runs a server on this machine (`kiln up`) and does everything one can ask of a running one. Commands that talk to a server take `--url` (or `KILN_URL`; `http://127.0.0.1:8420` when neither is given) and `--api-key` (or `KILN_API_KEY`).
+`kiln` runs a server on this machine (`kiln up`) and does everything one can ask of a running one. Commands that talk to a server take `--url` (or `KILN_URL`; when neither is given, the address of the `kiln up` that has its state in `~/.local/state/kiln` or `KILN_STATE_DIR`, else `http://127.0.0.1:8420`) and `--api-key` (or `KILN_API_KEY`).
 
 Standard output carries the answer and nothing else; progress and notes go to standard error. With `--json` the answer is one JSON document (of `kiln logs`, one a line), and so is an error: `{"error": {"code", "message", "hint", "request_id"}}`, with `job_id` where a job was accepted, or `idempotency_key` where nobody knows whether it was. `kiln --install-completion` teaches the shell to complete commands, adapters and jobs.
 """

@@ -114,16 +114,17 @@ def metrics_page() -> str:
     # One sample of each, so that its labels show.
     metrics.observe_request("", "", 200, 0.0)
     metrics.rollouts.labels("")
+    metrics.moved.labels("")
     stats = engine_pb2.EngineStats(
         memory_parts=[engine_pb2.MemoryPart()], num_device_bytes=1, drafts=[engine_pb2.DraftTotals()]
     )
     status = trainer_pb2.TrainerStatus(num_jobs_ended={"": 0}, metrics={"": 0.0})
-    metrics.services.show({"": stats}, status)
+    metrics.services.show({"": stats}, {"": status})
     lines = [
         "# Metrics\n",
         "`GET /metrics` of any gateway, in Prometheus' text format. Names beginning with `kiln_gateway_` are that "
-        "gateway's own: add them up over gateways. The others are what engines and trainer told it just now, so "
-        "every gateway shows the same: take the largest of each, `max by (engine)`. Histograms have `_bucket`, "
+        "gateway's own: add them up over gateways. The others are what engines and trainers told it just now, so "
+        "every gateway shows the same: take the largest of each, `max by (engine)` or `max by (trainer)`. Histograms have `_bucket`, "
         "`_sum` and `_count`. `deploy/monitoring` has a scrape configuration, alert rules and a Grafana dashboard "
         "over these.\n",
         "| metric | type | labels | means |\n|---|---|---|---|",

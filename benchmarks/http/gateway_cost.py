@@ -51,7 +51,7 @@ def main() -> None:
             "KILN_GATEWAY_MODEL_PATH": str(_DEMO_MODEL),
             "KILN_GATEWAY_ENGINE_ADDRESSES": address,
             "KILN_GATEWAY_REGISTRY_ADDRESS": f"unix:{folder}/none.sock",
-            "KILN_GATEWAY_TRAINER_ADDRESS": f"unix:{folder}/none.sock",
+            "KILN_GATEWAY_TRAINER_ADDRESSES": f"unix:{folder}/none.sock",
         }
         try:
             with running_gateways([environment] * options.gateways, Path(folder)) as gateways:

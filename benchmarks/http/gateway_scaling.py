@@ -30,12 +30,14 @@ _LEAST_CORES = 12
 
 
 def whole_cores(cpus: list[int]) -> list[list[int]]:
-    """The hardware threads of each core; every thread by itself where Linux does not tell."""
+    """The hardware threads of each core; neighbours where Linux knows of none, as in some virtual machines."""
     groups: dict[str, list[int]] = {}
     for cpu in cpus:
         told = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
         groups.setdefault(told.read_text() if told.exists() else str(cpu), []).append(cpu)
-    return list(groups.values())
+    if len(groups) < len(cpus):
+        return list(groups.values())
+    return [cpus[start : start + 2] for start in range(0, len(cpus), 2)]
 
 
 def pinned(cores: list[int], count: int) -> list[list[str]]:
@@ -79,7 +81,7 @@ def measure(num_gateways: int, options: argparse.Namespace, cores: list[list[int
             "KILN_GATEWAY_MODEL_PATH": str(_DEMO_MODEL),
             "KILN_GATEWAY_ENGINE_ADDRESSES": addresses,
             "KILN_GATEWAY_REGISTRY_ADDRESS": f"unix:{folder}/none.sock",
-            "KILN_GATEWAY_TRAINER_ADDRESS": f"unix:{folder}/none.sock",
+            "KILN_GATEWAY_TRAINER_ADDRESSES": f"unix:{folder}/none.sock",
         }
         environments = [environment] * num_gateways
         with running_gateways(environments, Path(folder), gateway_prefixes) as gateways:
@@ -131,7 +133,7 @@ def main() -> int:
         results.add(
             f"{num_gateways} gateway(s) before {options.engines} paced engines, {options.clients} clients",
             f"128 -> {options.max_tokens}, {'pinned' if cores else 'not pinned'},"
-            f" {len(everything)} threads of {len(whole_cores(everything))} cores",
+            f" {len(everything)} processors",
             tok_per_s=figures["tok_per_s"],
             num_samples=options.requests,
             note=f"gateways' processor time {figures['gateway_cpu_s']:.1f} s, warm-up included;"

@@ -24,7 +24,7 @@ def more_gateways(stack: Stack, model: Path, count: int) -> Iterator[list[str]]:
         "KILN_GATEWAY_MODEL_PATH": str(model),
         "KILN_GATEWAY_ENGINE_ADDRESSES": f"unix:{run_dir}/engine.sock",
         "KILN_GATEWAY_REGISTRY_ADDRESS": f"unix:{run_dir}/registry.sock",
-        "KILN_GATEWAY_TRAINER_ADDRESS": f"unix:{run_dir}/trainer.sock",
+        "KILN_GATEWAY_TRAINER_ADDRESSES": f"unix:{run_dir}/trainer.sock",
         "KILN_GATEWAY_REDIS_URL": f"unix://{run_dir}/redis.sock",
     }
     with running_gateways([environment] * count, stack.state_dir) as gateways:

@@ -115,7 +115,10 @@ def write_checkpoint(folder: Path, shape: str, seed: int, device: str) -> int:
         file_name = f"model-{index:05d}-of-{len(shards):05d}.safetensors"
         save_file(shard, folder / file_name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(shard, file_name)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    # transformers reads the size too.
+    total_size = sum(tensor.nbytes for shard in shards for tensor in shard.values())
+    index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     config_path.write_text(json.dumps(config, indent=2))
     return len(specs)
 

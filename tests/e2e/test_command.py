@@ -63,7 +63,7 @@ def work(stack, tmp_path_factory):
         names = {"JOB": job.id, "~/notes": str(folder)}
         names["DATASET"] = client.datasets.upload(folder / "examples.jsonl")["id"]
         client.evals.put_suite("first", cases)
-        for name in ("RUN_1", "RUN_2"):
+        for name in ("RUN_1", "RUN_2", "RUN"):  # the last one is deleted
             names[name] = client.evals.run("first", "base", max_tokens=16).wait().id
         yield folder, names
         client.adapters.detach()
@@ -89,6 +89,13 @@ def test_each_example_does_what_it_says(run, work, example, monkeypatch):
     if "--json" in example:
         for line in ran.out.splitlines():
             json.loads(line)
+
+
+def test_the_server_of_a_state_folder_is_found_by_itself(run, stack, monkeypatch):
+    monkeypatch.delenv("KILN_URL")
+    found = run("status")
+    assert found.exit_code == 0
+    assert stack.url in found.out
 
 
 def test_an_answer_is_printed_and_thinking_is_kept_apart(run):

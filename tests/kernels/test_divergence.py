@@ -69,7 +69,9 @@ def test_what_is_reported_beside_the_divergence():
     torch.testing.assert_close(found.reverse_kls_T, _direct(student, teacher, head, "reverse_kl", 0.5))
     torch.testing.assert_close(found.entropies_T, -(log_p.exp() * log_p).sum(-1))
     torch.testing.assert_close(found.logprobs_T, log_p.gather(-1, targets[:, None])[:, 0])
-    assert [tensor.requires_grad for tensor in found] == [True, False, False, False]
+    p, q = log_p.exp(), (teacher @ head.t()).softmax(-1)
+    torch.testing.assert_close(found.overlaps_T, torch.minimum(p, q).sum(-1))
+    assert [tensor.requires_grad for tensor in found] == [True, False, False, False, False]
 
 
 @pytest.mark.parametrize(("kind", "beta"), KINDS)

@@ -73,7 +73,7 @@ def check_logprobs(events: list[SequenceEvent], prompt: list[int], model: Any, n
     logprobs = [logprob for readout in told for logprob in readout.logprobs]
     targets = torch.tensor(prompt[1:])[:, None]
     assert logprobs == pytest.approx(expected.gather(1, targets)[:, 0].tolist(), abs=1e-3)
-    tops = [top for readout in told for top in readout.top_logprobs]
+    tops = [top for readout in told for top in readout.top.rows()]
     best = expected.topk(num_top)
     assert [[logprob for _, logprob in top] for top in tops] == [
         pytest.approx(line, abs=1e-3) for line in best.values.tolist()
@@ -144,5 +144,5 @@ def test_a_gpu_reads_out_what_the_cpu_does(tmp_path: Path, is_captured: bool):
     expected, actual = read_out("cpu"), read_out("cuda")
     assert actual.logprobs == pytest.approx(expected.logprobs, abs=1e-3)
     assert actual.embedding == pytest.approx(expected.embedding, abs=1e-4)
-    for ours, theirs in zip(expected.top_logprobs, actual.top_logprobs, strict=True):
+    for ours, theirs in zip(expected.top.rows(), actual.top.rows(), strict=True):
         assert [token_id for token_id, _ in theirs] == [token_id for token_id, _ in ours]

@@ -10,7 +10,7 @@ import torch
 
 from kiln_common.errors import KilnError
 from kiln_common.pb import common_pb2, registry_pb2
-from kiln_nn.lora import adapter_table, read_adapter, serialize_adapter
+from kiln_nn.lora import adapter_table, mtp_table, read_adapter, serialize_adapter
 from tests.support.engine_plans import EngineRig, relative_error, token_ids
 from tests.support.lora_builders import random_lora
 from tests.support.registry import running_registry
@@ -55,7 +55,13 @@ async def registry(model, peft_folders, tmp_path):
         common_pb2.AdaptableModule(path=path, in_features=inputs, out_features=outputs)
         for path, (inputs, outputs) in adapter_table(model[1]).items()
     ]
-    base = common_pb2.BaseModel(model_id="tiny", model_hash=MODEL_HASH, adaptable_modules=modules)
+    drafts = [
+        common_pb2.AdaptableModule(path=path, in_features=inputs, out_features=outputs)
+        for path, (inputs, outputs) in mtp_table(model[1]).items()
+    ]
+    base = common_pb2.BaseModel(
+        model_id="tiny", model_hash=MODEL_HASH, adaptable_modules=modules, draft_modules=drafts
+    )
     async with running_registry(tmp_path) as client:
         await client.register_base_model(base, max_adapter_rank=MAX_RANK)
         for name, folder in peft_folders.items():
@@ -169,6 +175,23 @@ async def test_what_cannot_be_merged_is_refused_with_numbers(registry):
         assert caught.value.code == code
         assert caught.value.hint
     assert "merged" not in [adapter.name for adapter in await registry.list()]
+
+
+async def test_what_drafts_is_merged_with_the_rest(model, registry, tmp_path):
+    """An adapter that brings nothing for that layer adds nothing there."""
+    lora = random_lora(model[1], rank=2, seed=31, with_mtp=True)
+    config_json, weights = serialize_adapter(lora.tensors(), lora.spec, "tiny")
+    (tmp_path / "drafts.safetensors").write_bytes(weights)
+    header = registry_pb2.PublishHeader(name="drafts", base_model_hash=MODEL_HASH, config_json=config_json)
+    await registry.publish(header, tmp_path / "drafts.safetensors")
+    merged = await registry.merge(merge_request({"drafts": 0.5, "a": 1.0}, "concat"))
+    found = read_adapter(await stored_in(tmp_path / "merged", registry, merged), model[1])
+    assert found.spec.with_mtp
+    a, b = found.tensors["mtp.fc"]
+    own_a, own_b = lora.tensors()["mtp.fc"]
+    torch.testing.assert_close(
+        found.spec.scaling * (b @ a), 0.5 * lora.spec.scaling * (own_b @ own_a), rtol=1e-5, atol=1e-6
+    )
 
 
 async def test_layers_that_not_all_sources_have_are_named_whole_in_the_config(

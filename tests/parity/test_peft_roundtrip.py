@@ -100,3 +100,21 @@ def test_adaptable_layers_are_transformers_linear_layers(tmp_path):
         if isinstance(module, torch.nn.Linear) and name != "lm_head"
     }
     assert adapter_table(config) == linears
+
+
+def test_peft_passes_over_what_is_for_the_mtp_layer_and_gives_the_rest_back(tmp_path):
+    """transformers leaves that layer out of its model, and PEFT finds nothing to adapt there."""
+    config = make_checkpoint(tmp_path / "model")
+    spec = LoraSpec(rank=3, alpha=12.0, targets="attention", with_mtp=True)
+    tensors = random_adapter(config, spec, seed=1)
+    write_adapter(tmp_path / "adapter", tensors, spec, "kiln/tiny")
+    main = {path: pair for path, pair in tensors.items() if not path.startswith("mtp.")}
+    wrapped = peft.PeftModel.from_pretrained(hf_model(tmp_path / "model"), tmp_path / "adapter").eval()
+    plain = hf_model(tmp_path / "model")
+    _merge_by_hand(plain, main, spec.scaling)
+    expected = _logits(plain)
+    assert (_logits(wrapped) - expected).abs().max() <= RTOL * expected.abs().max()
+    wrapped.save_pretrained(tmp_path / "again")
+    back = read_adapter(tmp_path / "again", config)
+    assert back.spec == LoraSpec(rank=3, alpha=12.0, targets="attention")
+    assert back.tensors.keys() == main.keys()

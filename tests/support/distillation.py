@@ -15,7 +15,7 @@ from kiln_common.pb import engine_pb2, trainer_pb2
 from kiln_nn.lora import parse_adapter
 from kiln_nn.lora.parameters import LoraParameters
 from kiln_nn.packed_model import PackedModel
-from kiln_trainer.domain.training import AdapterContent, StartingPoint
+from kiln_trainer.domain.training import AdapterContent, StartingPoint, TeacherScores
 from kiln_trainer.torch_backend.backend import TorchBackend
 from tests.support.training import (
     RecordingHooks,
@@ -120,3 +120,25 @@ class ModelSampler:
                 rollout.completion_token_ids.append(token)
                 rollout.logprobs.append(float(log_p[token]))
         return rollouts
+
+
+@dataclass
+class ModelTeacher:
+    """A TeacherScorer on a served model of its own, as plain logits have it; it remembers what it was asked."""
+
+    served: ServedModel
+    top_k: int
+    lora: LoraParameters | None = None
+    asked: list[int] = field(default_factory=list)
+
+    @torch.no_grad()
+    def score(self, rollouts: Sequence[trainer_pb2.OpdRollout]) -> list[TeacherScores]:
+        self.asked.append(len(rollouts))
+        scores = []
+        for rollout in rollouts:
+            token_ids = [*rollout.prompt_token_ids, *rollout.completion_token_ids]
+            log_q_TV = log_probabilities(self.served, self.lora, token_ids)
+            top = log_q_TV[len(rollout.prompt_token_ids) - 1 : -1].topk(self.top_k, dim=-1)
+            ids, logprobs = top.indices.to(torch.int32), top.values.float()
+            scores.append(TeacherScores(self.top_k, ids.numpy().tobytes(), logprobs.numpy().tobytes()))
+        return scores

@@ -45,8 +45,14 @@ class LocalEvaluations:
     async def get_run(self, run_id: str, owner: str, *, with_cases: bool = False) -> pb.EvalRun:
         return self.store.get_run(run_id, owner, with_cases=with_cases)
 
-    async def list_runs(self, owner: str, adapters: Any) -> list[pb.EvalRun]:
-        return self.store.list_runs(owner, adapters)
+    async def list_runs(
+        self, owner: str, adapters: Any = (), statuses: Any = (), limit: int = 0
+    ) -> list[pb.EvalRun]:
+        request = pb.ListRunsRequest(owner=owner, adapters=adapters, statuses=statuses, limit=limit)
+        return self.store.list_runs(request)
+
+    async def delete_run(self, run_id: str, owner: str) -> None:
+        self.store.delete_run(run_id, owner)
 
     async def claim_run(self, lease_s: float) -> pb.EvalRun | None:
         return self.store.claim_run(lease_s, self._now_s())

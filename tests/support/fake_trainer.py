@@ -92,6 +92,12 @@ class FakeTrainer:
             if event.id > after_event_id:
                 yield event
 
+    async def statuses(self) -> builtins.list[trainer_pb2.TrainerStatus | None]:
+        try:
+            return [await self.status()]
+        except KilnError:
+            return [None]
+
     async def status(self) -> trainer_pb2.TrainerStatus:
         self._check()
         return trainer_pb2.TrainerStatus(

@@ -6,7 +6,7 @@ import asyncio
 import json
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,7 @@ Script = Callable[[engine_pb2.GenerateRequest], str | Sequence[int]]
 
 
 class FakeEngine:
-    """Says what its script says, one token a step, then the turn's end mark.
+    """Says what its script says, one token a step, then the turn's end mark; of a resumed answer the rest.
 
     `logprob_of` gives each token's log-probability from its position. `pause_after` tokens it waits
     for `go_on`; `fail_after` tokens it raises `failure`, `abort_after` tokens it gives the sequence up. `moves` are adapters that take over at a token.
@@ -152,7 +152,9 @@ class FakeEngine:
         stops = {*request.sampling.stop_token_ids}
         if not request.sampling.ignore_eos:
             stops |= {*self.base_model.eos_token_ids}
-        for position, token_id in enumerate(token_ids):
+        num_resumed = len(request.resumed_token_ids)
+        assert token_ids[:num_resumed] == list(request.resumed_token_ids)
+        for position, token_id in enumerate(token_ids[num_resumed:], num_resumed):
             output = engine_pb2.SequenceOutput(
                 request_id=request.request_id,
                 token_ids=[token_id],
@@ -164,7 +166,7 @@ class FakeEngine:
                 ids = range(request.sampling.num_top_logprobs)
                 top = engine_pb2.TopLogprobs(token_ids=ids, logprobs=[-1.0 - i for i in ids])
                 output.top_logprobs.append(top)
-            if position == 0:
+            if position == num_resumed:
                 output.num_cached_tokens = len(request.prompt_token_ids) // 2
                 output.seed = request.sampling.seed if request.sampling.HasField("seed") else 1234
             if position == self.abort_after:
@@ -386,12 +388,17 @@ async def gateway_rig(folder: Path, **options: Any) -> AsyncIterator[Rig]:
         yield rig
 
 
+def served(rig: Rig, *, grace_s: int = 0) -> AbstractAsyncContextManager[str]:
+    """The rig's app, as `served_app` has it."""
+    return served_app(rig.app, grace_s=grace_s)
+
+
 @asynccontextmanager
-async def served(rig: Rig, *, grace_s: int = 0) -> AsyncIterator[str]:
-    """The rig's app on a real loopback port; yields its address. `grace_s`: see GatewayServer."""
+async def served_app(app: Any, *, grace_s: int = 0) -> AsyncIterator[str]:
+    """An app on a real loopback port; yields its address. `grace_s`: see GatewayServer."""
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
-    server = GatewayServer(rig.app, host="127.0.0.1", port=0, grace_s=grace_s)
+    server = GatewayServer(app, host="127.0.0.1", port=0, grace_s=grace_s)
     task = asyncio.create_task(server.serve(sockets=[listener]))
     while not server.started:
         await asyncio.sleep(0.01)

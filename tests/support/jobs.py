@@ -6,6 +6,7 @@ import hashlib
 import json
 import threading
 import time
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ from kiln_trainer.domain.training import (
     TrainingTask,
 )
 from kiln_trainer.jobs.ports import Audience, LiveReport
+from kiln_trainer.recipes.opd_options import TeacherModel
 from tests.support.registry import MODEL_HASH, adapter_bytes, peft_config
 
 WAIT_S = 20.0
@@ -197,6 +199,8 @@ class MemoryPublisher:
         self.before_generate: Callable[[], None] = lambda: None
         self.finish_reason = engine_pb2.FINISH_REASON_STOP
         self.generated: list[engine_pb2.GenerateRequest] = []
+        self.taught: list[tuple[TeacherModel, engine_pb2.GenerateRequest]] = []
+        self.before_teaching: Callable[[], None] = lambda: None
         self.withdrawn: list[str] = []
         self.evaluation_requests: list[evaluations_pb2.SubmitRunRequest] = []
         self.evaluate: Callable[[evaluations_pb2.EvalRun], evaluations_pb2.EvalRun] = lambda run: run
@@ -254,14 +258,42 @@ class MemoryPublisher:
         return LiveReport(self.not_live, 0.01)
 
     def generate(
-        self, requests: Sequence[engine_pb2.GenerateRequest], check: Callable[[], None]
+        self,
+        requests: Sequence[engine_pb2.GenerateRequest],
+        check: Callable[[], None],
+        teacher: TeacherModel | None = None,
     ) -> list[list[engine_pb2.SequenceOutput]]:
+        if teacher is not None:
+            return self._teach(requests, teacher)
         self.generated += requests
         self.before_generate()
         check()
         first = engine_pb2.SequenceOutput(token_ids=[7], logprobs=[-0.5])
         last = engine_pb2.SequenceOutput(token_ids=[8], logprobs=[-1.5], finish_reason=self.finish_reason)
         return [[first, last] for _ in requests]
+
+    def _teach(
+        self, requests: Sequence[engine_pb2.GenerateRequest], teacher: TeacherModel
+    ) -> list[list[engine_pb2.SequenceOutput]]:
+        """Each token's alternatives are the tokens 1, 2, …, less and less likely, told in two parts."""
+        self.taught += [(teacher, request) for request in requests]
+        self.before_teaching()
+        answers = []
+        for request in requests:
+            num_top = request.num_prompt_logprobs
+            num_tokens = len(request.prompt_token_ids) - request.first_prompt_logprob
+            ids = array("i", range(1, num_top + 1)) * num_tokens
+            logprobs = array("f", [-1.0 - place for place in range(num_top)]) * num_tokens
+            cut = num_top * (num_tokens // 2)
+            answers.append(
+                [
+                    engine_pb2.SequenceOutput(
+                        packed_top_token_ids=ids[part].tobytes(), packed_top_logprobs=logprobs[part].tobytes()
+                    )
+                    for part in (slice(cut), slice(cut, None))
+                ]
+            )
+        return answers
 
     def start_evaluation(self, request: evaluations_pb2.SubmitRunRequest) -> evaluations_pb2.EvalRun:
         """The run of this key, as in the registry."""

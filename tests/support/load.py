@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
+from pathlib import Path
 
 import httpx
 
@@ -21,16 +22,27 @@ class Attempt:
 
 
 class ChatLoad:
-    """`num_clients` threads, half of them streaming, each on a new connection for each request."""
+    """`num_clients` threads, half of them streaming, each on a new connection for each request.
+
+    The questions come round again, each with a seed of its own: `texts` has all answers to each.
+    """
 
     def __init__(
-        self, url: str, num_clients: int = 4, *, max_tokens: int = 16, timeout_s: float = 30.0
+        self,
+        url: str,
+        num_clients: int = 4,
+        *,
+        max_tokens: int = 16,
+        timeout_s: float = 30.0,
+        socket_path: Path | None = None,  # instead of the URL's host
     ) -> None:
         self._url = f"{url}/v1/chat/completions"
         self._max_tokens = max_tokens
         self._timeout_s = timeout_s
+        self._socket_path = str(socket_path) if socket_path is not None else None
         self._stop = threading.Event()
         self.attempts: list[Attempt] = []
+        self.texts: defaultdict[str, set[str]] = defaultdict(set)
         self._threads = [
             threading.Thread(target=self._ask_on, args=(number,), daemon=True)
             for number in range(num_clients)
@@ -69,7 +81,7 @@ class ChatLoad:
         count = 0
         while not self._stop.is_set():
             began_s = time.monotonic()
-            outcome = self._ask(f"What is {number} + {count}?", is_streaming=number % 2 == 0)
+            outcome = self._ask(f"What is {number} + {count % 3}?", is_streaming=number % 2 == 0)
             self.attempts.append(Attempt(began_s, time.monotonic(), outcome))
             count += 1
             if outcome != "ok":
@@ -81,20 +93,33 @@ class ChatLoad:
             "max_tokens": self._max_tokens,
             "ignore_eos": True,
             "stream": is_streaming,
+            "seed": sum(content.encode()),
         }
         try:
-            with httpx.stream("POST", self._url, json=body, timeout=self._timeout_s) as response:
+            transport = httpx.HTTPTransport(uds=self._socket_path)
+            with (
+                httpx.Client(transport=transport, timeout=self._timeout_s) as http,
+                http.stream("POST", self._url, json=body) as response,
+            ):
                 text = response.read().decode()
         except httpx.HTTPError as error:
             return type(error).__name__
         if response.status_code != 200:
             return f"{response.status_code} {json.loads(text)['error']['code']}"
-        return _end_of_stream(text) if is_streaming else "ok"
+        if is_streaming:
+            outcome, text = _read_stream(text)
+        else:
+            outcome, text = "ok", json.loads(text)["choices"][0]["message"]["content"]
+        if outcome == "ok":
+            self.texts[content].add(text)
+        return outcome
 
 
-def _end_of_stream(text: str) -> str:
+def _read_stream(text: str) -> tuple[str, str]:
+    """How a stream ended, and what it said."""
     events = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: ")]
-    for event in events:
-        if event != "[DONE]" and "error" in json.loads(event):
-            return f"stream {json.loads(event)['error']['code']}"
-    return "ok" if events and events[-1] == "[DONE]" else "stream broken off"
+    if not events or events[-1] != "[DONE]":
+        last = json.loads(events[-1]) if events else {}
+        return (f"stream {last['error']['code']}" if "error" in last else "stream broken off"), ""
+    choices = [choice for event in events[:-1] for choice in json.loads(event)["choices"]]
+    return "ok", "".join(choice["delta"].get("content") or "" for choice in choices)

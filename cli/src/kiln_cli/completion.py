@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from kiln_cli.server import find_server
+
 _PATIENCE_S = 1.0
 
 
@@ -20,7 +22,7 @@ def complete_job(incomplete: str) -> list[str]:
     import kiln
 
     try:
-        with kiln.Client(timeout_s=_PATIENCE_S) as client:
+        with kiln.Client(find_server(None).url, timeout_s=_PATIENCE_S) as client:
             ids = [job.id for job in client.train.jobs(limit=50)]
     except kiln.KilnError:
         return []
@@ -31,7 +33,7 @@ def _adapter_names() -> list[str]:
     import kiln
 
     try:
-        with kiln.Client(timeout_s=_PATIENCE_S) as client:
+        with kiln.Client(find_server(None).url, timeout_s=_PATIENCE_S) as client:
             return [adapter.name for adapter in client.adapters.list()]
     except kiln.KilnError:
         return []

@@ -118,3 +118,10 @@ class NotEnoughGpus(InvalidRequest):
 
     code = "not_enough_gpus"
     hint = "Start fewer engines, show more GPUs with CUDA_VISIBLE_DEVICES, or add --device cpu."
+
+
+class TooManyTrainers(InvalidRequest):
+    """`--trainers` asks for more trainers than there are engines whose weights they could share."""
+
+    code = "too_many_trainers"
+    hint = "Start more engines, or fewer trainers; with KILN_TRAINER_DEVICE set there can be one."

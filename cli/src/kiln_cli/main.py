@@ -78,6 +78,22 @@ def up(
     ] = None,
     gateways: Annotated[int, typer.Option(help="Gateway processes on the one port.", min=1)] = 1,
     engines: Annotated[int, typer.Option(help="Engines: one for each GPU, or on the CPU.", min=1)] = 1,
+    trainers: Annotated[
+        int | None,
+        typer.Option(
+            help="Trainers, each beside one engine. One for each GPU with an engine when left out.",
+            min=1,
+            show_default=False,
+        ),
+    ] = None,
+    redis_memory_mb: Annotated[
+        int,
+        typer.Option(
+            help="Most memory of the private Redis: the queue, rollouts, stored responses.",
+            envvar="KILN_REDIS_MAX_MEMORY_MB",
+            min=16,
+        ),
+    ] = 512,
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="Show every log line, not only warnings.")
     ] = False,
@@ -94,10 +110,11 @@ def up(
 
     from kiln_cli.up.console import UpConsole
     from kiln_cli.up.gpu_sharing import parse_choice, shared_gpu
-    from kiln_cli.up.gpus import assign_gpus
+    from kiln_cli.up.gpus import assign_gpus, choose_num_trainers
     from kiln_cli.up.json_lines import UpJsonLines
-    from kiln_cli.up.options import StateDirLock, build_options, default_state_dir
-    from kiln_cli.up.specs import SharedFate, build_specs, engine_names
+    from kiln_cli.up.options import build_options, reachable_url
+    from kiln_cli.up.specs import SharedFate, build_specs, engine_names, trainer_names
+    from kiln_cli.up.state_dir import StateDirLock, default_state_dir
     from kiln_cli.up.supervisor import Supervisor
 
     choice = parse_choice(gpu_sharing)
@@ -111,17 +128,23 @@ def up(
             served_model_name=served_model_name,
             device=device,
         )
+        gpus = assign_gpus(engines, device)
         options = dataclasses.replace(
-            options, num_gateways=gateways, engine_gpus=assign_gpus(engines, device)
+            options,
+            num_gateways=gateways,
+            engine_gpus=gpus,
+            num_trainers=choose_num_trainers(trainers, gpus),
+            redis_memory_mb=redis_memory_mb,
         )
         url = f"http://{'localhost' if host == '127.0.0.1' else host}:{port}"
         console = (UpJsonLines if as_json else UpConsole)(url, folder / "logs", is_verbose=verbose)
+        lock.announce(reachable_url(host, port))
         console.starting("the demo model" if options.is_demo_model else options.model, folder)
         with shared_gpu(choice, device, options.run_dir, folder) as sharing:
             if sharing.note:
                 console.note(sharing.note)
             specs = build_specs(dataclasses.replace(options, gpu_env=sharing.env))
-            sharers = frozenset({*engine_names(options), "trainer"})
+            sharers = frozenset({*engine_names(options), *trainer_names(options)})
             fate = SharedFate(sharers, sharing.renew) if sharing.renew else None
             supervisor = Supervisor(specs, folder, console, inherited_fds=[lock.fd], shared_fate=fate)
             code = asyncio.run(supervisor.run_until_signal())

@@ -5,12 +5,15 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
 from kiln_cli import exit_codes
+from kiln_cli.hints import in_words_of_the_command
 from kiln_cli.output import Output
+from kiln_cli.server import Server, find_server
 from kiln_common.errors import KilnError
 
 if TYPE_CHECKING:
@@ -23,7 +26,11 @@ Json = Annotated[bool, typer.Option("--json", help="Answer with one JSON documen
 Url = Annotated[
     str | None,
     typer.Option(
-        "--url", help="The server.", envvar="KILN_URL", show_default="http://127.0.0.1:8420", metavar="URL"
+        "--url",
+        help="The server.",
+        envvar="KILN_URL",
+        show_default="that of your kiln up, or http://127.0.0.1:8420",
+        metavar="URL",
     ),
 ]
 ApiKey = Annotated[
@@ -35,16 +42,28 @@ ApiKey = Annotated[
 class Session:
     """One run of a command: where its answer goes, and the server it talks to."""
 
-    def __init__(self, out: Output, url: str | None, api_key: str | None) -> None:
+    def __init__(
+        self, out: Output, url: str | None, api_key: str | None, state_dir: Path | None = None
+    ) -> None:
         self.out = out
-        self._url = url
         self.api_key = api_key
+        self._given = url, state_dir
+
+    @functools.cached_property
+    def server(self) -> Server:
+        return find_server(*self._given)
 
     @functools.cached_property
     def client(self) -> kiln.Client:
         import kiln  # httpx takes a moment, and `kiln --help` needs none of it
 
-        return kiln.Client(self._url, api_key=self.api_key)
+        return kiln.Client(self.server.url, api_key=self.api_key)
+
+    def hint_of(self, error: kiln.KilnError) -> str:
+        """What to do about an error of the client, in the words of the command."""
+        if error.code == "connection_failed":
+            return f"{self.server.why} kiln up starts a server; --url or KILN_URL names another."
+        return in_words_of_the_command(error.hint)
 
 
 def command(
@@ -67,8 +86,8 @@ def command(
         def run(
             *, as_json: bool = False, url: str | None = None, api_key: str | None = None, **given: Any
         ) -> None:
-            session = Session(Output(as_json), url, api_key)
-            raise typer.Exit(run_reporting(session.out, lambda: function(session, **given)))
+            session = Session(Output(as_json), url, api_key, given.get("state_dir"))
+            raise typer.Exit(run_reporting(session, lambda: function(session, **given)))
 
         extra: dict[str, tuple[Any, Any]] = {"as_json": (Json, False)}
         if asks_server:
@@ -92,8 +111,9 @@ def first_sentence(text: str) -> str:
     return " ".join(text.partition("\n\n")[0].split()).partition(". ")[0].rstrip(".") + "."
 
 
-def run_reporting(out: Output, work: Callable[[], Any]) -> int:
+def run_reporting(session: Session, work: Callable[[], Any]) -> int:
     """The exit code of `work`, whose errors are shown."""
+    out = session.out
     try:
         return work() or exit_codes.DONE
     except KilnError as error:
@@ -109,7 +129,8 @@ def run_reporting(out: Output, work: Callable[[], Any]) -> int:
         details: dict[str, Any] = {}
         if isinstance(error, kiln.ApiError):
             details = {"param": error.param} | ({"details": error.details} if error.details else {})
-        out.error(error.code, error.message, error.hint, getattr(error, "request_id", None), **details)
+        message, hint = in_words_of_the_command(error.message), session.hint_of(error)
+        out.error(error.code, message, hint, getattr(error, "request_id", None), **details)
         return exit_codes.of_client_error(error)
 
 

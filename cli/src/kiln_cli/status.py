@@ -59,6 +59,10 @@ def _training(training: dict[str, Any] | None) -> str:
         return "[yellow]the trainer does not answer[/yellow]"
     running = training.get("running_job_id")
     what = f"runs {escape(running)}" if running else "idle"
+    trainers = training.get("trainers") or ()
+    if len(trainers) > 1:
+        num_running = sum(trainer["status"] == "running" for trainer in trainers)
+        what = f"{num_running} of {len(trainers)} trainers at work"
     return f"{what}, {training.get('queued', 0)} waiting"
 
 

@@ -215,7 +215,7 @@ async def test_draining_lets_running_requests_end_and_refuses_new_ones(engine):
     assert (await client.get_stats()).is_draining
 
 
-async def test_a_drain_that_takes_too_long_ends_requests_with_an_error(engine):
+async def test_a_drain_that_takes_too_long_hands_requests_back(engine):
     running, client = engine
     running.runner.hold()
     started = asyncio.create_task(collect(client, generate_request("long", max_tokens=200)))
@@ -226,7 +226,7 @@ async def test_a_drain_that_takes_too_long_ends_requests_with_an_error(engine):
     running.runner.let_go()
     assert (await draining).num_aborted == 1
     last = (await started)[-1]
-    assert (last.finish_reason, last.error.code) == (engine_pb2.FINISH_REASON_ERROR, "engine_draining")
+    assert (last.finish_reason, last.error.code) == (engine_pb2.FINISH_REASON_ERROR, "answer_handed_back")
 
 
 async def test_info_stats_checksum_and_weights(engine):

@@ -1,6 +1,7 @@
 """Adapter routes over a registry that runs: gateway and registry are real, the engine is scripted."""
 
 import asyncio
+import json
 
 import pytest
 
@@ -40,6 +41,17 @@ async def test_a_version_says_where_it_comes_from(rig):
     first, second = (await get(rig, "/v1/adapters/mine"))["versions"]
     assert (first["parent"], first["job_id"], first["data_sha256"]) == (None, None, None)
     assert (second["parent"], second["job_id"], second["data_sha256"]) == ("mine@1", "job_1", "5a" * 32)
+
+
+async def test_rewards_of_other_versions_stand_beside_the_metrics_of_the_version(rig):
+    await publish(rig)
+    rewards = {"mine@1": {"mean": 0.5, "num_completions": 8}}
+    metrics = json.dumps({"loss": 1.5, "rewards_by_version": rewards})
+    await publish(rig, seed=1, metrics_json=metrics, parent_name="mine", parent_version=1)
+    first, second = (await get(rig, "/v1/adapters/mine"))["versions"]
+    assert (first["metrics"], first["rewards_by_version"]) == ({}, {})
+    assert (second["metrics"], second["rewards_by_version"]) == ({"loss": 1.5}, rewards)
+    assert [*(await get(rig, "/v1/adapters/mine/diff"))["metrics"]] == ["loss"]
 
 
 async def test_a_diff_is_with_the_parent_unless_said_otherwise(rig):

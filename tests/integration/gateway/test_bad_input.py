@@ -12,6 +12,7 @@ USER = {"role": "user", "content": "Hi"}
 SHORT = {"adapter": "a", "prompt": "Hi", "completions": ["x", "y"], "rewards": [1, 0]}
 EMBED, BATCH = "/v1/embeddings", "/v1/completions/batch"
 OPD = "/v1/train/opd"
+UNFINISHED = {"model": "base", "max_tokens": 4, "messages": [{"role": "assistant", "content": "Hel"}]}
 DISTIL = {"adapter": "a", "teacher": "base", "prompts": ["p"]}
 GIVEN = {"adapter": "a", "teacher": "base", "groups": [{"prompt": "p", "completions": ["x"]}]}
 SCORED = {"prompt": "p", "completions": [{"text": "x", "reward": 1}, {"text": "y", "reward": 0}]}
@@ -151,8 +152,10 @@ BODIES = [
     (SFT, {"adapter": "a", "examples": [{"prompt": "x"}]}, 400, "conflicting_fields", "examples[0]"),
     (SFT, {"adapter": "a", "examples": [{"messages": [USER]}]}, 400, "no_assistant_message", "examples"),
     (OPD, without(DISTIL, "teacher"), 400, "missing_field", "teacher"),
-    (OPD, {**DISTIL, "teacher": {"engine": "other:8431", "model": "m"}}, 501, "not_implemented", "teacher"),
+    (OPD, {**DISTIL, "teacher": {"address": "other:8431", "model": "m"}}, 400, "unknown_field", "teacher.address"),
+    (OPD, {**DISTIL, "teacher": {"model": "m", "top_k": 257}}, 400, "invalid_value", "teacher.top_k"),
     (OPD, {**DISTIL, "teacher": "nobody"}, 404, "adapter_not_found", "teacher"),
+    (OPD, {**DISTIL, "teacher": {"top_k": 3}}, 400, "invalid_value", "teacher"),
     (OPD, {**DISTIL, "teacher": 5}, 400, "invalid_value", "teacher"),
     (OPD, without(DISTIL, "prompts"), 400, "missing_field", "prompts"),
     (OPD, {**DISTIL, "prompts": []}, 400, "invalid_value", "prompts"),
@@ -258,7 +261,7 @@ async def test_equal_rewards_are_counted_in_words_that_fit(rig):
 
 async def test_clients_are_told_when_trying_again_is_no_use(rig):
     hopeless = [
-        ("POST", OPD, {**DISTIL, "teacher": {"engine": "other:8431", "model": "m"}}, 501),
+        ("POST", "/v1/messages", UNFINISHED, 501),
         ("GET", "/v1/nothing", None, 404),
         ("GET", CHAT, None, 405),
         ("GET", "/v1/adapters/x", None, 404),

@@ -9,6 +9,7 @@ import pytest
 import pytest_asyncio
 from playwright.async_api import async_playwright, expect
 
+from kiln_common.pb import evaluations_pb2, trainer_pb2
 from kiln_gateway.settings import ApiKey
 from tests.support.browser import PageWatch, launch_options
 from tests.support.gateway import gateway_rig, served
@@ -212,6 +213,69 @@ async def test_versions_stand_below_their_parents_and_are_attached_and_detached(
             await expect(child).to_contain_text("helpful@1")
 
 
+async def test_versions_are_drawn_with_what_their_answers_earned(tmp_path, browser):
+    async with gateway_rig(tmp_path) as rig:
+        earned = [
+            ("base", 0.25, 8, "data 1"),
+            ("helpful@1", 0.5, 6, "data 2"),
+            ("helpful@1", 0.5, 6, "data 2"),  # the same data once more: does not count again
+            ("helpful@1", 0.9, 2, "data 3"),
+        ]
+        for writer, mean, num_completions, data in earned:
+            version = rig.registry.add("helpful")
+            rewards = {writer: {"mean": mean, "num_completions": num_completions}}
+            rewards["other@1"] = {"mean": 9.0, "num_completions": 1}
+            version.metrics_json = json.dumps({"loss": 1.0, "rewards_by_version": rewards})
+            version.data_sha256 = data
+        rig.registry.add("uploaded")
+        async with opened(browser, rig, "adapters") as page:
+            curve = page.get_by_role("figure", name="Reward of helpful, by version")
+            await expect(curve.get_by_role("img")).to_have_attribute(
+                "aria-label", "Reward of helpful, by version: mean 0.6"
+            )
+            await expect(page.get_by_role("figure")).to_have_count(1)
+            rows = page.get_by_role("listitem")
+            await expect(rows.filter(has_text="helpful@1")).to_contain_text("its answers earned 0.6")
+            await expect(rows.filter(has_text="helpful@2")).not_to_contain_text("earned")
+            await page.get_by_role("button", name="Details").first.click()
+            await expect(page.get_by_role("main")).not_to_contain_text("rewards_by_version")
+
+
+async def evaluated(rig, adapter, score, job_id=""):
+    """A run on a suite of one case that ended with this score."""
+    store = rig.app.state.gateway.clients.evaluations
+    suite = await store.put_suite("", "replies", "{}", 1)
+    run = await store.submit_run(
+        evaluations_pb2.SubmitRunRequest(
+            suite_id=suite.id, adapter=adapter, settings_json="{}", job_id=job_id
+        )
+    )
+    claimed = await store.claim_run(30.0)
+    summary = {"score": {"mean": score, "low": 0, "high": 1}, "num_invalid": 0, "by_scorer": {}}
+    await store.finish_run(run.id, claimed.claim_epoch, summary_json=json.dumps(summary))
+
+
+async def test_scores_are_drawn_by_version_and_runs_are_deleted(tmp_path, browser):
+    async with gateway_rig(tmp_path) as rig:
+        add_versions(rig)
+        rig.registry.adapters["helpful"].versions[1].job_id = "job_2"
+        await evaluated(rig, "base", 0.25)
+        await evaluated(rig, "helpful@1", 0.5)
+        await evaluated(rig, "job_2@1", 0.875, job_id="job_2")  # the gate that helpful@2 passed
+        async with opened(browser, rig, "adapters") as page:
+            curve = page.get_by_role("figure", name="Scores of helpful, by version")
+            await expect(curve).to_contain_text("replies@1 0.875")
+            runs = page.get_by_role("region", name="Evaluations").get_by_role("row")
+            await expect(runs).to_have_count(4)
+            newest = runs.filter(has_text="job_2@1")
+            await button(newest, "Delete").click()
+            await button(newest, "For good?").click()
+            await expect(runs).to_have_count(3)
+            await expect(curve).to_contain_text("replies@1 0.5")
+        left = await rig.app.state.gateway.clients.evaluations.list_runs("")
+        assert [run.adapter for run in left] == ["helpful@1", "base"]
+
+
 async def test_an_older_version_is_rolled_back_to_in_one_call(tmp_path, browser):
     async with gateway_rig(tmp_path) as rig:
         add_versions(rig)
@@ -275,6 +339,37 @@ async def test_a_job_is_cancelled_and_done_again(tmp_path, browser):
             await button(detail, "Do it again").click()
             await expect(page.get_by_role("navigation", name="Jobs").get_by_role("link")).to_have_count(2)
             assert f"training/{job_id}" not in page.url
+
+
+@pytest.mark.parametrize(
+    ("gate", "words"),
+    [
+        ({"passed": True, "score": 0.875}, ["passed", "scored 0.875 on replies@2, at least 0.8 was needed"]),
+        ({"passed": False, "score": 0.62}, ["held back", "scored 0.62 on replies@2", "polite means what it"]),
+        ({"passed": False}, ["held back", "at least 0.8 is needed on replies@2", "no engine answers"]),
+    ],
+)
+async def test_a_jobs_gate_says_whether_it_was_passed_with_its_numbers(tmp_path, browser, gate, words):
+    async with gateway_rig(tmp_path) as rig:
+        body = {"adapter": "polite", "prompt": "Hi", "completions": ["x", "y"], "rewards": [1, 0]}
+        job_id = (await rig.post("/v1/train/grpo", body)).json()["id"]
+        job = rig.trainer.jobs[job_id]
+        job.config.gate.suite, job.config.gate.min_score = "replies@2", 0.8
+        job.config.gate.settings_json = "{}"
+        async with opened(browser, rig, f"training/{job_id}") as page:
+            shown = page.get_by_role("region", name="Gate")
+            await expect(shown).to_contain_text("at least 0.8 is needed on replies@2")
+            kept = {"adapter": "polite"} if gate["passed"] else {"adapter": job_id}
+            outcome = trainer_pb2.GateOutcome(
+                suite="replies@2", min_score=0.8, reason="no engine answers", **gate
+            )
+            job.result.CopyFrom(trainer_pb2.JobResult(**kept, version=1, gate=outcome))
+            job.status = "succeeded"
+            for part in words:
+                await expect(shown).to_contain_text(part)
+            listed = page.get_by_role("navigation", name="Jobs")
+            await expect(listed).to_contain_text("succeeded" if gate["passed"] else "held back")
+            await expect(listed).to_contain_text("polite")
 
 
 async def test_views_are_reached_by_keys(tmp_path, browser):

@@ -82,6 +82,20 @@ async def test_the_first_row_tells_the_format(rig, row, format):
         assert (gone.status_code, gone.json()["error"]["code"]) == (404, "dataset_not_found")
 
 
+@pytest.mark.parametrize("rows", [(PAIR, CHAT), (CHAT, PAIR, CHAT)])
+async def test_examples_of_both_forms_are_kept_and_learned_as_they_are_without_a_dataset(rig, rows):
+    kept = await upload(rig, jsonl(*rows))
+    assert (kept.status_code, kept.json()["format"]) == (201, "mixed")
+    for data in ({"dataset": kept.json()["id"]}, {"examples": list(rows)}):
+        response = await rig.post(SFT, {"adapter": "a", **data})
+        assert response.status_code == 202, response.text
+    from_dataset, given = rig.trainer.submitted
+    assert from_dataset.sft == given.sft
+    for query in ("?format=chat", "?format=prompt_completion", "?format=rollouts"):
+        assert (await upload(rig, jsonl(*rows), query)).json()["error"]["code"] == "invalid_dataset"
+    assert (await upload(rig, jsonl(PAIR, GROUP))).json()["error"]["code"] == "invalid_dataset"
+
+
 async def test_a_form_is_an_upload_too(rig):
     form = {"files": {"file": ("letters.jsonl", jsonl(PAIR))}, "data": {"format": "prompt_completion"}}
     response = await rig.http.post(DATASETS, **form)

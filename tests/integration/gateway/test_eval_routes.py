@@ -143,6 +143,58 @@ async def test_a_run_that_cannot_be_is_refused(rig, body, code):
     assert (await rig.post("/v1/evals/runs", body)).json()["error"]["code"] == code
 
 
+async def listed(rig, query="", **options):
+    response = await rig.http.get(f"/v1/evals/runs{query}", **options)
+    assert response.status_code == 200, response.text
+    return [run["id"] for run in response.json()["data"]]
+
+
+async def test_runs_are_listed_the_newest_first_and_chosen_by_adapter_and_status(rig):
+    await put_suite(rig)
+    rig.registry.add("helper")
+    rig.registry.add("helper")
+    rig.registry.add("helper_2")
+    done = await run_to_end(rig, adapter="helper@1")
+    on_base, newer, other = [
+        (await start(rig, adapter=adapter))["id"] for adapter in (None, "helper", "helper_2")
+    ]
+    assert await listed(rig) == [other, newer, on_base, done["id"]]
+    assert await listed(rig, "?limit=2") == [other, newer]
+    assert await listed(rig, "?adapter=helper") == [newer, done["id"]]
+    assert await listed(rig, "?adapter=helper@2") == [newer]
+    assert await listed(rig, "?adapter=base") == [on_base]
+    assert await listed(rig, "?status=succeeded") == [done["id"]]
+    (first,) = (await rig.http.get("/v1/evals/runs?status=succeeded")).json()["data"]
+    done.pop("cases")
+    assert first == done
+    for query in ("?adaptor=helper", "?limit=0", "?limit=501", "?status=done"):
+        assert (await rig.http.get(f"/v1/evals/runs{query}")).status_code == 400
+
+
+async def test_a_deleted_run_is_gone_with_its_cases_and_its_suite_stays(rig):
+    await put_suite(rig)
+    run = await run_to_end(rig)
+    path = f"/v1/evals/runs/{run['id']}"
+    assert (await rig.http.delete(path)).json() == {"id": run["id"], "object": "eval.run", "deleted": True}
+    for response in (await rig.http.get(path), await rig.http.delete(path)):
+        assert (response.status_code, response.json()["error"]["code"]) == (404, "eval_run_not_found")
+    assert await listed(rig) == []
+    assert len((await rig.http.get("/v1/evals/suites")).json()["data"]) == 1
+
+
+async def test_a_run_that_is_deleted_while_it_is_carried_out_ends_and_the_next_one_goes_on(rig):
+    await put_suite(rig)
+    rig.engine.pause_after = 0
+    async with evaluating(rig):
+        run = await start(rig)
+        await rig.engine.paused.wait()
+        assert (await rig.http.delete(f"/v1/evals/runs/{run['id']}")).status_code == 200
+        while len(rig.engine.aborted) < len(QUESTIONS):  # its answers are stopped, not finished
+            await asyncio.sleep(0.01)
+        rig.engine.pause_after = None
+        assert (await ended(rig, (await start(rig))["id"]))["status"] == "succeeded"
+
+
 async def test_names_and_unknown_runs_are_refused(rig):
     error = (await rig.post("/v1/evals/suites", {"name": "a b", "cases": QUESTIONS})).json()["error"]
     assert error["code"] == "invalid_suite_name"
@@ -370,7 +422,10 @@ async def test_suites_and_runs_belong_to_the_key_that_made_them(tmp_path):
         run = (await rig.post("/v1/evals/runs", body, headers=mine)).json()
         assert (await rig.post("/v1/evals/runs", body, headers=other)).status_code == 404
         assert (await rig.post("/v1/evals/runs", {"suite": suite["id"]}, headers=other)).status_code == 404
-        assert (await rig.http.get(f"/v1/evals/runs/{run['id']}", headers=other)).status_code == 404
+        for method in ("GET", "DELETE"):
+            found = await rig.http.request(method, f"/v1/evals/runs/{run['id']}", headers=other)
+            assert found.status_code == 404
+        assert (await listed(rig, headers=mine), await listed(rig, headers=other)) == ([run["id"]], [])
         assert (await rig.http.get("/v1/evals/suites", headers=other)).json()["data"] == []
         assert (await rig.post("/v1/evals/runs", body, headers=weak)).status_code == 403
 

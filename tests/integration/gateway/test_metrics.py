@@ -27,7 +27,10 @@ def engine_stats():
         num_running=3, num_waiting=2, num_pages=100, num_pages_in_use=60, num_pages_cached=20,
         num_adapter_slots=4, resident_adapters=[engine_pb2.ResidentAdapter(num_pins=1)],
         step_seconds=step_seconds.to_proto(), num_device_bytes=1000, num_device_bytes_free=400,
-        memory_parts=[engine_pb2.MemoryPart(name="weights", num_bytes=500)],
+        memory_parts=[
+            engine_pb2.MemoryPart(name=name, num_bytes=num_bytes)
+            for name, num_bytes in (("weights", 500), ("kv", 40), ("states", 30), ("adapters", 20), ("workspace", 10))
+        ],
         drafts=[
             engine_pb2.DraftTotals(num_proposed=9, num_accepted=5),
             engine_pb2.DraftTotals(adapter="billing", num_proposed=4, num_accepted=4),
@@ -66,7 +69,7 @@ async def scrape(rig):
 
 async def test_what_engine_and_trainer_said_is_shown(rig):
     found = await scrape(rig)
-    engine = ("engine", "0")
+    engine, trainer = ("engine", "0"), ("trainer", "0")
     assert found["kiln_engine_up"][(engine,)] == 1
     assert found["kiln_engine_requests_waiting"][(engine,)] == 2
     assert found["kiln_engine_kv_cache_usage_ratio"][(engine,)] == 0.4
@@ -81,8 +84,16 @@ async def test_what_engine_and_trainer_said_is_shown(rig):
     buckets = found["kiln_engine_step_seconds_bucket"]
     assert [buckets[engine, ("le", bound)] for bound in ("0.01", "0.1", "+Inf")] == [2, 3, 4]
     assert found["kiln_engine_step_seconds_sum"][(engine,)] == pytest.approx(7.06)
-    assert found["kiln_trainer_jobs_ended_total"][(("status", "succeeded"),)] == 2
-    assert found["kiln_trainer_step_metric"][(("name", "loss"),)] == 0.5
+    assert found["kiln_trainer_jobs_ended_total"][("status", "succeeded"), trainer] == 2
+    assert found["kiln_trainer_step_metric"][("name", "loss"), trainer] == 0.5
+
+
+async def test_health_says_what_holds_an_engines_memory(rig):
+    (engine,) = (await rig.http.get("/health")).json()["engines"]
+    assert engine["memory"] == {
+        "weights_bytes": 500, "kv_bytes": 40, "state_bytes": 30, "adapter_bytes": 20, "workspace_bytes": 10,
+        "device_bytes": 1000,
+    }  # fmt: skip
 
 
 async def test_a_service_that_is_away_is_down_and_tells_nothing(rig):
@@ -113,8 +124,8 @@ async def test_the_page_names_every_metric_and_no_other(rig):
     shown = {name.removesuffix("_count") for name in shown}
     page = (REPOSITORY / "docs" / "metrics.md").read_text(encoding="utf-8")
     documented = set(re.findall(r"^\| `(kiln_\w+)` \|", page, re.MULTILINE))
-    # Nothing is lost in a rig without Redis, and nothing was scraped before.
-    assert documented - shown <= {"kiln_gateway_rollouts_total"}
+    # A rig without Redis keeps no rollouts; one with a single engine moves no request.
+    assert documented - shown <= {"kiln_gateway_rollouts_total", "kiln_gateway_requests_moved_total"}
     assert shown <= documented
 
 

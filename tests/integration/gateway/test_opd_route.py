@@ -84,6 +84,21 @@ async def test_the_base_models_id_is_the_bare_base_model_as_a_teacher(rig):
     assert request.opd.settings.teacher == "base"
 
 
+async def test_another_engines_model_is_named_to_the_trainer(rig):
+    job, request = await opd(rig, teacher={"model": "Qwen/Qwen3.5-9B"}, prompts=["Hi"])
+    settings = request.opd.settings
+    assert (settings.teacher, settings.teacher_model.model_id) == ("", "Qwen/Qwen3.5-9B")
+    assert settings.teacher_model.top_k == 64
+    # The trainer knows the engines: which weights the name means is for it to say.
+    assert settings.teacher_model.model_hash == ""
+    shown = job["effective_config"]["teacher"]
+    assert (shown["model"], shown["top_k"]) == ("Qwen/Qwen3.5-9B", 64)
+    pinned = {"model": "big", "sha256": "ab" * 32, "top_k": 8}
+    job, request = await opd(rig, teacher=pinned, prompts=["Hi"])
+    assert request.opd.settings.teacher_model.top_k == 8
+    assert job["effective_config"]["teacher"] == pinned
+
+
 async def test_completions_by_text_by_id_and_by_tokens(rig):
     rig.engine.script = lambda request: f"answer {request.request_id[-1]}"
     answer = (await rig.chat(n=3, return_token_ids=True, temperature=0)).json()

@@ -82,9 +82,10 @@ async def test_the_client_does_not_repeat_a_request_that_is_not_built(rig_and_cl
     seen = []
     raw = client.with_options(max_retries=2)
     raw._client.event_hooks["response"].append(_remember(seen))
-    body = {"adapter": "a", "prompts": ["p"], "teacher": {"engine": "other:8431", "model": "m"}}
+    unfinished = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hel"}]
+    body = {"model": "base", "max_tokens": 4, "messages": unfinished}
     with pytest.raises(openai.InternalServerError):
-        await raw.post("/train/opd", body=body, cast_to=object)
+        await raw.post("/messages", body=body, cast_to=object)
     assert seen == [501]
 
 

@@ -258,14 +258,25 @@ async def test_the_effective_config_is_what_the_trainer_gets(rig):
     body = {
         "prompt": "Hi", "completions": ["a", "b"], "rewards": [True, False], "base_adapter": None,
         "lora": {"rank": 4, "alpha": 8, "targets": ["q_proj"], "dropout": 0.1}, "epochs": 3,
-        "batch_tokens": 100, "optimizer": "muon",
+        "batch_tokens": 100, "optimizer": "muon", "train_mtp": True,
         "schedule": "cosine", "warmup_ratio": 0.1, "weight_decay": 0.01, "max_grad_norm": 0, "seed": 7,
         "publish": "never", "attach": False, "metadata": {"team": "x"},
         "loss": {"type": "dr_grpo", "kl": {"coef": 0.1, "estimator": "k2"}, "scale_rewards": "none"},
     }  # fmt: skip
     job = (await grpo(rig, **body)).json()
     config = job["effective_config"]
-    for name in ("lora", "epochs", "batch_tokens", "optimizer", "schedule", "seed", "publish", "attach"):
+    names = (
+        "lora",
+        "epochs",
+        "batch_tokens",
+        "optimizer",
+        "train_mtp",
+        "schedule",
+        "seed",
+        "publish",
+        "attach",
+    )
+    for name in names:
         assert config[name] == body[name]
     assert config["max_grad_norm"] == 0
     assert config["loss"]["kl"] == {"coef": 0.1, "estimator": "k2"}

@@ -60,6 +60,24 @@ def test_a_job_runs_to_its_published_end(store, redis_client, publisher, tmp_pat
     assert json.loads(header.metrics_json)["loss"] == 0.25
 
 
+def test_a_version_says_what_the_versions_that_wrote_its_completions_earned(store, publisher, tmp_path):
+    request = grpo_request("helper")
+    group = request.grpo.groups[0]
+    for version, reward in (("helper@2", 0.0), ("helper@2", 0.5), ("base", 1.0), ("a@1,b@1", 1.0)):
+        rollout = group.rollouts.add()
+        rollout.CopyFrom(group.rollouts[0])
+        rollout.adapter_version, rollout.reward = version, reward
+    job_id = store.submit(request)
+    with working(store, ChainBackend(num_steps=1), publisher, tmp_path):
+        assert ended(store, job_id).status == "succeeded"
+    kept = json.loads(publisher.headers[0].metrics_json)
+    assert kept["rewards_by_version"] == {
+        "helper@2": {"mean": 0.25, "num_completions": 2},
+        "base": {"mean": 1.0, "num_completions": 1},
+    }
+    assert "loss" in kept
+
+
 def test_the_next_job_of_an_adapter_starts_from_the_version_before(store, publisher, tmp_path):
     backend = ChainBackend(num_steps=1)
     ids = [store.submit(grpo_request("helper", epochs=n)) for n in (1, 2)]

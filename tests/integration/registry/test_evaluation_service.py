@@ -46,6 +46,15 @@ async def test_suites_and_runs_outlive_the_registry(tmp_path):
             with pytest.raises(KilnError, match="there is no"):
                 await call
         assert [found.id for found in await client.list_suites("me")] == [suite.id]
+
+        (found,) = await client.list_runs("me", ["base"], ["failed"], 5)
+        assert (found.id, found.num_done, found.error, [*found.cases]) == (run.id, 1, failure, [])
+        assert await client.list_runs("you") == []
+        with pytest.raises(KilnError, match="there is no"):
+            await client.delete_run(run.id, "you")
+        await client.delete_run(run.id, "me")
+        assert await client.list_runs("me") == []
+        assert (await client.submit_run(request)).id != run.id
         await client.close()
 
 

@@ -9,7 +9,7 @@ from kiln_nn.errors import KilnNnError
 from kiln_nn.lora import LoraSpec, write_adapter
 from kiln_nn.lora.parameters import LoraParameters
 from kiln_nn.lora.peft_config import parse_config
-from kiln_nn.lora.spec import adapter_table
+from kiln_nn.lora.spec import adapter_table, mtp_table
 from kiln_registry.domain import BaseModelRecord, ModuleShape
 from kiln_registry.inspection import inspect_adapter, parse_peft_config
 from kiln_registry.plain_form import plain_config
@@ -18,12 +18,14 @@ from tests.support.tiny_models import tiny_config
 
 
 @pytest.mark.parametrize("targets", ["all", "attention", "mlp", ("q_proj", "in_proj_a")])
-def test_a_trained_adapter_passes_the_registrys_check(tmp_path, targets):
+@pytest.mark.parametrize("with_mtp", [False, True])
+def test_a_trained_adapter_passes_the_registrys_check(tmp_path, targets, with_mtp):
     config = tiny_config()
-    spec = LoraSpec(3, 6.0, targets)
+    spec = LoraSpec(3, 6.0, targets, with_mtp)
     lora = LoraParameters.create(config, spec, seed=0, device="cpu")
     write_adapter(tmp_path, lora.tensors(), lora.spec, "tiny/model")
-    modules = {path: ModuleShape(*sizes) for path, sizes in adapter_table(config).items()}
+    layers = adapter_table(config) | mtp_table(config)
+    modules = {path: ModuleShape(*sizes) for path, sizes in layers.items()}
     found = inspect_adapter(
         tmp_path / "adapter_model.safetensors",
         parse_peft_config((tmp_path / "adapter_config.json").read_text()),

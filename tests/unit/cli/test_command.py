@@ -10,8 +10,12 @@ import kiln_cli
 from kiln_cli import exit_codes
 from kiln_cli.main import app
 from kiln_cli.output import Output
-from kiln_cli.session import run_reporting
+from kiln_cli.session import Session, run_reporting
 from tests.support.command import Command, leaves
+
+
+def session():
+    return Session(Output(as_json=True), "http://127.0.0.1:1", None)
 
 
 @pytest.mark.parametrize("arguments", [["--version"], ["version"]])
@@ -58,7 +62,7 @@ def test_each_error_ends_with_the_code_that_the_documentation_gives(error, code)
     def fail():
         raise error
 
-    assert run_reporting(Output(as_json=True), fail) == code
+    assert run_reporting(session(), fail) == code
     assert code in exit_codes.MEANINGS
 
 
@@ -67,7 +71,7 @@ def test_a_bug_is_not_hidden():
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        run_reporting(Output(as_json=True), fail)
+        run_reporting(session(), fail)
 
 
 def test_an_error_is_json_on_standard_output_when_json_was_asked_for(capsys):

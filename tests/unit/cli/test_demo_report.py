@@ -33,6 +33,30 @@ def test_a_round_is_one_line():
     assert "trained 123.4 s, live in 1234 ms" in out.getvalue()
 
 
+def test_it_says_beforehand_about_how_long_it_takes():
+    for num_rounds, words in ((16, "about 70 to 180 s"), (2, "about 20 to 60 s")):
+        report, out = _report(200)
+        report.estimate(num_rounds)
+        assert words in out.getvalue()
+
+
+def test_a_terminal_has_a_bar_that_ends_with_the_last_measurement():
+    report, out = _report(80)
+    with report.progress(num_rounds=1):
+        report.advance()
+    assert out.getvalue() == ""  # in a file there are the lines alone
+    report.out = Console(file=out, width=80, force_terminal=True)
+    with report.progress(num_rounds=1):
+        report.advance()
+        for label in ("learning", "control"):
+            report.round(label, 1, 1, RoundResult(1.0, 1.0, 1.0, "a@1"))
+        assert not report._bar.finished
+        report.advance()
+        report.advance()
+        assert report._bar.finished
+    assert "left" in out.getvalue()
+
+
 def test_the_tables_fit():
     report, out = _report(80)
     interval = mean_interval([0.0, 1.0] * 40)

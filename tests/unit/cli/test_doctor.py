@@ -113,9 +113,9 @@ def test_what_does_not_run_is_skipped_and_what_hangs_is_a_failure(tmp_path):
     run_dir.mkdir(parents=True, exist_ok=True)
     for name in ("engine", "redis"):
         (run_dir / f"{name}.sock").touch()
-    assert services.engine_names(tmp_path) == ["engine"]
+    assert services.names_of("engine", tmp_path) == ["engine"]
     (run_dir / "engine-2.sock").touch()
-    assert services.engine_names(tmp_path) == ["engine", "engine-2"]
+    assert services.names_of("engine", tmp_path) == ["engine", "engine-2"]
     engine = services.service("engine-2", tmp_path)
     assert (engine.state, "kiln logs engine-2" in engine.hint) == (State.FAILED, True)
     assert services.redis(tmp_path, may_start=False).state is State.FAILED

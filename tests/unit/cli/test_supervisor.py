@@ -14,11 +14,19 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from kiln_cli.errors import NotEnoughGpus, PortInUse, PublicHostWithoutKeys, StateDirInUse, StateDirUnusable
+from kiln_cli.errors import (
+    NotEnoughGpus,
+    PortInUse,
+    PublicHostWithoutKeys,
+    StateDirInUse,
+    StateDirUnusable,
+    TooManyTrainers,
+)
 from kiln_cli.up.console import UpConsole
-from kiln_cli.up.gpus import assign_gpus
-from kiln_cli.up.options import StateDirLock, build_options, check_host, check_port, make_run_dir
+from kiln_cli.up.gpus import assign_gpus, choose_num_trainers
+from kiln_cli.up.options import build_options, check_host, check_port, make_run_dir, reachable_url
 from kiln_cli.up.specs import ServiceSpec, UpOptions, build_specs
+from kiln_cli.up.state_dir import StateDirLock, running_url
 from kiln_cli.up.supervisor import Supervisor
 from kiln_common.model_folder import ModelFolderMissing
 
@@ -130,10 +138,32 @@ def test_one_state_folder_belongs_to_one_supervisor(tmp_path):
         pass
 
 
+def test_a_state_folder_says_where_its_services_answer_while_they_run(tmp_path):
+    assert running_url(tmp_path / "nowhere") is None
+    with StateDirLock(tmp_path) as lock:
+        assert running_url(tmp_path) is None
+        lock.announce("http://127.0.0.1:8421")
+        assert running_url(tmp_path) == "http://127.0.0.1:8421"
+    assert running_url(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [
+        ("127.0.0.1", "http://127.0.0.1:8421"),
+        ("0.0.0.0", "http://127.0.0.1:8421"),
+        ("::", "http://[::1]:8421"),
+        ("box.local", "http://box.local:8421"),
+    ],
+)
+def test_what_listens_everywhere_is_reached_on_loopback(host, url):
+    assert reachable_url(host, 8421) == url
+
+
 # A supervisor that dies at once and leaves a service that holds its lock; prints the service's pid.
 _KILLED_SUPERVISOR = """
 import os, pathlib, subprocess, sys
-from kiln_cli.up.options import StateDirLock
+from kiln_cli.up.state_dir import StateDirLock
 lock = StateDirLock(pathlib.Path(sys.argv[1]))
 service = [sys.executable, "-c", "import sys; sys.stdin.read()"]
 print(subprocess.Popen(service, stdin=0, stdout=subprocess.DEVNULL, pass_fds=[lock.fd]).pid, flush=True)
@@ -231,6 +261,12 @@ def test_an_external_redis_replaces_the_private_one(tmp_path):
     assert specs["trainer"].env["KILN_TRAINER_REDIS_URL"] == "redis://elsewhere:6379"
 
 
+def test_the_private_redis_gets_the_memory_it_is_given(tmp_path):
+    options = UpOptions("m", False, "127.0.0.1", 1, tmp_path, tmp_path, redis_memory_mb=64)
+    (argv,) = (spec.argv for spec in build_specs(options) if spec.name == "redis")
+    assert argv[argv.index("--maxmemory") + 1] == "64mb"
+
+
 def test_several_gateways_share_the_port_and_know_every_engine(tmp_path):
     options = UpOptions(
         "m", False, "127.0.0.1", 1, tmp_path, tmp_path, num_gateways=3, engine_gpus=("0", "1")
@@ -248,6 +284,45 @@ def test_several_gateways_share_the_port_and_know_every_engine(tmp_path):
     assert gateways[0]["KILN_GATEWAY_ENGINE_ADDRESSES"] == addresses
     # Stopped last to first: gateways, trainer, engines.
     assert list(specs)[-4:] == ["trainer", "gateway", "gateway-2", "gateway-3"]
+
+
+def test_each_trainer_shares_the_gpu_and_the_weights_of_one_engine(tmp_path):
+    options = UpOptions(
+        "m", False, "127.0.0.1", 1, tmp_path, tmp_path, engine_gpus=("0", "1", "2"), num_trainers=2
+    )
+    specs = {spec.name: spec.env for spec in build_specs(options)}
+    trainers = [specs[name] for name in ("trainer", "trainer-2")]
+    assert [env["CUDA_VISIBLE_DEVICES"] for env in trainers] == ["0", "1"]
+    assert [env["KILN_TRAINER_ENGINE_ADDRESSES"] for env in trainers] == [
+        specs[name]["KILN_ENGINE_LISTEN"] for name in ("engine", "engine-2")
+    ]
+    # Whichever claims a job finds its checkpoints.
+    assert len({env["KILN_TRAINER_STATE_DIR"] for env in trainers}) == 1
+    listens = ",".join(env["KILN_TRAINER_LISTEN"] for env in trainers)
+    assert specs["gateway"]["KILN_GATEWAY_TRAINER_ADDRESSES"] == listens
+    assert list(specs)[-3:] == ["trainer", "trainer-2", "gateway"]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "engine_gpus", "own_device", "count"),
+    [
+        (None, ("",), "", 1),
+        (None, ("0", "1"), "", 2),
+        (None, ("", ""), "", 1),  # on one CPU they would only slow each other down
+        (2, ("", ""), "", 2),
+        (1, ("0", "1"), "", 1),
+        (3, ("0", "1"), "", None),
+        (None, ("0", "1"), "cuda:2", 1),
+        (2, ("0", "1"), "cuda:2", None),
+    ],
+)
+def test_there_are_no_more_trainers_than_places_for_them(monkeypatch, wanted, engine_gpus, own_device, count):
+    monkeypatch.setenv("KILN_TRAINER_DEVICE", own_device)
+    if count is None:
+        with pytest.raises(TooManyTrainers):
+            choose_num_trainers(wanted, engine_gpus)
+    else:
+        assert choose_num_trainers(wanted, engine_gpus) == count
 
 
 @pytest.mark.parametrize(

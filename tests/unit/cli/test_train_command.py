@@ -106,3 +106,23 @@ def test_a_refused_submission_has_no_key_to_say(server, run):
     server(lambda request: httpx.Response(400, json={"error": {"message": "no", "code": "no"}}))
     refused = run("train", "sft", "examples.jsonl", "-a", "a", "--json")
     assert (refused.exit_code, "idempotency_key" in refused.json["error"]) == (4, False)
+
+
+@pytest.mark.parametrize(
+    ("options", "teacher"),
+    [(["--teacher", "polite"], "polite"), (["--teacher-model", "big"], {"model": "big"})],
+)
+def test_a_teacher_is_an_adapter_or_another_engines_model(server, run, tmp_path, options, teacher):
+    bodies = []
+
+    def answer(request):
+        bodies.append(json.loads(request.content))
+        return httpx.Response(202, json=job(status="queued", kind="opd"))
+
+    server(answer)
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n')
+    assert run("train", "opd", "prompts.jsonl", "-a", "a", *options, "--detach").exit_code == 0
+    assert bodies[0]["teacher"] == teacher
+    both = run("train", "opd", "prompts.jsonl", "-a", "a", "--teacher", "x", "--teacher-model", "y")
+    assert both.exit_code != 0
+    assert len(bodies) == 1

@@ -250,6 +250,26 @@ def test_a_run_is_waited_for_and_the_bare_base_model_is_null():
     assert run.score == {"mean": 1}
 
 
+def test_runs_are_listed_and_deleted():
+    asked = []
+
+    def answer(request):
+        asked.append((request.method, request.url.raw_path.decode()))
+        found = {"data": [eval_run("succeeded", score={"mean": 1})]}
+        return httpx.Response(200, json=found if request.method == "GET" else {"deleted": True})
+
+    client = client_of(answer)
+    (run,) = client.evals.runs("polite@1", status="succeeded", limit=5)
+    assert run.score == {"mean": 1}
+    client.evals.runs()
+    client.evals.delete_run(run.id)
+    assert asked == [
+        ("GET", "/v1/evals/runs?adapter=polite%401&status=succeeded&limit=5"),
+        ("GET", "/v1/evals/runs?limit=100"),
+        ("DELETE", "/v1/evals/runs/evalrun_1"),
+    ]
+
+
 def test_a_run_that_failed_says_why():
     error = {"code": "engine_unavailable", "message": "away", "hint": "Wait."}
     run = client_of(lambda request: httpx.Response(202, json=eval_run("failed", error=error))).evals.run(

@@ -11,7 +11,7 @@ from safetensors.torch import save
 from kiln_engine.domain import BatchPlan, DecodeRow, PrefillChunk, RowSampling, SamplingParams
 from kiln_engine.execution import adapter_upload
 from kiln_engine.execution.adapter_store import AdapterRejected, AdapterRows, AdapterStore
-from kiln_nn.lora import adapter_table, serialize_adapter
+from kiln_nn.lora import Matrix, adapter_table, serialize_adapter
 from kiln_nn.lora.parameters import LoraParameters
 from tests.support.lora_builders import random_lora
 from tests.support.tiny_models import tiny_config
@@ -257,3 +257,33 @@ def test_one_captured_graph_serves_any_mixture():
     assert rows is not None
     loaded.store.add_(path, x_TI[: len(SLOTS)], eager, rows)
     assert torch.equal(eager, seen[0][1][: len(SLOTS)])
+
+
+def test_matrices_of_the_mtp_layer_are_taken_and_change_no_answer():
+    """Whoever drafts may use them; the main model's layers get what they got without."""
+    stores = [Loaded(), Loaded()]
+    fields = {"rank": 3, "seed": 5}
+    for loaded, with_mtp in zip(stores, (False, True), strict=True):
+        loaded.store.clear(1)
+        loaded.upload(1, random_lora(loaded.config, **fields, with_mtp=with_mtp))
+    config, plan = stores[0].config, BatchPlan(0, (row(((1, 1.0),)), row(), row(((1, 0.5), (2, 1.0)))))
+    for path, (num_inputs, num_outputs) in adapter_table(config).items():
+        x = torch.randn(3, num_inputs, generator=torch.Generator().manual_seed(1))
+        results = []
+        for loaded in stores:
+            y = torch.zeros(3, num_outputs)
+            loaded.store.add_(path, x, y, loaded.store.rows_for(plan))
+            results.append(y)
+        assert torch.equal(*results), path
+
+
+def test_pieces_of_a_file_leave_out_what_lies_between_them():
+    """A foreign file may have other tensors among those that go to the tables."""
+
+    def matrix(start: int) -> Matrix:
+        return Matrix("m", start, (25,), torch.float32)
+
+    pieces = adapter_upload._pieces([matrix(0), matrix(100), matrix(900), matrix(1000)], 300)
+    assert [(piece.first, piece.end, piece.start, piece.stop) for piece in pieces] == [
+        (0, 2, 0, 200), (2, 4, 900, 1100),
+    ]  # fmt: skip

@@ -145,11 +145,26 @@ async def test_an_adapter_that_cannot_come_ends_its_request(rig, error, code):
     assert rig.intake.num_live == 0
 
 
-async def test_a_drain_aborts_what_still_waits_for_an_adapter(rig):
+async def test_a_drain_hands_back_what_still_waits_for_an_adapter(rig):
     rig.intake.submit(generate_request("r", adapters=[ADAPTER]), rig.outbox)
     assert await rig.intake.drain(0.01) == (0, 1)
+    assert (await rig.end_of("r")).error.code == "answer_handed_back"
     with pytest.raises(KilnError, match="being stopped"):
         rig.intake.submit(generate_request("late"), rig.outbox)
+
+
+async def test_a_second_drain_hands_back_sooner(rig):
+    rig.intake.submit(generate_request("r", max_tokens=200), rig.outbox)
+    rig.runner.hold_after(3)
+    patient = asyncio.create_task(rig.intake.drain(600.0))
+    await asyncio.sleep(0)
+    hurried = asyncio.create_task(rig.intake.drain(0.0))
+    await asyncio.sleep(0)
+    rig.runner.let_go()
+    assert (await rig.end_of("r")).error.code == "answer_handed_back"
+    assert await hurried == (0, 1)
+    async with asyncio.timeout(5):
+        assert await patient == (0, 1)
 
 
 def sha256_of(version: int) -> str:

@@ -20,12 +20,14 @@ def test_a_request_arrives_whole():
         cache_salt="s",
         num_stable_prefix_tokens=2,
         num_shared_prefix_tokens=1,
+        resumed_token_ids=[4, 5],
         adapters=[common_pb2.AdapterRef(name="a", version=1, sha256="ab" * 32)],
     )
     request = parse_request(message, LIMITS, now=10.0)
     assert request.prompt_token_ids == (1, 2, 3)
     assert (request.arrival_s, request.deadline_s, request.priority) == (10.0, 12.0, -3)
     assert (request.num_stable_prefix_tokens, request.num_shared_prefix_tokens) == (2, 1)
+    assert request.known_token_ids == (1, 2, 3, 4, 5)
     assert request.sampling.seed == 42
     assert request.sampling.stop_token_ids == {9}
     assert dict(request.sampling.logit_bias) == {5: -1.0}
@@ -61,8 +63,23 @@ def test_a_prompt_can_be_asked_about_without_a_completion():
         ({"logit_bias": {1: float("nan")}}, "invalid_value", "logit_bias"),
         ({"request_id": ""}, "invalid_value", "request_id"),
         ({"max_tokens": 0}, "invalid_value", "max_tokens is 0"),
+        ({"resumed_token_ids": [1, 100]}, "invalid_token_ids", "resumed_token_ids contains 100"),
+        (
+            {"resumed_token_ids": [1] * 4},
+            "invalid_value",
+            "resumed_token_ids is '4 tokens long'; it must be at most 3",
+        ),
+        ({"resumed_token_ids": [1] * 12, "max_tokens": 50}, "invalid_value", "at most 11"),
+        ({"resumed_token_ids": [1], "num_prompt_logprobs": 0}, "invalid_value", "left out of a resumed"),
         ({"wants_embedding": True}, "invalid_value", "max_tokens is 4; it must be 0"),
         ({"num_prompt_logprobs": 21}, "invalid_value", "num_prompt_logprobs is 21; it must be 0 to 20"),
+        (
+            {"num_prompt_logprobs": 257, "packs_prompt_logprobs": True},
+            "invalid_value",
+            "num_prompt_logprobs is 257; it must be 0 to 256",
+        ),
+        ({"first_prompt_logprob": 20}, "invalid_value", "it must be below 20, the prompt's length"),
+        ({"first_prompt_logprob": -1}, "invalid_value", "first_prompt_logprob is -1"),
         ({"num_prompt_logprobs": 1, "max_tokens": -1}, "invalid_value", "max_tokens is -1"),
         ({"min_tokens": 9}, "invalid_value", "at most max_tokens, which is 4"),
         ({"temperature": -0.1}, "invalid_value", "temperature"),

@@ -26,8 +26,17 @@ def test_each_prompt_token_but_the_first_is_scored_once_over_several_chunks(make
     assert scored(rig, "r") == prompt[1:]
     readouts = [event.readout for event in rig.events["r"] if event.readout]
     assert len(readouts) == 4
-    assert all(len(top) == 2 for readout in readouts for top in readout.top_logprobs)
+    assert all(len(top) == 2 for readout in readouts for top in readout.top.rows())
     assert holds_nothing(rig)
+
+
+def test_tokens_before_the_first_that_is_wanted_are_context_alone(make_rig):
+    rig = make_rig(step_token_budget=16)
+    prompt = [i % 40 for i in range(50)]
+    rig.generate(make_request("r", prompt, num_prompt_logprobs=2, first_prompt_logprob=37, max_tokens=0))
+    assert scored(rig, "r") == prompt[37:]
+    readouts = [event.readout for event in rig.events["r"]]
+    assert [len(readout.top.rows()) for readout in readouts] == [0, 0, 12, 1]
 
 
 def test_a_prompt_alone_ends_without_a_token(make_rig):
@@ -35,7 +44,7 @@ def test_a_prompt_alone_ends_without_a_token(make_rig):
     assert rig.generate(make_request("r", range(1, 22), num_prompt_logprobs=0, max_tokens=0)) == []
     assert scored(rig, "r") == list(range(2, 22))
     last = rig.last("r")
-    assert (last.finish_reason, last.is_first, last.readout.top_logprobs) == (FinishReason.LENGTH, True, ())
+    assert (last.finish_reason, last.is_first, last.readout.top.rows()) == (FinishReason.LENGTH, True, [])
     assert not any(plan.decode_rows for plan in rig.plans)
     assert holds_nothing(rig)
 

@@ -12,6 +12,7 @@ from kiln_common.text.tokenizer import TextTokenizer
 from kiln_engine.domain import FinishReason, SequenceEvent
 from kiln_engine.domain.errors import (
     AdapterSlotsFull,
+    AnswerHandedBack,
     EmptyPrompt,
     EngineDraining,
     EngineFailed,
@@ -54,6 +55,37 @@ async def test_new_prompts_are_spread_and_a_known_beginning_goes_where_it_is(eng
         assert engine_of(engines, f"second-{number}") is engine_of(engines, f"first-{number}")
 
 
+async def test_an_engine_of_another_model_answers_nobody(engines):
+    ours, alien = engines
+    alien.base_model.model_hash = "another"
+    pool = EnginePool([ours], connect=lambda address: alien)
+    await pool.probe()
+    word = EngineWord(alien.address, "boot_alien", "another", 16, 0, 0)
+    await pool.hear([word])
+    assert [seat.client for seat in pool.seats] == [ours]
+    # Not while ours is away either.
+    ours.is_up = False
+    await pool.probe()
+    await pool.hear([word])
+    with pytest.raises(EngineUnavailable):
+        await drain(pool, "r")
+    assert (await pool.base_model()).model_hash != "another"
+
+
+async def test_an_engine_heard_of_before_ones_own_is_let_go(engines):
+    ours, alien = engines
+    alien.base_model.model_hash = "another"
+    ours.is_up = False
+    pool = EnginePool([ours], connect=lambda address: alien)
+    word = EngineWord(alien.address, "boot_alien", "another", 16, 0, 0)
+    await pool.hear([word])
+    assert len(pool.seats) == 2
+    ours.is_up = True
+    await pool.probe()
+    await pool.hear([word])
+    assert [seat.client for seat in pool.seats] == [ours]
+
+
 async def test_an_engine_that_went_away_is_passed_over_until_it_answers_again(engines):
     pool = EnginePool(engines)
     await drain(pool, "a", [1] * 40)
@@ -69,15 +101,6 @@ async def test_an_engine_that_went_away_is_passed_over_until_it_answers_again(en
     assert len(lost.requests) > 1
 
 
-async def test_an_answer_that_has_begun_ends_with_its_engine(engines):
-    pool = EnginePool(engines)
-    for engine in engines:
-        engine.fail_after = 1
-    with pytest.raises(EngineUnavailable):
-        await drain(pool, "a")
-    assert sum(len(engine.requests) for engine in engines) == 1
-
-
 async def test_a_stopping_engine_leaves_its_request_to_another_and_gets_no_more(engines):
     pool = EnginePool(engines)
     await drain(pool, "a", [1] * 40)
@@ -88,6 +111,65 @@ async def test_a_stopping_engine_leaves_its_request_to_another_and_gets_no_more(
     for number in range(6):
         await drain(pool, f"c-{number}", [number] * 40)
     assert len(stopping.requests) == num_asked
+
+
+def failing_first(engines, failure, after):
+    """Whichever engine is asked first fails after so many tokens; the other one is well."""
+    asked = []
+
+    def script(request):
+        asked.append(request)
+        for engine in engines:
+            is_first = len(asked) == 1 and request in engine.requests
+            engine.fail_after, engine.failure = (after, failure) if is_first else (None, failure)
+        return list(range(20, 29))
+
+    for engine in engines:
+        engine.script = script
+    return asked
+
+
+@pytest.mark.parametrize("failure", [AnswerHandedBack("stopping"), EngineUnavailable("killed")])
+@pytest.mark.parametrize("after", [0, 1, 5])
+async def test_an_answer_goes_on_behind_its_last_token_when_its_engine_does_not(engines, failure, after):
+    asked = failing_first(engines, failure, after)
+    codes = []
+    outputs = await drain(EnginePool(engines, on_moved=codes.append), "a")
+    assert [output.token_ids[0] for output in outputs] == list(range(20, 29))
+    assert [output.logprobs[0] for output in outputs] == [engines[0].logprob_of(i) for i in range(9)]
+    assert outputs[-1].finish_reason == engine_pb2.FINISH_REASON_LENGTH
+    first, second = asked
+    assert list(second.resumed_token_ids) == list(range(20, 20 + after))
+    # The first engine drew the seed.
+    assert second.sampling.seed == (1234 if after else 0)
+    assert second.sampling.max_tokens == first.sampling.max_tokens
+    assert codes == [failure.code]
+
+
+async def test_nobody_goes_on_with_another_model(engines):
+    engines[1].base_model.model_hash = "another"
+    engines[0].fail_after, engines[0].failure = 1, AnswerHandedBack("stopping")
+    with pytest.raises(AnswerHandedBack):
+        await drain(EnginePool(engines), "a")
+    assert not engines[1].requests
+
+
+async def test_an_answer_outlives_one_engine_after_the_other_as_they_are_replaced(engines):
+    asked = []
+
+    def script(request):
+        asked.append(request)
+        if len(asked) == 2:  # by now the first one has been started again
+            next(engine for engine in engines if engine.requests[:1] == asked[:1]).boot_id = "again"
+        for engine in engines:
+            engine.fail_after = 2 if len(asked) < 3 else None
+        return list(range(20, 29))
+
+    for engine in engines:
+        engine.script, engine.failure = script, AnswerHandedBack("stopping")
+    outputs = await drain(EnginePool(engines), "a")
+    assert [output.token_ids[0] for output in outputs] == list(range(20, 29))
+    assert [len(request.resumed_token_ids) for request in asked] == [0, 2, 4]
 
 
 async def test_without_another_engine_a_stopping_one_says_so(engines):

@@ -1,6 +1,7 @@
 """Adapter files: what is written reads back, and what does not fit is refused by name."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from kiln_nn.lora import (
     LoraSpec,
     adapter_table,
     lora_shapes,
+    mtp_table,
     parse_adapter,
     read_adapter,
     serialize_adapter,
@@ -211,3 +213,48 @@ def test_senseless_specs_are_refused(fields, said):
 def test_targets_must_exist_in_the_model():
     with pytest.raises(InvalidLoraSpec, match="none of them exists"):
         lora_shapes(tiny_config(layer_types=("linear_attention",)), LoraSpec(4, 8.0, ("q_proj",)))
+
+
+WITH_MTP = LoraSpec(rank=4, alpha=8.0, targets="attention", with_mtp=True)
+
+
+def test_matrices_of_the_mtp_layer_travel_with_the_others(tmp_path):
+    tensors = random_adapter(CONFIG, WITH_MTP)
+    assert set(mtp_table(CONFIG)) == {path for path in tensors if path.startswith("mtp.")}
+    assert {"mtp.fc", "mtp.layers.0.self_attn.q_proj", "mtp.layers.0.mlp.down_proj"} <= tensors.keys()
+    write_adapter(tmp_path, tensors, WITH_MTP, "kiln/tiny")
+    adapter = read_adapter(tmp_path, CONFIG)
+    assert adapter.spec == WITH_MTP
+    assert same(adapter.tensors, tensors)
+    # PEFT matches names by their ends: the main model's must not claim the layer's, nor the other way round.
+    named = json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]
+    assert "mtp.fc" in named
+    assert "q_proj" in named
+    assert "down_proj" not in named
+    assert {name for name in named if name.startswith("mtp.")} == set(mtp_table(CONFIG))
+
+
+def test_an_adapter_of_the_main_model_draws_what_it_drew_without_the_mtp_layer():
+    plain, both = random_adapter(CONFIG, replace(WITH_MTP, with_mtp=False)), random_adapter(CONFIG, WITH_MTP)
+    assert same(plain, {path: both[path] for path in plain})
+
+
+@pytest.mark.parametrize(
+    ("keeps", "said"),
+    [
+        (lambda path: path != "mtp.fc", "lacks layers of the multi-token prediction: mtp.fc"),
+        (lambda path: path.startswith("mtp."), "no tensors of the main model"),
+    ],
+)
+def test_parts_of_an_mtp_layer_are_refused(keeps, said):
+    tensors = {path: pair for path, pair in random_adapter(CONFIG, WITH_MTP).items() if keeps(path)}
+    with pytest.raises(InvalidAdapter, match=said):
+        parse_adapter(*serialize_adapter(tensors, WITH_MTP, "kiln/tiny"), CONFIG)
+
+
+def test_a_model_without_an_mtp_layer_refuses_its_matrices():
+    files = serialize_adapter(random_adapter(CONFIG, WITH_MTP), WITH_MTP, "kiln/tiny")
+    with pytest.raises(InvalidAdapter, match=r"mtp\.fc"):
+        parse_adapter(*files, tiny_config(num_mtp_layers=0))
+    with pytest.raises(InvalidLoraSpec, match="no multi-token-prediction layer"):
+        lora_shapes(tiny_config(num_mtp_layers=0), WITH_MTP)

@@ -284,6 +284,14 @@ def test_base_models_announced_at_once_are_registered_once(catalog):
     assert catalog.get_base_model("h").max_adapter_rank in range(6)
 
 
+def test_a_base_model_that_is_announced_again_is_no_news_until_it_changes(catalog):
+    record = BaseModelRecord("m", "h", {"p": ModuleShape(1, 2)}, 8)
+    assert catalog.register_base_model(record)
+    assert not catalog.register_base_model(record)
+    assert catalog.register_base_model(BaseModelRecord("m", "h", {"p": ModuleShape(1, 3)}, 8))
+    assert catalog.get_base_model("h").modules == {"p": ModuleShape(1, 3)}
+
+
 def test_concurrent_publishes_get_different_numbers(catalog):
     versions = []
     threads = [

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from safetensors.numpy import load as _load
 from safetensors.numpy import save
 
 from kiln_common.errors import KilnError
@@ -222,3 +223,42 @@ def test_configs_without_sense_are_refused(config):
     with pytest.raises(KilnError) as caught:
         parse_peft_config(config)
     assert caught.value.code == "invalid_adapter_config"
+
+
+DRAFTS = {"mtp.fc": (16, 8), "mtp.layers.0.mlp.gate_proj": (8, 12)}
+WITH_DRAFTS = replace(BASE, modules=BASE.modules | {p: ModuleShape(*sizes) for p, sizes in DRAFTS.items()})
+
+
+def with_drafts(*paths: str, rank: int = 2) -> bytes:
+    """An adapter on all layers of the main model, and on these of the multi-token prediction."""
+    tensors = lora_tensors(rank)
+    for path in paths:
+        inputs, outputs = DRAFTS[path]
+        tensors[f"base_model.model.{path}.lora_A.weight"] = np.ones((rank, inputs), np.float32)
+        tensors[f"base_model.model.{path}.lora_B.weight"] = np.ones((outputs, rank), np.float32)
+    return save(tensors)
+
+
+def inspect_drafts(tmp_path, content: bytes, *targets: str):
+    path = tmp_path / "adapter_model.safetensors"
+    path.write_bytes(content)
+    named = ["in_proj_qkv", "gate_proj", "down_proj", *targets]
+    return inspect_adapter(path, parse_peft_config(peft_config(target_modules=named)), WITH_DRAFTS)
+
+
+def test_an_adapter_may_bring_matrices_of_the_layers_that_draft(tmp_path):
+    found = inspect_drafts(tmp_path, with_drafts(*DRAFTS), *DRAFTS)
+    assert found.targets == ("down_proj", "gate_proj", "in_proj_qkv", "mtp")
+    # Names of the main model's layers do not ask for them.
+    assert inspect_drafts(tmp_path, with_drafts()).targets == ("down_proj", "gate_proj", "in_proj_qkv")
+
+
+def test_some_of_the_layers_that_draft_are_refused(tmp_path):
+    with pytest.raises(
+        KilnError, match=r"adapts 1 of 2 layers .* not 'mtp.layers.0.mlp.gate_proj'"
+    ) as caught:
+        inspect_drafts(tmp_path, with_drafts("mtp.fc"), *DRAFTS)
+    assert caught.value.code == "incomplete_adapter"
+    only = save({name: value for name, value in _load(with_drafts(*DRAFTS)).items() if ".mtp." in name})
+    with pytest.raises(KilnError, match="no tensors for the main model"):
+        inspect_drafts(tmp_path, only, *DRAFTS)

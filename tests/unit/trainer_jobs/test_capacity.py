@@ -63,6 +63,16 @@ def test_only_the_targeted_layers_count():
             check_capacity(request, ENGINE, capacity(2 * features * 16 + 29))
 
 
+def test_the_layer_that_drafts_counts_where_it_learns():
+    engine = engine_pb2.EngineInfo(base_model=base_model())
+    engine.base_model.draft_modules.add(path="mtp.fc", in_features=16, out_features=8)
+    for trains_mtp, features in ((False, ALL_FEATURES), (True, ALL_FEATURES + 24)):
+        request = sft_request(train_mtp=trains_mtp)
+        check_capacity(request, engine, capacity(2 * features * 16 + 30))
+        with pytest.raises(JobExceedsMemory):
+            check_capacity(request, engine, capacity(2 * features * 16 + 29))
+
+
 def test_a_micro_batch_has_no_more_tokens_than_there_are():
     assert largest_micro_batch(sft_request(batch_tokens=64)) == 3
     assert largest_micro_batch(grpo_request(batch_tokens=64)) == 10

@@ -36,6 +36,17 @@ def test_a_rank_that_fits_no_adapter_slot_is_refused():
     check_request(request, None)
 
 
+def test_a_layer_that_the_model_does_not_have_cannot_learn():
+    base = base_model("demo")
+    request = sft_request(train_mtp=True)
+    with pytest.raises(KilnError) as caught:
+        check_request(request, engine_pb2.EngineInfo(base_model=base))
+    assert (caught.value.code, caught.value.param) == ("model_without_mtp", "train_mtp")
+    base.draft_modules.add(path="mtp.fc", in_features=16, out_features=8)
+    check_request(request, engine_pb2.EngineInfo(base_model=base))
+    check_request(request, None)  # the job itself tells
+
+
 def test_zeros_mean_the_defaults():
     config = trainer_pb2.JobConfig(adapter="a")
     config.optimizer.learning_rate = 1e-4

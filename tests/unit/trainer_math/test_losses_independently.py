@@ -61,7 +61,10 @@ class GivenPolicy:
     def __init__(self, logprobs: list[torch.Tensor]) -> None:
         self.logprob_S = torch.tensor([x.item() for x in logprobs], dtype=torch.float64, requires_grad=True)
 
-    def score(self, batch: Any) -> TokenLogprobs:
+    def run(self, batch: Any) -> None:
+        """There are no hidden states behind what is given."""
+
+    def score(self, batch: Any, hidden: None) -> TokenLogprobs:
         return TokenLogprobs(self.logprob_S, torch.zeros_like(self.logprob_S))
 
 

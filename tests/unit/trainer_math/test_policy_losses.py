@@ -40,6 +40,7 @@ def batch_of(
         old_logprob_S=torch.tensor(old or unknown),
         sampler_logprob_S=torch.tensor(sampler or unknown),
         reference_logprob_S=torch.tensor(reference or unknown),
+        drafted_M=zeros[:0].long(),
     )
 
 

@@ -10,6 +10,7 @@ from rich.markup import escape
 
 import kiln
 from kiln_cli.chat.turn import Answer, stream_answer
+from kiln_cli.hints import in_words_of_the_command
 
 HELP = """\
 /model NAME      let an adapter, name@version or base answer; alone: the attached default again
@@ -49,9 +50,10 @@ class ChatSession:
                 elif text:
                     self._ask(text)
             except kiln.KilnError as error:
-                self._console.print(f"[red]{escape(error.code)}[/red]: {escape(error.message)}")
+                message = in_words_of_the_command(error.message)
+                self._console.print(f"[red]{escape(error.code)}[/red]: {escape(message)}")
                 if error.hint:
-                    self._console.print(f"[dim]{escape(error.hint)}[/dim]")
+                    self._console.print(f"[dim]{escape(in_words_of_the_command(error.hint))}[/dim]")
             except KeyboardInterrupt:
                 self._console.print("\n[dim]stopped; this turn is forgotten[/dim]")
 

@@ -22,18 +22,26 @@ DatasetId = Annotated[str, typer.Argument(help="The data set's id.")]
 @command(app, "upload", examples=["kiln data upload examples.jsonl --name examples"])
 def upload(
     session: Session,
-    file: Annotated[Path, typer.Argument(help="JSONL of conversations, prompt and completion, or rollouts.")],
+    file: Annotated[
+        Path,
+        typer.Argument(
+            help='JSONL of {"messages": […]} and {"prompt", "completion"}, or of groups of scored answers: '
+            '{"prompt", "completions": [{"text", "reward"}]}.'
+        ),
+    ],
     name: Annotated[str, typer.Option(help="The file's name when left out.", show_default=False)] = "",
     format_: Annotated[
         str,
         typer.Option(
-            "--format", help="chat, prompt_completion or rollouts. The first row decides.", show_default=False
+            "--format",
+            help="chat, prompt_completion, mixed or rollouts. The rows decide when left out.",
+            show_default=False,
         ),
     ] = "",
 ) -> None:
     """Upload training data. A broken row refuses all, and every broken line is named.
 
-    Prints the id that kiln train sft --dataset takes.
+    Prints the id that --dataset of kiln train sft and kiln train grpo takes.
     """
     from kiln_cli.errors import FileUnreadable
 

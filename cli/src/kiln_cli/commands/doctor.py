@@ -41,7 +41,7 @@ def doctor(
     """
     from kiln_cli.doctor.check import SCHEMA_VERSION, State, overall, run_checks
     from kiln_cli.doctor.examination import checks, shower
-    from kiln_cli.up.options import default_state_dir
+    from kiln_cli.up.state_dir import default_state_dir
 
     folder = (state_dir or default_state_dir()).expanduser().resolve()
     show = (lambda name, finding: None) if session.out.as_json else shower(session.out.console)

@@ -95,6 +95,43 @@ def show(
     session.out.answer(found, lambda console: show_run(console, found))
 
 
+@command(app, "list", examples=["kiln eval list", "kiln eval list --model polite --limit 5"])
+def list_(
+    session: Session,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            "--adapter",
+            "-m",
+            help="Only runs on this adapter, name@version, or base.",
+            autocompletion=complete_model,
+            show_default=False,
+        ),
+    ] = None,
+    limit: Annotated[int, typer.Option(help="How many runs are listed.", min=1, max=500)] = 20,
+) -> None:
+    """List the runs, the newest first."""
+    from kiln_cli.evals.runs import show_runs
+
+    found = [run.raw for run in session.client.evals.runs(model, limit=limit)]
+    session.out.answer(found, lambda console: show_runs(console, found))
+
+
+@command(app, "rm", examples=["kiln eval rm RUN --yes"])
+def rm(
+    session: Session,
+    run_id: Annotated[str, typer.Argument(help="A run's id.")],
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+) -> None:
+    """Delete a run with its answers for good. One that is not over ends."""
+    from kiln_cli.confirm import confirm
+
+    confirm(f"Delete {run_id} for good?", yes)
+    answer = session.client.evals.delete_run(run_id)
+    session.out.answer(answer, lambda console: console.print(f"{run_id} deleted", markup=False))
+
+
 @command(app, "suites", examples=["kiln eval suites"])
 def suites(session: Session) -> None:
     """List the suites that the server keeps."""

@@ -49,7 +49,7 @@ def logs(
     from kiln_cli.logs.reader import LogFilter, LogLine, last_lines, log_files
     from kiln_cli.logs.reader import follow as follow_files
     from kiln_cli.up.console import service_line
-    from kiln_cli.up.options import default_state_dir
+    from kiln_cli.up.state_dir import default_state_dir
 
     folder = (state_dir or default_state_dir()).expanduser() / "logs"
     files = log_files(folder, services or ())

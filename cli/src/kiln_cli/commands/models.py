@@ -9,7 +9,11 @@ import typer
 
 from kiln_cli.session import Session, command
 
-app = typer.Typer(help="Base models and what answers.", no_args_is_help=True, rich_markup_mode="rich")
+app = typer.Typer(
+    help="What a request may name as its model; fetch models from the hub.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+)
 
 
 @command(app, "list", examples=["kiln models list"])

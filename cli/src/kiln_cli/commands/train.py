@@ -26,7 +26,10 @@ BaseAdapter = Annotated[
     ),
 ]
 LearningRate = Annotated[
-    float | None, typer.Option("--learning-rate", "--lr", help="Highest of the schedule.", show_default=False)
+    float | None,
+    typer.Option(
+        "--learning-rate", "--lr", help="The highest that the schedule comes to.", show_default=False
+    ),
 ]
 Epochs = Annotated[int | None, typer.Option(help="Times through the data.", min=1, show_default=False)]
 Rank = Annotated[int | None, typer.Option(help="Rank of the LoRA.", min=1, show_default=False)]
@@ -180,7 +183,13 @@ def opd(
     ],
     *,
     adapter: Adapter,
-    teacher: Annotated[str, typer.Option(help="base, or an adapter.", autocompletion=complete_adapter)],
+    teacher: Annotated[
+        str | None,
+        typer.Option(help="base, or an adapter.", autocompletion=complete_adapter, show_default=False),
+    ] = None,
+    teacher_model: Annotated[
+        str | None, typer.Option(help="Another engine's model, instead.", show_default=False)
+    ] = None,
     divergence: Annotated[
         str | None, typer.Option(help="reverse_kl, forward_kl or jsd.", show_default=False)
     ] = None,
@@ -210,6 +219,7 @@ def opd(
         settings or (),
         adapter=adapter,
         teacher=teacher,
+        teacher__model=teacher_model,
         divergence=divergence,
         rollout__n=samples,
         rollout__max_tokens=max_tokens,

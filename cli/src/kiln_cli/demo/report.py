@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.syntax import Syntax
 from rich.table import Table
 
@@ -15,12 +17,49 @@ from kiln_cli.demo.client import Sample
 from kiln_cli.demo.learning import RoundResult
 from kiln_cli.demo.statistics import Interval
 
+# Seconds on two CPU cores without other work, and how much longer it took on busy ones (docs/status.md).
+_START_S, _ROUND_S, _BUSY = 15, 3.5, 2.5
+# Before, after, and of the control.
+_NUM_MEASUREMENTS = 3
+
 
 class DemoReport:
     """Everything a person sees; the machine-readable line is printed by the caller, last."""
 
     def __init__(self) -> None:
         self.out = Console(highlight=False)
+        self._bar: Progress | None = None
+
+    def estimate(self, num_rounds: int) -> None:
+        """How long it is going to take, from what was measured."""
+        fastest_s = _START_S + _ROUND_S * num_rounds
+        slowest_s = _BUSY * fastest_s
+        self.out.print(
+            f"Takes about {_round(fastest_s)} to {_round(slowest_s)} s on two CPU cores; "
+            "on a GPU the first start compiles kernels for two minutes more.\n"
+        )
+
+    @contextlib.contextmanager
+    def progress(self, num_rounds: int) -> Iterator[None]:
+        """A bar at a terminal: one part for each round of either adapter, and for each measurement."""
+        columns = (
+            TextColumn("  "),
+            BarColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        bar = Progress(*columns, console=self.out, transient=True, disable=not self.out.is_terminal)
+        with bar:
+            self._bar = bar
+            bar.add_task("", total=2 * num_rounds + _NUM_MEASUREMENTS)
+            yield
+        self._bar = None
+
+    def advance(self) -> None:
+        """One part more is done."""
+        if self._bar is not None:
+            self._bar.advance(self._bar.task_ids[0])
 
     def reward_source(self) -> None:
         self.out.print(
@@ -39,6 +78,7 @@ class DemoReport:
             f"  {label:<8} {number:>2}/{num_rounds}  reward {result.reward_mean:.2f} "
             f"[green]{bar:<12}[/green] trained {result.train_seconds:.1f} s, live in {result.swap_ms:.0f} ms"
         )
+        self.advance()
 
     def table(self, before: Interval, after: Interval, control: Interval) -> None:
         table = Table(title="Mean reward on held-out prompts (0 to 1)", title_justify="left")
@@ -78,3 +118,8 @@ class DemoReport:
     @staticmethod
     def _scored(sample: Sample) -> str:
         return f"{escape(sample.text)}\n[dim]reward {reward.score(sample.prompt, sample.text):.2f}[/dim]"
+
+
+def _round(seconds: float) -> int:
+    """To ten seconds."""
+    return 10 * round(seconds / 10)

@@ -23,8 +23,9 @@ from kiln_cli.demo.reward import score
 from kiln_cli.demo.statistics import Interval, mean_interval
 from kiln_cli.errors import DemoFailed
 from kiln_cli.up.console import UpConsole
-from kiln_cli.up.options import StateDirLock, build_options
+from kiln_cli.up.options import build_options
 from kiln_cli.up.specs import UpOptions, build_specs
+from kiln_cli.up.state_dir import StateDirLock
 from kiln_cli.up.supervisor import Supervisor
 from kiln_common.pb import engine_pb2, engine_pb2_grpc
 from kiln_common.rpc import open_channel
@@ -117,12 +118,19 @@ async def _learn(
     return results
 
 
+async def _measure(client: CountingClient, model: str, plan: LearningPlan, report: DemoReport) -> Evaluation:
+    found = await evaluate(client, model, plan.max_tokens)
+    report.advance()
+    return found
+
+
 async def run_demo(
     options: UpOptions, lock: StateDirLock, plan: LearningPlan, seed: int
 ) -> tuple[dict[str, object], list[str]]:
     """The whole demonstration; returns what its last line prints, and the `shortfalls`."""
     report = DemoReport()
     report.reward_source()
+    report.estimate(plan.num_rounds)
     started_s = time.monotonic()
     async with running_stack(options, lock) as url:
         engine_address = f"unix:{options.run_dir / 'engine'}.sock"
@@ -131,15 +139,16 @@ async def run_demo(
         try:
             models = (await client.request("GET", "/v1/models")).json()["data"]
             base_model = models[0]["id"]
-            report.step(f"measuring the base model on {len(HELD_OUT_PROMPTS)} held-out prompts …")
-            before = await evaluate(client, base_model, plan.max_tokens)
-            report.step(
-                f"reward before: {before.reward.mean:.3f}; now learning, with chat traffic beside it\n"
-            )
-            rounds = await _learn(client, base_model, plan, report, seed)
-            report.step("\n  measuring again …")
-            after = await evaluate(client, ADAPTER, plan.max_tokens)
-            control = await evaluate(client, CONTROL, plan.max_tokens)
+            with report.progress(plan.num_rounds):
+                report.step(f"measuring the base model on {len(HELD_OUT_PROMPTS)} held-out prompts …")
+                before = await _measure(client, base_model, plan, report)
+                report.step(
+                    f"reward before: {before.reward.mean:.3f}; now learning, with chat traffic beside it\n"
+                )
+                rounds = await _learn(client, base_model, plan, report, seed)
+                report.step("\n  measuring again …")
+                after = await _measure(client, ADAPTER, plan, report)
+                control = await _measure(client, CONTROL, plan, report)
         finally:
             await client.close()
         checksum_after = await base_checksum(engine_address)

@@ -23,7 +23,8 @@ _MARKS = {
 
 def checks(client: kiln.Client, state_dir: Path, port: int, *, is_strict: bool) -> list[Check]:
     """In the order in which they are looked at: what others need comes first."""
-    names = ("registry", *services.engine_names(state_dir), "trainer")
+    engines, trainers = (services.names_of(kind, state_dir) for kind in ("engine", "trainer"))
+    names = ("registry", *engines, *trainers)
     found = [
         Check("python", machine.python),
         Check("packages", machine.packages),

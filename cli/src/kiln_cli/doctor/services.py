@@ -10,6 +10,7 @@ from pathlib import Path
 
 import kiln
 from kiln_cli.doctor.check import Finding, State, ok
+from kiln_cli.hints import in_words_of_the_command
 from kiln_cli.up import readiness
 from kiln_cli.up.options import run_dir_of
 from kiln_common.bus.private_server import server_command
@@ -26,7 +27,7 @@ def gateway(client: kiln.Client) -> Finding:
     except kiln.ConnectionFailed as error:
         return Finding(State.SKIPPED, error.message, "kiln up starts a server here; KILN_URL names another.")
     except kiln.KilnError as error:
-        return Finding(State.FAILED, f"{error.code}: {error.message}", error.hint)
+        return Finding(State.FAILED, f"{error.code}: {error.message}", in_words_of_the_command(error.hint))
     away = [name for name, state in health["dependencies"].items() if state != "ok"]
     detail = f"{client.base_url} serves {health.get('model')}" if health.get("model") else client.base_url
     if not away:
@@ -36,9 +37,9 @@ def gateway(client: kiln.Client) -> Finding:
     return Finding(state, f"{detail}; away: {', '.join(away)}", hint)
 
 
-def engine_names(state_dir: Path) -> list[str]:
-    """The first engine, and those that kiln up --engines started beside it."""
-    return ["engine", *sorted(path.stem for path in run_dir_of(state_dir).glob("engine-*.sock"))]
+def names_of(kind: str, state_dir: Path) -> list[str]:
+    """The first engine or trainer, and those that kiln up started beside it."""
+    return [kind, *sorted(path.stem for path in run_dir_of(state_dir).glob(f"{kind}-*.sock"))]
 
 
 def service(name: str, state_dir: Path) -> Finding:

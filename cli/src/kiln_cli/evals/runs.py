@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from rich.table import Table
 import kiln
 from kiln_cli.errors import FileUnreadable
 from kiln_cli.session import Session
+from kiln_cli.status import duration
 
 
 def suite_reference(client: kiln.Client, suite: str) -> str:
@@ -44,6 +46,26 @@ def run_to_end(session: Session, suite: str, model: str | None, sampling: dict[s
             status.update(f"{escape(run.raw['adapter'])} on {escape(suite)}: {done} of {cases} cases")
 
         return run.wait(on_progress=show)
+
+
+def show_runs(console: Console, runs: list[dict[str, Any]]) -> None:
+    if not runs:
+        console.print("no runs yet; kiln eval run --help has an example")
+        return
+    table = Table(box=None, header_style="dim", pad_edge=False)
+    for name in ("run", "suite", "adapter", "status", "cases", "score", "age"):
+        table.add_column(name, no_wrap=name == "run", overflow="fold")
+    for run in runs:
+        table.add_row(
+            escape(run["id"]),
+            f"{escape(run['suite']['name'])}@{run['suite']['version']}",
+            escape(run["adapter"]),
+            escape(run["status"]),
+            f"{run['progress']['done']} of {run['progress']['cases']}",
+            interval(run["score"]) if run["score"] else "",
+            duration(max(time.time() - run["created_at"], 0)),
+        )
+    console.print(table)
 
 
 def show_run(console: Console, run: dict[str, Any]) -> None:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import socket
 import stat
 import tempfile
-import time
 from pathlib import Path
 
 from kiln_cli.errors import (
     ModelNotFound,
     PortInUse,
     PublicHostWithoutKeys,
-    StateDirInUse,
     StateDirUnusable,
 )
 from kiln_cli.up.specs import UpOptions
@@ -24,12 +21,6 @@ from kiln_common.model_folder import find_model_folder
 
 # sun_path holds 108 bytes on Linux; the longest socket name below the folder takes 32.
 _MAX_RUN_DIR_BYTES = 70
-
-
-def default_state_dir() -> Path:
-    """~/.local/state/kiln, or below XDG_STATE_HOME where that is set."""
-    base = os.environ.get("XDG_STATE_HOME")
-    return (Path(base) if base else Path.home() / ".local" / "state") / "kiln"
 
 
 def demo_model_dir() -> Path:
@@ -72,6 +63,12 @@ def check_port(host: str, port: int) -> None:
             raise PortInUse(f"{host}:{port} cannot be used: {error.strerror}") from None
 
 
+def reachable_url(host: str, port: int) -> str:
+    """How this machine reaches what listens there."""
+    name = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{name}]:{port}" if ":" in name else f"http://{name}:{port}"
+
+
 def check_host(host: str) -> None:
     """Refuse to serve other machines by accident; the gateway would refuse it too, but late.
 
@@ -83,63 +80,6 @@ def check_host(host: str) -> None:
     has_keys = has_keys or bool(os.environ.get("KILN_GATEWAY_API_KEYS_FILE"))
     if not (is_loopback(host) or allows or has_keys):
         raise PublicHostWithoutKeys(f"{host} can be reached from other machines, and no API keys are set")
-
-
-class StateDirLock:
-    """Holds a state folder for one `kiln up` and its services, which inherit `fd`.
-
-    The folder is free again once the last of them has gone, so that no service of a supervisor that
-    was killed is still there when the next one starts. Until then a new lock waits, up to `wait_s`;
-    it does not wait for a supervisor that is alive.
-
-    Raises:
-        StateDirInUse: somebody else has it.
-    """
-
-    def __init__(self, state_dir: Path, *, wait_s: float = 60.0) -> None:
-        state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._file = (state_dir / "lock").open("a+")
-        deadline = time.monotonic() + wait_s
-        while not self._try_lock():
-            if _is_alive(self._holder()) or time.monotonic() > deadline:
-                self._file.close()
-                raise StateDirInUse(f"another kiln up uses {state_dir}")
-            time.sleep(0.1)
-        self._file.truncate(0)
-        self._file.write(f"{os.getpid()}\n")
-        self._file.flush()
-
-    @property
-    def fd(self) -> int:
-        return self._file.fileno()
-
-    def __enter__(self) -> StateDirLock:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._file.close()
-
-    def _try_lock(self) -> bool:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return False
-        return True
-
-    def _holder(self) -> int:
-        self._file.seek(0)
-        text = self._file.read().strip()
-        return int(text) if text.isdigit() else 0
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return pid > 0
 
 
 def run_dir_of(state_dir: Path) -> Path:

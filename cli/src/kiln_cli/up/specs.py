@@ -27,11 +27,14 @@ class UpOptions:
     served_model_name: str | None = None
     device: str | None = None
     redis_url: str | None = None  # None starts a private server
+    redis_memory_mb: int = 512  # of the private server
     # For engine and trainer: how they share a GPU.
     gpu_env: Mapping[str, str] = field(default_factory=dict)
     num_gateways: int = 1
     # The GPU of each engine, as CUDA_VISIBLE_DEVICES names it; "" leaves it to the engine.
     engine_gpus: tuple[str, ...] = ("",)
+    # Each shares the GPU and the weights of one engine, the first with the first.
+    num_trainers: int = 1
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ class ServiceSpec:
 def build_specs(options: UpOptions) -> list[ServiceSpec]:
     """All services, in the order in which they are stopped last to first."""
     redis_url = options.redis_url or f"unix://{options.run_dir / 'redis.sock'}"
-    names = ("registry", "trainer", *engine_names(options))
+    names = ("registry", *engine_names(options), *trainer_names(options))
     address = {name: f"unix:{options.run_dir / name}.sock" for name in names}
     specs = []
     if options.redis_url is None:
@@ -70,7 +73,8 @@ def build_specs(options: UpOptions) -> list[ServiceSpec]:
         _engine(options, name, gpu, address, redis_url)
         for name, gpu in zip(engine_names(options), options.engine_gpus, strict=True)
     ]
-    specs.append(_trainer(options, address, redis_url))
+    pairs = zip(trainer_names(options), engine_names(options), options.engine_gpus, strict=False)
+    specs += [_trainer(options, name, engine, gpu, address, redis_url) for name, engine, gpu in pairs]
     specs += [
         _gateway(options, name, address, redis_url) for name in _numbered("gateway", options.num_gateways)
     ]
@@ -78,8 +82,13 @@ def build_specs(options: UpOptions) -> list[ServiceSpec]:
 
 
 def engine_names(options: UpOptions) -> list[str]:
-    """engine, engine-2, engine-3 …; the trainer maps the weights of the first."""
+    """engine, engine-2, engine-3 …"""
     return _numbered("engine", len(options.engine_gpus))
+
+
+def trainer_names(options: UpOptions) -> list[str]:
+    """trainer, trainer-2 …; each maps the weights of the engine of its number."""
+    return _numbered("trainer", options.num_trainers)
 
 
 def _numbered(name: str, count: int) -> list[str]:
@@ -96,7 +105,7 @@ def _redis(options: UpOptions) -> ServiceSpec:
     socket_path = options.run_dir / "redis.sock"
     return ServiceSpec(
         name="redis",
-        argv=tuple(server_command(data_dir, socket_path=socket_path)),
+        argv=tuple(server_command(data_dir, socket_path=socket_path, max_memory_mb=options.redis_memory_mb)),
         probe=lambda: readiness.redis_ready(f"unix://{socket_path}"),
     )
 
@@ -140,19 +149,22 @@ def _engine(
     )
 
 
-def _trainer(options: UpOptions, address: Mapping[str, str], redis_url: str) -> ServiceSpec:
+def _trainer(
+    options: UpOptions, name: str, engine: str, gpu: str, address: Mapping[str, str], redis_url: str
+) -> ServiceSpec:
     env = {
-        "KILN_TRAINER_LISTEN": address["trainer"],
+        "KILN_TRAINER_LISTEN": address[name],
+        # One folder for all: a job goes on from its checkpoint whichever of them claims it.
         "KILN_TRAINER_STATE_DIR": str(options.state_dir / "trainer"),
         "KILN_TRAINER_REDIS_URL": redis_url,
         "KILN_TRAINER_REGISTRY_ADDRESS": address["registry"],
-        "KILN_TRAINER_ENGINE_ADDRESSES": address["engine"],
+        "KILN_TRAINER_ENGINE_ADDRESSES": address[engine],
     }
     return ServiceSpec(
-        name="trainer",
+        name=name,
         argv=_module("kiln_trainer"),
-        env={**env, **options.gpu_env, **_trainers_gpu(options.engine_gpus[0])},
-        probe=lambda: readiness.grpc_ready(address["trainer"]),
+        env={**env, **options.gpu_env, **_trainers_gpu(gpu)},
+        probe=lambda: readiness.grpc_ready(address[name]),
         stop_timeout_s=30.0,
     )
 
@@ -176,7 +188,7 @@ def _gateway(options: UpOptions, name: str, address: Mapping[str, str], redis_ur
         "KILN_GATEWAY_SOCKET_PATH": str(socket_path),
         "KILN_GATEWAY_ENGINE_ADDRESSES": ",".join(address[engine] for engine in engine_names(options)),
         "KILN_GATEWAY_REGISTRY_ADDRESS": address["registry"],
-        "KILN_GATEWAY_TRAINER_ADDRESS": address["trainer"],
+        "KILN_GATEWAY_TRAINER_ADDRESSES": ",".join(address[each] for each in trainer_names(options)),
         "KILN_GATEWAY_REDIS_URL": redis_url,
         "KILN_GATEWAY_LOG_DIR": str(options.state_dir / "logs"),
     }

@@ -162,7 +162,7 @@ class AsyncTrain:
         adapter: str,
         prompts: Sequence[Prompt] | None = None,
         *,
-        teacher: str,
+        teacher: str | Mapping[str, Any],
         groups: Sequence[JsonObject] | None = None,
         rollout: JsonObject | None = None,
         divergence: str | JsonObject = "reverse_kl",

@@ -226,6 +226,16 @@ def get_eval(run_id: str, cases: bool) -> Call[JsonObject]:
     return Call("GET", _path("evals", "runs", run_id), as_json, options)
 
 
+def list_evals(model: str | None, status: str | None, limit: int) -> Call[list[JsonObject]]:
+    chosen = {"adapter": model, "status": status, "limit": limit}
+    params = {name: value for name, value in chosen.items() if value is not None}
+    return Call("GET", "/v1/evals/runs", as_data, {"params": params})
+
+
+def delete_eval(run_id: str) -> Call[JsonObject]:
+    return Call("DELETE", _path("evals", "runs", run_id), as_json)
+
+
 def compare_evals(baseline: str, candidate: str) -> Call[JsonObject]:
     return _post("/v1/evals/compare", {"baseline": baseline, "candidate": candidate})
 

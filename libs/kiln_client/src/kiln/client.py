@@ -160,7 +160,7 @@ class Train:
         adapter: str,
         prompts: Sequence[Prompt] | None = None,
         *,
-        teacher: str,
+        teacher: str | Mapping[str, Any],
         groups: Sequence[JsonObject] | None = None,
         rollout: JsonObject | None = None,
         divergence: str | JsonObject = "reverse_kl",

@@ -26,7 +26,7 @@ class Datasets:
     def upload(self, source: str | Path, *, name: str = "", format: str = "") -> JsonObject:
         """Send a JSONL file; the server checks every row and keeps all of them or none.
 
-        `format` is chat, prompt_completion or rollouts; the first row decides when it is left out.
+        `format` is chat, prompt_completion, mixed or rollouts; the rows decide when it is left out.
 
         Raises:
             InvalidRequestError: rows are broken; the message has their lines.
@@ -93,6 +93,15 @@ class Evals:
     def get_run(self, run_id: str, *, cases: bool = False) -> EvalRun:
         """A run by its id; with `cases`, every answer and how it was scored."""
         return EvalRun(self._client, self._client.send(calls.get_eval(run_id, cases)))
+
+    def runs(self, model: str | None = None, *, status: str | None = None, limit: int = 100) -> list[EvalRun]:
+        """The newest runs first, without cases: all, or those on an adapter, name@version or "base"."""
+        found = self._client.send(calls.list_evals(model, status, limit))
+        return [EvalRun(self._client, raw) for raw in found]
+
+    def delete_run(self, run_id: str) -> JsonObject:
+        """Forget a run; one that is not over ends."""
+        return self._client.send(calls.delete_eval(run_id))
 
     def compare(self, baseline_run_id: str, candidate_run_id: str) -> JsonObject:
         """Two runs over the same suite, case by case: the difference and how sure it is."""

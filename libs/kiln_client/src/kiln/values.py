@@ -35,6 +35,7 @@ class JobOptions(TypedDict, total=False):
     weight_decay: float
     max_grad_norm: float
     optimizer: Literal["adamw", "muon"]
+    train_mtp: bool
     seed: int
     checkpoint_every: int
     publish: Literal["end", "never"] | int

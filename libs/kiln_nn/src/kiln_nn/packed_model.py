@@ -124,14 +124,15 @@ class PackedModel:
         token_ids_T: torch.Tensor,
         cu_seqlens: Sequence[int],
         mtp_input: MtpInput | None = None,
+        linear: LinearFn | None = None,
     ) -> torch.Tensor:
         """Hidden states `[T, D]` of the multi-token-prediction layer, ready for the same head.
 
         Position t reads the main model's state at t and the embedding of token t + 1, and
         predicts token t + 2. A document's last position has no next token: what comes out
-        there means nothing and must not be used. Adapters do not touch this layer.
+        there means nothing and must not be used. `linear=None` is the layer without an adapter.
         """
-        mtp_input = mtp_input or MtpInput()
+        mtp_input, linear = mtp_input or MtpInput(), linear or self._base_linear
         packing = self._packing(cu_seqlens, token_ids_T)
         next_ids = torch.cat((token_ids_T[1:], token_ids_T[:1]))
         carried = hidden.after_norm_TD if mtp_input.is_after_final_norm else hidden.before_norm_TD
@@ -141,10 +142,10 @@ class PackedModel:
         ]
         if not mtp_input.is_embedding_first:
             parts.reverse()
-        (state,) = self._base_linear(("mtp.fc",), torch.cat(parts, dim=-1))
+        (state,) = linear(("mtp.fc",), torch.cat(parts, dim=-1))
         for index in range(self.config.num_mtp_layers):
             prefix = f"mtp.layers.{index}"
-            state = self._layer(prefix, "full_attention", state, packing, self._base_linear)
+            state = self._layer(prefix, "full_attention", state, packing, linear)
         return self._norm("mtp.norm", state)
 
     def _norm(self, name: str, x_TD: torch.Tensor) -> torch.Tensor:

@@ -7,13 +7,14 @@ import sys
 
 import structlog
 
+from kiln_common.ending import end_tasks
 from kiln_common.errors import KilnError
 from kiln_common.logs import configure_logs
 from kiln_common.rpc.server import wait_for_stop_signal
 from kiln_common.rpc.tls import configure_tls
 from kiln_common.settings import EXIT_DEVICE, ConfigurationError, exit_for_configuration, read_settings
 from kiln_common.tracing import configure_tracing
-from kiln_engine.bootstrap import start_engine
+from kiln_engine.bootstrap import RunningEngine, start_engine
 from kiln_engine.device_side import load_device_side
 from kiln_engine.heap import freeze_heap
 from kiln_engine.settings import EngineSettings
@@ -22,7 +23,10 @@ log = structlog.get_logger()
 
 
 async def serve(settings: EngineSettings) -> int:
-    """Serve until SIGTERM or SIGINT, or until the device fails; returns the exit code."""
+    """Serve until SIGTERM or SIGINT, or until the device fails; returns the exit code.
+
+    A second signal is impatience: what still runs is handed back at once.
+    """
     engine = await start_engine(settings, load_device_side(settings))
     freeze_heap()
     stopped = asyncio.create_task(wait_for_stop_signal())
@@ -30,10 +34,16 @@ async def serve(settings: EngineSettings) -> int:
     try:
         await asyncio.wait({stopped, failed}, return_when=asyncio.FIRST_COMPLETED)
     finally:
-        stopped.cancel()
-        failed.cancel()
+        await end_tasks(stopped, failed)
+        hurried = asyncio.create_task(_hand_back_on_signal(engine))
         await engine.stop()
+        await end_tasks(hurried)
     return EXIT_DEVICE if engine.has_failed.is_set() else 0
+
+
+async def _hand_back_on_signal(engine: RunningEngine) -> None:
+    await wait_for_stop_signal()
+    await engine.intake.drain(0.0)
 
 
 def main() -> None:

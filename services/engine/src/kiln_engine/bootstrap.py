@@ -83,11 +83,11 @@ class RunningEngine:
     drain_timeout_s: float
 
     async def stop(self) -> None:
-        """Let running requests end within `drain_timeout_s`, then take everything down."""
+        """Let running requests end within `drain_timeout_s`, hand back the rest, take everything down."""
         await self.server.set_serving(False)
         timeout_s = 0.0 if self.has_failed.is_set() else self.drain_timeout_s
-        num_finished, num_aborted = await self.intake.drain(timeout_s)
-        log.info("engine_drained", finished=num_finished, aborted=num_aborted)
+        num_finished, num_handed_back = await self.intake.drain(timeout_s)
+        log.info("engine_drained", finished=num_finished, handed_back=num_handed_back)
         await self.server.stop(_STOP_GRACE_S)
         if self.client_server is not None:
             await self.client_server.stop(_STOP_GRACE_S)

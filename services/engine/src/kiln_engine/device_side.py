@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import time
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -16,6 +17,7 @@ from kiln_common.errors import KilnError
 from kiln_common.model_folder import find_model_folder
 from kiln_common.pb import common_pb2, engine_pb2
 from kiln_common.settings import ConfigurationError
+from kiln_common.text.vocabulary import vocabulary_hash
 from kiln_engine.bootstrap import EngineParts
 from kiln_engine.checkpoint_identity import model_name, stop_token_ids
 from kiln_engine.domain.batch_sizes import decode_ladder
@@ -29,7 +31,7 @@ from kiln_engine.settings import EngineSettings
 from kiln_nn.config import ModelConfig
 from kiln_nn.errors import KilnNnError
 from kiln_nn.kernels.dispatch import why_no_kernels
-from kiln_nn.lora import adapter_table
+from kiln_nn.lora import adapter_table, mtp_table
 from kiln_nn.sharing import AdapterInbox, WeightServer, wait_for_old_leases
 from kiln_nn.weights import LoadedModel, WeightArena, load_checkpoint, vmm_memory
 from kiln_nn.weights.arena import GpuTransport
@@ -156,7 +158,6 @@ def load_device_side(settings: EngineSettings) -> EngineParts:
         max_adapter_rank=memory.max_adapter_rank,
         max_running=limits.num_most_running,
         adapter_socket_path=str(inbox.socket_path),
-        memory=_memory_parts(model.manifest.nbytes, memory, device),
     )
     runner = TorchRunner(
         model.config,
@@ -182,22 +183,14 @@ def _device_memory(device: torch.device, model: LoadedModel, memory: MemoryPlan)
         "workspace": memory.workspace_bytes,
     }
     if device.type == "cpu":
-        return DeviceMemory(parts)
+        return DeviceMemory(parts, _machine_memory)
     return DeviceMemory(parts, partial(torch.cuda.mem_get_info, device))
 
 
-def _memory_parts(weights_bytes: int, memory: MemoryPlan, device: torch.device) -> engine_pb2.MemoryParts:
-    is_cpu = device.type == "cpu"
-    return engine_pb2.MemoryParts(
-        num_weights_bytes=weights_bytes,
-        num_kv_bytes=memory.kv_bytes,
-        num_state_bytes=memory.state_bytes,
-        num_adapter_bytes=memory.adapter_bytes,
-        num_workspace_bytes=memory.workspace_bytes + memory.page_table_bytes,
-        num_device_bytes=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        if is_cpu
-        else torch.cuda.mem_get_info(device)[1],
-    )
+def _machine_memory() -> tuple[int, int]:
+    """Free and total bytes of this machine."""
+    page_bytes = os.sysconf("SC_PAGE_SIZE")
+    return os.sysconf("SC_AVPHYS_PAGES") * page_bytes, os.sysconf("SC_PHYS_PAGES") * page_bytes
 
 
 def _grammars(folder: Path, info: engine_pb2.EngineInfo, time_limit_s: float) -> ThreadedCompiler | None:
@@ -349,11 +342,26 @@ def _base_model(
         vocab_size=model.config.vocab_size,
         max_model_len=limits.max_num_tokens,
         eos_token_ids=stop_token_ids(folder, model.config.eos_token_ids),
-        adaptable_modules=[
-            common_pb2.AdaptableModule(path=path, in_features=inputs, out_features=outputs)
-            for path, (inputs, outputs) in adapter_table(model.config).items()
-        ],
+        adaptable_modules=_modules(adapter_table(model.config)),
+        vocabulary_hash=_vocabulary_hash(folder),
+        draft_modules=_modules(mtp_table(model.config)),
     )
+
+
+def _modules(table: Mapping[str, tuple[int, int]]) -> list[common_pb2.AdaptableModule]:
+    return [
+        common_pb2.AdaptableModule(path=path, in_features=inputs, out_features=outputs)
+        for path, (inputs, outputs) in table.items()
+    ]
+
+
+def _vocabulary_hash(folder: Path) -> str:
+    """Without it the model can serve, and neither teach another engine's nor learn from it."""
+    try:
+        return vocabulary_hash(folder)
+    except (ValueError, OSError) as error:
+        log.warning("vocabulary_unknown", reason=str(error))
+        return ""
 
 
 def _log_plan(

@@ -18,6 +18,10 @@ interface Props {
   format: (value: number | null | undefined) => string;
   /** x are times rather than steps. */
   isTime?: boolean;
+  /** How a step is called on the axis; its number unless this says otherwise. */
+  label?: (step: number) => string;
+  /** Lines go on past steps without a value. */
+  joins?: boolean;
   /** Values are whole numbers, and so are the ticks. */
   whole?: boolean;
   /** A stretch of x to mark. */
@@ -65,7 +69,7 @@ function usePlot(host: { current: HTMLDivElement | null }, props: Props, hasData
 export function Chart(props: Props) {
   const { title, series, format, empty, note } = props;
   const host = useRef<HTMLDivElement>(null);
-  const hasData = series.some((entry) => entry.values.some((value) => value != null));
+  const hasData = series.some(isKnown);
   const hovered = usePlot(host, props, hasData);
   const shownAt = (values: (number | null)[]) =>
     hovered != null && hovered < values.length ? values[hovered] : lastKnown(values);
@@ -75,7 +79,7 @@ export function Chart(props: Props) {
       <figcaption>
         <h3>{title}</h3>
         <ul class="legend">
-          {series.map((entry) => (
+          {(hasData ? series.filter(isKnown) : series).map((entry) => (
             <li key={entry.label}>
               <i class={`swatch ${entry.color}`} />
               {entry.label} <b>{format(shownAt(entry.values))}</b>
@@ -93,6 +97,10 @@ export function Chart(props: Props) {
   );
 }
 
+function isKnown({ values }: Series): boolean {
+  return values.some((value) => value != null);
+}
+
 function lastKnown(values: (number | null)[]): number | null {
   for (let index = values.length - 1; index >= 0; index--)
     if (values[index] != null) return values[index] ?? null;
@@ -101,7 +109,7 @@ function lastKnown(values: (number | null)[]): number | null {
 
 /** `props` gives the latest ones: uPlot draws again and again with the options of its start. */
 function optionsOf(element: HTMLElement, props: () => Props): uPlot.Options {
-  const { series, isTime = false, whole = false } = props();
+  const { series, isTime = false, whole = false, joins = false, label = String } = props();
   const style = getComputedStyle(element);
   const color = (name: string) => style.getPropertyValue(`--${name}`).trim();
   const axis: uPlot.Axis = {
@@ -122,17 +130,17 @@ function optionsOf(element: HTMLElement, props: () => Props): uPlot.Options {
       y: { range: (_plot, low, high) => rangeOf(low, high) },
     },
     axes: [
-      { ...axis, size: 26, ...(isTime ? { values: clockTicks, space: 70 } : { incrs: WHOLE }) },
+      { ...axis, size: 26, ...(isTime ? { values: clockTicks, space: 70 } : stepTicks(label)) },
       { ...valueAxis, values: (_plot, ticks) => ticks.map((tick) => props().format(tick)) },
     ],
-    series: [{}, ...series.map((entry) => lineOf(entry.label, color(entry.color)))],
+    series: [{}, ...series.map((entry) => lineOf(entry.label, color(entry.color), joins))],
     hooks: { drawClear: [(plot) => drawBand(plot, props().band, color("band"))] },
   };
 }
 
-function lineOf(label: string, color: string): uPlot.Series {
+function lineOf(label: string, color: string, spanGaps: boolean): uPlot.Series {
   const points = { show: (plot: uPlot) => plot.data[0].length < FEW_POINTS, size: 5, fill: color };
-  return { label, stroke: color, width: 1.75, points, spanGaps: false };
+  return { label, stroke: color, width: 1.75, points, spanGaps };
 }
 
 function drawBand(plot: uPlot, band: Props["band"], color: string): void {
@@ -150,6 +158,15 @@ function rangeOf(low: number | null, high: number | null): uPlot.Range.MinMax {
   const span = high - Math.min(low, 0);
   const margin = span > 0 ? span * 0.08 : 1;
   return [low >= 0 ? 0 : low - margin, high + margin];
+}
+
+/** Steps that there are; of a single one the axis begins before it and ends after it. */
+function stepTicks(label: (step: number) => string): Partial<uPlot.Axis> {
+  return {
+    incrs: WHOLE,
+    values: ({ data: [steps] }, ticks) =>
+      ticks.map((tick) => (tick < steps[0]! || tick > steps[steps.length - 1]! ? "" : label(tick))),
+  };
 }
 
 function clockTicks(_plot: uPlot, ticks: number[]): string[] {

@@ -1,4 +1,5 @@
 /** What is computed from samples: rates, ratios, lists of versions. */
+import { rewardsOf } from "./progress";
 import type { Adapter, Sample, Version } from "./types";
 
 /** Samples are taken while somebody watches; a longer time between two was not watched. */
@@ -36,20 +37,25 @@ export interface VersionNode {
   isAttached: boolean;
   /** What the bare name means. */
   isLatest: boolean;
+  /** Mean reward of its answers, as far as they were learned from. */
+  earned: number | undefined;
   children: VersionNode[];
 }
 
 /** Versions below the ones they were trained from; those without a known parent are roots. */
 export function lineage(adapters: Adapter[]): VersionNode[] {
   const nodes = new Map<string, VersionNode>();
-  for (const adapter of adapters)
+  for (const adapter of adapters.filter((each) => each.versions.length > 0)) {
+    const { versions, means } = rewardsOf(adapter);
     for (const version of adapter.versions)
       nodes.set(version.id, {
         version,
         isAttached: adapter.attached_version === version.version,
         isLatest: adapter.latest_version === version.version,
+        earned: means[versions.indexOf(version.version)],
         children: [],
       });
+  }
   const roots: VersionNode[] = [];
   for (const node of nodes.values()) {
     const parent = node.version.parent ? nodes.get(node.version.parent) : undefined;

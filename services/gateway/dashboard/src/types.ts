@@ -58,6 +58,29 @@ export interface Status {
 
 export type StepMetrics = Record<string, number>;
 
+/** The evaluation that a job's result had to pass. */
+export interface Gate {
+  suite: string;
+  min_score: number;
+}
+
+export interface GateOutcome extends Gate {
+  passed: boolean;
+  /** Why, with numbers. */
+  reason: string;
+  run: string | null;
+  score: number | null;
+}
+
+export interface JobResult {
+  adapter: string;
+  version: number;
+  sha256: string;
+  not_live: string[];
+  swap_s: number;
+  gate: GateOutcome | null;
+}
+
 export interface Job {
   id: string;
   kind: string;
@@ -67,12 +90,12 @@ export interface Job {
   metrics: StepMetrics;
   history: StepMetrics[];
   error: { code: string; message: string; hint: string | null } | null;
-  result: { adapter: string; version: number; sha256: string; not_live: string[]; swap_s: number } | null;
+  result: JobResult | null;
   base_adapter: string | null;
   created_at: number | null;
   started_at: number | null;
   finished_at: number | null;
-  effective_config: Record<string, unknown> & { adapter?: string };
+  effective_config: Record<string, unknown> & { adapter?: string; gate?: Gate | null };
 }
 
 export interface Version {
@@ -87,9 +110,25 @@ export interface Version {
   parent: string | null;
   merged_from?: { mode: string; sources: { id: string; weight: number }[] } | null;
   job_id: string | null;
+  data_sha256: string | null;
   metrics: StepMetrics;
+  /** What the completions that it learned from earned, by the version that wrote them. */
+  rewards_by_version: Record<string, { mean: number; num_completions: number }>;
   created_at: number;
   resident_on: string[];
+}
+
+/** A suite's cases answered by one version. */
+export interface EvalRun {
+  id: string;
+  status: "queued" | "running" | "succeeded" | "failed";
+  suite: { id: string; name: string; version: number };
+  adapter: string;
+  progress: { done: number; cases: number };
+  score: { mean: number; low: number; high: number } | null;
+  error: { code: string; message: string; hint: string | null } | null;
+  job_id: string | null;
+  created_at: number | null;
 }
 
 export interface Adapter {

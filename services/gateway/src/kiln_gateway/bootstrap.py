@@ -13,6 +13,7 @@ from kiln_common.clients.registry import RegistryClient
 from kiln_common.clients.trainer import TrainerClient
 from kiln_gateway.ports import Clients
 from kiln_gateway.settings import GatewaySettings
+from kiln_gateway.trainer_pool import TrainerPool
 
 _REDIS_TIMEOUT_S = 1.0
 
@@ -28,7 +29,7 @@ async def open_clients(settings: GatewaySettings) -> AsyncIterator[Clients]:
 
     configured = [connect(address) for address in settings.engine_addresses]
     registry = RegistryClient(settings.registry_address)
-    trainer = TrainerClient(settings.trainer_address)
+    trainer = TrainerPool([TrainerClient(address) for address in settings.trainer_addresses])
     datasets = DatasetClient(settings.registry_address)
     evaluations = EvaluationsClient(settings.registry_address)
     store = None

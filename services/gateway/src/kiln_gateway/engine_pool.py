@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Container, Sequence
 
 import structlog
 
@@ -18,15 +18,16 @@ from kiln_gateway.engine_seat import EngineSeat
 from kiln_gateway.errors import GatewayStopping
 from kiln_gateway.ports import EnginePort, closing
 from kiln_gateway.prompt_path import prompt_path
+from kiln_gateway.resumable import ResumableAnswer
 from kiln_gateway.routing import choose
 
 log = structlog.get_logger()
 _PROBE_INTERVAL_S = 2.0
 _PROBE_TIMEOUT_S = 2.0
-# Codes of engines that have not begun a request and never will.
-_NOT_BEGUN = ("engine_draining", EngineUnavailable.code)
+# Codes of engines that stop: what they have not ended is another one's.
+_STOPPING = ("engine_draining", "answer_handed_back")
 # A request that kills engines must not go from one to the next for ever.
-_MOST_ENGINES_TRIED = 3
+_MOST_ENGINES_LOST = 3
 _DEFAULT_PAGE_TOKENS = 16
 
 
@@ -35,7 +36,7 @@ class EnginePool:
 
     Configured engines always have a seat; others get one when they announce themselves (`connect`
     opens a client for an address), and lose it when they are gone. One that is silent for `silence_s`
-    seconds has lost its requests: they end, so that clients learn of it.
+    seconds has lost its requests. `on_moved` is told why whenever a request goes on elsewhere.
     """
 
     def __init__(
@@ -44,10 +45,12 @@ class EnginePool:
         connect: Callable[[str], EnginePort] | None = None,
         *,
         silence_s: float = 10.0,
+        on_moved: Callable[[str], None] = lambda code: None,
     ) -> None:
         self.seats = [EngineSeat(number, client) for number, client in enumerate(clients)]
         self._connect = connect
         self._silence_s = silence_s
+        self._on_moved = on_moved
         self._num_seated = len(self.seats)
         self._is_closed = False
 
@@ -68,13 +71,17 @@ class EnginePool:
         """Take in what engines announce: all of them, as of now."""
         now_s = time.monotonic()
         strangers = {word.address: word for word in words}
+        served = next((seat.model_hash for seat in self._known()), "")
         for seat in list(self.seats):
             mine = [word for word in words if seat.is_spoken_of(word)]
             if mine:
                 # After a restart the word of the boot before may still stand.
                 seat.hear(max(mine, key=seat.is_of_this_boot), now_s)
             is_gone = not mine and not seat.is_answering
-            if not (seat.is_configured or seat.num_in_flight) and (is_gone or self._is_double(seat)):
+            is_of_others = seat.model_hash not in ("", served)
+            if not (seat.is_configured or seat.num_in_flight) and (
+                is_gone or is_of_others or self._is_double(seat)
+            ):
                 self.seats.remove(seat)
                 log.info("engine_gone", engine=seat.number, address=seat.address)
                 await seat.client.close()
@@ -83,6 +90,8 @@ class EnginePool:
         if self._connect is None or self._is_closed:
             return
         for address, word in strangers.items():
+            if served and word.model_hash != served:
+                continue  # it teaches this deployment's trainer, or is none of its business
             seat = EngineSeat(self._num_seated, self._connect(address), is_configured=False)
             self._num_seated += 1
             seat.hear(word, now_s)
@@ -91,9 +100,8 @@ class EnginePool:
 
     def _is_double(self, seat: EngineSeat) -> bool:
         """Whether a configured seat has turned out to be the same engine under another address."""
-        boot_id = seat.info.boot_id if seat.info is not None else None
-        configured = (other.info for other in self.seats if other.is_configured)
-        return any(info is not None and info.boot_id == boot_id for info in configured)
+        configured = (other for other in self.seats if other.is_configured)
+        return any(other.boot_id == seat.boot_id for other in configured if other.boot_id)
 
     async def base_model(self) -> common_pb2.BaseModel:
         """The base model the engines serve, also while they are briefly away.
@@ -102,7 +110,7 @@ class EnginePool:
             EngineUnavailable: no engine has answered since the gateway started.
         """
         for attempt in range(2):
-            info = next((seat.info for seat in self.seats if seat.info is not None), None)
+            info = next((seat.info for seat in self._known()), None)
             if info is not None:
                 return info.base_model
             if attempt == 0:
@@ -114,28 +122,39 @@ class EnginePool:
     ) -> AsyncGenerator[engine_pb2.SequenceOutput]:
         """The sequence's outputs until it ends; closing the iterator aborts it.
 
-        An engine that stops, or is gone before it began, leaves the request to another one.
+        An engine that stops or is gone leaves the request to another one, which goes on behind the
+        last token; to the caller it is one sequence.
 
         Raises:
-            EngineUnavailable: no engine answers, or the one at work went away.
+            EngineUnavailable: no engine answers, or the one at work went away and none is left.
             GatewayStopping: the pool was closed.
             KilnError: with the engine's own code when it refused or failed the request.
         """
-        tried: list[EngineSeat] = []
+        answer, asked = ResumableAnswer(request, time.monotonic()), request
+        model_hash, tried, num_lost = "", set[str](), 0
         while True:
-            seat = await self._seat_for(request, tried)
-            tried.append(seat)
-            has_begun = False
+            seat = await self._seat_for(request, tried, model_hash)
+            model_hash = seat.model_hash
+            tried.add(seat.boot_id)
             try:
-                async with closing(self._generate_on(seat, request)) as outputs:
+                async with closing(self._generate_on(seat, asked)) as outputs:
                     async for output in outputs:
-                        has_begun = True
+                        answer.take(output)
                         yield output
                 return
             except KilnError as error:
-                if has_begun or error.code not in _NOT_BEGUN or not self._is_another_left(tried):
+                num_lost += error.code == EngineUnavailable.code
+                may_move = error.code in (*_STOPPING, EngineUnavailable.code)
+                if not may_move or num_lost == _MOST_ENGINES_LOST:
                     raise
-                log.info("request_moved", request=request.request_id, engine=seat.number, code=error.code)
+                if not await self._is_another_left(tried, model_hash):
+                    raise
+                asked = answer.rest(time.monotonic())
+                log.info(
+                    "request_moved", request=request.request_id, engine=seat.number, code=error.code,
+                    tokens=answer.num_tokens,
+                )  # fmt: skip
+                self._on_moved(error.code)
 
     async def close(self) -> None:
         """End every running generation with GatewayStopping; none begins after this."""
@@ -158,19 +177,21 @@ class EnginePool:
                 raise _stopping() from None
             if error.code == EngineUnavailable.code:
                 seat.fell_silent(time.monotonic())
-            elif error.code == "engine_draining":
+            elif error.code in _STOPPING:
                 seat.is_draining = True
             raise
         finally:
             seat.num_in_flight -= 1
 
-    async def _seat_for(self, request: engine_pb2.GenerateRequest, tried: Sequence[EngineSeat]) -> EngineSeat:
+    async def _seat_for(
+        self, request: engine_pb2.GenerateRequest, tried: Container[str], model_hash: str
+    ) -> EngineSeat:
         if self._is_closed:
             raise _stopping()
-        seats = self._usable(tried)
+        seats = self._usable(tried, model_hash)
         if not seats:
             await self.probe()
-            seats = self._usable(tried)
+            seats = self._usable(tried, model_hash)
         if not seats:
             raise EngineUnavailable(f"none of the {len(self.seats)} engines answers")
         if len(seats) == 1:
@@ -182,18 +203,35 @@ class EnginePool:
         seat.place(path.kept, now_s)
         return seat
 
-    def _usable(self, tried: Sequence[EngineSeat]) -> list[EngineSeat]:
-        """Answering engines of one model, each once, without those that are stopping if others are there."""
+    def _usable(self, tried: Container[str], model_hash: str) -> list[EngineSeat]:
+        """Answering engines of the model, each once, without those that are stopping if others are there.
+
+        Boots in `tried` are left out; an engine that was started again since is another one. Without a
+        `model_hash` it is the model of the first.
+        """
         by_boot: dict[str, EngineSeat] = {}
         for seat in self.seats:
             if seat.is_answering and seat.info is not None:
-                by_boot.setdefault(seat.info.boot_id, seat)
-        model_hash = next((seat.model_hash for seat in by_boot.values()), "")
-        seats = [s for s in by_boot.values() if s.model_hash == model_hash and s not in tried]
+                by_boot.setdefault(seat.boot_id, seat)
+        model_hash = model_hash or self._served_hash()
+        seats = [s for s in by_boot.values() if s.model_hash == model_hash and s.boot_id not in tried]
         return [seat for seat in seats if not seat.is_draining] or seats
 
-    def _is_another_left(self, tried: Sequence[EngineSeat]) -> bool:
-        return len(tried) < _MOST_ENGINES_TRIED and bool(self._usable(tried))
+    def _served_hash(self) -> str:
+        """Not that of an engine that announced itself, which may serve another model for a trainer."""
+        known = self._known()
+        answering = (seat.model_hash for seat in known if seat.is_answering)
+        return next(answering, known[0].model_hash if known else "")
+
+    def _known(self) -> list[EngineSeat]:
+        """Seats that have answered once: the configured ones, the others only where none of those has."""
+        known = [seat for seat in self.seats if seat.info is not None]
+        return [seat for seat in known if seat.is_configured] or known
+
+    async def _is_another_left(self, tried: Container[str], model_hash: str) -> bool:
+        if not self._usable(tried, model_hash) and len(self.seats) > 1:
+            await self.probe()  # it may have been too busy to say so
+        return bool(self._usable(tried, model_hash))
 
     async def _watch(self) -> None:
         while True:

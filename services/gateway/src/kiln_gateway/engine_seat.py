@@ -42,6 +42,11 @@ class EngineSeat:
     def model_hash(self) -> str:
         return self.info.base_model.model_hash if self.info is not None else ""
 
+    @property
+    def boot_id(self) -> str:
+        """Of the engine that answered here last; empty before any has."""
+        return self.info.boot_id if self.info is not None else ""
+
     def is_spoken_of(self, word: EngineWord) -> bool:
         return word.address == self.address or self.is_of_this_boot(word)
 

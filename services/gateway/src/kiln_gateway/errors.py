@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
-
-from kiln_common.errors import ErrorKind, InvalidRequest, KilnError, NotBuiltYet, Unavailable
+from kiln_common.errors import ErrorKind, InvalidRequest, KilnError, Unavailable
 from kiln_common.settings import ConfigurationError
 
 _ROUTES_HINT = "GET /openapi.json has the routes there are; docs/api.md lists them."
@@ -79,21 +77,6 @@ class UnsupportedField(InvalidRequest):
 
     def __init__(self, field: str, hint: str = "Leave the field out.") -> None:
         super().__init__(f"`{field}` is not supported", param=field, hint=hint)
-
-
-class FieldNotBuiltYet(NotBuiltYet):
-    """A field of the HTTP contract, or one of its values, that is not built yet."""
-
-    def __init__(
-        self,
-        field: str,
-        hint: str = "Leave the field out; docs/status.md lists what works today.",
-        *,
-        value: str | float | None = None,
-    ) -> None:
-        """`value` is given where others of the field's values work."""
-        what = f"`{field}`" if value is None else f"`{field}` with the value {json.dumps(value)}"
-        super().__init__(f"{what} is part of the contract but not built yet", param=field, hint=hint)
 
 
 class TooManyPromptLogprobs(InvalidRequest):

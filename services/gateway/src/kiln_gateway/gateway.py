@@ -48,7 +48,13 @@ class Gateway:
             enable_thinking_default=settings.enable_thinking_default,
         )
         self.turn_end_id = self.tokenizer.id_of(_TURN_END)
-        self.engines = EnginePool(clients.engines, clients.connect, silence_s=settings.engine_silence_s)
+        self.metrics = GatewayMetrics()
+        self.engines = EnginePool(
+            clients.engines,
+            clients.connect,
+            silence_s=settings.engine_silence_s,
+            on_moved=lambda code: self.metrics.moved.labels(code).inc(),
+        )
         self.resolver = ModelResolver(clients.registry)
         self.rollouts = RolloutStore(
             clients.redis, ttl_s=settings.rollout_ttl_s, max_bytes=settings.rollout_max_bytes
@@ -62,7 +68,6 @@ class Gateway:
         if self.keys.has_limits and clients.redis is None:
             raise LimitsNeedRedis("keys have limits, which are counted in Redis, and there is none")
         self.limits = RateLimiter(clients.redis)
-        self.metrics = GatewayMetrics()
         self.started_at = time.monotonic()
         self.is_stopping = asyncio.Event()
 

@@ -64,6 +64,12 @@ class GatewayMetrics:
         self.rollouts = Counter(
             "kiln_gateway_rollouts", "Rollouts by what became of them", ["outcome"], registry=self.registry
         )
+        self.moved = Counter(
+            "kiln_gateway_requests_moved",
+            "Requests that another engine went on with, by why the one before did not",
+            ["code"],
+            registry=self.registry,
+        )
         self.services = ServiceMetrics()
         self.registry.register(self.services)
 

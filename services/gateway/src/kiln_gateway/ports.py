@@ -90,7 +90,13 @@ class TrainerPort(Protocol):
 
     def watch(self, job_id: str, after_event_id: str = "") -> AsyncIterator[trainer_pb2.JobEvent]: ...
 
-    async def status(self) -> trainer_pb2.TrainerStatus: ...
+    async def status(self) -> trainer_pb2.TrainerStatus:
+        """Of one that answers."""
+        ...
+
+    async def statuses(self) -> builtins.list[trainer_pb2.TrainerStatus | None]:
+        """One entry a trainer, None for one that does not answer in time."""
+        ...
 
 
 class DatasetPort(Protocol):
@@ -123,8 +129,10 @@ class EvaluationsPort(Protocol):
     ) -> evaluations_pb2.EvalRun: ...
 
     async def list_runs(
-        self, owner: str, adapters: Sequence[str]
+        self, owner: str, adapters: Sequence[str] = (), statuses: Sequence[str] = (), limit: int = 0
     ) -> builtins.list[evaluations_pb2.EvalRun]: ...
+
+    async def delete_run(self, run_id: str, owner: str) -> None: ...
 
     async def claim_run(self, lease_s: float) -> evaluations_pb2.EvalRun | None: ...
 

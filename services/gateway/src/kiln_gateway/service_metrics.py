@@ -16,8 +16,6 @@ from prometheus_client.metrics_core import (
 from kiln_common.pb import common_pb2, engine_pb2, trainer_pb2
 
 Stats = TypeVar("Stats")
-_ENGINE = "kiln_engine_"
-_TRAINER = "kiln_trainer_"
 _FAMILIES: dict[str, Any] = {
     "counter": CounterMetricFamily,
     "gauge": GaugeMetricFamily,
@@ -89,7 +87,7 @@ def _drafts(field: str) -> Callable[[engine_pb2.EngineStats], dict[str, int]]:
 
 def _device_memory(stats: engine_pb2.EngineStats) -> dict[str, int]:
     used = stats.num_device_bytes - stats.num_device_bytes_free
-    return {"used": used, "free": stats.num_device_bytes_free} if stats.num_device_bytes else {}
+    return {"used": used, "free": stats.num_device_bytes_free}
 
 
 EngineFigure = Figure[engine_pb2.EngineStats]
@@ -145,7 +143,7 @@ ENGINE_FIGURES: tuple[EngineFigure, ...] = (
         lambda s: {part.name: part.num_bytes for part in s.memory_parts}, "part",
     ),
     EngineFigure(
-        "device_memory_bytes", "gauge", "The GPU's memory, whoever uses it; none on a CPU",
+        "device_memory_bytes", "gauge", "The device's memory, whoever uses it; the machine's on a CPU",
         _device_memory, "state",
     ),
 )  # fmt: skip
@@ -195,31 +193,32 @@ class ServiceMetrics:
 
     def __init__(self) -> None:
         self._engines: Mapping[str, engine_pb2.EngineStats | None] = {}
-        self._trainer: trainer_pb2.TrainerStatus | None = None
+        self._trainers: Mapping[str, trainer_pb2.TrainerStatus | None] = {}
 
     def show(
         self,
         engines: Mapping[str, engine_pb2.EngineStats | None],
-        trainer: trainer_pb2.TrainerStatus | None,
+        trainers: Mapping[str, trainer_pb2.TrainerStatus | None],
     ) -> None:
-        """Replace what is shown. Engines by their label; None where one does not answer."""
-        self._engines, self._trainer = engines, trainer
+        """Replace what is shown. All by their label; None where one does not answer."""
+        self._engines, self._trainers = engines, trainers
 
     def collect(self) -> Iterator[Metric]:
-        up = GaugeMetricFamily(f"{_ENGINE}up", "1 while the engine answers", labels=["engine"])
-        for engine, stats in self._engines.items():
-            up.add_metric([engine], float(stats is not None))
-        yield up
-        for figure in ENGINE_FIGURES:
-            family = figure.family(_ENGINE, ["engine"])
-            for engine, stats in self._engines.items():
-                if stats is not None:
-                    figure.add_to(family, [engine], stats)
-            yield family
-        is_up = float(self._trainer is not None)
-        yield GaugeMetricFamily(f"{_TRAINER}up", "1 while the trainer answers", value=is_up)
-        for trainer_figure in TRAINER_FIGURES:
-            family = trainer_figure.family(_TRAINER, [])
-            if self._trainer is not None:
-                trainer_figure.add_to(family, [], self._trainer)
-            yield family
+        yield from _families("engine", ENGINE_FIGURES, self._engines)
+        yield from _families("trainer", TRAINER_FIGURES, self._trainers)
+
+
+def _families(
+    kind: str, figures: Sequence[Figure[Stats]], services: Mapping[str, Stats | None]
+) -> Iterator[Metric]:
+    prefix = f"kiln_{kind}_"
+    up = GaugeMetricFamily(f"{prefix}up", f"1 while the {kind} answers", labels=[kind])
+    for name, stats in services.items():
+        up.add_metric([name], float(stats is not None))
+    yield up
+    for figure in figures:
+        family = figure.family(prefix, [kind])
+        for name, stats in services.items():
+            if stats is not None:
+                figure.add_to(family, [name], stats)
+        yield family

@@ -49,7 +49,11 @@ class GatewaySettings(BaseSettings):
         10.0, description="an engine that answers nothing for so long has its requests ended"
     )
     registry_address: str = "127.0.0.1:8431"
-    trainer_address: str = "127.0.0.1:8432"
+    trainer_addresses: CommaSeparated = Field(
+        ("127.0.0.1:8432",),
+        min_length=1,
+        description="gRPC addresses, comma separated; all trainers serve one queue, so one that answers will do",
+    )
     redis_url: str = Field("", description="empty: no rollouts are kept, and only configured engines found")
 
     store_default: bool = Field(
@@ -111,7 +115,9 @@ class GatewaySettings(BaseSettings):
         "", description="folder of the services' *.log files, for the dashboard to show; empty: none"
     )
 
-    @field_validator("engine_addresses", "allowed_hosts", "allowed_origins", mode="before")
+    @field_validator(
+        "engine_addresses", "trainer_addresses", "allowed_hosts", "allowed_origins", mode="before"
+    )
     @classmethod
     def _split(cls, value: Any) -> Any:
         if isinstance(value, str):

@@ -56,8 +56,8 @@ class Catalog:
     def close(self) -> None:
         self._engine.dispose()
 
-    def register_base_model(self, record: BaseModelRecord) -> None:
-        """Remember a base model; the same hash again replaces its id and table."""
+    def register_base_model(self, record: BaseModelRecord) -> bool:
+        """Remember a base model; the same hash again replaces its id and table. Whether that was news."""
         modules = {path: [shape.in_features, shape.out_features] for path, shape in record.modules.items()}
         fields = {
             "model_id": record.model_id,
@@ -66,14 +66,19 @@ class Catalog:
         }
         table = schema.base_models
 
-        def register(connection: Connection) -> None:
-            changed = connection.execute(
-                update(table).where(table.c.model_hash == record.model_hash).values(**fields)
-            )
-            if not changed.rowcount:
-                connection.execute(insert(table).values(model_hash=record.model_hash, **fields))
+        is_it = table.c.model_hash == record.model_hash
 
-        self._write(register)
+        def register(connection: Connection) -> bool:
+            known = connection.execute(select(table).where(is_it).with_for_update()).mappings().first()
+            if known is None:
+                connection.execute(insert(table).values(model_hash=record.model_hash, **fields))
+            elif any(known[name] != value for name, value in fields.items()):
+                connection.execute(update(table).where(is_it).values(**fields))
+            else:  # engines say it again and again
+                return False
+            return True
+
+        return self._write(register)
 
     def get_base_model(self, model_hash: str) -> BaseModelRecord:
         """Raises UnknownBaseModel."""

@@ -36,10 +36,16 @@ class BaseModelRecord:
 
     model_id: str
     model_hash: str
-    # By path without ".weight", such as "model.layers.0.mlp.gate_proj".
+    # By path without ".weight", such as "model.layers.0.mlp.gate_proj"; the multi-token-prediction layers'
+    # too, such as "mtp.fc".
     modules: dict[str, ModuleShape]
     # Highest rank its engine can load; 0 where the engine did not say.
     max_adapter_rank: int = 0
+
+
+def is_draft(module_path: str) -> bool:
+    """Whether a layer is one of the multi-token prediction, which drafts and decides nothing."""
+    return module_path.startswith("mtp.")
 
 
 @dataclass(frozen=True, slots=True)

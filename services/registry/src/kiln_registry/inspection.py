@@ -23,6 +23,7 @@ from kiln_registry.domain import (
     RankMismatch,
     UnexpectedTensor,
     UnsupportedAdapterFeature,
+    is_draft,
 )
 from kiln_registry.safetensors_header import TensorEntry, find_non_finite, read_entries
 
@@ -116,7 +117,9 @@ def inspect_adapter(path: Path, config: PeftConfig, base_model: BaseModelRecord)
     bad_tensor = find_non_finite(path, entries)
     if bad_tensor is not None:
         raise NotFinite(f"the tensor {bad_tensor!r} holds a NaN or an infinity")
-    targets = sorted({module_path.rpartition(".")[2] for module_path in sides})
+    targets = sorted({path.rpartition(".")[2] for path in sides if not is_draft(path)})
+    if any(map(is_draft, sides)):
+        targets.append("mtp")
     return InspectedAdapter(config.rank, config.alpha, tuple(targets))
 
 
@@ -181,9 +184,20 @@ def _check_targeted(module_path: str, config: PeftConfig) -> None:
 
 
 def _check_complete(config: PeftConfig, sides: Mapping[str, object], base_model: BaseModelRecord) -> None:
+    if all(map(is_draft, sides)):
+        raise IncompleteAdapter("the file has no tensors for the main model")
+    drafts = [path for path in base_model.modules if is_draft(path)]
+    missing = [path for path in drafts if path not in sides]
+    if len(missing) not in (0, len(drafts)):
+        raise IncompleteAdapter(
+            f"the file adapts {len(drafts) - len(missing)} of {len(drafts)} layers that predict further "
+            f"tokens, and not {missing[0]!r}"
+        )
     if not config.covers_all_layers or config.target_modules is None:
         return
     for module_path in base_model.modules:
+        if is_draft(module_path):
+            continue  # as PEFT, which does not know these layers
         if module_path not in sides and _is_targeted(module_path, config.target_modules):
             raise IncompleteAdapter(
                 f"target_modules in adapter_config.json covers {module_path!r}, the file has no tensors for it"

@@ -24,6 +24,7 @@ from kiln_registry.domain import (
     MergeRanksDiffer,
     MergeRankTooHigh,
     VersionRecord,
+    is_draft,
 )
 from kiln_registry.inspection import MAX_RANK
 from kiln_registry.merging import MODES, merge_updates
@@ -136,8 +137,13 @@ def _merged_rank(mode: str, ranks: Sequence[int], base_model: BaseModelRecord) -
 
 def _config_json(paths: Mapping[str, object], rank: int, base_model: BaseModelRecord) -> str:
     """adapter_config.json: by the layers' own names where they are complete, else by whole paths."""
-    names = {path.rpartition(".")[2] for path in paths}
-    is_complete = all(path in paths for path in base_model.modules if path.rpartition(".")[2] in names)
+    drafts = [path for path in paths if is_draft(path)]
+    names = {path.rpartition(".")[2] for path in paths if not is_draft(path)}
+    is_complete = all(
+        path in paths
+        for path in base_model.modules
+        if path.rpartition(".")[2] in names and not is_draft(path)
+    )
     fields = {
         "base_model_name_or_path": base_model.model_id,
         "bias": "none",
@@ -146,7 +152,7 @@ def _config_json(paths: Mapping[str, object], rank: int, base_model: BaseModelRe
         "lora_dropout": 0.0,
         "peft_type": "LORA",
         "r": rank,
-        "target_modules": sorted(names) if is_complete else [*paths],
+        "target_modules": [*sorted(names), *drafts] if is_complete else [*paths],
         "task_type": "CAUSAL_LM",
     }
     return json.dumps(fields, indent=2, sort_keys=True) + "\n"

@@ -62,10 +62,11 @@ class RegistryServicer(registry_pb2_grpc.RegistryServicer):
         model = request.base_model
         if not model.model_hash or not model.model_id or not model.adaptable_modules:
             raise InvalidBaseModel("a base model needs an id, a hash and its adaptable modules")
-        modules = {m.path: ModuleShape(m.in_features, m.out_features) for m in model.adaptable_modules}
+        listed = (*model.adaptable_modules, *model.draft_modules)
+        modules = {m.path: ModuleShape(m.in_features, m.out_features) for m in listed}
         record = BaseModelRecord(model.model_id, model.model_hash, modules, request.max_adapter_rank)
-        await asyncio.to_thread(self._catalog.register_base_model, record)
-        log.info("base_model_registered", model_id=model.model_id, model_hash=model.model_hash)
+        if await asyncio.to_thread(self._catalog.register_base_model, record):
+            log.info("base_model_registered", model_id=model.model_id, model_hash=model.model_hash)
         return pb.RegisterBaseModelResponse()
 
     async def Publish(

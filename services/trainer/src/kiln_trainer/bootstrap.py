@@ -26,6 +26,7 @@ from kiln_trainer.jobs.worker import Worker
 from kiln_trainer.publishing import EngineDirectory, GrpcPublisher
 from kiln_trainer.servicer import CLIENT_SCOPES, TrainerServicer
 from kiln_trainer.settings import TrainerSettings
+from kiln_trainer.teachers import TeacherDirectory
 from kiln_trainer.webhooks.outbox import WebhookOutbox
 from kiln_trainer.webhooks.sender import WebhookSender
 
@@ -46,6 +47,7 @@ class RunningTrainer:
     worker: Worker
     webhooks: WebhookSender
     engines: EngineDirectory
+    teachers: TeacherDirectory
     registry: RegistryClient
     evaluations: EvaluationsClient
     client: redis.Redis
@@ -71,6 +73,7 @@ class RunningTrainer:
         await self.registry.close()
         await self.evaluations.close()
         await self.engines.close()
+        await self.teachers.close()
         await self.tail_client.aclose()
         self.client.close()
 
@@ -103,17 +106,24 @@ async def start_trainer(
         patience_s=settings.patience_s,
         redis=tail_client,
     )
+    teachers = TeacherDirectory(
+        settings.teacher_addresses,
+        info_timeout_s=_INFO_TIMEOUT_S,
+        rollout_timeout_s=settings.rollout_timeout_s,
+        patience_s=settings.patience_s,
+        redis=tail_client,
+    )
     backend = await asyncio.to_thread(make_backend, settings)
     worker = Worker(
         store,
         backend,
-        GrpcPublisher(registry, engines, asyncio.get_running_loop(), evaluations),
+        GrpcPublisher(registry, engines, asyncio.get_running_loop(), evaluations, teachers),
         settings.state_dir / "jobs",
         claim_timeout_s=settings.claim_timeout_s,
         patience_s=settings.patience_s,
     )
     servicer = TrainerServicer(
-        trainer_id, client, tail_client, store, worker, backend, engines,
+        trainer_id, client, tail_client, store, worker, backend, engines, teachers,
         ClientRights(store, registry, evaluations),
         max_payload_bytes=settings.max_payload_bytes,
         webhook_networks=settings.webhook_allowed_networks,
@@ -145,6 +155,7 @@ async def start_trainer(
         worker,
         webhooks,
         engines,
+        teachers,
         registry,
         evaluations,
         client,

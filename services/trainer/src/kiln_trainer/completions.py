@@ -1,14 +1,15 @@
-"""One completion of a job, drawn from an engine: tried again where what went wrong passes."""
+"""Completions of a job, drawn from an engine: tried again where what went wrong passes."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Protocol
 
 import structlog
 
+from kiln_common import tracing
 from kiln_common.errors import EngineUnavailable, ErrorKind, KilnError
 from kiln_common.ids import new_id
 from kiln_common.pb import engine_pb2
@@ -18,6 +19,7 @@ log = structlog.get_logger()
 
 _PASSING = frozenset({ErrorKind.UNAVAILABLE, ErrorKind.RATE_LIMITED, ErrorKind.TIMEOUT})
 _FIRST_WAIT_S, _LAST_WAIT_S = 0.2, 5.0
+_MAX_DRAWING = 64  # completions of a job that run at once
 
 
 class Generator(Protocol):
@@ -61,6 +63,31 @@ async def draw(
         again.CopyFrom(request)
         again.request_id = new_id("opd")
         request = again
+
+
+async def draw_all(
+    engine: Generator, requests: Sequence[engine_pb2.GenerateRequest], timeout_s: float, patience_s: float
+) -> list[list[engine_pb2.SequenceOutput]]:
+    """Every request's outputs, in order; each may take `timeout_s`.
+
+    Each is tried again by itself, so that one failure does not cost the others' completions; one that
+    stays ends all.
+    """
+    room = asyncio.Semaphore(_MAX_DRAWING)
+
+    async def one(request: engine_pb2.GenerateRequest) -> list[engine_pb2.SequenceOutput]:
+        request.timeout_s = timeout_s
+        request.traceparent = tracing.current_traceparent()
+        async with room:
+            return await draw(engine, request, patience_s)
+
+    running = [asyncio.create_task(one(request)) for request in requests]
+    try:
+        return await asyncio.gather(*running)
+    finally:
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
 
 
 async def _outputs(engine: Generator, request: engine_pb2.GenerateRequest) -> list[engine_pb2.SequenceOutput]:

@@ -14,23 +14,23 @@ from typing import Any, TypeVar
 import structlog
 from redis.exceptions import RedisError
 
-from kiln_common import tracing
 from kiln_common.bus.engine_presence import read_words
 from kiln_common.clients.engine import EngineClient
 from kiln_common.clients.evaluations import EvaluationsClient
 from kiln_common.clients.registry import RegistryClient
 from kiln_common.errors import AdapterNotFound, ErrorKind, KilnError
 from kiln_common.pb import common_pb2, engine_pb2, evaluations_pb2, registry_pb2
-from kiln_trainer.completions import draw
+from kiln_trainer.completions import draw_all
 from kiln_trainer.domain.training import AdapterContent, StartingPoint
 from kiln_trainer.jobs.ports import Audience, LiveReport
+from kiln_trainer.recipes.opd_options import TeacherModel
+from kiln_trainer.teachers import TeacherDirectory
 
 log = structlog.get_logger()
 T = TypeVar("T")
 
 _RETRY_S = 0.2
 _CHECK_S = 0.25
-_MAX_GENERATING = 64  # completions of a job that run at once
 
 
 class EngineDirectory:
@@ -144,26 +144,8 @@ class EngineDirectory:
     async def generate(
         self, requests: Sequence[engine_pb2.GenerateRequest]
     ) -> list[list[engine_pb2.SequenceOutput]]:
-        """What the engine whose weights are mapped answers to each request.
-
-        Each is tried again by itself, so that one failure does not cost the others' completions; one
-        that stays ends all.
-        """
-        room = asyncio.Semaphore(_MAX_GENERATING)
-
-        async def one(request: engine_pb2.GenerateRequest) -> list[engine_pb2.SequenceOutput]:
-            request.timeout_s = self._rollout_timeout_s
-            request.traceparent = tracing.current_traceparent()
-            async with room:
-                return await draw(self._engines[0], request, self._patience_s)
-
-        running = [asyncio.create_task(one(request)) for request in requests]
-        try:
-            return await asyncio.gather(*running)
-        finally:
-            for task in running:
-                task.cancel()
-            await asyncio.gather(*running, return_exceptions=True)
+        """What the engine whose weights are mapped answers to each request."""
+        return await draw_all(self._engines[0], requests, self._rollout_timeout_s, self._patience_s)
 
     async def _prepare_on(self, engine: EngineClient, adapter: common_pb2.AdapterRef) -> str | None:
         deadline_s = time.monotonic() + self._live_timeout_s
@@ -197,9 +179,11 @@ class GrpcPublisher:
         engines: EngineDirectory,
         loop: asyncio.AbstractEventLoop,
         evaluations: EvaluationsClient | None = None,
+        teachers: TeacherDirectory | None = None,
     ) -> None:
         self._registry = registry
         self._engines = engines
+        self._teachers = teachers
         self._loop = loop
         self._evaluations = evaluations
         # Begun with the last content that was to be published, and kept when the registry is asked again.
@@ -269,9 +253,17 @@ class GrpcPublisher:
         return await self._going_live
 
     def generate(
-        self, requests: Sequence[engine_pb2.GenerateRequest], check: Callable[[], None]
+        self,
+        requests: Sequence[engine_pb2.GenerateRequest],
+        check: Callable[[], None],
+        teacher: TeacherModel | None = None,
     ) -> list[list[engine_pb2.SequenceOutput]]:
-        future = asyncio.run_coroutine_threadsafe(self._engines.generate(requests), self._loop)
+        if teacher is None:
+            generating = self._engines.generate(requests)
+        else:
+            assert self._teachers is not None, "this publisher was made without teachers"
+            generating = self._teachers.generate(teacher, requests)
+        future = asyncio.run_coroutine_threadsafe(generating, self._loop)
         try:
             while not future.done():
                 concurrent.futures.wait([future], timeout=_CHECK_S)

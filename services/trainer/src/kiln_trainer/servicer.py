@@ -28,6 +28,7 @@ from kiln_trainer.jobs.ports import JobBackend
 from kiln_trainer.jobs.retry import retried
 from kiln_trainer.jobs.store import JobStore
 from kiln_trainer.jobs.submit_stream import gather_request
+from kiln_trainer.jobs.teacher_check import Teachers, settle_teacher
 from kiln_trainer.jobs.validation import check_request
 from kiln_trainer.jobs.worker import Worker
 from kiln_trainer.publishing import EngineDirectory
@@ -64,6 +65,7 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServicer):
         worker: Worker,
         backend: JobBackend,
         engines: EngineDirectory,
+        teachers: Teachers,
         rights: ClientRights,
         *,
         max_payload_bytes: int,
@@ -76,6 +78,7 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServicer):
         self._worker = worker
         self._backend = backend
         self._engines = engines
+        self._teachers = teachers
         self._rights = rights
         self._max_payload_bytes = max_payload_bytes
         self._webhook_networks = webhook_networks
@@ -105,6 +108,7 @@ class TrainerServicer(trainer_pb2_grpc.TrainerServicer):
             with contextlib.suppress(TimeoutError):  # a name that is not known now may be later
                 await asyncio.wait_for(checking, _RESOLVE_TIMEOUT_S)
         info = await self._engines.info()
+        await settle_teacher(request, info, self._teachers)
         await asyncio.to_thread(check_request, request, info)
         await asyncio.to_thread(check_capacity, request, info, self._backend.capacity)
         job_id = await _on_redis(lambda: self._accept(request))

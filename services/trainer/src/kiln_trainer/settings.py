@@ -25,6 +25,11 @@ class TrainerSettings(ClientListener, BaseSettings):
         description="gRPC addresses separated by commas; weights are mapped from the first, and all of"
         " them load results, as do engines that announce themselves on Redis",
     )
+    teacher_addresses: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="gRPC addresses of engines whose models may teach, separated by commas; so may those of"
+        " engines that announce themselves on Redis",
+    )
     state_dir: Path = Field(description="folder of the checkpoints of jobs that have not ended")
     num_threads: PositiveInt = Field(1, description="CPU threads of one training step")
     device: str = Field(
@@ -72,7 +77,7 @@ class TrainerSettings(ClientListener, BaseSettings):
     )
     log_level: LogLevel = "INFO"
 
-    @field_validator("engine_addresses", "webhook_allowed_networks", mode="before")
+    @field_validator("engine_addresses", "teacher_addresses", "webhook_allowed_networks", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         if isinstance(value, str):

@@ -56,10 +56,19 @@ class EvaluationsClient:
         request = evaluations_pb2.GetRunRequest(id=run_id, owner=owner, with_cases=with_cases)
         return await self._call(self._stub.GetRun, request)
 
-    async def list_runs(self, owner: str, adapters: Sequence[str]) -> builtins.list[evaluations_pb2.EvalRun]:
-        """The owner's newest runs on these adapters that succeeded, newest first, without cases."""
-        request = evaluations_pb2.ListRunsRequest(owner=owner, adapters=adapters)
+    async def list_runs(
+        self, owner: str, adapters: Sequence[str] = (), statuses: Sequence[str] = (), limit: int = 0
+    ) -> builtins.list[evaluations_pb2.EvalRun]:
+        """The owner's newest runs, newest first, without cases; see ListRunsRequest for what chooses."""
+        request = evaluations_pb2.ListRunsRequest(
+            owner=owner, adapters=adapters, statuses=statuses, limit=limit
+        )
         return [*(await self._call(self._stub.ListRuns, request)).runs]
+
+    async def delete_run(self, run_id: str, owner: str) -> None:
+        """Forget a run and its cases. Raises eval_run_not_found."""
+        request = evaluations_pb2.DeleteRunRequest(id=run_id, owner=owner)
+        await self._call(self._stub.DeleteRun, request)
 
     async def claim_run(self, lease_s: float) -> evaluations_pb2.EvalRun | None:
         """The oldest run that nobody carries out, now the caller's for `lease_s` seconds."""

@@ -46,20 +46,24 @@ class AdaptableModule(_message.Message):
     def __init__(self, path: _Optional[str] = ..., in_features: _Optional[int] = ..., out_features: _Optional[int] = ...) -> None: ...
 
 class BaseModel(_message.Message):
-    __slots__ = ("model_id", "model_hash", "vocab_size", "max_model_len", "eos_token_ids", "adaptable_modules")
+    __slots__ = ("model_id", "model_hash", "vocab_size", "max_model_len", "eos_token_ids", "adaptable_modules", "vocabulary_hash", "draft_modules")
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_HASH_FIELD_NUMBER: _ClassVar[int]
     VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
     MAX_MODEL_LEN_FIELD_NUMBER: _ClassVar[int]
     EOS_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     ADAPTABLE_MODULES_FIELD_NUMBER: _ClassVar[int]
+    VOCABULARY_HASH_FIELD_NUMBER: _ClassVar[int]
+    DRAFT_MODULES_FIELD_NUMBER: _ClassVar[int]
     model_id: str
     model_hash: str
     vocab_size: int
     max_model_len: int
     eos_token_ids: _containers.RepeatedScalarFieldContainer[int]
     adaptable_modules: _containers.RepeatedCompositeFieldContainer[AdaptableModule]
-    def __init__(self, model_id: _Optional[str] = ..., model_hash: _Optional[str] = ..., vocab_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., adaptable_modules: _Optional[_Iterable[_Union[AdaptableModule, _Mapping]]] = ...) -> None: ...
+    vocabulary_hash: str
+    draft_modules: _containers.RepeatedCompositeFieldContainer[AdaptableModule]
+    def __init__(self, model_id: _Optional[str] = ..., model_hash: _Optional[str] = ..., vocab_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., adaptable_modules: _Optional[_Iterable[_Union[AdaptableModule, _Mapping]]] = ..., vocabulary_hash: _Optional[str] = ..., draft_modules: _Optional[_Iterable[_Union[AdaptableModule, _Mapping]]] = ...) -> None: ...
 
 class Histogram(_message.Message):
     __slots__ = ("upper_bounds", "counts", "sum")

@@ -93,7 +93,7 @@ class Thinking(_message.Message):
     def __init__(self, end_token_id: _Optional[int] = ..., budget_tokens: _Optional[int] = ..., before_end_token_ids: _Optional[_Iterable[int]] = ..., after_end_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("request_id", "prompt_token_ids", "sampling", "adapters", "num_stable_prefix_tokens", "cache_salt", "priority", "timeout_s", "num_shared_prefix_tokens", "grammar", "thinking", "adapter_policy", "num_prompt_logprobs", "wants_embedding", "traceparent")
+    __slots__ = ("request_id", "prompt_token_ids", "sampling", "adapters", "num_stable_prefix_tokens", "cache_salt", "priority", "timeout_s", "num_shared_prefix_tokens", "grammar", "thinking", "adapter_policy", "num_prompt_logprobs", "wants_embedding", "first_prompt_logprob", "packs_prompt_logprobs", "traceparent", "resumed_token_ids")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
@@ -108,7 +108,10 @@ class GenerateRequest(_message.Message):
     ADAPTER_POLICY_FIELD_NUMBER: _ClassVar[int]
     NUM_PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     WANTS_EMBEDDING_FIELD_NUMBER: _ClassVar[int]
+    FIRST_PROMPT_LOGPROB_FIELD_NUMBER: _ClassVar[int]
+    PACKS_PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
+    RESUMED_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     prompt_token_ids: _containers.RepeatedScalarFieldContainer[int]
     sampling: SamplingParams
@@ -123,8 +126,11 @@ class GenerateRequest(_message.Message):
     adapter_policy: AdapterPolicy
     num_prompt_logprobs: int
     wants_embedding: bool
+    first_prompt_logprob: int
+    packs_prompt_logprobs: bool
     traceparent: str
-    def __init__(self, request_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., adapters: _Optional[_Iterable[_Union[_common_pb2.AdapterRef, _Mapping]]] = ..., num_stable_prefix_tokens: _Optional[int] = ..., cache_salt: _Optional[str] = ..., priority: _Optional[int] = ..., timeout_s: _Optional[float] = ..., num_shared_prefix_tokens: _Optional[int] = ..., grammar: _Optional[_Union[Grammar, _Mapping]] = ..., thinking: _Optional[_Union[Thinking, _Mapping]] = ..., adapter_policy: _Optional[_Union[AdapterPolicy, str]] = ..., num_prompt_logprobs: _Optional[int] = ..., wants_embedding: bool = ..., traceparent: _Optional[str] = ...) -> None: ...
+    resumed_token_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, request_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., adapters: _Optional[_Iterable[_Union[_common_pb2.AdapterRef, _Mapping]]] = ..., num_stable_prefix_tokens: _Optional[int] = ..., cache_salt: _Optional[str] = ..., priority: _Optional[int] = ..., timeout_s: _Optional[float] = ..., num_shared_prefix_tokens: _Optional[int] = ..., grammar: _Optional[_Union[Grammar, _Mapping]] = ..., thinking: _Optional[_Union[Thinking, _Mapping]] = ..., adapter_policy: _Optional[_Union[AdapterPolicy, str]] = ..., num_prompt_logprobs: _Optional[int] = ..., wants_embedding: bool = ..., first_prompt_logprob: _Optional[int] = ..., packs_prompt_logprobs: bool = ..., traceparent: _Optional[str] = ..., resumed_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class SessionRequest(_message.Message):
     __slots__ = ("submit", "abort")
@@ -143,7 +149,7 @@ class TopLogprobs(_message.Message):
     def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class SequenceOutput(_message.Message):
-    __slots__ = ("request_id", "token_ids", "logprobs", "sampled_logprobs", "top_logprobs", "finish_reason", "error", "num_cached_tokens", "seed", "queue_s", "moved_to", "prompt_logprobs", "top_prompt_logprobs", "embedding")
+    __slots__ = ("request_id", "token_ids", "logprobs", "sampled_logprobs", "top_logprobs", "finish_reason", "error", "num_cached_tokens", "seed", "queue_s", "moved_to", "prompt_logprobs", "top_prompt_logprobs", "embedding", "packed_top_token_ids", "packed_top_logprobs")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
@@ -158,6 +164,8 @@ class SequenceOutput(_message.Message):
     PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     TOP_PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     EMBEDDING_FIELD_NUMBER: _ClassVar[int]
+    PACKED_TOP_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    PACKED_TOP_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     logprobs: _containers.RepeatedScalarFieldContainer[float]
@@ -172,7 +180,9 @@ class SequenceOutput(_message.Message):
     prompt_logprobs: _containers.RepeatedScalarFieldContainer[float]
     top_prompt_logprobs: _containers.RepeatedCompositeFieldContainer[TopLogprobs]
     embedding: _containers.RepeatedScalarFieldContainer[float]
-    def __init__(self, request_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ..., sampled_logprobs: _Optional[_Iterable[float]] = ..., top_logprobs: _Optional[_Iterable[_Union[TopLogprobs, _Mapping]]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., error: _Optional[_Union[_common_pb2.ErrorDetail, _Mapping]] = ..., num_cached_tokens: _Optional[int] = ..., seed: _Optional[int] = ..., queue_s: _Optional[float] = ..., moved_to: _Optional[_Iterable[_Union[_common_pb2.AdapterRef, _Mapping]]] = ..., prompt_logprobs: _Optional[_Iterable[float]] = ..., top_prompt_logprobs: _Optional[_Iterable[_Union[TopLogprobs, _Mapping]]] = ..., embedding: _Optional[_Iterable[float]] = ...) -> None: ...
+    packed_top_token_ids: bytes
+    packed_top_logprobs: bytes
+    def __init__(self, request_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ..., sampled_logprobs: _Optional[_Iterable[float]] = ..., top_logprobs: _Optional[_Iterable[_Union[TopLogprobs, _Mapping]]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., error: _Optional[_Union[_common_pb2.ErrorDetail, _Mapping]] = ..., num_cached_tokens: _Optional[int] = ..., seed: _Optional[int] = ..., queue_s: _Optional[float] = ..., moved_to: _Optional[_Iterable[_Union[_common_pb2.AdapterRef, _Mapping]]] = ..., prompt_logprobs: _Optional[_Iterable[float]] = ..., top_prompt_logprobs: _Optional[_Iterable[_Union[TopLogprobs, _Mapping]]] = ..., embedding: _Optional[_Iterable[float]] = ..., packed_top_token_ids: _Optional[bytes] = ..., packed_top_logprobs: _Optional[bytes] = ...) -> None: ...
 
 class StepOutputs(_message.Message):
     __slots__ = ("outputs",)
@@ -185,7 +195,7 @@ class GetInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class EngineInfo(_message.Message):
-    __slots__ = ("base_model", "boot_id", "device", "dtype", "page_tokens", "num_pages", "num_state_slots", "num_adapter_slots", "max_adapter_rank", "max_running", "adapter_socket_path", "memory")
+    __slots__ = ("base_model", "boot_id", "device", "dtype", "page_tokens", "num_pages", "num_state_slots", "num_adapter_slots", "max_adapter_rank", "max_running", "adapter_socket_path")
     BASE_MODEL_FIELD_NUMBER: _ClassVar[int]
     BOOT_ID_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
@@ -197,7 +207,6 @@ class EngineInfo(_message.Message):
     MAX_ADAPTER_RANK_FIELD_NUMBER: _ClassVar[int]
     MAX_RUNNING_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_SOCKET_PATH_FIELD_NUMBER: _ClassVar[int]
-    MEMORY_FIELD_NUMBER: _ClassVar[int]
     base_model: _common_pb2.BaseModel
     boot_id: str
     device: str
@@ -209,24 +218,7 @@ class EngineInfo(_message.Message):
     max_adapter_rank: int
     max_running: int
     adapter_socket_path: str
-    memory: MemoryParts
-    def __init__(self, base_model: _Optional[_Union[_common_pb2.BaseModel, _Mapping]] = ..., boot_id: _Optional[str] = ..., device: _Optional[str] = ..., dtype: _Optional[str] = ..., page_tokens: _Optional[int] = ..., num_pages: _Optional[int] = ..., num_state_slots: _Optional[int] = ..., num_adapter_slots: _Optional[int] = ..., max_adapter_rank: _Optional[int] = ..., max_running: _Optional[int] = ..., adapter_socket_path: _Optional[str] = ..., memory: _Optional[_Union[MemoryParts, _Mapping]] = ...) -> None: ...
-
-class MemoryParts(_message.Message):
-    __slots__ = ("num_weights_bytes", "num_kv_bytes", "num_state_bytes", "num_adapter_bytes", "num_workspace_bytes", "num_device_bytes")
-    NUM_WEIGHTS_BYTES_FIELD_NUMBER: _ClassVar[int]
-    NUM_KV_BYTES_FIELD_NUMBER: _ClassVar[int]
-    NUM_STATE_BYTES_FIELD_NUMBER: _ClassVar[int]
-    NUM_ADAPTER_BYTES_FIELD_NUMBER: _ClassVar[int]
-    NUM_WORKSPACE_BYTES_FIELD_NUMBER: _ClassVar[int]
-    NUM_DEVICE_BYTES_FIELD_NUMBER: _ClassVar[int]
-    num_weights_bytes: int
-    num_kv_bytes: int
-    num_state_bytes: int
-    num_adapter_bytes: int
-    num_workspace_bytes: int
-    num_device_bytes: int
-    def __init__(self, num_weights_bytes: _Optional[int] = ..., num_kv_bytes: _Optional[int] = ..., num_state_bytes: _Optional[int] = ..., num_adapter_bytes: _Optional[int] = ..., num_workspace_bytes: _Optional[int] = ..., num_device_bytes: _Optional[int] = ...) -> None: ...
+    def __init__(self, base_model: _Optional[_Union[_common_pb2.BaseModel, _Mapping]] = ..., boot_id: _Optional[str] = ..., device: _Optional[str] = ..., dtype: _Optional[str] = ..., page_tokens: _Optional[int] = ..., num_pages: _Optional[int] = ..., num_state_slots: _Optional[int] = ..., num_adapter_slots: _Optional[int] = ..., max_adapter_rank: _Optional[int] = ..., max_running: _Optional[int] = ..., adapter_socket_path: _Optional[str] = ...) -> None: ...
 
 class ResidentAdapter(_message.Message):
     __slots__ = ("adapter", "slot", "num_pins")

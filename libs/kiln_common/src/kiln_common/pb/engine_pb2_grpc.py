@@ -128,7 +128,8 @@ class EngineServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Drain(self, request, context):
-        """Stops accepting requests and answers when the running ones have ended or the deadline passed.
+        """Stops accepting requests and answers when the running ones have ended. Those that have not by the
+        deadline end with the error "answer_handed_back": another engine can go on with them.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

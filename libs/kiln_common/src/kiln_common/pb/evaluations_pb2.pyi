@@ -142,18 +142,34 @@ class GetRunRequest(_message.Message):
     def __init__(self, id: _Optional[str] = ..., owner: _Optional[str] = ..., with_cases: bool = ...) -> None: ...
 
 class ListRunsRequest(_message.Message):
-    __slots__ = ("owner", "adapters")
+    __slots__ = ("owner", "adapters", "statuses", "limit")
     OWNER_FIELD_NUMBER: _ClassVar[int]
     ADAPTERS_FIELD_NUMBER: _ClassVar[int]
+    STATUSES_FIELD_NUMBER: _ClassVar[int]
+    LIMIT_FIELD_NUMBER: _ClassVar[int]
     owner: str
     adapters: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, owner: _Optional[str] = ..., adapters: _Optional[_Iterable[str]] = ...) -> None: ...
+    statuses: _containers.RepeatedScalarFieldContainer[str]
+    limit: int
+    def __init__(self, owner: _Optional[str] = ..., adapters: _Optional[_Iterable[str]] = ..., statuses: _Optional[_Iterable[str]] = ..., limit: _Optional[int] = ...) -> None: ...
 
 class ListRunsResponse(_message.Message):
     __slots__ = ("runs",)
     RUNS_FIELD_NUMBER: _ClassVar[int]
     runs: _containers.RepeatedCompositeFieldContainer[EvalRun]
     def __init__(self, runs: _Optional[_Iterable[_Union[EvalRun, _Mapping]]] = ...) -> None: ...
+
+class DeleteRunRequest(_message.Message):
+    __slots__ = ("id", "owner")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    OWNER_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    owner: str
+    def __init__(self, id: _Optional[str] = ..., owner: _Optional[str] = ...) -> None: ...
+
+class DeleteRunResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class ClaimRunRequest(_message.Message):
     __slots__ = ("lease_s",)

@@ -64,6 +64,11 @@ class EvaluationsStub(object):
                 request_serializer=kiln_dot_v1_dot_evaluations__pb2.ListRunsRequest.SerializeToString,
                 response_deserializer=kiln_dot_v1_dot_evaluations__pb2.ListRunsResponse.FromString,
                 _registered_method=True)
+        self.DeleteRun = channel.unary_unary(
+                '/kiln.v1.Evaluations/DeleteRun',
+                request_serializer=kiln_dot_v1_dot_evaluations__pb2.DeleteRunRequest.SerializeToString,
+                response_deserializer=kiln_dot_v1_dot_evaluations__pb2.DeleteRunResponse.FromString,
+                _registered_method=True)
         self.ClaimRun = channel.unary_unary(
                 '/kiln.v1.Evaluations/ClaimRun',
                 request_serializer=kiln_dot_v1_dot_evaluations__pb2.ClaimRunRequest.SerializeToString,
@@ -119,7 +124,14 @@ class EvaluationsServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ListRuns(self, request, context):
-        """The newest runs of an owner that succeeded, newest first, without their cases.
+        """The newest runs of an owner, newest first, without their cases.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteRun(self, request, context):
+        """Forgets a run and its cases. One that is carried out ends: its runner finds its claim lost.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -178,6 +190,11 @@ def add_EvaluationsServicer_to_server(servicer, server):
                     servicer.ListRuns,
                     request_deserializer=kiln_dot_v1_dot_evaluations__pb2.ListRunsRequest.FromString,
                     response_serializer=kiln_dot_v1_dot_evaluations__pb2.ListRunsResponse.SerializeToString,
+            ),
+            'DeleteRun': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteRun,
+                    request_deserializer=kiln_dot_v1_dot_evaluations__pb2.DeleteRunRequest.FromString,
+                    response_serializer=kiln_dot_v1_dot_evaluations__pb2.DeleteRunResponse.SerializeToString,
             ),
             'ClaimRun': grpc.unary_unary_rpc_method_handler(
                     servicer.ClaimRun,
@@ -357,6 +374,33 @@ class Evaluations(object):
             '/kiln.v1.Evaluations/ListRuns',
             kiln_dot_v1_dot_evaluations__pb2.ListRunsRequest.SerializeToString,
             kiln_dot_v1_dot_evaluations__pb2.ListRunsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteRun(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kiln.v1.Evaluations/DeleteRun',
+            kiln_dot_v1_dot_evaluations__pb2.DeleteRunRequest.SerializeToString,
+            kiln_dot_v1_dot_evaluations__pb2.DeleteRunResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -43,7 +43,7 @@ class OptimizerConfig(_message.Message):
     def __init__(self, learning_rate: _Optional[float] = ..., weight_decay: _Optional[float] = ..., max_grad_norm: _Optional[float] = ..., warmup_ratio: _Optional[float] = ..., schedule: _Optional[str] = ..., adam_beta1: _Optional[float] = ..., adam_beta2: _Optional[float] = ..., adam_eps: _Optional[float] = ..., type: _Optional[str] = ...) -> None: ...
 
 class JobConfig(_message.Message):
-    __slots__ = ("adapter", "base_adapter", "start_fresh", "lora", "optimizer", "epochs", "batch_tokens", "gradient_accumulation", "seed", "checkpoint_every", "attach", "metadata_json", "publish", "priority", "gate")
+    __slots__ = ("adapter", "base_adapter", "start_fresh", "lora", "optimizer", "epochs", "batch_tokens", "gradient_accumulation", "seed", "checkpoint_every", "attach", "metadata_json", "publish", "priority", "gate", "train_mtp")
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
     BASE_ADAPTER_FIELD_NUMBER: _ClassVar[int]
     START_FRESH_FIELD_NUMBER: _ClassVar[int]
@@ -59,6 +59,7 @@ class JobConfig(_message.Message):
     PUBLISH_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     GATE_FIELD_NUMBER: _ClassVar[int]
+    TRAIN_MTP_FIELD_NUMBER: _ClassVar[int]
     adapter: str
     base_adapter: str
     start_fresh: bool
@@ -74,7 +75,8 @@ class JobConfig(_message.Message):
     publish: str
     priority: int
     gate: Gate
-    def __init__(self, adapter: _Optional[str] = ..., base_adapter: _Optional[str] = ..., start_fresh: bool = ..., lora: _Optional[_Union[LoraConfig, _Mapping]] = ..., optimizer: _Optional[_Union[OptimizerConfig, _Mapping]] = ..., epochs: _Optional[int] = ..., batch_tokens: _Optional[int] = ..., gradient_accumulation: _Optional[int] = ..., seed: _Optional[int] = ..., checkpoint_every: _Optional[int] = ..., attach: bool = ..., metadata_json: _Optional[str] = ..., publish: _Optional[str] = ..., priority: _Optional[int] = ..., gate: _Optional[_Union[Gate, _Mapping]] = ...) -> None: ...
+    train_mtp: bool
+    def __init__(self, adapter: _Optional[str] = ..., base_adapter: _Optional[str] = ..., start_fresh: bool = ..., lora: _Optional[_Union[LoraConfig, _Mapping]] = ..., optimizer: _Optional[_Union[OptimizerConfig, _Mapping]] = ..., epochs: _Optional[int] = ..., batch_tokens: _Optional[int] = ..., gradient_accumulation: _Optional[int] = ..., seed: _Optional[int] = ..., checkpoint_every: _Optional[int] = ..., attach: bool = ..., metadata_json: _Optional[str] = ..., publish: _Optional[str] = ..., priority: _Optional[int] = ..., gate: _Optional[_Union[Gate, _Mapping]] = ..., train_mtp: bool = ...) -> None: ...
 
 class Gate(_message.Message):
     __slots__ = ("suite_id", "suite", "min_score", "settings_json", "owner", "timeout_s")
@@ -167,7 +169,7 @@ class GrpoSpec(_message.Message):
     def __init__(self, groups: _Optional[_Iterable[_Union[GrpoGroup, _Mapping]]] = ..., loss: _Optional[_Union[GrpoLoss, _Mapping]] = ...) -> None: ...
 
 class OpdSettings(_message.Message):
-    __slots__ = ("teacher", "divergence", "beta", "sampling", "samples_per_prompt", "prompts_per_step", "refresh_every")
+    __slots__ = ("teacher", "divergence", "beta", "sampling", "samples_per_prompt", "prompts_per_step", "refresh_every", "teacher_model")
     TEACHER_FIELD_NUMBER: _ClassVar[int]
     DIVERGENCE_FIELD_NUMBER: _ClassVar[int]
     BETA_FIELD_NUMBER: _ClassVar[int]
@@ -175,6 +177,7 @@ class OpdSettings(_message.Message):
     SAMPLES_PER_PROMPT_FIELD_NUMBER: _ClassVar[int]
     PROMPTS_PER_STEP_FIELD_NUMBER: _ClassVar[int]
     REFRESH_EVERY_FIELD_NUMBER: _ClassVar[int]
+    TEACHER_MODEL_FIELD_NUMBER: _ClassVar[int]
     teacher: str
     divergence: str
     beta: float
@@ -182,7 +185,18 @@ class OpdSettings(_message.Message):
     samples_per_prompt: int
     prompts_per_step: int
     refresh_every: int
-    def __init__(self, teacher: _Optional[str] = ..., divergence: _Optional[str] = ..., beta: _Optional[float] = ..., sampling: _Optional[_Union[_engine_pb2.SamplingParams, _Mapping]] = ..., samples_per_prompt: _Optional[int] = ..., prompts_per_step: _Optional[int] = ..., refresh_every: _Optional[int] = ...) -> None: ...
+    teacher_model: TeacherModel
+    def __init__(self, teacher: _Optional[str] = ..., divergence: _Optional[str] = ..., beta: _Optional[float] = ..., sampling: _Optional[_Union[_engine_pb2.SamplingParams, _Mapping]] = ..., samples_per_prompt: _Optional[int] = ..., prompts_per_step: _Optional[int] = ..., refresh_every: _Optional[int] = ..., teacher_model: _Optional[_Union[TeacherModel, _Mapping]] = ...) -> None: ...
+
+class TeacherModel(_message.Message):
+    __slots__ = ("model_id", "model_hash", "top_k")
+    MODEL_ID_FIELD_NUMBER: _ClassVar[int]
+    MODEL_HASH_FIELD_NUMBER: _ClassVar[int]
+    TOP_K_FIELD_NUMBER: _ClassVar[int]
+    model_id: str
+    model_hash: str
+    top_k: int
+    def __init__(self, model_id: _Optional[str] = ..., model_hash: _Optional[str] = ..., top_k: _Optional[int] = ...) -> None: ...
 
 class OpdPrompt(_message.Message):
     __slots__ = ("token_ids",)

@@ -15,7 +15,7 @@ from kiln_nn.lora.peft_format import (
     serialize_adapter,
     write_adapter,
 )
-from kiln_nn.lora.spec import LORA_TARGETS, LoraSpec, adapter_table, lora_shapes
+from kiln_nn.lora.spec import LORA_TARGETS, LoraSpec, adapter_table, lora_shapes, mtp_table
 
 __all__ = [
     "ADAPTER_DTYPES",
@@ -28,6 +28,7 @@ __all__ = [
     "adapter_table",
     "file_header",
     "lora_shapes",
+    "mtp_table",
     "parse_adapter",
     "read_adapter",
     "read_layout",

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -23,7 +23,7 @@ import torch
 from kiln_nn.config import ModelConfig
 from kiln_nn.errors import InvalidAdapter, UnsupportedAdapter, name_list
 from kiln_nn.lora.peft_config import PeftConfig, parse_config
-from kiln_nn.lora.spec import LoraSpec, adapter_table, lora_shapes
+from kiln_nn.lora.spec import LoraSpec, adapter_table, lora_shapes, mtp_table
 from kiln_nn.weights.names import canonical_name
 
 KEY_PREFIX = "base_model.model."
@@ -53,40 +53,52 @@ class AdapterLayout:
     """An adapter of the base model, but for its numbers.
 
     `matrices`: module path -> A [rank, in], B [out, rank]. Layers may be left out (PEFT's
-    layers_to_transform): those stay the base's. Offsets count from `data_start`.
+    layers_to_transform): those stay the base's. `mtp_matrices` are those of the multi-token-prediction
+    layers: of all their linear layers, or of none. Offsets count from `data_start`.
     """
 
     spec: LoraSpec
     base_model_name: str
     matrices: Mapping[str, tuple[Matrix, Matrix]]
+    mtp_matrices: Mapping[str, tuple[Matrix, Matrix]]
     data_start: int
 
     @cached_property
     def dtype(self) -> torch.dtype | None:
         """The number format of all matrices; None when they have several."""
-        found = {matrix.dtype for matrix in self.in_file_order}
+        found = {matrix.dtype for matrix in self._all_in_file_order}
         return found.pop() if len(found) == 1 else None
 
     @cached_property
     def in_file_order(self) -> list[Matrix]:
-        return sorted(chain.from_iterable(self.matrices.values()), key=lambda matrix: matrix.start)
+        """The main model's matrices."""
+        return _by_start(self.matrices.values())
+
+    @cached_property
+    def _all_in_file_order(self) -> list[Matrix]:
+        return _by_start((*self.matrices.values(), *self.mtp_matrices.values()))
 
     def views(self, file_u8: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """Every matrix as a tensor over the file's bytes; copied where they are not aligned."""
         data_u8 = file_u8[self.data_start :]
-        return {path: (_view(a, data_u8), _view(b, data_u8)) for path, (a, b) in self.matrices.items()}
+        pairs = {**self.matrices, **self.mtp_matrices}
+        return {path: (_view(a, data_u8), _view(b, data_u8)) for path, (a, b) in pairs.items()}
 
     def check_values(self, file_u8: torch.Tensor) -> None:
         """Raises InvalidAdapter if a number is NaN or infinite; names its matrix."""
         data_u8 = file_u8[self.data_start :]
-        matrices = self.in_file_order
+        matrices = self._all_in_file_order
         if self.dtype is not None:  # the common case, in one pass
             first, last = matrices[0], matrices[-1]
             num_items = (last.start + last.nbytes - first.start) // first.dtype.itemsize
             matrices = [Matrix("", first.start, (num_items,), first.dtype)]
         if not all(_is_finite(_view(matrix, data_u8)) for matrix in matrices):
-            bad = (m.name for m in self.in_file_order if not _is_finite(_view(m, data_u8)))
+            bad = (m.name for m in self._all_in_file_order if not _is_finite(_view(m, data_u8)))
             raise InvalidAdapter(f"{next(bad)} holds NaN or infinity")
+
+
+def _by_start(pairs: Iterable[tuple[Matrix, Matrix]]) -> list[Matrix]:
+    return sorted(chain.from_iterable(pairs), key=lambda matrix: matrix.start)
 
 
 def file_header(file_u8: torch.Tensor) -> bytes:
@@ -110,16 +122,24 @@ def read_layout(
     config = parse_config(config_text)
     data_start = _LENGTH_BYTES + len(header)
     entries = _entries(header, num_file_bytes - data_start)
-    table = adapter_table(model)
-    sides = _sort_by_module(entries, table)
-    matrices = {
-        path: _checked_pair(path, sides[path], table[path], config.rank) for path in table if path in sides
-    }
+    table, of_mtp = adapter_table(model), mtp_table(model)
+    sides = _sort_by_module(entries, {**table, **of_mtp})
+
+    def found(part: Mapping[str, tuple[int, int]]) -> dict[str, tuple[Matrix, Matrix]]:
+        return {
+            path: _checked_pair(path, sides[path], part[path], config.rank) for path in part if path in sides
+        }
+
+    matrices, mtp_matrices = found(table), found(of_mtp)
     if not matrices:
-        raise InvalidAdapter("the adapter has no tensors")
+        raise InvalidAdapter("the adapter has no tensors of the main model")
     _check_complete(config, matrices, table)
-    spec = LoraSpec(config.rank, config.alpha, _targets_of(matrices, config, model))
-    return AdapterLayout(spec, config.base_model_name, matrices, data_start)
+    if mtp_matrices and mtp_matrices.keys() != of_mtp.keys():
+        missing = [path for path in of_mtp if path not in mtp_matrices]
+        raise InvalidAdapter(f"the adapter lacks layers of the multi-token prediction: {name_list(missing)}")
+    targets = _targets_of(matrices, config, model)
+    spec = LoraSpec(config.rank, config.alpha, targets, with_mtp=bool(mtp_matrices))
+    return AdapterLayout(spec, config.base_model_name, matrices, mtp_matrices, data_start)
 
 
 def _view(matrix: Matrix, data_u8: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ import torch
 from kiln_nn.errors import InvalidAdapter
 from kiln_nn.lora.adapter_layout import KEY_PREFIX
 from kiln_nn.lora.peft_config import config_json
-from kiln_nn.lora.spec import LoraSpec
+from kiln_nn.lora.spec import LoraSpec, target_modules
 
 _ALIGNMENT = 8
 
@@ -48,9 +48,7 @@ class PackedAdapter:
             bad = next(name for name in names if not bool(stored[name].isfinite().all()))
             raise InvalidAdapter(f"{bad} holds NaN or infinity")
         self._header = _header({name: stored[name] for name in names})
-        self.config_json = config_json(
-            spec, sorted({path.rpartition(".")[2] for path in tensors}), base_model_name
-        )
+        self.config_json = config_json(spec, target_modules(tensors), base_model_name)
 
     @property
     def nbytes(self) -> int:

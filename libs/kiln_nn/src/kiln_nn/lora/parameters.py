@@ -17,7 +17,7 @@ from kiln_nn.errors import InvalidAdapter, name_list
 from kiln_nn.kernels.lora import AdapterCopies, adapted_linears
 from kiln_nn.lora.dropout import LoraDropout
 from kiln_nn.lora.peft_format import AdapterTensors
-from kiln_nn.lora.spec import LoraSpec, lora_shapes
+from kiln_nn.lora.spec import LoraSpec, is_mtp, lora_shapes
 
 _SIDES = ("lora_A", "lora_B")
 
@@ -51,14 +51,10 @@ class LoraParameters:
 
         The draws are made on the CPU in float32: one seed gives one adapter on every device.
         """
-        generator = torch.Generator().manual_seed(seed)
-        tensors = {}
-        for path, (num_inputs, num_outputs) in lora_shapes(config, spec).items():
-            uniform = torch.rand(spec.rank, num_inputs, generator=generator)
-            a = (2 * uniform - 1) / num_inputs**0.5
-            b = torch.zeros(num_outputs, spec.rank)
-            tensors[path] = (a.to(device, dtype), b.to(device, dtype))
-        return cls(spec, tensors)
+        tensors = fresh_tensors(lora_shapes(config, spec), spec.rank, seed)
+        return cls(
+            spec, {path: (a.to(device, dtype), b.to(device, dtype)) for path, (a, b) in tensors.items()}
+        )
 
     @classmethod
     def from_tensors(
@@ -116,6 +112,10 @@ class LoraParameters:
         """The parameters, for an optimiser."""
         return [parameter for _, parameter in self.named_parameters()]
 
+    def parameters_of_mtp(self) -> list[torch.nn.Parameter]:
+        """Those of the multi-token-prediction layers; they learn from a loss of their own."""
+        return [parameter for path, pair in self._pairs.items() if is_mtp(path) for parameter in pair]
+
     def tensors(self) -> AdapterTensors:
         """The present values by module path, detached and not copied: what `write_adapter` takes."""
         return {path: (a.detach(), b.detach()) for path, (a, b) in self._pairs.items()}
@@ -138,6 +138,16 @@ class LoraParameters:
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(state[name])
+
+
+def fresh_tensors(shapes: Mapping[str, tuple[int, int]], rank: int, seed: int) -> AdapterTensors:
+    """A and B of an adapter that has learned nothing, for layers of (inputs, outputs) by module path."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for path, (num_inputs, num_outputs) in shapes.items():
+        uniform = torch.rand(rank, num_inputs, generator=generator)
+        tensors[path] = ((2 * uniform - 1) / num_inputs**0.5, torch.zeros(num_outputs, rank))
+    return tensors
 
 
 class _Copies:

@@ -17,7 +17,7 @@ from kiln_nn.config import ModelConfig
 from kiln_nn.errors import InvalidAdapter, UnsafeCheckpoint
 from kiln_nn.lora.adapter_layout import ADAPTER_DTYPES, KEY_PREFIX, file_header, read_layout
 from kiln_nn.lora.peft_config import config_json
-from kiln_nn.lora.spec import LoraSpec
+from kiln_nn.lora.spec import LoraSpec, target_modules
 from kiln_nn.weights.host_memory import readonly_u8
 
 CONFIG_FILE = "adapter_config.json"
@@ -76,8 +76,8 @@ def serialize_adapter(
         for side, tensor in (("lora_A", a), ("lora_B", b)):
             _check_values(f"{path}.{side}", tensor)
             stored[f"{KEY_PREFIX}{path}.{side}.weight"] = tensor.detach().cpu().contiguous()
-    target_modules = sorted({path.rpartition(".")[2] for path in tensors})
-    return config_json(spec, target_modules, base_model_name), save(stored, metadata={"format": "pt"})
+    config_text = config_json(spec, target_modules(tensors), base_model_name)
+    return config_text, save(stored, metadata={"format": "pt"})
 
 
 def read_adapter(folder: str | Path, model: ModelConfig) -> Adapter:

@@ -15,6 +15,7 @@ from kiln_nn.config import ModelConfig
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
+MTP_PREFIX = "mtp."
 
 _NESTED_PREFIX = "model.language_model."
 _VISION_PREFIXES = ("model.visual.", "visual.")

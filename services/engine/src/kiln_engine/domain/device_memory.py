@@ -12,8 +12,8 @@ def _unknown() -> tuple[int, int]:
 
 @dataclass(frozen=True, slots=True)
 class DeviceMemory:
-    """`parts` are bytes by use, fixed at the start. `read` asks the device for its free and total bytes,
-    zeros on a CPU; it may be called from any thread and takes less than a millisecond."""
+    """`parts` are bytes by use, fixed at the start. `read` asks the device for its free and total bytes;
+    it may be called from any thread and takes less than a millisecond."""
 
     parts: Mapping[str, int] = field(default_factory=dict)
     read: Callable[[], tuple[int, int]] = _unknown

@@ -48,6 +48,13 @@ class EngineDraining(Unavailable):
     hint = "The engine is being stopped; send the request to another one or try again in a moment."
 
 
+class AnswerHandedBack(Unavailable):
+    """The engine stops before the answer has ended. A gateway goes on with it on another engine."""
+
+    code = "answer_handed_back"
+    hint = "No other engine was there to go on with the answer; try again in a moment."
+
+
 class EngineFailed(Unavailable):
     """The forward pass that the request was part of failed, or the engine is about to be restarted."""
 

@@ -44,6 +44,8 @@ class GenerationRequest:
     request_id: str
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams
+    # Of the completion, drawn by another engine before this one took it over.
+    resumed_token_ids: tuple[int, ...] = ()
     adapters: tuple[AdapterUse, ...] = ()
     rules: OutputRules | None = None
     num_stable_prefix_tokens: int = 0
@@ -52,10 +54,23 @@ class GenerationRequest:
     priority: int = 0
     # Alternatives to report with each prompt token's log-probability; None reports neither.
     num_prompt_logprobs: int | None = None
+    # The first prompt token, counted from 0, that is reported.
+    first_prompt_logprob: int = 1
+    # Report the alternatives as two runs of numbers, not one by one.
+    packs_prompt_logprobs: bool = False
     wants_embedding: bool = False
     # Absolute times on the loop's clock, in seconds; deadline_s is None without a limit.
     arrival_s: float = 0.0
     deadline_s: float | None = None
+
+    @property
+    def known_token_ids(self) -> tuple[int, ...]:
+        """What is there before the first token is drawn."""
+        return self.prompt_token_ids + self.resumed_token_ids
+
+    @property
+    def num_known_tokens(self) -> int:
+        return len(self.prompt_token_ids) + len(self.resumed_token_ids)
 
     @property
     def uses_prefix_cache(self) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from array import array
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -35,6 +37,31 @@ class RowResult:
 
 
 @dataclass(frozen=True, slots=True)
+class PackedTop:
+    """For each of some tokens its `num_top` alternatives, best first: native int32 ids, float32 logprobs."""
+
+    num_top: int
+    token_ids: bytes
+    logprobs: bytes
+
+    @classmethod
+    def of(cls, rows: Iterable[Sequence[tuple[int, float]]]) -> PackedTop:
+        """Pack (token id, logprob) pairs, as many for each token."""
+        rows = [*rows]
+        ids, logprobs = (
+            array(code, (pair[i] for row in rows for pair in row)) for i, code in enumerate("if")
+        )
+        return cls(len(rows[0]) if rows else 0, ids.tobytes(), logprobs.tobytes())
+
+    def rows(self) -> list[tuple[tuple[int, float], ...]]:
+        """The pairs of each token."""
+        if not self.num_top:
+            return []
+        pairs = [*zip(array("i", self.token_ids), array("f", self.logprobs), strict=True)]
+        return [tuple(pairs[i : i + self.num_top]) for i in range(0, len(pairs), self.num_top)]
+
+
+@dataclass(frozen=True, slots=True)
 class VerifyResult:
     """The tokens one verify row has drawn, in order: those its drafts had guessed, and the one after them."""
 
@@ -49,8 +76,8 @@ class ReadoutResult:
     sequence_id: int
     # log p of each target at temperature 1, nothing filtered; not finite where the logits were not.
     logprobs: tuple[float, ...] = ()
-    # For each target (token id, logprob), best first.
-    top_logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()
+    # For each target.
+    top: PackedTop = PackedTop(0, b"", b"")
     # Of length 1; empty unless it was wanted.
     embedding: tuple[float, ...] = ()
 
@@ -86,5 +113,6 @@ class SequenceEvent:
     seed: int = 0
     # Set with the first token that other adapters drew than those before it.
     moved_to: tuple[AdapterVersion, ...] = ()
-    # What a chunk of the prompt told, where that was asked for.
+    # What a chunk of the prompt told, where that was asked for; `packs_readout`: as the request wants it.
     readout: ReadoutResult | None = None
+    packs_readout: bool = False

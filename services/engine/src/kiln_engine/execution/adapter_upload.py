@@ -145,13 +145,14 @@ class AdapterUploader:
 
 
 def _pieces(matrices: list[Matrix], most_bytes: int) -> list[_Piece]:
-    """Runs of matrices, back to back in the file, of at most so many bytes."""
+    """Runs of matrices in the file's order, of at most so many bytes with what lies between them."""
     pieces: list[_Piece] = []
     first, start = 0, matrices[0].start
+    stop = start
     for number, matrix in enumerate(matrices):
         if matrix.start + matrix.nbytes - start > most_bytes:
-            pieces.append(_Piece(first, number, start, matrix.start))
+            pieces.append(_Piece(first, number, start, stop))
             first, start = number, matrix.start
-    last = matrices[-1]
-    pieces.append(_Piece(first, len(matrices), start, last.start + last.nbytes))
+        stop = matrix.start + matrix.nbytes
+    pieces.append(_Piece(first, len(matrices), start, stop))
     return pieces

@@ -23,6 +23,10 @@ class HostCopy:
 
     def wait(self) -> Any:
         """The numbers as nested lists."""
+        return self.tensor().tolist()
+
+    def tensor(self) -> torch.Tensor:
+        """The numbers on the CPU."""
         if self._arrived is not None:
             self._arrived.synchronize()
-        return self._host.tolist()
+        return self._host

@@ -13,7 +13,7 @@ from itertools import accumulate
 import torch
 
 from kiln_engine.domain.plan import BatchPlan, PrefillChunk
-from kiln_engine.domain.result import ReadoutResult
+from kiln_engine.domain.result import PackedTop, ReadoutResult
 from kiln_engine.execution.host_copy import HostCopy
 from kiln_engine.model import to_device
 
@@ -36,27 +36,27 @@ class PendingReadouts:
 
     def wait(self) -> tuple[ReadoutResult, ...]:
         """One result for each chunk that is read out."""
-        lines, embeddings = iter(self._targets.wait()), iter(self._embeddings.wait())
-        results = []
+        lines_NF, embeddings = self._targets.tensor(), iter(self._embeddings.wait())
+        results, begin = [], 0
         for chunk in self._chunks:
             assert chunk.readout is not None
-            own = [next(lines) for _ in chunk.readout.target_ids]
-            num_top = chunk.readout.num_top_logprobs
+            own_NF = lines_NF[begin : begin + len(chunk.readout.target_ids)]
+            begin += len(chunk.readout.target_ids)
             results.append(
                 ReadoutResult(
                     chunk.sequence_id,
-                    logprobs=tuple(line[0] for line in own),
-                    top_logprobs=tuple(_alternatives(line, num_top) for line in own) if num_top else (),
+                    logprobs=tuple(own_NF[:, 0].tolist()),
+                    top=_packed_top(own_NF, chunk.readout.num_top_logprobs),
                     embedding=tuple(next(embeddings)) if chunk.readout.wants_embedding else (),
                 )
             )
         return tuple(results)
 
 
-def _alternatives(line: list[float], num_top: int) -> tuple[tuple[int, float], ...]:
-    most = (len(line) - 1) // 2
-    ids, logprobs = line[1 : 1 + num_top], line[1 + most : 1 + most + num_top]
-    return tuple((int(token_id), logprob) for token_id, logprob in zip(ids, logprobs, strict=True))
+def _packed_top(lines_NF: torch.Tensor, num_top: int) -> PackedTop:
+    most = (lines_NF.shape[1] - 1) // 2
+    ids, logprobs = lines_NF[:, 1 : 1 + num_top], lines_NF[:, 1 + most : 1 + most + num_top]
+    return PackedTop(num_top, ids.to(torch.int32).numpy().tobytes(), logprobs.numpy().tobytes())
 
 
 def read_out(plan: BatchPlan, hidden_TD: torch.Tensor, head: Head, most_rows: int) -> PendingReadouts:

@@ -68,6 +68,7 @@ class SequenceBook:
         Raises:
             DuplicateRequestId: a request of this id is alive.
             EmptyPrompt, PromptTooLong: it could never produce a token.
+            GrammarFailed: what it resumes does not follow its grammar.
         """
         if request.request_id in self._by_request_id:
             raise DuplicateRequestId(request.request_id)

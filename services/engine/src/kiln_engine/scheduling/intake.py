@@ -23,11 +23,12 @@ def new_sequence(
 
     Raises:
         EmptyPrompt, PromptTooLong: it could never produce a token.
+        GrammarFailed: what it resumes does not follow its grammar.
     """
     if not request.prompt_token_ids:
         raise EmptyPrompt("the prompt has no tokens")
-    if len(request.prompt_token_ids) >= limits.max_num_tokens:
-        raise PromptTooLong(len(request.prompt_token_ids), limits.max_num_tokens - 1)
+    if request.num_known_tokens >= limits.max_num_tokens:
+        raise PromptTooLong(request.num_known_tokens, limits.max_num_tokens - 1)
     namespace = Namespace(request.adapters, request.cache_salt)
     cacheable = request.prompt_token_ids if request.uses_prefix_cache else ()
     return Sequence(
@@ -36,7 +37,7 @@ def new_sequence(
         adapter_slots=adapter_slots,
         namespace=namespace,
         page_hashes=hash_pages(namespace, cacheable, limits.page_tokens),
-        tokens=list(request.prompt_token_ids),
+        tokens=list(request.known_token_ids),
         is_redecoded=limits.fixed_chunk_tokens > 0,
         constraint=start_constraint(request, stop_ids(request.sampling, eos_token_ids)),
     )

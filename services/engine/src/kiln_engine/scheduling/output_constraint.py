@@ -11,10 +11,17 @@ from kiln_engine.domain.request import GenerationRequest
 
 
 def start_constraint(request: GenerationRequest, stop_ids: frozenset[int]) -> OutputConstraint | None:
-    """What a request's rules make of its completion's first token; None without rules."""
+    """What a request's rules make of the first token to be drawn; None without rules.
+
+    Raises:
+        GrammarFailed: the tokens that another engine drew do not follow the grammar.
+    """
     if request.rules is None:
         return None
-    return OutputConstraint(request.rules, stop_ids, request.sampling.min_tokens)
+    constraint = OutputConstraint(request.rules, stop_ids, request.sampling.min_tokens)
+    for token_id in request.resumed_token_ids:
+        constraint.advance(token_id)
+    return constraint
 
 
 class OutputConstraint:

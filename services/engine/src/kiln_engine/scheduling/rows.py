@@ -107,7 +107,7 @@ def _readout(sequence: Sequence, start: int, end: int) -> Readout | None:
     request = sequence.request
     if request.uses_prefix_cache:
         return None
-    first = max(start, sequence.num_read_out)
+    first = max(start, sequence.num_read_out, request.first_prompt_logprob - 1)
     wants_logprobs = request.num_prompt_logprobs is not None
     return Readout(
         first=first - start,

@@ -258,10 +258,10 @@ class Scheduler(SequenceBook):
             want_checkpoints(sequence, branches, self.limits)
         self.counters.num_tokens_lost_for_want_of_checkpoint += num_matched - num_hit
         if sequence.num_cached_tokens is None:
-            sequence.num_cached_tokens = num_hit
+            sequence.num_cached_tokens = min(num_hit, sequence.num_prompt_tokens)
             sequence.first_scheduled_s = now
             self.counters.num_prompt_tokens += sequence.num_prompt_tokens
-            self.counters.num_cached_tokens += num_hit
+            self.counters.num_cached_tokens += sequence.num_cached_tokens
         return True
 
     def _take_verified(self, verify: VerifyRow, verified: VerifyResult) -> list[SequenceEvent]:
@@ -289,7 +289,7 @@ class Scheduler(SequenceBook):
                 sequence.constraint.advance(row.token_id)
             except KilnError as error:
                 return self._fail(sequence, error)
-        is_first = sequence.num_outputs == 0
+        is_first = len(sequence.tokens) == sequence.request.num_known_tokens
         sequence.tokens.append(row.token_id)
         self.counters.num_generated_tokens += 1
         request = sequence.request
@@ -309,7 +309,9 @@ class Scheduler(SequenceBook):
             return self._fail(sequence, NonFiniteLogits(sequence.num_computed))
         sequence.num_read_out = max(sequence.num_read_out, sequence.num_computed)
         request = sequence.request
-        event = SequenceEvent(request.request_id, readout=readout)
+        event = SequenceEvent(
+            request.request_id, readout=readout, packs_readout=request.packs_prompt_logprobs
+        )
         if request.sampling.max_tokens or sequence.num_computed < sequence.num_prompt_tokens:
             return event
         self._end(sequence)

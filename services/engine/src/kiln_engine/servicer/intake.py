@@ -12,7 +12,12 @@ import structlog
 from kiln_common.errors import DeadlineExceeded, DuplicateRequestId, KilnError
 from kiln_common.pb import engine_pb2
 from kiln_engine.domain.adapter import AdapterVersion
-from kiln_engine.domain.errors import AdapterUnavailable, EngineDraining, GrammarsUnavailable
+from kiln_engine.domain.errors import (
+    AdapterUnavailable,
+    AnswerHandedBack,
+    EngineDraining,
+    GrammarsUnavailable,
+)
 from kiln_engine.domain.output_rules import OutputRules
 from kiln_engine.domain.ports import AdapterResidency, Clock, GrammarCompiler
 from kiln_engine.domain.request import GenerationRequest
@@ -48,6 +53,7 @@ class RequestIntake:
     is_draining: bool = False
     on_draining: Callable[[], None] = lambda: None
     _live: dict[str, LiveRequest] = field(default_factory=dict)
+    _num_handed_back: int = 0
     _is_empty: asyncio.Event = field(default_factory=asyncio.Event)
     followers: Followers = field(init=False)
     _asyncio_loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
@@ -118,25 +124,28 @@ class RequestIntake:
         return len(chosen)
 
     async def drain(self, deadline_s: float) -> tuple[int, int]:
-        """Take no new requests, let the live ones end, and after `deadline_s` seconds end what is left.
+        """Take no new requests, let the live ones end, and after `deadline_s` seconds hand back the rest.
 
-        Those get an error, so that nobody takes the beginning of an answer for the whole.
+        A gateway has another engine go on behind the last token it was sent. Called again, with less
+        time, it hands back sooner.
 
-        Returns how many ended by themselves and how many were aborted.
+        Returns how many ended by themselves and how many were handed back.
         """
         self.is_draining = True
         self.on_draining()
-        num_before = self.num_live
-        num_aborted = 0
+        num_before, num_returned_before = self.num_live, self._num_handed_back
         if num_before:
             self._is_empty.clear()
             try:
                 await asyncio.wait_for(self._is_empty.wait(), deadline_s)
             except TimeoutError:
-                num_aborted = self.abort_all(error=EngineDraining("the engine stopped before the end"))
+                self._num_handed_back += self.abort_all(
+                    error=AnswerHandedBack("the engine stopped before the end")
+                )
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._is_empty.wait(), _ABORT_WAIT_S)
-        return num_before - num_aborted, num_aborted
+        num_handed_back = self._num_handed_back - num_returned_before
+        return num_before - num_handed_back, num_handed_back
 
     def ended(self, request_ids: list[str]) -> None:
         """The loop is done with these requests. Called on the loop's thread."""

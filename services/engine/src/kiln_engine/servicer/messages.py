@@ -41,7 +41,7 @@ def _add(output: engine_pb2.SequenceOutput, event: SequenceEvent) -> None:
     if event.row is not None:
         _add_row(output, event.row)
     if event.readout is not None:
-        _add_readout(output, event.readout)
+        _add_readout(output, event.readout, is_packed=event.packs_readout)
     if event.error is not None:
         output.error.CopyFrom(to_error_detail(event.error))
     if event.is_first:
@@ -60,9 +60,13 @@ def _add_row(output: engine_pb2.SequenceOutput, row: RowResult) -> None:
         output.top_logprobs.append(_top_logprobs(row.top_logprobs))
 
 
-def _add_readout(output: engine_pb2.SequenceOutput, readout: ReadoutResult) -> None:
+def _add_readout(output: engine_pb2.SequenceOutput, readout: ReadoutResult, *, is_packed: bool) -> None:
     output.prompt_logprobs.extend(readout.logprobs)
-    output.top_prompt_logprobs.extend(map(_top_logprobs, readout.top_logprobs))
+    if is_packed:
+        output.packed_top_token_ids = readout.top.token_ids
+        output.packed_top_logprobs = readout.top.logprobs
+    else:
+        output.top_prompt_logprobs.extend(map(_top_logprobs, readout.top.rows()))
     output.embedding.extend(readout.embedding)
 
 

@@ -141,8 +141,8 @@ class EngineServicer(engine_pb2_grpc.EngineServicer):
     ) -> engine_pb2.DrainResponse:
         if not 0 <= request.deadline_s <= 3600:
             raise InvalidValue(f"deadline_s is {request.deadline_s}; it must be between 0 and 3600")
-        num_finished, num_aborted = await self._intake.drain(request.deadline_s)
-        return engine_pb2.DrainResponse(num_finished=num_finished, num_aborted=num_aborted)
+        num_finished, num_handed_back = await self._intake.drain(request.deadline_s)
+        return engine_pb2.DrainResponse(num_finished=num_finished, num_aborted=num_handed_back)
 
     def _open_traces(self) -> SessionTraces | None:
         return SessionTraces(self._awaited) if tracing.is_on() else None

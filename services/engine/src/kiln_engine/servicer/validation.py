@@ -16,6 +16,8 @@ from kiln_engine.domain.output_rules import ThinkingRules
 from kiln_engine.domain.request import AdapterUse, GenerationRequest, SamplingParams
 
 MAX_TOP_LOGPROBS = 20
+# Of prompts whose alternatives are packed: they cost the loop's thread one copy, whatever their number.
+MAX_PACKED_LOGPROBS = 256
 _MAX_TIMEOUT_S = 7 * 24 * 3600.0
 
 
@@ -51,14 +53,21 @@ def parse_request(
         _check(
             message.sampling.max_tokens == 0, "max_tokens", message.sampling.max_tokens, "0 for an embedding"
         )
+    resumed = _parse_resumed(message, limits)
     num_top = message.num_prompt_logprobs
-    _check(0 <= num_top <= MAX_TOP_LOGPROBS, "num_prompt_logprobs", num_top, f"0 to {MAX_TOP_LOGPROBS}")
+    most = MAX_PACKED_LOGPROBS if message.packs_prompt_logprobs else MAX_TOP_LOGPROBS
+    _check(0 <= num_top <= most, "num_prompt_logprobs", num_top, f"0 to {most}")
+    first = message.first_prompt_logprob
+    _check(
+        0 <= first < len(prompt), "first_prompt_logprob", first, f"below {len(prompt)}, the prompt's length"
+    )
     timeout_s = message.timeout_s
     _check(0 <= timeout_s <= _MAX_TIMEOUT_S, "timeout_s", timeout_s, f"between 0 and {_MAX_TIMEOUT_S:.0f}")
     return GenerationRequest(
         request_id=message.request_id,
         prompt_token_ids=prompt,
         sampling=_parse_sampling(message.sampling, limits, least_tokens=0 if is_read_out else 1),
+        resumed_token_ids=resumed,
         adapters=tuple(parse_adapter_use(adapter) for adapter in message.adapters),
         num_stable_prefix_tokens=message.num_stable_prefix_tokens,
         num_shared_prefix_tokens=message.num_shared_prefix_tokens,
@@ -67,6 +76,8 @@ def parse_request(
         num_prompt_logprobs=min(num_top, limits.vocab_size)
         if message.HasField("num_prompt_logprobs")
         else None,
+        first_prompt_logprob=max(first, 1),
+        packs_prompt_logprobs=message.packs_prompt_logprobs,
         wants_embedding=message.wants_embedding,
         arrival_s=now,
         deadline_s=now + timeout_s if timeout_s else None,
@@ -126,6 +137,22 @@ def _check_prompt(prompt: tuple[int, ...], limits: RequestLimits) -> None:
     if len(prompt) >= limits.max_num_tokens:
         raise PromptTooLong(len(prompt), limits.max_num_tokens - 1)
     _check_ids(prompt, "prompt_token_ids", limits.vocab_size)
+
+
+def _parse_resumed(message: engine_pb2.GenerateRequest, limits: RequestLimits) -> tuple[int, ...]:
+    """The beginning of an answer that another engine handed back; it must leave a token to draw."""
+    resumed = tuple(message.resumed_token_ids)
+    if not resumed:
+        return ()
+    _check_ids(resumed, "resumed_token_ids", limits.vocab_size)
+    num_left = limits.max_num_tokens - len(message.prompt_token_ids)
+    most = min(message.sampling.max_tokens, num_left) - 1
+    _check(len(resumed) <= most, "resumed_token_ids", f"{len(resumed)} tokens long", f"at most {most}")
+    is_read_out = message.HasField("num_prompt_logprobs")
+    _check(
+        not is_read_out, "num_prompt_logprobs", message.num_prompt_logprobs, "left out of a resumed answer"
+    )
+    return resumed
 
 
 def _parse_sampling(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from kiln_engine.domain.plan import BatchPlan, DecodeRow, PrefillChunk, RowSampling, VerifyRow
-from kiln_engine.domain.result import ReadoutResult, RowResult, StepResult, VerifyResult
+from kiln_engine.domain.result import PackedTop, ReadoutResult, RowResult, StepResult, VerifyResult
 
 
 class WrongPlan(AssertionError):
@@ -215,9 +215,7 @@ def _read_out(chunk: PrefillChunk) -> ReadoutResult:
     return ReadoutResult(
         chunk.sequence_id,
         logprobs=tuple(-1.0 - target for target in targets),
-        top_logprobs=tuple(((target, -1.0),) * readout.num_top_logprobs for target in targets)
-        if readout.num_top_logprobs
-        else (),
+        top=PackedTop.of(((target, -1.0),) * readout.num_top_logprobs for target in targets),
         embedding=(1.0, 0.0) if readout.wants_embedding else (),
     )
 

@@ -8,10 +8,15 @@ import type { Adapter, Version } from "../types";
 import { Badge, Empty, Fact, Problem, useAction } from "../ui";
 import { attach, detach, rollBack } from "../versions";
 import { Difference } from "./difference";
+import { Evaluations, useRuns } from "./evaluations";
+import { Progress } from "./progress";
 
 export function Adapters() {
   const adapters = useStore(feed, (state) => state.adapters);
   const roots = useMemo(() => lineage(adapters), [adapters]);
+  const mayEvaluate = useStore(feed, (state) => state.hello?.scopes.includes("train") ?? false);
+  const evaluations = useRuns(mayEvaluate, adapters);
+  const { runs } = evaluations;
   const moving = useAction();
   if (!adapters.length)
     return (
@@ -43,6 +48,7 @@ export function Adapters() {
         </p>
         <Problem error={moving.error} />
       </section>
+      <Progress adapters={adapters} runs={runs} />
       <section class="card" aria-labelledby="lineage-title">
         <h2 id="lineage-title">Lineage</h2>
         <ul class="tree">
@@ -52,16 +58,16 @@ export function Adapters() {
         </ul>
       </section>
       <Difference adapters={adapters} />
+      {mayEvaluate && <Evaluations runs={runs} error={evaluations.error} look={evaluations.look} />}
     </>
   );
 }
 
 function TreeNode({ node, attached }: { node: VersionNode; attached: Adapter | undefined }) {
-  const { version } = node;
+  const { version, earned } = node;
   const action = useAction();
   const [isOpen, setOpen] = useState(false);
   const isOlder = attached?.name === version.name && version.version < (attached.attached_version ?? 0);
-  const reward = version.metrics.reward_mean;
   return (
     <li>
       <div class={`version-row ${node.isAttached ? "attached" : ""}`}>
@@ -73,7 +79,7 @@ function TreeNode({ node, attached }: { node: VersionNode; attached: Adapter | u
         </div>
         <span class="note">
           {ago(version.created_at)} · rank {version.rank} · {bytes(version.bytes)}
-          {reward !== undefined && ` · reward ${metric(reward)}`}
+          {earned !== undefined && ` · its answers earned ${metric(earned)}`}
         </span>
         <div class="buttons">
           {!node.isAttached && (

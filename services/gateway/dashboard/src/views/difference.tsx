@@ -80,7 +80,9 @@ function NumberSelect(props: {
 
 function Findings({ found }: { found: AdapterDiff }) {
   const most = Math.max(...found.layers.map((layer) => layer.norm_change), Number.MIN_VALUE);
-  const metrics = Object.entries(found.metrics).filter(([, values]) => values.delta);
+  const metrics = Object.entries(found.metrics).filter(
+    ([, values]) => values.delta && metric(values.from) !== metric(values.to),
+  );
   return (
     <div class="findings" role="region" aria-label="Differences">
       <dl class="facts-list">
@@ -112,6 +114,15 @@ function Findings({ found }: { found: AdapterDiff }) {
         {metrics.length > 0 && (
           <table>
             <caption class="note">Metrics that moved</caption>
+            <thead>
+              <tr>
+                <th>
+                  <span class="hidden">Metric</span>
+                </th>
+                <th class="number">{found.from}</th>
+                <th class="number">{found.to}</th>
+              </tr>
+            </thead>
             <tbody>
               {metrics.map(([name, values]) => (
                 <tr key={name}>

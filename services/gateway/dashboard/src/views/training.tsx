@@ -4,10 +4,10 @@ import { call } from "../api";
 import { Chart } from "../chart";
 import { feed, takeJobs } from "../feed";
 import { ago, count, metric, rate, seconds } from "../format";
-import { JobBadge } from "../job_badge";
+import { isHeldBack, JobBadge } from "../job_badge";
 import { useStore } from "../store";
 import type { Job } from "../types";
-import { Empty, Fact, Problem, useAction } from "../ui";
+import { Badge, Empty, Fact, Problem, useAction } from "../ui";
 import { isOver, useWholeJob } from "../whole_job";
 
 export function Training({ jobId }: { jobId: string }) {
@@ -27,7 +27,7 @@ export function Training({ jobId }: { jobId: string }) {
         {jobs.map((job) => (
           <a key={job.id} href={`#/training/${job.id}`} aria-current={job === chosen ? "true" : undefined}>
             <b>
-              {job.result
+              {job.result && !isHeldBack(job)
                 ? `${job.result.adapter}@${job.result.version}`
                 : String(job.effective_config.adapter ?? "")}
             </b>
@@ -83,13 +83,16 @@ function JobDetail({ job }: { job: Job }) {
         <dl class="facts-list">
           <Fact name="Recipe">{job.kind.toUpperCase()}</Fact>
           <Fact name="Starts from">{job.base_adapter ?? (job.started_at ? "base" : "–")}</Fact>
-          <Fact name="Result">{job.result ? `${job.result.adapter}@${job.result.version}` : "–"}</Fact>
+          <Fact name={isHeldBack(job) ? "Kept as" : "Result"}>
+            {job.result ? `${job.result.adapter}@${job.result.version}` : "–"}
+          </Fact>
           <Fact name="Steps">{`${job.progress.step} of ${job.progress.steps || "?"}`}</Fact>
           <Fact name="Tokens">{count(job.progress.tokens)}</Fact>
           <Fact name="Took">{seconds(took)}</Fact>
           <Fact name="Commit to live">{seconds(job.result?.swap_s)}</Fact>
           <Fact name="Learning rate">{metric(Number(job.effective_config.learning_rate))}</Fact>
         </dl>
+        <Gate job={job} />
         <p class="note">
           <code>{job.id}</code> · <a href={`#/logs/${job.id}`}>its log lines</a>
         </p>
@@ -103,6 +106,35 @@ function JobDetail({ job }: { job: Job }) {
         <Problem error={action.error ?? fetching.error} />
       </div>
       <Curves job={job} />
+    </section>
+  );
+}
+
+/** What the result has to reach, and whether it did. */
+function Gate({ job }: { job: Job }) {
+  const outcome = job.result?.gate;
+  const gate = outcome ?? job.effective_config.gate;
+  if (!gate) return null;
+  return (
+    <section class="gate" aria-label="Gate">
+      <div class="head">
+        <b>Gate</b>
+        {outcome && (
+          <Badge kind={outcome.passed ? "good" : "warning"}>{outcome.passed ? "passed" : "held back"}</Badge>
+        )}
+        <span class="note">
+          {outcome?.score != null && `scored ${metric(outcome.score)} on ${gate.suite}, `}
+          {`at least ${metric(gate.min_score)} `}
+          {outcome?.score != null ? "was needed" : `is needed on ${gate.suite}`}
+        </span>
+      </div>
+      {outcome && outcome.score == null && <p class="note">{outcome.reason}</p>}
+      {outcome && !outcome.passed && (
+        <p class="note">
+          {String(job.effective_config.adapter)} means what it meant before. The result can be asked by its
+          own name, attached or deleted.
+        </p>
+      )}
     </section>
   );
 }

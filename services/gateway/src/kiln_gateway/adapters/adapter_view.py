@@ -9,6 +9,10 @@ from typing import Any
 
 from kiln_common.pb import registry_pb2
 
+# What the trainer keeps beside the metrics: mean reward and number of the completions that the job
+# learned from, by the version that wrote them.
+_REWARDS = "rewards_by_version"
+
 
 @dataclass(frozen=True, slots=True)
 class Resident:
@@ -54,10 +58,21 @@ def version_object(
         "data_sha256": version.data_sha256 or None,
         "merged_from": _merge_object(version) if version.merge_mode else None,
         "base_model_hash": version.base_model_hash,
-        "metrics": json.loads(version.metrics_json or "{}"),
+        "metrics": metrics_of(version),
+        "rewards_by_version": _kept(version).get(_REWARDS, {}),
         "created_at": version.created_at_s,
         "resident_on": [resident.boot_id for resident in residents],
     }
+
+
+def metrics_of(version: registry_pb2.AdapterVersion) -> dict[str, Any]:
+    """What was measured of the version itself, by name."""
+    return {name: value for name, value in _kept(version).items() if name != _REWARDS}
+
+
+def _kept(version: registry_pb2.AdapterVersion) -> dict[str, Any]:
+    kept: dict[str, Any] = json.loads(version.metrics_json or "{}")
+    return kept
 
 
 def _merge_object(version: registry_pb2.AdapterVersion) -> dict[str, Any]:

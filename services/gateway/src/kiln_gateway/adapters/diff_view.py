@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from kiln_common.pb import evaluations_pb2, registry_pb2
+from kiln_gateway.adapters.adapter_view import metrics_of
 
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
 
@@ -70,8 +71,8 @@ def _metric_deltas(
     earlier: registry_pb2.AdapterVersion | None, later: registry_pb2.AdapterVersion
 ) -> dict[str, dict[str, float | None]]:
     """Every number that was kept with one of the two, by name; nested ones with dots."""
-    before = dict(_numbers(json.loads(earlier.metrics_json or "{}"))) if earlier is not None else {}
-    after = dict(_numbers(json.loads(later.metrics_json or "{}")))
+    before = dict(_numbers(metrics_of(earlier))) if earlier is not None else {}
+    after = dict(_numbers(metrics_of(later)))
     return {
         name: {
             "from": before.get(name),

@@ -18,7 +18,7 @@ from kiln_gateway.ports import DatasetPort, closing
 
 class WrongDatasetFormat(InvalidRequest):
     code = "wrong_dataset_format"
-    hint = "sft learns from chat and prompt_completion, grpo from rollouts."
+    hint = "sft learns from chat, prompt_completion and mixed, grpo from rollouts."
 
 
 class DatasetTooLargeForJob(KilnError):

@@ -12,7 +12,8 @@ from kiln_gateway.errors import InvalidField, InvalidJson
 from kiln_gateway.request_body import parse_bytes
 from kiln_gateway.schemas.training import GroupFields, SftExampleFields
 
-DatasetFormat = Literal["chat", "prompt_completion", "rollouts"]
+# "mixed" has rows of the first two.
+DatasetFormat = Literal["chat", "prompt_completion", "mixed", "rollouts"]
 Row = SftExampleFields | GroupFields
 FORMATS: tuple[DatasetFormat, ...] = get_args(DatasetFormat)
 
@@ -90,10 +91,11 @@ class LineSplitter:
 
 
 class RowChecker:
-    """Checks every row of a dataset of one format, which the first row decides where none is given."""
+    """Checks every row of a dataset of one format, which the rows decide where none is given."""
 
     def __init__(self, format: DatasetFormat | None = None) -> None:
         self.format = format
+        self._is_given = format is not None
         self.num_rows = 0
         self.num_problems = 0
         self._problems: list[RowProblem] = []
@@ -118,7 +120,10 @@ class RowChecker:
             if line is None:
                 raise InvalidJson(f"the line has more than {_MAX_LINE_BYTES} bytes")
             self.format = self.format or _format_of(line)
-            parse_row(line, self.format)
+            is_example = self.format != "rollouts"
+            row = parse_row(line, "mixed" if is_example and not self._is_given else self.format)
+            if isinstance(row, SftExampleFields) and form_of(row) != self.format and not self._is_given:
+                self.format = "mixed"
             self.num_rows += 1
         except InvalidRequest as error:
             self.num_problems += 1
@@ -139,15 +144,18 @@ def parse_row(line: bytes, format: DatasetFormat) -> Row:
             )
         return group
     example = parse_bytes(line, SftExampleFields)
-    found: DatasetFormat = "chat" if example.messages is not None else "prompt_completion"
-    if found != format:
+    if format not in (form_of(example), "mixed"):
         raise InvalidField(
             "invalid_value",
-            f"the row has the form {found} in a dataset of the form {format}",
+            f"the row has the form {form_of(example)} in a dataset of the form {format}",
             param="",
-            hint="Upload rows of each form as a dataset of their own.",
+            hint="Leave the format out, or upload rows of each form as a dataset of their own.",
         )
     return example
+
+
+def form_of(example: SftExampleFields) -> DatasetFormat:
+    return "chat" if example.messages is not None else "prompt_completion"
 
 
 def _format_of(line: bytes) -> DatasetFormat:

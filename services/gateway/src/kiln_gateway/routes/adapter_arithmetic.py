@@ -51,7 +51,7 @@ async def diff_adapter(
     from_parent = found if parent else None
     if parent and start != parent:
         from_parent = await registry.compare(parent, label)
-    runs = await clients.evaluations.list_runs(caller.owner, (start or BASE, label))
+    runs = await clients.evaluations.list_runs(caller.owner, (start or BASE, label), ("succeeded",))
     return json_response(diff_object(found, from_parent, runs))
 
 

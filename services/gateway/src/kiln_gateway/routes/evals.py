@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Literal
 
 from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import Response
@@ -19,6 +20,9 @@ from kiln_gateway.schemas.evals import CompareBody, RunBody, SuiteBody
 router = APIRouter()
 _TRAIN = Depends(require("train"))
 _CREATED, _ACCEPTED = 201, 202
+_MOST_LISTED = 500
+_MOST_REFERENCE_CHARS = 160
+RunStatus = Literal["queued", "running", "succeeded", "failed"]
 
 
 @router.post("/v1/evals/suites", status_code=_CREATED)
@@ -69,6 +73,30 @@ async def start_run(request: Request, caller: Caller = _TRAIN) -> Response:
     )
     await gateway.idempotency.remember(request, key, run.id)
     return json_response(run_object(run), status=_ACCEPTED)
+
+
+@router.get("/v1/evals/runs", dependencies=[Depends(refuse_unknown_query)])
+async def list_runs(
+    request: Request,
+    adapter: str | None = Query(
+        None, max_length=_MOST_REFERENCE_CHARS, description='"name", "name@version" or "base"'
+    ),
+    status: RunStatus | None = Query(None),
+    limit: int = Query(100, ge=1, le=_MOST_LISTED),
+    caller: Caller = _TRAIN,
+) -> Response:
+    """The newest runs first, without their cases: all of them, or those on an adapter."""
+    runs = await gateway_of(request).clients.evaluations.list_runs(
+        caller.owner, (adapter,) if adapter else (), (status,) if status else (), limit
+    )
+    return json_response({"object": "list", "data": [run_object(run) for run in runs]})
+
+
+@router.delete("/v1/evals/runs/{run_id}")
+async def delete_run(request: Request, run_id: str, caller: Caller = _TRAIN) -> Response:
+    """Forget a run and its cases; one that is not over ends, and a job's gate that waits for it is not passed."""
+    await gateway_of(request).clients.evaluations.delete_run(run_id, caller.owner)
+    return json_response({"id": run_id, "object": "eval.run", "deleted": True})
 
 
 @router.get("/v1/evals/runs/{run_id}", dependencies=[Depends(refuse_unknown_query)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import APIRouter, Depends, Request
@@ -32,6 +33,7 @@ _STAT_NAMES = {
     "num_pages": "pages_total",
     "num_state_slots": "state_slots_total",
 }
+_PART_NAMES = {"states": "state", "adapters": "adapter"}
 
 
 @router.get("/healthz")
@@ -95,8 +97,11 @@ async def stats(request: Request, caller: Caller = _ANY_KEY) -> Response:
 async def metrics(request: Request) -> Response:
     """Prometheus' text format."""
     gateway = gateway_of(request)
-    engines, trainer = await asyncio.gather(engine_stats(gateway), _trainer_status(gateway))
-    gateway.metrics.services.show({str(seat.number): found for seat, found in engines}, trainer)
+    engines, trainers = await asyncio.gather(engine_stats(gateway), gateway.clients.trainer.statuses())
+    gateway.metrics.services.show(
+        {str(seat.number): found for seat, found in engines},
+        {str(number): found for number, found in enumerate(trainers)},
+    )
     return Response(gateway.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
@@ -105,7 +110,7 @@ async def _dependency_states(gateway: Gateway) -> dict[str, bool]:
         {
             "engine": _any_engine(gateway),
             "registry": _succeeds(gateway.clients.registry.get_default()),
-            "trainer": _succeeds(gateway.clients.trainer.status()),
+            "trainer": _any_trainer(gateway),
             "redis": gateway.rollouts.is_reachable(),
         },
         _CHECK_TIMEOUT_S,
@@ -115,6 +120,10 @@ async def _dependency_states(gateway: Gateway) -> dict[str, bool]:
 async def _any_engine(gateway: Gateway) -> bool:
     await gateway.engines.probe()
     return any(seat.is_answering for seat in gateway.engines.seats)
+
+
+async def _any_trainer(gateway: Gateway) -> bool:
+    return any(status is not None for status in await gateway.clients.trainer.statuses())
 
 
 async def _succeeds(call: Any) -> bool:
@@ -157,12 +166,9 @@ def engine_object(seat: EngineSeat, stats: engine_pb2.EngineStats | None) -> dic
             "model_hash": info.base_model.model_hash,
             "max_running": info.max_running,
             "num_adapter_slots": info.num_adapter_slots,
-            "memory": {
-                field.name.removeprefix("num_"): getattr(info.memory, field.name)
-                for field in info.memory.DESCRIPTOR.fields
-            },
         }
     if stats is not None:
+        body["memory"] = _memory_object(stats)
         body["scheduler"] = stats_object(stats)
         body["resident_adapters"] = [
             f"{resident.adapter.name}@{resident.adapter.version}" for resident in stats.resident_adapters
@@ -170,29 +176,43 @@ def engine_object(seat: EngineSeat, stats: engine_pb2.EngineStats | None) -> dic
     return body
 
 
-async def _trainer_status(gateway: Gateway) -> trainer_pb2.TrainerStatus | None:
-    try:
-        return await asyncio.wait_for(gateway.clients.trainer.status(), _CHECK_TIMEOUT_S)
-    except (KilnError, TimeoutError):
-        return None
+def _memory_object(stats: engine_pb2.EngineStats) -> dict[str, int]:
+    """Bytes by what holds them, and of the whole device."""
+    sizes = {f"{_PART_NAMES.get(part.name, part.name)}_bytes": part.num_bytes for part in stats.memory_parts}
+    return {**sizes, "device_bytes": stats.num_device_bytes}
 
 
 async def training_object(gateway: Gateway) -> dict[str, Any] | None:
-    """The trainer's state; None when it does not answer."""
-    status = await _trainer_status(gateway)
-    if status is None:
-        return None
+    """What the trainers do; None when none answers."""
+    found = [status for status in await gateway.clients.trainer.statuses() if status is not None]
+    return training_summary(found) if found else None
+
+
+def training_summary(found: Sequence[trainer_pb2.TrainerStatus]) -> dict[str, Any]:
+    """One that works, if any does, stands for all; what they hold is added up. `trainers` has each."""
+    status = next((status for status in found if status.running_job_id), found[0])
     return {
         "trainer_id": status.trainer_id,
         "running_job_id": status.running_job_id or None,
         "queued": status.num_queued,
         "engine_boot_id": status.engine_boot_id or None,
-        "borrowed_bytes": status.num_borrowed_bytes,
-        "allocated_base_bytes": status.num_allocated_base_bytes,
+        "borrowed_bytes": sum(each.num_borrowed_bytes for each in found),
+        "allocated_base_bytes": sum(each.num_allocated_base_bytes for each in found),
         "gpu_sharing": status.gpu_sharing or None,
         "gpu_share": status.gpu_share,
         "gpu_sms": status.gpu_sms,
-        "device_bytes": status.num_device_bytes,
+        "device_bytes": sum(each.num_device_bytes for each in found),
+        "trainers": [
+            {
+                "trainer_id": each.trainer_id,
+                "status": "running" if each.running_job_id else "idle",
+                "engine_boot_id": each.engine_boot_id or None,
+                "gpu_sharing": each.gpu_sharing or None,
+                "gpu_share": each.gpu_share,
+                "gpu_sms": each.gpu_sms,
+            }
+            for each in found
+        ],
     }
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
@@ -14,6 +13,7 @@ from kiln_common.pb import trainer_pb2
 from kiln_gateway.auth import Caller, require
 from kiln_gateway.gateway import Gateway, gateway_of
 from kiln_gateway.json_response import json_response
+from kiln_gateway.routes.health import training_summary
 from kiln_gateway.schemas.opd import OpdBody
 from kiln_gateway.schemas.training import GroupFields, GrpoBody, JobFields, SftBody, SftExampleFields
 from kiln_gateway.training.documents import DocumentBuilder
@@ -115,7 +115,6 @@ async def train_opd(request: Request, caller: Caller = _TRAIN) -> Response:
 
 async def _check_and_open(gateway: Gateway, body: JobFields, caller: Caller) -> KeptRollouts:
     """What all recipes check before any text is touched; then the caller's rollouts."""
-    body.refuse_unsupported()
     check_priority(body.priority, caller)
     check_adapter_name(body.adapter, reserved=await gateway.base_ids())
     with contextlib.suppress(RegistryUnavailable):  # it refuses the result, too
@@ -153,21 +152,16 @@ async def _accepted(gateway: Gateway, job_id: str) -> Response:
 
 @router.get("/v1/train/status")
 async def training_status(request: Request, caller: Caller = _TRAIN) -> Response:
-    """The trainer: what it runs, how much waits, whose weights it maps."""
+    """The trainers: what they run, how much waits, whose weights they map."""
     trainer = gateway_of(request).clients.trainer
-    status = await trainer.status()
-    body: dict[str, Any] = {
-        "trainer_id": status.trainer_id,
-        "status": "running" if status.running_job_id else "idle",
-        "running_job_id": await visible_running_job(trainer, status.running_job_id, caller),
-        "queued": status.num_queued,
-        "engine_boot_id": status.engine_boot_id or None,
-        "model_hash": status.model_hash or None,
-        "borrowed_bytes": status.num_borrowed_bytes,
-        "allocated_base_bytes": status.num_allocated_base_bytes,
-        "gpu_sharing": status.gpu_sharing or None,
-        "gpu_share": status.gpu_share,
-        "gpu_sms": status.gpu_sms,
+    found = [status for status in await trainer.statuses() if status is not None]
+    body = training_summary(found or [await trainer.status()])  # which says why there is none
+    running_job_id = body["running_job_id"] or ""
+    model_hash = next((status.model_hash for status in found if status.model_hash), None)
+    body |= {
+        "status": "running" if running_job_id else "idle",
+        "running_job_id": await visible_running_job(trainer, running_job_id, caller),
+        "model_hash": model_hash,
     }
     return json_response(body)
 

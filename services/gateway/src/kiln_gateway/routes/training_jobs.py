@@ -72,7 +72,6 @@ async def retry_job(request: Request, job_id: str, caller: Caller = _TRAIN) -> R
     """Do a job that has ended again as a new one: same data and starting version, settings as far as given."""
     gateway = gateway_of(request)
     body = await gateway.parse_optional(request, RetryBody)
-    body.refuse_unsupported()
     trainer = gateway.clients.trainer
     job = await visible_job(trainer, job_id, caller)
     key, made_id = await gateway.idempotency.find(request, caller.owner)

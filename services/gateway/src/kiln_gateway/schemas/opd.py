@@ -7,7 +7,6 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from kiln_gateway.errors import FieldNotBuiltYet
 from kiln_gateway.schemas.base import Body, Reference, TokenIds
 from kiln_gateway.schemas.chat import Messages, Tool
 from kiln_gateway.schemas.training import GivenRollout, JobFields, PromptText, check_is_one_group
@@ -23,6 +22,10 @@ def _to_prompt(value: Any) -> Any:
 
 def _to_divergence(value: Any) -> Any:
     return {"type": value} if isinstance(value, str) else value
+
+
+def _to_teacher(value: Any) -> Any:
+    return {"adapter": value} if isinstance(value, str) else value
 
 
 class OpdPromptFields(Body):
@@ -83,6 +86,27 @@ class RolloutSettings(Body):
     )
 
 
+class TeacherFields(Body):
+    """Who teaches: an adapter, or another engine's model. A string stands for `adapter`."""
+
+    adapter: Reference | None = Field(None, description='"base", or an adapter')
+    model: Annotated[str, Field(min_length=1, max_length=256)] | None = Field(
+        None, description="id under which another engine serves a model of the same tokenizer"
+    )
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = Field(
+        None, description="that model's weights; left out: those it has now"
+    )
+    top_k: Annotated[int, Field(ge=1, le=256)] = Field(
+        default=64, description="how many of that model's likeliest tokens are told apart"
+    )
+
+    @model_validator(mode="after")
+    def _is_one(self) -> TeacherFields:
+        if (self.adapter is None) == (self.model is None):
+            raise PydanticCustomError("invalid_value", "a teacher has either `adapter` or `model`")
+        return self
+
+
 OpdPrompt = Annotated[
     OpdPromptFields,
     BeforeValidator(_to_prompt, json_schema_input_type=PromptText | Messages | OpdPromptFields),
@@ -93,10 +117,14 @@ Divergence = Annotated[
 ]
 
 
+Teacher = Annotated[
+    TeacherFields,
+    BeforeValidator(_to_teacher, json_schema_input_type=Reference | TeacherFields),
+]
+
+
 class OpdBody(JobFields):
-    teacher: Reference | dict[str, Any] = Field(
-        description='"base", or an adapter; another engine\'s model is not built yet'
-    )
+    teacher: Teacher
     prompts: Annotated[list[OpdPrompt], Field(min_length=1, max_length=4096)] | None = Field(
         None, description="the job samples them as it goes; at most 4,096"
     )
@@ -105,13 +133,6 @@ class OpdBody(JobFields):
     )
     divergence: Divergence = Field(default_factory=DivergenceFields)
     rollout: RolloutSettings = Field(default_factory=RolloutSettings)
-
-    def refuse_unsupported(self) -> None:
-        super().refuse_unsupported()
-        if isinstance(self.teacher, dict):
-            raise FieldNotBuiltYet(
-                "teacher", "Another engine's model cannot teach yet: send \"base\" or an adapter's name."
-            )
 
     @model_validator(mode="after")
     def _has_data(self) -> OpdBody:

@@ -102,7 +102,7 @@ class CompletionFields(Body):
         """Refuse, by name, what would change the answer and cannot be honoured.
 
         Raises:
-            FieldNotBuiltYet, UnsupportedField
+            UnsupportedField
         """
         if self.adapter_policy == "latest" and any("@" in reference for reference in self._references):
             raise UnsupportedField("adapter_policy", 'Name the adapter without a version, or send "pin".')

@@ -85,6 +85,10 @@ class JobFields(Body):
     weight_decay: Annotated[float, Field(ge=0, le=10)] = 0.0
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
     optimizer: Literal["adamw", "muon"] = "adamw"
+    train_mtp: bool = Field(
+        False,
+        description="adapt the checkpoint's multi-token-prediction layer too: its drafts follow what is learned",
+    )
     seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
     checkpoint_every: PositiveInt = 10
     publish: Literal["end", "never"] | Annotated[int, Field(ge=1, lt=10**9)] = Field(
@@ -102,9 +106,6 @@ class JobFields(Body):
     def starts_fresh(self) -> bool:
         """Whether the request says `base_adapter: null`."""
         return self.base_adapter is None and "base_adapter" in self.model_fields_set
-
-    def refuse_unsupported(self) -> None:
-        """Refuse, by name, what is not built yet. Raises FieldNotBuiltYet."""
 
     @model_validator(mode="after")
     def _publishes_what_the_gate_judges(self) -> JobFields:

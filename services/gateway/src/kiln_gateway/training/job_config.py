@@ -67,6 +67,7 @@ def job_config(
         publish=str(body.publish),
         priority=body.priority,
         gate=gate,
+        train_mtp=body.train_mtp,
     )
 
 
@@ -108,6 +109,7 @@ def effective_config(job: trainer_pb2.Job) -> dict[str, Any]:
         "weight_decay": optimizer.weight_decay,
         "max_grad_norm": optimizer.max_grad_norm,
         "optimizer": optimizer.type or "adamw",
+        "train_mtp": config.train_mtp,
         "seed": config.seed,
         "checkpoint_every": config.checkpoint_every,
         "publish": int(config.publish) if config.publish.isdecimal() else config.publish,
@@ -135,9 +137,16 @@ def _loss(loss: trainer_pb2.GrpoLoss) -> dict[str, Any]:
     }
 
 
+def _teacher(settings: trainer_pb2.OpdSettings) -> str | dict[str, Any]:
+    if not settings.HasField("teacher_model"):
+        return settings.teacher
+    teacher = settings.teacher_model
+    return {"model": teacher.model_id, "sha256": teacher.model_hash, "top_k": teacher.top_k}
+
+
 def _opd_settings(settings: trainer_pb2.OpdSettings) -> dict[str, Any]:
     shown: dict[str, Any] = {
-        "teacher": settings.teacher,
+        "teacher": _teacher(settings),
         "divergence": {"type": settings.divergence, "beta": settings.beta},
     }
     sampling = settings.sampling

@@ -44,9 +44,14 @@ class OpdSpecBuilder:
         """Raises AdapterNotFound, AdapterMismatch, RolloutNotFound, InvalidTokenIds, TemplateRefused,
         QueueUnavailable."""
         body = self._body
-        settings = trainer_pb2.OpdSettings(
-            teacher=await self._teacher(), divergence=body.divergence.type, beta=body.divergence.beta
-        )
+        settings = trainer_pb2.OpdSettings(divergence=body.divergence.type, beta=body.divergence.beta)
+        if body.teacher.adapter is not None:
+            settings.teacher = await self._version_of(body.teacher.adapter)
+        elif body.teacher.model is not None:
+            # The trainer knows the engines, and settles which weights the name means.
+            settings.teacher_model.model_id = body.teacher.model
+            settings.teacher_model.model_hash = body.teacher.sha256 or ""
+            settings.teacher_model.top_k = body.teacher.top_k
         if body.groups is not None:
             rollouts = [rollout for group in body.groups for rollout in await self._group(group)]
             return trainer_pb2.OpdSpec(settings=settings, rollouts=rollouts)
@@ -56,10 +61,8 @@ class OpdSpecBuilder:
         settings.refresh_every = body.rollout.refresh_every
         return trainer_pb2.OpdSpec(settings=settings, prompts=await self._prompts())
 
-    async def _teacher(self) -> str:
+    async def _version_of(self, teacher: str) -> str:
         """ "base", or the version that the name means now: a job keeps its teacher."""
-        teacher = self._body.teacher
-        assert isinstance(teacher, str), "refuse_unsupported lets no other form pass"
         if teacher == BASE_NAME or teacher in await self._gateway.base_ids():
             return BASE_NAME
         found = await self._gateway.resolver.version(

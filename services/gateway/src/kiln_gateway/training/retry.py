@@ -26,6 +26,7 @@ PATHS: dict[str, tuple[str, ...]] = {
     "schedule": ("optimizer.schedule",),
     "weight_decay": ("optimizer.weight_decay",),
     "max_grad_norm": ("optimizer.max_grad_norm",),
+    "train_mtp": ("train_mtp",),
     "seed": ("seed",),
     "checkpoint_every": ("checkpoint_every",),
     "publish": ("publish",),

@@ -20,7 +20,7 @@ from kiln_registry.domain import AdapterTooLarge, RegistryStorageFull
 
 log = structlog.get_logger()
 
-_FORMATS = ("chat", "prompt_completion", "rollouts")
+_FORMATS = ("chat", "prompt_completion", "mixed", "rollouts")
 _MAX_NAME_CHARS = 256
 
 

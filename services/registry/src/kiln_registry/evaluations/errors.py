@@ -21,11 +21,11 @@ class InvalidSuiteName(InvalidRequest):
 class EvalRunNotFound(KilnError):
     code = "eval_run_not_found"
     kind = ErrorKind.NOT_FOUND
-    hint = "POST /v1/evals/runs starts one and answers with its id."
+    hint = "GET /v1/evals/runs lists the runs there are."
 
 
 class EvalClaimLost(KilnError):
-    """Another runner carries the run out now, or it has ended."""
+    """Another runner carries the run out now, or it has ended or was deleted."""
 
     code = "eval_claim_lost"
     kind = ErrorKind.CONFLICT

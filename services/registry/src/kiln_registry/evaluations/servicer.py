@@ -49,8 +49,14 @@ class EvaluationServicer(evaluations_pb2_grpc.EvaluationsServicer):
     async def ListRuns(
         self, request: pb.ListRunsRequest, context: grpc.aio.ServicerContext
     ) -> pb.ListRunsResponse:
-        found = await asyncio.to_thread(self._store.list_runs, request.owner, request.adapters)
-        return pb.ListRunsResponse(runs=found)
+        return pb.ListRunsResponse(runs=await asyncio.to_thread(self._store.list_runs, request))
+
+    async def DeleteRun(
+        self, request: pb.DeleteRunRequest, context: grpc.aio.ServicerContext
+    ) -> pb.DeleteRunResponse:
+        await asyncio.to_thread(self._store.delete_run, request.id, request.owner)
+        log.info("eval_run_deleted", run_id=request.id)
+        return pb.DeleteRunResponse()
 
     async def ClaimRun(
         self, request: pb.ClaimRunRequest, context: grpc.aio.ServicerContext

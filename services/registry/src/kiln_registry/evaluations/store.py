@@ -7,7 +7,19 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from sqlalchemy import Connection, Engine, RowMapping, Select, delete, func, insert, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Engine,
+    RowMapping,
+    Select,
+    delete,
+    func,
+    insert,
+    or_,
+    select,
+    update,
+)
 
 from kiln_common.adapter_names import InvalidAdapterName, parse_reference
 from kiln_common.errors import IdempotencyConflict
@@ -119,24 +131,37 @@ class EvaluationStore:
             raise _no_run(run_id)
         return run
 
-    def list_runs(self, owner: str, adapters: Sequence[str]) -> list[pb.EvalRun]:
-        """The newest runs on these adapters that succeeded, newest first, without cases."""
-        wanted = (runs.c.owner == owner) & runs.c.adapter.in_(adapters) & (runs.c.status == "succeeded")
-        newest = (
-            select(runs).where(wanted).order_by(runs.c.finished_at_s.desc(), runs.c.id).limit(_MOST_LISTED)
+    def list_runs(self, request: pb.ListRunsRequest) -> list[pb.EvalRun]:
+        """The newest runs of an owner, newest first, without cases."""
+        newest = select(runs).where(runs.c.owner == request.owner)
+        if request.adapters:
+            newest = newest.where(or_(*map(_is_on, request.adapters)))
+        if request.statuses:
+            newest = newest.where(runs.c.status.in_(request.statuses))
+        newest = newest.order_by(runs.c.created_at_s.desc(), runs.c.id).limit(
+            min(request.limit or _MOST_LISTED, _MOST_LISTED)
         )
         with self._reader.begin() as connection:
             rows = connection.execute(newest).mappings().all()
             query = _select_suites().where(suites.c.id.in_({row["suite_id"] for row in rows}))
             suite_of = {row["id"]: _suite(row) for row in connection.execute(query).mappings()}
-        return [
-            pb.EvalRun(
-                **{name: row[name] for name in _RUN_FIELDS},
-                suite=suite_of[row["suite_id"]],
-                num_done=suite_of[row["suite_id"]].num_cases,
-            )
-            for row in rows
-        ]
+            is_listed = cases.c.run_id.in_([row["id"] for row in rows])
+            counts = select(cases.c.run_id, func.count().label("num")).where(is_listed)
+            counted = connection.execute(counts.group_by(cases.c.run_id))
+            num_done = {row.run_id: row.num for row in counted}
+        return [_run(row, suite_of[row["suite_id"]], num_done.get(row["id"], 0)) for row in rows]
+
+    def delete_run(self, run_id: str, owner: str) -> None:
+        """Forget a run and its cases, whatever its status. Raises EvalRunNotFound."""
+
+        def forget(connection: Connection) -> None:
+            is_it = (runs.c.id == run_id) & (runs.c.owner == owner)
+            if connection.scalar(select(runs.c.id).where(is_it).with_for_update()) is None:
+                raise _no_run(run_id)
+            connection.execute(delete(cases).where(cases.c.run_id == run_id))
+            connection.execute(delete(runs).where(is_it))
+
+        self._write(forget)
 
     def claim_run(self, lease_s: float, now_s: float) -> pb.EvalRun | None:
         """The oldest run that waits or whose lease has run out, with content and finished cases."""
@@ -224,14 +249,8 @@ class EvaluationStore:
             num_done = connection.scalar(select(func.count()).where(cases.c.run_id == run_id)) or 0
             query = select(cases).where(cases.c.run_id == run_id).order_by(cases.c.index)
             found = connection.execute(query).mappings().all() if with_cases else []
-        run = pb.EvalRun(
-            **{name: row[name] for name in _RUN_FIELDS},
-            suite=_suite(suite, with_content=with_content),
-            num_done=num_done,
-            cases=[_case(case) for case in found],
-        )
-        if row["error_json"]:
-            run.error.CopyFrom(pb.EvalError(**json.loads(row["error_json"])))
+        run = _run(row, _suite(suite, with_content=with_content), num_done)
+        run.cases.extend(_case(case) for case in found)
         return run
 
     def _write(self, change: Callable[[Connection], T]) -> T:
@@ -262,10 +281,8 @@ def _suite_query(owner: str, reference: str, *, with_content: bool) -> Select[An
 def _check_claim(connection: Connection, run_id: str, claim_epoch: int, *, also: str = "running") -> None:
     query = select(runs.c.status, runs.c.claim_epoch).where(runs.c.id == run_id).with_for_update()
     row = connection.execute(query).first()
-    if row is None:
-        raise _no_run(run_id)
-    if row.claim_epoch != claim_epoch or row.status not in ("running", also):
-        raise EvalClaimLost(f"claim {claim_epoch} of {run_id} is not the last one, or the run has ended")
+    if row is None or row.claim_epoch != claim_epoch or row.status not in ("running", also):
+        raise EvalClaimLost(f"claim {claim_epoch} of {run_id} is not the last one, or the run is over")
 
 
 def _put_cases(connection: Connection, run_id: str, results: Sequence[pb.EvalCase]) -> None:
@@ -284,6 +301,18 @@ def _suite(row: RowMapping | dict[str, Any], *, with_content: bool = False) -> p
     if with_content:
         suite.content = row["content"]
     return suite
+
+
+def _is_on(adapter: str) -> ColumnElement[bool]:
+    """Whether a run is on this version, or on any of this name."""
+    return (runs.c.adapter == adapter) | runs.c.adapter.startswith(f"{adapter}@", autoescape=True)
+
+
+def _run(row: RowMapping, suite: pb.EvalSuite, num_done: int) -> pb.EvalRun:
+    run = pb.EvalRun(**{name: row[name] for name in _RUN_FIELDS}, suite=suite, num_done=num_done)
+    if row["error_json"]:
+        run.error.CopyFrom(pb.EvalError(**json.loads(row["error_json"])))
+    return run
 
 
 def _case(row: RowMapping) -> pb.EvalCase:

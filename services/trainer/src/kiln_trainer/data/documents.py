@@ -1,6 +1,6 @@
 """A document: token ids and, for each scored token, what the step function needs to know of it.
 
-Legend: `n` tokens of one document, `s` its scored tokens.
+Legend: `n` tokens of one document, `s` its scored tokens, `K` likeliest tokens of a teacher.
 """
 
 from __future__ import annotations
@@ -11,6 +11,14 @@ from dataclasses import dataclass
 import torch
 
 from kiln_trainer.recipes.opd_options import Objective
+
+
+@dataclass(frozen=True)
+class TeacherTop:
+    """A teacher's K likeliest tokens at each scored token, and their log-probabilities among all."""
+
+    ids_sK: torch.Tensor
+    logprobs_sK: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -26,6 +34,7 @@ class Document:
     where the objective is a policy loss or a divergence from a teacher.
 
     `sampler_logprob_s` is the sampler's log-probability at `temperature`, NaN where it is unknown.
+    `teacher_top` is there where a teacher on another engine has judged the document.
     """
 
     token_ids_n: torch.Tensor
@@ -36,6 +45,7 @@ class Document:
     sampler_logprob_s: torch.Tensor
     temperature: float
     normaliser: float
+    teacher_top: TeacherTop | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -44,6 +54,11 @@ class Document:
     @property
     def num_scored(self) -> int:
         return self.scored_s.shape[0]
+
+    @property
+    def num_drafted(self) -> int:
+        """Scored tokens that a draft could have foreseen: those with two tokens before them."""
+        return int((self.scored_s >= 2).sum())
 
     @property
     def is_sampled(self) -> bool:

@@ -4,7 +4,8 @@ Documents lie one after the other in a micro-batch, without padding; the model s
 each boundary. The cut depends on lengths, settings and seed alone, so that a resumed job finds
 the steps it left.
 
-Legend: `T` tokens of a micro-batch, `S` its scored tokens.
+Legend: `T` tokens of a micro-batch, `S` its scored tokens, `M` those that a draft could
+have foreseen, `K` likeliest tokens of a teacher.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ class PackedBatch:
 
     Each document ends with the token before its last scored one: nothing after it has a gradient.
     `rows_S` are the positions in T whose hidden state predicts `targets_S`, `document_S` counts
-    the micro-batch's documents from 0. NaN in a log-probability stream means unknown.
+    the micro-batch's documents from 0. NaN in a log-probability stream means unknown. The teacher's
+    likeliest tokens are there where a teacher on another engine has judged the documents. `drafted_M`
+    counts through S: the tokens with two tokens before them in their document.
     """
 
     cu_seqlens: tuple[int, ...]
@@ -53,6 +56,9 @@ class PackedBatch:
     sampler_logprob_S: torch.Tensor
     old_logprob_S: torch.Tensor
     reference_logprob_S: torch.Tensor
+    drafted_M: torch.Tensor
+    teacher_ids_SK: torch.Tensor | None = None
+    teacher_logprobs_SK: torch.Tensor | None = None
 
     @property
     def num_documents(self) -> int:
@@ -125,6 +131,7 @@ def pack(
         owners.append(torch.full_like(document.scored_s, number))
         cu_seqlens.append(cu_seqlens[-1] + num_inputs)
     unknown = [torch.full_like(document.sampler_logprob_s, torch.nan) for document in documents]
+    tops = [document.teacher_top for document in documents if document.teacher_top is not None]
     return PackedBatch(
         cu_seqlens=tuple(cu_seqlens),
         token_ids_T=torch.cat(tokens),
@@ -138,4 +145,7 @@ def pack(
         sampler_logprob_S=torch.cat([d.sampler_logprob_s for d in documents]),
         old_logprob_S=torch.cat(list(old_logprobs or unknown)),
         reference_logprob_S=torch.cat(list(reference_logprobs or unknown)),
+        drafted_M=(torch.cat([d.scored_s for d in documents]) >= 2).nonzero()[:, 0],
+        teacher_ids_SK=torch.cat([top.ids_sK for top in tops]) if tops else None,
+        teacher_logprobs_SK=torch.cat([top.logprobs_sK for top in tops]) if tops else None,
     )

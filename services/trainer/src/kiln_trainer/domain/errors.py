@@ -28,6 +28,14 @@ class DeviceBroken(Exception):
     """The device failed in a way that lasts as long as this process; another one can go on."""
 
 
+class ModelWithoutMtp(InvalidRequest):
+    """`train_mtp` was asked for, and the base model has no multi-token-prediction layer."""
+
+    code = "model_without_mtp"
+    hint = "Leave train_mtp out: this checkpoint has no layer that drafts."
+    param = "train_mtp"
+
+
 class NoLearningSignal(InvalidRequest):
     """Every group's rewards are equal: every advantage would be zero."""
 

@@ -52,6 +52,31 @@ class StudentSampler(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class TeacherScores:
+    """A teacher's `num_top` likeliest tokens at each token of one completion, one after the other.
+
+    `token_ids` are int32, `logprobs` float32, in this machine's byte order.
+    """
+
+    num_top: int
+    token_ids: bytes
+    logprobs: bytes
+
+
+class TeacherScorer(Protocol):
+    """Asks a teacher that runs elsewhere how it would have gone on."""
+
+    def score(self, rollouts: Sequence[trainer_pb2.OpdRollout]) -> list[TeacherScores]:
+        """For each completion, in order.
+
+        Raises:
+            JobCancelled, ClaimLost, WorkerStopping; KilnError of kind UNAVAILABLE while the teacher is
+            away: score again.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
 class TrainingTask:
     """One claimed job, ready to run."""
 
@@ -66,6 +91,8 @@ class TrainingTask:
     teacher: StartingPoint | None = None
     # There for jobs that sample their own completions.
     sampler: StudentSampler | None = None
+    # There for jobs whose teacher is another engine's model.
+    scorer: TeacherScorer | None = None
 
 
 class AdapterContent(Protocol):

@@ -27,7 +27,10 @@ from kiln_trainer.jobs.ports import JobBackend, Publisher
 from kiln_trainer.jobs.published import VERSION_DELETED, take_back, with_version, without
 from kiln_trainer.jobs.records import data_sha256
 from kiln_trainer.jobs.student import EngineStudent
+from kiln_trainer.jobs.teacher import EngineTeacher
 from kiln_trainer.jobs.totals import TrainerTotals
+from kiln_trainer.jobs.version_metrics import version_metrics
+from kiln_trainer.recipes.opd_options import OpdOptions
 
 log = structlog.get_logger()
 T = TypeVar("T")
@@ -224,6 +227,7 @@ class Attempt:
             claim_epoch=self._job.claim.claim_epoch,
             teacher=self._teacher(request),
             sampler=self._sampler(request, base),
+            scorer=self._scorer(request),
         )
         with tracing.span("job.train"):
             hooks = JobHooks(
@@ -253,6 +257,13 @@ class Attempt:
             self._job, self._publisher, request, base, lambda: self._base_model_hash(request)
         )
 
+    def _scorer(self, request: trainer_pb2.SubmitRequest) -> EngineTeacher | None:
+        if not request.opd.settings.HasField("teacher_model"):
+            return None
+        teacher = OpdOptions.from_proto(request.opd.settings).teacher_model
+        assert teacher is not None
+        return EngineTeacher(self._job, self._publisher, teacher)
+
     def _base_model_hash(self, request: trainer_pb2.SubmitRequest) -> str:
         return request.base_model_hash or self._backend.mapped_model.model_hash
 
@@ -273,7 +284,7 @@ class Attempt:
             publish_key=claim.job_id,
             claim_epoch=claim.claim_epoch,
             attach=request.config.attach,
-            metrics_json=json.dumps(dict(trained.metrics)),
+            metrics_json=version_metrics(request, trained.metrics),
             data_sha256=data_sha256(request),
             owner=request.owner,
         )

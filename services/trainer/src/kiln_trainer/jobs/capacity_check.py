@@ -53,7 +53,7 @@ def check_capacity(
         return
     num_tokens = largest_micro_batch(request)
     rank = request.config.lora.rank or _DEFAULT_RANK
-    needs = memory_needs(capacity, rank, _shapes(request.config.lora, engine), num_tokens)
+    needs = memory_needs(capacity, rank, _shapes(request.config, engine), num_tokens)
     if needs.total_bytes > capacity.available_bytes:
         raise JobExceedsMemory(capacity, needs, num_tokens)
 
@@ -74,8 +74,10 @@ def _lengths(request: trainer_pb2.SubmitRequest) -> Iterator[int]:
         yield from (num_draws * (len(prompt.token_ids) + max_tokens) for prompt in request.opd.prompts)
 
 
-def _shapes(lora: trainer_pb2.LoraConfig, engine: engine_pb2.EngineInfo) -> Iterator[tuple[int, int]]:
-    targets = {*lora.targets} or {"all"}
+def _shapes(config: trainer_pb2.JobConfig, engine: engine_pb2.EngineInfo) -> Iterator[tuple[int, int]]:
+    if config.train_mtp:
+        yield from ((module.in_features, module.out_features) for module in engine.base_model.draft_modules)
+    targets = {*config.lora.targets} or {"all"}
     for module in engine.base_model.adaptable_modules:
         name = module.path.rpartition(".")[2]
         group = "mlp" if name in _MLP else "attention"

@@ -95,5 +95,56 @@ class StartRankTooHigh(InvalidRequest):
         super().__init__(f"{reference} has rank {rank}, the engine holds up to {limit}")
 
 
+class TeacherNotFound(KilnError):
+    """No engine that the trainer knows serves the model that is to teach."""
+
+    code = "teacher_not_found"
+    kind = ErrorKind.NOT_FOUND
+    hint = "KILN_TRAINER_TEACHER_ADDRESSES names engines that teach; those on the trainer's Redis are found."
+    param = "teacher"
+
+
+class TeacherUnavailable(KilnError):
+    """The engine whose model is to teach does not answer."""
+
+    code = "teacher_unavailable"
+    kind = ErrorKind.UNAVAILABLE
+    hint = "Start the engine that serves the teacher, or wait for it."
+    param = "teacher"
+    retry_after_s = 5.0
+
+
+class TeacherChanged(KilnError):
+    """The engine serves other weights under the teacher's name than when the job was accepted."""
+
+    code = "teacher_changed"
+    kind = ErrorKind.CONFLICT
+    hint = "A job keeps its teacher: post a new one for the model that is there now."
+    param = "teacher"
+
+
+class TeacherVocabularyDiffers(InvalidRequest):
+    """A token id means something else to the teacher, or nobody knows what it means."""
+
+    code = "teacher_vocabulary_differs"
+    hint = "Teacher and student need the same tokenizer, and a tokenizer.json in both checkpoints."
+    param = "teacher"
+
+
+class TeacherContextTooShort(InvalidRequest):
+    """The teacher cannot read the longest completion with its prompt."""
+
+    code = "teacher_context_too_short"
+    hint = "Shorten prompts or rollout.max_tokens, or start the teacher's engine with a longer context."
+    param = "teacher"
+
+
+class TeacherAnswerIncomplete(KilnError):
+    """The teacher's engine did not say what it was asked."""
+
+    code = "teacher_answer_incomplete"
+    hint = "Trainer and the teacher's engine have to be of the same version of Kiln."
+
+
 class WorkerStopping(Exception):
     """The trainer was asked to stop: the job goes back to the queue at this step boundary."""

@@ -12,6 +12,7 @@ from kiln_trainer.jobs.document_limits import DocumentLimits
 from kiln_trainer.jobs.errors import EmptyTrainingData, InvalidJobConfig, LengthMismatch
 from kiln_trainer.recipes.opd_options import OpdOptions
 
+_MAX_SCORES_AT_ONCE = 2**27  # of eight bytes each
 _MAX_DRAWS_AT_ONCE = 16_384  # of one version; their tokens are held in memory and in one file
 
 
@@ -34,6 +35,8 @@ def check_opd(spec: trainer_pb2.OpdSpec, config: trainer_pb2.JobConfig, limits: 
         _check_prompts(spec, options, config, limits)
     for number, rollout in enumerate(spec.rollouts):
         _check_rollout(number, rollout, limits)
+    if options.teacher_model is not None:
+        _check_scores(spec, options, options.teacher_model.top_k)
     if spec.rollouts and not any(rollout.completion_token_ids for rollout in spec.rollouts):
         raise EmptyTrainingData("every completion is empty", param="groups")
 
@@ -59,6 +62,21 @@ def _check_prompts(
         if not prompt.token_ids:
             raise EmptyTrainingData(f"prompt {index} has no tokens", param="prompts")
         limits.check(index, prompt.token_ids, num_more_tokens=spec.settings.sampling.max_tokens)
+
+
+def _check_scores(spec: trainer_pb2.OpdSpec, options: OpdOptions, top_k: int) -> None:
+    """What a teacher on another engine says of one round lies in memory and in one file."""
+    num_tokens = sum(len(rollout.completion_token_ids) for rollout in spec.rollouts)
+    if spec.prompts:
+        num_prompts = min(options.prompts_per_step * options.refresh_every, len(spec.prompts))
+        num_tokens = num_prompts * options.samples_per_prompt * spec.settings.sampling.max_tokens
+    if num_tokens * top_k > _MAX_SCORES_AT_ONCE:
+        raise InvalidJobConfig(
+            f"the teacher would name {top_k} tokens for each of {num_tokens}, "
+            f"{num_tokens * top_k} in all, at most {_MAX_SCORES_AT_ONCE} at once",
+            hint="Lower teacher.top_k, rollout.refresh_every or prompts_per_step, or give fewer completions.",
+            param="teacher",
+        )
 
 
 def _check_sampling(sampling: engine_pb2.SamplingParams) -> None:

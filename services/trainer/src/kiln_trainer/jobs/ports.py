@@ -10,6 +10,7 @@ from typing import Literal, Protocol
 from kiln_common.pb import engine_pb2, evaluations_pb2, registry_pb2
 from kiln_trainer.domain.capacity import Capacity
 from kiln_trainer.domain.training import AdapterContent, StartingPoint, TrainingBackend
+from kiln_trainer.recipes.opd_options import TeacherModel
 
 
 class MappedModelView(Protocol):
@@ -107,12 +108,15 @@ class Publisher(Protocol):
         ...
 
     def generate(
-        self, requests: Sequence[engine_pb2.GenerateRequest], check: Callable[[], None]
+        self,
+        requests: Sequence[engine_pb2.GenerateRequest],
+        check: Callable[[], None],
+        teacher: TeacherModel | None = None,
     ) -> list[list[engine_pb2.SequenceOutput]]:
-        """What the first engine answers to each request, in order; the last output ends it.
+        """What the first engine, or the teacher's, answers to each request, in order; the last output ends it.
 
         `check` is called now and then; what it raises ends the requests. Raises what the engine
-        refuses, and what passes only where it has not for a long time.
+        refuses, and what passes only where it has not for a long time; TeacherUnavailable, TeacherChanged.
         """
         ...
 

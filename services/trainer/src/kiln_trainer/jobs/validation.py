@@ -9,7 +9,7 @@ import re
 from kiln_common.adapter_names import check_adapter_name, parse_reference
 from kiln_common.errors import InvalidRequest, InvalidValue
 from kiln_common.pb import common_pb2, engine_pb2, trainer_pb2
-from kiln_trainer.domain.errors import NoLearningSignal
+from kiln_trainer.domain.errors import ModelWithoutMtp, NoLearningSignal
 from kiln_trainer.jobs.document_limits import DocumentLimits
 from kiln_trainer.jobs.errors import (
     EmptyTrainingData,
@@ -77,6 +77,8 @@ def _check_config(
     if config.HasField("gate"):
         _check_gate(config)
     _check_lora(config.lora, base_model, max_rank)
+    if config.train_mtp and base_model is not None and not base_model.draft_modules:
+        raise ModelWithoutMtp(f"{base_model.model_id!r} has no multi-token-prediction layer")
     optimizer = config.optimizer
     if not 0 < optimizer.learning_rate <= _MAX_LEARNING_RATE:
         raise InvalidJobConfig(

@@ -1,7 +1,8 @@
 """On-policy distillation: the student writes, the teacher says how it would have gone on.
 
-At each token of a completion that the student drew, its distribution over the whole vocabulary is
-pulled towards the teacher's. The gradient goes through the distributions alone and not through the
+At each token of a completion that the student drew, its distribution over the vocabulary is pulled
+towards the teacher's: all of it where the teacher runs on the same weights, its likeliest tokens and one
+place for all others where it runs on another engine. The gradient goes through the distributions alone and not through the
 drawing, as in the paper. A step's loss is the mean over its completion tokens.
 
 Paper: Agarwal et al. 2023, On-policy distillation of language models, GKD (arXiv 2306.13649).
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 import torch
 
 from kiln_common.pb import trainer_pb2
-from kiln_trainer.data.documents import Document, PreparedJob
+from kiln_trainer.data.documents import Document, PreparedJob, TeacherTop
 from kiln_trainer.recipes.errors import NoTrainableTokens
 from kiln_trainer.recipes.opd_options import DistillationObjective, OpdOptions
 
@@ -56,13 +57,20 @@ def plan_draws(
     return tuple(steps)
 
 
-def prepare_opd(rollouts: Sequence[trainer_pb2.OpdRollout], objective: DistillationObjective) -> PreparedJob:
+def prepare_opd(
+    rollouts: Sequence[trainer_pb2.OpdRollout],
+    objective: DistillationObjective,
+    tops: Sequence[TeacherTop] | None = None,
+) -> PreparedJob:
     """Turn completions into documents; empty ones are left out.
+
+    `tops`: for each completion what a teacher on another engine said; None where the teacher is here.
 
     Raises:
         NoTrainableTokens: every completion is empty.
     """
-    documents = tuple(_document(rollout) for rollout in rollouts if rollout.completion_token_ids)
+    judged = zip(rollouts, tops if tops is not None else [None] * len(rollouts), strict=True)
+    documents = tuple(_document(rollout, top) for rollout, top in judged if rollout.completion_token_ids)
     if not documents:
         raise NoTrainableTokens(f"none of {len(rollouts)} completions has a token")
     facts = {
@@ -73,7 +81,7 @@ def prepare_opd(rollouts: Sequence[trainer_pb2.OpdRollout], objective: Distillat
     return PreparedJob(documents, objective, facts)
 
 
-def _document(rollout: trainer_pb2.OpdRollout) -> Document:
+def _document(rollout: trainer_pb2.OpdRollout, top: TeacherTop | None) -> Document:
     num_prompt, num_scored = len(rollout.prompt_token_ids), len(rollout.completion_token_ids)
     ones_s = torch.ones(num_scored)
     logprobs = list(rollout.logprobs) or [math.nan] * num_scored
@@ -86,6 +94,7 @@ def _document(rollout: trainer_pb2.OpdRollout) -> Document:
         sampler_logprob_s=torch.tensor(logprobs, dtype=torch.float32),
         temperature=1.0,
         normaliser=float(num_scored),
+        teacher_top=top,
     )
 
 

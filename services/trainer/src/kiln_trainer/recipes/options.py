@@ -83,7 +83,7 @@ class RunOptions:
 
     `gradient_accumulation` counts the micro-batches of one step; 0 puts a whole epoch into each.
     `publish_every` counts the steps between two versions; 0 publishes none on the way.
-    `dropout` is that of the adapter's inputs.
+    `dropout` is that of the adapter's inputs. `trains_mtp`: the multi-token-prediction layer is adapted too.
     """
 
     epochs: int = 1
@@ -93,6 +93,7 @@ class RunOptions:
     checkpoint_every: int = 10
     publish_every: int = 0
     dropout: float = 0.0
+    trains_mtp: bool = False
 
     @classmethod
     def from_proto(cls, wire: trainer_pb2.JobConfig) -> RunOptions:
@@ -113,6 +114,7 @@ class RunOptions:
             checkpoint_every=wire.checkpoint_every or cls.checkpoint_every,
             publish_every=int(wire.publish) if wire.publish.isdecimal() else 0,
             dropout=wire.lora.dropout,
+            trains_mtp=wire.train_mtp,
         )
 
 

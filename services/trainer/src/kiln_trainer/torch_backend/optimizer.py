@@ -31,13 +31,23 @@ class AdapterOptimizer:
         self._options = options
         self._num_steps = num_steps
         self._parameters = dict(lora.named_parameters())
+        # They have a loss of their own: what is learned must not depend on whether drafts follow it.
+        self._of_mtp = lora.parameters_of_mtp()
+        self._of_model = [
+            p for p in self._parameters.values() if not any(p is other for other in self._of_mtp)
+        ]
         self._moments = _MOMENTS[options.kind]
         self._optimizer = _torch_optimizer([*self._parameters.values()], options)
 
     def clip(self) -> torch.Tensor:
-        """Scale the gradients down to max_grad_norm together; returns their norm before that."""
+        """Scale the gradients down to max_grad_norm together; returns their norm before that.
+
+        Those of the multi-token-prediction layers are scaled apart, and are not in the norm.
+        """
         limit = self._options.max_grad_norm or float("inf")
-        return torch.nn.utils.clip_grad_norm_(self._parameters.values(), limit, foreach=True)
+        if self._of_mtp:
+            torch.nn.utils.clip_grad_norm_(self._of_mtp, limit, foreach=True)
+        return torch.nn.utils.clip_grad_norm_(self._of_model, limit, foreach=True)
 
     def step(self) -> float:
         """Apply the gathered gradients and clear them; returns the learning rate used."""

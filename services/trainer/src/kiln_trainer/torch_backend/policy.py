@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from kiln_nn.kernels.divergence import TokenDivergences, token_divergences
+from kiln_nn.kernels.divergence import TokenDivergences, token_divergences, top_k_divergences
 from kiln_nn.kernels.logprobs import TokenLogprobs, token_logprobs
 from kiln_nn.lora.dropout import LoraDropout
 from kiln_nn.lora.parameters import LoraParameters
-from kiln_nn.packed_model import PackedModel
+from kiln_nn.packed_model import PackedHidden, PackedModel
 from kiln_trainer.data.documents import Document
 from kiln_trainer.data.packing import PackedBatch, first_fit, pack
 from kiln_trainer.recipes.opd_options import DistillationObjective
@@ -21,7 +21,8 @@ class Policy:
     """A frozen base model and the adapter on it; the reference policy is the same model without.
 
     Only the rows that predict a scored token go through the head, so a prompt costs no logits.
-    The teacher is the same model too: with the adapter `teacher`, or without any. Without a plan
+    The teacher is the same model too, with the adapter `teacher` or without any, unless a batch says what
+    another one thinks of it. Without a plan
     every layer keeps its activations.
     """
 
@@ -41,38 +42,61 @@ class Policy:
         self._adapted = lora.linear_fn(model.weights, dropout)
         self._teacher = teacher.linear_fn(model.weights) if teacher is not None else None
 
-    def score(self, batch: PackedBatch, *, with_adapter: bool = True) -> TokenLogprobs:
-        """Log-probability and entropy of each scored token at its document's temperature.
-
-        `batch` must be on the policy's device.
-        """
+    def run(self, batch: PackedBatch, *, with_adapter: bool = True) -> PackedHidden:
+        """The model's hidden states of a batch, which must be on the policy's device."""
         self._plan_activations(batch)
-        hidden_TD = self.model.hidden_states(
-            batch.token_ids_T, batch.cu_seqlens, self._adapted if with_adapter else None
-        )
-        hidden_SD = hidden_TD.index_select(0, batch.rows_S)
+        linear = self._adapted if with_adapter else None
+        return self.model.forward(batch.token_ids_T, batch.cu_seqlens, linear)
+
+    def score(self, batch: PackedBatch, hidden: PackedHidden) -> TokenLogprobs:
+        """Log-probability and entropy of each scored token at its document's temperature."""
+        hidden_SD = hidden.after_norm_TD.index_select(0, batch.rows_S)
         return token_logprobs(
             hidden_SD, self.model.head_weight, batch.targets_S, temperature=batch.temperature_S
         )
 
-    def compare(self, batch: PackedBatch, objective: DistillationObjective) -> TokenDivergences:
-        """How far each scored token's distribution is from the teacher's, over the whole vocabulary.
+    @torch.no_grad()
+    def teach(self, batch: PackedBatch) -> torch.Tensor | None:
+        """The teacher's hidden states of the scored tokens; None where the batch says what it thinks of them."""
+        if batch.teacher_ids_SK is not None:
+            return None
+        teacher_TD = self.model.hidden_states(batch.token_ids_T, batch.cu_seqlens, self._teacher)
+        return teacher_TD[batch.rows_S]
 
-        `batch` must be on the policy's device.
+    def compare(
+        self,
+        batch: PackedBatch,
+        hidden: PackedHidden,
+        teacher_SD: torch.Tensor | None,
+        objective: DistillationObjective,
+    ) -> TokenDivergences:
+        """How far each scored token's distribution is from the teacher's, of what `teach` gave.
+
+        Over the whole vocabulary, or over the teacher's likeliest tokens and one place for all others.
         """
-        with torch.no_grad():
-            teacher_TD = self.model.hidden_states(batch.token_ids_T, batch.cu_seqlens, self._teacher)
-            teacher_SD = teacher_TD[batch.rows_S]
-            del teacher_TD
-        self._plan_activations(batch)
-        student_TD = self.model.hidden_states(batch.token_ids_T, batch.cu_seqlens, self._adapted)
+        student_SD, head_VD = hidden.after_norm_TD[batch.rows_S], self.model.head_weight
+        kind, beta = objective.divergence, objective.beta
+        if teacher_SD is not None:
+            return token_divergences(student_SD, teacher_SD, head_VD, batch.targets_S, kind, beta=beta)
+        assert batch.teacher_ids_SK is not None
+        assert batch.teacher_logprobs_SK is not None
+        top = batch.teacher_ids_SK, batch.teacher_logprobs_SK
+        return top_k_divergences(student_SD, *top, head_VD, batch.targets_S, kind, beta=beta)
+
+    def draft(self, batch: PackedBatch, hidden: PackedHidden) -> TokenDivergences:
+        """How far the multi-token-prediction layer's guesses are from the model's own distributions, [M].
+
+        The guess of a token is made one token earlier, from the hidden state there and the token that
+        followed. Gradients stop at both: what comes out moves the layer's own adapter alone.
+        """
+        detached = PackedHidden(hidden.before_norm_TD.detach(), hidden.after_norm_TD.detach())
+        drafts_TD = self.model.mtp_hidden_states(
+            detached, batch.token_ids_T, batch.cu_seqlens, linear=self._adapted
+        )
+        rows_M, targets_M = batch.rows_S[batch.drafted_M], batch.targets_S[batch.drafted_M]
+        own_MD = detached.after_norm_TD[rows_M]
         return token_divergences(
-            student_TD[batch.rows_S],
-            teacher_SD,
-            self.model.head_weight,
-            batch.targets_S,
-            objective.divergence,
-            beta=objective.beta,
+            drafts_TD[rows_M - 1], own_MD, self.model.head_weight, targets_M, "forward_kl"
         )
 
     def _plan_activations(self, batch: PackedBatch) -> None:
@@ -95,6 +119,6 @@ class Policy:
         lengths = [document.num_tokens for document in documents]
         for chosen in first_fit(indices, lengths, batch_tokens):
             batch = pack([documents[index] for index in chosen]).to(self.device)
-            scored = self.score(batch, with_adapter=with_adapter).logprobs_T.cpu()
+            scored = self.score(batch, self.run(batch, with_adapter=with_adapter)).logprobs_T.cpu()
             sizes = [documents[index].num_scored for index in chosen]
             yield from zip(chosen, scored.split(sizes), strict=True)

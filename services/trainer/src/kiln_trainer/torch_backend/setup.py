@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 
 import torch
 
@@ -10,9 +11,9 @@ from kiln_common.adapter_names import BASE_NAME
 from kiln_common.errors import InvalidRequest
 from kiln_common.pb import trainer_pb2
 from kiln_nn.config import ModelConfig
-from kiln_nn.lora import LoraSpec, parse_adapter
-from kiln_nn.lora.parameters import LoraParameters
-from kiln_trainer.domain.errors import NoLearningSignal
+from kiln_nn.lora import LoraSpec, mtp_table, parse_adapter
+from kiln_nn.lora.parameters import LoraParameters, fresh_tensors
+from kiln_trainer.domain.errors import ModelWithoutMtp, NoLearningSignal
 from kiln_trainer.domain.training import StartingPoint, TrainingTask
 from kiln_trainer.recipes.grpo import prepare_grpo
 from kiln_trainer.recipes.opd import prepare_opd
@@ -21,6 +22,7 @@ from kiln_trainer.recipes.options import RunOptions
 from kiln_trainer.recipes.sft import prepare_sft
 from kiln_trainer.torch_backend.document_checks import check_documents
 from kiln_trainer.torch_backend.steps import FixedSteps, SampledSteps, StepSource
+from kiln_trainer.torch_backend.teacher_scores import TeacherTops
 
 _DEFAULT_RANK = 16
 _GROUPS = ("all", "attention", "mlp")
@@ -42,10 +44,15 @@ def step_source(task: TrainingTask, options: RunOptions, config: ModelConfig, jo
             job = prepare_grpo(request.grpo)
         case "opd":
             _check_teacher(task)
+            folder, teacher = task.checkpoint_dir, None
+            if task.scorer is not None:
+                teacher = TeacherTops(task.scorer, folder, job_hash)
             if request.opd.prompts:
                 assert task.sampler is not None, "a job with prompts comes with a sampler"
-                return SampledSteps(request.opd, task.sampler, options, config, task.checkpoint_dir, job_hash)
-            job = prepare_opd(request.opd.rollouts, OpdOptions.from_proto(request.opd.settings).objective)
+                return SampledSteps(request.opd, task.sampler, options, config, folder, job_hash, teacher)
+            rollouts = request.opd.rollouts
+            tops = teacher.of("given", rollouts) if teacher is not None else None
+            job = prepare_opd(rollouts, OpdOptions.from_proto(request.opd.settings).objective, tops)
         case _:
             raise InvalidRequest("the job names no recipe", hint="Give sft, grpo or opd.")
     check_documents(job.documents, config)
@@ -70,17 +77,30 @@ def starting_adapter(task: TrainingTask, config: ModelConfig, device: torch.devi
     """The adapter as it is before the first step: an existing version's tensors, or a fresh draw.
 
     Raises:
+        ModelWithoutMtp: it is to adapt a layer that the model does not have.
         KilnNnError: the existing version or the wanted shape does not fit the model.
     """
-    if task.starting_point is not None:
-        return _existing_adapter(task.starting_point, config, device)
     wire = task.request.config
-    return LoraParameters.create(config, lora_spec(wire.lora), seed=wire.seed, device=device)
+    if wire.train_mtp and not config.num_mtp_layers:
+        raise ModelWithoutMtp("the base model has no multi-token-prediction layer")
+    if task.starting_point is not None:
+        return _existing_adapter(
+            task.starting_point, config, device, mtp_seed=wire.seed if wire.train_mtp else None
+        )
+    spec = replace(lora_spec(wire.lora), with_mtp=wire.train_mtp)
+    return LoraParameters.create(config, spec, seed=wire.seed, device=device)
 
 
-def _existing_adapter(point: StartingPoint, config: ModelConfig, device: torch.device) -> LoraParameters:
+def _existing_adapter(
+    point: StartingPoint, config: ModelConfig, device: torch.device, mtp_seed: int | None = None
+) -> LoraParameters:
+    """With a seed it adapts the multi-token-prediction layers too, afresh where it has not before."""
     adapter = parse_adapter(point.config_json, point.safetensors_path.read_bytes(), config)
-    return LoraParameters.from_tensors(config, adapter.spec, adapter.tensors, device=device)
+    spec, tensors = adapter.spec, adapter.tensors
+    if mtp_seed is not None and not spec.with_mtp:
+        spec = replace(spec, with_mtp=True)
+        tensors = {**tensors, **fresh_tensors(mtp_table(config), spec.rank, mtp_seed)}
+    return LoraParameters.from_tensors(config, spec, tensors, device=device)
 
 
 def lora_spec(wire: trainer_pb2.LoraConfig) -> LoraSpec:

@@ -9,11 +9,14 @@ from dataclasses import dataclass, field
 
 import torch
 
+from kiln_nn.packed_model import PackedHidden
 from kiln_trainer.data.packing import PackedBatch
 from kiln_trainer.recipes.losses import PolicyLosses, cross_entropy, k3_estimate, policy_losses
 from kiln_trainer.recipes.opd_options import DistillationObjective, Objective
 from kiln_trainer.recipes.options import PolicyObjective
 from kiln_trainer.torch_backend.policy import Policy
+
+_OF_DRAFTS = ("num_drafted", "mtp_kl", "mtp_acceptance")
 
 
 @dataclass
@@ -44,6 +47,7 @@ class StepSums:
         tensors = [*self.sums.values(), *self.extremes.values()]
         values = torch.stack([tensor.double() for tensor in tensors]).tolist()
         found = dict(zip(names, values, strict=True))
+        drafts = {name: found.pop(name) for name in [*found] if name in _OF_DRAFTS}
         num_scored, num_compared = found.pop("num_scored"), found.pop("num_compared", 0.0)
         mismatch = found.pop("mismatch", 0.0)
         metrics = {"loss": found.pop("loss"), "num_scored_tokens": num_scored}
@@ -52,6 +56,8 @@ class StepSums:
         }
         if num_compared:
             metrics["sampler_trainer_kl"] = mismatch / num_compared
+        if num_drafted := drafts.pop("num_drafted", 0.0):
+            metrics |= {name: value / num_drafted for name, value in drafts.items()}
         return metrics
 
 
@@ -63,19 +69,38 @@ def forward_backward(
     sums: StepSums,
     *,
     is_first_step: bool,
+    num_drafted: int = 0,
 ) -> torch.Tensor | None:
     """Add one micro-batch's share of the step's gradient to the adapter's parameters.
 
     `normaliser` is the whole step's: shares add up to the step's loss however it was cut.
-    `is_first_step`: no update was applied yet in this job.
+    `is_first_step`: no update was applied yet in this job. `num_drafted`: the whole step's tokens that a
+    draft could have foreseen, if the multi-token-prediction layer learns as well.
 
     Returns: the old policy's log-probabilities [S] with what this pass revealed of them, or None
     without a policy objective.
     """
     if isinstance(objective, DistillationObjective):
-        _distil(policy, batch, objective, normaliser, sums)
-        return None
-    scored = policy.score(batch)
+        hidden = _distil(policy, batch, objective, normaliser, sums)
+        old_S = None
+    else:
+        hidden, old_S = _learn(policy, batch, objective, normaliser, sums, is_first_step=is_first_step)
+    if num_drafted:
+        _follow(policy, batch, hidden, num_drafted, sums)
+    return old_S
+
+
+def _learn(
+    policy: Policy,
+    batch: PackedBatch,
+    objective: PolicyObjective | None,
+    normaliser: float,
+    sums: StepSums,
+    *,
+    is_first_step: bool,
+) -> tuple[PackedHidden, torch.Tensor | None]:
+    hidden = policy.run(batch)
+    scored = policy.score(batch, hidden)
     loss_S = batch.ce_weight_S * cross_entropy(scored.logprobs_T)
     losses = None
     if objective is not None:
@@ -84,19 +109,35 @@ def forward_backward(
     _backward(loss_S, batch, normaliser, sums)
     sums.add("entropy", scored.entropies_T.sum())
     if losses is None or objective is None:
-        return None
+        return hidden, None
     _add_policy_metrics(sums, losses, objective)
-    return losses.old_logprob_S
+    return hidden, losses.old_logprob_S
 
 
 def _distil(
     policy: Policy, batch: PackedBatch, objective: DistillationObjective, normaliser: float, sums: StepSums
-) -> None:
-    found = policy.compare(batch, objective)
+) -> PackedHidden:
+    teacher_SD = policy.teach(batch)  # before there are activations to keep
+    hidden = policy.run(batch)
+    found = policy.compare(batch, hidden, teacher_SD, objective)
     _backward(batch.policy_weight_S * found.divergences_T, batch, normaliser, sums)
     sums.add("teacher_kl", found.reverse_kls_T.sum())
     sums.add("entropy", found.entropies_T.sum())
     _add_mismatch(sums, k3_estimate(found.logprobs_T - batch.sampler_logprob_S))
+    return hidden
+
+
+def _follow(
+    policy: Policy, batch: PackedBatch, hidden: PackedHidden, num_drafted: int, sums: StepSums
+) -> None:
+    """Bring the drafts to where the model now is; nothing else moves."""
+    if not batch.drafted_M.shape[0]:
+        return
+    found = policy.draft(batch, hidden)
+    (found.divergences_T.sum() / num_drafted).backward()  # type: ignore[no-untyped-call]
+    sums.add("mtp_kl", found.divergences_T.sum())
+    sums.add("mtp_acceptance", found.overlaps_T.sum())
+    sums.add("num_drafted", found.overlaps_T.new_tensor(float(found.overlaps_T.shape[0])))
 
 
 def _backward(loss_S: torch.Tensor, batch: PackedBatch, normaliser: float, sums: StepSums) -> None:

@@ -12,7 +12,7 @@ import structlog
 
 from kiln_common.pb import trainer_pb2
 from kiln_nn.config import ModelConfig
-from kiln_trainer.data.documents import Document, PreparedJob
+from kiln_trainer.data.documents import Document, PreparedJob, TeacherTop
 from kiln_trainer.data.packing import StepPlan, first_fit, plan_steps
 from kiln_trainer.domain.training import AdapterContent, StudentSampler
 from kiln_trainer.recipes.opd import plan_draws, prepare_opd
@@ -20,6 +20,7 @@ from kiln_trainer.recipes.opd_options import Objective, OpdOptions
 from kiln_trainer.recipes.options import RunOptions
 from kiln_trainer.torch_backend.checkpoints import write_durably
 from kiln_trainer.torch_backend.document_checks import check_documents
+from kiln_trainer.torch_backend.teacher_scores import TeacherTops
 
 log = structlog.get_logger()
 SealStudent = Callable[[], AdapterContent | None]
@@ -81,7 +82,8 @@ class SampledSteps:
 
     A round's completions are on disk before the first of its steps: a resumed job learns from the
     same ones. Where they are not (another machine), the student as it is draws them again, with
-    the same seeds. `folder` and `job_hash` are those of the job's checkpoints.
+    the same seeds. `folder` and `job_hash` are those of the job's checkpoints. `teacher` judges the
+    completions where it is not the trainer's own.
 
     Raises:
         InvalidTokenIds, InvalidRequest: the model cannot read a prompt or a completion.
@@ -95,6 +97,7 @@ class SampledSteps:
         config: ModelConfig,
         folder: Path,
         job_hash: str,
+        teacher: TeacherTops | None = None,
     ) -> None:
         self._options = OpdOptions.from_proto(spec.settings)
         self.objective = self._options.objective
@@ -107,6 +110,8 @@ class SampledSteps:
         self._draws = plan_draws(len(spec.prompts), self._options, epochs=options.epochs, seed=options.seed)
         self._round = -1
         self._rollouts: list[trainer_pb2.OpdRollout] = []
+        self._teacher = teacher
+        self._tops: list[TeacherTop] | None = None
 
     @property
     def num_steps(self) -> int:
@@ -116,17 +121,20 @@ class SampledSteps:
         round_number = (step - 1) // self._options.refresh_every
         if round_number != self._round:
             self._rollouts = self._read(round_number) or self._sample(round_number, seal_student)
+            if self._teacher is not None:
+                self._tops = self._teacher.of(f"{round_number:06d}", self._rollouts)
             self._round = round_number
         num_before = sum(len(draws) for draws in self._draws[self._first_step(round_number) - 1 : step - 1])
-        own = self._rollouts[num_before : num_before + len(self._draws[step - 1])]
-        job = prepare_opd(own, self.objective)
+        own = slice(num_before, num_before + len(self._draws[step - 1]))
+        tops = self._tops[own] if self._tops is not None else None
+        job = prepare_opd(self._rollouts[own], self.objective, tops)
         check_documents(job.documents, self._config)
         lengths = [document.num_tokens for document in job.documents]
         plan = StepPlan(tuple(first_fit(range(len(lengths)), lengths, self._batch_tokens)))
         return StepData(job.documents, plan, {**job.facts, "round": float(round_number + 1)})
 
     def forget(self, step: int) -> None:
-        for path in self._folder.glob("rollouts-*.pb"):
+        for path in (*self._folder.glob("rollouts-*.pb"), *self._folder.glob("scores-*.safetensors")):
             last_step = self._first_step(int(path.stem.split("-")[1]) + 1) - 1
             if last_step <= step:
                 path.unlink()

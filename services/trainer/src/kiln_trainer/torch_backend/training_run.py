@@ -116,7 +116,9 @@ class TrainingRun:
         data = self._source.open(step, self._seal_student)
         sums = StepSums()
         self._optimizer.clear()
-        normaliser = math.fsum(data.documents[index].normaliser for index in data.plan.documents)
+        own = [data.documents[index] for index in data.plan.documents]
+        normaliser = math.fsum(document.normaliser for document in own)
+        num_drafted = sum(document.num_drafted for document in own) if self._options.trains_mtp else 0
         for number, indices in enumerate(data.plan.micro_batches):
             self._share.between_micro_batches()
             self._dropout.begin(f"{self._options.seed}:{step}:{number}")
@@ -127,6 +129,7 @@ class TrainingRun:
                 normaliser,
                 sums,
                 is_first_step=step == 1,
+                num_drafted=num_drafted,
             )
             if step == 1 and old_S is not None and self._source.num_steps > 1:
                 self._keep_old_logprobs(indices, old_S)
