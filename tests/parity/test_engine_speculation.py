@@ -50,7 +50,7 @@ KINDS: list[tuple[list[int], dict[str, Any]]] = [
     (token_ids(3, seed=5), {"num_top_logprobs": 3}),
     (token_ids(40, seed=6), {"repetition_penalty": 1.2, "presence_penalty": 0.5, "frequency_penalty": 0.3}),
     (SHARED[:64] + token_ids(10, seed=7), {"min_p": 0.05, "logit_bias": {5: 4.0}}),
-    (token_ids(17, seed=9), {"min_tokens": 8, "stop_token_ids": frozenset(range(0, VOCAB_SIZE, 3))}),
+    (token_ids(17, seed=9), {"min_tokens": 5, "stop_token_ids": frozenset(range(8, VOCAB_SIZE))}),
     (token_ids(1, seed=10), {}),
     (token_ids(40, seed=11), {"rules": _RULES}),
     (token_ids(5, seed=12), {"rules": _RULES, "num_top_logprobs": 2}),
@@ -132,7 +132,7 @@ def test_drafts_change_no_answer(folder: Path, plain: Any, period: int, with_ada
     if not with_adapters:
         stopped = plain[False]["r6"]
         assert stopped.finish_reason is FinishReason.STOP
-        assert 8 <= len(stopped.rows) < NUM_TOKENS
+        assert 5 < len(stopped.rows) < NUM_TOKENS
 
 
 def test_rows_of_different_lengths_and_plain_ones_take_turns(folder: Path, plain: Any):
