@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ENGINE_PARTS = ("decode", "prefill", "waves", "prefix", "clients", "adapters", "idle")
 PARTS = ("kernels", *ENGINE_PARTS, "start", "http", "sharing", "swap", "training")
 # Settings whose choices are all measured, one at a time, for the decode steps.
-_VARIED = ("state_dtype", "kv_dtype")
+_VARIED = ("state_dtype", "kv_dtype", "quantization")
 
 
 def commands(parts: list[str], model: Path, is_tiny: bool) -> Iterator[tuple[list[str], Path]]:

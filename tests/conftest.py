@@ -1,11 +1,22 @@
-"""`--speculation ngram` (or mtp) has every engine of the tests guess ahead, always as far as it may."""
+"""Variants of every engine of the tests.
+
+`--quantization int4` (or fp8) has them round their weights (see support/variants.py), `--speculation ngram`
+(or mtp) guess ahead, always as far as they may.
+"""
 
 import os
 
 import pytest
 
+from tests.support.variants import SETTING
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--quantization",
+        choices=["fp8", "int4"],
+        help="run the engines of the tests on weights of this scheme",
+    )
     parser.addoption(
         "--speculation",
         choices=["ngram", "mtp"],
@@ -14,8 +25,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    kind = config.getoption("--speculation")
-    if kind:
-        # Engines in this process and those started by it read their settings from here.
+    # Engines in this process and those started by it read their settings from here.
+    if scheme := config.getoption("--quantization"):
+        os.environ[SETTING] = scheme
+    if kind := config.getoption("--speculation"):
         os.environ["KILN_ENGINE_SPECULATION"] = kind
         os.environ["KILN_ENGINE_ADAPTIVE_DRAFTS"] = "false"

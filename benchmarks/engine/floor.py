@@ -8,13 +8,16 @@ the state back. Caches, activations and logits are left out: they are what an en
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
 from kiln_nn.config import ModelConfig
+from kiln_nn.weights.names import EMBEDDING, expected_tensors
 
 _PAGE_TOKENS = 16
 
@@ -96,10 +99,12 @@ class ModelCosts:
     ring_itemsize: int = 4
     activation_itemsize: int = 2
 
-    @property
-    def num_weights(self) -> float:
+    @cached_property
+    def num_weights(self) -> int:
         """Numbers that take part in a token's products: all but the rows of the embedding not looked up."""
-        return self.weight_bytes / self.activation_itemsize
+        specs = expected_tensors(self.config, include_mtp=False)
+        skipped = () if self.config.tie_word_embeddings else (EMBEDDING,)
+        return sum(math.prod(spec.shape) for name, spec in specs.items() if name not in skipped)
 
     @property
     def kv_bytes_per_token(self) -> int:

@@ -29,7 +29,7 @@ class Timing:
     p99_ms: float
 
 
-def time_calls(calls: Sequence[Callable[[], object]]) -> Timing:
+def time_calls(calls: Sequence[Callable[[], object]], num_samples: int = _NUM_SAMPLES) -> Timing:
     """Time calls that run one after the other, each on its own inputs; figures are per call."""
     for call in calls:  # compiles
         call()
@@ -41,7 +41,7 @@ def time_calls(calls: Sequence[Callable[[], object]]) -> Timing:
     for _ in range(3):
         graph.replay()
     pairs = []
-    for _ in range(_NUM_SAMPLES):
+    for _ in range(num_samples):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         graph.replay()
@@ -86,7 +86,8 @@ class ResultTable:
     the row's bytes.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *, prints_rows: bool = True) -> None:
+        self._prints_rows = prints_rows
         self._path = RESULTS / f"{name}.csv"
         self._common = {
             "commit": _commit(),
@@ -94,14 +95,14 @@ class ResultTable:
             "torch": torch.__version__,
             "triton": triton.__version__,
         }
-        self._copy_bytes_per_s = copy_bytes_per_s()
-        print(f"{self._common}: a large copy moves {self._copy_bytes_per_s / 1e12:.2f} TB/s", flush=True)
+        self.copy_bytes_per_s = copy_bytes_per_s()
+        print(f"{self._common}: a large copy moves {self.copy_bytes_per_s / 1e12:.2f} TB/s", flush=True)
 
     def add(
         self, shape: str, timing: Timing, num_calls: int, num_bytes: int, error: float, note: str = ""
     ) -> None:
         """Record a kernel that a decode step calls `num_calls` times, moving `num_bytes` in all."""
-        floor_ms = num_bytes / self._copy_bytes_per_s * 1e3
+        floor_ms = num_bytes / self.copy_bytes_per_s * 1e3
         row = self._common | {
             "shape": shape,
             "p50_ms": f"{timing.p50_ms * num_calls:.4f}",
@@ -112,11 +113,12 @@ class ResultTable:
             "relative_error": f"{error:.2e}",
             "note": note,
         }
-        print(
-            f"{shape:58s} {row['p50_ms']} ms  p99 {row['p99_ms']}  floor {floor_ms:.4f}"
-            f"  ({row['floor_fraction']})  error {row['relative_error']}  {note}",
-            flush=True,
-        )
+        if self._prints_rows:
+            print(
+                f"{shape:58s} {row['p50_ms']} ms  p99 {row['p99_ms']}  floor {floor_ms:.4f}"
+                f"  ({row['floor_fraction']})  error {row['relative_error']}  {note}",
+                flush=True,
+            )
         is_new = not self._path.exists()
         with self._path.open("a", newline="") as file:
             writer = csv.DictWriter(file, row)

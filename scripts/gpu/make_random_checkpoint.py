@@ -1,11 +1,15 @@
 """Writes a Qwen3.5-shaped checkpoint with random weights, to measure and test without a download.
 
-    python scripts/gpu/make_random_checkpoint.py --shape 4b --out /tmp/random-4b
+    python scripts/gpu/make_random_checkpoint.py --shape 4b --out /tmp/random-4b [--spectrum trained]
 
 Weights follow Hugging Face's initialisation, except A_log: memory half-lives are log-uniform from
 1 to 4,096 tokens, because the usual draw forgets within a token and hides every state bug. The
 tokenizer is the demo model's with made-up words for the other ids, so the text it writes means
 nothing.
+
+`--spectrum trained` gives the matrices what training does and quantising suffers from: singular values
+that fall by a power law, heavy tails, and norms that make a few input channels far larger than others.
+The final norm makes the next token's entropy about two nats.
 """
 
 from __future__ import annotations
@@ -69,6 +73,29 @@ def shape_config(name: str) -> dict[str, object]:
     }
 
 
+def draw_trained(name: str, spec: TensorSpec, device: str) -> torch.Tensor:
+    """One tensor with the spectrum and the outliers of a trained model; others as `draw`."""
+    if name == "model.norm.weight":
+        # Logits of standard deviation 4.6: of V normal ones the entropy is about log V - 4.6^2 / 2.
+        return torch.full(spec.shape, 3.6, device=device)
+    if name.endswith("layernorm.weight"):
+        # Most channels near one, one in two hundred eight times as large: so are the layers' inputs.
+        large = torch.rand(spec.shape, device=device) < 0.005
+        return torch.where(large, 8.0, 1.0) * torch.exp(0.3 * torch.randn(spec.shape, device=device)) - 1
+    if not name.endswith("proj.weight") and "in_proj" not in name:
+        return draw(name, spec, device)
+    num_outputs, num_inputs = spec.shape
+    rank = min(spec.shape)
+    falling = torch.arange(1, rank + 1, device=device, dtype=torch.float32) ** -0.6
+    left = torch.randn(num_outputs, rank, device=device) * falling
+    weight = left @ torch.randn(rank, num_inputs, device=device)
+    # Student's t with five degrees of freedom: the tails of single weights.
+    tails = torch.distributions.StudentT(torch.tensor(5.0, device=device)).sample(spec.shape)
+    channels = torch.exp(0.2 * torch.randn(num_inputs, device=device))
+    weight = (weight / weight.std() + 0.5 * tails) * channels
+    return weight * (0.02 / weight.std())
+
+
 def draw(name: str, spec: TensorSpec, device: str) -> torch.Tensor:
     """One tensor as a fresh model would have it."""
     if name.endswith(".A_log"):
@@ -84,13 +111,18 @@ def draw(name: str, spec: TensorSpec, device: str) -> torch.Tensor:
     return torch.randn(spec.shape, device=device) * 0.02
 
 
-def write_checkpoint(folder: Path, shape: str, seed: int, device: str) -> int:
+SPECTRA = {"fresh": draw, "trained": draw_trained}
+
+
+def write_checkpoint(folder: Path, shape: str, seed: int, device: str, spectrum: str = "fresh") -> int:
     """Draw the weights on `device` and write everything a service needs; returns how many tensors.
 
     What is there already is left as it is when its config.json, which is written last, is the same.
     """
     eos_id = json.loads((DEMO_MODEL / "config.json").read_text())["eos_token_id"]
     config = {**shape_config(shape), "eos_token_id": eos_id, "kiln_random_seed": seed}
+    if spectrum != "fresh":
+        config["kiln_random_spectrum"] = spectrum
     specs = expected_tensors(ModelConfig.from_dict(config), include_mtp=False)
     config_path = folder / "config.json"
     if config_path.exists() and json.loads(config_path.read_text()) == config:
@@ -104,7 +136,7 @@ def write_checkpoint(folder: Path, shape: str, seed: int, device: str) -> int:
     shards: list[dict[str, torch.Tensor]] = [{}]
     num_bytes = 0
     for name, spec in specs.items():
-        tensor = draw(name, spec, device).to(torch.bfloat16).cpu()
+        tensor = SPECTRA[spectrum](name, spec, device).to(torch.bfloat16).cpu()
         if num_bytes + tensor.nbytes > SHARD_BYTES:
             shards.append({})
             num_bytes = 0
@@ -139,9 +171,12 @@ def main() -> None:
     parser.add_argument("--shape", choices=sorted(SHAPES), default="4b")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--spectrum", choices=sorted(SPECTRA), default="fresh")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
-    num_tensors = write_checkpoint(arguments.out, arguments.shape, arguments.seed, arguments.device)
+    num_tensors = write_checkpoint(
+        arguments.out, arguments.shape, arguments.seed, arguments.device, arguments.spectrum
+    )
     print(f"{num_tensors} tensors under {arguments.out}")
 
 

@@ -60,7 +60,11 @@ def work(stack, tmp_path_factory):
     with kiln.Client(stack.url) as client:
         client.train.sft("student", examples, attach=False).wait()
         job = client.train.sft("polite", examples, attach=False).wait()
-        names = {"JOB": job.id, "~/notes": str(folder)}
+        names = {
+            "JOB": job.id,
+            "~/notes": str(folder),
+            "~/models/Qwen3.5-4B": str(DOCS.parent / "demo" / "model"),
+        }
         names["DATASET"] = client.datasets.upload(folder / "examples.jsonl")["id"]
         client.evals.put_suite("first", cases)
         for name in ("RUN_1", "RUN_2", "RUN"):  # the last one is deleted

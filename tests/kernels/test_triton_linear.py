@@ -286,7 +286,8 @@ def _hopper_shared_memory(
     rows = {"box_desc": box, "rest_desc": rest or box, "x_desc": x_box, "x_rest_desc": x_rest or x_box}
     signature = {name: f"tensordesc<bf16[{count}, 64],{layout!r}>" for name, count in rows.items()}
     signature["out_ptr"] = "*fp32"
-    signature |= dict.fromkeys(("num_tokens", "num_outputs", "num_blocks", "split_blocks"), "i32")
+    sizes = ("num_tokens", "num_outputs", "out_stride", "num_blocks", "split_blocks")
+    signature |= dict.fromkeys(sizes, "i32")
     constants |= {"DEPENDENT": True, "SHOWS_PRODUCERS": True}
     signature |= dict.fromkeys(constants, "constexpr")
     places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
@@ -323,7 +324,7 @@ def test_every_choice_fits_its_gpu(size, kind, is_hopper):
 
 @needs_triton
 def test_rows_fetched_cover_the_tokens():
-    from kiln_nn.kernels.linear.triton_hopper import boxes, rows_fetched
+    from kiln_nn.kernels.linear.triton_hopper_parts import boxes, rows_fetched
 
     for num_tokens in range(1, 300):
         for tile in (8, 16, 32, 64, 128):

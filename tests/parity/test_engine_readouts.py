@@ -25,9 +25,9 @@ from kiln_engine.domain import (
 )
 from kiln_nn.lora import serialize_adapter
 from tests.parity.test_engine_devices import small_runner
-from tests.parity.test_engine_graphs import SHAPE as FIT_FOR_KERNELS
 from tests.parity.test_engine_scheduled import ScheduledEngine
 from tests.support.engine_plans import EngineRig, token_ids
+from tests.support.engine_serving import KERNEL_SHAPE as FIT_FOR_KERNELS
 from tests.support.lora_builders import peft_model_with, random_lora
 from tests.support.tiny_models import SHAPES, hf_model, make_checkpoint
 

@@ -32,6 +32,7 @@ from kiln_engine.model.mtp_layer import MtpHidden, MtpLayer
 from kiln_nn.config import ModelConfig
 from kiln_nn.weights.names import expected_tensors
 from tests.support.tiny_models import read_tensors
+from tests.support.variants import as_engine_holds_them
 
 GREEDY = RowSampling(params=SamplingParams(temperature=0.0), output_index=0)
 AdapterSlots = tuple[tuple[int, float], ...]
@@ -81,7 +82,11 @@ class EngineRig:
             for name, tensor in read_tensors(folder).items()
         }
         self.model = PagedModel(
-            self.config, weights, self.kv, self.states, max_model_len=num_pages * page_tokens
+            self.config,
+            as_engine_holds_them(weights),
+            self.kv,
+            self.states,
+            max_model_len=num_pages * page_tokens,
         )
         if mtp_hidden is not None:
             carried = CarriedHidden(num_slots, max_draft_tokens + 1, self.config.hidden_size, **placed)

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from kiln_nn.config import ModelConfig
 from kiln_nn.lora import AdapterTensors, LoraSpec, lora_shapes
 from kiln_nn.weights.names import TensorSpec, expected_tensors
+from tests.support.variants import on_the_schemes_numbers, quantization
 
 MAX_HALF_LIFE_TOKENS = 4096
 _DT_BIAS = 1.0
@@ -48,6 +49,15 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 
+# Every linear layer reads whole groups of 128 inputs, so that all of them can be quantised to four bits.
+WHOLE_GROUPS: dict[str, Any] = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "head_dim": 32,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+}
+
 
 def tiny_config(**overrides: Any) -> ModelConfig:
     """A four-layer model of about 60 thousand parameters; any ModelConfig field can be overridden.
@@ -74,6 +84,7 @@ def tiny_config(**overrides: Any) -> ModelConfig:
         "layer_types": ("linear_attention",) * 3 + ("full_attention",),
         "num_mtp_layers": 1,
         "eos_token_ids": (299,),
+        **(WHOLE_GROUPS if quantization() == "int4" else {}),
         **overrides,
     }
     fields.setdefault("num_layers", len(fields["layer_types"]))
@@ -118,7 +129,7 @@ def random_tensors(config: ModelConfig, seed: int = 0) -> dict[str, torch.Tensor
     """Float32 values for every checkpoint tensor, scaled so that every part of the model matters."""
     generator = torch.Generator().manual_seed(seed)
     specs = expected_tensors(config, include_mtp=True)
-    return {name: _draw(name, spec, generator) for name, spec in specs.items()}
+    return on_the_schemes_numbers({name: _draw(name, spec, generator) for name, spec in specs.items()})
 
 
 def random_adapter(config: ModelConfig, spec: LoraSpec, seed: int = 0) -> AdapterTensors:

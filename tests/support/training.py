@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from kiln_nn.weights.loader import LoadedModel, load_checkpoint
 from kiln_trainer.domain.training import StartingPoint, StepReport, TrainedAdapter, TrainingTask
 from kiln_trainer.torch_backend.weights import LocateWeights, WeightLocation
 from tests.support.tiny_models import make_checkpoint
+from tests.support.variants import quantization
 
 MODEL_ID = "tiny/qwen3.5"
 
@@ -21,10 +22,19 @@ MODEL_ID = "tiny/qwen3.5"
 class ServedModel:
     """A tiny model whose weights an engine-like server shares, and how to find it."""
 
-    def __init__(self, folder: Path, socket_folder: Path, device: str = "cpu", **overrides: Any) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        socket_folder: Path,
+        device: str = "cpu",
+        loading: Mapping[str, Any] | None = None,
+        **overrides: Any,
+    ) -> None:
         make_checkpoint(folder, **overrides)
         self.folder = folder
-        self.loaded: LoadedModel = load_checkpoint(folder, device)
+        self.loaded: LoadedModel = load_checkpoint(
+            folder, device, **({"quantization": quantization()} | dict(loading or {}))
+        )
         self.server = WeightServer(self.loaded.arena, socket_folder / "weights.sock")
 
     @property
@@ -39,7 +49,10 @@ class ServedModel:
 
 @contextmanager
 def served_model(folder: Path, device: str = "cpu", **overrides: Any) -> Iterator[ServedModel]:
-    """Serve a random tiny model's weights for as long as the context lasts."""
+    """Serve a random tiny model's weights for as long as the context lasts.
+
+    `loading`: what `load_checkpoint` takes; `overrides`: fields of the model.
+    """
     served = ServedModel(folder / "model", folder / "sockets", device, **overrides)
     try:
         yield served

@@ -120,6 +120,17 @@ class NotEnoughGpus(InvalidRequest):
     hint = "Start fewer engines, show more GPUs with CUDA_VISIBLE_DEVICES, or add --device cpu."
 
 
+class QuantizingFailed(InvalidRequest):
+    """Quantising was refused, or broke down; a refusal has the code and hint of its reason."""
+
+    code = "quantizing_failed"
+    hint = "The message is the last that it said; a GPU that is too small has --device cpu beside it."
+
+    def __init__(self, code: str, message: str, hint: str) -> None:
+        super().__init__(message, hint=hint)
+        self.code = code
+
+
 class TooManyTrainers(InvalidRequest):
     """`--trainers` asks for more trainers than there are engines whose weights they could share."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +16,13 @@ from kiln_cli.errors import WrongUsage
 from kiln_cli.output import Output
 from kiln_cli.session import MACHINE, Json
 from kiln_common.errors import KilnError
+
+
+class Quantization(StrEnum):
+    NONE = "none"
+    FP8 = "fp8"
+    INT4 = "int4"
+
 
 app = typer.Typer(
     name="kiln",
@@ -67,6 +75,13 @@ def up(
     ] = None,
     device: Annotated[
         str | None, typer.Option(help="cpu or cuda. A GPU when there is one.", show_default=False)
+    ] = None,
+    quantization: Annotated[
+        Quantization | None,
+        typer.Option(
+            help="Round the weights at load: fp8, or int4 for four bits. As the checkpoint has them when left out.",
+            show_default=False,
+        ),
     ] = None,
     gpu_sharing: Annotated[
         str | None,
@@ -135,6 +150,7 @@ def up(
             engine_gpus=gpus,
             num_trainers=choose_num_trainers(trainers, gpus),
             redis_memory_mb=redis_memory_mb,
+            quantization=quantization.value if quantization else None,
         )
         url = f"http://{'localhost' if host == '127.0.0.1' else host}:{port}"
         console = (UpJsonLines if as_json else UpConsole)(url, folder / "logs", is_verbose=verbose)

@@ -5,12 +5,16 @@ Needs a CUDA device; the same jobs run on the CPU in the files beside this one.
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
 from kiln_common.pb import trainer_pb2
 from kiln_trainer.torch_backend.backend import TorchBackend
 from tests.support.distillation import opd_request, teacher_in
+from tests.support.tiny_models import WHOLE_GROUPS
 from tests.support.trainer_process import run_in_process
 from tests.support.training import RecordingHooks, grpo_request, rollout, served_model, sft_request, task
 
@@ -44,17 +48,26 @@ REQUESTS |= {
 
 @pytest.mark.parametrize("name", REQUESTS)
 def test_losses_on_the_gpu_follow_those_on_the_cpu(tmp_path, name):
-    with served_model(tmp_path / "cpu") as served:
+    assert_gpu_follows_cpu(tmp_path, REQUESTS[name])
+
+
+@pytest.mark.parametrize("scheme", ["fp8", "int4"])
+def test_so_they_do_on_quantised_weights(tmp_path, scheme):
+    assert_gpu_follows_cpu(tmp_path, REQUESTS["grpo"], loading={"quantization": scheme}, **WHOLE_GROUPS)
+
+
+def assert_gpu_follows_cpu(tmp_path: Path, request: Any, **model: Any) -> None:
+    with served_model(tmp_path / "cpu", **model) as served:
         teacher = None
-        if REQUESTS[name].HasField("opd"):
+        if request.HasField("opd"):
             teacher = teacher_in(tmp_path / "teacher", served)
         hooks = RecordingHooks()
-        TorchBackend(served.locate).run(task(REQUESTS[name], tmp_path / "cpu-job", teacher=teacher), hooks)
+        TorchBackend(served.locate).run(task(request, tmp_path / "cpu-job", teacher=teacher), hooks)
         expected = [report.metrics["loss"] for report in hooks.reports]
-    with served_model(tmp_path / "gpu", "cuda") as served:
+    with served_model(tmp_path / "gpu", "cuda", **model) as served:
         before = served.loaded.arena.checksum()
         folder = teacher.safetensors_path.parent if teacher else None
-        seen = run_in_process(served, REQUESTS[name], tmp_path / "gpu-job", teacher=folder)
+        seen = run_in_process(served, request, tmp_path / "gpu-job", teacher=folder)
         assert served.loaded.arena.checksum() == before
     # float32 on both; the GPU sums in another order and Adam's first steps magnify the difference.
     assert seen["losses"] == pytest.approx(expected, rel=2e-2, abs=2e-3)

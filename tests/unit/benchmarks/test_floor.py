@@ -26,6 +26,15 @@ def test_decode_step(batch, floor_ms):
     assert 1e3 * costs().decode_step(batch, 1024).floor_s(H200) == pytest.approx(floor_ms, rel=0.03)
 
 
+def test_smaller_weights_leave_the_arithmetic_as_it_is():
+    assert costs().num_weights == pytest.approx(WEIGHT_BYTES / 2, rel=1e-3)
+    config = ModelConfig.from_dict(shape_config("4b"))
+    small = ModelCosts(config, WEIGHT_BYTES // 4, kv_itemsize=2, state_itemsize=2)
+    few, many = (small.decode_step(batch, 1024) for batch in (1, 256))
+    assert few.floor_s(H200) < costs().decode_step(1, 1024).floor_s(H200) / 3
+    assert many.num_flops == costs().decode_step(256, 1024).num_flops
+
+
 @pytest.mark.parametrize(("num_tokens", "floor_ms"), [(8192, 80), (32768, 386)])
 def test_prefill(num_tokens, floor_ms):
     assert 1e3 * costs().prefill(num_tokens).floor_s(H200) == pytest.approx(floor_ms, rel=0.05)

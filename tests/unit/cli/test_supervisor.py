@@ -351,3 +351,11 @@ def test_each_engine_gets_a_gpu(tmp_path, monkeypatch, num_engines, device, visi
             assign_gpus(num_engines, device, tmp_path)
     else:
         assert assign_gpus(num_engines, device, tmp_path) == gpus
+
+
+def test_every_engine_and_nobody_else_is_told_how_to_round_the_weights(tmp_path):
+    options = UpOptions(
+        "m", False, "127.0.0.1", 1, tmp_path, tmp_path, quantization="int4", engine_gpus=("0", "1")
+    )
+    told = {spec.name for spec in build_specs(options) if "KILN_ENGINE_QUANTIZATION" in spec.env}
+    assert told == {"engine", "engine-2"}

@@ -80,6 +80,37 @@ def test_kernels_need_room_to_upload_adapters_through():
     assert plans[1].adapter_bytes - plans[0].adapter_bytes == block
 
 
+def test_quantised_weights_need_room_to_be_made_whole_again():
+    config, _ = PUBLISHED["4b"]
+    request = dataclasses.replace(REQUEST, has_kernels=True)
+    quantised = dataclasses.replace(request, has_quantised_weights=True)
+    plans = [plan_memory(config, each, torch.bfloat16, free_bytes=2**36) for each in (request, quantised)]
+    # gate_proj and up_proj together are the largest.
+    assert plans[1].workspace_bytes - plans[0].workspace_bytes == 2 * 9216 * 2560 * 2
+
+
+def test_four_bit_weights_leave_room_for_a_long_context_on_twelve_gib():
+    config, weights_gib = PUBLISHED["4b"]
+    # The decoder's matrices shrink from 16 bits to 4.125, and a little more than one GiB stays as it is.
+    matrices_gib = 7.13e9 / 2**30
+    int4_gib = weights_gib - matrices_gib * (1 - 4.125 / 16)
+    request = MemoryRequest(
+        page_tokens=16,
+        max_model_len=32_768,
+        least_model_len=32_768,
+        max_running=256,
+        step_token_budget=8192,
+        num_adapter_slots=8,
+        max_adapter_rank=64,
+        has_kernels=True,
+        has_quantised_weights=True,
+    )
+    free_bytes = int((12 - int4_gib) * 2**30)
+    plan = plan_memory(config, request, torch.bfloat16, free_bytes)
+    assert plan.total_bytes <= free_bytes
+    assert plan.num_pages * 16 >= 32_768
+
+
 def test_pages_take_what_is_left_but_not_more_than_can_be_filled():
     config = tiny_config()
     plenty = plan_memory(config, REQUEST, torch.float32, free_bytes=2**34)

@@ -96,7 +96,6 @@ def test_generation_config_adds_stop_ids(tmp_path):
         ({"model_type": "qwen3_5_moe_text"}, UnsupportedModel, "qwen3_5_moe_text"),
         ({"hidden_act": "gelu"}, UnsupportedModel, "hidden_act"),
         ({"attention_bias": True}, UnsupportedModel, "attention_bias"),
-        ({"quantization_config": {"bits": 4}}, UnsupportedModel, "quantization_config"),
     ],
 )
 def test_impossible_and_uncomputed_fields_are_named(changes, error, named):

@@ -4,7 +4,20 @@ from __future__ import annotations
 
 import typer
 
-from kiln_cli.commands import adapters, agent, bench, chat, data, doctor, evals, logs, models, status, train
+from kiln_cli.commands import (
+    adapters,
+    agent,
+    bench,
+    chat,
+    data,
+    doctor,
+    evals,
+    logs,
+    models,
+    quantize,
+    status,
+    train,
+)
 from kiln_cli.session import LEARNING, MACHINE
 
 
@@ -16,6 +29,7 @@ def register(app: typer.Typer) -> None:
     bench.register(app)
     doctor.register(app)
     logs.register(app)
+    quantize.register(app)
     app.add_typer(train.app, name="train", rich_help_panel=LEARNING)
     app.add_typer(adapters.app, name="adapters", rich_help_panel=LEARNING)
     app.add_typer(evals.app, name="eval", rich_help_panel=LEARNING)

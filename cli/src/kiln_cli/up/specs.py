@@ -26,6 +26,7 @@ class UpOptions:
     run_dir: Path  # Unix sockets; short enough for their 107-byte paths
     served_model_name: str | None = None
     device: str | None = None
+    quantization: str | None = None  # none, fp8 or int4; None leaves it to the engine's settings
     redis_url: str | None = None  # None starts a private server
     redis_memory_mb: int = 512  # of the private server
     # For engine and trainer: how they share a GPU.
@@ -140,6 +141,8 @@ def _engine(
         env["KILN_ENGINE_SERVED_MODEL_NAME"] = served_model_name
     if options.device:
         env["KILN_ENGINE_DEVICE"] = options.device
+    if options.quantization:
+        env["KILN_ENGINE_QUANTIZATION"] = options.quantization
     return ServiceSpec(
         name=name,
         argv=_module("kiln_engine"),

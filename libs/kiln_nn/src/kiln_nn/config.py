@@ -116,9 +116,9 @@ class ModelConfig:
             ModelNotFound: the folder has no config.json.
             InvalidModelConfig, UnsupportedModel: as from_dict.
         """
-        config = _read_json(Path(folder) / "config.json")
+        config = read_json(Path(folder) / "config.json")
         generation_path = Path(folder) / "generation_config.json"
-        extra = _read_json(generation_path).get("eos_token_id") if generation_path.is_file() else None
+        extra = read_json(generation_path).get("eos_token_id") if generation_path.is_file() else None
         return cls.from_dict(config, extra_eos_token_ids=_token_ids(extra, "eos_token_id"))
 
     @classmethod
@@ -170,7 +170,12 @@ class ModelConfig:
         }
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of a checkpoint folder.
+
+    Raises:
+        ModelNotFound, InvalidModelConfig: it is not there, or is none.
+    """
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -186,10 +191,6 @@ def _check_supported(raw: Mapping[str, Any], text: Mapping[str, Any]) -> None:
     model_type = text.get("model_type", raw.get("model_type"))
     if model_type not in _MODEL_TYPES:
         raise UnsupportedModel(f"model_type {model_type!r} is not one of {', '.join(_MODEL_TYPES)}")
-    if raw.get("quantization_config") or text.get("quantization_config"):
-        raise UnsupportedModel(
-            "the checkpoint is quantised (quantization_config); unquantised weights are needed"
-        )
     for field, value in _FIXED_FIELDS.items():
         if text.get(field, value) != value:
             raise UnsupportedModel(f"{field} is {text[field]!r}, only {value!r} is computed here")

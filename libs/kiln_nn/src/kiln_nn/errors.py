@@ -34,6 +34,24 @@ class UnsupportedModel(KilnNnError):
     hint = "Serve a dense Qwen3.5 text model (0.8B, 2B, 4B, 9B, 27B or a tiny one of the same family)."
 
 
+class UnsupportedQuantization(KilnNnError):
+    """The checkpoint is quantised in a way that is not read here; the message names it."""
+
+    code = "unsupported_quantization"
+    hint = (
+        "Read are compressed-tensors (int4 in symmetric groups of 128, fp8 with a scale per output), GPTQ"
+        " (4 bits, groups of 128, symmetric, without act-order) and AWQ (4 bits, groups of 128); or serve the"
+        " unquantised checkpoint with --quantization."
+    )
+
+
+class InvalidQuantization(KilnNnError):
+    """What was asked of quantising cannot be done with this model or this text."""
+
+    code = "invalid_quantization"
+    hint = "docs/quantization.md says what goes with what."
+
+
 class ModelNotFound(KilnNnError):
     """The folder has no config.json or no weights in it."""
 

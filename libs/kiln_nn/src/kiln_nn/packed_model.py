@@ -114,6 +114,14 @@ class PackedModel:
             hidden = run(f"model.layers.{index}", kind, hidden, packing, linear)
         return PackedHidden(hidden, decoder_norm(self.config, self.weights, "model.norm", hidden))
 
+    def layer_output(
+        self, index: int, hidden_TD: torch.Tensor, cu_seqlens: Sequence[int], linear: LinearFn | None = None
+    ) -> torch.Tensor:
+        """Hidden states `[T, D]` behind layer `index`, of those in front of it."""
+        packing = self._packing(cu_seqlens, hidden_TD)
+        kind = self.config.layer_types[index]
+        return self._layer(f"model.layers.{index}", kind, hidden_TD, packing, linear or self._base_linear)
+
     def logits(self, hidden_TD: torch.Tensor) -> torch.Tensor:
         """`[T, vocabulary]` for small vocabularies and tests; training uses `token_logprobs`."""
         return F.linear(hidden_TD, self.head_weight)
@@ -151,10 +159,10 @@ class PackedModel:
     def _norm(self, name: str, x_TD: torch.Tensor) -> torch.Tensor:
         return decoder_norm(self.config, self.weights, name, x_TD)
 
-    def _packing(self, cu_seqlens: Sequence[int], token_ids_T: torch.Tensor) -> _Packing:
-        bounds = check_cu_seqlens([int(bound) for bound in cu_seqlens], token_ids_T.shape[0])
+    def _packing(self, cu_seqlens: Sequence[int], tokens_T: torch.Tensor) -> _Packing:
+        bounds = check_cu_seqlens([int(bound) for bound in cu_seqlens], tokens_T.shape[0])
         positions = torch.cat([torch.arange(end - start) for start, end in pairwise(bounds)])
-        positions = positions.to(token_ids_T.device, torch.int32)
+        positions = positions.to(tokens_T.device, torch.int32)
         return _Packing(bounds, positions, rotary_tables(positions, self.config))
 
     def _is_computed_again(self, index: int) -> bool:

@@ -26,8 +26,11 @@ from kiln_engine.execution.free_memory import free_bytes_for_pools
 from kiln_engine.execution.memory_plan import MemoryPlan, MemoryRequest, NotEnoughMemory, plan_memory
 from kiln_engine.execution.runner import TorchRunner
 from kiln_engine.grammar import ThreadedCompiler
+from kiln_engine.load_progress import LoadProgress
+from kiln_engine.model.small_head import make_small_head
 from kiln_engine.scheduling import SchedulerLimits
 from kiln_engine.settings import EngineSettings
+from kiln_nn.blocks import head_weight
 from kiln_nn.config import ModelConfig
 from kiln_nn.errors import KilnNnError
 from kiln_nn.kernels.dispatch import why_no_kernels
@@ -47,7 +50,6 @@ _PAGES_OF_KERNELS = (8, 16, 32, 64)
 _OLDEST_FP8_CAPABILITY = (8, 9)
 _SOCKET_NAME = "weights.sock"
 _INBOX_NAME = "adapters.sock"
-_PROGRESS_INTERVAL_S = 2.0
 
 
 class ModelNotLoaded(KilnError):
@@ -113,22 +115,25 @@ def load_device_side(settings: EngineSettings) -> EngineParts:
             folder,
             device,
             settings.dtype,
+            quantization=settings.quantization,
             transport=_gpu_transport(settings.weight_transport, device),
             boot_id=boot_id,
-            progress=_LoadProgress(folder.name),
+            progress=LoadProgress(folder.name),
         )
         weights = SharedArena(model.arena, socket_path)
         inbox = AdapterInbox(settings.socket_dir / _INBOX_NAME)
+        views = model.arena.views()
+        small_head = make_small_head(head_weight(model.config, views), settings.head_quantization)
     except KilnNnError as error:
         raise ModelNotLoaded(error) from error
-    views = model.arena.views()
+    weights_bytes = model.manifest.nbytes + (small_head.nbytes if small_head else 0)
     dtype = views["model.embed_tokens.weight"].dtype
     if settings.batch_invariant:
         check_batch_invariant(device, dtype, settings.page_tokens)
     if settings.speculation == "mtp":
         _check_mtp(model.config)
-    request = _memory_request(settings, model.config, device)
-    free_bytes = free_bytes_for_pools(device, settings.gpu_memory_fraction, model.manifest.nbytes)
+    request = _memory_request(settings, model, device)
+    free_bytes = free_bytes_for_pools(device, settings.gpu_memory_fraction, weights_bytes)
     memory = plan_memory(model.config, request, dtype, free_bytes)
     try:
         limits = SchedulerLimits(
@@ -163,6 +168,7 @@ def load_device_side(settings: EngineSettings) -> EngineParts:
         model.config,
         views,
         memory,
+        small_head=small_head,
         is_batch_invariant=settings.batch_invariant,
         mtp_hidden=settings.mtp_hidden,
         draft_vocab_tokens=settings.draft_vocab_tokens or None,
@@ -170,13 +176,13 @@ def load_device_side(settings: EngineSettings) -> EngineParts:
     if has_graphs:
         _capture(runner)
     grammars = _grammars(folder, info, settings.grammar_time_limit_s)
-    usage = _device_memory(device, model, memory)
+    usage = _device_memory(device, weights_bytes, memory)
     return EngineParts(runner, runner.adapters, weights, limits, info, inbox, grammars, usage)
 
 
-def _device_memory(device: torch.device, model: LoadedModel, memory: MemoryPlan) -> DeviceMemory:
+def _device_memory(device: torch.device, weights_bytes: int, memory: MemoryPlan) -> DeviceMemory:
     parts = {
-        "weights": model.manifest.nbytes,
+        "weights": weights_bytes,
         "kv": memory.kv_bytes + memory.page_table_bytes,
         "states": memory.state_bytes,
         "adapters": memory.adapter_bytes,
@@ -226,21 +232,6 @@ def is_out_of_memory(error: BaseException | None) -> bool:
     return False
 
 
-class _LoadProgress:
-    """Logs the loading of weights: at the end, and every few seconds while it takes longer."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self._logged_s = time.monotonic()
-
-    def __call__(self, loaded_bytes: int, total_bytes: int) -> None:
-        now = time.monotonic()
-        if loaded_bytes == total_bytes or now - self._logged_s >= _PROGRESS_INTERVAL_S:
-            percent = 100 * loaded_bytes // max(total_bytes, 1)
-            log.info("loading_weights", model=self._name, percent=percent, mib=loaded_bytes >> 20)
-            self._logged_s = now
-
-
 def _choose_device(choice: str) -> torch.device:
     if choice == "cpu" or (choice == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
@@ -261,9 +252,9 @@ def _gpu_transport(choice: Literal["auto", "vmm", "legacy"], device: torch.devic
     return "legacy"
 
 
-def _memory_request(settings: EngineSettings, config: ModelConfig, device: torch.device) -> MemoryRequest:
+def _memory_request(settings: EngineSettings, model: LoadedModel, device: torch.device) -> MemoryRequest:
     is_cpu = device.type == "cpu"
-    longest = config.max_position_embeddings
+    longest = model.config.max_position_embeddings
     return MemoryRequest(
         page_tokens=settings.page_tokens,
         max_model_len=min(settings.max_model_len or longest, longest),
@@ -279,6 +270,7 @@ def _memory_request(settings: EngineSettings, config: ModelConfig, device: torch
         state_dtype=torch.bfloat16 if settings.state_dtype == "bfloat16" else torch.float32,
         kv_dtype=torch.float8_e4m3fn if settings.kv_dtype == "fp8" else None,
         has_kernels=_has_kernels(device),
+        has_quantised_weights=model.scheme is not None,
     )
 
 
@@ -371,9 +363,13 @@ def _log_plan(
     dtype: torch.dtype,
     graph_sizes: list[int],
 ) -> None:
+    if model.unquantised_layers:
+        layers = model.unquantised_layers
+        log.warning("layers_not_quantised", scheme=model.scheme, count=len(layers), first=layers[0])
     log.info(
         "memory_plan",
         weights_mib=model.manifest.nbytes >> 20,
+        weights_scheme=model.scheme or "none",
         weights_transport=model.manifest.transport,
         weights_dtype=str(dtype).removeprefix("torch."),
         kv_mib=memory.kv_bytes >> 20,

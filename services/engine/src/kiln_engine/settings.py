@@ -33,12 +33,22 @@ class EngineSettings(ClientListener, BaseSettings):
     )
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    quantization: Literal["none", "fp8", "int4"] = Field(
+        "none",
+        description="round the decoder's large matrices at load; fp8: 8 bits, a scale for each output; int4: 4"
+        " bits, groups of 128; none: as stored, which may be quantised (see quantization.md)",
+    )
     kv_dtype: Literal["auto", "fp8"] = Field(
         "auto",
         description="format of cached keys and values; auto: the model's; fp8 (e4m3) needs a GPU of compute capability 8.9 or newer",
     )
     state_dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="format of committed recurrent states; auto: float32"
+    )
+    head_quantization: Literal["none", "fp8", "int4"] = Field(
+        "none",
+        description="format of a second copy of the head, read by steps of up to 128 rows: faster with few"
+        " sequences, and their probabilities differ from the trainer's by its rounding",
     )
     cuda_graphs: bool = Field(
         True, description="capture steps as CUDA graphs at start, without which they are launched (GPU)"

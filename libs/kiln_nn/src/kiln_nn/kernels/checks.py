@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Protocol
 
 import torch
 
@@ -27,7 +28,14 @@ def accumulation_dtype(*tensors: torch.Tensor) -> torch.dtype:
     return torch.float64 if has_float64 else torch.float32
 
 
-def check_shape(name: str, tensor: torch.Tensor, expected: Sequence[int | None]) -> None:
+class HasShape(Protocol):
+    """A tensor, or what stands for one."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+def check_shape(name: str, tensor: HasShape, expected: Sequence[int | None]) -> None:
     """Compare a tensor's shape with `expected`, where None accepts any size.
 
     Raises:

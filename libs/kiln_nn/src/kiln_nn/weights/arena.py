@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import uuid
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from kiln_nn.config import ModelConfig
+from kiln_nn.kernels.quantised import QuantisedMatrix, tensors_of
 from kiln_nn.weights.cuda_memory import CudaMemory
 from kiln_nn.weights.device_region import device_id
 from kiln_nn.weights.host_memory import HostMemory
@@ -29,21 +30,24 @@ class ArenaReader:
         self.manifest = manifest
         self._bytes_u8: torch.Tensor | None = bytes_u8
 
-    def views(self) -> dict[str, torch.Tensor]:
-        """Every tensor under its checkpoint name, without copying; nobody may write to them."""
+    def views(self) -> dict[str, Any]:
+        """Every tensor or QuantisedMatrix under its checkpoint name, not copied; nobody may write to them."""
         return arena_views(self.manifest.entries, self.bytes_u8())
 
-    def fused_views(self) -> dict[str, torch.Tensor]:
+    def fused_views(self) -> dict[str, Any]:
         """Matrices that read the same input as one, e.g. `model.layers.0.mlp.gate_up_proj.weight`."""
         return fused_views(self.manifest.entries, self.bytes_u8())
 
-    def borrows(self, tensor: torch.Tensor) -> bool:
-        """Whether all of a tensor's storage lies inside the arena."""
+    def borrows(self, weight: torch.Tensor | QuantisedMatrix) -> bool:
+        """Whether all of a weight's storage lies inside the arena."""
         start = self.bytes_u8().data_ptr()
         end = start + self.manifest.nbytes
-        return start <= tensor.data_ptr() and tensor.data_ptr() + tensor.nbytes <= end
+        return all(
+            start <= tensor.data_ptr() and tensor.data_ptr() + tensor.nbytes <= end
+            for tensor in tensors_of(weight)
+        )
 
-    def num_foreign_bytes(self, tensors: Mapping[str, torch.Tensor]) -> int:
+    def num_foreign_bytes(self, tensors: Mapping[str, torch.Tensor | QuantisedMatrix]) -> int:
         """Bytes of those tensors that lie outside the arena: 0 proves that none was copied."""
         return sum(tensor.nbytes for tensor in tensors.values() if not self.borrows(tensor))
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,6 +25,7 @@ from kiln_nn.weights.names import EMBEDDING, HEAD, TensorSpec, canonical_name
 INDEX_FILE = "model.safetensors.index.json"
 _PICKLED_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_ITEM_BYTES = {"F8_E4M3": 1, "I32": 4, "I64": 8} | {name: dtype.itemsize for name, dtype in _DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,14 @@ class StoredTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its values on disk."""
-        return math.prod(self.shape) * self.dtype.itemsize
+        """Bytes of its values on disk. Raises UnsupportedModel as `dtype`."""
+        item_bytes = _ITEM_BYTES.get(self.dtype_name) or self.dtype.itemsize
+        return math.prod(self.shape) * item_bytes
+
+    @property
+    def tensors(self) -> tuple[StoredTensor, ...]:
+        """What is read of the disk: itself."""
+        return (self,)
 
 
 def scan_folder(folder: Path) -> tuple[dict[str, StoredTensor], int]:
@@ -79,9 +87,18 @@ def scan_folder(folder: Path) -> tuple[dict[str, StoredTensor], int]:
     return stored, num_vision_tensors
 
 
-def check_against(
-    stored: Mapping[str, StoredTensor], expected: Mapping[str, TensorSpec], is_tied: bool
-) -> None:
+class Stored(Protocol):
+    """A tensor of the model as the checkpoint has it: as such, or quantised and in several parts."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def tensors(self) -> Sequence[StoredTensor]: ...
+
+
+def check_against(stored: Mapping[str, Stored], expected: Mapping[str, TensorSpec], is_tied: bool) -> None:
     """Compare what is there with what must be there; a tied head may be stored once more.
 
     Raises:

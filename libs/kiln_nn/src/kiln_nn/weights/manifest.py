@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import groupby
 from typing import Any, Literal, cast, get_args
 
 import torch
 
 from kiln_nn.config import ModelConfig
 from kiln_nn.errors import CheckpointMismatch, CheckpointUnreadable, UnsupportedModel
+from kiln_nn.kernels.quantised import GROUP_INPUTS, WORD_INPUTS, QuantisedMatrix, Scheme
 from kiln_nn.weights.names import EMBEDDING, HEAD, TensorSpec
 
 EntryKind = Literal["own", "row_slice", "alias"]
@@ -25,7 +27,12 @@ DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
+    "int32": torch.int32,
+    "float8_e4m3fn": torch.float8_e4m3fn,
 }
+SCALES = "scales"
+SCALES_SUFFIX = "_scale"
+_ENCODINGS = ("plain", SCALES, *get_args(Scheme))
 _ALIGNMENT_BYTES = 256  # what device allocators give, and enough for any vector load
 
 
@@ -35,8 +42,9 @@ class TensorEntry:
 
     `offset` counts bytes from the arena's start, `stride` elements. `source` is the fused tensor
     of which a row_slice is a part, or the tensor whose bytes an alias shows again. `encoding` says how
-    the bytes become numbers: "plain" is `dtype`'s own; a quantised layer will name its scheme here,
-    and a reader that does not know it refuses instead of misreading.
+    the bytes become numbers: "plain" is `dtype`'s own; a quantised matrix has its scheme here, the
+    shape of its packed values, and a second entry of the encoding "scales" under its name and `_scale`.
+    A reader that does not know an encoding refuses instead of misreading.
     """
 
     name: str
@@ -52,6 +60,18 @@ class TensorEntry:
     def nbytes(self) -> int:
         """Bytes from the first to past the last element; tensors are contiguous."""
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """That a matrix lies in the arena quantised, and in which format its scales are."""
+
+    scheme: Scheme
+    scales_dtype: torch.dtype
+
+
+Form = torch.dtype | Quantised
+"""How a tensor lies in the arena: its numbers as they are, or quantised."""
 
 
 @dataclass(frozen=True)
@@ -96,44 +116,96 @@ class Manifest:
         return manifest
 
 
-def lay_out(
-    specs: Mapping[str, TensorSpec], dtypes: Mapping[str, torch.dtype], is_tied: bool
-) -> list[TensorEntry]:
+def lay_out(specs: Mapping[str, TensorSpec], forms: Mapping[str, Form], is_tied: bool) -> list[TensorEntry]:
     """Place every tensor of `specs` one after the other; a tied head becomes an alias.
 
-    Parts of a fused tensor follow each other without a gap if they share one dtype; otherwise
-    each is placed by itself.
+    Parts of a fused tensor that follow each other in one form lie without a gap: of quantised ones
+    all values, then all scales. Other tensors are placed by themselves.
     """
-    group_dtypes: dict[str, set[torch.dtype]] = {}
-    for name, spec in specs.items():
-        if spec.fused_name:
-            group_dtypes.setdefault(spec.fused_name, set()).add(dtypes[name])
     entries: list[TensorEntry] = []
-    end, open_group = 0, None
-    for name, spec in specs.items():
-        fused = spec.fused_name if spec.fused_name and len(group_dtypes[spec.fused_name]) == 1 else None
-        if fused is None or fused != open_group:
-            end = -(-end // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
-        open_group = fused
-        entry = TensorEntry(
-            name=name,
-            kind="row_slice" if fused else "own",
-            offset=end,
-            shape=spec.shape,
-            stride=contiguous_stride(spec.shape),
-            dtype=_dtype_name(dtypes[name]),
-            source=fused,
-        )
-        entries.append(entry)
-        end += entry.nbytes
+    end = 0
+    for fused_name, names in _runs(specs, forms):
+        tensors = [(name, specs[name].shape) for name in names]
+        form = forms[names[0]]
+        if isinstance(form, torch.dtype):
+            runs = [_adjacent(tensors, form, "plain", fused_name, end)]
+        else:
+            values = [(name, _values_shape(form.scheme, shape)) for name, shape in tensors]
+            scales = [(name + SCALES_SUFFIX, _scales_shape(form.scheme, shape)) for name, shape in tensors]
+            first = _adjacent(values, _values_dtype(form.scheme), form.scheme, fused_name, end)
+            fused_scales = fused_name and fused_name + SCALES_SUFFIX
+            runs = [first, _adjacent(scales, form.scales_dtype, SCALES, fused_scales, _end(first))]
+        entries += [entry for run in runs for entry in run]
+        end = _end(entries)
     if is_tied:
         embedding = next(entry for entry in entries if entry.name == EMBEDDING)
+        entries.append(replace(embedding, name=HEAD, kind="alias", source=EMBEDDING))
+    return entries
+
+
+def _runs(
+    specs: Mapping[str, TensorSpec], forms: Mapping[str, Form]
+) -> Iterator[tuple[str | None, list[str]]]:
+    """Tensors that belong side by side, and what they are together; None for one alone.
+
+    A fused tensor whose parts have several forms falls apart into runs that are named by their parts.
+    """
+    for _, run in groupby(specs, lambda name: (specs[name].fused_name or name, forms[name])):
+        names = list(run)
+        fused_name = specs[names[0]].fused_name
+        num_parts = sum(spec.fused_name == fused_name for spec in specs.values()) if fused_name else 1
+        if len(names) == 1:
+            yield None, names
+        elif len(names) == num_parts:
+            yield fused_name, names
+        else:
+            module = names[0].removesuffix(".weight").rpartition(".")[0]
+            parts = "+".join(name.removesuffix(".weight").rpartition(".")[2] for name in names)
+            yield f"{module}.{parts}.weight", names
+
+
+def _adjacent(
+    tensors: Sequence[tuple[str, tuple[int, ...]]],
+    dtype: torch.dtype,
+    encoding: str,
+    fused_name: str | None,
+    start: int,
+) -> list[TensorEntry]:
+    """Entries back to back, the first at the next aligned place."""
+    offset = -(-start // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+    entries: list[TensorEntry] = []
+    for name, shape in tensors:
         entries.append(
             TensorEntry(
-                HEAD, "alias", embedding.offset, embedding.shape, embedding.stride, embedding.dtype, EMBEDDING
+                name=name,
+                kind="row_slice" if fused_name else "own",
+                offset=_end(entries) or offset,
+                shape=shape,
+                stride=contiguous_stride(shape),
+                dtype=_dtype_name(dtype),
+                source=fused_name,
+                encoding=encoding,
             )
         )
     return entries
+
+
+def _end(entries: Sequence[TensorEntry]) -> int:
+    return entries[-1].offset + entries[-1].nbytes if entries else 0
+
+
+def _values_dtype(scheme: Scheme) -> torch.dtype:
+    return torch.float8_e4m3fn if scheme == "fp8" else torch.int32
+
+
+def _values_shape(scheme: Scheme, shape: tuple[int, ...]) -> tuple[int, ...]:
+    num_outputs, num_inputs = shape
+    return (num_outputs, num_inputs if scheme == "fp8" else num_inputs // WORD_INPUTS)
+
+
+def _scales_shape(scheme: Scheme, shape: tuple[int, ...]) -> tuple[int, ...]:
+    num_outputs, num_inputs = shape
+    return (num_outputs, 1 if scheme == "fp8" else num_inputs // GROUP_INPUTS)
 
 
 def contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -141,27 +213,49 @@ def contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
 
 
-def arena_views(entries: tuple[TensorEntry, ...], arena_u8: torch.Tensor) -> dict[str, torch.Tensor]:
-    """A view into the arena (flat uint8) for every entry, under its checkpoint name."""
-    return {entry.name: _view(arena_u8, entry.offset, entry.shape, entry.dtype) for entry in entries}
+def raw_views(entries: Sequence[TensorEntry], arena_u8: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A view into the arena (flat uint8) for every entry: what a loader fills."""
+    return {entry.name: _view(arena_u8, entry) for entry in entries}
 
 
-def fused_views(entries: tuple[TensorEntry, ...], arena_u8: torch.Tensor) -> dict[str, torch.Tensor]:
+def arena_views(
+    entries: Sequence[TensorEntry], arena_u8: torch.Tensor
+) -> dict[str, torch.Tensor | QuantisedMatrix]:
+    """Every tensor of the model under its checkpoint name; scales are a part of their matrix."""
+    views = raw_views(entries, arena_u8)
+    return {
+        entry.name: _shown(entry.encoding, views[entry.name], views.get(entry.name + SCALES_SUFFIX))
+        for entry in entries
+        if entry.encoding != SCALES
+    }
+
+
+def fused_views(
+    entries: Sequence[TensorEntry], arena_u8: torch.Tensor
+) -> dict[str, torch.Tensor | QuantisedMatrix]:
     """Fused matrices [sum of rows, columns] over the row slices, under their fused names."""
     groups: dict[str, list[TensorEntry]] = {}
     for entry in entries:
         if entry.kind == "row_slice" and entry.source:
             groups.setdefault(entry.source, []).append(entry)
-    views = {}
-    for name, parts in groups.items():
-        num_rows = sum(part.shape[0] for part in parts)
-        views[name] = _view(arena_u8, parts[0].offset, (num_rows, *parts[0].shape[1:]), parts[0].dtype)
-    return views
+    fused = [
+        replace(parts[0], name=name, shape=(sum(part.shape[0] for part in parts), *parts[0].shape[1:]))
+        for name, parts in groups.items()
+    ]
+    return arena_views(fused, arena_u8)
 
 
-def _view(arena_u8: torch.Tensor, offset: int, shape: tuple[int, ...], dtype_name: str) -> torch.Tensor:
-    dtype = DTYPES[dtype_name]
-    return arena_u8.narrow(0, offset, math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
+def _shown(
+    encoding: str, values: torch.Tensor, scales: torch.Tensor | None
+) -> torch.Tensor | QuantisedMatrix:
+    if encoding == "plain":
+        return values
+    assert scales is not None
+    return QuantisedMatrix(cast("Scheme", encoding), values, scales)
+
+
+def _view(arena_u8: torch.Tensor, entry: TensorEntry) -> torch.Tensor:
+    return arena_u8.narrow(0, entry.offset, entry.nbytes).view(DTYPES[entry.dtype]).view(entry.shape)
 
 
 def _dtype_name(dtype: torch.dtype) -> str:
@@ -181,7 +275,7 @@ def _check_fields(manifest: Manifest) -> None:
     if not isinstance(manifest.nbytes, int) or manifest.nbytes <= 0:
         raise CheckpointUnreadable(f"the weight manifest says the arena has {manifest.nbytes!r} bytes")
     for entry in manifest.entries:
-        if entry.encoding != "plain":
+        if entry.encoding not in _ENCODINGS:
             raise UnsupportedModel(
                 f"{entry.name} is encoded as {entry.encoding!r}, which cannot be read here"
             )
@@ -196,3 +290,22 @@ def _check_fields(manifest: Manifest) -> None:
         )
         if not is_sound:
             raise CheckpointUnreadable(f"the weight manifest's entry {cast(str, entry.name)!r} is unsound")
+    _check_pairs({entry.name: entry for entry in manifest.entries})
+
+
+def _check_pairs(entries: Mapping[str, TensorEntry]) -> None:
+    """Every quantised matrix must have the scales that its shape asks for."""
+    for entry in entries.values():
+        if entry.encoding in ("plain", SCALES):
+            continue
+        scheme = cast("Scheme", entry.encoding)
+        scales = entries.get(entry.name + SCALES_SUFFIX)
+        num_inputs = entry.shape[-1] * (WORD_INPUTS if scheme == "int4" else 1)
+        if (
+            len(entry.shape) != 2
+            or DTYPES[entry.dtype] != _values_dtype(scheme)
+            or scales is None
+            or scales.encoding != SCALES
+            or scales.shape != _scales_shape(scheme, (entry.shape[0], num_inputs))
+        ):
+            raise CheckpointUnreadable(f"the weight manifest has no sound scales for {entry.name!r}")

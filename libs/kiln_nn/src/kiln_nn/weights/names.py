@@ -34,6 +34,12 @@ FUSED_GROUPS = {
     ),
     "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
 }
+# What may be quantised: the large matrices of the decoder. in_proj_b and in_proj_a are small and steer
+# how states decay; the multi-token-prediction layer is small and may be trained itself.
+_QUANTISABLE = re.compile(
+    r"model\.layers\.\d+\.(self_attn\.[qkvo]_proj|linear_attn\.(in_proj_qkv|in_proj_z|out_proj)"
+    r"|mlp\.(gate|up|down)_proj)\.weight"
+)
 _FUSED_OF = {part: fused for fused, parts in FUSED_GROUPS.items() for part in parts}
 
 
@@ -58,6 +64,11 @@ def canonical_name(stored_name: str) -> str | None:
     if stored_name.startswith(_NESTED_PREFIX):
         return "model." + stored_name.removeprefix(_NESTED_PREFIX)
     return stored_name
+
+
+def is_quantisable(name: str) -> bool:
+    """Whether the tensor of this canonical name may lie in the arena quantised."""
+    return _QUANTISABLE.fullmatch(name) is not None
 
 
 def count_mtp_layers(names: Iterable[str]) -> int:

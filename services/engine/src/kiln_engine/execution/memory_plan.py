@@ -50,6 +50,8 @@ class MemoryRequest:
     kv_dtype: torch.dtype | None = None
     # Whether the step runs on kernels, which keep less aside than the references do.
     has_kernels: bool = False
+    # Whether steps of many tokens make a quantised matrix whole again while they use it.
+    has_quantised_weights: bool = False
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,8 @@ def plan_memory(
     if request.has_kernels:
         adapters += upload_block_bytes(largest_matrix_bytes(config, request.max_adapter_rank))
     workspace = _workspace_bytes(config, request, dtype)
+    if request.has_quantised_weights:
+        workspace += _whole_matrix_bytes(config, dtype, has_kernels=request.has_kernels)
     left = free_bytes - adapters - workspace
     num_slots = request.num_state_slots or _affordable_slots(request, slot, left)
     table = page_table_bytes(num_slots, request.max_model_len, request.page_tokens)
@@ -174,6 +178,14 @@ def _workspace_bytes(config: ModelConfig, request: MemoryRequest, dtype: torch.d
     # Logits, their copies, and in float64 those that top-k and top-p sort.
     rows = num_lines * (10 * config.vocab_size + 3 * state) * float32
     return step + rows + _attention_bytes(config, request, dtype)
+
+
+def _whole_matrix_bytes(config: ModelConfig, dtype: torch.dtype, *, has_kernels: bool) -> int:
+    """The largest matrix of fused layers in the model's format; references unpack it in float32 first."""
+    attention = 2 * (config.num_attention_heads + config.num_kv_heads) * config.head_dim
+    widest = max(2 * config.intermediate_size, config.conv_dim + config.value_dim, attention)
+    item_bytes = dtype.itemsize + (0 if has_kernels else 3 * torch.float32.itemsize)
+    return widest * config.hidden_size * item_bytes
 
 
 def _attention_bytes(config: ModelConfig, request: MemoryRequest, dtype: torch.dtype) -> int:

@@ -28,6 +28,7 @@ from kiln_engine.model.prefill_layout import prefill_numbers
 from kiln_engine.model.step_layout import join_layouts
 from kiln_nn.blocks import Weights
 from kiln_nn.config import ModelConfig
+from kiln_nn.kernels.quantised import QuantisedMatrix
 
 _Rows = list[tuple[int, RowSampling]]
 # Lengths between which the kernels of prompts change, and the attention tiles of such prompts.
@@ -112,6 +113,7 @@ class TorchRunner:
         weights: Weights,
         memory: MemoryPlan,
         *,
+        small_head: QuantisedMatrix | None = None,
         is_batch_invariant: bool = False,
         mtp_hidden: MtpHidden = "normed",
         draft_vocab_tokens: int | None = None,
@@ -152,6 +154,7 @@ class TorchRunner:
             self.kv,
             self.states,
             memory.max_model_len,
+            small_head_VD=small_head,
             is_batch_invariant=is_batch_invariant,
         )
         self._is_batch_invariant = is_batch_invariant

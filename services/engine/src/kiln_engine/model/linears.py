@@ -6,14 +6,24 @@ Legend: `T` tokens, `I`/`O` inputs and outputs of a linear layer, `F` feed-forwa
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any, Protocol
 
 import torch
 
+from kiln_engine.model.small_head import MOST_ROWS
 from kiln_nn.blocks import Weights, head_weight
 from kiln_nn.config import ModelConfig
-from kiln_nn.kernels.linear import LinearConfig, invariant_config, linear, linear_partials, linear_swiglu
+from kiln_nn.kernels.linear import (
+    LinearConfig,
+    Weight,
+    invariant_config_of,
+    linear,
+    linear_beside,
+    linear_partials,
+    linear_swiglu,
+)
+from kiln_nn.kernels.quantised import QuantisedMatrix, Scheme
 from kiln_nn.kernels.swiglu import swiglu
 from kiln_nn.weights.names import FUSED_GROUPS
 
@@ -33,14 +43,22 @@ class StepAdapters(Protocol):
 class BaseMatrices:
     """The base model's matrices by fused path, such as `model.layers.0.mlp.gate_up_proj`.
 
-    Parts that lie back to back in the weight arena are one view of it; others stay apart. Nothing is
-    copied either way. If they are batch-invariant, the kernels have one tiling for every number of
-    tokens, and a step with adapters runs the same ones as a step without.
+    Parts that lie back to back in the weight arena are one view of it; others stay apart, and so do
+    quantised parts from those that are not. Nothing is copied either way. If they are batch-invariant, the kernels have one tiling for every number of
+    tokens, and a step with adapters runs the same ones as a step without. Few rows read `small_head_VD`
+    where there is one; if they are batch-invariant, any number does.
     """
 
-    def __init__(self, config: ModelConfig, weights: Weights, *, is_batch_invariant: bool = False) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Weights,
+        *,
+        small_head_VD: QuantisedMatrix | None = None,
+        is_batch_invariant: bool = False,
+    ) -> None:
         self.is_batch_invariant = is_batch_invariant
-        self._parts: dict[str, tuple[torch.Tensor, ...]] = {}
+        self._parts: dict[str, tuple[Weight, ...]] = {}
         for index, kind in enumerate(config.layer_types):
             mixer = "linear_attn." if kind == "linear_attention" else "self_attn."
             groups = {**FUSED_GROUPS, **{name: (name,) for name in _ALONE}}
@@ -53,14 +71,21 @@ class BaseMatrices:
         if "mtp.fc.weight" in weights:
             self._parts |= _mtp_parts(weights)
         self.head_VD = head_weight(config, weights)
+        self._small_head_VD = small_head_VD
 
-    def parts(self, path: str) -> tuple[torch.Tensor, ...]:
+    def head(self, num_rows: int) -> Weight:
+        """What a step of so many rows makes its logits with."""
+        if self._small_head_VD is not None and (self.is_batch_invariant or num_rows <= MOST_ROWS):
+            return self._small_head_VD
+        return self.head_VD
+
+    def parts(self, path: str) -> tuple[Weight, ...]:
         """The layer's matrices `[O, I]`, to be read as one on top of the other."""
         return self._parts[path]
 
-    def tiling(self, weight_OI: torch.Tensor) -> LinearConfig | None:
+    def tiling(self, weight_OI: Weight) -> LinearConfig | None:
         """How the kernels must be cut for this matrix; None leaves it to them."""
-        return invariant_config(*weight_OI.shape) if self.is_batch_invariant else None
+        return invariant_config_of(weight_OI) if self.is_batch_invariant else None
 
 
 @dataclass(frozen=True)
@@ -101,20 +126,24 @@ class Linears:
         self, x_TD: torch.Tensor, out_TV: torch.Tensor | None = None, *, num_tokens: int | None = None
     ) -> torch.Tensor:
         """Logits `[T, V]` in float32, in `out_TV` if it is given; of the first `num_tokens` tokens alone."""
-        head_VD = self.base.head_VD[:num_tokens]
+        head_VD = self.base.head(x_TD.shape[0])
+        if isinstance(head_VD, QuantisedMatrix):
+            head_VD = head_VD.rows(0, num_tokens or head_VD.shape[0])
+        else:
+            head_VD = head_VD[:num_tokens]
         return linear(x_TD, head_VD, out_dtype=torch.float32, out=out_TV, config=self.base.tiling(head_VD))
 
     def _side_by_side(
-        self, x_TI: torch.Tensor, parts: tuple[torch.Tensor, ...], *, shows_producers: bool = False
+        self, x_TI: torch.Tensor, parts: tuple[Weight, ...], *, shows_producers: bool = False
     ) -> torch.Tensor:
-        outputs = [
-            linear(x_TI, part, config=self.base.tiling(part), shows_producers=shows_producers)
-            for part in parts
-        ]
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+        if len(parts) > 1:
+            is_invariant = self.base.is_batch_invariant
+            return linear_beside(x_TI, parts, is_invariant=is_invariant, shows_producers=shows_producers)
+        (weight_OI,) = parts
+        return linear(x_TI, weight_OI, config=self.base.tiling(weight_OI), shows_producers=shows_producers)
 
     def _partial_sums(
-        self, x_TI: torch.Tensor, weight_OI: torch.Tensor, *, shows_producers: bool = False
+        self, x_TI: torch.Tensor, weight_OI: Weight, *, shows_producers: bool = False
     ) -> torch.Tensor:
         # Kept apart they meet what adapters add in the same order, however many tokens there are.
         return linear_partials(
@@ -126,7 +155,7 @@ class Linears:
         )
 
 
-def _mtp_parts(weights: Weights) -> dict[str, tuple[torch.Tensor, ...]]:
+def _mtp_parts(weights: Weights) -> dict[str, tuple[Weight, ...]]:
     """The matrices of the multi-token-prediction layer; those of keys and values also without the queries."""
     prefix = "mtp.layers.0"
     groups = {**FUSED_GROUPS, "self_attn.kv_proj": ("self_attn.k_proj", "self_attn.v_proj")}
@@ -139,15 +168,39 @@ def _mtp_parts(weights: Weights) -> dict[str, tuple[torch.Tensor, ...]]:
     return {"mtp.fc": (weights["mtp.fc.weight"],), **parts}
 
 
-def _joined(parts: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    """One view over matrices that lie back to back, or the matrices themselves."""
+def _joined(parts: list[Weight]) -> tuple[Weight, ...]:
+    """The fewest matrices that hold these rows: one view over those that lie back to back."""
+    joined: list[Weight] = []
+    for _, run in groupby(parts, key=_scheme):
+        joined.extend(_joined_alike(list(run)))
+    return tuple(joined)
+
+
+def _scheme(part: Weight) -> Scheme | None:
+    return part.scheme if isinstance(part, QuantisedMatrix) else None
+
+
+def _joined_alike(parts: list[Weight]) -> list[Weight]:
+    tensors = [part for part in parts if isinstance(part, torch.Tensor)]
+    if tensors:
+        view = _one_view(tensors)
+        return parts if view is None else [view]
+    matrices = [part for part in parts if isinstance(part, QuantisedMatrix)]
+    values, scales = (_one_view([getattr(m, name) for m in matrices]) for name in ("values", "scales"))
+    if values is None or scales is None:
+        return parts
+    return [QuantisedMatrix(matrices[0].scheme, values, scales)]
+
+
+def _one_view(parts: list[torch.Tensor]) -> torch.Tensor | None:
+    """One view over matrices that lie back to back; None if they do not."""
     is_adjacent = all(
         first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
         and first.data_ptr() + first.nbytes == second.data_ptr()
         and first.dtype == second.dtype
         for first, second in pairwise(parts)
     )
-    if len(parts) == 1 or not is_adjacent:
-        return tuple(parts)
+    if not is_adjacent:
+        return None
     num_rows, num_columns = sum(part.shape[0] for part in parts), parts[0].shape[1]
-    return (parts[0].as_strided((num_rows, num_columns), (num_columns, 1)),)
+    return parts[0].as_strided((num_rows, num_columns), (num_columns, 1))

@@ -26,6 +26,7 @@ from kiln_nn.kernels.delta_decode import DeltaDecodeWeights, delta_commit, delta
 from kiln_nn.kernels.delta_prefill import delta_prefill
 from kiln_nn.kernels.paged_attention import paged_chunk_attention, paged_decode_attention
 from kiln_nn.kernels.qk_norm_rope_write import qk_norm_rope_write
+from kiln_nn.kernels.quantised import QuantisedMatrix
 from kiln_nn.kernels.rms_norm import add_rms_norm, rms_norm
 from kiln_nn.kernels.rotary import inverse_frequencies
 from kiln_nn.weights.names import EMBEDDING
@@ -46,6 +47,7 @@ class PagedModel:
         states: StateStore,
         max_model_len: int,
         *,
+        small_head_VD: QuantisedMatrix | None = None,
         is_batch_invariant: bool = False,
     ) -> None:
         # Set where drafts are made by it: then every pass leaves what that layer needs.
@@ -66,7 +68,9 @@ class PagedModel:
         )
         self.is_batch_invariant = is_batch_invariant
         self.pages = PageTable(self.shape, self.device)
-        self.matrices = BaseMatrices(config, weights, is_batch_invariant=is_batch_invariant)
+        self.matrices = BaseMatrices(
+            config, weights, small_head_VD=small_head_VD, is_batch_invariant=is_batch_invariant
+        )
         self._inverse_frequencies = inverse_frequencies(config, self.device)
         # Place of each layer among those of its kind.
         kinds = config.layer_types

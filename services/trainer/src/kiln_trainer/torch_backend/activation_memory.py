@@ -16,6 +16,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from kiln_nn.blocks import LinearFn
+from kiln_nn.kernels.quantised import tensors_of
 from kiln_nn.packed_model import PackedModel
 
 _PROBE_TOKENS = 256
@@ -91,7 +92,11 @@ class ActivationPlans:
 def _kept_bytes(model: PackedModel, linear: LinearFn, token_ids_T: torch.Tensor) -> int:
     """Bytes that the backward pass of all layers would find kept, weights left out."""
     sizes: dict[int, int] = {}
-    borrowed = {weight.untyped_storage().data_ptr() for weight in model.weights.values()}
+    borrowed = {
+        tensor.untyped_storage().data_ptr()
+        for weight in model.weights.values()
+        for tensor in tensors_of(weight)
+    }
 
     def weigh(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import grpc
@@ -11,6 +11,7 @@ import torch
 from kiln_common.pb import engine_pb2, engine_pb2_grpc
 from kiln_common.rpc import details_of
 from kiln_common.rpc.channel import open_blocking_channel
+from kiln_nn.blocks import Weights
 from kiln_nn.config import ModelConfig
 from kiln_nn.errors import ShareRefused
 from kiln_nn.sharing import SharedWeights, attach
@@ -73,7 +74,7 @@ class WeightSession:
         if self.is_own_device:
             self._arena = ArenaReader(shared.manifest, shared.bytes_u8().to(device))
         self.model_id = model_id
-        self.weights: Mapping[str, torch.Tensor] = self._arena.views()
+        self.weights: Weights = self._arena.views()
         self.num_borrowed_bytes = sum(
             entry.nbytes for entry in shared.manifest.entries if entry.kind != "alias"
         )
@@ -113,12 +114,12 @@ class WeightSession:
     def boot_id(self) -> str:
         return self._shared.manifest.boot_id
 
-    def num_allocated_base_bytes(self, weights: Mapping[str, torch.Tensor]) -> int:
+    def num_allocated_base_bytes(self, weights: Weights) -> int:
         """Bytes of the base model that this process holds itself: 0, or one copy on a device of its own."""
         copied = self._shared.manifest.nbytes if self.is_own_device else 0
         return copied + self._reader.num_foreign_bytes(weights)
 
-    def check_borrowed(self, weights: Mapping[str, torch.Tensor]) -> None:
+    def check_borrowed(self, weights: Weights) -> None:
         """Check by address that `weights` are all of the model's parameters, and all in the mapping.
 
         On a device of its own: all in the one copy.

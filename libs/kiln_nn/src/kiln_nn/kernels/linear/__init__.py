@@ -1,30 +1,63 @@
-"""Linear layers: own kernels while few tokens share the reading of the weights, the library beyond."""
+"""Linear layers: own kernels while few tokens share the reading of the weights, the library beyond.
+
+Weights are bf16 matrices or quantised ones, which are read as they are stored.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 
 from kiln_nn.kernels.checks import check_shape
 from kiln_nn.kernels.dispatch import takes_triton
-from kiln_nn.kernels.linear import reference
-from kiln_nn.kernels.linear.choice import choose, invariant_config
+from kiln_nn.kernels.linear import choice, choice_quantised, quantised, reference
+from kiln_nn.kernels.linear.choice import choose
 from kiln_nn.kernels.linear.config import LinearConfig, LinearKind
+from kiln_nn.kernels.quantised import QuantisedMatrix, Scheme
 
-__all__ = ["LinearConfig", "invariant_config", "linear", "linear_partials", "linear_swiglu"]
+__all__ = [
+    "LinearConfig",
+    "Weight",
+    "invariant_config",
+    "invariant_config_of",
+    "linear",
+    "linear_beside",
+    "linear_partials",
+    "linear_swiglu",
+]
+
+Weight = torch.Tensor | QuantisedMatrix
+"""A matrix `[O, I]`."""
+
+
+def invariant_config(num_outputs: int, num_inputs: int, scheme: Scheme | None = None) -> LinearConfig:
+    """The configuration of a weight (of a quantised one by its scheme) that serves every number of tokens."""
+    if scheme is not None:
+        return choice_quantised.invariant_config(scheme, num_outputs, num_inputs)
+    return choice.invariant_config(num_outputs, num_inputs)
+
+
+def invariant_config_of(w_OI: Weight) -> LinearConfig:
+    """The same for a weight at hand."""
+    num_outputs, num_inputs = w_OI.shape
+    return invariant_config(
+        num_outputs, num_inputs, w_OI.scheme if isinstance(w_OI, QuantisedMatrix) else None
+    )
 
 
 def linear(
     x_TI: torch.Tensor,
-    w_OI: torch.Tensor,
+    w_OI: Weight,
     *,
     out_dtype: torch.dtype | None = None,
     out: torch.Tensor | None = None,
     config: LinearConfig | None = None,
     shows_producers: bool = False,
 ) -> torch.Tensor:
-    """`x Wᵀ` in `out_dtype` (by default that of `x`), in `out` if it is given (contiguous, of that format).
+    """`x Wᵀ` in `out_dtype` (by default that of `x`), in `out` if it is given (of that format).
 
-    The rows of `x` may lie apart (a slice of a wider tensor). `config` fixes the tiling whatever
+    The rows of `x` and of `out` may lie apart (a slice of a wider tensor). `config` fixes the tiling whatever
     `T` is: with `invariant_config` a row's result has the same bits in every batch. The weights
     may be read before the kernel launched just before has ended, so it must not write them. With
     `shows_producers` the kernel launched next may read what came before this one without waiting.
@@ -37,6 +70,10 @@ def linear(
     check_shape("x", x_TI, (None, w_OI.shape[-1]))
     if out is not None:
         check_shape("out", out, (x_TI.shape[0], w_OI.shape[0]))
+    if isinstance(w_OI, QuantisedMatrix):
+        return quantised.linear(
+            x_TI, w_OI, out_dtype=out_dtype, out=out, config=config, shows_producers=shows_producers
+        )
     tiling = _tiling(x_TI, w_OI, config, LinearKind.PLAIN)
     if tiling is None:
         return reference.linear(x_TI, w_OI, out_dtype=out_dtype, out=out)
@@ -45,8 +82,37 @@ def linear(
     return streaming.linear(x_TI, w_OI, tiling, out_dtype=out_dtype, out=out, shows_producers=shows_producers)
 
 
+def linear_beside(
+    x_TI: torch.Tensor, parts: Sequence[Weight], *, is_invariant: bool = False, shows_producers: bool = False
+) -> torch.Tensor:
+    """`x Wᵀ` of several weights in one tensor, side by side; see `linear`.
+
+    A few bf16 rows after a quantised matrix cost nothing with few tokens, unless tilings are to be
+    those of every number of tokens (`is_invariant`).
+
+    Returns: `[T, O]`, the sum of the parts' outputs.
+
+    Raises:
+        ShapeMismatch: the inputs of `x` and of a part differ.
+    """
+    for part in parts:
+        check_shape("x", x_TI, (None, part.shape[-1]))
+    if len(parts) == 2 and not is_invariant:
+        matrix, beside_BI = parts
+        if isinstance(matrix, QuantisedMatrix) and isinstance(beside_BI, torch.Tensor):
+            y_TO = quantised.linear_beside(x_TI, matrix, beside_BI, shows_producers=shows_producers)
+            if y_TO is not None:
+                return y_TO
+    widths = [part.shape[0] for part in parts]
+    y_TO = x_TI.new_empty((x_TI.shape[0], sum(widths)))
+    for part, out in zip(parts, y_TO.split(widths, dim=1), strict=True):
+        config = invariant_config_of(part) if is_invariant else None
+        linear(x_TI, part, out=out, config=config, shows_producers=shows_producers)
+    return y_TO
+
+
 def linear_swiglu(
-    x_TI: torch.Tensor, gate_up_OI: torch.Tensor, *, config: LinearConfig | None = None
+    x_TI: torch.Tensor, gate_up_OI: Weight, *, config: LinearConfig | None = None
 ) -> torch.Tensor:
     """`silu(x Wgᵀ) · (x Wuᵀ)` where the first half of the weight's rows is Wg; see `linear`.
 
@@ -58,6 +124,8 @@ def linear_swiglu(
     num_outputs, num_inputs = gate_up_OI.shape
     check_shape("x", x_TI, (None, num_inputs))
     check_shape("gate_up", gate_up_OI, (num_outputs // 2 * 2, num_inputs))
+    if isinstance(gate_up_OI, QuantisedMatrix):
+        return quantised.linear_swiglu(x_TI, gate_up_OI, config=config)
     tiling = _tiling(x_TI, gate_up_OI, config, LinearKind.GATED)
     if tiling is None:
         return reference.linear_swiglu(x_TI, gate_up_OI)
@@ -68,7 +136,7 @@ def linear_swiglu(
 
 def linear_partials(
     x_TI: torch.Tensor,
-    w_OI: torch.Tensor,
+    w_OI: Weight,
     *,
     config: LinearConfig | None = None,
     shows_producers: bool = False,
@@ -85,6 +153,8 @@ def linear_partials(
         ShapeMismatch: the inputs of `x` and `w` differ.
     """
     check_shape("x", x_TI, (None, w_OI.shape[-1]))
+    if isinstance(w_OI, QuantisedMatrix):
+        return quantised.linear_partials(x_TI, w_OI, config=config, shows_producers=shows_producers)
     tiling = _tiling(x_TI, w_OI, config, LinearKind.PARTIAL)
     if tiling is None:
         return reference.linear_partials(x_TI, w_OI)

@@ -33,9 +33,10 @@ class LinearConfig:
     warps: int = 4
     stages: int = 4
 
-    def shared_memory_bytes(self, kind: LinearKind) -> int:
+    def shared_memory_bytes(self, kind: LinearKind, weight_bits: int = 16) -> int:
         """What the ring takes."""
-        return 2 * self.stages * self.inputs * (weight_rows(self.outputs, kind) + self.tokens)
+        bits = weight_bits * weight_rows(self.outputs, kind) + 16 * self.tokens
+        return self.stages * self.inputs * bits // 8
 
 
 def weight_rows(outputs: int, kind: LinearKind) -> int:
@@ -44,8 +45,10 @@ def weight_rows(outputs: int, kind: LinearKind) -> int:
     return 1 << (rows - 1).bit_length()
 
 
-def fit(config: LinearConfig, kind: LinearKind, shared_memory_bytes: int) -> LinearConfig:
+def fit(
+    config: LinearConfig, kind: LinearKind, shared_memory_bytes: int, weight_bits: int = 16
+) -> LinearConfig:
     """The configuration with as many stages as a program's shared memory holds, two at least."""
-    while config.stages > 2 and config.shared_memory_bytes(kind) > shared_memory_bytes:
+    while config.stages > 2 and config.shared_memory_bytes(kind, weight_bits) > shared_memory_bytes:
         config = replace(config, stages=config.stages - 1)
     return config

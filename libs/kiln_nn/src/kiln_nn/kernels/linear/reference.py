@@ -23,6 +23,8 @@ def linear(
     needs_gradient = torch.is_grad_enabled() and (x_TI.requires_grad or w_OI.requires_grad)
     if is_widened and x_TI.is_cuda and out_dtype is torch.float32 and not needs_gradient:
         return torch.mm(x_TI, w_OI.t(), out_dtype=out_dtype, out=out)
+    if out is not None and x_TI.is_cuda and out.dtype is x_TI.dtype and not needs_gradient:
+        return torch.mm(x_TI, w_OI.t(), out=out)
     y_TO = F.linear(x_TI, w_OI)
     if out is not None:
         return out.copy_(y_TO)

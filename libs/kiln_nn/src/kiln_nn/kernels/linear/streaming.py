@@ -17,8 +17,8 @@ _MOST_TOKENS_APART = 128  # beyond, partial sums cost more traffic than they spr
 
 
 @cache
-def _has_hopper_kernel(device: torch.device) -> bool:
-    """The kernel is written for one compute capability and in a part of Triton that may still move."""
+def has_hopper_kernel(device: torch.device) -> bool:
+    """Whether Gluon's kernels run: for one compute capability, in a part of Triton that may still move."""
     if device.type != "cuda" or is_interpreted() or torch.cuda.get_device_capability(device) != (9, 0):
         return False
     try:
@@ -30,7 +30,7 @@ def _has_hopper_kernel(device: torch.device) -> bool:
 
 def takes_hopper(x_TI: torch.Tensor, w_OI: torch.Tensor) -> bool:
     """Whether Hopper's kernel computes these; tensors at odd addresses go to the plain kernel."""
-    if not _has_hopper_kernel(x_TI.device):
+    if not has_hopper_kernel(x_TI.device):
         return False
     from kiln_nn.kernels.linear import triton_hopper
 

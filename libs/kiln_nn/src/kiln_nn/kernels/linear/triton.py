@@ -36,7 +36,7 @@ from kiln_nn.kernels.linear.config import LinearConfig
 
 
 @triton.jit
-def _multiply(w, x, acc, INTERPRETED: tl.constexpr):
+def multiply(w, x, acc, INTERPRETED: tl.constexpr):
     """`acc_OT + w_OI x_IT`; the interpreter's bf16 products are wrong, so it gets float32."""
     if INTERPRETED:
         return tl.dot(w.to(tl.float32), x.to(tl.float32), acc, input_precision="ieee")
@@ -70,13 +70,13 @@ def _sum_over(
             in_inputs = start + cols < last
             w = tl.load(w_ptrs + start, mask=in_inputs[None, :], other=0.0)
             x = tl.load(x_ptrs + start, mask=in_inputs[:, None] & in_tokens[None, :], other=0.0)
-        acc = _multiply(w, x, acc, INTERPRETED)
+        acc = multiply(w, x, acc, INTERPRETED)
         if GATED:
             if IS_EVEN:
                 up = tl.load(up_ptrs + start, eviction_policy="evict_first")
             else:
                 up = tl.load(up_ptrs + start, mask=(start + cols < last)[None, :], other=0.0)
-            up_acc = _multiply(up, x, up_acc, INTERPRETED)
+            up_acc = multiply(up, x, up_acc, INTERPRETED)
     return acc, up_acc
 
 
@@ -91,6 +91,7 @@ def _linear_kernel(
     split_inputs,
     x_stride,
     w_stride,
+    out_stride,
     OUTPUTS: tl.constexpr,
     TOKENS: tl.constexpr,
     INPUTS: tl.constexpr,
@@ -147,7 +148,7 @@ def _linear_kernel(
             acc += part
     if GATED:
         acc = acc * tl.sigmoid(acc) * up_acc
-    places = (split.to(tl.int64) * num_tokens + tokens[None, :]) * num_outputs + outputs[:, None]
+    places = (split.to(tl.int64) * num_tokens + tokens[None, :]) * out_stride + outputs[:, None]
     mask = in_tokens[None, :] & (outputs < num_outputs)[:, None]
     tl.store(out_ptr + places, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
@@ -177,7 +178,7 @@ def launch(
 ) -> None:
     """Fill `out`: `[T, O]`, `[T, F]` in the gated form, or `[S, T, O]` where sums are not folded.
 
-    `is_dependent=None` uses dependent launches where the device has them; `shows_producers` as in
+    The rows of `out` may lie apart, where it has two dimensions. `is_dependent=None` uses dependent launches where the device has them; `shows_producers` as in
     triton_hopper.py.
     """
     num_tokens, num_inputs = x_TI.shape
@@ -218,5 +219,6 @@ def launch(
         split_inputs,
         x_TI.stride(0),
         w_OI.stride(0),
+        out.stride(-2),
         **options,
     )

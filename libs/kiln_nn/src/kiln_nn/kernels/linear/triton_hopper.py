@@ -29,109 +29,24 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kiln_nn.kernels.linear.config import LinearConfig
-
-_barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier  # Triton 3.6, 3.7
-_COLUMNS = gl.constexpr(64)  # inputs of a box: one line of 128 bytes, the widest the accelerator swizzles
-
-
-@gluon.jit
-def _ask_for_weights(
-    box_desc,
-    rest_desc,
-    ring,
-    bar,
-    slot,
-    row,
-    num_outputs,
-    block,
-    wanted,
-    SLOT_BYTES: gl.constexpr,
-    REST: gl.constexpr,
-    HALVES: gl.constexpr,
-    SUBS: gl.constexpr,
-):
-    """One slot's weights, `[SUBS, HALVES * BOX + HALVES * REST, 64]`, and the bytes to wait for."""
-    BOX: gl.constexpr = box_desc.block_type.shape[0]
-    mbarrier.expect(bar, SLOT_BYTES, pred=wanted)
-    for sub in gl.static_range(SUBS):
-        col = (block * SUBS + sub) * _COLUMNS
-        tile = ring.index(slot * SUBS + sub)
-        for half in gl.static_range(HALVES):
-            first = row + half * num_outputs
-            tma.async_copy_global_to_shared(
-                box_desc, [first, col], bar, tile.slice(half * BOX, BOX, dim=0), wanted
-            )
-            if REST > 0:
-                rest = tile.slice(HALVES * BOX + half * REST, REST, dim=0)
-                tma.async_copy_global_to_shared(rest_desc, [first + BOX, col], bar, rest, wanted)
-
-
-@gluon.jit
-def _ask_for_x(
-    x_desc, x_rest_desc, ring, bar, slot, token, block, wanted, X_REST: gl.constexpr, SUBS: gl.constexpr
-):
-    """One slot's `[SUBS, X_BOX + X_REST, 64]` of x; rows of the tile beyond them keep what they hold."""
-    X_BOX: gl.constexpr = x_desc.block_type.shape[0]
-    for sub in gl.static_range(SUBS):
-        col = (block * SUBS + sub) * _COLUMNS
-        tile = ring.index(slot * SUBS + sub)
-        tma.async_copy_global_to_shared(x_desc, [token, col], bar, tile.slice(0, X_BOX, dim=0), wanted)
-        if X_REST > 0:
-            rest = tile.slice(X_BOX, X_REST, dim=0)
-            tma.async_copy_global_to_shared(x_rest_desc, [token + X_BOX, col], bar, rest, wanted)
-
-
-@gluon.jit
-def _store(out_ptr, result, row, token, split, num_rows, num_tokens, num_outputs, num_warps: gl.constexpr):
-    """Rows `row` to `row + num_rows` of `[O, T]`, transposed."""
-    layout: gl.constexpr = gl.BlockedLayout([2, 1], [16, 2], [1, num_warps], [0, 1])
-    result = gl.convert_layout(result, layout)
-    lanes = gl.arange(0, result.shape[0], gl.SliceLayout(1, layout))
-    outputs = row + lanes
-    tokens = token + gl.arange(0, result.shape[1], gl.SliceLayout(0, layout))
-    places = (split.to(gl.int64) * num_tokens + tokens[None, :]) * num_outputs + outputs[:, None]
-    mask = (tokens < num_tokens)[None, :] & ((outputs < num_outputs) & (lanes < num_rows))[:, None]
-    gl.store(out_ptr + places, result.to(out_ptr.dtype.element_ty), mask=mask)
-
-
-@gluon.jit
-def _gate(sums, first_gate, first_up, OUTPUTS: gl.constexpr, num_warps: gl.constexpr):
-    """`silu(gate) * up` of rows that lie apart in shared memory."""
-    layout: gl.constexpr = gl.BlockedLayout([2, 1], [16, 2], [1, num_warps], [0, 1])
-    gate = sums.slice(first_gate, OUTPUTS, dim=0).load(layout)
-    up = sums.slice(first_up, OUTPUTS, dim=0).load(layout)
-    return gate / (1 + gl.exp(-gate)) * up
-
-
-@gluon.jit
-def _store_gated(
-    out_ptr,
-    acc,
-    row,
-    token,
-    num_tokens,
-    num_outputs,
-    BOX: gl.constexpr,
-    REST: gl.constexpr,
-    num_warps: gl.constexpr,
-):
-    """The rows of `acc` are gate and up of the box, gate and up of the rest."""
-    shared: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-    sums = gl.allocate_shared_memory(gl.float32, acc.shape, shared, acc)
-    split = gl.program_id(1)
-    boxed = _gate(sums, 0, BOX, BOX, num_warps)
-    _store(out_ptr, boxed, row, token, split, BOX, num_tokens, num_outputs, num_warps)
-    if REST > 0:
-        rest = _gate(sums, 2 * BOX, 2 * BOX + REST, REST, num_warps)
-        _store(out_ptr, rest, row + BOX, token, split, REST, num_tokens, num_outputs, num_warps)
+from kiln_nn.kernels.linear.triton_hopper_parts import (
+    X_COLUMNS,
+    ask_for_weights,
+    ask_for_x,
+    barrier,
+    boxes,
+    can_be_fetched,
+    describe,
+    rows_fetched,
+    store,
+    store_gated,
+)
 
 
 @gluon.jit
@@ -179,13 +94,13 @@ def _multiply(
         # Folded sums may not be in flight where the branch above moves them.
         acc = warpgroup_mma_wait(0 if FOLDED else SUBS, deps=[acc])
         # The block before is done with its slot, in all warps after the barrier.
-        _barrier()
+        barrier()
         later = block - 1 + STAGES
         slot = later % STAGES
         bar = bars.index(slot)
         wanted = (block > 0) & (later < count)
         where = begin + later
-        _ask_for_weights(
+        ask_for_weights(
             box_desc,
             rest_desc,
             w_ring,
@@ -200,7 +115,7 @@ def _multiply(
             HALVES,
             SUBS,
         )
-        _ask_for_x(x_desc, x_rest_desc, x_ring, bar, slot, token, where, wanted, X_REST, SUBS)
+        ask_for_x(x_desc, x_rest_desc, x_ring, bar, slot, token, where, wanted, X_REST, SUBS)
     acc = warpgroup_mma_wait(0, deps=[acc])
     if FOLDED:
         acc = total + acc
@@ -216,6 +131,7 @@ def _linear_kernel(
     out_ptr,
     num_tokens,
     num_outputs,
+    out_stride,
     num_blocks,
     split_blocks,
     BOX: gl.constexpr,
@@ -238,8 +154,8 @@ def _linear_kernel(
     token = gl.program_id(0) * TOKENS
     split = gl.program_id(1)
     row = gl.program_id(2) * OUTPUTS
-    w_ring = gl.allocate_shared_memory(gl.bfloat16, [STAGES * SUBS, ROWS, _COLUMNS], box_desc.layout)
-    x_ring = gl.allocate_shared_memory(gl.bfloat16, [STAGES * SUBS, TOKENS, _COLUMNS], x_desc.layout)
+    w_ring = gl.allocate_shared_memory(gl.bfloat16, [STAGES * SUBS, ROWS, X_COLUMNS], box_desc.layout)
+    x_ring = gl.allocate_shared_memory(gl.bfloat16, [STAGES * SUBS, TOKENS, X_COLUMNS], x_desc.layout)
     bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for slot in gl.static_range(STAGES):
         mbarrier.init(bars.index(slot), count=1)
@@ -252,7 +168,7 @@ def _linear_kernel(
         bar = bars.index(slot)
         where = begin + slot
         wanted = slot < count
-        _ask_for_weights(
+        ask_for_weights(
             box_desc,
             rest_desc,
             w_ring,
@@ -275,7 +191,7 @@ def _linear_kernel(
         bar = bars.index(slot)
         where = begin + slot
         wanted = slot < count
-        _ask_for_x(x_desc, x_rest_desc, x_ring, bar, slot, token, where, wanted, X_REST, SUBS)
+        ask_for_x(x_desc, x_rest_desc, x_ring, bar, slot, token, where, wanted, X_REST, SUBS)
     acc = _multiply(
         box_desc,
         rest_desc,
@@ -302,31 +218,14 @@ def _linear_kernel(
     for slot in gl.static_range(STAGES):
         mbarrier.invalidate(bars.index(slot))
     if GATED:
-        _store_gated(out_ptr, acc, row, token, num_tokens, num_outputs, BOX, REST, num_warps)
+        store_gated(out_ptr, acc, row, token, num_tokens, num_outputs, out_stride, BOX, REST, num_warps)
     else:
-        _store(out_ptr, acc, row, token, split, OUTPUTS, num_tokens, num_outputs, num_warps)
+        store(out_ptr, acc, row, token, split, OUTPUTS, num_tokens, num_outputs, out_stride, num_warps)
 
 
 def takes(x_TI: torch.Tensor, w_OI: torch.Tensor) -> bool:
     """Whether the accelerator can fetch these tensors, beyond what triton.py asks of them."""
-    return all(
-        t.data_ptr() % 16 == 0 and t.stride(0) % 8 == 0 and t.stride(0) >= t.shape[1] and t.shape[1] % 8 == 0
-        for t in (x_TI, w_OI)
-    )
-
-
-def boxes(count: int) -> tuple[int, int]:
-    """A multiple of eight with two bits at most as two powers of two, or one and nothing."""
-    box = 1 << (count.bit_length() - 1)
-    return box, count - box
-
-
-def rows_fetched(num_tokens: int, tile: int) -> int:
-    """Rows of x that two boxes can fetch and that cover the tokens; rows past the end are slow to fetch."""
-    rows = -(-num_tokens // 8) * 8
-    while rows.bit_count() > 2:
-        rows += 8
-    return min(rows, tile)
+    return can_be_fetched(x_TI) and can_be_fetched(w_OI)
 
 
 def constants(config: LinearConfig, num_tokens: int, *, is_gated: bool, is_folded: bool) -> dict[str, Any]:
@@ -349,11 +248,6 @@ def constants(config: LinearConfig, num_tokens: int, *, is_gated: bool, is_folde
     }
 
 
-def _describe(matrix: torch.Tensor, num_rows: int) -> TensorDescriptor:
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [num_rows, 64], layout)
-
-
 def launch(
     x_TI: torch.Tensor,
     w_OI: torch.Tensor,
@@ -367,6 +261,7 @@ def launch(
 ) -> None:
     """Fill `out`: `[T, O]`, `[T, F]` in the gated form, or `[S, T, O]` where sums are not folded.
 
+    The rows of `out` may lie apart, where it has two dimensions.
     With `shows_producers` the next kernel starts only after this one's producers have ended, so that
     it may read what they wrote before it waits.
     """
@@ -382,13 +277,14 @@ def launch(
         triton.cdiv(num_outputs, config.outputs),
     )
     _linear_kernel[grid](
-        _describe(w_OI, fixed["BOX"]),
-        _describe(w_OI, fixed["REST"] or fixed["BOX"]),
-        _describe(x_TI, fixed["X_BOX"]),
-        _describe(x_TI, fixed["X_REST"] or fixed["X_BOX"]),
+        describe(w_OI, fixed["BOX"]),
+        describe(w_OI, fixed["REST"] or fixed["BOX"]),
+        describe(x_TI, fixed["X_BOX"]),
+        describe(x_TI, fixed["X_REST"] or fixed["X_BOX"]),
         out,
         num_tokens,
         num_outputs,
+        out.stride(-2),
         num_blocks,
         triton.cdiv(num_blocks, 1 if is_gated else config.splits),
         **fixed,

@@ -8,7 +8,7 @@ For layers that read one input the adapters' first products are one product. Wit
 The updates come first and the base's product is added to them where they lie: its sum is in float32 and
 is rounded once, and reading what lies there costs a product of that size nothing. Products take the
 base's format; the gradients of A and B are summed in float32 and stay there. The base gets none, so
-nothing of its size is ever made.
+nothing of its size is ever made, but one matrix at a time where it is quantised.
 
 With dropout `x` is multiplied by factors where the adapter reads it, and so is its gradient on that way.
 The factors are made again wherever they are needed.
@@ -24,6 +24,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+
+from kiln_nn.kernels.quantised import QuantisedMatrix, dense
 
 Factors = Callable[[], torch.Tensor] | None
 """Makes the factors `[T, I]` of dropout, the same each time; None where there is none."""
@@ -105,15 +107,16 @@ class _Expand(torch.autograd.Function):
         num_layers: int,
         x: torch.Tensor,
         h: torch.Tensor,
-        *tensors: torch.Tensor,
+        *tensors: Any,
     ) -> tuple[torch.Tensor, ...]:
         weights, b = tensors[:num_layers], iter(copies.b_Or)
         outputs = []
         for weight, ranks in zip(weights, copies.ranks, strict=True):
+            w = dense(weight, x.dtype)
             if ranks is None:
-                outputs.append(F.linear(x, weight))
+                outputs.append(F.linear(x, w))
             else:
-                outputs.append(torch.mm(h[:, ranks], next(b).t()).addmm_(x, weight.t()))
+                outputs.append(torch.mm(h[:, ranks], next(b).t()).addmm_(x, w.t()))
         ctx.copies, ctx.weights, ctx.h, ctx.dtype = copies, weights, h, tensors[-1].dtype
         ctx.factors = factors
         return tuple(outputs)
@@ -132,13 +135,13 @@ class _Expand(torch.autograd.Function):
             if ctx.factors is not None:
                 x_grad.mul_(ctx.factors())
             for grad, weight in zip(grads, ctx.weights, strict=True):
-                x_grad.addmm_(grad, weight)
+                x_grad.addmm_(grad, dense(weight, grad.dtype))
         return None, None, None, x_grad, h_grad, *([None] * len(grads)), *b_grads
 
 
 def adapted_linears(
     x_TI: torch.Tensor,
-    weights_OI: Sequence[torch.Tensor],
+    weights_OI: Sequence[torch.Tensor | QuantisedMatrix],
     pairs: Sequence[tuple[torch.Tensor, torch.Tensor] | None],
     copies: AdapterCopies,
     factors: Factors = None,

@@ -1,0 +1,1 @@
+"""Quantising a checkpoint: the calibration text in tokens, and the process that computes."""

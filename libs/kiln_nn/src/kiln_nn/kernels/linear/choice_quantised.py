@@ -1,0 +1,74 @@
+"""Which tiles a linear layer over quantised weights runs with: a measured table, then a rule.
+
+Legend: `T` tokens, `I` inputs, `O` outputs.
+"""
+
+from __future__ import annotations
+
+from kiln_nn.kernels.linear.config import LinearConfig, LinearKind, weight_rows
+from kiln_nn.kernels.quantised import Scheme
+
+WEIGHT_BITS: dict[Scheme, int] = {"fp8": 8, "int4": 4}
+_MULTIPROCESSORS = 132  # of the GPU that the rule was made for
+_RING_BYTES = 50 * 1024  # of few tokens: four programs to a multiprocessor unpack while others wait
+_WIDE_RING_BYTES = 150 * 1024  # of many tokens: one program
+_MOST_TILE_TOKENS = 256
+_FEW_TOKENS = 16  # beyond, x takes as much bandwidth as the weights, and larger tiles share it
+# That the own kernel is chosen for: fp8's library multiplies eight bits, that of int4 whole weights.
+_MOST_TOKENS: dict[Scheme, int] = {"fp8": 128, "int4": 1024}
+_MOST_TOKENS_UNMEASURED = 16  # on other GPUs
+
+# By scheme and (O, I): the configuration up to a number of tokens; None leaves it to the library, and
+# so do more tokens than the last. Filled from benchmarks/kernels/quantised_linear.py.
+_MEASURED: dict[tuple[Scheme, tuple[int, int]], dict[int, LinearConfig | None]] = {}
+
+
+def choose(
+    scheme: Scheme, num_tokens: int, num_outputs: int, num_inputs: int, kind: LinearKind, *, is_hopper: bool
+) -> LinearConfig | None:
+    """The configuration for these sizes, or None where the library's product is faster.
+
+    `num_outputs` counts the weight's rows, also for the gated form.
+    """
+    if not is_hopper:
+        if num_tokens > _MOST_TOKENS_UNMEASURED:
+            return None
+        splits = _splits(num_outputs, num_inputs, 64, 128) if kind is LinearKind.PARTIAL else 1
+        return LinearConfig(16, 32 if kind is LinearKind.GATED else 64, 128, splits, 4, 3)
+    measured = _MEASURED.get((scheme, (num_outputs, num_inputs)))
+    if measured is not None:
+        return next((config for most, config in measured.items() if num_tokens <= most), None)
+    if num_tokens > _MOST_TOKENS[scheme]:
+        return None
+    return _by_rule(scheme, num_tokens, num_outputs, num_inputs, kind)
+
+
+def invariant_config(scheme: Scheme, num_outputs: int, num_inputs: int) -> LinearConfig:
+    """The one configuration that serves every number of tokens, for results that do not depend on it."""
+    splits = _splits(num_outputs, num_inputs, 64, 128) if num_outputs < num_inputs else 1
+    return LinearConfig(64, 64, 128, splits, 4, 4)
+
+
+def _by_rule(
+    scheme: Scheme, num_tokens: int, num_outputs: int, num_inputs: int, kind: LinearKind
+) -> LinearConfig:
+    tokens = max(8, min(_MOST_TILE_TOKENS, 1 << (num_tokens - 1).bit_length()))
+    has_few, has_many = tokens <= _FEW_TOKENS, tokens == _MOST_TILE_TOKENS
+    inputs = 256 if scheme == "int4" and has_few else 128
+    outputs, warps = (64, 4) if has_few else (128 if has_many else 96, 8)
+    if kind is LinearKind.GATED:
+        outputs //= 2
+    splits = 1
+    if kind is LinearKind.PARTIAL and num_tokens <= _MOST_TILE_TOKENS:
+        splits = _splits(num_outputs, num_inputs, outputs, inputs)
+    slot_bits = inputs * (WEIGHT_BITS[scheme] * max(64, weight_rows(outputs, kind)) + 16 * tokens)
+    ring_bytes = _RING_BYTES if has_few else _WIDE_RING_BYTES
+    return LinearConfig(tokens, outputs, inputs, splits, warps, max(2, min(12, 8 * ring_bytes // slot_bits)))
+
+
+def _splits(num_outputs: int, num_inputs: int, outputs: int, inputs: int) -> int:
+    """Splits that give every multiprocessor about two tiles, none without inputs."""
+    num_blocks = -(-num_inputs // inputs)
+    wanted = -(-2 * _MULTIPROCESSORS // -(-num_outputs // outputs))
+    blocks_of_a_split = -(-num_blocks // max(1, min(8, wanted, num_blocks // 4)))
+    return -(-num_blocks // blocks_of_a_split)

@@ -1,0 +1,208 @@
+"""Linear layers over quantised weights: own kernels while few tokens share the reading of the weights.
+
+With many tokens E4M3 weights meet x in E4M3 too, a scale for each token, on GPUs whose library does
+that; otherwise the weights are made bf16 again, in memory that is given back at once.
+
+Legend: `T` tokens, `I` inputs, `O` outputs, `S` partial sums, `F` feed-forward width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+
+import torch
+
+from kiln_nn.kernels.dispatch import device_limits, takes_triton
+from kiln_nn.kernels.linear import reference
+from kiln_nn.kernels.linear.choice_quantised import WEIGHT_BITS, choose
+from kiln_nn.kernels.linear.config import LinearConfig, LinearKind, fit
+from kiln_nn.kernels.quantised import QuantisedMatrix
+from kiln_nn.kernels.swiglu import swiglu
+
+_MOST_GROUP_SCALES = 128 * 128  # of a program's rows and groups, beside its ring
+_BARRIERS_BYTES = 1024
+
+
+def linear(
+    x_TI: torch.Tensor,
+    matrix: QuantisedMatrix,
+    *,
+    out_dtype: torch.dtype | None = None,
+    out: torch.Tensor | None = None,
+    config: LinearConfig | None = None,
+    shows_producers: bool = False,
+) -> torch.Tensor:
+    """As `kernels.linear.linear`."""
+    tiling = _tiling(x_TI, matrix, config, LinearKind.PLAIN)
+    if tiling is None:
+        return library_linear(x_TI, matrix, out_dtype=out_dtype, out=out)
+    out_TO = out
+    if out_TO is None:
+        out_TO = x_TI.new_empty((x_TI.shape[0], matrix.shape[0]), dtype=out_dtype or x_TI.dtype)
+    launch(x_TI, matrix, out_TO, tiling, LinearKind.PLAIN, shows_producers=shows_producers)
+    return out_TO
+
+
+def linear_swiglu(
+    x_TI: torch.Tensor, matrix: QuantisedMatrix, *, config: LinearConfig | None = None
+) -> torch.Tensor:
+    """As `kernels.linear.linear_swiglu`."""
+    tiling = _tiling(x_TI, matrix, config, LinearKind.GATED)
+    if tiling is None:
+        return swiglu(*library_linear(x_TI, matrix).chunk(2, dim=-1))
+    out_TF = x_TI.new_empty((x_TI.shape[0], matrix.shape[0] // 2))
+    launch(x_TI, matrix, out_TF, tiling, LinearKind.GATED)
+    return out_TF
+
+
+def linear_partials(
+    x_TI: torch.Tensor,
+    matrix: QuantisedMatrix,
+    *,
+    config: LinearConfig | None = None,
+    shows_producers: bool = False,
+) -> torch.Tensor:
+    """As `kernels.linear.linear_partials`; the kernels' sums always stay apart."""
+    tiling = _tiling(x_TI, matrix, config, LinearKind.PARTIAL)
+    if tiling is None:
+        return library_linear(x_TI, matrix)[None]
+    size = (tiling.splits, x_TI.shape[0], matrix.shape[0])
+    out_STO = x_TI.new_empty(size, dtype=torch.float32)
+    launch(x_TI, matrix, out_STO, tiling, LinearKind.PARTIAL, shows_producers=shows_producers)
+    return out_STO
+
+
+def linear_beside(
+    x_TI: torch.Tensor,
+    matrix: QuantisedMatrix,
+    beside_BI: torch.Tensor,
+    *,
+    shows_producers: bool = False,
+) -> torch.Tensor | None:
+    """As `kernels.linear.linear_beside`, where one kernel computes both; else None."""
+    tiling = _tiling(x_TI, matrix, None, LinearKind.PLAIN)
+    if tiling is None or not takes_triton(x_TI, beside_BI) or not takes_hopper(x_TI, matrix):
+        return None
+    from kiln_nn.kernels.linear.triton_hopper_beside import MOST_TOKENS_BESIDE
+
+    is_plain = beside_BI.dtype is torch.bfloat16 and beside_BI.stride(1) == 1
+    if not is_plain or x_TI.shape[0] > MOST_TOKENS_BESIDE:
+        return None
+    out_TO = x_TI.new_empty((x_TI.shape[0], matrix.shape[0] + beside_BI.shape[0]))
+    launch(
+        x_TI, matrix, out_TO, tiling, LinearKind.PLAIN, beside_BI=beside_BI, shows_producers=shows_producers
+    )
+    return out_TO
+
+
+def library_linear(
+    x_TI: torch.Tensor,
+    matrix: QuantisedMatrix,
+    *,
+    out_dtype: torch.dtype | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The library's product, of E4M3 with E4M3 where it has one, else of the weights made whole again."""
+    wanted = out_dtype or (x_TI.dtype if out is None else out.dtype)
+    if wanted is torch.bfloat16 and multiplies_eight_bits(x_TI, matrix):
+        y_TO = _eight_bit_product(x_TI, matrix)
+        return y_TO if out is None else out.copy_(y_TO)
+    return reference.linear(x_TI, matrix.dequantise(x_TI.dtype), out_dtype=out_dtype, out=out)
+
+
+def multiplies_eight_bits(x_TI: torch.Tensor, matrix: QuantisedMatrix) -> bool:
+    """Whether the library multiplies these in E4M3, rows scaled."""
+    return (
+        matrix.scheme == "fp8"
+        and x_TI.dtype is torch.bfloat16
+        and x_TI.numel() > 0
+        and x_TI.stride(1) == 1
+        and takes_triton(x_TI, matrix.values)
+        and _has_row_scaled_product(x_TI.device)
+        and all(size % 16 == 0 for size in matrix.shape)
+        and matrix.values.is_contiguous()
+    )
+
+
+def _eight_bit_product(x_TI: torch.Tensor, matrix: QuantisedMatrix) -> torch.Tensor:
+    from kiln_nn.kernels.quantised.triton import quantise_rows
+
+    numbers_TI, scales_T1 = quantise_rows(x_TI)
+    return torch._scaled_mm(
+        numbers_TI,
+        matrix.values.t(),
+        scale_a=scales_T1,
+        scale_b=matrix.scales.t(),
+        out_dtype=torch.bfloat16,
+        use_fast_accum=True,
+    )
+
+
+@cache
+def _has_row_scaled_product(device: torch.device) -> bool:
+    """Torch builds its row-scaled product for Hopper and newer data centre GPUs."""
+    return torch.cuda.get_device_capability(device)[0] in (9, 10)
+
+
+def _tiling(
+    x_TI: torch.Tensor, matrix: QuantisedMatrix, config: LinearConfig | None, kind: LinearKind
+) -> LinearConfig | None:
+    """The kernel's configuration, or None where the library computes this product."""
+    if not takes_triton(x_TI, matrix.values, matrix.scales):
+        return None
+    from kiln_nn.kernels.linear import triton_quantised
+
+    if not triton_quantised.takes(x_TI, matrix):
+        return None
+    if config is not None:
+        return config
+    return choose(matrix.scheme, x_TI.shape[0], *matrix.shape, kind, is_hopper=takes_hopper(x_TI, matrix))
+
+
+def takes_hopper(x_TI: torch.Tensor, matrix: QuantisedMatrix) -> bool:
+    """Whether Hopper's kernel computes these; tensors at odd addresses go to the plain kernel."""
+    from kiln_nn.kernels.linear.streaming import has_hopper_kernel
+
+    if not has_hopper_kernel(x_TI.device):
+        return False
+    from kiln_nn.kernels.linear import triton_hopper_quantised
+
+    return triton_hopper_quantised.takes(x_TI, matrix)
+
+
+def ring_limit(matrix: QuantisedMatrix, shared_memory_bytes: int) -> int:
+    """What a program's ring may take of the memory that it shares."""
+    num_scales = _MOST_GROUP_SCALES if matrix.scheme == "int4" else 0
+    return shared_memory_bytes - num_scales * matrix.scales.element_size() - _BARRIERS_BYTES
+
+
+def launch(
+    x_TI: torch.Tensor,
+    matrix: QuantisedMatrix,
+    out: torch.Tensor,
+    config: LinearConfig,
+    kind: LinearKind,
+    *,
+    beside_BI: torch.Tensor | None = None,
+    shows_producers: bool = False,
+) -> None:
+    """Fill `out` by the own kernel of this device; only partial sums use the configuration's splits.
+
+    Hopper's kernel also takes rows `beside_BI`.
+    """
+    limit = ring_limit(matrix, device_limits(x_TI.device).shared_memory_bytes)
+    tiling = fit(config, kind, limit, WEIGHT_BITS[matrix.scheme])
+    if kind is not LinearKind.PARTIAL:
+        tiling = replace(tiling, splits=1)
+    is_gated = kind is LinearKind.GATED
+    if takes_hopper(x_TI, matrix):
+        from kiln_nn.kernels.linear import triton_hopper_quantised
+
+        triton_hopper_quantised.launch(
+            x_TI, matrix, out, tiling, beside_BI=beside_BI, is_gated=is_gated, shows_producers=shows_producers
+        )
+    else:
+        from kiln_nn.kernels.linear import triton_quantised
+
+        triton_quantised.launch(x_TI, matrix, out, tiling, is_gated=is_gated, shows_producers=shows_producers)

@@ -1,0 +1,389 @@
+"""Linear layers over quantised weights on Hopper: fetched as they are stored, unpacked in registers.
+
+The ring, the waiting and the tiles of triton_hopper.py. A box of weights holds 128 inputs: 64 bytes
+of a row in four bits, 128 in eight, unpacked as triton_hopper_unpack.py says; nothing is reordered in
+memory, and x lies as in every other linear layer. Sums over a group of 128 inputs are scaled in
+float32, in tiles of more than 128 tokens the weights in bf16; E4M3's scale, one an output, comes last. A few rows that stay bf16 can be computed beside
+(triton_hopper_beside.py), for which a launch of their own would take as long as all the others.
+
+Takes bf16 x and quantised matrices of any number of outputs whose rows are 16-byte aligned (inputs in
+whole groups of 128) on compute capability 9.0. Sums are float32 and rounded once; every element is
+summed in one order, given by the configuration alone. Partial sums always stay apart; the other
+forms do not split inputs.
+
+Legend: `T` tokens, `I` inputs, `O` outputs, `S` partial sums, `F` feed-forward width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from kiln_nn.kernels.linear.config import LinearConfig
+from kiln_nn.kernels.linear.triton_hopper_beside import multiply_beside
+from kiln_nn.kernels.linear.triton_hopper_parts import (
+    X_COLUMNS,
+    ask_for_weights,
+    ask_for_x,
+    barrier,
+    boxes,
+    can_be_fetched,
+    describe,
+    rows_fetched,
+    store,
+    store_gated,
+)
+from kiln_nn.kernels.linear.triton_hopper_unpack import (
+    fetch_group_scales,
+    multiply_quantised,
+    places,
+    source_rows,
+)
+from kiln_nn.kernels.quantised import FP8, QuantisedMatrix
+
+_MOST_TOKENS_BY_GROUP = 128  # of a tile: sums of a group beside all the sums are what registers hold
+BOX_INPUTS = 128  # one group of four-bit weights
+
+
+@gluon.jit
+def _program(
+    box_desc,
+    rest_desc,
+    x_desc,
+    x_rest_desc,
+    scales_ptr,
+    out_ptr,
+    row,
+    num_tokens,
+    num_outputs,
+    num_groups,
+    scale_stride,
+    out_stride,
+    num_blocks,
+    split_blocks,
+    PLACES: gl.constexpr,
+    BOX: gl.constexpr,
+    REST: gl.constexpr,
+    X_BOX: gl.constexpr,
+    X_REST: gl.constexpr,
+    ROWS: gl.constexpr,
+    TOKENS: gl.constexpr,
+    GROUPS: gl.constexpr,
+    SUBS: gl.constexpr,
+    STAGES: gl.constexpr,
+    FOUR_BITS: gl.constexpr,
+    SCALED: gl.constexpr,
+    GATED: gl.constexpr,
+    DEPENDENT: gl.constexpr,
+    SHOWS_PRODUCERS: gl.constexpr,
+    num_warps: gl.constexpr,
+):
+    """The rows of the quantised matrix from `row` on."""
+    HALVES: gl.constexpr = 2 if GATED else 1
+    OUTPUTS: gl.constexpr = BOX + REST
+    COLUMNS: gl.constexpr = box_desc.block_type.shape[1]
+    LINE_BYTES: gl.constexpr = 64 if FOUR_BITS else 128
+    SLOT_BYTES: gl.constexpr = SUBS * (HALVES * OUTPUTS * LINE_BYTES + (X_BOX + X_REST) * 256)
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, TOKENS, 16])
+    across: gl.constexpr = gl.SliceLayout(1, layout)
+    token = gl.program_id(0) * TOKENS
+    split = gl.program_id(1)
+    w_ring = gl.allocate_shared_memory(box_desc.dtype, [STAGES * SUBS, ROWS, COLUMNS], box_desc.layout)
+    x_ring = gl.allocate_shared_memory(gl.bfloat16, [STAGES * SUBS * 2, TOKENS, X_COLUMNS], x_desc.layout)
+    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    scales = gl.allocate_shared_memory(scales_ptr.dtype.element_ty, [GROUPS, ROWS], plain)
+    # The same bytes as columns of one group each.
+    columns = scales._reinterpret(scales_ptr.dtype.element_ty, [GROUPS, ROWS, 1], plain)
+    bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for slot in gl.static_range(STAGES):
+        mbarrier.init(bars.index(slot), count=1)
+    fence_async_shared()
+    begin = split * split_blocks
+    count = gl.minimum(split_blocks, num_blocks - begin)
+    if DEPENDENT and not SHOWS_PRODUCERS:
+        gdc_launch_dependents()
+    for slot in gl.static_range(STAGES):
+        ask_for_weights(
+            box_desc,
+            rest_desc,
+            w_ring,
+            bars.index(slot),
+            slot,
+            row,
+            num_outputs,
+            begin + slot,
+            slot < count,
+            SLOT_BYTES,
+            REST,
+            HALVES,
+            SUBS,
+        )
+    if FOUR_BITS:
+        fetch_group_scales(
+            scales_ptr,
+            scale_stride,
+            scales,
+            row,
+            num_outputs,
+            begin * SUBS,
+            num_groups - begin * SUBS,
+            BOX,
+            REST,
+            GATED,
+            num_warps,
+        )
+        barrier()
+    else:
+        lanes = gl.arange(0, ROWS, across)
+        rows, is_there = source_rows(lanes, row, num_outputs, BOX, REST, GATED)
+        row_scales = gl.load(scales_ptr + rows.to(gl.int64) * scale_stride, mask=is_there, other=0.0)
+    if DEPENDENT:
+        gdc_wait()
+        if SHOWS_PRODUCERS:
+            gdc_launch_dependents()
+    for slot in gl.static_range(STAGES):
+        ask_for_x(
+            x_desc,
+            x_rest_desc,
+            x_ring,
+            bars.index(slot),
+            slot,
+            token,
+            begin + slot,
+            slot < count,
+            X_REST,
+            2 * SUBS,
+        )
+    acc = multiply_quantised(
+        box_desc,
+        rest_desc,
+        x_desc,
+        x_rest_desc,
+        w_ring,
+        x_ring,
+        columns,
+        bars,
+        row,
+        token,
+        num_outputs,
+        begin,
+        count,
+        PLACES,
+        SLOT_BYTES,
+        REST,
+        X_REST,
+        HALVES,
+        SUBS,
+        STAGES,
+        FOUR_BITS,
+        SCALED,
+        num_warps,
+    )
+    for slot in gl.static_range(STAGES):
+        mbarrier.invalidate(bars.index(slot))
+    if not FOUR_BITS:
+        acc = acc * gl.expand_dims(row_scales, 1)
+    if GATED:
+        store_gated(out_ptr, acc, row, token, num_tokens, num_outputs, out_stride, BOX, REST, num_warps)
+    else:
+        store(out_ptr, acc, row, token, split, OUTPUTS, num_tokens, num_outputs, out_stride, num_warps)
+
+
+@gluon.jit(do_not_specialize=["num_tokens", "num_blocks", "split_blocks"])
+def _linear_kernel(
+    box_desc,
+    rest_desc,
+    x_desc,
+    x_rest_desc,
+    scales_ptr,
+    out_ptr,
+    x_ptr,
+    beside_ptr,
+    num_tokens,
+    num_outputs,
+    num_groups,
+    scale_stride,
+    out_stride,
+    num_blocks,
+    split_blocks,
+    num_inputs,
+    x_stride,
+    beside_stride,
+    PLACES: gl.constexpr,
+    BOX: gl.constexpr,
+    REST: gl.constexpr,
+    X_BOX: gl.constexpr,
+    X_REST: gl.constexpr,
+    ROWS: gl.constexpr,
+    TOKENS: gl.constexpr,
+    GROUPS: gl.constexpr,
+    SUBS: gl.constexpr,
+    STAGES: gl.constexpr,
+    FOUR_BITS: gl.constexpr,
+    SCALED: gl.constexpr,
+    GATED: gl.constexpr,
+    BESIDE: gl.constexpr,
+    BESIDE_INPUTS: gl.constexpr,
+    DEPENDENT: gl.constexpr,
+    SHOWS_PRODUCERS: gl.constexpr,
+    num_warps: gl.constexpr,
+):
+    which = gl.program_id(2)
+    if which < BESIDE:
+        multiply_beside(
+            x_ptr,
+            beside_ptr,
+            out_ptr + num_outputs,
+            which,
+            num_tokens,
+            num_inputs,
+            x_stride,
+            beside_stride,
+            out_stride,
+            BESIDE_INPUTS,
+            DEPENDENT,
+            SHOWS_PRODUCERS,
+            num_warps,
+        )
+    else:
+        row = (which - BESIDE) * (BOX + REST)
+        _program(
+            box_desc,
+            rest_desc,
+            x_desc,
+            x_rest_desc,
+            scales_ptr,
+            out_ptr,
+            row,
+            num_tokens,
+            num_outputs,
+            num_groups,
+            scale_stride,
+            out_stride,
+            num_blocks,
+            split_blocks,
+            PLACES,
+            BOX,
+            REST,
+            X_BOX,
+            X_REST,
+            ROWS,
+            TOKENS,
+            GROUPS,
+            SUBS,
+            STAGES,
+            FOUR_BITS,
+            SCALED,
+            GATED,
+            DEPENDENT,
+            SHOWS_PRODUCERS,
+            num_warps,
+        )
+
+
+def takes(x_TI: torch.Tensor, matrix: QuantisedMatrix) -> bool:
+    """Whether the accelerator can fetch these tensors, beyond what triton_quantised.py asks of them."""
+    return can_be_fetched(x_TI) and can_be_fetched(matrix.values) and matrix.shape[1] % BOX_INPUTS == 0
+
+
+def scales_weights(config: LinearConfig) -> bool:
+    """Whether four-bit weights are scaled, and rounded to bf16, before they meet x."""
+    return config.tokens > _MOST_TOKENS_BY_GROUP
+
+
+def constants(
+    config: LinearConfig,
+    num_tokens: int,
+    num_inputs: int,
+    num_beside: int = 0,
+    *,
+    is_gated: bool,
+    is_four_bits: bool,
+) -> dict[str, Any]:
+    """What the kernel is compiled for."""
+    box, rest = boxes(config.outputs)
+    x_box, x_rest = boxes(rows_fetched(num_tokens, config.tokens))
+    rows = max(16 * config.warps, triton.next_power_of_2(config.outputs * (2 if is_gated else 1)))
+    num_groups = triton.cdiv(triton.cdiv(num_inputs, config.inputs), config.splits) * (config.inputs // 128)
+    return {
+        "PLACES": places(rows, config.warps, is_four_bits=is_four_bits),
+        "BOX": box,
+        "REST": rest,
+        "X_BOX": x_box,
+        "X_REST": x_rest,
+        "ROWS": rows,
+        "TOKENS": config.tokens,
+        "GROUPS": max(16, triton.next_power_of_2(num_groups)) if is_four_bits else 1,
+        "SUBS": config.inputs // BOX_INPUTS,
+        "STAGES": config.stages,
+        "FOUR_BITS": is_four_bits,
+        "SCALED": is_four_bits and scales_weights(config),
+        "GATED": is_gated,
+        "BESIDE": num_beside,
+        "BESIDE_INPUTS": triton.next_power_of_2(num_inputs) if num_beside else 1,
+        "num_warps": config.warps,
+    }
+
+
+def launch(
+    x_TI: torch.Tensor,
+    matrix: QuantisedMatrix,
+    out: torch.Tensor,
+    config: LinearConfig,
+    *,
+    beside_BI: torch.Tensor | None = None,
+    is_gated: bool = False,
+    is_dependent: bool = True,
+    shows_producers: bool = False,
+) -> None:
+    """Fill `out`: `[T, O]`, `[T, F]` in the gated form, or `[S, T, O]` partial sums.
+
+    With `beside_BI`, a bf16 matrix of a few rows, `out` is `[T, O + B]`. The rows of `out` may lie apart, where it has two dimensions. `shows_producers` as in
+    triton_hopper.py.
+    """
+    (num_tokens, num_inputs), num_rows = x_TI.shape, matrix.shape[0]
+    is_four_bits = matrix.values.dtype is not FP8
+    num_outputs = num_rows // (2 if is_gated else 1)
+    num_blocks = triton.cdiv(num_inputs, config.inputs)
+    num_beside = 0 if beside_BI is None else len(beside_BI)
+    kinds = {"is_gated": is_gated, "is_four_bits": is_four_bits}
+    fixed = constants(config, num_tokens, num_inputs, num_beside, **kinds)
+    beside = x_TI if beside_BI is None else beside_BI
+    stored = matrix.values if is_four_bits else matrix.values.view(torch.int16)
+    columns = 16 if is_four_bits else 64
+    options: dict[str, Any] = {"launch_pdl": True} if is_dependent else {}
+    grid = (
+        triton.cdiv(num_tokens, config.tokens),
+        config.splits,
+        fixed["BESIDE"] + triton.cdiv(num_outputs, config.outputs),
+    )
+    _linear_kernel[grid](
+        describe(stored, fixed["BOX"], columns),
+        describe(stored, fixed["REST"] or fixed["BOX"], columns),
+        describe(x_TI, fixed["X_BOX"]),
+        describe(x_TI, fixed["X_REST"] or fixed["X_BOX"]),
+        matrix.scales,
+        out,
+        x_TI,
+        beside,
+        num_tokens,
+        num_outputs,
+        matrix.scales.shape[1],
+        matrix.scales.stride(0),
+        out.stride(-2),
+        num_blocks,
+        triton.cdiv(num_blocks, config.splits),
+        num_inputs,
+        x_TI.stride(0),
+        beside.stride(0),
+        **fixed,
+        DEPENDENT=is_dependent,
+        SHOWS_PRODUCERS=shows_producers,
+        **options,
+    )

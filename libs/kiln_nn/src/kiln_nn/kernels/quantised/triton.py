@@ -1,0 +1,105 @@
+"""Whole quantised matrices back to bf16, and rows of x to E4M3, in Triton.
+
+Both move bytes and little else: a program takes a part of a row. Exact against the references but
+for the rounding of products (weights) and of quotients (x) to their formats.
+
+Legend: `T` tokens, `I` inputs, `O` outputs.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from kiln_nn.kernels.quantised.matrix import FP8, GROUP_INPUTS, QuantisedMatrix
+
+_LARGEST = tl.constexpr(448.0)
+_ROW_INPUTS = 1024  # inputs of a program, at most
+
+
+@triton.jit
+def decode_e4m3(byte):
+    """The float32 that eight bits stand for; both NaNs become ±480."""
+    bits = byte.to(tl.int32)
+    # Exponent and fraction under float32's, whose bias is 120 larger; E4M3's smallest come out right too.
+    moved = ((bits & 0x80) << 24) | ((bits & 0x7F) << 20)
+    return moved.to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2^120
+
+
+@triton.jit
+def _dequantise_kernel(
+    values_ptr,
+    scales_ptr,
+    out_ptr,
+    num_inputs,
+    value_stride,
+    scale_stride,
+    INPUTS: tl.constexpr,
+    GROUP: tl.constexpr,
+    FOUR_BITS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    if FOUR_BITS:
+        words = tl.program_id(1) * (INPUTS // 8) + tl.arange(0, INPUTS // 8)
+        is_there = words * 8 < num_inputs
+        word = tl.load(values_ptr + row * value_stride + words, mask=is_there, other=0)
+        scale = tl.load(scales_ptr + row * scale_stride + words * 8 // GROUP, mask=is_there, other=0.0)
+        places = tl.arange(0, 8)[None, :]
+        numbers = (((word[:, None] >> (4 * places)) & 15) - 8).to(tl.float32)
+        # Place i of word w in eight words is input 8 i + w of their 64.
+        inputs = words[:, None] // 8 * 64 + words[:, None] % 8 + 8 * places
+        out_ptrs = out_ptr + row * num_inputs + inputs
+        weights = numbers * scale.to(tl.float32)[:, None]
+        tl.store(out_ptrs, weights.to(out_ptr.dtype.element_ty), mask=is_there[:, None])
+    else:
+        cols = tl.program_id(1) * INPUTS + tl.arange(0, INPUTS)
+        is_there = cols < num_inputs
+        byte = tl.load(values_ptr + row * value_stride + cols, mask=is_there, other=0)
+        weights = decode_e4m3(byte) * tl.load(scales_ptr + row * scale_stride)
+        tl.store(out_ptr + row * num_inputs + cols, weights.to(out_ptr.dtype.element_ty), mask=is_there)
+
+
+@triton.jit
+def _quantise_rows_kernel(x_ptr, out_ptr, scales_ptr, num_inputs, x_stride, INPUTS: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, INPUTS)
+    is_there = cols < num_inputs
+    x = tl.load(x_ptr + row * x_stride + cols, mask=is_there, other=0.0).to(tl.float32)
+    scale = tl.maximum(tl.max(tl.abs(x), 0) / _LARGEST, 1e-30)
+    numbers = tl.minimum(tl.maximum(x / scale, -_LARGEST), _LARGEST)
+    tl.store(out_ptr + row * num_inputs + cols, numbers.to(out_ptr.dtype.element_ty), mask=is_there)
+    tl.store(scales_ptr + row, scale)
+
+
+def dequantise(matrix: QuantisedMatrix, dtype: torch.dtype) -> torch.Tensor:
+    """As `QuantisedMatrix.dequantise`."""
+    num_outputs, num_inputs = matrix.shape
+    is_four_bits = matrix.values.dtype is not FP8
+    out = matrix.values.new_empty((num_outputs, num_inputs), dtype=dtype)
+    inputs = min(_ROW_INPUTS, triton.next_power_of_2(num_inputs))
+    _dequantise_kernel[(num_outputs, triton.cdiv(num_inputs, inputs))](
+        matrix.values if is_four_bits else matrix.values.view(torch.uint8),
+        matrix.scales,
+        out,
+        num_inputs,
+        matrix.values.stride(0),
+        matrix.scales.stride(0),
+        INPUTS=inputs,
+        GROUP=GROUP_INPUTS,
+        FOUR_BITS=is_four_bits,
+        num_warps=2,
+    )
+    return out
+
+
+def quantise_rows(x_TI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Every token's x as E4M3 `[T, I]` and its scale, float32 `[T, 1]`; on GPUs that have the format."""
+    num_tokens, num_inputs = x_TI.shape
+    numbers = x_TI.new_empty((num_tokens, num_inputs), dtype=FP8)
+    scales = x_TI.new_empty((num_tokens, 1), dtype=torch.float32)
+    inputs = triton.next_power_of_2(num_inputs)
+    _quantise_rows_kernel[(num_tokens,)](
+        x_TI, numbers, scales, num_inputs, x_TI.stride(0), INPUTS=inputs, num_warps=8
+    )
+    return numbers, scales

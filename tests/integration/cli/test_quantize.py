@@ -1,0 +1,99 @@
+"""`kiln quantize`: from a checkpoint and a text to a folder, in a process of its own."""
+
+import json
+
+import pytest
+
+from kiln_cli.quantize.calibration import MAX_DOCUMENT_TOKENS, read_documents
+from kiln_common.text.tokenizer import TextTokenizer
+from kiln_nn.weights import load_checkpoint
+from tests.support.command import Command
+from tests.support.gateway import REPOSITORY
+
+MODEL = REPOSITORY / "demo" / "model"
+
+
+@pytest.fixture
+def run(capsys):
+    return Command(capsys)
+
+
+@pytest.fixture
+def conversations(tmp_path):
+    rows = [
+        {"prompt": "Who are you?", "completion": "I am a small model."},
+        {"messages": [{"role": "user", "content": "What is 2 + 3?"}, {"role": "assistant", "content": "5"}]},
+        {"text": "Hello Maria, thank you for your email."},
+    ]
+    path = tmp_path / "calibration.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_with_a_text_it_is_calibrated_and_the_folder_is_served(run, conversations, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    out = tmp_path / "quantised"
+    ran = run("quantize", str(MODEL), "--calibration", str(conversations), "--out", str(out), "--json")
+    assert ran.exit_code == 0, ran.err
+    assert (ran.json["scheme"], ran.json["method"], ran.json["folder"]) == ("int4", "gptq", str(out))
+    assert ran.json["quantized_layers"] == 5 * 3 + 4 + 6 * 3
+    assert "lm_head" in ran.json["plain_modules"]
+    loaded = load_checkpoint(out)
+    assert loaded.scheme == "int4"
+    assert ran.json["bytes"] == sum(path.stat().st_size for path in out.glob("*.safetensors")) - _headers(out)
+    assert (out / "tokenizer.json").read_bytes() == (MODEL / "tokenizer.json").read_bytes()
+
+    again = run("quantize", str(MODEL), "--out", str(out))
+    assert again.exit_code == 2
+    assert "invalid_quantization" in again.err
+    assert "is not empty" in again.err
+    assert "docs/quantization.md" in again.err
+
+
+def _headers(folder) -> int:
+    """Bytes of the files that are no tensors: an eight-byte length, and as many of JSON."""
+    lengths = [int.from_bytes(path.read_bytes()[:8], "little") for path in folder.glob("*.safetensors")]
+    return sum(8 + length for length in lengths)
+
+
+def test_a_process_that_breaks_down_says_its_last_words(run, tmp_path):
+    ran = run("quantize", str(MODEL), "--out", str(tmp_path / "out"), "--device", "nonsense", "--json")
+    assert ran.exit_code == 2
+    assert ran.json["error"]["code"] == "quantizing_failed"
+    assert "nonsense" in ran.json["error"]["message"]
+
+
+def test_documents_are_rendered_as_the_model_reads_them(conversations):
+    documents = read_documents(conversations, MODEL, 1000)
+    text = [TextTokenizer.load(MODEL).decode(ids) for ids in documents]
+    assert text[0].startswith("<|im_start|>user\nWho are you?<|im_end|>\n<|im_start|>assistant")
+    assert "I am a small model.<|im_end|>" in text[0]
+    assert "2 + 3" in text[1]
+    assert text[2] == "Hello Maria, thank you for your email."
+    assert sum(map(len, read_documents(conversations, MODEL, 20))) == 20
+
+
+def test_plain_text_is_cut_into_documents(tmp_path):
+    path = tmp_path / "book.txt"
+    path.write_text("Once upon a time. " * 2000)
+    documents = read_documents(path, MODEL, 5000)
+    assert [len(ids) for ids in documents] == [MAX_DOCUMENT_TOKENS, MAX_DOCUMENT_TOKENS, 904]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "code"),
+    [
+        ("none.txt", None, "file_unreadable"),
+        ("none.jsonl", None, "file_unreadable"),
+        ("broken.jsonl", "{", "invalid_jsonl"),
+        ("other.jsonl", '{"reward": 1}', "invalid_jsonl"),
+    ],
+)
+def test_a_text_that_cannot_be_read_is_refused_before_anything_runs(run, tmp_path, name, content, code):
+    path = tmp_path / name
+    if content is not None:
+        path.write_text(content)
+    ran = run("quantize", str(MODEL), "--calibration", str(path), "--out", str(tmp_path / "out"), "--json")
+    assert ran.exit_code == 2
+    assert ran.json["error"]["code"] == code
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,397 @@
+"""Linear layers over quantised weights against float64 products of the same weights made whole."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kiln_nn.kernels.checks import ShapeMismatch
+from kiln_nn.kernels.linear import (
+    LinearConfig,
+    invariant_config,
+    linear,
+    linear_beside,
+    linear_partials,
+    linear_swiglu,
+)
+from kiln_nn.kernels.linear.choice_quantised import WEIGHT_BITS, choose
+from kiln_nn.kernels.linear.config import LinearKind, fit
+from kiln_nn.kernels.quantised import QuantisedMatrix, quantise_rtn
+from tests.support.triton_kernels import (
+    DEVICE,
+    INTERPRETED,
+    SHARED_MEMORY_LIMIT,
+    compiling_instead_of_launching,
+    needs_triton,
+    on_triton,
+    only_outside_interpreter,
+    relative_error,
+    run_under_interpreter,
+)
+
+# One rounding to bf16, 2^-8 at worst (the interpreter cuts off instead), or float32 sums. The weights
+# are exact in bf16 before they are scaled, so nothing else is lost.
+TOLERANCE = {torch.bfloat16: 5e-3 if INTERPRETED else 4e-3, torch.float32: 2e-6 if INTERPRETED else 2e-5}
+# With x rounded to three bits after the leading one, 2^-4 at worst and 2.6 % on average.
+EIGHT_BIT_TOLERANCE = 4e-2
+SMALL = LinearConfig(16, 32, 128, splits=2, warps=4, stages=3)
+TOKENS = [3, 17] if INTERPRETED else [1, 3, 16, 33, 64, 128, 300, 2048]
+ODD = (34, 256) if INTERPRETED else (100, 384)
+# The layers of Qwen3.5-4B by what becomes of their products.
+SIZES = {
+    LinearKind.PLAIN: [ODD] if INTERPRETED else [ODD, (10240, 2560), (12288, 2560)],
+    LinearKind.GATED: [ODD] if INTERPRETED else [ODD, (18432, 2560)],
+    LinearKind.PARTIAL: [ODD] if INTERPRETED else [ODD, (2560, 4096), (2560, 9216)],
+}
+SCHEMES = ["fp8", "int4"]
+
+
+@cache
+def _draw(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).bfloat16().to(DEVICE)
+
+
+@cache
+def _matrix(scheme: str, num_outputs: int, num_inputs: int) -> QuantisedMatrix:
+    return quantise_rtn(_draw(num_outputs, num_inputs, seed=1), scheme)
+
+
+@cache
+def _product(scheme: str, num_outputs: int, num_inputs: int, num_tokens: int) -> torch.Tensor:
+    weight = _matrix(scheme, num_outputs, num_inputs).numbers()
+    matrix = _matrix(scheme, num_outputs, num_inputs)
+    weight = weight.double().unflatten(1, (matrix.scales.shape[1], -1)) * matrix.scales.double()[..., None]
+    return _draw(num_tokens, num_inputs).double() @ weight.flatten(1).t()
+
+
+def _quantised():
+    from kiln_nn.kernels.linear import quantised
+
+    return quantised
+
+
+def _config(x: torch.Tensor, matrix: QuantisedMatrix, kind: LinearKind) -> LinearConfig:
+    """A small one in the interpreter; on a GPU the chosen one, or that of any number of tokens."""
+    if INTERPRETED:
+        return SMALL
+    is_hopper = _quantised().takes_hopper(x, matrix)
+    chosen = choose(matrix.scheme, len(x), *matrix.shape, kind, is_hopper=is_hopper)
+    return chosen or invariant_config(*matrix.shape, matrix.scheme)
+
+
+@pytest.fixture(params=["plain"] if INTERPRETED else ["plain", "hopper"])
+def kernel(request, monkeypatch):
+    """Runs one of the two kernels; `plain` that of other GPUs also on Hopper."""
+    if request.param == "plain":
+        monkeypatch.setattr(_quantised(), "takes_hopper", lambda x, w: False)
+    elif torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a Hopper GPU")
+
+    def run(x: torch.Tensor, matrix: QuantisedMatrix, out: torch.Tensor, kind: LinearKind) -> torch.Tensor:
+        _quantised().launch(x, matrix, out, _config(x, matrix, kind), kind)
+        return out
+
+    return run
+
+
+def _tolerance(scheme: str, num_tokens: int, dtype: torch.dtype) -> float:
+    """Four-bit weights that meet many tokens are rounded to bf16 once they are scaled."""
+    is_scaled = scheme == "int4" and num_tokens > 128
+    return TOLERANCE[torch.bfloat16] if is_scaled else TOLERANCE[dtype]
+
+
+def _poisoned(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.full(shape, float("nan"), dtype=dtype, device=DEVICE)
+
+
+@only_outside_interpreter
+@needs_triton
+def test_the_kernels_in_the_interpreter():
+    run_under_interpreter(__file__)
+
+
+@on_triton
+@pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("size", SIZES[LinearKind.PLAIN])
+@pytest.mark.parametrize("num_tokens", TOKENS)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_linear(scheme, num_tokens, size, out_dtype, kernel):
+    if not INTERPRETED and out_dtype is torch.float32 and num_tokens not in (3, 300):
+        pytest.skip("only the end of the kernel differs")
+    x, matrix = _draw(num_tokens, size[1]), _matrix(scheme, *size)
+    out = kernel(x, matrix, _poisoned(num_tokens, size[0], dtype=out_dtype), LinearKind.PLAIN)
+    assert relative_error(out, _product(scheme, *size, num_tokens)) < _tolerance(
+        scheme, num_tokens, out_dtype
+    )
+
+
+@on_triton
+@pytest.mark.parametrize("size", SIZES[LinearKind.GATED])
+@pytest.mark.parametrize("num_tokens", TOKENS)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_gated_form(scheme, num_tokens, size, kernel):
+    x, matrix = _draw(num_tokens, size[1]) / 8, _matrix(scheme, *size)
+    out = kernel(x, matrix, _poisoned(num_tokens, size[0] // 2, dtype=torch.bfloat16), LinearKind.GATED)
+    gate, up = (_product(scheme, *size, num_tokens) / 8).chunk(2, dim=1)
+    assert relative_error(out, F.silu(gate) * up) < TOLERANCE[torch.bfloat16]
+
+
+@on_triton
+@pytest.mark.parametrize("size", SIZES[LinearKind.PARTIAL])
+@pytest.mark.parametrize("num_tokens", TOKENS)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_partial_sums(scheme, num_tokens, size, kernel):
+    x, matrix = _draw(num_tokens, size[1]), _matrix(scheme, *size)
+    splits = _config(x, matrix, LinearKind.PARTIAL).splits
+    out = _poisoned(splits, num_tokens, size[0], dtype=torch.float32)
+    kernel(x, matrix, out, LinearKind.PARTIAL)
+    tolerance = _tolerance(scheme, num_tokens, torch.float32)
+    assert relative_error(out.double().sum(0), _product(scheme, *size, num_tokens)) < tolerance
+
+
+@on_triton
+def test_group_scales_in_float32(kernel):
+    x, matrix = _draw(3, ODD[1]), _matrix("int4", *ODD)
+    wide = QuantisedMatrix("int4", matrix.values, matrix.scales.float())
+    out = kernel(x, wide, _poisoned(3, ODD[0], dtype=torch.float32), LinearKind.PLAIN)
+    assert relative_error(out, _product("int4", *ODD, 3)) < TOLERANCE[torch.float32]
+
+
+@on_triton
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_rows_that_lie_apart(scheme, kernel):
+    num_rows, num_inputs = ODD[0] - 10, ODD[1]
+    x, matrix = _draw(5, num_inputs + 128)[:, 128:], _matrix(scheme, *ODD).rows(8, 8 + num_rows)
+    out = _poisoned(5, num_rows + 20, dtype=torch.bfloat16)
+    kernel(x, matrix, out[:, 16:-4], LinearKind.PLAIN)
+    expected = x.double() @ matrix.dequantise(torch.float32).double().t()
+    assert relative_error(out[:, 16:-4], expected) < TOLERANCE[torch.bfloat16]
+    assert out[:, :16].isnan().all()
+    assert out[:, -4:].isnan().all()
+
+
+@on_triton
+@pytest.mark.skipif(INTERPRETED, reason="the public function asks for a GPU")
+@pytest.mark.parametrize("num_tokens", [1, 3, 8, 9, 64, 2048])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_whole_rows_beside(scheme, num_tokens):
+    size, num_beside = (12288, 2560), 64
+    x, matrix, beside = _draw(num_tokens, size[1]), _matrix(scheme, *size), _draw(num_beside, size[1], seed=2)
+    out = linear_beside(x, [matrix, beside])
+    assert out.is_contiguous()
+    expected = x.double() @ beside.double().t()
+    assert relative_error(out[:, size[0] :], expected) < TOLERANCE[torch.bfloat16]
+    # The library may choose another kernel for rows that lie apart.
+    assert relative_error(out[:, : size[0]], linear(x, matrix)) < TOLERANCE[torch.bfloat16]
+
+
+@on_triton
+@pytest.mark.parametrize("kind", list(LinearKind))
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_an_invariant_row_does_not_depend_on_its_batch(scheme, kind, kernel, monkeypatch):
+    size = ODD if INTERPRETED else (2560, 4096)
+    config = SMALL if INTERPRETED else invariant_config(*size, scheme)
+    monkeypatch.setattr(f"{__name__}._config", lambda x, matrix, kind: config)
+    matrix, x = _matrix(scheme, *size), _draw(70, size[1])
+
+    def compute(x: torch.Tensor) -> torch.Tensor:
+        splits = config.splits if kind is LinearKind.PARTIAL else 1
+        outputs = size[0] // 2 if kind is LinearKind.GATED else size[0]
+        out = _poisoned(splits, len(x), outputs, dtype=torch.float32)
+        return kernel(x, matrix, out, kind)
+
+    together = compute(x)
+    for row in (0, 5, 69):
+        assert torch.equal(compute(x[row : row + 1])[:, 0], together[:, row])
+    assert torch.equal(compute(x[:6]), together[:, :6])
+
+
+@on_triton
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_whole_weights(scheme):
+    from kiln_nn.kernels.quantised import triton
+
+    matrix = _matrix(scheme, *SIZES[LinearKind.PARTIAL][-1])
+    expected = matrix.numbers().unflatten(1, (matrix.scales.shape[1], -1)) * matrix.scales.float()[..., None]
+    assert torch.equal(triton.dequantise(matrix, torch.float32), expected.flatten(1))
+    if not INTERPRETED:
+        assert torch.equal(triton.dequantise(matrix, torch.bfloat16), expected.flatten(1).bfloat16())
+
+
+@on_triton
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter rounds E4M3 its own way")
+def test_rows_of_x_in_eight_bits():
+    from kiln_nn.kernels.quantised.triton import quantise_rows
+
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("needs a GPU with E4M3")
+    x = _draw(7, 300)
+    numbers, scales = quantise_rows(x)
+    expected = quantise_rtn(x, "fp8")
+    assert torch.allclose(scales, expected.scales, rtol=1e-6)
+    assert relative_error(numbers.float() * scales, x.float()) < EIGHT_BIT_TOLERANCE
+    assert (numbers.float() != expected.numbers()).float().mean() < 0.01  # where a quotient lies between
+
+
+@on_triton
+@pytest.mark.skipif(INTERPRETED, reason="needs the library of a GPU")
+@pytest.mark.parametrize("size", [(12288, 2560), (2560, 9216)])
+@pytest.mark.parametrize("num_tokens", TOKENS)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_library(scheme, num_tokens, size, monkeypatch):
+    x, matrix = _draw(num_tokens, size[1]), _matrix(scheme, *size)
+    monkeypatch.setattr(_quantised(), "choose", lambda *args, **options: None)
+    expected = _product(scheme, *size, num_tokens)
+    is_eight = _quantised().multiplies_eight_bits(x, matrix)
+    # Weights rounded to bf16 again once scaled, or x rounded to E4M3.
+    tolerance = EIGHT_BIT_TOLERANCE if is_eight else 6e-3
+    assert relative_error(linear(x, matrix), expected) < tolerance
+    assert relative_error(linear_partials(x, matrix).sum(0), expected) < tolerance
+    gate, up = (expected / 8).chunk(2, dim=1)
+    assert relative_error(linear_swiglu(x / 8, matrix), F.silu(gate) * up) < 2 * tolerance
+    out = _poisoned(num_tokens, size[0] + 8, dtype=torch.bfloat16)
+    linear(x, matrix, out=out[:, :-8])
+    assert relative_error(out[:, :-8], expected) < tolerance
+    assert relative_error(linear(x, matrix, out_dtype=torch.float32), expected) < 6e-3
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_on_a_cpu_weights_are_made_whole(scheme):
+    matrix = quantise_rtn(torch.randn(16, 256) * 0.02, scheme)
+    x, weight = torch.randn(5, 256), matrix.dequantise(torch.float32)
+    assert torch.equal(linear(x, matrix), F.linear(x, weight))
+    assert torch.equal(linear_partials(x, matrix), F.linear(x, weight)[None])
+    gate, up = F.linear(x, weight).chunk(2, dim=1)
+    assert torch.equal(linear_swiglu(x, matrix), F.silu(gate) * up)
+    out = torch.full((5, 20), float("nan"))
+    linear(x, matrix, out=out[:, 2:18])
+    assert torch.equal(out[:, 2:18], F.linear(x, weight))
+    assert out[:, :2].isnan().all()
+    for is_invariant in (False, True):
+        both = linear_beside(x, [matrix, weight[:4]], is_invariant=is_invariant)
+        assert torch.allclose(both, F.linear(x, torch.cat([weight, weight[:4]])), atol=1e-6)
+
+
+def test_unequal_shapes_are_refused():
+    matrix = quantise_rtn(torch.randn(16, 256), "int4")
+    for call in (linear, linear_swiglu, linear_partials):
+        with pytest.raises(ShapeMismatch):
+            call(torch.zeros(2, 128), matrix)
+
+
+CHECKED = {
+    (12288, 2560): LinearKind.PLAIN,
+    (10240, 2560): LinearKind.PLAIN,
+    (18432, 2560): LinearKind.GATED,
+    (2560, 9216): LinearKind.PARTIAL,
+    (2560, 4096): LinearKind.PARTIAL,
+    (248320, 2560): LinearKind.PLAIN,
+    (6144, 1024): LinearKind.GATED,
+}
+LIMITS = {True: 227 * 1024, False: 99 * 1024}
+
+
+@pytest.mark.parametrize("is_hopper", [True, False])
+@pytest.mark.parametrize(("size", "kind"), CHECKED.items())
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_every_choice_fits_its_gpu(scheme, size, kind, is_hopper):
+    for num_tokens in (*range(1, 300), 1024, 4096):
+        config = choose(scheme, num_tokens, *size, kind, is_hopper=is_hopper)
+        if config is None:
+            continue
+        limit = _quantised().ring_limit(
+            quantise_rtn(torch.ones(1, 128).bfloat16(), scheme), LIMITS[is_hopper]
+        )
+        assert config.inputs % 128 == 0
+        assert fit(config, kind, limit, WEIGHT_BITS[scheme]) == config
+        assert kind is LinearKind.PARTIAL or config.splits == 1
+        blocks = -(-size[1] // config.inputs)
+        assert -(-blocks // config.splits) * (config.splits - 1) < blocks, "a split has no inputs"
+
+
+@only_outside_interpreter
+@needs_triton
+@pytest.mark.parametrize("capability", [80, 86, 89, 90])
+def test_they_compile_for_every_supported_gpu(capability):
+    from kiln_nn.kernels.linear import triton_quantised
+    from kiln_nn.kernels.quantised import triton as whole
+
+    with compiling_instead_of_launching((capability,)) as compiled:
+        for scheme in SCHEMES:
+            matrix = quantise_rtn(torch.zeros(64, 256).bfloat16(), scheme)
+            x, out = torch.zeros(16, 256).bfloat16(), torch.zeros(2, 16, 64)
+            for kind in LinearKind:
+                options = {"is_gated": kind is LinearKind.GATED, "is_dependent": capability >= 90}
+                config = choose(scheme, 16, 64, 256, kind, is_hopper=False)
+                triton_quantised.launch(x, matrix, out, config, **options)
+            whole.dequantise(matrix, torch.bfloat16)
+        if capability >= 89:
+            whole.quantise_rows(x)
+    assert len(compiled) == 8 + (capability >= 89)
+    assert all(one.shared_memory_bytes <= SHARED_MEMORY_LIMIT[capability] for one in compiled)
+
+
+def _hopper_shared_memory(
+    scheme: str,
+    config: LinearConfig,
+    num_tokens: int,
+    size: tuple[int, int],
+    kind: LinearKind,
+    *,
+    num_beside: int = 0,
+    scales: str = "*bf16",
+) -> int:
+    """Compile Hopper's kernel for a configuration; the bytes of shared memory of a program."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    from kiln_nn.kernels.linear import triton_hopper_quantised as hopper
+    from kiln_nn.kernels.linear.triton_hopper_parts import line_layout
+
+    is_four_bits, is_gated = scheme == "int4", kind is LinearKind.GATED
+    kinds = {"is_gated": is_gated, "is_four_bits": is_four_bits}
+    constants = hopper.constants(config, num_tokens, size[1], num_beside, **kinds)
+    kind_of_word, columns, bits = ("i32", 16, 32) if is_four_bits else ("i16", 64, 16)
+    stored, whole = line_layout(columns, bits), line_layout(64, 16)
+    box, rest, x_box, x_rest = (constants[name] for name in ("BOX", "REST", "X_BOX", "X_REST"))
+    signature = {
+        "box_desc": f"tensordesc<{kind_of_word}[{box}, {columns}],{stored!r}>",
+        "rest_desc": f"tensordesc<{kind_of_word}[{rest or box}, {columns}],{stored!r}>",
+        "x_desc": f"tensordesc<bf16[{x_box}, 64],{whole!r}>",
+        "x_rest_desc": f"tensordesc<bf16[{x_rest or x_box}, 64],{whole!r}>",
+        "scales_ptr": scales if is_four_bits else "*fp32",
+        "out_ptr": "*fp32",
+        "x_ptr": "*bf16",
+        "beside_ptr": "*bf16",
+    }
+    kernel = hopper._linear_kernel
+    signature |= {
+        name: "i32" for name in kernel.arg_names if name.islower() and name not in signature | constants
+    }
+    constants |= {"DEPENDENT": True, "SHOWS_PRODUCERS": True}
+    signature |= dict.fromkeys(constants, "constexpr")
+    places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    source = GluonASTSource(kernel, signature, places)
+    options = {"num_warps": config.warps, "launch_pdl": True}
+    binary = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    # Weights go from memory to registers as they are wanted there, without a way through other threads.
+    assert num_beside or "shfl" not in binary.asm["ptx"]
+    return binary.metadata.shared
+
+
+@only_outside_interpreter
+@needs_triton
+@pytest.mark.parametrize(("size", "kind"), list(CHECKED.items())[::2])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_kernel_for_hopper_compiles(scheme, size, kind):
+    for num_tokens in (1, 64, 256):
+        config = choose(scheme, num_tokens, *size, kind, is_hopper=True)
+        if config is not None:
+            assert _hopper_shared_memory(scheme, config, num_tokens, size, kind) <= SHARED_MEMORY_LIMIT[90]
+    config = invariant_config(*size, scheme)
+    others = {"num_beside": 64 if kind is LinearKind.PLAIN else 0, "scales": "*fp32"}
+    assert _hopper_shared_memory(scheme, config, 1, size, kind, **others) <= SHARED_MEMORY_LIMIT[90]
