@@ -114,7 +114,9 @@ def draw(name: str, spec: TensorSpec, device: str) -> torch.Tensor:
 SPECTRA = {"fresh": draw, "trained": draw_trained}
 
 
-def write_checkpoint(folder: Path, shape: str, seed: int, device: str, spectrum: str = "fresh") -> int:
+def write_checkpoint(
+    folder: Path, shape: str, seed: int, device: str, spectrum: str = "fresh", *, has_mtp: bool = False
+) -> int:
     """Draw the weights on `device` and write everything a service needs; returns how many tensors.
 
     What is there already is left as it is when its config.json, which is written last, is the same.
@@ -123,7 +125,9 @@ def write_checkpoint(folder: Path, shape: str, seed: int, device: str, spectrum:
     config = {**shape_config(shape), "eos_token_id": eos_id, "kiln_random_seed": seed}
     if spectrum != "fresh":
         config["kiln_random_spectrum"] = spectrum
-    specs = expected_tensors(ModelConfig.from_dict(config), include_mtp=False)
+    if has_mtp:
+        config["mtp_num_hidden_layers"] = 1
+    specs = expected_tensors(ModelConfig.from_dict(config), include_mtp=has_mtp)
     config_path = folder / "config.json"
     if config_path.exists() and json.loads(config_path.read_text()) == config:
         return len(specs)
@@ -172,10 +176,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--spectrum", choices=sorted(SPECTRA), default="fresh")
+    parser.add_argument("--mtp", action="store_true", help="with the layer that predicts a token further")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
     num_tensors = write_checkpoint(
-        arguments.out, arguments.shape, arguments.seed, arguments.device, arguments.spectrum
+        arguments.out,
+        arguments.shape,
+        arguments.seed,
+        arguments.device,
+        arguments.spectrum,
+        has_mtp=arguments.mtp,
     )
     print(f"{num_tensors} tensors under {arguments.out}")
 
