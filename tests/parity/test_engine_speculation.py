@@ -38,7 +38,7 @@ from tests.support.engine_serving import (
 from tests.support.tiny_models import make_checkpoint
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-NUM_TOKENS = 18
+NUM_TOKENS = 12
 VOCAB_SIZE = 300
 # Free until the budget is spent, in the middle of lines, then constrained token by token.
 _RULES = OutputRules(thinking=ThinkingRules(7, 6, before_end_token_ids=(8,), after_end_token_ids=(9, 10)))
@@ -49,9 +49,8 @@ KINDS: list[tuple[list[int], dict[str, Any]]] = [
     (SHARED[:64] + token_ids(9, seed=4), {"top_p": 0.9, "top_k": 40}),
     (token_ids(3, seed=5), {"num_top_logprobs": 3}),
     (token_ids(40, seed=6), {"repetition_penalty": 1.2, "presence_penalty": 0.5, "frequency_penalty": 0.3}),
-    (SHARED[:64] + token_ids(30, seed=7), {"min_p": 0.05}),
-    (token_ids(64, seed=8), {"logit_bias": {5: 4.0}}),
-    (token_ids(17, seed=9), {"min_tokens": 8, "stop_token_ids": frozenset(range(0, VOCAB_SIZE, 3))}),
+    (SHARED[:64] + token_ids(10, seed=7), {"min_p": 0.05, "logit_bias": {5: 4.0}}),
+    (token_ids(17, seed=9), {"min_tokens": 5, "stop_token_ids": frozenset(range(8, VOCAB_SIZE))}),
     (token_ids(1, seed=10), {}),
     (token_ids(40, seed=11), {"rules": _RULES}),
     (token_ids(5, seed=12), {"rules": _RULES, "num_top_logprobs": 2}),
@@ -60,7 +59,7 @@ KINDS: list[tuple[list[int], dict[str, Any]]] = [
 
 def requests(with_adapters: bool = False) -> list[SlottedRequest]:
     made = []
-    for number, (prompt, fields) in enumerate(KINDS):
+    for number, (prompt, fields) in enumerate(KINDS[:5] if with_adapters else KINDS):
         sampling = dict(fields)
         rules = sampling.pop("rules", None)
         params = SamplingParams(**{"max_tokens": NUM_TOKENS, "seed": 11 + number, **sampling})
@@ -130,9 +129,10 @@ def test_drafts_change_no_answer(folder: Path, plain: Any, period: int, with_ada
     check_same(serve(runner, limits, made, speculator=guesser), plain[with_adapters])
     share = guesser.num_accepted / guesser.num_drafted
     assert share == {0: 1.0, 1: 0.0}.get(period, pytest.approx(0.5, abs=0.2))
-    stopped = plain[with_adapters]["r7"]
-    assert stopped.finish_reason is FinishReason.STOP
-    assert 8 <= len(stopped.rows) < NUM_TOKENS
+    if not with_adapters:
+        stopped = plain[False]["r6"]
+        assert stopped.finish_reason is FinishReason.STOP
+        assert 5 < len(stopped.rows) < NUM_TOKENS
 
 
 def test_rows_of_different_lengths_and_plain_ones_take_turns(folder: Path, plain: Any):
@@ -149,7 +149,7 @@ def test_rows_of_different_lengths_and_plain_ones_take_turns(folder: Path, plain
         now[0] = number
 
     check_same(serve(runner, limits, made, speculator=guesser, on_step=on_step), plain[False])
-    assert guesser.num_accepted > 20
+    assert guesser.num_accepted > 10
 
 
 def test_drafts_from_the_text_change_no_answer(folder: Path):
@@ -172,18 +172,19 @@ def test_drafts_from_the_text_change_no_answer(folder: Path):
     assert 0 < totals.num_accepted < totals.num_proposed
 
 
-def test_requests_that_give_way_get_the_same(folder: Path, plain: Any):
-    runner, limits = make_runner(folder, max_draft_tokens=3, kv_cache_tokens=8 * 16)
-    made = [each for each in requests() if len(each[0].prompt_token_ids) <= 64]
-    guesser = Guesser(oracle(plain[False], made, 3))
-    preemptions = []
-
-    def on_step(number: int, scheduler: Scheduler) -> None:
-        preemptions.append(scheduler.counters.num_preemptions)
-
-    answers = serve(runner, limits, made, speculator=guesser, steps_between=0, on_step=on_step)
-    check_same(answers, {name: plain[False][name] for name in answers})
-    assert max(preemptions) > 0
+def test_requests_that_give_way_get_the_same(folder: Path):
+    """Two prompts of two pages that grow to four each, and seven pages."""
+    made: list[SlottedRequest] = [
+        (GenerationRequest(f"r{i}", tuple(token_ids(30, seed=80 + i)), SamplingParams(24, seed=i)), ())
+        for i in range(2)
+    ]
+    plain = serve(*make_runner(folder), made)
+    runner, limits = make_runner(folder, max_draft_tokens=3, kv_cache_tokens=7 * 16)
+    guesser = Guesser(oracle(plain, made, 3))
+    scheduler = Scheduler(limits, frozenset(), guesser)
+    check_same(serve(runner, limits, made, scheduler=scheduler, steps_between=0), plain)
+    assert scheduler.counters.num_preemptions > 0
+    assert guesser.num_accepted > 10
 
 
 def test_a_next_turn_starts_from_what_a_guessed_answer_left(folder: Path, plain: Any):
@@ -240,12 +241,12 @@ async def test_a_json_schema_holds_in_every_line():
                 ),
                 (),
             )
-            for seed in range(2)
+            for seed in range(1)
         ]
         answers.append(serve(runner, limits, made, speculator=speculator if max_draft_tokens else None))
     check_same(answers[1], answers[0])
     [totals] = speculator.totals()
-    assert totals.num_accepted > 5
+    assert totals.num_accepted > 2
     for answer in answers[1].values():
         assert answer.finish_reason is FinishReason.STOP
         assert set(json.loads(tokenizer.decode(answer.tokens[:-1]))) == set(properties)
@@ -272,8 +273,14 @@ def test_bfloat16_lines_stay_close_to_single_steps(tmp_path: Path):
         assert answers[1][name].logprobs == pytest.approx(plain.logprobs, abs=0.1)
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])])
-@pytest.mark.parametrize("with_adapters", [False, True])
+@pytest.mark.parametrize(
+    ("device", "with_adapters"),
+    [
+        ("cpu", True),
+        pytest.param("cuda", False, marks=[pytest.mark.gpu, needs_gpu]),
+        pytest.param("cuda", True, marks=[pytest.mark.gpu, needs_gpu]),
+    ],
+)
 def test_replayed_verify_steps_give_what_plain_ones_give(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_adapters: bool, device: str
 ):
@@ -281,7 +288,9 @@ def test_replayed_verify_steps_give_what_plain_ones_give(
     made = requests(with_adapters)
     answers: list[dict[str, Answer]] = []
     for max_draft_tokens in (0, 3):
-        runner, limits = make_runner(tmp_path, device=device, max_draft_tokens=max_draft_tokens)
+        runner, limits = make_runner(
+            tmp_path, device=device, max_draft_tokens=max_draft_tokens, max_running=4
+        )
         if with_adapters:
             load_adapters(runner)
         guesser = None
@@ -291,4 +300,4 @@ def test_replayed_verify_steps_give_what_plain_ones_give(
         answers.append(serve(runner, limits, made, speculator=guesser))
     check_same(answers[1], answers[0])
     assert guesser is not None
-    assert guesser.num_accepted > 20
+    assert guesser.num_accepted > 10

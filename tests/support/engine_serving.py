@@ -80,7 +80,7 @@ def make_runner(
         num_pages=plan.num_pages,
         num_state_slots=plan.num_state_slots,
         max_model_len=MAX_MODEL_LEN,
-        max_running=MAX_RUNNING,
+        max_running=plan.max_running,
         step_token_budget=STEP_TOKENS,
         max_draft_tokens=plan.max_draft_tokens,
     )
