@@ -54,12 +54,12 @@ class CarriedHidden:
     def keep(self, slots_R: torch.Tensor, hidden_RD: torch.Tensor) -> None:
         """Remember the hidden state of each row's only or last token."""
         self._lines_SND[slots_R, 0] = hidden_RD
-        self._line_S[slots_R] = 0
+        self._line_S.index_fill_(0, slots_R, 0)
 
     def keep_lines(self, slots_R: torch.Tensor, hidden_RND: torch.Tensor) -> None:
         """Remember those of all lines of verify rows; the first counts until `accept` says otherwise."""
         self._lines_SND[slots_R, : hidden_RND.shape[1]] = hidden_RND
-        self._line_S[slots_R] = 0
+        self._line_S.index_fill_(0, slots_R, 0)
 
     def accept(self, slots_R: torch.Tensor, num_lines_R: torch.Tensor) -> None:
         """The first `num_lines_R` lines of each row, one or more, turned out to be its sequence's tokens."""

@@ -20,7 +20,76 @@ _MOST_TOKENS_UNMEASURED = 16  # on other GPUs
 
 # By scheme and (O, I): the configuration up to a number of tokens; None leaves it to the library, and
 # so do more tokens than the last. Filled from benchmarks/kernels/quantised_linear.py.
-_MEASURED: dict[tuple[Scheme, tuple[int, int]], dict[int, LinearConfig | None]] = {}
+_MEASURED: dict[tuple[Scheme, tuple[int, int]], dict[int, LinearConfig | None]] = {
+    ("int4", (12288, 2560)): {  # in_proj
+        8: LinearConfig(8, 64, 512, 1, 4, 3),
+        16: LinearConfig(16, 64, 512, 1, 4, 2),
+        32: LinearConfig(32, 64, 128, 1, 4, 8),
+        64: LinearConfig(64, 64, 128, 1, 4, 4),
+        128: LinearConfig(128, 64, 128, 1, 4, 2),
+        256: LinearConfig(256, 128, 128, 1, 8, 2),
+    },
+    ("int4", (10240, 2560)): {  # qkv_proj
+        8: LinearConfig(8, 64, 256, 1, 4, 6),
+        16: LinearConfig(16, 64, 256, 1, 4, 6),
+        32: LinearConfig(32, 64, 128, 1, 4, 8),
+        64: LinearConfig(64, 64, 128, 1, 4, 4),
+        128: LinearConfig(128, 64, 128, 1, 4, 2),
+        256: LinearConfig(256, 128, 128, 1, 8, 2),
+    },
+    ("int4", (2560, 4096)): {  # out_proj
+        8: LinearConfig(8, 128, 256, 8, 4, 5),
+        16: LinearConfig(16, 64, 256, 6, 4, 6),
+        32: LinearConfig(32, 64, 128, 3, 4, 8),
+        64: LinearConfig(64, 64, 128, 3, 4, 4),
+        128: LinearConfig(128, 64, 128, 7, 4, 2),
+        256: LinearConfig(256, 64, 128, 3, 4, 2),
+    },
+    ("int4", (18432, 2560)): {  # gate_up
+        8: LinearConfig(8, 64, 256, 1, 4, 5),
+        16: LinearConfig(16, 32, 256, 1, 4, 4),
+        32: LinearConfig(32, 64, 128, 1, 8, 6),
+        64: LinearConfig(64, 64, 128, 1, 8, 4),
+        256: LinearConfig(128, 32, 128, 1, 4, 2),
+    },
+    ("int4", (2560, 9216)): {  # down_proj
+        8: LinearConfig(8, 64, 256, 6, 4, 9),
+        16: LinearConfig(16, 128, 256, 6, 8, 4),
+        32: LinearConfig(32, 64, 128, 3, 4, 8),
+        64: LinearConfig(64, 64, 128, 3, 4, 4),
+        128: LinearConfig(128, 64, 128, 7, 4, 2),
+        256: LinearConfig(128, 64, 128, 2, 4, 2),
+    },
+    ("fp8", (12288, 2560)): {  # in_proj
+        8: LinearConfig(8, 64, 256, 1, 4, 3),
+        16: LinearConfig(16, 64, 256, 1, 4, 4),
+        32: LinearConfig(32, 64, 128, 1, 4, 6),
+        64: LinearConfig(64, 64, 128, 1, 4, 4),
+    },
+    ("fp8", (10240, 2560)): {  # qkv_proj
+        8: LinearConfig(8, 64, 256, 1, 4, 5),
+        16: LinearConfig(16, 64, 256, 1, 4, 4),
+    },
+    ("fp8", (2560, 4096)): {  # out_proj
+        8: LinearConfig(8, 64, 256, 6, 4, 5),
+        16: LinearConfig(16, 64, 256, 6, 4, 4),
+        32: LinearConfig(32, 64, 128, 3, 4, 6),
+        64: LinearConfig(64, 64, 128, 3, 4, 4),
+        128: LinearConfig(128, 64, 128, 7, 4, 2),
+        256: LinearConfig(256, 64, 128, 3, 4, 2),
+    },
+    ("fp8", (18432, 2560)): {  # gate_up
+        8: LinearConfig(8, 32, 256, 1, 4, 3),
+        16: LinearConfig(16, 32, 256, 1, 4, 3),
+    },
+    ("fp8", (2560, 9216)): {  # down_proj
+        8: LinearConfig(8, 64, 128, 7, 4, 7),
+        16: LinearConfig(16, 64, 128, 3, 4, 4),
+        32: LinearConfig(32, 128, 128, 12, 8, 4),
+        64: LinearConfig(64, 64, 128, 3, 4, 4),
+        128: LinearConfig(128, 64, 128, 7, 4, 2),
+    },
+}
 
 
 def choose(

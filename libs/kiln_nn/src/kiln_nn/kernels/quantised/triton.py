@@ -42,16 +42,15 @@ def _dequantise_kernel(
     row = tl.program_id(0).to(tl.int64)
     if FOUR_BITS:
         words = tl.program_id(1) * (INPUTS // 8) + tl.arange(0, INPUTS // 8)
-        is_there = words * 8 < num_inputs
-        word = tl.load(values_ptr + row * value_stride + words, mask=is_there, other=0)
-        scale = tl.load(scales_ptr + row * scale_stride + words * 8 // GROUP, mask=is_there, other=0.0)
-        places = tl.arange(0, 8)[None, :]
-        numbers = (((word[:, None] >> (4 * places)) & 15) - 8).to(tl.float32)
-        # Place i of word w in eight words is input 8 i + w of their 64.
-        inputs = words[:, None] // 8 * 64 + words[:, None] % 8 + 8 * places
-        out_ptrs = out_ptr + row * num_inputs + inputs
-        weights = numbers * scale.to(tl.float32)[:, None]
-        tl.store(out_ptrs, weights.to(out_ptr.dtype.element_ty), mask=is_there[:, None])
+        word = tl.load(values_ptr + row * value_stride + words, mask=words * 8 < num_inputs, other=0)
+        numbers = ((word[:, None] >> (4 * tl.arange(0, 8)[None, :])) & 15) - 8
+        # Place i of word w in eight words is input 8 i + w of their 64: in order, lines are stored whole.
+        numbers = tl.permute(numbers.reshape([INPUTS // 64, 8, 8]), (0, 2, 1)).reshape([INPUTS])
+        cols = tl.program_id(1) * INPUTS + tl.arange(0, INPUTS)
+        is_there = cols < num_inputs
+        scale = tl.load(scales_ptr + row * scale_stride + cols // GROUP, mask=is_there, other=0.0)
+        weights = numbers.to(tl.float32) * scale.to(tl.float32)
+        tl.store(out_ptr + row * num_inputs + cols, weights.to(out_ptr.dtype.element_ty), mask=is_there)
     else:
         cols = tl.program_id(1) * INPUTS + tl.arange(0, INPUTS)
         is_there = cols < num_inputs
