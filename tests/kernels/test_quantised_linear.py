@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -310,6 +311,17 @@ def test_every_choice_fits_its_gpu(scheme, size, kind, is_hopper):
         assert kind is LinearKind.PARTIAL or config.splits == 1
         blocks = -(-size[1] // config.inputs)
         assert -(-blocks // config.splits) * (config.splits - 1) < blocks, "a split has no inputs"
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_gate_and_up_have_the_same_tiles_in_the_plain_form(scheme):
+    """Which adapters need; measured is the gated one, whose outputs are pairs of rows."""
+    for num_tokens in (1, 16, 64, 200, 512):
+        gated, plain = (
+            choose(scheme, num_tokens, 18432, 2560, kind, is_hopper=True)
+            for kind in (LinearKind.GATED, LinearKind.PLAIN)
+        )
+        assert plain == (gated and replace(gated, outputs=2 * gated.outputs))
 
 
 @only_outside_interpreter

@@ -5,6 +5,8 @@ Legend: `T` tokens, `I` inputs, `O` outputs.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from kiln_nn.kernels.linear.config import LinearConfig, LinearKind, weight_rows
 from kiln_nn.kernels.quantised import Scheme
 
@@ -19,7 +21,9 @@ _MOST_TOKENS: dict[Scheme, int] = {"fp8": 128, "int4": 1024}
 _MOST_TOKENS_UNMEASURED = 16  # on other GPUs
 
 # By scheme and (O, I): the configuration up to a number of tokens; None leaves it to the library, and
-# so do more tokens than the last. Filled from benchmarks/kernels/quantised_linear.py.
+# so do more tokens than the last. Filled from benchmarks/kernels/quantised_linear.py, which measures
+# gate_up in the gated form: a tile's outputs are pairs of rows.
+_GATE_UP = (18_432, 2560)
 _MEASURED: dict[tuple[Scheme, tuple[int, int]], dict[int, LinearConfig | None]] = {
     ("int4", (12288, 2560)): {  # in_proj
         8: LinearConfig(8, 64, 512, 1, 4, 3),
@@ -106,7 +110,11 @@ def choose(
         return LinearConfig(16, 32 if kind is LinearKind.GATED else 64, 128, splits, 4, 3)
     measured = _MEASURED.get((scheme, (num_outputs, num_inputs)))
     if measured is not None:
-        return next((config for most, config in measured.items() if num_tokens <= most), None)
+        config = next((config for most, config in measured.items() if num_tokens <= most), None)
+        if config is not None and kind is LinearKind.PLAIN and (num_outputs, num_inputs) == _GATE_UP:
+            # With adapters it runs in the plain form: the same rows of weights are twice the outputs.
+            return replace(config, outputs=2 * config.outputs)
+        return config
     if num_tokens > _MOST_TOKENS[scheme]:
         return None
     return _by_rule(scheme, num_tokens, num_outputs, num_inputs, kind)
