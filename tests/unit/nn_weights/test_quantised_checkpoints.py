@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kiln_nn.errors import CheckpointMismatch, InvalidQuantization, UnsupportedQuantization
-from kiln_nn.kernels.quantised import QuantisedMatrix
+from kiln_nn.kernels.quantised import QuantisedMatrix, quantise_rtn
 from kiln_nn.weights import load_checkpoint
 from tests.support import quantised_checkpoints as others
 
@@ -67,6 +67,14 @@ def test_zero_points_can_be_rounded_away_on_request(tmp_path):
     assert loaded.scheme == "fp8"
     found = loaded.arena.views()[f"{GATE}.weight"].dequantise(torch.float32)
     assert (found - expected[f"{GATE}.weight"]).norm() < 0.04 * found.norm()
+
+
+def test_zero_points_are_rounded_away_under_the_scales_that_are_kept(tmp_path):
+    expected = others.write_quantised(tmp_path, others.AWQ, others.awq)
+    view = load_checkpoint(tmp_path, quantization="int4").arena.views()[f"{GATE}.weight"]
+    rounded = quantise_rtn(expected[f"{GATE}.weight"].half(), "int4")
+    assert torch.equal(view.scales, rounded.scales)
+    assert torch.equal(view.numbers(), rounded.numbers())
 
 
 def test_small_layers_that_came_quantised_are_held_plain(tmp_path):

@@ -187,7 +187,11 @@ class _Filler:
         if isinstance(form, torch.dtype):
             view.copy_(dense(weight, form))
             return
-        matrix = weight if isinstance(weight, QuantisedMatrix) else quantise_rtn(weight, form.scheme)
+        if isinstance(weight, QuantisedMatrix):
+            matrix = weight
+        else:
+            # In the stored format, by which scales are rounded before the weights are.
+            matrix = quantise_rtn(weight.to(stored.dtype), form.scheme)
         view.copy_(matrix.values)
         self._views[name + SCALES_SUFFIX].copy_(matrix.scales)
 

@@ -4,7 +4,8 @@
 `[I / 128, O]`; `qzeros` int32 `[I / 128, O / 8]` in the same order.
 
 Zero points of their own are what the format is mostly used with, and what the arena's scheme has no
-room for: such weights are read as plain ones, exactly, and take a plain one's memory.
+room for: such weights are read as plain ones, and take a plain one's memory. On a GPU that rounds them
+to the scales' format: a product has a few bits more than a scale.
 """
 
 from __future__ import annotations
