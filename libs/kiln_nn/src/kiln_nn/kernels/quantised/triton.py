@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kiln_nn.kernels.dependent_launch import launch_options, supports_dependent_launch, wait_for_producers
 from kiln_nn.kernels.quantised.matrix import FP8, GROUP_INPUTS, QuantisedMatrix
 
 _LARGEST = tl.constexpr(448.0)
@@ -60,7 +61,11 @@ def _dequantise_kernel(
 
 
 @triton.jit
-def _quantise_rows_kernel(x_ptr, out_ptr, scales_ptr, num_inputs, x_stride, INPUTS: tl.constexpr):
+def _quantise_rows_kernel(
+    x_ptr, out_ptr, scales_ptr, num_inputs, x_stride, INPUTS: tl.constexpr, DEPENDENT: tl.constexpr
+):
+    if DEPENDENT:
+        wait_for_producers()
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, INPUTS)
     is_there = cols < num_inputs
@@ -98,7 +103,9 @@ def quantise_rows(x_TI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     numbers = x_TI.new_empty((num_tokens, num_inputs), dtype=FP8)
     scales = x_TI.new_empty((num_tokens, 1), dtype=torch.float32)
     inputs = triton.next_power_of_2(num_inputs)
+    # Its launch hides behind the kernel before; the library's product comes the usual way.
+    dependent = launch_options(supports_dependent_launch(x_TI.device))
     _quantise_rows_kernel[(num_tokens,)](
-        x_TI, numbers, scales, num_inputs, x_TI.stride(0), INPUTS=inputs, num_warps=8
+        x_TI, numbers, scales, num_inputs, x_TI.stride(0), INPUTS=inputs, num_warps=8, **dependent
     )
     return numbers, scales
