@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from kiln_engine.model.linears import BaseMatrices, Linears
+from kiln_nn.blocks import head_weight
 from kiln_nn.kernels.quantised import QuantisedMatrix, quantise_rtn
 from kiln_nn.weights.names import FUSED_GROUPS
 from tests.support.tiny_models import random_tensors, tiny_config
@@ -78,6 +79,15 @@ def test_quantised_parts_that_lie_apart_stay_apart():
     matrix = weights[name]
     weights[name] = QuantisedMatrix("int4", matrix.values.clone(), matrix.scales)
     assert len(BaseMatrices(CONFIG, weights).parts("model.layers.0.mlp.gate_up_proj")) == 2
+
+
+def test_the_copy_of_the_head_is_left_where_no_kernel_reads_it_as_it_is():
+    weights = random_tensors(CONFIG)
+    small_VD = quantise_rtn(head_weight(CONFIG, weights), "int4")
+    base = BaseMatrices(CONFIG, weights, small_head_VD=small_VD)
+    assert base.head(torch.zeros(4, CONFIG.hidden_size)) is small_VD
+    # Stands for a GPU without kernels for this format.
+    assert base.head(torch.zeros(4, CONFIG.hidden_size, device="meta")) is base.head_VD
 
 
 def test_an_invariant_step_cuts_quantised_matrices_alike():

@@ -89,6 +89,15 @@ def test_quantised_weights_need_room_to_be_made_whole_again():
     assert plans[1].workspace_bytes - plans[0].workspace_bytes == 2 * 9216 * 2560 * 2
 
 
+def test_a_quantised_head_needs_room_where_no_kernel_reads_it():
+    config, _ = PUBLISHED["4b"]
+    plain = dataclasses.replace(REQUEST, has_quantised_weights=True)
+    with_head = dataclasses.replace(plain, has_quantised_head=True)
+    plans = [plan_memory(config, each, torch.float32, free_bytes=2**36) for each in (plain, with_head)]
+    more_rows = config.vocab_size - 2 * config.intermediate_size
+    assert plans[1].workspace_bytes - plans[0].workspace_bytes == more_rows * config.hidden_size * 16
+
+
 def test_four_bit_weights_leave_room_for_a_long_context_on_twelve_gib():
     config, weights_gib = PUBLISHED["4b"]
     # The decoder's matrices shrink from 16 bits to 4.125, and a little more than one GiB stays as it is.

@@ -271,6 +271,7 @@ def _memory_request(settings: EngineSettings, model: LoadedModel, device: torch.
         kv_dtype=torch.float8_e4m3fn if settings.kv_dtype == "fp8" else None,
         has_kernels=_has_kernels(device),
         has_quantised_weights=model.scheme is not None,
+        has_quantised_head=settings.head_quantization != "none",
     )
 
 

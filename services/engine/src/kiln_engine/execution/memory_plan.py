@@ -52,6 +52,8 @@ class MemoryRequest:
     has_kernels: bool = False
     # Whether steps of many tokens make a quantised matrix whole again while they use it.
     has_quantised_weights: bool = False
+    # Whether there is a quantised copy of the head, which the references make whole again.
+    has_quantised_head: bool = False
 
 
 @dataclass(frozen=True)
@@ -110,8 +112,7 @@ def plan_memory(
     if request.has_kernels:
         adapters += upload_block_bytes(largest_matrix_bytes(config, request.max_adapter_rank))
     workspace = _workspace_bytes(config, request, dtype)
-    if request.has_quantised_weights:
-        workspace += _whole_matrix_bytes(config, dtype, has_kernels=request.has_kernels)
+    workspace += _whole_matrix_bytes(config, request, dtype)
     left = free_bytes - adapters - workspace
     num_slots = request.num_state_slots or _affordable_slots(request, slot, left)
     table = page_table_bytes(num_slots, request.max_model_len, request.page_tokens)
@@ -180,11 +181,15 @@ def _workspace_bytes(config: ModelConfig, request: MemoryRequest, dtype: torch.d
     return step + rows + _attention_bytes(config, request, dtype)
 
 
-def _whole_matrix_bytes(config: ModelConfig, dtype: torch.dtype, *, has_kernels: bool) -> int:
-    """The largest matrix of fused layers in the model's format; references unpack it in float32 first."""
-    attention = 2 * (config.num_attention_heads + config.num_kv_heads) * config.head_dim
-    widest = max(2 * config.intermediate_size, config.conv_dim + config.value_dim, attention)
-    item_bytes = dtype.itemsize + (0 if has_kernels else 3 * torch.float32.itemsize)
+def _whole_matrix_bytes(config: ModelConfig, request: MemoryRequest, dtype: torch.dtype) -> int:
+    """The largest quantised matrix in the model's format; references unpack it in float32 first."""
+    widest = 0
+    if request.has_quantised_weights:
+        attention = 2 * (config.num_attention_heads + config.num_kv_heads) * config.head_dim
+        widest = max(2 * config.intermediate_size, config.conv_dim + config.value_dim, attention)
+    if request.has_quantised_head and not request.has_kernels:
+        widest = max(widest, config.vocab_size)
+    item_bytes = dtype.itemsize + (0 if request.has_kernels else 3 * torch.float32.itemsize)
     return widest * config.hidden_size * item_bytes
 
 

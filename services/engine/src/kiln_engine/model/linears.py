@@ -22,6 +22,7 @@ from kiln_nn.kernels.linear import (
     linear_beside,
     linear_partials,
     linear_swiglu,
+    reads_as_stored,
 )
 from kiln_nn.kernels.quantised import QuantisedMatrix, Scheme
 from kiln_nn.kernels.swiglu import swiglu
@@ -44,9 +45,10 @@ class BaseMatrices:
     """The base model's matrices by fused path, such as `model.layers.0.mlp.gate_up_proj`.
 
     Parts that lie back to back in the weight arena are one view of it; others stay apart, and so do
-    quantised parts from those that are not. Nothing is copied either way. If they are batch-invariant, the kernels have one tiling for every number of
-    tokens, and a step with adapters runs the same ones as a step without. Few rows read `small_head_VD`
-    where there is one; if they are batch-invariant, any number does.
+    quantised parts from those that are not. Nothing is copied either way. If they are batch-invariant,
+    the kernels have one tiling for every number of tokens, and a step with adapters runs the same ones as
+    a step without. Few rows read `small_head_VD` where there is one; if they are batch-invariant, any
+    number does.
     """
 
     def __init__(
@@ -73,11 +75,14 @@ class BaseMatrices:
         self.head_VD = head_weight(config, weights)
         self._small_head_VD = small_head_VD
 
-    def head(self, num_rows: int) -> Weight:
-        """What a step of so many rows makes its logits with."""
-        if self._small_head_VD is not None and (self.is_batch_invariant or num_rows <= MOST_ROWS):
-            return self._small_head_VD
-        return self.head_VD
+    def head(self, x_TD: torch.Tensor) -> Weight:
+        """What a step makes the logits of these rows with."""
+        small_VD = self._small_head_VD
+        if small_VD is None or self.is_batch_invariant:
+            return self.head_VD if small_VD is None else small_VD
+        # A GPU whose kernels do not read the copy as it is would make a whole one of it in every step.
+        is_read = x_TD.device.type == "cpu" or reads_as_stored(x_TD, small_VD)
+        return small_VD if len(x_TD) <= MOST_ROWS and is_read else self.head_VD
 
     def parts(self, path: str) -> tuple[Weight, ...]:
         """The layer's matrices `[O, I]`, to be read as one on top of the other."""
@@ -126,7 +131,7 @@ class Linears:
         self, x_TD: torch.Tensor, out_TV: torch.Tensor | None = None, *, num_tokens: int | None = None
     ) -> torch.Tensor:
         """Logits `[T, V]` in float32, in `out_TV` if it is given; of the first `num_tokens` tokens alone."""
-        head_VD = self.base.head(x_TD.shape[0])
+        head_VD = self.base.head(x_TD)
         if isinstance(head_VD, QuantisedMatrix):
             head_VD = head_VD.rows(0, num_tokens or head_VD.shape[0])
         else:

@@ -29,4 +29,8 @@ def make_small_head(head_VD: torch.Tensor, scheme: Scheme | Literal["none"]) -> 
     parts = [quantise_rtn(rows, scheme) for rows in head_VD.split(_ROWS_AT_ONCE)]
     # Concatenated as bytes, which every device can do.
     values = torch.cat([part.values.view(torch.uint8) for part in parts]).view(parts[0].values.dtype)
-    return QuantisedMatrix(scheme, values, torch.cat([part.scales for part in parts]))
+    scales = torch.cat([part.scales for part in parts])
+    if head_VD.is_cuda:
+        del parts
+        torch.cuda.empty_cache()  # as large again; the pools are cut from what is free
+    return QuantisedMatrix(scheme, values, scales)

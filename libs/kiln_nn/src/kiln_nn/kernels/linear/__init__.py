@@ -14,6 +14,7 @@ from kiln_nn.kernels.dispatch import takes_triton
 from kiln_nn.kernels.linear import choice, choice_quantised, quantised, reference
 from kiln_nn.kernels.linear.choice import choose
 from kiln_nn.kernels.linear.config import LinearConfig, LinearKind
+from kiln_nn.kernels.linear.quantised import reads_as_stored
 from kiln_nn.kernels.quantised import QuantisedMatrix, Scheme
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "linear_beside",
     "linear_partials",
     "linear_swiglu",
+    "reads_as_stored",
 ]
 
 Weight = torch.Tensor | QuantisedMatrix

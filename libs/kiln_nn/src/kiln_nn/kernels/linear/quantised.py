@@ -111,6 +111,11 @@ def library_linear(
     return reference.linear(x_TI, matrix.dequantise(x_TI.dtype), out_dtype=out_dtype, out=out)
 
 
+def reads_as_stored(x_TI: torch.Tensor, matrix: QuantisedMatrix) -> bool:
+    """Whether an own kernel multiplies these, so that no whole matrix is made on the way."""
+    return _tiling(x_TI, matrix, None, LinearKind.PLAIN) is not None
+
+
 def multiplies_eight_bits(x_TI: torch.Tensor, matrix: QuantisedMatrix) -> bool:
     """Whether the library multiplies these in E4M3, rows scaled."""
     return (
