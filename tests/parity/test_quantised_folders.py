@@ -131,3 +131,14 @@ def test_a_folder_in_use_and_a_quantised_model_are_refused(plain, tmp_path):
         quantise_checkpoint(plain, tmp_path / "out", "int4", "rtn")
     with pytest.raises(InvalidQuantization, match="is quantised already"):
         quantise_checkpoint(tmp_path / "out", tmp_path / "again", "fp8", "rtn")
+
+
+def test_a_file_in_the_way_and_a_model_without_whole_groups_are_refused(plain, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InvalidQuantization, match="is not a folder"):
+        quantise_checkpoint(plain, tmp_path / "file", "int4", "rtn")
+    make_checkpoint(tmp_path / "narrow")
+    for method in ("rtn", "gptq"):
+        with pytest.raises(InvalidQuantization, match="multiple of 128, as int4 needs"):
+            quantise_checkpoint(tmp_path / "narrow", tmp_path / "out", "int4", method, [[1, 2]])
+    assert not (tmp_path / "out").exists()

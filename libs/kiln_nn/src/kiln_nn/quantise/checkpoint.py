@@ -55,14 +55,17 @@ def quantise_checkpoint(
     `progress(num_done, num_layers)` is called behind each layer.
 
     Raises:
-        InvalidQuantization: the method does not go with the scheme, lacks text, or `out` is in use.
+        InvalidQuantization: the method does not go with the scheme, lacks text, `out` is in use, or no
+            layer's inputs are whole groups.
         Whatever `load_checkpoint` raises.
     """
     _check(folder, out, scheme, method, documents)
     loaded = load_checkpoint(folder, device)
     stored, _ = scan_folder(folder)
-    writer = FolderWriter(out)
     views = loaded.arena.views()
+    if not any(_fits(name, view, scheme) for name, view in views.items()):
+        raise InvalidQuantization(f"no layer's inputs are a multiple of {GROUP_INPUTS}, as {scheme} needs")
+    writer = FolderWriter(out)
     quantised: list[str] = []
     layers = _calibrated(loaded, documents) if method == "gptq" else _rounded(loaded, stored, scheme)
     for num_done, matrices in enumerate(layers, start=1):
@@ -86,6 +89,8 @@ def quantise_checkpoint(
 def _check(folder: Path, out: Path, scheme: Scheme, method: Method, documents: Documents) -> None:
     if stored_format(read_json(folder / "config.json")) is not None:
         raise InvalidQuantization(f"{folder} is quantised already")
+    if out.exists() and not out.is_dir():
+        raise InvalidQuantization(f"{out} is not a folder")
     if out.exists() and any(out.iterdir()):
         raise InvalidQuantization(f"{out} is not empty")
     if method == "gptq" and scheme != "int4":
@@ -108,8 +113,12 @@ def _rounded(
         yield {
             name: _round(views[name].to(stored[name].dtype), scheme)
             for name in names
-            if is_quantisable(name) and (scheme == "fp8" or views[name].shape[1] % GROUP_INPUTS == 0)
+            if _fits(name, views[name], scheme)
         }
+
+
+def _fits(name: str, weight: torch.Tensor, scheme: Scheme) -> bool:
+    return is_quantisable(name) and (scheme == "fp8" or weight.shape[1] % GROUP_INPUTS == 0)
 
 
 def _round(weight_OI: torch.Tensor, scheme: Scheme) -> QuantisedMatrix:
