@@ -385,7 +385,7 @@ def _hopper_shared_memory(
     signature |= {
         name: "i32" for name in kernel.arg_names if name.islower() and name not in signature | constants
     }
-    constants |= {"DEPENDENT": True, "SHOWS_PRODUCERS": True}
+    constants |= {"DEPENDENT": True}
     signature |= dict.fromkeys(constants, "constexpr")
     places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     source = GluonASTSource(kernel, signature, places)
@@ -393,6 +393,8 @@ def _hopper_shared_memory(
     binary = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     # Weights go from memory to registers as they are wanted there, without a way through other threads.
     assert num_beside or "shfl" not in binary.asm["ptx"]
+    # One kernel for steps with and without adapters: dependents start behind the wait, or before it.
+    assert binary.asm["ptx"].count("griddepcontrol.launch_dependents") == (4 if num_beside else 2)
     return binary.metadata.shared
 
 

@@ -286,14 +286,17 @@ def _hopper_shared_memory(
     rows = {"box_desc": box, "rest_desc": rest or box, "x_desc": x_box, "x_rest_desc": x_rest or x_box}
     signature = {name: f"tensordesc<bf16[{count}, 64],{layout!r}>" for name, count in rows.items()}
     signature["out_ptr"] = "*fp32"
-    sizes = ("num_tokens", "num_outputs", "out_stride", "num_blocks", "split_blocks")
+    sizes = ("num_tokens", "num_outputs", "out_stride", "num_blocks", "split_blocks", "shows_producers")
     signature |= dict.fromkeys(sizes, "i32")
-    constants |= {"DEPENDENT": True, "SHOWS_PRODUCERS": True}
+    constants |= {"DEPENDENT": True}
     signature |= dict.fromkeys(constants, "constexpr")
     places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     options = {"num_warps": config.warps, "launch_pdl": True}
     source = GluonASTSource(kernel, signature, places)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).metadata.shared
+    binary = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    # One kernel for steps with and without adapters: dependents start behind the wait, or before it.
+    assert binary.asm["ptx"].count("griddepcontrol.launch_dependents") == 2
+    return binary.metadata.shared
 
 
 @only_outside_interpreter

@@ -122,7 +122,7 @@ def _multiply(
     return acc
 
 
-@gluon.jit(do_not_specialize=["num_tokens", "num_blocks", "split_blocks"])
+@gluon.jit(do_not_specialize=["num_tokens", "num_blocks", "split_blocks", "shows_producers"])
 def _linear_kernel(
     box_desc,
     rest_desc,
@@ -134,6 +134,7 @@ def _linear_kernel(
     out_stride,
     num_blocks,
     split_blocks,
+    shows_producers,
     BOX: gl.constexpr,
     REST: gl.constexpr,
     X_BOX: gl.constexpr,
@@ -145,7 +146,6 @@ def _linear_kernel(
     GATED: gl.constexpr,
     FOLDED: gl.constexpr,
     DEPENDENT: gl.constexpr,
-    SHOWS_PRODUCERS: gl.constexpr,
     num_warps: gl.constexpr,
 ):
     HALVES: gl.constexpr = 2 if GATED else 1
@@ -162,8 +162,9 @@ def _linear_kernel(
     fence_async_shared()
     begin = split * split_blocks
     count = num_blocks if FOLDED else gl.minimum(split_blocks, num_blocks - begin)
-    if DEPENDENT and not SHOWS_PRODUCERS:
-        gdc_launch_dependents()
+    if DEPENDENT:  # noqa: SIM102 (known when compiling)
+        if shows_producers == 0:
+            gdc_launch_dependents()
     for slot in gl.static_range(STAGES):
         bar = bars.index(slot)
         where = begin + slot
@@ -185,7 +186,7 @@ def _linear_kernel(
         )
     if DEPENDENT:
         gdc_wait()
-        if SHOWS_PRODUCERS:
+        if shows_producers != 0:
             gdc_launch_dependents()
     for slot in gl.static_range(STAGES):
         bar = bars.index(slot)
@@ -287,8 +288,8 @@ def launch(
         out.stride(-2),
         num_blocks,
         triton.cdiv(num_blocks, 1 if is_gated else config.splits),
+        int(shows_producers),  # no constant: steps with and without adapters run what is compiled once
         **fixed,
         DEPENDENT=is_dependent,
-        SHOWS_PRODUCERS=shows_producers,
         **options,
     )

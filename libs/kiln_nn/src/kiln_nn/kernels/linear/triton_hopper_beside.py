@@ -26,21 +26,22 @@ def multiply_beside(
     x_stride,
     w_stride,
     out_stride,
+    shows_producers,
     INPUTS: gl.constexpr,
     DEPENDENT: gl.constexpr,
-    SHOWS_PRODUCERS: gl.constexpr,
     num_warps: gl.constexpr,
 ):
     """Output `row` of `x Wᵀ`; `INPUTS` is a power of two that holds the inputs."""
     layout: gl.constexpr = gl.BlockedLayout([8], [32], [num_warps], [0])
-    if DEPENDENT and not SHOWS_PRODUCERS:
-        gdc_launch_dependents()
+    if DEPENDENT:  # noqa: SIM102 (known when compiling)
+        if shows_producers == 0:
+            gdc_launch_dependents()
     cols = gl.arange(0, INPUTS, layout)
     is_input = cols < num_inputs
     w = gl.load(w_ptr + row * w_stride + cols, mask=is_input, other=0.0).to(gl.float32)
     if DEPENDENT:
         gdc_wait()
-        if SHOWS_PRODUCERS:
+        if shows_producers != 0:
             gdc_launch_dependents()
     for token in range(num_tokens):
         x = gl.load(x_ptr + token * x_stride + cols, mask=is_input, other=0.0).to(gl.float32)

@@ -3,8 +3,9 @@
 The ring, the waiting and the tiles of triton_hopper.py. A box of weights holds 128 inputs: 64 bytes
 of a row in four bits, 128 in eight, unpacked as triton_hopper_unpack.py says; nothing is reordered in
 memory, and x lies as in every other linear layer. Sums over a group of 128 inputs are scaled in
-float32, in tiles of more than 128 tokens the weights in bf16; E4M3's scale, one an output, comes last. A few rows that stay bf16 can be computed beside
-(triton_hopper_beside.py), for which a launch of their own would take as long as all the others.
+float32, in tiles of more than 128 tokens the weights in bf16; E4M3's scale, one an output, comes last.
+A few rows that stay bf16 can be computed beside (triton_hopper_beside.py), for which a launch of their
+own would take as long as all the others.
 
 Takes bf16 x and quantised matrices of any number of outputs whose rows are 16-byte aligned (inputs in
 whole groups of 128) on compute capability 9.0. Sums are float32 and rounded once; every element is
@@ -67,6 +68,7 @@ def _program(
     out_stride,
     num_blocks,
     split_blocks,
+    shows_producers,
     PLACES: gl.constexpr,
     BOX: gl.constexpr,
     REST: gl.constexpr,
@@ -81,7 +83,6 @@ def _program(
     SCALED: gl.constexpr,
     GATED: gl.constexpr,
     DEPENDENT: gl.constexpr,
-    SHOWS_PRODUCERS: gl.constexpr,
     num_warps: gl.constexpr,
 ):
     """The rows of the quantised matrix from `row` on."""
@@ -106,8 +107,9 @@ def _program(
     fence_async_shared()
     begin = split * split_blocks
     count = gl.minimum(split_blocks, num_blocks - begin)
-    if DEPENDENT and not SHOWS_PRODUCERS:
-        gdc_launch_dependents()
+    if DEPENDENT:  # noqa: SIM102 (known when compiling)
+        if shows_producers == 0:
+            gdc_launch_dependents()
     for slot in gl.static_range(STAGES):
         ask_for_weights(
             box_desc,
@@ -145,7 +147,7 @@ def _program(
         row_scales = gl.load(scales_ptr + rows.to(gl.int64) * scale_stride, mask=is_there, other=0.0)
     if DEPENDENT:
         gdc_wait()
-        if SHOWS_PRODUCERS:
+        if shows_producers != 0:
             gdc_launch_dependents()
     for slot in gl.static_range(STAGES):
         ask_for_x(
@@ -195,7 +197,7 @@ def _program(
         store(out_ptr, acc, row, token, split, OUTPUTS, num_tokens, num_outputs, out_stride, num_warps)
 
 
-@gluon.jit(do_not_specialize=["num_tokens", "num_blocks", "split_blocks"])
+@gluon.jit(do_not_specialize=["num_tokens", "num_blocks", "split_blocks", "shows_producers"])
 def _linear_kernel(
     box_desc,
     rest_desc,
@@ -215,6 +217,7 @@ def _linear_kernel(
     num_inputs,
     x_stride,
     beside_stride,
+    shows_producers,
     PLACES: gl.constexpr,
     BOX: gl.constexpr,
     REST: gl.constexpr,
@@ -231,7 +234,6 @@ def _linear_kernel(
     BESIDE: gl.constexpr,
     BESIDE_INPUTS: gl.constexpr,
     DEPENDENT: gl.constexpr,
-    SHOWS_PRODUCERS: gl.constexpr,
     num_warps: gl.constexpr,
 ):
     which = gl.program_id(2)
@@ -246,9 +248,9 @@ def _linear_kernel(
             x_stride,
             beside_stride,
             out_stride,
+            shows_producers,
             BESIDE_INPUTS,
             DEPENDENT,
-            SHOWS_PRODUCERS,
             num_warps,
         )
     else:
@@ -268,6 +270,7 @@ def _linear_kernel(
             out_stride,
             num_blocks,
             split_blocks,
+            shows_producers,
             PLACES,
             BOX,
             REST,
@@ -282,7 +285,6 @@ def _linear_kernel(
             SCALED,
             GATED,
             DEPENDENT,
-            SHOWS_PRODUCERS,
             num_warps,
         )
 
@@ -344,8 +346,8 @@ def launch(
 ) -> None:
     """Fill `out`: `[T, O]`, `[T, F]` in the gated form, or `[S, T, O]` partial sums.
 
-    With `beside_BI`, a bf16 matrix of a few rows, `out` is `[T, O + B]`. The rows of `out` may lie apart, where it has two dimensions. `shows_producers` as in
-    triton_hopper.py.
+    With `beside_BI`, a bf16 matrix of a few rows, `out` is `[T, O + B]`. The rows of `out` may lie apart,
+    where it has two dimensions. `shows_producers` as in triton_hopper.py.
     """
     (num_tokens, num_inputs), num_rows = x_TI.shape, matrix.shape[0]
     is_four_bits = matrix.values.dtype is not FP8
@@ -382,8 +384,8 @@ def launch(
         num_inputs,
         x_TI.stride(0),
         beside.stride(0),
+        int(shows_producers),
         **fixed,
         DEPENDENT=is_dependent,
-        SHOWS_PRODUCERS=shows_producers,
         **options,
     )
