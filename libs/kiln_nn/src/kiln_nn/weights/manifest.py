@@ -103,7 +103,7 @@ class Manifest:
         Raises:
             CheckpointUnreadable: a field is missing, or an entry lies outside the arena.
             UnsupportedModel: a tensor has an encoding that is not read here.
-        InvalidModelConfig, UnsupportedModel: as ModelConfig.from_dict.
+            InvalidModelConfig, UnsupportedModel: as ModelConfig.from_dict.
         """
         try:
             raw = json.loads(text)
