@@ -50,7 +50,7 @@ def run_to_end(session: Session, suite: str, model: str | None, sampling: dict[s
 
 def show_runs(console: Console, runs: list[dict[str, Any]]) -> None:
     if not runs:
-        console.print("no runs yet; kiln eval run --help has an example")
+        console.print("no such runs; kiln eval run --help has an example")
         return
     table = Table(box=None, header_style="dim", pad_edge=False)
     for name in ("run", "suite", "adapter", "status", "cases", "score", "age"):

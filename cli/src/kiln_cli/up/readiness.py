@@ -42,8 +42,12 @@ async def engine_ready(address: str) -> str | None:
             )
         except grpc.aio.AioRpcError:
             return None
-    tokens = info.num_pages * info.page_tokens
-    return f"{info.base_model.model_id} on {info.device}, {info.dtype}, room for {tokens:,} tokens"
+    parts = [f"{info.base_model.model_id} on {info.device}", info.dtype]
+    if info.weights_scheme:
+        parts.append(f"{info.weights_scheme} weights")
+    if info.speculation:
+        parts.append(f"drafts by {info.speculation}")
+    return ", ".join([*parts, f"room for {info.num_pages * info.page_tokens:,} tokens"])
 
 
 async def _is_serving(channel: grpc.aio.Channel) -> bool:

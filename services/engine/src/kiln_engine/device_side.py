@@ -163,6 +163,8 @@ def load_device_side(settings: EngineSettings) -> EngineParts:
         max_adapter_rank=memory.max_adapter_rank,
         max_running=limits.num_most_running,
         adapter_socket_path=str(inbox.socket_path),
+        weights_scheme=model.scheme or "",
+        speculation="" if settings.speculation == "none" else settings.speculation,
     )
     runner = TorchRunner(
         model.config,

@@ -40,7 +40,11 @@ class FolderWriter:
             self._part(number).rename(self._folder / file_name)
             weight_map |= dict.fromkeys(names, file_name)
         index = {"metadata": {"total_size": self.num_bytes}, "weight_map": weight_map}
-        (self._folder / INDEX_FILE).write_text(json.dumps(index, indent=1))
+        index_path = self._folder / INDEX_FILE
+        index_path.write_text(json.dumps(index, indent=1))
+        for file_name in set(weight_map.values()):
+            # safetensors lets only its writer read a file.
+            (self._folder / file_name).chmod(index_path.stat().st_mode)
 
     def _write_shard(self) -> None:
         if self._open:
