@@ -54,6 +54,9 @@ class DraftPlanner:
         if not decoding:
             return {}
         most = self._limits.num_most_lines // len(decoding) - 1
+        if most < self._limits.max_draft_tokens:
+            # Graphs have lines for one draft a row or for as many as there may be (`verify_ladder`).
+            most = min(most, 1)
         candidates = [self._candidate(sequence, most) for sequence in decoding]
         wanted = self._speculator.lengths(candidates)
         pairs = zip(candidates, wanted, strict=True)
