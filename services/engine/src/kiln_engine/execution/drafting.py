@@ -111,9 +111,10 @@ class DraftPass:
         carried, last_R1 = self._layer.carried, (accepted_R - 1)[:, None]
         slots_R = verify.live_slots_R[:count]
         carried.accept(slots_R, accepted_R)
-        self._slots_R[count:] = -1
-        self._room_R[count:] = 0
-        self._column_R[count:] = 0
+        # A number that is assigned would come from the host: no graph holds that.
+        self._slots_R[count:].fill_(-1)
+        self._room_R[count:].zero_()
+        self._column_R[count:].zero_()
         self._token_ids_R[:count] = drawn_RN.gather(1, last_R1)[:, 0]
         self._positions_R[:count] = verify.positions_T[:: verify.num_lines][:count] + accepted_R
         self._slots_R[:count] = slots_R
