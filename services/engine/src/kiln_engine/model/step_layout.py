@@ -59,8 +59,8 @@ class StepLayout:
         """Where the hidden state of the token before each is found, as CarriedHidden says it."""
         if self.verify is not None:
             return self.verify.carried_slots_T
-        rows = self.decode and self.decode.delta.ring_slots_R
-        return _joined(rows, self.prefill and self.prefill.carried_slots_T)
+        rows = None if self.decode is None else self.decode.delta.ring_slots_R
+        return _joined(rows, None if self.prefill is None else self.prefill.carried_slots_T)
 
     @property
     def last_tokens(self) -> torch.Tensor | None:
@@ -80,8 +80,8 @@ class StepLayout:
         """
         if self.verify is not None:
             return self.verify.live_slots_R
-        rows = self.decode and self.decode.kept_slots_R
-        return _joined(rows, self.prefill and self.prefill.delta.live_slots_N)
+        rows = None if self.decode is None else self.decode.kept_slots_R
+        return _joined(rows, None if self.prefill is None else self.prefill.delta.live_slots_N)
 
 
 def _joined(rows: torch.Tensor | None, chunks: torch.Tensor | None) -> torch.Tensor:
