@@ -80,7 +80,7 @@ def test_hidden_states_are_carried_without_the_host():
 
 
 def test_tokens_are_fed_accepted_and_drafted_without_the_host(monkeypatch):
-    def draw(logits_RV, settings_RF, edits_EF, *, out, is_batch_invariant=False):
+    def draw(logits_RV, settings_RF, edits_EF, *, out):
         out[0].copy_(logits_RV.argmax(1))
 
     monkeypatch.setattr(drafting, "draw_tokens", draw)

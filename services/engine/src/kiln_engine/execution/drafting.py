@@ -67,13 +67,10 @@ class DraftPass:
         draft_ids: DraftIds,
         capacity: int,
         num_tokens: int | None,
-        *,
-        is_batch_invariant: bool = False,
     ) -> None:
         self._layer, self._linears, self._draft_ids = layer, linears, draft_ids
         self._capacity = capacity
         self._num_tokens = num_tokens
-        self._is_batch_invariant = is_batch_invariant
         device = draft_ids.ids_SK.device
         # A row that verifies as many as it may has all of them before it, and as many behind.
         self._num_uniforms = 2 * draft_ids.ids_SK.shape[1]
@@ -143,7 +140,6 @@ class DraftPass:
             self._settings_RF,
             self._edits_EF,
             out=(self._token_ids_R, self._drawn_RF),
-            is_batch_invariant=self._is_batch_invariant,
         )
         self._draft_ids.ids_SK[self._slots_R, self._place] = self._token_ids_R
         self._hidden_RD.copy_(hidden_RD)
@@ -160,8 +156,6 @@ class Drafter:
         matrices: BaseMatrices,
         draft_ids: DraftIds,
         num_tokens: int | None,
-        *,
-        is_batch_invariant: bool = False,
     ) -> None:
         self._make = partial(
             DraftPass,
@@ -169,7 +163,6 @@ class Drafter:
             Linears(matrices),
             draft_ids,
             num_tokens=num_tokens,
-            is_batch_invariant=is_batch_invariant,
         )
         self._passes: dict[int, DraftPass] = {}
 
