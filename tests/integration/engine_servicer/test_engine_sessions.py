@@ -27,6 +27,11 @@ async def until(condition, what: str, timeout_s: float = 10.0):
             await asyncio.sleep(0.005)
 
 
+def num_tokens(outputs) -> int:
+    """Tokens of a request's outputs: one of them has all that a step has drawn for it."""
+    return sum(len(output.token_ids) for output in outputs)
+
+
 async def read_to_end(session):
     while await session.read() is not grpc.aio.EOF:
         pass
@@ -44,8 +49,9 @@ async def engine(tmp_path):
 async def test_a_request_streams_to_its_finish_reason(engine):
     _, client = engine
     outputs = await collect(client, generate_request(max_tokens=5, num_top_logprobs=2))
-    assert [len(output.token_ids) for output in outputs] == [1] * 5
-    assert [output.finish_reason for output in outputs[:-1]] == [0] * 4
+    assert num_tokens(outputs) == 5
+    assert all(output.token_ids for output in outputs)
+    assert {output.finish_reason for output in outputs[:-1]} == {0}
     assert outputs[-1].finish_reason == engine_pb2.FINISH_REASON_LENGTH
     assert outputs[0].seed == 1
     assert len(outputs[0].top_logprobs[0].token_ids) == 2
@@ -68,8 +74,8 @@ async def test_many_requests_share_one_stream_and_one_message_per_step(engine):
     await until(lambda: running.intake.num_live == 8, "all requests to arrive")
     running.runner.let_go()
     for outputs in await asyncio.gather(*tasks):
-        assert len(outputs) == 6
-    assert max(len(plan.decode_rows) for plan in running.runner.plans) == 8
+        assert num_tokens(outputs) == 6
+    assert max(len(plan.decode_rows) + len(plan.verify_rows) for plan in running.runner.plans) == 8
 
 
 async def test_a_refused_request_leaves_the_session_to_the_others(engine):
@@ -80,7 +86,7 @@ async def test_a_refused_request_leaves_the_session_to_the_others(engine):
     assert refusal.error.code == "invalid_token_ids"
     assert "100" in refusal.error.message
     assert refusal.error.param == "prompt_token_ids"
-    assert len(await good) == 20
+    assert num_tokens(await good) == 20
 
 
 async def test_closing_the_iterator_aborts_the_request(engine):
@@ -119,7 +125,7 @@ async def test_a_session_that_goes_away_takes_its_requests_along(engine):
     await other.close()
     running.runner.let_go()
     await until(lambda: running.intake.num_live == 0, "the requests of the session to end")
-    assert len(await collect(client, generate_request("stays"))) == 4
+    assert num_tokens(await collect(client, generate_request("stays"))) == 4
 
 
 async def test_half_closing_a_session_ends_it(engine):
@@ -141,14 +147,14 @@ async def test_a_duplicate_id_is_refused_across_sessions(engine):
             await call.read()
     assert refused.value.code() is grpc.StatusCode.ABORTED
     running.runner.let_go()
-    assert len(await first) == 4
+    assert num_tokens(await first) == 4
 
 
 async def test_generate_streams_one_request_without_a_session(engine):
     running, _ = engine
     async with open_channel(running.address) as channel:
         outputs = [o async for o in engine_pb2_grpc.EngineStub(channel).Generate(generate_request())]
-    assert len(outputs) == 4
+    assert num_tokens(outputs) == 4
     assert outputs[-1].finish_reason == engine_pb2.FINISH_REASON_LENGTH
     assert running.intake.num_live == 0
 
@@ -164,7 +170,7 @@ async def test_a_failed_step_reaches_the_client_and_the_engine_goes_on(engine):
     running.runner.num_failures_left = 1
     [failure] = await collect(client, generate_request("a"))
     assert failure.error.code == "engine_failed"
-    assert len(await collect(client, generate_request("b"))) == 4
+    assert num_tokens(await collect(client, generate_request("b"))) == 4
 
 
 async def test_an_engine_that_keeps_failing_asks_to_be_restarted(engine):
@@ -196,7 +202,7 @@ async def test_a_client_that_does_not_read_loses_its_requests(tmp_path):
             with pytest.raises(grpc.aio.AioRpcError) as overflow:
                 await read_to_end(session)
         assert overflow.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-        assert len(await collect(client, generate_request("other", max_tokens=2))) == 2
+        assert num_tokens(await collect(client, generate_request("other", max_tokens=2))) == 2
 
 
 async def test_draining_lets_running_requests_end_and_refuses_new_ones(engine):
@@ -211,7 +217,7 @@ async def test_draining_lets_running_requests_end_and_refuses_new_ones(engine):
     running.runner.let_go()
     answer = await draining
     assert (answer.num_finished, answer.num_aborted) == (1, 0)
-    assert len(await started) == 4
+    assert num_tokens(await started) == 4
     assert (await client.get_stats()).is_draining
 
 
@@ -274,7 +280,7 @@ async def test_a_client_survives_a_restart_of_its_engine(tmp_path):
                         await asyncio.sleep(0.05)
                     else:
                         break
-            assert len(outputs) == 4
+            assert num_tokens(outputs) == 4
 
 
 async def test_one_id_at_a_time_per_client(engine):
@@ -285,4 +291,4 @@ async def test_one_id_at_a_time_per_client(engine):
     with pytest.raises(KilnError, match="is running"):
         await collect(client, generate_request("same"))
     running.runner.let_go()
-    assert len(await first) == 4
+    assert num_tokens(await first) == 4

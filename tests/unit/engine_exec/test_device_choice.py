@@ -40,6 +40,12 @@ def test_fp8_keys_and_values_are_refused_where_no_kernel_reads_them(monkeypatch)
         load_device_side(EngineSettings(model_path="/nowhere", device="cuda", kv_dtype="fp8"))
 
 
+def test_batch_invariance_and_speculation_are_refused_together():
+    settings = EngineSettings(model_path="/nowhere", device="cpu", batch_invariant=True, speculation="ngram")
+    with pytest.raises(SettingsContradict, match="batch_invariant and speculation exclude each other"):
+        load_device_side(settings)
+
+
 def test_batch_invariance_is_refused_where_no_kernel_is_cut_alike_for_every_batch(monkeypatch):
     cuda, check = torch.device("cuda"), device_side.check_batch_invariant
     monkeypatch.setattr(device_side, "why_no_kernels", lambda _: None)

@@ -4,6 +4,7 @@ import pytest
 
 from kiln_common.errors import KilnError
 from kiln_engine.domain import FinishReason
+from kiln_engine.execution.verify_graphs import verify_ladder
 from kiln_engine.scheduling import SchedulerLimits, check_invariants
 from tests.support.engine_scheduling import (
     EOS,
@@ -53,6 +54,20 @@ def test_right_guesses_save_steps_and_wrong_ones_cost_none():
         assert rig.guesser.num_steps == 0  # the loop tells
         assert (rig.guesser.num_accepted == rig.guesser.num_drafted) == (guess == "right")
     assert steps == {"right": 11, "wrong": 41}
+
+
+@pytest.mark.parametrize("num_requests", range(3, 9))
+def test_a_graph_holds_every_step_with_drafts(num_requests):
+    rig = speculating(step_token_budget=20)
+    for number in range(num_requests):
+        rig.add(make_request(f"r{number}", range(10, 13), max_tokens=12, seed=number))
+    rig.run()
+    limits = rig.scheduler.limits
+    ladder = verify_ladder(limits.num_most_running, limits.num_most_lines, limits.max_draft_tokens)
+    for plan in rig.plans:
+        num_lines = min(lines for lines in ladder if lines >= plan.num_verify_lines)
+        assert len(plan.verify_rows) <= ladder[num_lines][-1]
+    assert any(plan.num_verify_lines > 1 for plan in rig.plans)
 
 
 def test_device_drafts_follow_a_step_that_makes_them():

@@ -105,6 +105,10 @@ def load_device_side(settings: EngineSettings) -> EngineParts:
     device = _choose_device(settings.device)
     if settings.kv_dtype == "fp8":
         _check_fp8(device)
+    if settings.batch_invariant and settings.speculation != "none":
+        raise SettingsContradict(
+            "batch_invariant and speculation exclude each other: how far it guesses varies"
+        )
     boot_id = secrets.token_hex(16)
     socket_path = settings.socket_dir / _SOCKET_NAME
     try:

@@ -67,13 +67,10 @@ class DraftPass:
         draft_ids: DraftIds,
         capacity: int,
         num_tokens: int | None,
-        *,
-        is_batch_invariant: bool = False,
     ) -> None:
         self._layer, self._linears, self._draft_ids = layer, linears, draft_ids
         self._capacity = capacity
         self._num_tokens = num_tokens
-        self._is_batch_invariant = is_batch_invariant
         device = draft_ids.ids_SK.device
         # A row that verifies as many as it may has all of them before it, and as many behind.
         self._num_uniforms = 2 * draft_ids.ids_SK.shape[1]
@@ -111,9 +108,10 @@ class DraftPass:
         carried, last_R1 = self._layer.carried, (accepted_R - 1)[:, None]
         slots_R = verify.live_slots_R[:count]
         carried.accept(slots_R, accepted_R)
-        self._slots_R[count:] = -1
-        self._room_R[count:] = 0
-        self._column_R[count:] = 0
+        # A number that is assigned would come from the host: no graph holds that.
+        self._slots_R[count:].fill_(-1)
+        self._room_R[count:].zero_()
+        self._column_R[count:].zero_()
         self._token_ids_R[:count] = drawn_RN.gather(1, last_R1)[:, 0]
         self._positions_R[:count] = verify.positions_T[:: verify.num_lines][:count] + accepted_R
         self._slots_R[:count] = slots_R
@@ -142,7 +140,6 @@ class DraftPass:
             self._settings_RF,
             self._edits_EF,
             out=(self._token_ids_R, self._drawn_RF),
-            is_batch_invariant=self._is_batch_invariant,
         )
         self._draft_ids.ids_SK[self._slots_R, self._place] = self._token_ids_R
         self._hidden_RD.copy_(hidden_RD)
@@ -159,8 +156,6 @@ class Drafter:
         matrices: BaseMatrices,
         draft_ids: DraftIds,
         num_tokens: int | None,
-        *,
-        is_batch_invariant: bool = False,
     ) -> None:
         self._make = partial(
             DraftPass,
@@ -168,7 +163,6 @@ class Drafter:
             Linears(matrices),
             draft_ids,
             num_tokens=num_tokens,
-            is_batch_invariant=is_batch_invariant,
         )
         self._passes: dict[int, DraftPass] = {}
 

@@ -168,7 +168,6 @@ class TorchRunner:
                 self.model.matrices,
                 self._draft_ids,
                 draft_vocab_tokens,
-                is_batch_invariant=is_batch_invariant,
             )
         self._max_rows = memory.max_running
         self._max_draft_tokens = memory.max_draft_tokens
@@ -191,7 +190,6 @@ class TorchRunner:
             self.model.pages,
             carried,
             hidden=hidden,
-            is_batch_invariant=self._is_batch_invariant,
         )
 
     @property

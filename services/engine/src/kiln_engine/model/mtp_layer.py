@@ -63,7 +63,6 @@ class MtpLayer:
         carried: CarriedHidden,
         *,
         hidden: MtpHidden = "normed",
-        is_batch_invariant: bool = False,
     ) -> None:
         assert config.num_mtp_layers == 1, config.num_mtp_layers
         self.carried = carried
@@ -73,7 +72,6 @@ class MtpLayer:
         self._caches = caches
         self._page_tokens = caches[0].shape[1]
         self._pages = pages
-        self._is_batch_invariant = is_batch_invariant
         self._inverse_frequencies = inverse_frequencies(config, caches[0].device)
 
     def write(self, layout: StepLayout, hidden_TD: torch.Tensor, linears: Linears) -> None:
@@ -128,7 +126,6 @@ class MtpLayer:
             gate_RHD=gate,
             table_rows_R=places.table_rows_R,
             num_skipped=_NUM_WITHOUT_ENTRY,
-            is_batch_invariant=self._is_batch_invariant,
         )
         mixed = linears.partials(f"{path}.o_proj", attended.flatten(1))
         x, residual = self._add_norm(mixed, residual, f"{_PREFIX}.post_attention_layernorm")

@@ -111,7 +111,7 @@ def prefill_numbers(
         _padded([token for chunk in chunks for token in chunk.token_ids], num_tokens, 0),
         _padded(_positions(chunks), num_tokens, 0),
         _padded(_token_slots(chunks, shape.page_tokens), num_tokens, -1),
-        _padded(_carried_slots(chunks), num_tokens, NOT_KEPT),
+        _carried_slots(chunks, num_tokens),
         _padded([ends[i] - 1 for i in sampled], num_samples, 0),
         _padded([chunks[i].state_slot for i in sampled], num_samples, NO_SLOT),
         *(np.array(numbers, dtype=np.int64) for numbers in delta.values()),
@@ -143,13 +143,15 @@ def _positions(chunks: Sequence[PrefillChunk]) -> list[int]:
     return [place for c in chunks for place in range(c.start, c.start + len(c.token_ids))]
 
 
-def _carried_slots(chunks: Sequence[PrefillChunk]) -> list[int]:
+def _carried_slots(chunks: Sequence[PrefillChunk], num_tokens: int) -> np.ndarray:
     """What stands before a chunk that begins at a shared checkpoint has not been kept."""
-    slots: list[int] = []
+    slots, start = np.full(num_tokens, NOT_KEPT, dtype=np.int64), 0
     for chunk in chunks:
+        end = start + len(chunk.token_ids)
         goes_on = chunk.start > 0 and chunk.state_read_slot == chunk.state_slot
-        slots.append(chunk.state_slot if goes_on else NOT_KEPT)
-        slots.extend([IN_PASS] * (len(chunk.token_ids) - 1))
+        slots[start] = chunk.state_slot if goes_on else NOT_KEPT
+        slots[start + 1 : end] = IN_PASS
+        start = end
     return slots
 
 

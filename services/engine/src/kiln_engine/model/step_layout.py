@@ -31,12 +31,6 @@ class StepLayout:
     token_ids_T: torch.Tensor
     positions_T: torch.Tensor
     token_slots_T: torch.Tensor
-    # Where the hidden state of the token before each is found, as CarriedHidden says it.
-    carried_slots_T: torch.Tensor
-    # The last tokens of rows and chunks, and the live slots with which their hidden states stay (-1:
-    # none); None is every token. Those of verify rows stay with all of their lines.
-    last_tokens: torch.Tensor | None
-    last_slots: torch.Tensor
     # The tokens whose next one is sampled, in the order of StepResult.rows; None is every one.
     sample_tokens: torch.Tensor | None
     # The live slots their tokens stay with.
@@ -57,6 +51,43 @@ class StepLayout:
         if self.verify is not None:
             return self.verify.context_lengths_T, self.verify.table_rows_T
         return None
+
+    # What the multi-token-prediction layer wants to know, and nobody else: joined when it asks.
+
+    @property
+    def carried_slots_T(self) -> torch.Tensor:
+        """Where the hidden state of the token before each is found, as CarriedHidden says it."""
+        if self.verify is not None:
+            return self.verify.carried_slots_T
+        rows = None if self.decode is None else self.decode.delta.ring_slots_R
+        return _joined(rows, None if self.prefill is None else self.prefill.carried_slots_T)
+
+    @property
+    def last_tokens(self) -> torch.Tensor | None:
+        """The last tokens of rows and chunks; None is every token."""
+        if self.prefill is None:
+            return None
+        num_rows, of_chunks = self.num_decode_rows, self.prefill.last_tokens_N
+        if not num_rows:
+            return of_chunks
+        return torch.cat((torch.arange(num_rows, device=of_chunks.device), of_chunks + num_rows))
+
+    @property
+    def last_slots(self) -> torch.Tensor:
+        """The live slots with which the hidden states of those tokens stay (-1: none).
+
+        Those of verify rows stay with all of their lines.
+        """
+        if self.verify is not None:
+            return self.verify.live_slots_R
+        rows = None if self.decode is None else self.decode.kept_slots_R
+        return _joined(rows, None if self.prefill is None else self.prefill.delta.live_slots_N)
+
+
+def _joined(rows: torch.Tensor | None, chunks: torch.Tensor | None) -> torch.Tensor:
+    """What is known of rows and of chunks, end to end."""
+    parts = [part for part in (rows, chunks) if part is not None]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def build_layout(plan: BatchPlan, shape: StoreShape, device: torch.device) -> StepLayout:
@@ -86,9 +117,6 @@ def lines_layout(verify: VerifyLayout) -> StepLayout:
         token_ids_T=verify.token_ids_T,
         positions_T=verify.positions_T,
         token_slots_T=verify.token_slots_T,
-        carried_slots_T=verify.carried_slots_T,
-        last_tokens=None,
-        last_slots=verify.live_slots_R,
         sample_tokens=None,
         kept_slots=verify.live_slots_R,
         decode=None,
@@ -107,9 +135,6 @@ def join_layouts(decode: DecodeLayout | None, prefill: PrefillLayout | None) -> 
             token_ids_T=decode.token_ids_R,
             positions_T=decode.positions_R,
             token_slots_T=decode.token_slots_R,
-            carried_slots_T=decode.delta.ring_slots_R,
-            last_tokens=None,
-            last_slots=decode.kept_slots_R,
             sample_tokens=None,
             kept_slots=decode.kept_slots_R,
             decode=decode,
@@ -122,9 +147,6 @@ def join_layouts(decode: DecodeLayout | None, prefill: PrefillLayout | None) -> 
             token_ids_T=prefill.token_ids_T,
             positions_T=prefill.positions_T,
             token_slots_T=prefill.token_slots_T,
-            carried_slots_T=prefill.carried_slots_T,
-            last_tokens=prefill.last_tokens_N,
-            last_slots=prefill.delta.live_slots_N,
             sample_tokens=prefill.sample_tokens_N,
             kept_slots=prefill.kept_slots_N,
             decode=None,
@@ -138,9 +160,6 @@ def join_layouts(decode: DecodeLayout | None, prefill: PrefillLayout | None) -> 
         token_ids_T=torch.cat((decode.token_ids_R, prefill.token_ids_T)),
         positions_T=torch.cat((decode.positions_R, prefill.positions_T)),
         token_slots_T=torch.cat((decode.token_slots_R, prefill.token_slots_T)),
-        carried_slots_T=torch.cat((decode.delta.ring_slots_R, prefill.carried_slots_T)),
-        last_tokens=torch.cat((rows, prefill.last_tokens_N + num_rows)),
-        last_slots=torch.cat((decode.kept_slots_R, prefill.delta.live_slots_N)),
         sample_tokens=torch.cat((rows, prefill.sample_tokens_N + num_rows)),
         kept_slots=torch.cat((decode.kept_slots_R, prefill.kept_slots_N)),
         decode=decode,

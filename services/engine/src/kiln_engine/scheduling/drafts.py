@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from kiln_engine.domain.plan import BatchPlan, VerifyRow
@@ -42,11 +43,20 @@ class DraftPlanner:
         self._limits = limits
         self._memory = memory
 
-    def lengths(self, decoding: list[Sequence]) -> dict[int, int]:
-        """The most drafts of each sequence that is to guess in the next step, by its id."""
-        if self._speculator is None or not decoding:
+    def lengths(self, able: Iterable[Sequence]) -> dict[int, int]:
+        """The most drafts of each sequence that is to guess in the next step, by its id.
+
+        Without a speculator nobody looks at who is `able` to decode.
+        """
+        if self._speculator is None:
+            return {}
+        decoding = list(able)
+        if not decoding:
             return {}
         most = self._limits.num_most_lines // len(decoding) - 1
+        if most < self._limits.max_draft_tokens:
+            # Graphs have lines for one draft a row or for as many as there may be (`verify_ladder`).
+            most = min(most, 1)
         candidates = [self._candidate(sequence, most) for sequence in decoding]
         wanted = self._speculator.lengths(candidates)
         pairs = zip(candidates, wanted, strict=True)
@@ -58,6 +68,8 @@ class DraftPlanner:
 
         Takes pages for what is guessed while there are any, and cuts the drafts otherwise.
         """
+        if self._speculator is None:
+            return {}
         drafts = {each.sequence_id: self._drafts(each, lengths.get(each.sequence_id, 0)) for each in decoding}
         if any(each.is_speculative for each in drafts.values()):
             return drafts
@@ -94,7 +106,8 @@ class DraftPlanner:
         )
 
     def _drafts(self, sequence: Sequence, length: int) -> Drafts:
-        if self._speculator is None or length <= 0 or sequence.num_steps_under_way:
+        assert self._speculator is not None
+        if length <= 0 or sequence.num_steps_under_way:
             return NO_DRAFTS
         if not self._speculator.drafts_on_device:
             num_fitting = self._take_room(sequence, length)

@@ -74,18 +74,18 @@ class Scheduler(SequenceBook):
         there is no work, or none until the steps under way are committed.
         """
         num_preemptions = self.counters.num_preemptions
-        lengths = self._drafts.lengths([each for each in self.running if self._can_decode(each)])
+        lengths = self._drafts.lengths(each for each in self.running if self._can_decode(each))
         must_wait = self._num_verifying or (lengths and self._num_under_way)
         decoding = None if must_wait else self._make_room()
         if decoding is None:
             return BatchPlan(next(self._step_ids))
         drafts = self._drafts.assign(decoding, lengths)
-        verify_rows = [
-            self._plan_verify(each, drafts[each.sequence_id])
-            for each in decoding
-            if each.sequence_id in drafts
-        ]
-        decode_rows = [self._plan_decode(each) for each in decoding if each.sequence_id not in drafts]
+        verify_rows: list[VerifyRow] = []
+        if drafts:
+            verifying = [each for each in decoding if each.sequence_id in drafts]
+            decoding = [each for each in decoding if each.sequence_id not in drafts]
+            verify_rows = [self._plan_verify(each, drafts[each.sequence_id]) for each in verifying]
+        decode_rows = [self._plan_decode(each) for each in decoding]
         budget = self.limits.step_token_budget - len(decode_rows)
         budget -= sum(row.num_lines for row in verify_rows)
         chunks: list[PrefillChunk] = []
