@@ -41,6 +41,7 @@ def test_with_a_text_it_is_calibrated_and_the_folder_is_served(run, conversation
     loaded = load_checkpoint(out)
     assert loaded.scheme == "int4"
     assert ran.json["bytes"] == sum(path.stat().st_size for path in out.glob("*.safetensors")) - _headers(out)
+    assert len({path.stat().st_mode for path in out.iterdir()}) == 1  # nobody reads one file and not another
     assert (out / "tokenizer.json").read_bytes() == (MODEL / "tokenizer.json").read_bytes()
 
     again = run("quantize", str(MODEL), "--out", str(out))

@@ -42,6 +42,11 @@ async def engine_ready(address: str) -> str | None:
             )
         except grpc.aio.AioRpcError:
             return None
+    return describe(info)
+
+
+def describe(info: engine_pb2.EngineInfo) -> str:
+    """An engine in one line."""
     parts = [f"{info.base_model.model_id} on {info.device}", info.dtype]
     if info.weights_scheme:
         parts.append(f"{info.weights_scheme} weights")
