@@ -7,7 +7,8 @@ AdamW; rank 16 on all linear layers. The first step compiles the kernels and is 
 benchmarks/results/training.csv. MFU counts four operations per parameter and token (six without the
 weights' own gradients) and attention's products forward and backward; the head counts for scored tokens
 alone. What is computed twice to save memory is not counted. `--profile` prints where a step's GPU time
-goes; `--mtp` adapts a multi-token-prediction layer as well, whose operations the MFU leaves out; `--tiny` runs everything in small on a CPU, and keeps its rows out of there.
+goes; `--mtp` adapts a multi-token-prediction layer as well, whose operations the MFU leaves out; `--tiny`
+runs everything in small on a CPU, and keeps its rows out of there.
 """
 
 from __future__ import annotations

@@ -1,12 +1,16 @@
 """Chat and text completions through the whole gateway, with a scripted engine behind it."""
 
 import asyncio
+from dataclasses import replace
 
 import httpx
 import pytest
 
+from kiln_common.clients.trainer import TrainerClient
 from kiln_common.errors import EngineUnavailable
-from tests.support.gateway import BASE_MODEL_ID, build_rig, gateway_rig, parse_events, served
+from kiln_gateway.engine_seat import EngineSeat
+from kiln_gateway.trainer_pool import TrainerPool
+from tests.support.gateway import BASE_MODEL_ID, FakeEngine, build_rig, gateway_rig, parse_events, served
 
 WEATHER = {
     "type": "function",
@@ -268,6 +272,22 @@ async def test_an_engine_that_is_away_is_found_again(rig):
     rig.engine.is_up = True
     assert (await rig.chat()).status_code == 200
     assert (await rig.http.get("/readyz")).status_code == 200
+
+
+async def test_one_that_hangs_does_not_speak_for_the_others(rig):
+    async def hang():
+        await asyncio.Event().wait()
+
+    engine = FakeEngine(rig.tokenizer)
+    engine.get_info = hang
+    trainer, hanging_trainer = TrainerClient("unix:/nowhere"), TrainerClient("unix:/nowhere")
+    trainer.status, hanging_trainer.status = rig.trainer.status, hang
+    gateway = rig.app.state.gateway
+    gateway.engines.seats.append(EngineSeat(1, engine))
+    gateway.clients = replace(gateway.clients, trainer=TrainerPool([hanging_trainer, trainer]))
+    ready = await rig.http.get("/readyz")
+    assert ready.status_code == 200
+    assert {ready.json()["dependencies"][name] for name in ("engine", "trainer")} == {"ok"}
 
 
 @pytest.mark.parametrize("stream", [True, False])

@@ -300,6 +300,18 @@ async def test_the_same_key_and_body_make_one_job(rig, store):
     assert (other.status_code, other.json()["error"]["code"]) == (409, "idempotency_conflict")
 
 
+async def test_a_trainer_that_is_slow_to_say_how_it_is_is_waited_for(rig):
+    async def too_late():
+        return [None]
+
+    async def status():
+        return trainer_pb2.TrainerStatus(trainer_id="slow", model_hash="aa")
+
+    rig.trainer.statuses, rig.trainer.status = too_late, status
+    found = (await rig.http.get("/v1/train/status")).json()
+    assert (found["trainer_id"], found["model_hash"]) == ("slow", "aa")
+
+
 async def test_jobs_can_be_read_watched_and_cancelled(rig):
     job_id = (await grpo(rig, prompt="Hi", completions=["a", "b"], rewards=[1, 0])).json()["id"]
     assert (await rig.http.get(f"/v1/train/jobs/{job_id}")).json()["id"] == job_id

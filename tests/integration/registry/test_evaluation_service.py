@@ -96,3 +96,21 @@ def test_a_suites_content_is_read_only_where_it_is_wanted(tmp_path):
     assert store.claim_run(30.0, 1.0).suite.content == "{}"
     assert len(read) == 2
     engine.dispose()
+
+
+def test_runs_are_found_by_the_name_as_it_is_written(tmp_path):
+    engine = schema.open_engine("", tmp_path)
+    store = EvaluationStore(engine)
+    suite = store.put_suite(pb.PutSuiteRequest(owner="me", name="small", content="{}", num_cases=1), 0.0)
+    for adapter in ("kind@1", "kind@2", "Kind@1", "kinder@1", "k_nd@1"):
+        run = pb.SubmitRunRequest(owner="me", suite_id=suite.id, adapter=adapter, settings_json="{}")
+        store.submit_run(run, 0.0)
+
+    def found(adapter):
+        return {run.adapter for run in store.list_runs(pb.ListRunsRequest(owner="me", adapters=[adapter]))}
+
+    assert found("kind") == {"kind@1", "kind@2"}
+    assert found("Kind") == {"Kind@1"}
+    assert found("k_nd") == {"k_nd@1"}
+    assert found("kind@2") == {"kind@2"}
+    engine.dispose()

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 from sqlalchemy.exc import OperationalError
@@ -43,6 +44,31 @@ async def test_what_is_published_can_be_fetched(tmp_path):
         assert await client.set_default("") is None
         assert await client.get_default() is None
     assert [path.name for path in stored_files(tmp_path)] == [version.sha256]
+
+
+async def test_others_are_answered_while_the_disk_takes_bytes_that_were_refused(tmp_path, monkeypatch):
+    is_syncing, may_end, in_time = threading.Event(), threading.Event(), []
+
+    def slow(descriptor):
+        is_syncing.set()
+        in_time.append(may_end.wait(3))
+
+    async with running_registry(tmp_path) as client:
+        monkeypatch.setattr(os, "fsync", slow)
+        publishing = asyncio.create_task(
+            client.publish(publish_header("a", sha256="0" * 64), adapter_bytes())
+        )
+        try:
+            await asyncio.to_thread(is_syncing.wait)
+            for _ in range(10):  # refused by now, and waiting for the disk
+                await client.get_default()
+                await asyncio.sleep(0.02)
+        finally:
+            may_end.set()
+        with pytest.raises(KilnError) as refused:
+            await publishing
+        assert refused.value.code == "sha256_mismatch"
+    assert in_time == [True]  # nobody held up the loop that says so
 
 
 async def test_a_rollback_is_seen_by_the_next_to_resolve_the_name(tmp_path):

@@ -296,6 +296,10 @@ def test_each_trainer_shares_the_gpu_and_the_weights_of_one_engine(tmp_path):
     assert [env["KILN_TRAINER_ENGINE_ADDRESSES"] for env in trainers] == [
         specs[name]["KILN_ENGINE_LISTEN"] for name in ("engine", "engine-2")
     ]
+    # An address for clients can be listened on once.
+    listeners = [env.get("KILN_TRAINER_CLIENT_LISTEN") for env in trainers]
+    listeners += [specs[name].get("KILN_ENGINE_CLIENT_LISTEN") for name in ("engine", "engine-2", "engine-3")]
+    assert listeners == [None, "", None, "", ""]
     # Whichever claims a job finds its checkpoints.
     assert len({env["KILN_TRAINER_STATE_DIR"] for env in trainers}) == 1
     listens = ",".join(env["KILN_TRAINER_LISTEN"] for env in trainers)

@@ -15,6 +15,7 @@ class Trainer:
         self.is_up = True
         self.asked = []
         self.told = []
+        self.num_watched = 0
 
     def _check(self):
         if not self.is_up:
@@ -36,10 +37,14 @@ class Trainer:
 
     async def watch(self, job_id, after_event_id=""):
         self.asked.append(after_event_id)
-        for event_id in self.told:
-            if event_id > after_event_id:
-                yield trainer_pb2.JobEvent(id=event_id)
-        self._check()
+        self.num_watched += 1
+        try:
+            for event_id in self.told:
+                if event_id > after_event_id:
+                    yield trainer_pb2.JobEvent(id=event_id)
+            self._check()
+        finally:
+            self.num_watched -= 1
 
     async def status(self):
         self._check()
@@ -95,6 +100,15 @@ async def test_a_watch_goes_on_after_the_last_event(trainers):
     events = [event.id async for event in TrainerPool(trainers).watch("a")]
     assert events == ["1", "2", "3"]
     assert trainers[1].asked == ["2"]
+
+
+async def test_a_watch_that_is_closed_ends_at_the_trainer(trainers):
+    trainers[0].told = ["1", "2"]
+    watch = TrainerPool(trainers).watch("a")
+    assert (await anext(watch)).id == "1"
+    assert trainers[0].num_watched == 1
+    await watch.aclose()
+    assert trainers[0].num_watched == 0
 
 
 async def test_each_says_how_it_is(trainers):

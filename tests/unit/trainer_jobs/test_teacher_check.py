@@ -120,3 +120,14 @@ def test_what_a_teacher_says_at_once_is_bounded():
     assert caught.value.code == "invalid_job_config"
     request.opd.settings.teacher_model.top_k = 255
     check_request(request, None)
+
+
+def test_a_round_of_several_epochs_has_every_prompt_as_often():
+    request = taught_by(top_k=256)
+    request.config.batch_tokens = 2**20
+    request.opd.settings.sampling.max_tokens = 2**18
+    request.opd.settings.refresh_every = 6  # of two steps each epoch
+    check_request(request, None)
+    request.config.epochs = 3
+    with pytest.raises(KilnError, match=r"each of 1572864, 402653184 in all"):
+        check_request(request, None)

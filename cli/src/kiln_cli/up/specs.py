@@ -146,7 +146,7 @@ def _engine(
     return ServiceSpec(
         name=name,
         argv=_module("kiln_engine"),
-        env={**env, **options.gpu_env, **_only_gpu(gpu)},
+        env={**env, **options.gpu_env, **_only_gpu(gpu), **_client_listener(name)},
         probe=lambda: readiness.engine_ready(address[name]),
         stop_timeout_s=45.0,
     )
@@ -166,10 +166,16 @@ def _trainer(
     return ServiceSpec(
         name=name,
         argv=_module("kiln_trainer"),
-        env={**env, **options.gpu_env, **_trainers_gpu(gpu)},
+        env={**env, **options.gpu_env, **_trainers_gpu(gpu), **_client_listener(name)},
         probe=lambda: readiness.grpc_ready(address[name]),
         stop_timeout_s=30.0,
     )
+
+
+def _client_listener(name: str) -> dict[str, str]:
+    """The address for clients from outside, if there is one, is that of the first of a kind."""
+    kind, _, number = name.partition("-")
+    return {f"KILN_{kind.upper()}_CLIENT_LISTEN": ""} if number else {}
 
 
 def _only_gpu(gpu: str) -> dict[str, str]:

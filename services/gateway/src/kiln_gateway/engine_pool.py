@@ -23,7 +23,7 @@ from kiln_gateway.routing import choose
 
 log = structlog.get_logger()
 _PROBE_INTERVAL_S = 2.0
-_PROBE_TIMEOUT_S = 2.0
+PROBE_TIMEOUT_S = 2.0
 # Codes of engines that stop: what they have not ended is another one's.
 _STOPPING = ("engine_draining", "answer_handed_back")
 # A request that kills engines must not go from one to the next for ever.
@@ -240,7 +240,7 @@ class EnginePool:
 
     async def _probe_seat(self, seat: EngineSeat) -> None:
         try:
-            async with asyncio.timeout(_PROBE_TIMEOUT_S):
+            async with asyncio.timeout(PROBE_TIMEOUT_S):
                 info = await seat.client.get_info()
         except (KilnError, TimeoutError):
             if seat.is_answering:

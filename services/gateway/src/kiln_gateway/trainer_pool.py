@@ -11,8 +11,9 @@ from kiln_common.clients.trainer import TrainerClient
 from kiln_common.errors import KilnError, TrainerUnavailable
 from kiln_common.ids import new_id
 from kiln_common.pb import trainer_pb2
+from kiln_gateway.ports import closing
 
-_STATUS_TIMEOUT_S = 2.0
+STATUS_TIMEOUT_S = 2.0
 T = TypeVar("T")
 
 
@@ -59,9 +60,10 @@ class TrainerPool:
         while True:
             chosen = self._chosen
             try:
-                async for event in self._trainers[chosen].watch(job_id, after_event_id):
-                    after_event_id, num_silent = event.id, 0
-                    yield event
+                async with closing(self._trainers[chosen].watch(job_id, after_event_id)) as events:
+                    async for event in events:
+                        after_event_id, num_silent = event.id, 0
+                        yield event
                 return
             except TrainerUnavailable:
                 num_silent += 1
@@ -96,6 +98,6 @@ class TrainerPool:
 
 async def _status_or_none(trainer: TrainerClient) -> trainer_pb2.TrainerStatus | None:
     try:
-        return await asyncio.wait_for(trainer.status(), _STATUS_TIMEOUT_S)
+        return await asyncio.wait_for(trainer.status(), STATUS_TIMEOUT_S)
     except (KilnError, TimeoutError):
         return None

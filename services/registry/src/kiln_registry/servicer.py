@@ -80,7 +80,7 @@ class RegistryServicer(registry_pb2_grpc.RegistryServicer):
                 await _receive(request_iterator, upload)
                 record = await asyncio.to_thread(self._publisher.publish, header, upload)
         finally:
-            upload.close()
+            await asyncio.to_thread(upload.close)  # it may wait for the disk
         self._on_change()
         log.info(
             "adapter_published", adapter=f"{record.name}@{record.version}", job_id=record.job_id,

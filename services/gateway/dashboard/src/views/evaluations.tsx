@@ -30,10 +30,10 @@ export function useRuns(mayEvaluate: boolean, adapters: Adapter[]): Runs {
     if (mayEvaluate) void look();
   }, [mayEvaluate, adapters]);
   useEffect(() => {
-    if (!runs.some(isUnderWay)) return;
+    if (action.isBusy || !runs.some(isUnderWay)) return;
     const timer = setTimeout(() => void look(), LOOK_AGAIN_MS);
     return () => clearTimeout(timer);
-  }, [runs]);
+  }, [runs, action.isBusy]); // also after a look that failed
   return { runs, error: action.error, look };
 }
 

@@ -14,14 +14,17 @@ from kiln_common.errors import KilnError
 from kiln_common.pb import engine_pb2, registry_pb2, trainer_pb2
 from kiln_gateway.adapters.visible_adapters import with_visible_residents
 from kiln_gateway.auth import Caller, require
+from kiln_gateway.engine_pool import PROBE_TIMEOUT_S
 from kiln_gateway.engine_seat import EngineSeat
 from kiln_gateway.gateway import Gateway, answers, gateway_of
 from kiln_gateway.json_response import json_response
+from kiln_gateway.trainer_pool import STATUS_TIMEOUT_S
 from kiln_gateway.training.job_rights import visible_running_job
 
 router = APIRouter()
 _ANY_KEY = Depends(require(None))
-_CHECK_TIMEOUT_S = 2.0
+# More than any one engine or trainer is given: those that hang must not speak for those that answer.
+_CHECK_TIMEOUT_S = max(PROBE_TIMEOUT_S, STATUS_TIMEOUT_S) + 0.5
 # Fields of EngineStats as clients name them, where that differs from dropping "num_".
 _STAT_NAMES = {
     "num_prompt_tokens": "prompt_tokens_total",

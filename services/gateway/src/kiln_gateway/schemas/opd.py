@@ -124,7 +124,7 @@ Teacher = Annotated[
 
 
 class OpdBody(JobFields):
-    teacher: Teacher
+    teacher: Teacher = Field(description='"base", an adapter, or another engine\'s model')
     prompts: Annotated[list[OpdPrompt], Field(min_length=1, max_length=4096)] | None = Field(
         None, description="the job samples them as it goes; at most 4,096"
     )

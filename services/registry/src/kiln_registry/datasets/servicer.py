@@ -55,7 +55,7 @@ class DatasetServicer(dataset_pb2_grpc.DatasetsServicer):
             log.error("registry_storage_full", reason=str(error))
             raise RegistryStorageFull(f"the registry's disk did not take the dataset: {error}") from error
         finally:
-            upload.close()
+            await asyncio.to_thread(upload.close)  # it may wait for the disk
         log.info("dataset_kept", dataset=record.id, rows=record.num_rows, num_bytes=record.num_bytes)
         return pb.Dataset(**asdict(record), is_repeat=is_repeat)
 

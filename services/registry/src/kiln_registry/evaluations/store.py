@@ -304,8 +304,9 @@ def _suite(row: RowMapping | dict[str, Any], *, with_content: bool = False) -> p
 
 
 def _is_on(adapter: str) -> ColumnElement[bool]:
-    """Whether a run is on this version, or on any of this name."""
-    return (runs.c.adapter == adapter) | runs.c.adapter.startswith(f"{adapter}@", autoescape=True)
+    """Whether a run is on this version, or on any of this name. LIKE would take "Kind" for "kind" on SQLite."""
+    beginning = f"{adapter}@"
+    return (runs.c.adapter == adapter) | (func.substr(runs.c.adapter, 1, len(beginning)) == beginning)
 
 
 def _run(row: RowMapping, suite: pb.EvalSuite, num_done: int) -> pb.EvalRun:

@@ -36,7 +36,7 @@ def check_opd(spec: trainer_pb2.OpdSpec, config: trainer_pb2.JobConfig, limits: 
     for number, rollout in enumerate(spec.rollouts):
         _check_rollout(number, rollout, limits)
     if options.teacher_model is not None:
-        _check_scores(spec, options, options.teacher_model.top_k)
+        _check_scores(spec, options, options.teacher_model.top_k, config.epochs or 1)
     if spec.rollouts and not any(rollout.completion_token_ids for rollout in spec.rollouts):
         raise EmptyTrainingData("every completion is empty", param="groups")
 
@@ -64,11 +64,12 @@ def _check_prompts(
         limits.check(index, prompt.token_ids, num_more_tokens=spec.settings.sampling.max_tokens)
 
 
-def _check_scores(spec: trainer_pb2.OpdSpec, options: OpdOptions, top_k: int) -> None:
+def _check_scores(spec: trainer_pb2.OpdSpec, options: OpdOptions, top_k: int, num_epochs: int) -> None:
     """What a teacher on another engine says of one round lies in memory and in one file."""
     num_tokens = sum(len(rollout.completion_token_ids) for rollout in spec.rollouts)
     if spec.prompts:
-        num_prompts = min(options.prompts_per_step * options.refresh_every, len(spec.prompts))
+        in_a_step = min(options.prompts_per_step, len(spec.prompts))
+        num_prompts = min(in_a_step * options.refresh_every, len(spec.prompts) * num_epochs)
         num_tokens = num_prompts * options.samples_per_prompt * spec.settings.sampling.max_tokens
     if num_tokens * top_k > _MAX_SCORES_AT_ONCE:
         raise InvalidJobConfig(

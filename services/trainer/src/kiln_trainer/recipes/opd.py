@@ -2,8 +2,8 @@
 
 At each token of a completion that the student drew, its distribution over the vocabulary is pulled
 towards the teacher's: all of it where the teacher runs on the same weights, its likeliest tokens and one
-place for all others where it runs on another engine. The gradient goes through the distributions alone and not through the
-drawing, as in the paper. A step's loss is the mean over its completion tokens.
+place for all others where it runs on another engine. The gradient goes through the distributions alone
+and not through the drawing, as in the paper. A step's loss is the mean over its completion tokens.
 
 Paper: Agarwal et al. 2023, On-policy distillation of language models, GKD (arXiv 2306.13649).
 """

@@ -22,8 +22,7 @@ class Policy:
 
     Only the rows that predict a scored token go through the head, so a prompt costs no logits.
     The teacher is the same model too, with the adapter `teacher` or without any, unless a batch says what
-    another one thinks of it. Without a plan
-    every layer keeps its activations.
+    another one thinks of it. Without a plan every layer keeps its activations.
     """
 
     def __init__(
