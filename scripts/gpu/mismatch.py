@@ -139,7 +139,8 @@ class Scorer:
         for chosen in first_fit(range(len(documents)), [d.num_tokens for d in documents], self._batch_tokens):
             batch = pack([documents[index] for index in chosen]).to(self._policy.device)
             batch.temperature_S.fill_(temperature)
-            found = self._policy.score(batch, with_adapter=drawn.name == "with an adapter")
+            hidden = self._policy.run(batch, with_adapter=drawn.name == "with an adapter")
+            found = self._policy.score(batch, hidden)
             parts.append((batch.sampler_logprob_S, found.logprobs_T, found.entropies_T))
         sampler_S, trainer_S, entropy_S = (torch.cat(column).double() for column in zip(*parts, strict=True))
         return sampler_S, trainer_S, float(entropy_S.mean())

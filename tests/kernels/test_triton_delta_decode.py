@@ -136,7 +136,7 @@ def test_the_released_head_shape(formats):
     ],
 )
 def test_other_shapes(shape):
-    last = min(shape.capacity, 32) - 1
+    last = min(shape.page_tokens, 32) - 1
     _run(shape, ((0, 1, last, 1), (2, 2, last // 2, None), (3, 4, 1, None)), "float32")
 
 

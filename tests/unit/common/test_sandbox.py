@@ -193,8 +193,9 @@ except BlockingIOError:
     os.write(1, str(num).encode())
 """
     result = python(code, num_processes=8, time_s=20)
-    assert result.stopped is Stop.PROCESSES or int(result.stdout) <= 24
-    assert int(result.message.split()[5]) <= 24
+    # Whichever comes first, the watcher or the kernel.
+    counted = result.message.split()[5] if result.stopped is Stop.PROCESSES else result.stdout
+    assert int(counted) <= 24
 
 
 def test_memory_is_limited_for_one_process_and_for_all_together(python: Run):

@@ -50,6 +50,8 @@ def delta_decode(
     reads its committed state and its ring, appends the token to the ring, commits where asked
     to, and leaves through the gated norm. No host synchronisation on the Triton path.
 
+    Every row's length is below the memory's `page_tokens`, however much room its ring has for drafts.
+
     Without `commits` nothing is committed yet: `delta_commit` does it for all layers, once their
     steps are done and before the rows' next step. That is faster on a GPU. Batch-invariant kernels
     are the same for any number of rows; the reference ignores that.

@@ -46,6 +46,11 @@ def delta_verify_reference(
         lines = (num_new_R, mixed_RNC, a_RNH, b_RNH, z_RNHV)
         num_new_R, mixed_RNC, a_RNH, b_RNH, z_RNHV = (x.index_select(0, index.active) for x in lines)
     num_rows, num_lines = mixed_RNC.shape[:2]
+    is_new_RN = torch.arange(num_lines, device=num_new_R.device) < num_new_R[:, None]
+    # Whatever stands in the other lines must not get into products with zero.
+    mixed_RNC, a_RNH, b_RNH = (
+        torch.where(is_new_RN[..., None], x, x.new_zeros(())) for x in (mixed_RNC, a_RNH, b_RNH)
+    )
     num_key_heads, _, key_dim = memory.ring.k_RhPK.shape[1:]
     convolved = _convolve(memory, index.conv_window, weights.conv_CW, mixed_RNC)
     heads = delta_rule_heads(convolved.flatten(0, 1), num_key_heads, key_dim, z_RNHV.shape[-1])
@@ -56,7 +61,6 @@ def delta_verify_reference(
     done = gated_delta_ring_lines(state, ring, index.mask_R1P, q, k, v, g, beta)
     out = gated_rms_norm(done.out_RNHV, z_RNHV, weights.norm_V, weights.norm_eps)
 
-    is_new_RN = torch.arange(num_lines, device=num_new_R.device) < num_new_R[:, None]
     rows_T, lines_T = is_new_RN.nonzero(as_tuple=True)
     lengths_R = begun.lengths_R if index.active is None else begun.lengths_R[index.active]
     slots_T, places_T = index.ring_slots[rows_T], lengths_R[rows_T] + lines_T
