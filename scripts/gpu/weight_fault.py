@@ -62,6 +62,7 @@ def try_write(model: Path, sharing: str) -> None:
                 capture_output=True,
                 text=True,
                 check=False,
+                timeout=_RECOVERY_TIMEOUT_S,
             )
             died_s = time.monotonic()
             num_failed, after = 0, answer(stack)
