@@ -1,8 +1,9 @@
 """Qwen3.5 over KV pages and state slots: the forward pass of one engine step.
 
 Decode rows go through the layers as one batch, prefill chunks as one packed run; the linear
-layers see all of them together. Verify rows are a pass of their own, whose lines attend one by one. What a sequence remembers is in the two stores. On a GPU a pass
-waits for nothing on the host, so that one over fixed buffers can be captured in a graph.
+layers see all of them together. Verify rows are a pass of their own, whose lines attend one by one.
+What a sequence remembers is in the two stores. On a GPU a pass waits for nothing on the host, so that
+one over fixed buffers can be captured in a graph.
 
 Legend: `T` tokens of the step (decode rows first), `R` decode rows, `D` hidden width.
 """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 
 from kiln_common.errors import KilnError
@@ -74,7 +75,7 @@ class Scheduler(SequenceBook):
         there is no work, or none until the steps under way are committed.
         """
         num_preemptions = self.counters.num_preemptions
-        lengths = self._drafts.lengths(each for each in self.running if self._can_decode(each))
+        lengths = self._drafts.lengths(self._able_to_decode())
         must_wait = self._num_verifying or (lengths and self._num_under_way)
         decoding = None if must_wait else self._make_room()
         if decoding is None:
@@ -97,6 +98,10 @@ class Scheduler(SequenceBook):
         plan = BatchPlan(next(self._step_ids), tuple(decode_rows), tuple(chunks), tuple(verify_rows))
         self._count_under_way(plan, 1)
         return plan
+
+    def _able_to_decode(self) -> Iterator[Sequence]:
+        """In order; nothing is put in order where nobody asks."""
+        yield from (sequence for sequence in self.running if self._can_decode(sequence))
 
     def commit(self, plan: BatchPlan, result: StepResult) -> list[SequenceEvent]:
         """Take over what the step computed; one event for each token drawn and each chunk read out.
