@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kiln_common.errors import KilnError
-from kiln_engine.device_side import ModelNotLoaded, load_device_side
+from kiln_engine.device_side import SettingsUnfit, load_device_side
 from kiln_engine.settings import EngineSettings
 from kiln_nn.kernels.quantised import QuantisedMatrix
 from kiln_nn.packed_model import PackedModel
@@ -48,7 +48,7 @@ async def test_it_answers_as_the_rounded_model_and_shares_that(tmp_path, scheme)
 
 def test_a_model_that_cannot_be_rounded_stops_the_start_by_name(tmp_path):
     make_checkpoint(tmp_path / "model", hidden_size=48, intermediate_size=64, head_dim=16)
-    with pytest.raises(ModelNotLoaded, match="multiple of 128") as refused:
+    with pytest.raises(SettingsUnfit, match="multiple of 128") as refused:
         load_device_side(settings_for(tmp_path, tmp_path / "model", quantization="int4"))
     assert isinstance(refused.value, KilnError)
     assert refused.value.code == "invalid_quantization"

@@ -32,7 +32,7 @@ from kiln_engine.scheduling import SchedulerLimits
 from kiln_engine.settings import EngineSettings
 from kiln_nn.blocks import head_weight
 from kiln_nn.config import ModelConfig
-from kiln_nn.errors import KilnNnError
+from kiln_nn.errors import InvalidQuantization, KilnNnError
 from kiln_nn.kernels.dispatch import why_no_kernels
 from kiln_nn.lora import adapter_table, mtp_table
 from kiln_nn.sharing import AdapterInbox, WeightServer, wait_for_old_leases
@@ -54,6 +54,14 @@ _INBOX_NAME = "adapters.sock"
 
 class ModelNotLoaded(KilnError):
     """The checkpoint cannot be served; code and hint say why."""
+
+    def __init__(self, error: KilnNnError) -> None:
+        super().__init__(error.message, hint=error.hint)
+        self.code = error.code
+
+
+class SettingsUnfit(ConfigurationError):
+    """What the settings ask cannot be done with this checkpoint; code and hint say why."""
 
     def __init__(self, error: KilnNnError) -> None:
         super().__init__(error.message, hint=error.hint)
@@ -99,7 +107,8 @@ def load_device_side(settings: EngineSettings) -> EngineParts:
     """Load the checkpoint, share its weights and allocate the pools. Takes as long as the disk does.
 
     Raises:
-        ModelNotLoaded, NotEnoughMemory, DeviceNotAvailable, SettingsContradict: with what is wrong and what to do.
+        ModelNotLoaded, NotEnoughMemory, DeviceNotAvailable, SettingsContradict, SettingsUnfit: with what is
+            wrong and what to do.
     """
     torch.set_num_threads(settings.num_threads)
     device = _choose_device(settings.device)
@@ -128,6 +137,8 @@ def load_device_side(settings: EngineSettings) -> EngineParts:
         inbox = AdapterInbox(settings.socket_dir / _INBOX_NAME)
         views = model.arena.views()
         small_head = make_small_head(head_weight(model.config, views), settings.head_quantization)
+    except InvalidQuantization as error:
+        raise SettingsUnfit(error) from error
     except KilnNnError as error:
         raise ModelNotLoaded(error) from error
     weights_bytes = model.manifest.nbytes + (small_head.nbytes if small_head else 0)
