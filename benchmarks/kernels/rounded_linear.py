@@ -7,8 +7,8 @@ distinct weights of that layer (with SwiGLU, or with the residual's norm behind,
 
 - x in bf16: `bf16` weights; fp8 `now`, as choice_quantised.py has it; `rounded x`, the best of the
   candidates below behind a kernel that rounds x.
-- x rounded already: `x given`, that candidate; `unpromoted`, the same with all sums left to tensor
-  cores; `library`.
+- x rounded already: `x given`, that candidate; `unpromoted` (of 64 rows), the same with all sums left
+  to tensor cores; `library`.
 - `norm ...`: the norm that makes x and the layer, for the layers that have one in front; it rounds x
   where the layer reads it so. in_proj has the rows beside it that stay bf16.
 
@@ -55,45 +55,52 @@ NUM_BESIDE = 64  # in_proj_b and in_proj_a
 MOST_ERROR = 8e-3  # against the product of the same rounded rows: a rounding of the result and short sums
 MOST_ERROR_OF_ROUNDING = 8e-2
 NUM_WORKERS = 14
+MULTIPROCESSORS = 132
+# Inputs of a slot, and kilobytes of the ring: three programs to a multiprocessor, two, or one.
+RINGS = ((128, 72), (128, 108), (256, 108), (256, 200))
+UNPROMOTED_ROWS = 64  # the number of rows at which that is tried, for it is compiled alone
 NORM_PARTIALS = 4  # that the norm in front adds up
 EPS = 1e-6
 
 
 def candidates(layer: Layer, num_rows: int, *, promotes: bool) -> list[LinearConfig]:
-    """Tiles to try: outputs of a program, warps, inputs of a slot and kilobytes of its ring."""
-    is_gated, most = layer.kind is LinearKind.GATED, 1 << (num_rows - 1).bit_length()
-    if most <= 64:
-        shapes = [(64, 4, 128, 72), (64, 4, 256, 72), (64, 4, 256, 108), (48, 4, 256, 72), (128, 8, 128, 108)]
-        shapes += [(128, 8, 256, 108), (96, 8, 256, 108), (128, 4, 128, 108)]
-    else:
-        shapes = [
-            (64, 4, 128, 108),
-            (128, 8, 128, 108),
-            (128, 8, 256, 210),
-            (96, 8, 128, 108),
-            (128, 8, 128, 210),
-        ]
+    """Tiles that give every multiprocessor as many as any other, and two more; warps, inputs, rings."""
     found: dict[LinearConfig, None] = {}
-    for tokens, (rows, warps, inputs, ring_kib) in product({min(most, 256), min(most, 128)}, shapes):
-        outputs = rows // 2 if is_gated else rows
-        tile_rows = max(16 * warps, weight_rows(outputs, layer.kind))
-        sums = tile_rows * tokens // (32 * warps)
-        stages = min(12, ring_kib * 1024 // (inputs * (tile_rows + tokens)))
-        if stages < 2 or sums > 128:
-            continue
-        for splits in _splits(layer, outputs, inputs, num_rows):
+    outputs = layer.outputs // 2 if layer.kind is LinearKind.GATED else layer.outputs
+    most = 1 << (num_rows - 1).bit_length()
+    for tokens in sorted({min(most, 256), min(most, 128)}):
+        num_token_tiles = -(-num_rows // tokens)
+        if layer.kind is LinearKind.PARTIAL:
+            shared = ((64, 1), (64, 2), (80, 1), (80, 2), (128, 1))
+            tiles = [(tile, _splits(tile, layer, num_token_tiles, waves)) for tile, waves in shared]
+        else:
+            tiles = [
+                (_balanced(outputs, waves * MULTIPROCESSORS // num_token_tiles), 1) for waves in (1, 2, 3)
+            ]
+            tiles.append((32 if layer.kind is LinearKind.GATED else 64, 1))
+        for (tile, splits), warps, (inputs, ring_kib) in product(tiles, (4, 8), RINGS):
+            tile_rows = max(64, weight_rows(tile, layer.kind))
+            sums = tile_rows * tokens // (32 * warps)
+            stages = min(12, ring_kib * 1024 // (inputs * (tile_rows + tokens)))
+            num_blocks = -(-layer.inputs // inputs)
+            is_wasteful = 16 * warps > tile_rows or stages * splits > 2 * num_blocks
+            if stages < 2 or sums > 128 or is_wasteful:
+                continue
+            splits = -(-num_blocks // -(-num_blocks // splits))  # none without inputs
             can_promote = promotes and sums <= 64
-            found[LinearConfig(tokens, outputs, inputs, splits, warps, stages, 8, can_promote)] = None
+            found[LinearConfig(tokens, tile, inputs, splits, warps, stages, 8, can_promote)] = None
     return list(found)
 
 
-def _splits(layer: Layer, outputs: int, inputs: int, num_rows: int) -> list[int]:
-    if layer.kind is not LinearKind.PARTIAL:
-        return [1]
-    num_blocks = -(-layer.inputs // inputs)
-    num_tiles = -(-layer.outputs // outputs) * -(-num_rows // 256)
-    wanted = {max(1, round(share * 132 / num_tiles)) for share in ((0.5, 1) if num_rows > 128 else (1, 2))}
-    return sorted({-(-num_blocks // -(-num_blocks // min(splits, num_blocks))) for splits in wanted})
+def _balanced(outputs: int, num_programs: int) -> int:
+    """The smallest tile, of one or two boxes, of which so many programs are enough."""
+    return next(tile for tile in range(8, 257, 8) if tile.bit_count() <= 2 and tile * num_programs >= outputs)
+
+
+def _splits(tile: int, layer: Layer, num_token_tiles: int, waves: int) -> int:
+    """Parts of the inputs that make a tile's programs as many as multiprocessors, or twice as many."""
+    num_tiles = -(-layer.outputs // tile) * num_token_tiles
+    return max(1, waves * MULTIPROCESSORS // num_tiles)
 
 
 def _after_norm(y: torch.Tensor) -> torch.Tensor:
@@ -168,13 +175,14 @@ def _compile(tasks: list[tuple[Layer, int, LinearConfig]]) -> None:
 
 def _compile_all(layers: Iterable[Layer], all_rows: Iterable[int], *, promotes: bool) -> None:
     begun = time.monotonic()
-    tasks = [
-        (layer, num_rows, config)
+    distinct = {
+        # What a kernel is compiled for; splits are none of it, and layers of one kind share theirs.
+        (layer.kind, min(num_rows, config.tokens), replace(config, splits=1)): (layer, num_rows, config)
         for layer in layers
-        if layer.name != "qkv_proj"  # compiled as in_proj is
         for num_rows in all_rows
         for config in candidates(layer, num_rows, promotes=promotes)
-    ]
+    }
+    tasks = list(distinct.values())
     with multiprocessing.get_context("spawn").Pool(NUM_WORKERS) as pool:
         pool.map(_compile, [tasks[start::NUM_WORKERS] for start in range(NUM_WORKERS)], chunksize=1)
     print(f"{len(tasks)} kernels compiled in {time.monotonic() - begun:.0f} s", flush=True)
@@ -213,11 +221,10 @@ class Bench:
         for config in order[:3]:
             print(f"  {self.layer.name} {num_rows} rows {took[config]:.2f} us: {config}", flush=True)
         best = self.best[num_rows] = order[0]
-        for name, rows, config in (
-            ("rounded x", x, best),
-            ("x given", given, best),
-            ("unpromoted", given, replace(best, promotes=False)),
-        ):
+        runs = [("rounded x", x, best), ("x given", given, best)]
+        if num_rows == UNPROMOTED_ROWS:
+            runs.append(("unpromoted", given, replace(best, promotes=False)))
+        for name, rows, config in runs:
             run = partial(_own, kind, rows, config=config)
             time_it(name, run, self.matrices, rounded, note=f"{config}", shows_error=True)
         run = partial(_library, kind, given)
