@@ -40,7 +40,10 @@ def row(name: str, value: Any) -> None:
 
 
 def engine_stubs(stack: Stack) -> dict[str, engine_pb2_grpc.EngineStub]:
-    sockets = sorted((stack.state_dir / "run").glob("engine*.sock"))
+    """Of every engine, once all are listening: the stack is ready with the first."""
+    names = [path.stem for path in sorted((stack.state_dir / "pids").glob("engine*.pid"))]
+    sockets = [stack.state_dir / "run" / f"{name}.sock" for name in names]
+    wait_for(lambda: all(path.exists() for path in sockets), f"{sockets}", _START_TIMEOUT_S)
     return {path.stem: engine_pb2_grpc.EngineStub(grpc.insecure_channel(f"unix:{path}")) for path in sockets}
 
 
