@@ -29,7 +29,8 @@ from tests.support.triton_kernels import (
 
 # One rounding to bf16; in float32 what tensor cores lose of sums of 128 inputs, or of all of them.
 BF16_TOLERANCE, PROMOTED_TOLERANCE, SHORT_TOLERANCE = 4e-3, 1e-3, 1e-2
-TOKENS = [1, 3, 8, 17, 63, 64, 100, 129, 300]
+TOKENS = [1, 17, 64, 100, 300]  # every one is compiled for
+CASES = [*(("odd", num_tokens) for num_tokens in TOKENS), ("4b", 64), ("4b", 300)]
 ODD = (100, 384)
 P, G, S = LinearKind.PLAIN, LinearKind.GATED, LinearKind.PARTIAL
 CONFIGS = {
@@ -73,26 +74,24 @@ def _launch(x, matrix, out, config, kind, **options):
 
 
 @on_triton
-@pytest.mark.parametrize("size", ["odd", "4b"])
-@pytest.mark.parametrize("num_tokens", TOKENS)
+@pytest.mark.parametrize(("size", "num_tokens"), CASES)
 @pytest.mark.parametrize("config", [*CONFIGS[P], UNPROMOTED])
-def test_linear(config, num_tokens, size):
+def test_linear(config, size, num_tokens):
     _needs_hopper()
     size = ODD if size == "odd" else SIZES[P]
     x, matrix = round_rows(_draw(num_tokens, size[1])), _matrix(*size)
     expected = _product(x, matrix)
     out = _launch(x, matrix, _poisoned(num_tokens, size[0]), config, P)
-    tolerance = BF16_TOLERANCE if config.promotes else SHORT_TOLERANCE
-    assert relative_error(out, expected) < tolerance
-    out = _launch(x, matrix, _poisoned(num_tokens, size[0], dtype=torch.float32), config, P)
-    assert relative_error(out, expected) < (PROMOTED_TOLERANCE if config.promotes else SHORT_TOLERANCE)
+    assert relative_error(out, expected) < (BF16_TOLERANCE if config.promotes else SHORT_TOLERANCE)
+    if num_tokens == 300:
+        out = _launch(x, matrix, _poisoned(num_tokens, size[0], dtype=torch.float32), config, P)
+        assert relative_error(out, expected) < (PROMOTED_TOLERANCE if config.promotes else SHORT_TOLERANCE)
 
 
 @on_triton
-@pytest.mark.parametrize("size", ["odd", "4b"])
-@pytest.mark.parametrize("num_tokens", TOKENS)
+@pytest.mark.parametrize(("size", "num_tokens"), CASES)
 @pytest.mark.parametrize("config", CONFIGS[G])
-def test_the_gated_form(config, num_tokens, size):
+def test_the_gated_form(config, size, num_tokens):
     _needs_hopper()
     size = ODD if size == "odd" else SIZES[G]
     x, matrix = round_rows(_draw(num_tokens, size[1])), _matrix(*size)
@@ -102,10 +101,9 @@ def test_the_gated_form(config, num_tokens, size):
 
 
 @on_triton
-@pytest.mark.parametrize("size", ["odd", "4b"])
-@pytest.mark.parametrize("num_tokens", TOKENS)
+@pytest.mark.parametrize(("size", "num_tokens"), CASES)
 @pytest.mark.parametrize("config", CONFIGS[S])
-def test_partial_sums(config, num_tokens, size):
+def test_partial_sums(config, size, num_tokens):
     _needs_hopper()
     size = (100, 1152) if size == "odd" else SIZES[S]
     x, matrix = round_rows(_draw(num_tokens, size[1])), _matrix(*size)
@@ -126,8 +124,8 @@ def test_rows_that_lie_apart():
 
 
 @on_triton
-@pytest.mark.parametrize("num_beside", [32, 64, 96])
-@pytest.mark.parametrize("num_tokens", TOKENS)
+@pytest.mark.parametrize("num_beside", [32, 96])
+@pytest.mark.parametrize("num_tokens", [3, 64, 300])
 @pytest.mark.parametrize("config", [LinearConfig(8, 64, 256, 1, 4, 4, 8), *CONFIGS[P], UNPROMOTED])
 def test_whole_rows_beside(config, num_tokens, num_beside):
     _needs_hopper()
@@ -239,11 +237,10 @@ def _compiled(config: LinearConfig, num_tokens: int, kind: LinearKind, *, num_be
 @only_outside_interpreter
 @needs_triton
 @pytest.mark.parametrize("kind", list(LinearKind))
-@pytest.mark.parametrize("num_tokens", [1, 50, 256])
-def test_the_kernel_for_hopper_compiles(num_tokens, kind):
+def test_the_kernel_for_hopper_compiles(kind):
     for config in (*CONFIGS[kind], *([UNPROMOTED] if kind is P else [])):
         num_beside = 64 if kind is P else 0
-        binary = _compiled(config, num_tokens, kind, num_beside=num_beside)
+        binary = _compiled(config, 50, kind, num_beside=num_beside)
         assert binary.metadata.shared <= SHARED_MEMORY_LIMIT[90]
         ptx = binary.asm["ptx"]
         assert f"wgmma.mma_async.sync.aligned.m64n{config.tokens}k32.f32.e4m3.e4m3" in ptx
