@@ -23,7 +23,6 @@ from __future__ import annotations
 
 from functools import cache
 
-from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 TILE_TOKENS = 8
