@@ -93,16 +93,18 @@ def _register_candidates(scheme: Scheme, layer: Layer) -> list[RegisterConfig]:
     num_groups = layer.inputs // 128
     halves = 2 if layer.kind is LinearKind.GATED else 1
     for stripes, warps, splits in product((1, 2, 4), (4, 8), range(1, 10)):
-        if splits > 1 and (layer.kind is not LinearKind.PARTIAL or num_groups % (splits * warps)):
+        is_even = num_groups % (splits * warps) == 0
+        if (splits > 1 and layer.kind is not LinearKind.PARTIAL) or not is_even:
             continue
-        steps = -(-num_groups // (splits * warps))
+        steps = num_groups // (splits * warps)
         words = stripes * halves * (8 if scheme == "int4" else 16)  # of a thread, for a group
         num_warps = layer.outputs // (16 * halves * stripes) * splits * warps
         if steps > 6 or not 8 <= num_warps / MULTIPROCESSORS <= (64 if layer.count > 1 else 1000):
             continue
-        for ahead in {steps, -(-steps // 2)}:
-            if 24 <= words * ahead <= 96:
-                found[RegisterConfig(16 * stripes, splits, warps, ahead)] = None
+        for ahead, registers in product(sorted({steps, -(-steps // 2), min(2, steps)}), (0, 96, 80)):
+            least = words * ahead + 50
+            if 16 <= words * ahead <= 96 and (registers == 0 or least <= registers * 1.1):
+                found[RegisterConfig(16 * stripes, splits, warps, ahead, registers)] = None
     return list(found)
 
 

@@ -56,6 +56,9 @@ OPERATIONS = {
     "shr.u32": lambda a, places: a >> places,
     "and.b32": lambda a, b: a & b,
     "lop3.b32": lambda a, b, c, table: a & b | c,
+    "add.u32": lambda a, b: a.astype(np.uint32) + b,
+    "shfl.sync.idx.b32": lambda a, lane, clamp, mask: a[lane],
+    "mul.rn.f32": lambda a, b: a * b.astype("<u4").view("<f4"),
     "mul.rn.bf16x2": lambda a, b: _pairs(_halves(a) * _halves(b)),
 }
 
@@ -114,7 +117,10 @@ class Warp:
 
     @staticmethod
     def _read(name: str, registers: dict[str, np.ndarray]) -> np.ndarray:
-        return registers[name] if name in registers else np.full(32, int(name, 0), np.uint32)
+        if name in registers:
+            return registers[name]
+        value = int(name.replace("0f", "0x"), 0) & 0xFFFFFFFF  # 0f are the bits of a float
+        return np.full(32, value, np.uint32)
 
 
 def _draw(scheme: str) -> tuple[np.ndarray, np.ndarray]:
@@ -145,6 +151,7 @@ def test_every_weight_meets_its_input(scheme, tiles):
             words += warp.run(fragments.fetch_words(is_masked=False), address)
     assert np.array_equal(np.sort(np.concatenate(warp.loaded)), np.arange(begin)), "every byte once"
 
+    eights = warp.run(fragments.minus_eights(), G) if four else []
     ready, sums = [], []
     for tile in range(tiles):
         warp.loaded.clear()
@@ -152,7 +159,7 @@ def test_every_weight_meets_its_input(scheme, tiles):
         raw = warp.run(fragments.fetch_x(four, is_masked=False), address)
         places = begin + 8 * tile * 256 + np.arange(8 * 256)
         assert np.array_equal(np.sort(np.concatenate(warp.loaded)), places), "every byte once"
-        outputs = warp.run(fragments.prepare_x(four), *raw)
+        outputs = warp.run(fragments.prepare_x(four), *raw, *eights)
         ready += outputs[:16]
         sums += outputs[16:] if four else [np.full(32, 0.5 * 2.0**-40)] * 4
     sums = warp.run(fragments.multiply_group(four, tiles), *words, *ready, *sums)

@@ -472,7 +472,7 @@ def test_the_kernel_without_a_ring_compiles(scheme, kind):
     ptx = _compile_for_registers(scheme, config, 1, size, kind)
     assert "shfl" not in ptx
     weights = "ld.global.nc.L1::no_allocate.v4.b32"
-    before, after = ptx.split("griddepcontrol.wait;")
+    before, _ = ptx.split("griddepcontrol.wait;")
     # Of two groups and stripes, 16 rows each; all else only when x is there.
     num_fetches = 2 * 2 * 2 * (2 if kind is LinearKind.GATED else 1) * (2 if scheme == "fp8" else 1)
     assert before.count(weights) == num_fetches

@@ -47,12 +47,15 @@ class RegisterConfig:
     `splits`: programs that share the inputs of the same outputs, each with a partial sum of its own.
     `warps`: of a program, each with as many groups of 128 inputs one after another, rounded up.
     `ahead`: groups whose weights a warp has asked for before it multiplies the first.
+    `registers`: of a thread at most, 0 for as many as it likes; with fewer more programs, also of the next
+    kernel, lie on a multiprocessor.
     """
 
     outputs: int
     splits: int = 1
     warps: int = 4
     ahead: int = 4
+    registers: int = 0
 
 
 Tiling = LinearConfig | RegisterConfig

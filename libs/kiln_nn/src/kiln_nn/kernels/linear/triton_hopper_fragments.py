@@ -31,7 +31,8 @@ SUM_SCALES = (2.0**40, 2.0**53)  # of eight bits, of four
 
 _MMA = "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
 _NIBBLES = ("0x000F000F", "0x00F000F0")  # of even products, of odd ones
-_MINUS_EIGHT = ("0x80088008", "0x80808080")
+_MINUS_EIGHT = "0xC100C100"
+_TO_SUMS = "0f25000000"  # 2^-53
 _FACTORS = ("0x67806780", "0x65806580")  # 2^80, 2^76
 
 
@@ -79,20 +80,29 @@ def fetch_x(is_four_bits: bool, *, is_masked: bool) -> tuple[str, str]:
     return _fetches(16, lines, is_masked)
 
 
+def minus_eights() -> tuple[str, str]:
+    """The left operand of all -8, in four registers that the assembler does not know to be constant.
+
+    Else it makes them anew for every product.
+    """
+    lines = [f"add.u32 eight, $4, {_MINUS_EIGHT}"]
+    lines += [f"shfl.sync.idx.b32 ${place}, eight, {place}, 31, -1" for place in range(4)]
+    return _block("eight", lines), ",".join([*_outputs(4), "r"])
+
+
 def prepare_x(is_four_bits: bool) -> tuple[str, str]:
     """Registers of a group as products want them, 16 of 16; of four bits then what sums begin with."""
     if is_four_bits:
         lines = [f"mov.b32 factor{odd}, {_FACTORS[odd]}" for odd in (0, 1)]
-        lines += [f"mov.b32 eight{odd}, {_MINUS_EIGHT[odd]}" for odd in (0, 1)]
         lines += [f"mov.b32 ${16 + place}, 0" for place in range(4)]
         for product in range(PRODUCTS):
-            odd = product % 2
-            for place in (2 * product, 2 * product + 1):
-                lines.append(f"mul.rn.bf16x2 ${place}, ${20 + place}, factor{odd}")
-            left = (f"eight{odd}",) * 4
-            lines.append(_multiply(16, left, (f"${2 * product}", f"${2 * product + 1}")))
-        constraints = [*_outputs(16), *_outputs(4, "f"), *["r"] * 16]
-        return _block("factor0, factor1, eight0, eight1", lines), ",".join(constraints)
+            x = (f"${20 + 2 * product}", f"${21 + 2 * product}")
+            lines.append(_multiply(16, ("$36", "$37", "$38", "$39"), x))
+            for place in (0, 1):
+                lines.append(f"mul.rn.bf16x2 ${2 * product + place}, {x[place]}, factor{product % 2}")
+        lines += [f"mul.rn.f32 ${16 + place}, ${16 + place}, {_TO_SUMS}" for place in range(4)]
+        constraints = [*_outputs(16), *_outputs(4, "f"), *["r"] * 20]
+        return _block("factor0, factor1", lines), ",".join(constraints)
     lines = [f"mov.b32 factor, {_FACTORS[0]}"]
     for product in range(PRODUCTS):
         first, second = 16 + 2 * product, 17 + 2 * product

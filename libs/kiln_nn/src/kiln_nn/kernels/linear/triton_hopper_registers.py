@@ -32,6 +32,7 @@ from kiln_nn.kernels.linear.triton_hopper_fragments import (
     TILE_TOKENS,
     fetch_words,
     fetch_x,
+    minus_eights,
     multiply_group,
     prepare_x,
     sum_layout,
@@ -55,6 +56,7 @@ _FETCH_WORDS, _FETCH_WORDS_OPERANDS = _codes(fetch_words(is_masked=masked) for m
 _FETCH_X, _FETCH_X_OPERANDS = _codes(
     fetch_x(four, is_masked=masked) for four in (False, True) for masked in (False, True)
 )
+_MINUS_EIGHTS, _MINUS_EIGHTS_OPERANDS = map(gl.constexpr, minus_eights())
 _PREPARE_X, _PREPARE_X_OPERANDS = _codes(prepare_x(four) for four in (False, True))
 _MULTIPLY, _MULTIPLY_OPERANDS = _codes(
     multiply_group(four, tiles) for four in (False, True) for tiles in range(1, _MOST_TILES.value + 1)
@@ -67,7 +69,7 @@ def _fetch_weights(
     value_address,
     scale_ptrs,
     rows,
-    group,
+    step: gl.constexpr,
     is_group,
     value_bytes,
     scale_stride,
@@ -77,9 +79,9 @@ def _fetch_weights(
     STRIPES: gl.constexpr,
     GATED: gl.constexpr,
 ):
-    """Words and scales of one group for all stripes: of each, rows `g`, then rows `g + 8`.
+    """Words and scales of a warp's group `step` for all stripes: of each, rows `g`, then rows `g + 8`.
 
-    `value_address` and `scale_ptrs` are those of the thread's own first row, `rows`.
+    `value_address` and `scale_ptrs` are those of the thread's own first row, `rows`, and the first group.
     """
     HALVES: gl.constexpr = 2 if GATED else 1
     LINE: gl.constexpr = 64 if FOUR_BITS else 128
@@ -88,9 +90,9 @@ def _fetch_weights(
     for part in gl.static_range(HALVES * STRIPES * 2):
         # Stripes of gates come before those of ups.
         inner = part // 2 % STRIPES * 16 + part % 2 * 8
-        step = (inner + part // 2 // STRIPES * num_outputs).to(gl.int64)
-        place = value_address + step * value_bytes + group * LINE
-        ptrs = scale_ptrs + step * scale_stride + group
+        down = (inner + part // 2 // STRIPES * num_outputs).to(gl.int64)
+        place = value_address + down * value_bytes + step * LINE
+        ptrs = scale_ptrs + down * scale_stride + step
         is_there = is_group & (rows + inner < num_outputs)
         for piece in gl.static_range(LINE // 64):
             at = place + 64 * piece
@@ -114,7 +116,7 @@ def _fetch_weights(
 def _fetch_x(
     x_address,
     tokens,
-    group,
+    step: gl.constexpr,
     is_group,
     x_bytes,
     num_tokens,
@@ -122,13 +124,13 @@ def _fetch_x(
     WHOLE: gl.constexpr,
     TILES: gl.constexpr,
 ):
-    """x of one group, 16 registers for each tile of tokens; zeros where there is no group."""
+    """x of a warp's group `step`, 16 registers for each tile of tokens; zeros where there is no group."""
     CODE: gl.constexpr = 2 * FOUR_BITS + (not WHOLE)
     x = ()
     for tile in gl.static_range(TILES):
         # Tokens past the end are the last one again; their results are not stored.
         there = gl.minimum(tokens + 8 * tile, num_tokens - 1).to(gl.int64)
-        place = x_address + there * x_bytes + group * 256
+        place = x_address + there * x_bytes + step * 256
         x += gl.inline_asm_elementwise(
             _FETCH_X[CODE],
             _FETCH_X_OPERANDS[CODE],
@@ -141,7 +143,7 @@ def _fetch_x(
 
 
 @gluon.jit
-def _prepare_x(x, FOUR_BITS: gl.constexpr, TILES: gl.constexpr):
+def _prepare_x(x, eights, FOUR_BITS: gl.constexpr, TILES: gl.constexpr):
     """The registers as products want them, and of four bits the sums that a group begins with."""
     ready = ()
     begin = ()
@@ -149,7 +151,7 @@ def _prepare_x(x, FOUR_BITS: gl.constexpr, TILES: gl.constexpr):
         outputs = gl.inline_asm_elementwise(
             _PREPARE_X[FOUR_BITS],
             _PREPARE_X_OPERANDS[FOUR_BITS],
-            x[16 * tile : 16 * tile + 16],
+            x[16 * tile : 16 * tile + 16] + eights,
             dtype=(gl.int32,) * 16 + ((gl.float32,) * 4 if FOUR_BITS else ()),
             is_pure=True,
             pack=1,
@@ -247,11 +249,17 @@ def _program(
     group = split * split_groups + threads // 32 * STEPS
     rows = row + g
     value_bytes = value_stride.to(gl.int64) * (4 if FOUR_BITS else 1)
-    value_address = values_ptr.to(gl.int64) + rows.to(gl.int64) * value_bytes + 16 * t
-    scale_ptrs = scales_ptr + rows.to(gl.int64) * scale_stride
+    value_address = values_ptr.to(gl.int64) + rows.to(gl.int64) * value_bytes
+    value_address += group * (64 if FOUR_BITS else 128) + 16 * t
+    scale_ptrs = scales_ptr + rows.to(gl.int64) * scale_stride + group
     if DEPENDENT:  # noqa: SIM102 (known when compiling)
         if shows_producers == 0:
             gdc_launch_dependents()
+    eights = ()
+    if FOUR_BITS:
+        eights = gl.inline_asm_elementwise(
+            _MINUS_EIGHTS, _MINUS_EIGHTS_OPERANDS, [g], dtype=(gl.int32,) * 4, is_pure=False, pack=1
+        )
     words = ()
     scales = ()
     for step in gl.static_range(AHEAD):
@@ -259,7 +267,7 @@ def _program(
             value_address,
             scale_ptrs,
             rows,
-            group + step,
+            step,
             group + step < last,
             value_bytes,
             scale_stride,
@@ -278,32 +286,30 @@ def _program(
     tokens = token + g
     x_bytes = x_stride.to(gl.int64) * 2
     # Four words of four bits are four inputs in each of eight products, of eight bits sixteen inputs.
-    x_address = x_ptr.to(gl.int64) + (t // 2 * 128 + t % 2 * 8 if FOUR_BITS else t * 32)
+    x_address = x_ptr.to(gl.int64) + group * 256 + (t // 2 * 128 + t % 2 * 8 if FOUR_BITS else t * 32)
     x = ()
     for step in gl.static_range(X_AHEAD):
-        here = group + step
-        is_group = here < last
-        x += (_fetch_x(x_address, tokens, here, is_group, x_bytes, num_tokens, FOUR_BITS, WHOLE, TILES),)
+        is_group = group + step < last
+        x += (_fetch_x(x_address, tokens, step, is_group, x_bytes, num_tokens, FOUR_BITS, WHOLE, TILES),)
     totals = ()
     for _place in gl.static_range(4 * TILES * STRIPES * HALVES):
         totals += (gl.zeros([32 * num_warps], gl.float32, layout),)
     for step in gl.static_range(STEPS):
         if step + X_AHEAD < STEPS:
-            here = group + step + X_AHEAD
-            is_group = here < last
-            x += (_fetch_x(x_address, tokens, here, is_group, x_bytes, num_tokens, FOUR_BITS, WHOLE, TILES),)
-        ready, begin = _prepare_x(x[step], FOUR_BITS, TILES)
+            later = step + X_AHEAD
+            is_group = group + later < last
+            x += (_fetch_x(x_address, tokens, later, is_group, x_bytes, num_tokens, FOUR_BITS, WHOLE, TILES),)
+        ready, begin = _prepare_x(x[step], eights, FOUR_BITS, TILES)
         totals = _multiply(
             words[step], scales[step], ready, begin, totals, FOUR_BITS, HALVES * STRIPES, TILES
         )
         if step + AHEAD < STEPS:
-            later = group + step + AHEAD
             fetched = _fetch_weights(
                 value_address,
                 scale_ptrs,
                 rows,
-                later,
-                later < last,
+                step + AHEAD,
+                group + step + AHEAD < last,
                 value_bytes,
                 scale_stride,
                 num_outputs,
@@ -480,6 +486,8 @@ def launch(
     fixed = constants(config, num_tokens, num_rows, num_inputs, num_beside, **kinds)
     beside = x_TI if beside_BI is None else beside_BI
     options: dict[str, Any] = {"launch_pdl": True} if is_dependent else {}
+    if config.registers:
+        options["maxnreg"] = config.registers
     grid = (
         triton.cdiv(num_tokens, fixed["TILES"] * TILE_TOKENS),
         config.splits,
