@@ -135,30 +135,57 @@ def _draw(scheme: str) -> tuple[np.ndarray, np.ndarray]:
     return numbers, values.numpy()
 
 
+def _places(bases: list[list[int]], count: int) -> np.ndarray:
+    """What each number below `count` stands for, `[count, dimensions]`, by the bits that it has."""
+    bits = np.arange(count)[:, None] >> np.arange(len(bases)) & 1
+    places = np.zeros((count, len(bases[0])), int)
+    for bit, base in enumerate(bases):
+        places ^= bits[:, bit : bit + 1] * np.array(base)
+    return places
+
+
+def _x_registers(x: torch.Tensor, is_four_bits: bool) -> list[np.ndarray]:
+    """What the threads of a warp read of a group's x, `[8, 128]`."""
+    _, reading = fragments.x_layouts(1, 8, is_four_bits=is_four_bits)
+    words = x.view(torch.int32).numpy().view("<u4").reshape(8, 2, 32)  # tokens, halves, pairs
+    lines = (words if is_four_bits else words.swapaxes(0, 1)).reshape(16, 32)
+    registers, lanes = _places(reading.reg_bases, 16), _places(reading.lane_bases, 32)
+    return [lines[tuple((lanes ^ register).T)] for register in registers]
+
+
+@pytest.mark.parametrize("is_four_bits", [False, True])
+@pytest.mark.parametrize("tokens", [1, 8])
+@pytest.mark.parametrize("warps", [4, 8])
+def test_x_is_copied_and_read_once(warps, tokens, is_four_bits):
+    shape = (warps * tokens * 2, 32)
+    for layout in fragments.x_layouts(warps, tokens, is_four_bits=is_four_bits):
+        bases = [*layout.reg_bases, *layout.lane_bases, *layout.warp_bases]
+        assert len(layout.lane_bases) == 5
+        assert 1 << len(layout.warp_bases) == warps
+        places = _places([base for base in bases if any(base)], shape[0] * shape[1])
+        assert len(np.unique(places, axis=0)) == shape[0] * shape[1]
+        assert (places.max(axis=0) < shape).all()
+
+
 @pytest.mark.parametrize("tiles", [1, 2, 4])
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_every_weight_meets_its_input(scheme, tiles):
     four, (numbers, weights) = scheme == "int4", _draw(scheme)
     x = torch.randn(8 * tiles, 128, generator=torch.Generator().manual_seed(1)).bfloat16()
-    x_bytes = x.view(torch.int16).numpy().view(np.uint8)
-    line, begin = weights.shape[1], weights.size
-    warp = Warp(np.concatenate([weights.flatten(), x_bytes.flatten()]))
+    line = weights.shape[1]
+    warp = Warp(weights.flatten())
 
     words = []
     for row in (G, G + 8):
         for piece in range(line // 64):
             address = row * line + 64 * piece + 16 * T
             words += warp.run(fragments.fetch_words(is_masked=False), address)
-    assert np.array_equal(np.sort(np.concatenate(warp.loaded)), np.arange(begin)), "every byte once"
+    assert np.array_equal(np.sort(np.concatenate(warp.loaded)), np.arange(weights.size)), "every byte once"
 
     eights = warp.run(fragments.minus_eights(), G) if four else []
     ready, sums = [], []
     for tile in range(tiles):
-        warp.loaded.clear()
-        address = begin + (8 * tile + G) * 256 + (T // 2 * 128 + T % 2 * 8 if four else T * 32)
-        raw = warp.run(fragments.fetch_x(four, is_masked=False), address)
-        places = begin + 8 * tile * 256 + np.arange(8 * 256)
-        assert np.array_equal(np.sort(np.concatenate(warp.loaded)), places), "every byte once"
+        raw = _x_registers(x[8 * tile : 8 * tile + 8].contiguous(), four)
         outputs = warp.run(fragments.prepare_x(four), *raw, *eights)
         ready += outputs[:16]
         sums += outputs[16:] if four else [np.full(32, 0.5 * 2.0**-40)] * 4
@@ -172,17 +199,12 @@ def test_every_weight_meets_its_input(scheme, tiles):
         assert np.allclose(scaled, expected[outputs, tokens], rtol=1e-12, atol=1e-10)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_what_is_masked_is_zero_and_not_read(scheme):
+def test_what_is_masked_is_zero_and_not_read():
     warp = Warp(np.full(4096, 7, np.uint8))
     is_wanted = LANES % 3 == 0
-    for piece in (
-        fragments.fetch_words(is_masked=True),
-        fragments.fetch_x(scheme == "int4", is_masked=True),
-    ):
-        address = np.where(is_wanted, 16 * LANES, 1 << 40)
-        for words in warp.run(piece, address, is_wanted.astype(np.int32)):
-            assert np.array_equal(words, np.where(is_wanted, 0x07070707, 0))
+    address = np.where(is_wanted, 16 * LANES, 1 << 40)
+    for words in warp.run(fragments.fetch_words(is_masked=True), address, is_wanted.astype(np.int32)):
+        assert np.array_equal(words, np.where(is_wanted, 0x07070707, 0))
 
 
 @pytest.mark.parametrize("warps", [4, 8])

@@ -71,15 +71,6 @@ def fetch_words(*, is_masked: bool) -> tuple[str, str]:
     return _fetches(4, [_fetch(0, 4, "$4", ".nc.L1::no_allocate")], is_masked)
 
 
-def fetch_x(is_four_bits: bool, *, is_masked: bool) -> tuple[str, str]:
-    """A token's inputs that meet a thread's weights of a group, from its first on."""
-    if is_four_bits:
-        lines = [_fetch(2 * place, 2, f"$16+{16 * place}") for place in range(PRODUCTS)]
-    else:
-        lines = [_fetch(4 * place, 4, f"$16+{at}") for place, at in enumerate((0, 16, 128, 144))]
-    return _fetches(16, lines, is_masked)
-
-
 def minus_eights() -> tuple[str, str]:
     """The left operand of all -8, in four registers that the assembler does not know to be constant.
 
@@ -158,6 +149,34 @@ def _move_bytes(product: int, first_word: int) -> list[str]:
             f"lop3.b32 pair{row}1, {word}, 0x80008000, bytes{row}0, 0xEA",
         ]
     return lines
+
+
+@cache
+def x_layouts(
+    warps: int, tokens: int, *, is_four_bits: bool
+) -> tuple[gl.DistributedLinearLayout, gl.DistributedLinearLayout]:
+    """Who copies and who reads words of x in shared memory, `[warps * tokens * 2, 32]`, a group for each warp.
+
+    A row is half a token's inputs. In four bits the halves of a token follow each other, in eight those of
+    all tokens: so that threads that read at the same time have rows in different banks.
+    """
+    token_bits, warp_bits = tokens.bit_length() - 1, warps.bit_length() - 1
+    token_step = 2 if is_four_bits else 1
+    half = [1, 0] if is_four_bits else [tokens, 0]
+    of_tokens = [[token_step << bit, 0] for bit in range(token_bits)]
+    of_warps = [[2 * tokens << bit, 0] for bit in range(warp_bits)]
+    missing = [[0, 0]] * (3 - token_bits)  # lanes read what others read
+    if is_four_bits:
+        registers, lanes = [[0, 1], [0, 4], [0, 8], [0, 16]], [[0, 2], half]
+    else:
+        registers, lanes = [[0, 1], [0, 2], [0, 4], half], [[0, 8], [0, 16]]
+    shape = [warps * tokens * 2, 32]
+    reading = gl.DistributedLinearLayout(registers, [*lanes, *of_tokens, *missing], of_warps, [], shape)
+    rows = [[1 << bit, 0] for bit in range(token_bits + 1)]
+    lanes = [[0, 4], [0, 8], [0, 16], *rows[:2]]
+    lanes += [[0, 0]] * (5 - len(lanes))
+    copying = gl.DistributedLinearLayout([[0, 1], [0, 2], *rows[2:]], lanes, of_warps, [], shape)
+    return copying, reading
 
 
 @cache

@@ -23,6 +23,7 @@ import torch
 import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kiln_nn.kernels.linear.config import RegisterConfig
@@ -31,11 +32,11 @@ from kiln_nn.kernels.linear.triton_hopper_fragments import (
     SUM_SCALES,
     TILE_TOKENS,
     fetch_words,
-    fetch_x,
     minus_eights,
     multiply_group,
     prepare_x,
     sum_layout,
+    x_layouts,
 )
 from kiln_nn.kernels.linear.triton_hopper_parts import can_be_fetched
 from kiln_nn.kernels.quantised import FP8, GROUP_INPUTS, QuantisedMatrix
@@ -53,9 +54,6 @@ _MOST_TILES = gl.constexpr(4)  # of 8 tokens, whose x a thread holds
 _MOST_STEPS = 16  # groups of a warp; its code has them one after another
 # Of eight bits, then of four; of each without and with a mask, or by tiles of 8 tokens.
 _FETCH_WORDS, _FETCH_WORDS_OPERANDS = _codes(fetch_words(is_masked=masked) for masked in (False, True))
-_FETCH_X, _FETCH_X_OPERANDS = _codes(
-    fetch_x(four, is_masked=masked) for four in (False, True) for masked in (False, True)
-)
 _MINUS_EIGHTS, _MINUS_EIGHTS_OPERANDS = map(gl.constexpr, minus_eights())
 _PREPARE_X, _PREPARE_X_OPERANDS = _codes(prepare_x(four) for four in (False, True))
 _MULTIPLY, _MULTIPLY_OPERANDS = _codes(
@@ -113,52 +111,78 @@ def _fetch_weights(
 
 
 @gluon.jit
-def _fetch_x(
-    x_address,
-    tokens,
-    step: gl.constexpr,
-    is_group,
-    x_bytes,
+def _copy_x(
+    x_ptr,
+    x,
+    token,
+    group,
+    last,
     num_tokens,
-    FOUR_BITS: gl.constexpr,
-    WHOLE: gl.constexpr,
+    x_stride,
+    STEPS: gl.constexpr,
     TILES: gl.constexpr,
+    COPYING: gl.constexpr,
+    FOUR_BITS: gl.constexpr,
+    num_warps: gl.constexpr,
 ):
-    """x of a warp's group `step`, 16 registers for each tile of tokens; zeros where there is no group."""
-    CODE: gl.constexpr = 2 * FOUR_BITS + (not WHOLE)
-    x = ()
-    for tile in gl.static_range(TILES):
-        # Tokens past the end are the last one again; their results are not stored.
-        there = gl.minimum(tokens + 8 * tile, num_tokens - 1).to(gl.int64)
-        place = x_address + there * x_bytes + step * 256
-        x += gl.inline_asm_elementwise(
-            _FETCH_X[CODE],
-            _FETCH_X_OPERANDS[CODE],
-            (place,) if WHOLE else (place, is_group.to(gl.int32)),
-            dtype=(gl.int32,) * 16,
-            is_pure=False,
-            pack=1,
+    """All x of a program into shared memory: by tile and step, `[rows, 32]` words as `x_layouts` has them."""
+    ROWS: gl.constexpr = x[0].shape[0] // num_warps
+    TOKENS: gl.constexpr = ROWS // 2
+    lines = gl.arange(0, num_warps * ROWS, gl.SliceLayout(1, COPYING))
+    columns = gl.arange(0, 32, gl.SliceLayout(0, COPYING))
+    inner = lines % ROWS // 2 if FOUR_BITS else lines % TOKENS
+    half = lines % 2 if FOUR_BITS else lines % ROWS // TOKENS
+    words = x_ptr.to(gl.pointer_type(gl.int32), bitcast=True)
+    groups = group + lines // ROWS * STEPS
+    for place in gl.static_range(TILES * STEPS):
+        tokens = token + place // STEPS * TOKENS + inner
+        groups_here = groups + place % STEPS
+        starts = tokens.to(gl.int64) * (x_stride // 2) + groups_here * 64 + half * 32
+        is_there = (tokens < num_tokens) & (groups_here < last)
+        async_copy.async_copy_global_to_shared(
+            x[place], words + starts[:, None] + columns[None, :], mask=is_there[:, None]
         )
-    return x
+    async_copy.commit_group()
+    async_copy.wait_group(0)
 
 
 @gluon.jit
-def _prepare_x(x, eights, FOUR_BITS: gl.constexpr, TILES: gl.constexpr):
-    """The registers as products want them, and of four bits the sums that a group begins with."""
-    ready = ()
-    begin = ()
-    for tile in gl.static_range(TILES):
-        outputs = gl.inline_asm_elementwise(
-            _PREPARE_X[FOUR_BITS],
-            _PREPARE_X_OPERANDS[FOUR_BITS],
-            x[16 * tile : 16 * tile + 16] + eights,
-            dtype=(gl.int32,) * 16 + ((gl.float32,) * 4 if FOUR_BITS else ()),
-            is_pure=True,
-            pack=1,
-        )
-        ready += outputs[:16]
-        begin += outputs[16:]
-    return ready, begin
+def _halve(tensors, COUNT: gl.constexpr):
+    """`COUNT` tensors by their last index, first those of 0."""
+    lower = ()
+    upper = ()
+    for place in gl.static_range(COUNT):
+        low, high = gl.split(tensors[place])
+        lower += (low,)
+        upper += (high,)
+    return lower + upper
+
+
+@gluon.jit
+def _x_registers(tile, READING: gl.constexpr, FOUR_BITS: gl.constexpr, num_warps: gl.constexpr):
+    """What each thread wants of x of its warp's group, 16 registers."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [num_warps], [0])
+    shared_by: gl.constexpr = gl.BlockedLayout([1, 1, 1], [1, 8, 4], [num_warps, 1, 1], [2, 1, 0])
+    across: gl.constexpr = gl.SliceLayout(1, shared_by)
+    TOKENS: gl.constexpr = tile.shape[0] // num_warps // 2
+    words = tile.load(READING)
+    if FOUR_BITS:
+        # Half and pair of pairs are the thread's, place in a word and pair the register's.
+        words = words.reshape([num_warps, TOKENS, 2, 8, 2, 2])
+        words = gl.permute(words, (0, 1, 2, 4, 3, 5)).reshape([num_warps * TOKENS * 4, 2, 2, 2, 2])
+    else:
+        words = words.reshape([num_warps, 2, TOKENS, 4, 8])
+        words = gl.permute(words, (0, 2, 3, 1, 4)).reshape([num_warps * TOKENS * 4, 2, 2, 2, 2])
+    x = _halve(_halve(_halve(_halve((words,), 1), 2), 4), 8)
+    registers = ()
+    for place in gl.static_range(16):
+        register = x[place]
+        if TOKENS == 1:  # which all threads of a row read
+            register = gl.convert_layout(register.reshape([num_warps, 4]), across, assert_trivial=True)
+            register = gl.expand_dims(register, 1) + gl.zeros([num_warps, 8, 4], gl.int32, shared_by)
+            register = register.reshape([32 * num_warps])
+        registers += (gl.convert_layout(register, layout, assert_trivial=True),)
+    return registers
 
 
 @gluon.jit
@@ -225,6 +249,9 @@ def _program(
     out_stride,
     shows_producers,
     PLACES: gl.constexpr,
+    COPYING: gl.constexpr,
+    READING: gl.constexpr,
+    X_TOKENS: gl.constexpr,
     FOUR_BITS: gl.constexpr,
     WHOLE: gl.constexpr,
     GATED: gl.constexpr,
@@ -232,7 +259,6 @@ def _program(
     TILES: gl.constexpr,
     STEPS: gl.constexpr,
     AHEAD: gl.constexpr,
-    X_AHEAD: gl.constexpr,
     DEPENDENT: gl.constexpr,
     num_warps: gl.constexpr,
 ):
@@ -283,23 +309,42 @@ def _program(
         gdc_wait()
         if shows_producers != 0:
             gdc_launch_dependents()
-    tokens = token + g
-    x_bytes = x_stride.to(gl.int64) * 2
-    # Four words of four bits are four inputs in each of eight products, of eight bits sixteen inputs.
-    x_address = x_ptr.to(gl.int64) + group * 256 + (t // 2 * 128 + t % 2 * 8 if FOUR_BITS else t * 32)
+    plain: gl.constexpr = gl.SwizzledSharedLayout(4, 1, 8, [1, 0])
     x = ()
-    for step in gl.static_range(X_AHEAD):
-        is_group = group + step < last
-        x += (_fetch_x(x_address, tokens, step, is_group, x_bytes, num_tokens, FOUR_BITS, WHOLE, TILES),)
+    for _place in gl.static_range(TILES * STEPS):  # apart, or the compiler takes them for one
+        x += (gl.allocate_shared_memory(gl.int32, [num_warps * 2 * X_TOKENS, 32], plain),)
+    _copy_x(
+        x_ptr,
+        x,
+        token,
+        split * split_groups,
+        last,
+        num_tokens,
+        x_stride,
+        STEPS,
+        TILES,
+        COPYING,
+        FOUR_BITS,
+        num_warps,
+    )
     totals = ()
     for _place in gl.static_range(4 * TILES * STRIPES * HALVES):
         totals += (gl.zeros([32 * num_warps], gl.float32, layout),)
     for step in gl.static_range(STEPS):
-        if step + X_AHEAD < STEPS:
-            later = step + X_AHEAD
-            is_group = group + later < last
-            x += (_fetch_x(x_address, tokens, later, is_group, x_bytes, num_tokens, FOUR_BITS, WHOLE, TILES),)
-        ready, begin = _prepare_x(x[step], eights, FOUR_BITS, TILES)
+        ready = ()
+        begin = ()
+        for tile in gl.static_range(TILES):
+            registers = _x_registers(x[tile * STEPS + step], READING, FOUR_BITS, num_warps)
+            outputs = gl.inline_asm_elementwise(
+                _PREPARE_X[FOUR_BITS],
+                _PREPARE_X_OPERANDS[FOUR_BITS],
+                registers + eights,
+                dtype=(gl.int32,) * 16 + ((gl.float32,) * 4 if FOUR_BITS else ()),
+                is_pure=True,
+                pack=1,
+            )
+            ready += outputs[:16]
+            begin += outputs[16:]
         totals = _multiply(
             words[step], scales[step], ready, begin, totals, FOUR_BITS, HALVES * STRIPES, TILES
         )
@@ -359,6 +404,9 @@ def _linear_kernel(
     beside_stride,
     shows_producers,
     PLACES: gl.constexpr,
+    COPYING: gl.constexpr,
+    READING: gl.constexpr,
+    X_TOKENS: gl.constexpr,
     FOUR_BITS: gl.constexpr,
     WHOLE: gl.constexpr,
     GATED: gl.constexpr,
@@ -366,7 +414,6 @@ def _linear_kernel(
     TILES: gl.constexpr,
     STEPS: gl.constexpr,
     AHEAD: gl.constexpr,
-    X_AHEAD: gl.constexpr,
     BESIDE: gl.constexpr,
     BESIDE_INPUTS: gl.constexpr,
     DEPENDENT: gl.constexpr,
@@ -406,6 +453,9 @@ def _linear_kernel(
             out_stride,
             shows_producers,
             PLACES,
+            COPYING,
+            READING,
+            X_TOKENS,
             FOUR_BITS,
             WHOLE,
             GATED,
@@ -413,7 +463,6 @@ def _linear_kernel(
             TILES,
             STEPS,
             AHEAD,
-            X_AHEAD,
             DEPENDENT,
             num_warps,
         )
@@ -442,8 +491,13 @@ def constants(
     is_whole = has_whole_splits and steps * config.warps == split_groups and num_outputs % config.outputs == 0
     tiles = min(_MOST_TILES.value, triton.next_power_of_2(triton.cdiv(num_tokens, TILE_TOKENS)))
     stripes = config.outputs // 16
+    x_tokens = 1 if num_tokens == 1 else TILE_TOKENS
+    copying, reading = x_layouts(config.warps, x_tokens, is_four_bits=is_four_bits)
     return {
         "PLACES": sum_layout(stripes * tiles, config.warps),
+        "COPYING": copying,
+        "READING": reading,
+        "X_TOKENS": x_tokens,
         "FOUR_BITS": is_four_bits,
         "WHOLE": is_whole,
         "GATED": is_gated,
@@ -451,7 +505,6 @@ def constants(
         "TILES": tiles,
         "STEPS": steps,
         "AHEAD": min(config.ahead, steps),
-        "X_AHEAD": min(2 if tiles == 1 else 1, steps),
         "BESIDE": num_beside,
         "BESIDE_INPUTS": triton.next_power_of_2(num_inputs) if num_beside else 1,
         "num_warps": config.warps,
