@@ -39,6 +39,25 @@ class LinearConfig:
         return self.stages * self.inputs * bits // 8
 
 
+@dataclass(frozen=True)
+class RegisterConfig:
+    """One tiling of few tokens whose weights go straight to registers; again sums depend on nothing else.
+
+    `outputs`: a program's, 16, 32 or 64, in the gated form pairs of rows.
+    `splits`: programs that share the inputs of the same outputs, each with a partial sum of its own.
+    `warps`: of a program, each with as many groups of 128 inputs one after another, rounded up.
+    `ahead`: groups whose weights a warp has asked for before it multiplies the first.
+    """
+
+    outputs: int
+    splits: int = 1
+    warps: int = 4
+    ahead: int = 4
+
+
+Tiling = LinearConfig | RegisterConfig
+
+
 def weight_rows(outputs: int, kind: LinearKind) -> int:
     """Rows of weights in a tile, made up to a power of two."""
     rows = outputs * (2 if kind is LinearKind.GATED else 1)

@@ -16,7 +16,7 @@ import torch
 from kiln_nn.kernels.dispatch import device_limits, takes_triton
 from kiln_nn.kernels.linear import reference
 from kiln_nn.kernels.linear.choice_quantised import WEIGHT_BITS, choose
-from kiln_nn.kernels.linear.config import LinearConfig, LinearKind, fit
+from kiln_nn.kernels.linear.config import LinearKind, RegisterConfig, Tiling, fit
 from kiln_nn.kernels.quantised import QuantisedMatrix
 from kiln_nn.kernels.swiglu import swiglu
 
@@ -30,7 +30,7 @@ def linear(
     *,
     out_dtype: torch.dtype | None = None,
     out: torch.Tensor | None = None,
-    config: LinearConfig | None = None,
+    config: Tiling | None = None,
     shows_producers: bool = False,
 ) -> torch.Tensor:
     """As `kernels.linear.linear`."""
@@ -45,7 +45,7 @@ def linear(
 
 
 def linear_swiglu(
-    x_TI: torch.Tensor, matrix: QuantisedMatrix, *, config: LinearConfig | None = None
+    x_TI: torch.Tensor, matrix: QuantisedMatrix, *, config: Tiling | None = None
 ) -> torch.Tensor:
     """As `kernels.linear.linear_swiglu`."""
     tiling = _tiling(x_TI, matrix, config, LinearKind.GATED)
@@ -60,7 +60,7 @@ def linear_partials(
     x_TI: torch.Tensor,
     matrix: QuantisedMatrix,
     *,
-    config: LinearConfig | None = None,
+    config: Tiling | None = None,
     shows_producers: bool = False,
 ) -> torch.Tensor:
     """As `kernels.linear.linear_partials`; the kernels' sums always stay apart."""
@@ -151,8 +151,8 @@ def _has_row_scaled_product(device: torch.device) -> bool:
 
 
 def _tiling(
-    x_TI: torch.Tensor, matrix: QuantisedMatrix, config: LinearConfig | None, kind: LinearKind
-) -> LinearConfig | None:
+    x_TI: torch.Tensor, matrix: QuantisedMatrix, config: Tiling | None, kind: LinearKind
+) -> Tiling | None:
     """The kernel's configuration, or None where the library computes this product."""
     if not takes_triton(x_TI, matrix.values, matrix.scales):
         return None
@@ -186,7 +186,7 @@ def launch(
     x_TI: torch.Tensor,
     matrix: QuantisedMatrix,
     out: torch.Tensor,
-    config: LinearConfig,
+    config: Tiling,
     kind: LinearKind,
     *,
     beside_BI: torch.Tensor | None = None,
@@ -194,13 +194,19 @@ def launch(
 ) -> None:
     """Fill `out` by the own kernel of this device; only partial sums use the configuration's splits.
 
-    Hopper's kernel also takes rows `beside_BI`.
+    Hopper's kernels also take rows `beside_BI`; they alone take a `RegisterConfig`.
     """
+    is_gated = kind is LinearKind.GATED
+    if kind is not LinearKind.PARTIAL:
+        config = replace(config, splits=1)
+    if isinstance(config, RegisterConfig):
+        from kiln_nn.kernels.linear import triton_hopper_registers
+
+        options = {"is_gated": is_gated, "shows_producers": shows_producers}
+        triton_hopper_registers.launch(x_TI, matrix, out, config, beside_BI=beside_BI, **options)
+        return
     limit = ring_limit(matrix, device_limits(x_TI.device).shared_memory_bytes)
     tiling = fit(config, kind, limit, WEIGHT_BITS[matrix.scheme])
-    if kind is not LinearKind.PARTIAL:
-        tiling = replace(tiling, splits=1)
-    is_gated = kind is LinearKind.GATED
     if takes_hopper(x_TI, matrix):
         from kiln_nn.kernels.linear import triton_hopper_quantised
 
