@@ -100,7 +100,7 @@ def _specialised_candidates(scheme: Scheme, layer: Layer, num_rows: int) -> list
     tiles = {min(256, 1 << (num_rows - 1).bit_length()), 64, 128} if num_rows > 64 else {num_rows}
     for tokens, groups, rows in product(sorted(tiles), (1, 2, 3), (64, 48)):
         # Sums of 256 tokens are more than a third group leaves registers for.
-        if tokens * groups > 512 or rows == 48 and num_rows > 128:
+        if tokens * groups > 512 or (rows == 48 and num_rows > 128):
             continue
         outputs = rows // halves
         num_tiles = -(-layer.outputs // (rows * groups)) * -(-num_rows // tokens)

@@ -73,7 +73,8 @@ class SpecialisedConfig:
 
     def shared_memory_bytes(self, num_inputs: int, weight_bits: int, scale_bytes: int = 2) -> int:
         """What a program takes: the ring, the scales of all its groups of inputs in four bits, barriers."""
-        num_scales = -(-(-(-num_inputs // 128)) // self.splits)
+        num_groups = -(-num_inputs // 128)
+        num_scales = -(-num_groups // self.splits)
         shared_scales = max(16, 1 << (num_scales - 1).bit_length()) if weight_bits == 4 else 0
         slot = 128 * (self.groups * 64 * weight_bits // 8 + self.tokens * 2)
         return self.stages * slot + self.groups * 64 * scale_bytes * shared_scales + 1024

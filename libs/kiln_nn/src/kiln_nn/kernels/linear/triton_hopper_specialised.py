@@ -47,8 +47,8 @@ from kiln_nn.kernels.linear.triton_hopper_unpack import (
     eight_bits_half,
     fetch_group_scales,
     four_bits_half,
-    halves_of,
     half_places,
+    halves_of,
     places,
     source_rows,
 )
@@ -110,7 +110,22 @@ def _fetch(
     DEPENDENT: gl.constexpr,
 ):
     """The fetching warp: weights before the predecessor has ended, then x, then slots as they are given back."""
-    box_desc, rest_desc, x_desc, x_rest_desc, w_ring, x_ring, full, empty, row, token, num_outputs, begin, count, shows_producers = fetching
+    (
+        box_desc,
+        rest_desc,
+        x_desc,
+        x_rest_desc,
+        w_ring,
+        x_ring,
+        full,
+        empty,
+        row,
+        token,
+        num_outputs,
+        begin,
+        count,
+        shows_producers,
+    ) = fetching
     for slot in gl.static_range(STAGES):
         _ask_for_weights(
             box_desc,
@@ -133,9 +148,7 @@ def _fetch(
             gdc_launch_dependents()
     for slot in gl.static_range(STAGES):
         bar = full.index(slot)
-        ask_for_x(
-            x_desc, x_rest_desc, x_ring, bar, slot, token, begin + slot, slot < count, X_REST, 2
-        )
+        ask_for_x(x_desc, x_rest_desc, x_ring, bar, slot, token, begin + slot, slot < count, X_REST, 2)
     for block in range(STAGES, count):
         place = block % STAGES
         # The slot's round before this one, number block // STAGES - 1.
@@ -176,7 +189,7 @@ def _halves(tile, FOUR_BITS: gl.constexpr):
 @gluon.jit
 def _unpacked(words, scale, SCALED: gl.constexpr, FOUR_BITS: gl.constexpr, operand: gl.constexpr):
     """Half a block of weights as the left operand."""
-    if FOUR_BITS:
+    if FOUR_BITS:  # noqa: SIM108 (known when compiling)
         numbers = four_bits_half(words, scale, SCALED)
     else:
         numbers = eight_bits_half(words)
@@ -284,7 +297,9 @@ def _consume(
 ):
     """One warp group: its rows of weights times the program's x, stored."""
     w_ring, x_ring, scales, columns, sums, full, empty, done, scales_ptr, out_ptr = memory
-    first_row, token, split, num_tokens, num_outputs, num_scales, scale_stride, out_stride, begin, count = numbers
+    first_row, token, split, num_tokens, num_outputs, num_scales, scale_stride, out_stride, begin, count = (
+        numbers
+    )
     ROWS: gl.constexpr = w_ring.shape[1]
     TOKENS: gl.constexpr = x_ring.shape[1]
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 16])
@@ -440,7 +455,10 @@ def _linear_kernel(
     if GROUPS == 1:
         gl.warp_specialize(
             [
-                (_consume, (memory, numbers, _FIRST, BOX, REST, GROUPS, SCALES, STAGES, FOUR_BITS, SCALED, GATED)),
+                (
+                    _consume,
+                    (memory, numbers, _FIRST, BOX, REST, GROUPS, SCALES, STAGES, FOUR_BITS, SCALED, GATED),
+                ),
                 (_fetch, (fetching, SLOT_BYTES, REST, X_REST, HALVES, GROUPS, STAGES, DEPENDENT)),
             ],
             [1],
@@ -449,8 +467,14 @@ def _linear_kernel(
     elif GROUPS == 2:
         gl.warp_specialize(
             [
-                (_consume, (memory, numbers, _FIRST, BOX, REST, GROUPS, SCALES, STAGES, FOUR_BITS, SCALED, GATED)),
-                (_consume, (memory, numbers, _SECOND, BOX, REST, GROUPS, SCALES, STAGES, FOUR_BITS, SCALED, GATED)),
+                (
+                    _consume,
+                    (memory, numbers, _FIRST, BOX, REST, GROUPS, SCALES, STAGES, FOUR_BITS, SCALED, GATED),
+                ),
+                (
+                    _consume,
+                    (memory, numbers, _SECOND, BOX, REST, GROUPS, SCALES, STAGES, FOUR_BITS, SCALED, GATED),
+                ),
                 (_fetch, (fetching, SLOT_BYTES, REST, X_REST, HALVES, GROUPS, STAGES, DEPENDENT)),
             ],
             [4, 1],
@@ -459,9 +483,18 @@ def _linear_kernel(
     else:
         gl.warp_specialize(
             [
-                (_consume, (memory, numbers, _FIRST, BOX, REST, GROUPS, SCALES, STAGES, FOUR_BITS, SCALED, GATED)),
-                (_consume, (memory, numbers, _SECOND, BOX, REST, GROUPS, SCALES, STAGES, FOUR_BITS, SCALED, GATED)),
-                (_consume, (memory, numbers, _THIRD, BOX, REST, GROUPS, SCALES, STAGES, FOUR_BITS, SCALED, GATED)),
+                (
+                    _consume,
+                    (memory, numbers, _FIRST, BOX, REST, GROUPS, SCALES, STAGES, FOUR_BITS, SCALED, GATED),
+                ),
+                (
+                    _consume,
+                    (memory, numbers, _SECOND, BOX, REST, GROUPS, SCALES, STAGES, FOUR_BITS, SCALED, GATED),
+                ),
+                (
+                    _consume,
+                    (memory, numbers, _THIRD, BOX, REST, GROUPS, SCALES, STAGES, FOUR_BITS, SCALED, GATED),
+                ),
                 (_fetch, (fetching, SLOT_BYTES, REST, X_REST, HALVES, GROUPS, STAGES, DEPENDENT)),
             ],
             [4, 4, 1],
