@@ -13,13 +13,14 @@ from kiln_nn.kernels.checks import check_shape
 from kiln_nn.kernels.dispatch import takes_triton
 from kiln_nn.kernels.linear import choice, choice_quantised, quantised, reference
 from kiln_nn.kernels.linear.choice import choose
-from kiln_nn.kernels.linear.config import LinearConfig, LinearKind, RegisterConfig, Tiling
+from kiln_nn.kernels.linear.config import LinearConfig, LinearKind, RegisterConfig, SpecialisedConfig, Tiling
 from kiln_nn.kernels.linear.quantised import reads_as_stored
 from kiln_nn.kernels.quantised import QuantisedMatrix, Scheme
 
 __all__ = [
     "LinearConfig",
     "RegisterConfig",
+    "SpecialisedConfig",
     "Weight",
     "invariant_config",
     "invariant_config_of",

@@ -16,7 +16,7 @@ import torch
 from kiln_nn.kernels.dispatch import device_limits, takes_triton
 from kiln_nn.kernels.linear import reference
 from kiln_nn.kernels.linear.choice_quantised import WEIGHT_BITS, choose
-from kiln_nn.kernels.linear.config import LinearKind, RegisterConfig, Tiling, fit
+from kiln_nn.kernels.linear.config import LinearKind, RegisterConfig, SpecialisedConfig, Tiling, fit
 from kiln_nn.kernels.quantised import QuantisedMatrix
 from kiln_nn.kernels.swiglu import swiglu
 
@@ -82,7 +82,9 @@ def linear_beside(
 ) -> torch.Tensor | None:
     """As `kernels.linear.linear_beside`, where one kernel computes both; else None."""
     tiling = _tiling(x_TI, matrix, None, LinearKind.PLAIN)
-    if tiling is None or not takes_triton(x_TI, beside_BI) or not takes_hopper(x_TI, matrix):
+    if tiling is None or isinstance(tiling, SpecialisedConfig):
+        return None
+    if not takes_triton(x_TI, beside_BI) or not takes_hopper(x_TI, matrix):
         return None
     from kiln_nn.kernels.linear.triton_hopper_beside import MOST_TOKENS_BESIDE
 
@@ -194,7 +196,8 @@ def launch(
 ) -> None:
     """Fill `out` by the own kernel of this device; only partial sums use the configuration's splits.
 
-    Hopper's kernels also take rows `beside_BI`; they alone take a `RegisterConfig`.
+    Hopper's kernels also take rows `beside_BI`, unless by a `SpecialisedConfig`; they alone take one of
+    those or a `RegisterConfig`.
     """
     is_gated = kind is LinearKind.GATED
     if kind is not LinearKind.PARTIAL:
@@ -205,7 +208,16 @@ def launch(
         options = {"is_gated": is_gated, "shows_producers": shows_producers}
         triton_hopper_registers.launch(x_TI, matrix, out, config, beside_BI=beside_BI, **options)
         return
-    limit = ring_limit(matrix, device_limits(x_TI.device).shared_memory_bytes)
+    shared_memory_bytes = device_limits(x_TI.device).shared_memory_bytes
+    if isinstance(config, SpecialisedConfig):
+        from kiln_nn.kernels.linear import triton_hopper_specialised
+
+        sizes = (matrix.shape[1], WEIGHT_BITS[matrix.scheme], matrix.scales.element_size())
+        fitting = config.fit(*sizes, shared_memory_bytes)
+        options = {"is_gated": is_gated, "shows_producers": shows_producers}
+        triton_hopper_specialised.launch(x_TI, matrix, out, fitting, **options)
+        return
+    limit = ring_limit(matrix, shared_memory_bytes)
     tiling = fit(config, kind, limit, WEIGHT_BITS[matrix.scheme])
     if takes_hopper(x_TI, matrix):
         from kiln_nn.kernels.linear import triton_hopper_quantised
