@@ -24,6 +24,8 @@ class LinearConfig:
     `tokens`, `outputs`, `inputs`: a program's tile, in the gated form `outputs` pairs of rows.
     `splits`: programs that share the inputs of one tile, each with a partial sum of its own.
     `stages`: tiles in the ring that the memory fills ahead.
+    `x_bits`: 8 where E4M3 weights meet x rounded to E4M3; `promotes`: whether sums over 128 such inputs
+    are added up in float32, not in the fewer bits of tensor cores.
     """
 
     tokens: int
@@ -32,10 +34,12 @@ class LinearConfig:
     splits: int = 1
     warps: int = 4
     stages: int = 4
+    x_bits: int = 16
+    promotes: bool = True
 
     def shared_memory_bytes(self, kind: LinearKind, weight_bits: int = 16) -> int:
         """What the ring takes."""
-        bits = weight_bits * weight_rows(self.outputs, kind) + 16 * self.tokens
+        bits = weight_bits * weight_rows(self.outputs, kind) + self.x_bits * self.tokens
         return self.stages * self.inputs * bits // 8
 
 

@@ -42,6 +42,7 @@ from kiln_nn.kernels.linear.triton_hopper_parts import (
     boxes,
     describe,
     rows_fetched,
+    source_rows,
 )
 from kiln_nn.kernels.linear.triton_hopper_unpack import (
     eight_bits_half,
@@ -50,7 +51,6 @@ from kiln_nn.kernels.linear.triton_hopper_unpack import (
     half_places,
     halves_of,
     places,
-    source_rows,
 )
 from kiln_nn.kernels.quantised import FP8, QuantisedMatrix
 

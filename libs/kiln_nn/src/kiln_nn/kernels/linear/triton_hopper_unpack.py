@@ -14,7 +14,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from kiln_nn.kernels.linear.triton_hopper_parts import ask_for_weights, ask_for_x, barrier
+from kiln_nn.kernels.linear.triton_hopper_parts import ask_for_weights, ask_for_x, barrier, source_rows
 
 
 def _numbers_of_a_place(out: int) -> str:
@@ -144,22 +144,6 @@ def eight_bits_half(pairs):
     return gl.join(low, high).reshape([ROWS, 64])
 
 
-@gluon.jit
-def source_rows(lanes, row, num_outputs, BOX: gl.constexpr, REST: gl.constexpr, GATED: gl.constexpr):
-    """The matrix' rows that lie in a tile's, and whether they are there."""
-    if not GATED:
-        return row + lanes, (lanes < BOX + REST) & (row + lanes < num_outputs)
-    half = lanes // BOX
-    inner = lanes % BOX
-    if REST > 0:
-        rest = lanes - 2 * BOX
-        half = gl.where(rest < 0, half, rest // REST)
-        inner = gl.where(rest < 0, inner, BOX + rest % REST)
-    is_there = (lanes < 2 * (BOX + REST)) & (row + inner < num_outputs)
-    return row + inner + half * num_outputs, is_there
-
-
-@gluon.jit
 def fetch_group_scales(
     scales_ptr,
     scale_stride,
