@@ -102,6 +102,8 @@ def _specialised_candidates(scheme: Scheme, layer: Layer, num_rows: int) -> list
         # Sums of 256 tokens are more than a third group leaves registers for.
         if tokens * groups > 512 or (rows == 48 and num_rows > 128):
             continue
+        if (groups == 1 and tokens < 256) or (groups < 3 and tokens < num_rows / 2):
+            continue  # x would be read too often
         outputs = rows // halves
         num_tiles = -(-layer.outputs // (rows * groups)) * -(-num_rows // tokens)
         for splits in _specialised_splits(layer, num_tiles):
