@@ -144,6 +144,7 @@ def eight_bits_half(pairs):
     return gl.join(low, high).reshape([ROWS, 64])
 
 
+@gluon.jit
 def fetch_group_scales(
     scales_ptr,
     scale_stride,
