@@ -13,12 +13,14 @@ from kiln_nn.kernels.checks import check_shape
 from kiln_nn.kernels.dispatch import takes_triton
 from kiln_nn.kernels.linear import choice, choice_quantised, quantised, reference
 from kiln_nn.kernels.linear.choice import choose
-from kiln_nn.kernels.linear.config import LinearConfig, LinearKind
+from kiln_nn.kernels.linear.config import LinearConfig, LinearKind, RegisterConfig, SpecialisedConfig, Tiling
 from kiln_nn.kernels.linear.quantised import reads_as_stored
 from kiln_nn.kernels.quantised import QuantisedMatrix, Rows, Scheme, whole
 
 __all__ = [
     "LinearConfig",
+    "RegisterConfig",
+    "SpecialisedConfig",
     "Weight",
     "invariant_config",
     "invariant_config_of",
@@ -55,7 +57,7 @@ def linear(
     *,
     out_dtype: torch.dtype | None = None,
     out: torch.Tensor | None = None,
-    config: LinearConfig | None = None,
+    config: Tiling | None = None,
     shows_producers: bool = False,
 ) -> torch.Tensor:
     """`x Wᵀ` in `out_dtype` (by default that of `x`), in `out` if it is given (of that format).
@@ -116,7 +118,7 @@ def linear_beside(
     return y_TO
 
 
-def linear_swiglu(x: Rows, gate_up_OI: Weight, *, config: LinearConfig | None = None) -> torch.Tensor:
+def linear_swiglu(x: Rows, gate_up_OI: Weight, *, config: Tiling | None = None) -> torch.Tensor:
     """`silu(x Wgᵀ) · (x Wuᵀ)` where the first half of the weight's rows is Wg; see `linear`.
 
     Returns: `[T, O / 2]` in the format of `x`.
@@ -142,7 +144,7 @@ def linear_partials(
     x: Rows,
     w_OI: Weight,
     *,
-    config: LinearConfig | None = None,
+    config: Tiling | None = None,
     shows_producers: bool = False,
     is_apart: bool = False,
 ) -> torch.Tensor:
@@ -182,7 +184,7 @@ def reads_rounded(x_TI: torch.Tensor, parts: Sequence[Weight], *, is_gated: bool
 
 
 def _tiling(
-    x_TI: torch.Tensor, w_OI: torch.Tensor, config: LinearConfig | None, kind: LinearKind
+    x_TI: torch.Tensor, w_OI: torch.Tensor, config: Tiling | None, kind: LinearKind
 ) -> LinearConfig | None:
     """The kernel's configuration, or None where the library computes this product."""
     if not takes_triton(x_TI, w_OI):
@@ -192,6 +194,7 @@ def _tiling(
     if not triton.takes(x_TI, w_OI):
         return None
     if config is not None:
+        assert isinstance(config, LinearConfig), "the other is for quantised weights"
         return config
     num_outputs, num_inputs = w_OI.shape
     is_hopper = streaming.takes_hopper(x_TI, w_OI)

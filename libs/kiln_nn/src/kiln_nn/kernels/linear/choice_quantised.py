@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from kiln_nn.kernels.linear.config import LinearConfig, LinearKind, weight_rows
+from kiln_nn.kernels.linear.config import LinearConfig, LinearKind, Tiling, weight_rows
 from kiln_nn.kernels.quantised import Scheme
 
 WEIGHT_BITS: dict[Scheme, int] = {"fp8": 8, "int4": 4}
@@ -26,7 +26,7 @@ _MOST_TOKENS_UNMEASURED = 16  # on other GPUs
 # Of int4, down_proj, gate_up beyond 16 tokens, and 32 and 128 tokens everywhere come from a run with
 # words in another order: measure again.
 _GATE_UP = (18_432, 2560)
-_MEASURED: dict[tuple[Scheme, tuple[int, int]], dict[int, LinearConfig | None]] = {
+_MEASURED: dict[tuple[Scheme, tuple[int, int]], dict[int, Tiling | None]] = {
     ("int4", (12288, 2560)): {  # in_proj
         8: LinearConfig(8, 64, 512, 1, 4, 3),
         16: LinearConfig(16, 64, 512, 1, 4, 2),
@@ -100,7 +100,7 @@ _MEASURED: dict[tuple[Scheme, tuple[int, int]], dict[int, LinearConfig | None]] 
 
 def choose(
     scheme: Scheme, num_tokens: int, num_outputs: int, num_inputs: int, kind: LinearKind, *, is_hopper: bool
-) -> LinearConfig | None:
+) -> Tiling | None:
     """The configuration for these sizes, or None where the library's product is faster.
 
     `num_outputs` counts the weight's rows, also for the gated form.

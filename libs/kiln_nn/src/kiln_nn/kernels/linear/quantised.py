@@ -18,7 +18,14 @@ import torch
 from kiln_nn.kernels.dispatch import device_limits, takes_triton
 from kiln_nn.kernels.linear import reference
 from kiln_nn.kernels.linear.choice_quantised import WEIGHT_BITS, choose
-from kiln_nn.kernels.linear.config import LinearConfig, LinearKind, fit
+from kiln_nn.kernels.linear.config import (
+    LinearConfig,
+    LinearKind,
+    RegisterConfig,
+    SpecialisedConfig,
+    Tiling,
+    fit,
+)
 from kiln_nn.kernels.quantised import QuantisedMatrix, RoundedRows, Rows, round_rows, whole
 from kiln_nn.kernels.swiglu import swiglu
 
@@ -32,7 +39,7 @@ def linear(
     *,
     out_dtype: torch.dtype | None = None,
     out: torch.Tensor | None = None,
-    config: LinearConfig | None = None,
+    config: Tiling | None = None,
     shows_producers: bool = False,
 ) -> torch.Tensor:
     """As `kernels.linear.linear`."""
@@ -47,7 +54,7 @@ def linear(
     return out_TO
 
 
-def linear_swiglu(x: Rows, matrix: QuantisedMatrix, *, config: LinearConfig | None = None) -> torch.Tensor:
+def linear_swiglu(x: Rows, matrix: QuantisedMatrix, *, config: Tiling | None = None) -> torch.Tensor:
     """As `kernels.linear.linear_swiglu`."""
     x_TI = whole(x)
     tiling = _tiling(x_TI, matrix, config, LinearKind.GATED)
@@ -62,7 +69,7 @@ def linear_partials(
     x: Rows,
     matrix: QuantisedMatrix,
     *,
-    config: LinearConfig | None = None,
+    config: Tiling | None = None,
     shows_producers: bool = False,
 ) -> torch.Tensor:
     """As `kernels.linear.linear_partials`; the kernels' sums always stay apart."""
@@ -86,7 +93,9 @@ def linear_beside(
     """As `kernels.linear.linear_beside`, where one kernel computes both; else None."""
     x_TI = whole(x)
     tiling = _tiling(x_TI, matrix, None, LinearKind.PLAIN)
-    if tiling is None or not takes_triton(x_TI, beside_BI) or not takes_hopper(x_TI, matrix):
+    if tiling is None or isinstance(tiling, SpecialisedConfig):
+        return None
+    if not takes_triton(x_TI, beside_BI) or not takes_hopper(x_TI, matrix):
         return None
     if not _takes_beside(x_TI, beside_BI, tiling):
         return None
@@ -95,9 +104,9 @@ def linear_beside(
     return out_TO
 
 
-def _takes_beside(x_TI: torch.Tensor, beside_BI: torch.Tensor, tiling: LinearConfig) -> bool:
+def _takes_beside(x_TI: torch.Tensor, beside_BI: torch.Tensor, tiling: Tiling) -> bool:
     """Whether Hopper's kernel of this tiling can compute bf16 rows beside the others."""
-    if tiling.x_bits == 8:
+    if isinstance(tiling, LinearConfig) and tiling.x_bits == 8:
         from kiln_nn.kernels.linear import triton_hopper_rounded
 
         return triton_hopper_rounded.takes_beside(x_TI, beside_BI)
@@ -131,7 +140,9 @@ def reads_as_stored(x_TI: torch.Tensor, matrix: QuantisedMatrix) -> bool:
 def reads_rounded(x_TI: torch.Tensor, matrix: QuantisedMatrix, *, is_gated: bool = False) -> bool:
     """Whether the product of such rows with this matrix, in bf16, reads them in E4M3."""
     tiling = _tiling(x_TI, matrix, None, LinearKind.GATED if is_gated else LinearKind.PLAIN)
-    return multiplies_eight_bits(x_TI, matrix) if tiling is None else tiling.x_bits == 8
+    if tiling is None:
+        return multiplies_eight_bits(x_TI, matrix)
+    return isinstance(tiling, LinearConfig) and tiling.x_bits == 8
 
 
 def multiplies_eight_bits(x_TI: torch.Tensor, matrix: QuantisedMatrix) -> bool:
@@ -166,8 +177,8 @@ def _has_row_scaled_product(device: torch.device) -> bool:
 
 
 def _tiling(
-    x_TI: torch.Tensor, matrix: QuantisedMatrix, config: LinearConfig | None, kind: LinearKind
-) -> LinearConfig | None:
+    x_TI: torch.Tensor, matrix: QuantisedMatrix, config: Tiling | None, kind: LinearKind
+) -> Tiling | None:
     """The kernel's configuration, or None where the library computes this product."""
     if not takes_triton(x_TI, matrix.values, matrix.scales):
         return None
@@ -201,7 +212,7 @@ def launch(
     x: Rows,
     matrix: QuantisedMatrix,
     out: torch.Tensor,
-    config: LinearConfig,
+    config: Tiling,
     kind: LinearKind,
     *,
     beside_BI: torch.Tensor | None = None,
@@ -209,14 +220,28 @@ def launch(
 ) -> None:
     """Fill `out` by the own kernel of this device; only partial sums use the configuration's splits.
 
-    Hopper's kernel also takes rows `beside_BI`.
+    Hopper's kernels also take rows `beside_BI`, unless by a `SpecialisedConfig`; they alone take one of
+    those or a `RegisterConfig`.
     """
     x_TI = whole(x)
-    limit = ring_limit(matrix, device_limits(x_TI.device).shared_memory_bytes)
-    tiling = fit(config, kind, limit, WEIGHT_BITS[matrix.scheme])
-    if kind is not LinearKind.PARTIAL:
-        tiling = replace(tiling, splits=1)
     options: dict[str, Any] = {"is_gated": kind is LinearKind.GATED, "shows_producers": shows_producers}
+    if kind is not LinearKind.PARTIAL:
+        config = replace(config, splits=1)
+    if isinstance(config, RegisterConfig):
+        from kiln_nn.kernels.linear import triton_hopper_registers
+
+        triton_hopper_registers.launch(x_TI, matrix, out, config, beside_BI=beside_BI, **options)
+        return
+    shared_memory_bytes = device_limits(x_TI.device).shared_memory_bytes
+    if isinstance(config, SpecialisedConfig):
+        from kiln_nn.kernels.linear import triton_hopper_specialised
+
+        sizes = (matrix.shape[1], WEIGHT_BITS[matrix.scheme], matrix.scales.element_size())
+        fitting = config.fit(*sizes, shared_memory_bytes)
+        triton_hopper_specialised.launch(x_TI, matrix, out, fitting, **options)
+        return
+    limit = ring_limit(matrix, shared_memory_bytes)
+    tiling = fit(config, kind, limit, WEIGHT_BITS[matrix.scheme])
     if not takes_hopper(x_TI, matrix):
         from kiln_nn.kernels.linear import triton_quantised
 
