@@ -201,7 +201,7 @@ def test_rows_that_lie_apart(scheme, kernel):
 
 @on_triton
 @pytest.mark.skipif(INTERPRETED, reason="the public function asks for a GPU")
-@pytest.mark.parametrize("num_tokens", [1, 3, 8, 9, 64, 2048])
+@pytest.mark.parametrize("num_tokens", [1, 3, 8, 9, 33, 64, 128, 200, 2048])
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_whole_rows_beside(scheme, num_tokens):
     size, num_beside = (12288, 2560), 64
@@ -401,6 +401,8 @@ def _hopper_shared_memory(
         "rest_desc": f"tensordesc<{kind_of_word}[{rest or box}, {columns}],{stored!r}>",
         "x_desc": f"tensordesc<bf16[{x_box}, 64],{whole!r}>",
         "x_rest_desc": f"tensordesc<bf16[{x_rest or x_box}, 64],{whole!r}>",
+        "beside_desc": f"tensordesc<bf16[64, 64],{whole!r}>",
+        "beside_x_desc": f"tensordesc<bf16[{min(16, config.tokens)}, 64],{whole!r}>",
         "scales_ptr": scales if is_four_bits else "*fp32",
         "out_ptr": "*fp32",
         "x_ptr": "*bf16",
@@ -434,7 +436,10 @@ def test_the_kernel_for_hopper_compiles(scheme, size, kind):
             assert _hopper_shared_memory(scheme, config, num_tokens, size, kind) <= SHARED_MEMORY_LIMIT[90]
     config = invariant_config(*size, scheme)
     others = {"num_beside": 64 if kind is LinearKind.PLAIN else 0, "scales": "*fp32"}
-    assert _hopper_shared_memory(scheme, config, 1, size, kind, **others) <= SHARED_MEMORY_LIMIT[90]
+    alone = _hopper_shared_memory(scheme, config, 1, size, kind, **others)
+    assert alone <= SHARED_MEMORY_LIMIT[90]
+    # Rows beside take no memory that the others have not.
+    assert _hopper_shared_memory(scheme, config, 64, size, kind, **others) == alone
 
 
 def _compile_specialised(

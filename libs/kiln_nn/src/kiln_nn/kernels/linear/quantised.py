@@ -104,16 +104,14 @@ def linear_beside(
     return out_TO
 
 
-def _takes_beside(x_TI: torch.Tensor, beside_BI: torch.Tensor, tiling: Tiling) -> bool:
+def _takes_beside(x_TI: torch.Tensor, beside_BI: torch.Tensor, tiling: LinearConfig | RegisterConfig) -> bool:
     """Whether Hopper's kernel of this tiling can compute bf16 rows beside the others."""
-    if isinstance(tiling, LinearConfig) and tiling.x_bits == 8:
-        from kiln_nn.kernels.linear import triton_hopper_rounded
+    from kiln_nn.kernels.linear.triton_hopper_beside import MOST_TOKENS_BESIDE, takes_beside
 
-        return triton_hopper_rounded.takes_beside(x_TI, beside_BI)
-    from kiln_nn.kernels.linear.triton_hopper_beside import MOST_TOKENS_BESIDE
-
-    is_plain = beside_BI.dtype is torch.bfloat16 and beside_BI.stride(1) == 1
-    return is_plain and x_TI.shape[0] <= MOST_TOKENS_BESIDE
+    has_few = x_TI.shape[0] <= MOST_TOKENS_BESIDE
+    if isinstance(tiling, RegisterConfig) or (has_few and tiling.x_bits == 16):
+        return has_few and beside_BI.dtype is torch.bfloat16 and beside_BI.stride(1) == 1
+    return takes_beside(x_TI, beside_BI)
 
 
 def library_linear(
