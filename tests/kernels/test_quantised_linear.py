@@ -215,6 +215,31 @@ def test_whole_rows_beside(scheme, num_tokens):
 
 
 @on_triton
+@pytest.mark.skipif(INTERPRETED, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("num_beside", [32, 96])
+@pytest.mark.parametrize("num_tokens", [9, 64, 200])
+@pytest.mark.parametrize(
+    "config",
+    [
+        LinearConfig(64, 64, 128, 1, 4, 4),
+        LinearConfig(128, 128, 128, 1, 8, 2),
+        SpecialisedConfig(64, 64, groups=2),
+        SpecialisedConfig(128, 64, groups=3),
+    ],
+)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_rows_beside_tiles_of_every_kernel(scheme, config, num_tokens, num_beside):
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a Hopper GPU")
+    size = (1000, 2560)
+    x, matrix, beside = _draw(num_tokens, size[1]), _matrix(scheme, *size), _draw(num_beside, size[1], seed=2)
+    out = _poisoned(num_tokens, size[0] + num_beside, dtype=torch.bfloat16)
+    _quantised().launch(x, matrix, out, config, LinearKind.PLAIN, beside_BI=beside)
+    assert relative_error(out[:, size[0] :], x.double() @ beside.double().t()) < TOLERANCE[torch.bfloat16]
+    assert relative_error(out[:, : size[0]], _product(scheme, *size, num_tokens)) < TOLERANCE[torch.bfloat16]
+
+
+@on_triton
 @pytest.mark.parametrize("kind", list(LinearKind))
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_an_invariant_row_does_not_depend_on_its_batch(scheme, kind, kernel, monkeypatch):
@@ -449,6 +474,7 @@ def _compile_specialised(
     size: tuple[int, int],
     kind: LinearKind,
     scales: str = "*bf16",
+    num_beside: int = 0,
 ):
     """Compile Hopper's kernel of specialised warps."""
     import triton
@@ -460,7 +486,7 @@ def _compile_specialised(
 
     is_four_bits = scheme == "int4"
     kinds = {"is_gated": kind is LinearKind.GATED, "is_four_bits": is_four_bits}
-    constants = hopper.constants(config, num_tokens, size[1], **kinds)
+    constants = hopper.constants(config, num_tokens, size[1], num_beside, **kinds)
     kind_of_word, columns, bits = ("i32", 16, 32) if is_four_bits else ("i16", 64, 16)
     stored, whole = line_layout(columns, bits), line_layout(64, 16)
     box, rest, x_box, x_rest = (constants[name] for name in ("BOX", "REST", "X_BOX", "X_REST"))
@@ -469,6 +495,8 @@ def _compile_specialised(
         "rest_desc": f"tensordesc<{kind_of_word}[{rest or box}, {columns}],{stored!r}>",
         "x_desc": f"tensordesc<bf16[{x_box}, 64],{whole!r}>",
         "x_rest_desc": f"tensordesc<bf16[{x_rest or x_box}, 64],{whole!r}>",
+        "beside_desc": f"tensordesc<bf16[64, 64],{whole!r}>",
+        "beside_x_desc": f"tensordesc<bf16[16, 64],{whole!r}>",
         "scales_ptr": scales if is_four_bits else "*fp32",
         "out_ptr": "*fp32",
     }
@@ -506,6 +534,10 @@ def test_the_kernel_of_specialised_warps_compiles(scheme, kind):
     assert binary.metadata.shared <= config.shared_memory_bytes(size[1], bits) <= SHARED_MEMORY_LIMIT[90]
     # The groups that multiply and the warps of a fourth or third, of which one fetches.
     assert binary.metadata.num_warps == 4 * (config.groups + 1)
+    if kind is LinearKind.PLAIN:
+        beside = _compile_specialised(scheme, config, config.tokens, size, kind, num_beside=64)
+        assert beside.asm["ptx"].count("griddepcontrol.launch_dependents") == 4
+        assert beside.metadata.shared == binary.metadata.shared
 
 
 def _compile_for_registers(
