@@ -11,6 +11,9 @@ Takes E4M3 matrices of any number of outputs whose rows are 16-byte aligned (inp
 of 128) on compute capability 9.0. Every element is summed in one order, given by the configuration
 alone. Partial sums always stay apart; the other forms do not split inputs.
 
+Measured against float32 products of the same rounded rows on an H200, 16 to 256 tokens: 1.7e-3
+relative in bf16, one rounding; 1.8e-3 to 2.3e-3 where sums are left to tensor cores.
+
 Legend: `T` tokens, `I` inputs, `O` outputs, `S` partial sums, `F` feed-forward width, `B` rows beside.
 """
 
