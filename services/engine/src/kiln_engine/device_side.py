@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import socket
 import time
 from collections.abc import Mapping
 from functools import partial
@@ -48,6 +49,7 @@ _LEAST_MODEL_LEN = 4096
 _MOST_FIXED_CHUNK_TOKENS = 256
 _PAGES_OF_KERNELS = (8, 16, 32, 64)
 _OLDEST_FP8_CAPABILITY = (8, 9)
+_MACHINE_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _SOCKET_NAME = "weights.sock"
 _INBOX_NAME = "adapters.sock"
 
@@ -180,6 +182,7 @@ def load_device_side(settings: EngineSettings) -> EngineParts:
         adapter_socket_path=str(inbox.socket_path),
         weights_scheme=model.scheme or "",
         speculation="" if settings.speculation == "none" else settings.speculation,
+        device_id=_device_id(model.manifest.device_id),
     )
     runner = TorchRunner(
         model.config,
@@ -208,6 +211,16 @@ def _device_memory(device: torch.device, weights_bytes: int, memory: MemoryPlan)
     if device.type == "cpu":
         return DeviceMemory(parts, _machine_memory)
     return DeviceMemory(parts, partial(torch.cuda.mem_get_info, device))
+
+
+def _device_id(manifests: str) -> str:
+    """Engines with one device have one id; two containers of a machine share its memory."""
+    if manifests != "cpu":
+        return manifests
+    try:
+        return f"cpu:{_MACHINE_BOOT_ID.read_text(encoding='ascii').strip()}"
+    except OSError:
+        return f"cpu:{socket.gethostname()}"
 
 
 def _machine_memory() -> tuple[int, int]:
