@@ -397,6 +397,13 @@ def _log_plan(
     if model.unquantised_layers:
         layers = model.unquantised_layers
         log.warning("layers_not_quantised", scheme=model.scheme, count=len(layers), first=layers[0])
+    if model.scheme and model.manifest.device_id == "cpu":
+        log.warning(
+            "quantised_weights_slow",
+            scheme=model.scheme,
+            effect="on a CPU each product makes its matrix whole again, many times slower than plain weights",
+            hint="serve the plain checkpoint here, without --quantization; docs/quantization.md has figures",
+        )
     log.info(
         "memory_plan",
         weights_mib=model.manifest.nbytes >> 20,
