@@ -303,6 +303,7 @@ async def test_the_engine_says_what_holds_its_memory(checkpoint, tmp_path):
         assert min(memory.values()) > 0
         assert sum(memory.values()) < stats.num_device_bytes
         assert 0 < stats.num_device_bytes_free < stats.num_device_bytes
+        assert (await client.get_info()).device_id.startswith("cpu:")
 
 
 @pytest.mark.processes
