@@ -6,14 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save
 
 from kiln_engine.domain import BatchPlan, DecodeRow, PrefillChunk, RowSampling, SamplingParams
 from kiln_engine.execution import adapter_upload
 from kiln_engine.execution.adapter_store import AdapterRejected, AdapterRows, AdapterStore
 from kiln_nn.lora import Matrix, adapter_table, serialize_adapter
 from kiln_nn.lora.parameters import LoraParameters
-from tests.support.lora_builders import random_lora
+from tests.support.lora_builders import random_lora, safetensors_of
 from tests.support.tiny_models import tiny_config
 
 AdapterSlots = tuple[tuple[int, float], ...]
@@ -195,17 +194,6 @@ def test_an_upload_puts_the_same_numbers_into_the_same_places(file_dtype, monkey
         stores[1].stage(2, safetensors_of(bad), config_json)
     with pytest.raises(KeyError):
         stores[1].activate(2)
-
-
-def safetensors_of(tensors: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> bytes:
-    """An adapter's file, whatever is in it."""
-    return save(
-        {
-            f"base_model.model.{path}.{side}.weight": values.contiguous()
-            for path, pair in tensors.items()
-            for side, values in zip(("lora_A", "lora_B"), pair, strict=True)
-        }
-    )
 
 
 def test_what_is_not_finite_or_of_mixed_formats_is_told_apart():
