@@ -174,16 +174,17 @@ def demo_config() -> ModelConfig:
     return ModelConfig.from_folder(DEMO_MODEL)
 
 
+def draws_apart(lora: LoraParameters) -> LoraParameters:
+    """Weak in the model, where sums in another order would make noise of it, and strong in the layer."""
+    tensors = {
+        path: (a, (4 if path.startswith("mtp.") else 0.05) * b) for path, (a, b) in lora.tensors().items()
+    }
+    return LoraParameters(lora.spec, tensors)
+
+
 @cache
 def demo_loras() -> dict[int, LoraParameters]:
-    """Weak in the model, which would make noise of sums in another order; strong in the layer."""
-    loras = {}
-    for slot, lora in loras_of(demo_config()).items():
-        tensors = {
-            path: (a, b if path.startswith("mtp.") else 0.05 * b) for path, (a, b) in lora.tensors().items()
-        }
-        loras[slot] = LoraParameters(lora.spec, tensors)
-    return loras
+    return {slot: draws_apart(lora) for slot, lora in loras_of(demo_config()).items()}
 
 
 @cache
@@ -274,9 +275,10 @@ def test_every_draft_of_captured_graphs_is_the_merged_layers(monkeypatch):
 
 def with_other_layer(lora: LoraParameters, seed: int | None) -> LoraParameters:
     """The same adapter of the model with other matrices for the layer, or none."""
-    other = random_lora(demo_config(), rank=lora.spec.rank, seed=seed or 0, with_mtp=True).tensors()
+    other = random_lora(demo_config(), rank=lora.spec.rank, seed=seed or 0, with_mtp=True)
+    other_layer = draws_apart(other).tensors()
     tensors = {
-        path: other[path] if path.startswith("mtp.") else pair
+        path: other_layer[path] if path.startswith("mtp.") else pair
         for path, pair in lora.tensors().items()
         if seed or not path.startswith("mtp.")
     }
@@ -341,9 +343,9 @@ def test_a_version_that_changes_in_an_answer_drafts_with_its_own_layer(monkeypat
                 moved_at.append(sequence.num_outputs)
                 assert scheduler.move("r", change)
 
-        return serve(
-            runner, limits, [(request, old)], speculator=speculator, run_ahead=0, on_step=on_step
-        )["r"]
+        return serve(runner, limits, [(request, old)], speculator=speculator, run_ahead=0, on_step=on_step)[
+            "r"
+        ]
 
     runner, limits = demo_runner()
     used: list[AdapterSlots] = []
