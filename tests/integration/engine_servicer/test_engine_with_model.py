@@ -222,9 +222,9 @@ async def test_matrices_for_the_mtp_layer_come_with_an_adapter(checkpoint, tmp_p
                     path = info.adapter_socket_path
                     sha256 = await asyncio.to_thread(sealed.hand_over, path, "style", 5.0)
                     sealed.close()
+                    assert [entry.sha256 for entry in engine.adapters._slots.entries] == [sha256]
                 ref = await until_registered(registry, checkpoint, model_hash, seed=1, spec=WITH_MTP)
                 assert not is_handed_over or sha256 == ref.sha256
-                assert not (await client.prepare_adapter(ref)).was_loaded or not is_handed_over
                 request = generate_request("r", adapters=[ref], seed=5, max_tokens=30)
                 answers.append(tokens(await collect(client, request)))
                 tables = engine.adapters._store._tables
