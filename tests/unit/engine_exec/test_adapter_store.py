@@ -240,13 +240,14 @@ def test_what_is_not_finite_or_of_mixed_formats_is_told_apart():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_one_captured_graph_serves_any_mixture():
+@pytest.mark.parametrize("path", ["model.layers.3.self_attn.qkv_proj", "mtp.layers.0.self_attn.kv_proj"])
+def test_one_captured_graph_serves_any_mixture(path: str):
     loaded = Loaded("cuda")
-    path = "model.layers.3.self_attn.qkv_proj"
     paths = [f"{path.rpartition('.')[0]}.{name}" for name in FUSED[path]]
     static = loaded.store.static_rows(40)
-    x_TI = torch.randn(40, adapter_table(loaded.config)[paths[0]][0], device="cuda")
-    y_TO = torch.zeros(40, sum(adapter_table(loaded.config)[each][1] for each in paths), device="cuda")
+    table = linear_layers(loaded.config)
+    x_TI = torch.randn(40, table[paths[0]][0], device="cuda")
+    y_TO = torch.zeros(40, sum(table[each][1] for each in paths), device="cuda")
     loaded.store.add_(path, x_TI, y_TO, static.rows)  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

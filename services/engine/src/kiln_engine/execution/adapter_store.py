@@ -65,7 +65,8 @@ class AdapterStore:
     """A and B of `num_slots` adapters for every linear layer; slot 0 is the base model.
 
     `with_mtp`: for those of the multi-token-prediction layer as well, which makes the drafts. Otherwise an
-    adapter's matrices for it are checked and left aside.
+    adapter's matrices for it have their names and shapes checked, and are left aside.
+
     Slots are numbered 1 to `num_slots`. `stage` may run on any thread because it writes only to a
     slot that no step reads; everything else belongs to the loop thread.
     """
