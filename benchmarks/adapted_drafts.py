@@ -1,6 +1,6 @@
 """Trains the demo model to answer in another voice, with the MTP layer beside it, and counts whose drafts stand.
 
-    python -m benchmarks.adapted_drafts [--examples 64] [--epochs 5] [--temperatures 0 1] [--batch 4]
+    python -m benchmarks.adapted_drafts [--examples 96] [--epochs 5] [--drafts 1 3] [--temperatures 0 1]
 
 One job of the trainer (`train_mtp`) makes an adapter with matrices for the multi-token-prediction layer. It
 is served twice: as it is, and without those matrices, which is what the same job makes without `train_mtp`.
@@ -210,10 +210,10 @@ def compare(spine: Spine, trained: Files, options: argparse.Namespace) -> dict[t
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Options, the defaults being those of the figures in docs/status.md."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--examples", type=int, default=64)
+    parser.add_argument("--examples", type=int, default=96)
     parser.add_argument("--epochs", type=int, default=5)
-    parser.add_argument("--drafts", type=int, default=3, help="tokens drafted ahead")
-    parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 1.0])
+    parser.add_argument("--drafts", type=int, nargs="+", default=[1, 3], help="tokens drafted ahead")
+    parser.add_argument("--temperatures", type=float, nargs="+", default=[1.0])
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--requests", type=int, default=24)
     return parser.parse_args(arguments)
@@ -222,12 +222,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     options = parse()
     torch.set_num_threads(1)
-    with demo_engine(options.batch, options.drafts) as spine:
+    with demo_engine(options.batch, options.drafts[0]) as spine:
         examples = taught_examples(options.examples)
-        print(
-            f"training on {len(examples)} conversations, {sum(len(ids) for ids, _ in examples)} tokens an epoch"
-        )
-        compare(spine, train(spine, training_request(examples, options.epochs)), options)
+        num_tokens = sum(len(ids) for ids, _ in examples)
+        print(f"training on {len(examples)} conversations, {num_tokens} tokens an epoch", flush=True)
+        trained = train(spine, training_request(examples, options.epochs))
+    for drafts in options.drafts:
+        print(f"with {drafts} drafted ahead", flush=True)
+        with demo_engine(options.batch, drafts) as spine:
+            compare(spine, trained, options)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ def test_the_voice_changes_words_and_nothing_else():
 
 def test_one_job_is_served_with_and_without_its_mtp_matrices():
     options = parse(["--requests", "2", "--batch", "1", "--temperatures", "0"])
-    with demo_engine(options.batch, options.drafts) as spine:
+    with demo_engine(options.batch, 3) as spine:
         trained = train(spine, training_request(taught_examples(2), epochs=1))
         both, main = (
             parse_adapter(files.config_json, files.weights, spine.config).tensors
