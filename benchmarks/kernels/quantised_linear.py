@@ -101,10 +101,14 @@ def _register_candidates(scheme: Scheme, layer: Layer) -> list[RegisterConfig]:
         num_warps = layer.outputs // (16 * halves * stripes) * splits * warps
         if steps > 6 or not 8 <= num_warps / MULTIPROCESSORS <= (64 if layer.count > 1 else 1000):
             continue
-        for ahead, registers in product(sorted({steps, -(-steps // 2), min(2, steps)}), (0, 96, 80)):
-            least = words * ahead + 50
-            if 16 <= words * ahead <= 96 and (registers == 0 or least <= registers * 1.1):
-                found[RegisterConfig(16 * stripes, splits, warps, ahead, registers)] = None
+        for ahead in {steps, -(-steps // 2)}:  # in registers
+            if 16 <= words * ahead <= 96:
+                found[RegisterConfig(16 * stripes, splits, warps, ahead, 0)] = None
+            if words * ahead <= 48:
+                found[RegisterConfig(16 * stripes, splits, warps, ahead, 96)] = None
+        for ahead, registers in product({steps, max(1, steps - 1)}, (0,) if scheme == "fp8" else (96, 80)):
+            if words * ahead * warps * 128 <= 90 * 1024:  # in shared memory
+                found[RegisterConfig(16 * stripes, splits, warps, ahead, registers, True)] = None
     return list(found)
 
 

@@ -444,7 +444,7 @@ def _compile_for_registers(
     constants = hopper.constants(config, num_tokens, *size, num_beside, **kinds) | {"DEPENDENT": True}
     signature = {
         "x_ptr": "*bf16",
-        "values_ptr": "*i32" if is_four_bits else "*u8",
+        "values_ptr": "*i32",
         "scales_ptr": scales if is_four_bits else "*fp32",
         "out_ptr": "*fp32",
         "beside_ptr": "*bf16",

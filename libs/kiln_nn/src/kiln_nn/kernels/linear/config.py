@@ -49,6 +49,7 @@ class RegisterConfig:
     `ahead`: groups whose weights a warp has asked for before it multiplies the first.
     `registers`: of a thread at most, 0 for as many as it likes; with fewer more programs, also of the next
     kernel, lie on a multiprocessor.
+    `is_staged`: weights wait in shared memory until they are multiplied, not in registers.
     """
 
     outputs: int
@@ -56,6 +57,7 @@ class RegisterConfig:
     warps: int = 4
     ahead: int = 4
     registers: int = 0
+    is_staged: bool = False
 
 
 Tiling = LinearConfig | RegisterConfig

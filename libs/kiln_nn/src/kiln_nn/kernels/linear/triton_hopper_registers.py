@@ -64,50 +64,86 @@ _SUM_SCALES = gl.constexpr(SUM_SCALES)
 
 @gluon.jit
 def _fetch_weights(
-    value_address,
+    values_ptr,
     scale_ptrs,
     rows,
+    first_word,
     step: gl.constexpr,
     is_group,
-    value_bytes,
+    value_stride,
     scale_stride,
     num_outputs,
+    slots,
     FOUR_BITS: gl.constexpr,
     WHOLE: gl.constexpr,
     STRIPES: gl.constexpr,
     GATED: gl.constexpr,
+    STAGED: gl.constexpr,
 ):
     """Words and scales of a warp's group `step` for all stripes: of each, rows `g`, then rows `g + 8`.
 
-    `value_address` and `scale_ptrs` are those of the thread's own first row, `rows`, and the first group.
+    `rows` are each thread's own first one, `first_word` where its words of the first group begin,
+    `scale_ptrs` where its scales do. Staged words go to `slots`, by row and piece.
     """
     HALVES: gl.constexpr = 2 if GATED else 1
-    LINE: gl.constexpr = 64 if FOUR_BITS else 128
+    LINE: gl.constexpr = 16 if FOUR_BITS else 32
     words = ()
     scales = ()
     for part in gl.static_range(HALVES * STRIPES * 2):
         # Stripes of gates come before those of ups.
         inner = part // 2 % STRIPES * 16 + part % 2 * 8
         down = (inner + part // 2 // STRIPES * num_outputs).to(gl.int64)
-        place = value_address + down * value_bytes + step * LINE
-        ptrs = scale_ptrs + down * scale_stride + step
         is_there = is_group & (rows + inner < num_outputs)
-        for piece in gl.static_range(LINE // 64):
-            at = place + 64 * piece
-            words += gl.inline_asm_elementwise(
-                _FETCH_WORDS[not WHOLE],
-                _FETCH_WORDS_OPERANDS[not WHOLE],
-                (at,) if WHOLE else (at, is_there.to(gl.int32)),
-                dtype=(gl.int32,) * 4,
-                is_pure=False,
-                pack=1,
-            )
+        places = first_word + down * value_stride + step * LINE
+        for piece in gl.static_range(LINE // 16):
+            if STAGED:
+                _copy_words(values_ptr, places + 16 * piece, is_there, slots[part * (LINE // 16) + piece])
+            else:
+                at = values_ptr.to(gl.int64) + 4 * (places + 16 * piece)
+                words += gl.inline_asm_elementwise(
+                    _FETCH_WORDS[not WHOLE],
+                    _FETCH_WORDS_OPERANDS[not WHOLE],
+                    (at,) if WHOLE else (at, is_there.to(gl.int32)),
+                    dtype=(gl.int32,) * 4,
+                    is_pure=False,
+                    pack=1,
+                )
         if FOUR_BITS:
+            ptrs = scale_ptrs + down * scale_stride + step
             if WHOLE:
                 scales += (gl.load(ptrs),)
             else:
                 scales += (gl.load(ptrs, mask=is_there, other=0.0),)
+    if STAGED:
+        async_copy.commit_group()
     return words, scales
+
+
+@gluon.jit
+def _copy_words(values_ptr, places, is_there, slot):
+    """Four words of each thread from `places` on to its own part of a slot, `[threads, 4]`."""
+    WARPS: gl.constexpr = slot.shape[0] // 32
+    layout: gl.constexpr = gl.BlockedLayout([1, 4], [32, 1], [WARPS, 1], [1, 0])
+    along: gl.constexpr = gl.SliceLayout(1, layout)
+    places = gl.convert_layout(places, along, assert_trivial=True)
+    is_there = gl.convert_layout(is_there, along, assert_trivial=True)
+    words = gl.arange(0, 4, gl.SliceLayout(0, layout))
+    ptrs = values_ptr + gl.max_contiguous(gl.multiple_of(places[:, None] + words[None, :], [1, 4]), [1, 4])
+    async_copy.async_copy_global_to_shared(slot, ptrs, mask=is_there[:, None])
+
+
+@gluon.jit
+def _read_words(slots, COUNT: gl.constexpr, num_warps: gl.constexpr):
+    """What `_copy_words` has left there, four words of each of `COUNT` slots."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [num_warps], [0])
+    quads: gl.constexpr = gl.BlockedLayout([1, 4], [32, 1], [num_warps, 1], [1, 0])
+    words = ()
+    for place in gl.static_range(COUNT):
+        quad = slots[place].load(quads).reshape([32 * num_warps, 2, 2])
+        four = _halve(_halve((quad,), 1), 2)
+        for word in gl.static_range(4):
+            words += (gl.convert_layout(four[word], layout, assert_trivial=True),)
+    return words
 
 
 @gluon.jit
@@ -123,6 +159,7 @@ def _copy_x(
     TILES: gl.constexpr,
     COPYING: gl.constexpr,
     FOUR_BITS: gl.constexpr,
+    STAGED: gl.constexpr,
     num_warps: gl.constexpr,
 ):
     """All x of a program into shared memory: by tile and step, `[rows, 32]` words as `x_layouts` has them."""
@@ -134,16 +171,24 @@ def _copy_x(
     half = lines % 2 if FOUR_BITS else lines % ROWS // TOKENS
     words = x_ptr.to(gl.pointer_type(gl.int32), bitcast=True)
     groups = group + lines // ROWS * STEPS
+    loaded = ()
     for place in gl.static_range(TILES * STEPS):
         tokens = token + place // STEPS * TOKENS + inner
         groups_here = groups + place % STEPS
         starts = tokens.to(gl.int64) * (x_stride // 2) + groups_here * 64 + half * 32
         is_there = (tokens < num_tokens) & (groups_here < last)
-        async_copy.async_copy_global_to_shared(
-            x[place], words + starts[:, None] + columns[None, :], mask=is_there[:, None]
-        )
-    async_copy.commit_group()
-    async_copy.wait_group(0)
+        ptrs = words + starts[:, None] + columns[None, :]
+        if STAGED:
+            # Copies are waited for in their order, and the weights' were asked for before.
+            loaded += (gl.load(ptrs, mask=is_there[:, None], other=0),)
+        else:
+            async_copy.async_copy_global_to_shared(x[place], ptrs, mask=is_there[:, None])
+    if STAGED:
+        for place in gl.static_range(TILES * STEPS):
+            x[place].store(loaded[place])
+    else:
+        async_copy.commit_group()
+        async_copy.wait_group(0)
 
 
 @gluon.jit
@@ -259,6 +304,7 @@ def _program(
     TILES: gl.constexpr,
     STEPS: gl.constexpr,
     AHEAD: gl.constexpr,
+    STAGED: gl.constexpr,
     DEPENDENT: gl.constexpr,
     num_warps: gl.constexpr,
 ):
@@ -274,9 +320,7 @@ def _program(
     last = gl.minimum((split + 1) * split_groups, num_groups)
     group = split * split_groups + threads // 32 * STEPS
     rows = row + g
-    value_bytes = value_stride.to(gl.int64) * (4 if FOUR_BITS else 1)
-    value_address = values_ptr.to(gl.int64) + rows.to(gl.int64) * value_bytes
-    value_address += group * (64 if FOUR_BITS else 128) + 16 * t
+    first_word = rows.to(gl.int64) * value_stride + group * (16 if FOUR_BITS else 32) + 4 * t
     scale_ptrs = scales_ptr + rows.to(gl.int64) * scale_stride + group
     if DEPENDENT:  # noqa: SIM102 (known when compiling)
         if shows_producers == 0:
@@ -286,22 +330,34 @@ def _program(
         eights = gl.inline_asm_elementwise(
             _MINUS_EIGHTS, _MINUS_EIGHTS_OPERANDS, [g], dtype=(gl.int32,) * 4, is_pure=False, pack=1
         )
+    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    SLOTS: gl.constexpr = 2 * STRIPES * HALVES * (1 if FOUR_BITS else 2)  # of a step
+    slots = ()
+    if STAGED:
+        for _step in gl.static_range(AHEAD):
+            of_step = ()
+            for _slot in gl.static_range(SLOTS):  # apart, or the compiler takes them for one
+                of_step += (gl.allocate_shared_memory(gl.int32, [32 * num_warps, 4], plain),)
+            slots += (of_step,)
     words = ()
     scales = ()
     for step in gl.static_range(AHEAD):
         fetched = _fetch_weights(
-            value_address,
+            values_ptr,
             scale_ptrs,
             rows,
+            first_word,
             step,
             group + step < last,
-            value_bytes,
+            value_stride,
             scale_stride,
             num_outputs,
+            slots[step] if STAGED else (),
             FOUR_BITS,
             WHOLE,
             STRIPES,
             GATED,
+            STAGED,
         )
         words += (fetched[0],)
         scales += (fetched[1],)
@@ -309,10 +365,10 @@ def _program(
         gdc_wait()
         if shows_producers != 0:
             gdc_launch_dependents()
-    plain: gl.constexpr = gl.SwizzledSharedLayout(4, 1, 8, [1, 0])
+    swizzled: gl.constexpr = gl.SwizzledSharedLayout(4, 1, 8, [1, 0])
     x = ()
     for _place in gl.static_range(TILES * STEPS):  # apart, or the compiler takes them for one
-        x += (gl.allocate_shared_memory(gl.int32, [num_warps * 2 * X_TOKENS, 32], plain),)
+        x += (gl.allocate_shared_memory(gl.int32, [num_warps * 2 * X_TOKENS, 32], swizzled),)
     _copy_x(
         x_ptr,
         x,
@@ -325,6 +381,7 @@ def _program(
         TILES,
         COPYING,
         FOUR_BITS,
+        STAGED,
         num_warps,
     )
     totals = ()
@@ -345,23 +402,29 @@ def _program(
             )
             ready += outputs[:16]
             begin += outputs[16:]
-        totals = _multiply(
-            words[step], scales[step], ready, begin, totals, FOUR_BITS, HALVES * STRIPES, TILES
-        )
+        these = words[step]
+        if STAGED:
+            # Asked for by now, less this one and those before it.
+            async_copy.wait_group((step + AHEAD if step + AHEAD < STEPS else STEPS) - step - 1)
+            these = _read_words(slots[step % AHEAD], SLOTS, num_warps)
+        totals = _multiply(these, scales[step], ready, begin, totals, FOUR_BITS, HALVES * STRIPES, TILES)
         if step + AHEAD < STEPS:
             fetched = _fetch_weights(
-                value_address,
+                values_ptr,
                 scale_ptrs,
                 rows,
+                first_word,
                 step + AHEAD,
                 group + step + AHEAD < last,
-                value_bytes,
+                value_stride,
                 scale_stride,
                 num_outputs,
+                slots[step % AHEAD] if STAGED else (),
                 FOUR_BITS,
                 WHOLE,
                 STRIPES,
                 GATED,
+                STAGED,
             )
             words += (fetched[0],)
             scales += (fetched[1],)
@@ -414,6 +477,7 @@ def _linear_kernel(
     TILES: gl.constexpr,
     STEPS: gl.constexpr,
     AHEAD: gl.constexpr,
+    STAGED: gl.constexpr,
     BESIDE: gl.constexpr,
     BESIDE_INPUTS: gl.constexpr,
     DEPENDENT: gl.constexpr,
@@ -463,6 +527,7 @@ def _linear_kernel(
             TILES,
             STEPS,
             AHEAD,
+            STAGED,
             DEPENDENT,
             num_warps,
         )
@@ -505,6 +570,7 @@ def constants(
         "TILES": tiles,
         "STEPS": steps,
         "AHEAD": min(config.ahead, steps),
+        "STAGED": config.is_staged,
         "BESIDE": num_beside,
         "BESIDE_INPUTS": triton.next_power_of_2(num_inputs) if num_beside else 1,
         "num_warps": config.warps,
@@ -538,6 +604,7 @@ def launch(
     kinds = {"is_gated": is_gated, "is_four_bits": is_four_bits}
     fixed = constants(config, num_tokens, num_rows, num_inputs, num_beside, **kinds)
     beside = x_TI if beside_BI is None else beside_BI
+    values = matrix.values if is_four_bits else matrix.values.view(torch.int32)
     options: dict[str, Any] = {"launch_pdl": True} if is_dependent else {}
     if config.registers:
         options["maxnreg"] = config.registers
@@ -548,7 +615,7 @@ def launch(
     )
     _linear_kernel[grid](
         x_TI,
-        matrix.values if is_four_bits else matrix.values.view(torch.uint8),
+        values,
         matrix.scales,
         out,
         beside,
@@ -558,7 +625,7 @@ def launch(
         _split_groups(config, num_inputs),
         num_inputs,
         x_TI.stride(0),
-        matrix.values.stride(0),
+        values.stride(0),
         matrix.scales.stride(0),
         out.stride(-2),
         beside.stride(0),
