@@ -97,6 +97,8 @@ def _register_candidates(scheme: Scheme, layer: Layer) -> list[RegisterConfig]:
         if (splits > 1 and layer.kind is not LinearKind.PARTIAL) or not is_even:
             continue
         steps = num_groups // (splits * warps)
+        if layer.kind is LinearKind.PARTIAL and steps < 2:
+            continue
         words = stripes * halves * (8 if scheme == "int4" else 16)  # of a thread, for a group
         num_warps = layer.outputs // (16 * halves * stripes) * splits * warps
         if steps > 6 or not 8 <= num_warps / MULTIPROCESSORS <= (64 if layer.count > 1 else 1000):
@@ -104,9 +106,9 @@ def _register_candidates(scheme: Scheme, layer: Layer) -> list[RegisterConfig]:
         for ahead in {steps, -(-steps // 2)}:  # in registers
             if 16 <= words * ahead <= 96:
                 found[RegisterConfig(16 * stripes, splits, warps, ahead, 0)] = None
-            if words * ahead <= 48:
+            if 16 <= words * ahead <= 48 and scheme == "int4":
                 found[RegisterConfig(16 * stripes, splits, warps, ahead, 96)] = None
-        for ahead, registers in product({steps, max(1, steps - 1)}, (0,) if scheme == "fp8" else (96, 80)):
+        for ahead, registers in product({steps, max(1, steps - 1)}, (0,) if scheme == "fp8" else (0, 88)):
             if words * ahead * warps * 128 <= 90 * 1024:  # in shared memory
                 found[RegisterConfig(16 * stripes, splits, warps, ahead, registers, True)] = None
     return list(found)

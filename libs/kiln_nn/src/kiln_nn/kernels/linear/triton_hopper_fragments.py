@@ -180,6 +180,15 @@ def x_layouts(
 
 
 @cache
+def scale_layout(rows: int, warps: int) -> gl.DistributedLinearLayout:
+    """Who reads scales `[warps, rows]` in shared memory: threads `4 g` to `4 g + 3` rows `g`, `g + 8`, …"""
+    row_steps = [[0, 1 << bit] for bit in range(rows.bit_length() - 1)]
+    warp_steps = [[1 << bit, 0] for bit in range(warps.bit_length() - 1)]
+    lanes = [[0, 0], [0, 0], *row_steps[:3]]
+    return gl.DistributedLinearLayout(row_steps[3:], lanes, warp_steps, [], [warps, rows])
+
+
+@cache
 def sum_layout(num_tiles: int, warps: int) -> gl.DistributedLinearLayout:
     """Of `[num_tiles, warps, 128]` a thread has all warps; neighbouring threads have neighbouring outputs.
 

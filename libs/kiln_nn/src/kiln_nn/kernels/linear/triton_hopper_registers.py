@@ -35,6 +35,7 @@ from kiln_nn.kernels.linear.triton_hopper_fragments import (
     minus_eights,
     multiply_group,
     prepare_x,
+    scale_layout,
     sum_layout,
     x_layouts,
 )
@@ -65,13 +66,11 @@ _SUM_SCALES = gl.constexpr(SUM_SCALES)
 @gluon.jit
 def _fetch_weights(
     values_ptr,
-    scale_ptrs,
     rows,
     first_word,
     step: gl.constexpr,
     is_group,
     value_stride,
-    scale_stride,
     num_outputs,
     slots,
     FOUR_BITS: gl.constexpr,
@@ -80,15 +79,14 @@ def _fetch_weights(
     GATED: gl.constexpr,
     STAGED: gl.constexpr,
 ):
-    """Words and scales of a warp's group `step` for all stripes: of each, rows `g`, then rows `g + 8`.
+    """Words of a warp's group `step` for all stripes: of each, rows `g`, then rows `g + 8`.
 
-    `rows` are each thread's own first one, `first_word` where its words of the first group begin,
-    `scale_ptrs` where its scales do. Staged words go to `slots`, by row and piece.
+    `rows` are each thread's own first one, `first_word` where its words of the first group begin. Staged
+    words go to `slots`, by row and piece.
     """
     HALVES: gl.constexpr = 2 if GATED else 1
     LINE: gl.constexpr = 16 if FOUR_BITS else 32
     words = ()
-    scales = ()
     for part in gl.static_range(HALVES * STRIPES * 2):
         # Stripes of gates come before those of ups.
         inner = part // 2 % STRIPES * 16 + part % 2 * 8
@@ -108,15 +106,9 @@ def _fetch_weights(
                     is_pure=False,
                     pack=1,
                 )
-        if FOUR_BITS:
-            ptrs = scale_ptrs + down * scale_stride + step
-            if WHOLE:
-                scales += (gl.load(ptrs),)
-            else:
-                scales += (gl.load(ptrs, mask=is_there, other=0.0),)
     if STAGED:
         async_copy.commit_group()
-    return words, scales
+    return words
 
 
 @gluon.jit
@@ -144,6 +136,55 @@ def _read_words(slots, COUNT: gl.constexpr, num_warps: gl.constexpr):
         for word in gl.static_range(4):
             words += (gl.convert_layout(four[word], layout, assert_trivial=True),)
     return words
+
+
+@gluon.jit
+def _group_scales(
+    scales_ptr,
+    row,
+    group,
+    last,
+    scale_stride,
+    num_outputs,
+    step: gl.constexpr,
+    STEPS: gl.constexpr,
+    ROWS: gl.constexpr,
+    GATED: gl.constexpr,
+    num_warps: gl.constexpr,
+):
+    """Of each warp's group `step` the scales of a program's rows, `[warps, ROWS]`."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [num_warps, 1], [1, 0])
+    OUTPUTS: gl.constexpr = ROWS // 2 if GATED else ROWS
+    lanes = gl.arange(0, ROWS, gl.SliceLayout(0, layout))
+    groups = group + step + gl.arange(0, num_warps, gl.SliceLayout(1, layout)) * STEPS
+    outputs = row + lanes % OUTPUTS
+    starts = (outputs + lanes // OUTPUTS * num_outputs).to(gl.int64) * scale_stride
+    is_there = (groups < last)[:, None] & (outputs < num_outputs)[None, :]
+    return gl.load(scales_ptr + starts[None, :] + groups[:, None], mask=is_there, other=0.0)
+
+
+@gluon.jit
+def _read_scales(scales, COUNT: gl.constexpr, SCALING: gl.constexpr, num_warps: gl.constexpr):
+    """Those of a thread's own rows, of which `COUNT` lie eight apart."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [num_warps], [0])
+    shared_by: gl.constexpr = gl.BlockedLayout([1, 1, 1], [1, 8, 4], [num_warps, 1, 1], [2, 1, 0])
+    across: gl.constexpr = gl.SliceLayout(2, shared_by)
+    own = gl.permute(scales.load(SCALING).reshape([num_warps, COUNT, 8]), (0, 2, 1))
+    if COUNT == 2:
+        parts = _halve((own,), 1)
+    elif COUNT == 4:
+        parts = _halve(_halve((own.reshape([num_warps, 8, 2, 2]),), 1), 2)
+    elif COUNT == 8:
+        parts = _halve(_halve(_halve((own.reshape([num_warps, 8, 2, 2, 2]),), 1), 2), 4)
+    else:
+        parts = _halve(_halve(_halve(_halve((own.reshape([num_warps, 8, 2, 2, 2, 2]),), 1), 2), 4), 8)
+    everywhere = gl.zeros([num_warps, 8, 4], gl.float32, shared_by)
+    found = ()
+    for part in gl.static_range(COUNT):
+        one = gl.expand_dims(gl.convert_layout(parts[part], across, assert_trivial=True), 2)
+        one, _ = gl.broadcast(one, everywhere)
+        found += (gl.convert_layout(one.reshape([32 * num_warps]), layout, assert_trivial=True),)
+    return found
 
 
 @gluon.jit
@@ -251,8 +292,7 @@ def _multiply(
         )
         if FOUR_BITS:
             for place in gl.static_range(SUMS):
-                scale = scales[2 * stripe + place % 4 // 2].to(gl.float32)
-                added += (total[place] + sums[place] * scale,)
+                added += (total[place] + sums[place] * scales[2 * stripe + place % 4 // 2],)
         else:
             added += sums
     return added
@@ -296,6 +336,7 @@ def _program(
     PLACES: gl.constexpr,
     COPYING: gl.constexpr,
     READING: gl.constexpr,
+    SCALING: gl.constexpr,
     X_TOKENS: gl.constexpr,
     FOUR_BITS: gl.constexpr,
     WHOLE: gl.constexpr,
@@ -321,7 +362,6 @@ def _program(
     group = split * split_groups + threads // 32 * STEPS
     rows = row + g
     first_word = rows.to(gl.int64) * value_stride + group * (16 if FOUR_BITS else 32) + 4 * t
-    scale_ptrs = scales_ptr + rows.to(gl.int64) * scale_stride + group
     if DEPENDENT:  # noqa: SIM102 (known when compiling)
         if shows_producers == 0:
             gdc_launch_dependents()
@@ -340,17 +380,14 @@ def _program(
                 of_step += (gl.allocate_shared_memory(gl.int32, [32 * num_warps, 4], plain),)
             slots += (of_step,)
     words = ()
-    scales = ()
     for step in gl.static_range(AHEAD):
         fetched = _fetch_weights(
             values_ptr,
-            scale_ptrs,
             rows,
             first_word,
             step,
             group + step < last,
             value_stride,
-            scale_stride,
             num_outputs,
             slots[step] if STAGED else (),
             FOUR_BITS,
@@ -359,12 +396,34 @@ def _program(
             GATED,
             STAGED,
         )
-        words += (fetched[0],)
-        scales += (fetched[1],)
+        words += (fetched,)
+    ROWS: gl.constexpr = 16 * STRIPES * HALVES
+    group_scales = ()
+    if FOUR_BITS:
+        for step in gl.static_range(STEPS):
+            at = _group_scales(
+                scales_ptr,
+                row,
+                split * split_groups,
+                last,
+                scale_stride,
+                num_outputs,
+                step,
+                STEPS,
+                ROWS,
+                GATED,
+                num_warps,
+            )
+            group_scales += (at,)
     if DEPENDENT:
         gdc_wait()
         if shows_producers != 0:
             gdc_launch_dependents()
+    scales = ()
+    if FOUR_BITS:
+        for step in gl.static_range(STEPS):
+            scales += (gl.allocate_shared_memory(gl.float32, [num_warps, ROWS], plain),)
+            scales[step].store(group_scales[step].to(gl.float32))
     swizzled: gl.constexpr = gl.SwizzledSharedLayout(4, 1, 8, [1, 0])
     x = ()
     for _place in gl.static_range(TILES * STEPS):  # apart, or the compiler takes them for one
@@ -407,17 +466,16 @@ def _program(
             # Asked for by now, less this one and those before it.
             async_copy.wait_group((step + AHEAD if step + AHEAD < STEPS else STEPS) - step - 1)
             these = _read_words(slots[step % AHEAD], SLOTS, num_warps)
-        totals = _multiply(these, scales[step], ready, begin, totals, FOUR_BITS, HALVES * STRIPES, TILES)
+        these_scales = _read_scales(scales[step], ROWS // 8, SCALING, num_warps) if FOUR_BITS else ()
+        totals = _multiply(these, these_scales, ready, begin, totals, FOUR_BITS, HALVES * STRIPES, TILES)
         if step + AHEAD < STEPS:
             fetched = _fetch_weights(
                 values_ptr,
-                scale_ptrs,
                 rows,
                 first_word,
                 step + AHEAD,
                 group + step + AHEAD < last,
                 value_stride,
-                scale_stride,
                 num_outputs,
                 slots[step % AHEAD] if STAGED else (),
                 FOUR_BITS,
@@ -426,8 +484,7 @@ def _program(
                 GATED,
                 STAGED,
             )
-            words += (fetched[0],)
-            scales += (fetched[1],)
+            words += (fetched,)
     NUM_TILES: gl.constexpr = STRIPES * TILES
     result = _add_warps(totals, 0, NUM_TILES, PLACES, num_warps) * _SUM_SCALES[FOUR_BITS]
     across: gl.constexpr = gl.SliceLayout(1, PLACES)
@@ -469,6 +526,7 @@ def _linear_kernel(
     PLACES: gl.constexpr,
     COPYING: gl.constexpr,
     READING: gl.constexpr,
+    SCALING: gl.constexpr,
     X_TOKENS: gl.constexpr,
     FOUR_BITS: gl.constexpr,
     WHOLE: gl.constexpr,
@@ -519,6 +577,7 @@ def _linear_kernel(
             PLACES,
             COPYING,
             READING,
+            SCALING,
             X_TOKENS,
             FOUR_BITS,
             WHOLE,
@@ -562,6 +621,7 @@ def constants(
         "PLACES": sum_layout(stripes * tiles, config.warps),
         "COPYING": copying,
         "READING": reading,
+        "SCALING": scale_layout(16 * stripes * (2 if is_gated else 1), config.warps),
         "X_TOKENS": x_tokens,
         "FOUR_BITS": is_four_bits,
         "WHOLE": is_whole,
