@@ -21,6 +21,7 @@ Everything is exact but the additions, which are the tensor cores'.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
 
 from triton.experimental.gluon import language as gl
@@ -34,6 +35,12 @@ _NIBBLES = ("0x000F000F", "0x00F000F0")  # of even products, of odd ones
 _MINUS_EIGHT = "0xC100C100"
 _TO_SUMS = "0f25000000"  # 2^-53
 _FACTORS = ("0x67806780", "0x65806580")  # 2^80, 2^76
+
+
+def codes(pieces: Iterable[tuple[str, str]]) -> tuple[gl.constexpr, gl.constexpr]:
+    """Machine codes and their operands, each by place."""
+    codes, operands = zip(*pieces, strict=True)
+    return gl.constexpr(codes), gl.constexpr(operands)
 
 
 def _block(registers: str, lines: list[str]) -> str:
