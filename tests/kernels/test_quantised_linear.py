@@ -40,8 +40,14 @@ TOLERANCE = {torch.bfloat16: 5e-3 if INTERPRETED else 4e-3, torch.float32: 2e-6 
 # With x rounded to three bits after the leading one, 2^-4 at worst and 2.6 % on average.
 EIGHT_BIT_TOLERANCE = 4e-2
 SMALL = LinearConfig(16, 32, 128, splits=2, warps=4, stages=3)
-# Warps of one and of several groups, of which some have none; programs past the last output.
-REGISTERS = [RegisterConfig(16, splits=3, warps=4, ahead=2), RegisterConfig(32, splits=2, warps=8, ahead=8)]
+# Warps of one and of several groups, of which some have none, and programs past the last output; weights
+# that wait in registers and in shared memory, in fewer places than a warp has groups and in as many.
+REGISTERS = {
+    "registers": RegisterConfig(16, splits=3, warps=4, ahead=2),
+    "more registers": RegisterConfig(32, splits=2, warps=8, ahead=8, registers=128),
+    "staged": RegisterConfig(32, splits=3, warps=4, ahead=2, is_staged=True),
+    "more staged": RegisterConfig(16, splits=2, warps=8, ahead=9, registers=96, is_staged=True),
+}
 _fixed: RegisterConfig | None = None
 TOKENS = [3, 17] if INTERPRETED else [1, 3, 16, 33, 64, 128, 300, 2048]
 ODD = (34, 256) if INTERPRETED else (100, 384)
@@ -89,13 +95,10 @@ def _config(x: torch.Tensor, matrix: QuantisedMatrix, kind: LinearKind) -> Tilin
     return chosen or invariant_config(*matrix.shape, matrix.scheme)
 
 
-KERNELS = {"plain": None, "hopper": None, "registers": REGISTERS[0], "more registers": REGISTERS[1]}
-
-
-@pytest.fixture(params=["plain"] if INTERPRETED else list(KERNELS))
+@pytest.fixture(params=["plain"] if INTERPRETED else ["plain", "hopper", *REGISTERS])
 def kernel(request, monkeypatch):
     """Runs one of the kernels: that of other GPUs also on Hopper, the chosen one, or that without a ring."""
-    monkeypatch.setattr(f"{__name__}._fixed", KERNELS[request.param])
+    monkeypatch.setattr(f"{__name__}._fixed", REGISTERS.get(request.param))
     if request.param == "plain":
         monkeypatch.setattr(_quantised(), "takes_hopper", lambda x, w: False)
     elif torch.cuda.get_device_capability() != (9, 0):
@@ -479,4 +482,5 @@ def test_the_kernel_without_a_ring_compiles(scheme, kind):
     assert "mma.sync" not in before
     assert ptx.count("griddepcontrol.launch_dependents") == 2
     others = {"num_beside": 64 if kind is LinearKind.PLAIN else 0, "scales": "*fp32"}
-    _compile_for_registers(scheme, REGISTERS[1], 17, ODD, kind, **others)
+    for config in REGISTERS.values():
+        _compile_for_registers(scheme, config, 17, ODD, kind, **others)
