@@ -1,6 +1,8 @@
-"""What products of a few tokens multiply: fetched from memory, through shared memory where it helps, by warp.
+"""What the products of a few tokens multiply, by warp: fetched, left in shared memory, read by its threads.
 
-Legend: `T` tokens, `I` inputs, `O` outputs.
+Nothing changes hands but x and scales, which a program copies together: what a thread has asked for of the
+weights it reads itself. Tensors give each thread one element or one row, so that a thread's registers are a
+tuple of them; layouts say where each lies (triton_hopper_fragments.py).
 """
 
 from __future__ import annotations

@@ -1,10 +1,13 @@
-"""Linear layers of a few tokens over quantised weights on Hopper: weights go from memory into registers.
+"""Linear layers of a few tokens over quantised weights on Hopper, each warp on its own.
 
-With few tokens triton_hopper_quantised.py is slow in its multiprocessors, not in their memory: few warps,
-each waiting for one thing after another. Here every warp has groups of 128 inputs of its own, asks for the
-weights of several of them at once, before it waits for its predecessor, and multiplies what has come by
-`mma.sync` (triton_hopper_fragments.py). There is no ring, no barrier and no other warp to wait for until the
-warps of a program, which share its rows, add up their sums in order.
+With few tokens triton_hopper_quantised.py waits in its multiprocessors, not for their memory: it has few
+warps, and each does one thing after another. Here every warp has groups of 128 inputs of its own, a program's
+warps share its rows, and only their sums meet, in order. Before it waits for its predecessor a warp asks for
+the weights of several groups, which come to its registers, or wait in shared memory in the place of the
+thread that will multiply them: then programs are small, and those of the next kernel fill what this one
+leaves of the multiprocessor and of the memory's time. x and the groups' scales come once for a program to
+shared memory, and are read in the order of the products. These are `mma.sync`
+(triton_hopper_fragments.py), which takes the weights in any order of inputs, as it finds them in memory.
 
 Takes bf16 x and quantised matrices of any number of outputs whose rows are 16-byte aligned (inputs in
 whole groups of 128) on compute capability 9.0; any number of tokens, of which 32 share the reading of the
