@@ -48,7 +48,8 @@ def fetch_weights(
         places = first_word + down * value_stride + step * LINE
         for piece in gl.static_range(LINE // 16):
             if STAGED:
-                _copy_words(values_ptr, places + 16 * piece, is_there, slots[part * (LINE // 16) + piece])
+                slot = slots[part * (LINE // 16) + piece]
+                _copy_words(values_ptr, places + 16 * piece, is_there, slot, WHOLE)
             else:
                 at = values_ptr.to(gl.int64) + 4 * (places + 16 * piece)
                 words += gl.inline_asm_elementwise(
@@ -65,16 +66,19 @@ def fetch_weights(
 
 
 @gluon.jit
-def _copy_words(values_ptr, places, is_there, slot):
+def _copy_words(values_ptr, places, is_there, slot, WHOLE: gl.constexpr):
     """Four words of each thread from `places` on to its own part of a slot, `[threads, 4]`."""
     WARPS: gl.constexpr = slot.shape[0] // 32
     layout: gl.constexpr = gl.BlockedLayout([1, 4], [32, 1], [WARPS, 1], [1, 0])
     along: gl.constexpr = gl.SliceLayout(1, layout)
     places = gl.convert_layout(places, along, assert_trivial=True)
-    is_there = gl.convert_layout(is_there, along, assert_trivial=True)
     words = gl.arange(0, 4, gl.SliceLayout(0, layout))
     ptrs = values_ptr + gl.max_contiguous(gl.multiple_of(places[:, None] + words[None, :], [1, 4]), [1, 4])
-    async_copy.async_copy_global_to_shared(slot, ptrs, mask=is_there[:, None])
+    if WHOLE:
+        async_copy.async_copy_global_to_shared(slot, ptrs)
+    else:
+        is_there = gl.convert_layout(is_there, along, assert_trivial=True)
+        async_copy.async_copy_global_to_shared(slot, ptrs, mask=is_there[:, None])
 
 
 @gluon.jit
@@ -103,6 +107,7 @@ def group_scales(
     STEPS: gl.constexpr,
     ROWS: gl.constexpr,
     GATED: gl.constexpr,
+    WHOLE: gl.constexpr,
     num_warps: gl.constexpr,
 ):
     """Of each warp's group `step` the scales of a program's rows, `[warps, ROWS]`."""
@@ -112,8 +117,11 @@ def group_scales(
     groups = group + step + gl.arange(0, num_warps, gl.SliceLayout(1, layout)) * STEPS
     outputs = row + lanes % OUTPUTS
     starts = (outputs + lanes // OUTPUTS * num_outputs).to(gl.int64) * scale_stride
+    ptrs = scales_ptr + starts[None, :] + groups[:, None]
+    if WHOLE:
+        return gl.load(ptrs)
     is_there = (groups < last)[:, None] & (outputs < num_outputs)[None, :]
-    return gl.load(scales_ptr + starts[None, :] + groups[:, None], mask=is_there, other=0.0)
+    return gl.load(ptrs, mask=is_there, other=0.0)
 
 
 @gluon.jit
@@ -153,6 +161,7 @@ def copy_x(
     TILES: gl.constexpr,
     COPYING: gl.constexpr,
     FOUR_BITS: gl.constexpr,
+    WHOLE: gl.constexpr,
     STAGED: gl.constexpr,
     num_warps: gl.constexpr,
 ):
@@ -170,13 +179,19 @@ def copy_x(
         tokens = token + place // STEPS * TOKENS + inner
         groups_here = groups + place % STEPS
         starts = tokens.to(gl.int64) * (x_stride // 2) + groups_here * 64 + half * 32
-        is_there = (tokens < num_tokens) & (groups_here < last)
         ptrs = words + starts[:, None] + columns[None, :]
-        if STAGED:
-            # Copies are waited for in their order, and the weights' were asked for before.
-            loaded += (gl.load(ptrs, mask=is_there[:, None], other=0),)
+        if WHOLE and TOKENS == 1:
+            if STAGED:
+                loaded += (gl.load(ptrs),)
+            else:
+                async_copy.async_copy_global_to_shared(x[place], ptrs)
         else:
-            async_copy.async_copy_global_to_shared(x[place], ptrs, mask=is_there[:, None])
+            is_there = ((tokens < num_tokens) & (groups_here < last))[:, None]
+            if STAGED:
+                loaded += (gl.load(ptrs, mask=is_there, other=0),)
+            else:
+                async_copy.async_copy_global_to_shared(x[place], ptrs, mask=is_there)
+    # Copies are waited for in their order, and those of staged weights were asked for before.
     if STAGED:
         for place in gl.static_range(TILES * STEPS):
             x[place].store(loaded[place])

@@ -205,6 +205,7 @@ def multiply_rows(
                 STEPS,
                 ROWS,
                 GATED,
+                WHOLE,
                 num_warps,
             )
             of_groups += (at,)
@@ -233,6 +234,7 @@ def multiply_rows(
         TILES,
         COPYING,
         FOUR_BITS,
+        WHOLE,
         STAGED,
         num_warps,
     )
