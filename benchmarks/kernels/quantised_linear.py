@@ -10,8 +10,9 @@ product. `ideal` is the larger of the weights' bytes at copy speed and the produ
 1 microsecond a kernel; own times below 1.3 times that have used the memory well. Ends with what the
 model's linear layers take in all, and with the tables for choice_quantised.py.
 
-With `--kernel registers` only the candidates of triton_hopper_registers.py are tried, and each one's time
-is printed, beside what is `chosen` today and bf16.
+With `--kernel registers` (or `specialised`) only the candidates of triton_hopper_registers.py (or
+triton_hopper_specialised.py) are tried, and each one's time is printed, beside what is `chosen` today and
+bf16.
 
 Kernels are compiled in parallel before anything is timed; a candidate that does not fit the GPU or
 computes something else than the reference is named and left out.
@@ -23,7 +24,7 @@ import argparse
 import multiprocessing
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import product
 
@@ -33,6 +34,7 @@ from measure import ResultTable, relative_error, time_calls
 from kiln_nn.kernels.linear import (
     LinearConfig,
     RegisterConfig,
+    SpecialisedConfig,
     Weight,
     linear,
     linear_partials,
@@ -52,7 +54,9 @@ KERNEL_S = 1e-6
 MOST_ERROR = {"own": 6e-3, "library": 5e-2, "tinygemm": 3e-2, "bf16": 6e-3}
 NUM_WORKERS = 14
 MOST_ROWS_IN_REGISTERS = 32
+FEWEST_SPECIALISED_ROWS = 32
 MULTIPROCESSORS = 132
+SHARED_MEMORY_BYTES = 227 * 1024
 HEAD_OUTPUTS = 100_000  # more outputs than any layer but the head, whose results are float32
 
 
@@ -80,11 +84,50 @@ LAYERS = (
 def _candidates(scheme: Scheme, layer: Layer, num_rows: int, kernel: str) -> list[Tiling]:
     """Tiles to try of both kernels, or of the one with a ring or without."""
     found: list[Tiling] = []
-    if kernel != "registers":
+    if kernel in ("all", "ring"):
         found += _ring_candidates(scheme, layer, num_rows)
-    if kernel != "ring" and num_rows <= MOST_ROWS_IN_REGISTERS:
+    if kernel in ("all", "registers") and num_rows <= MOST_ROWS_IN_REGISTERS:
         found += _register_candidates(scheme, layer)
+    if kernel in ("all", "specialised") and num_rows >= FEWEST_SPECIALISED_ROWS:
+        found += _specialised_candidates(scheme, layer, num_rows)
     return found
+
+
+def _specialised_candidates(scheme: Scheme, layer: Layer, num_rows: int) -> list[SpecialisedConfig]:
+    """Tokens and warp groups of a program, outputs that make its products whole or the programs one wave."""
+    found = []
+    halves = 2 if layer.kind is LinearKind.GATED else 1
+    tiles = {min(256, 1 << (num_rows - 1).bit_length()), 64, 128} if num_rows > 64 else {num_rows}
+    for tokens, groups, rows in product(sorted(tiles), (1, 2, 3), (64, 48)):
+        # Sums of 256 tokens are more than a third group leaves registers for.
+        if tokens * groups > 512 or (rows == 48 and num_rows > 128):
+            continue
+        if (groups == 1 and tokens < 256) or (groups < 3 and tokens < num_rows / 2):
+            continue  # x would be read too often
+        outputs = rows // halves
+        num_tiles = -(-layer.outputs // (rows * groups)) * -(-num_rows // tokens)
+        for splits in _specialised_splits(layer, num_tiles):
+            base = SpecialisedConfig(tokens, outputs, groups, splits, groups)
+            stages = [
+                stages
+                for stages in range(max(2, groups), 9)
+                if replace(base, stages=stages).shared_memory_bytes(layer.inputs, WEIGHT_BITS[scheme])
+                <= SHARED_MEMORY_BYTES
+            ]
+            found += [replace(base, stages=stages[-1])] if stages else []
+    return found
+
+
+def _specialised_splits(layer: Layer, num_tiles: int) -> list[int]:
+    """Splits that fill one wave of programs, or two."""
+    if layer.kind is not LinearKind.PARTIAL:
+        return [1]
+    num_blocks = layer.inputs // 128
+    found = set()
+    for waves in (1, 2):
+        splits = max(1, min(8, waves * MULTIPROCESSORS // num_tiles))
+        found.add(-(-num_blocks // -(-num_blocks // splits)))
+    return sorted(found)
 
 
 def _register_candidates(scheme: Scheme, layer: Layer) -> list[RegisterConfig]:
@@ -285,7 +328,7 @@ class Bench:
         layer = self.layer
         self.whole = [_draw(layer.outputs, layer.inputs) for _ in range(layer.count)]
         self.matrices = {scheme: [quantise_rtn(w, scheme) for w in self.whole] for scheme in SCHEMES}
-        is_short = self.kernel == "registers"
+        is_short = self.is_short = self.kernel in ("registers", "specialised")
         self.tinygemm = [] if is_short else [_tinygemm_weights(matrix) for matrix in self.matrices["int4"]]
         self.times_us: dict[tuple[int, str], float] = {}
         self.best: dict[tuple[Scheme, int], Tiling | None] = {}
@@ -302,14 +345,14 @@ class Bench:
                 name = f"{scheme} {config}"
                 run = partial(self._run_own, x, config)
                 took = self._time(num_rows, x, name, run, matrices, whole, is_kept=False)
-                if self.kernel == "registers":
+                if self.is_short:
                     print(f"  {self.layer.name} {num_rows} rows, {name}: {took:.2f} us", flush=True)
                 if took < fastest:
                     fastest, chosen = took, config
             if chosen is not None:
                 run = partial(self._run_own, x, chosen)
                 fastest = self._time(num_rows, x, f"{scheme} own", run, matrices, whole, note=str(chosen))
-            if self.kernel == "registers":
+            if self.is_short:
                 run, name = partial(self._run_own, x, None), f"{scheme} chosen"
                 size = (self.layer.outputs, self.layer.inputs)
                 other = choose(scheme, num_rows, *size, kind, is_hopper=True)
@@ -368,7 +411,7 @@ class Bench:
     def show(self, all_rows: Iterable[int]) -> None:
         """The layer's table."""
         columns = ["bf16", "int4 own", "int4 library", "int4 tinygemm", "fp8 own", "fp8 library"]
-        if self.kernel == "registers":
+        if self.is_short:
             columns = ["bf16", "int4 own", "int4 chosen", "fp8 own", "fp8 chosen"]
         print(f"\n{self.layer.name} {self.layer.outputs} x {self.layer.inputs}, us a layer")
         print(f"{'rows':>5}" + "".join(f"{name:>14}" for name in columns) + "   ideal bf16/int4/fp8")
@@ -413,7 +456,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rows", type=int, nargs="*", default=ROWS)
     parser.add_argument("--layers", nargs="*", default=[layer.name for layer in LAYERS])
-    parser.add_argument("--kernel", choices=("all", "ring", "registers"), default="all")
+    parser.add_argument("--kernel", choices=("all", "ring", "registers", "specialised"), default="all")
     chosen = parser.parse_args()
     layers = [layer for layer in LAYERS if layer.name in chosen.layers]
     torch.manual_seed(0)

@@ -13,6 +13,7 @@ from kiln_nn.kernels.checks import ShapeMismatch
 from kiln_nn.kernels.linear import (
     LinearConfig,
     RegisterConfig,
+    SpecialisedConfig,
     invariant_config,
     linear,
     linear_beside,
@@ -48,7 +49,13 @@ REGISTERS = {
     "staged": RegisterConfig(32, splits=3, warps=4, ahead=2, is_staged=True),
     "more staged": RegisterConfig(16, splits=2, warps=8, ahead=9, registers=96, is_staged=True),
 }
-_fixed: RegisterConfig | None = None
+# Every number of warp groups, rings that come round, rows of weights in two boxes, scaled sums and weights.
+SPECIALISED = {
+    "one group": SpecialisedConfig(32, 24, groups=1, splits=2, stages=2),
+    "two groups": SpecialisedConfig(64, 32, groups=2, splits=1, stages=3),
+    "three groups": SpecialisedConfig(128, 32, groups=3, splits=3, stages=3),
+}
+_fixed: RegisterConfig | SpecialisedConfig | None = None
 TOKENS = [3, 17] if INTERPRETED else [1, 3, 16, 33, 64, 128, 300, 2048]
 ODD = (34, 256) if INTERPRETED else (100, 384)
 # The layers of Qwen3.5-4B by what becomes of their products.
@@ -95,10 +102,13 @@ def _config(x: torch.Tensor, matrix: QuantisedMatrix, kind: LinearKind) -> Tilin
     return chosen or invariant_config(*matrix.shape, matrix.scheme)
 
 
-@pytest.fixture(params=["plain"] if INTERPRETED else ["plain", "hopper", *REGISTERS])
+KERNELS = {"plain": None, "hopper": None, **REGISTERS, **SPECIALISED}
+
+
+@pytest.fixture(params=["plain"] if INTERPRETED else list(KERNELS))
 def kernel(request, monkeypatch):
-    """Runs one of the kernels: that of other GPUs also on Hopper, the chosen one, or that without a ring."""
-    monkeypatch.setattr(f"{__name__}._fixed", REGISTERS.get(request.param))
+    """Runs one of the kernels: that of other GPUs also on Hopper, the chosen one, or one of the others."""
+    monkeypatch.setattr(f"{__name__}._fixed", KERNELS[request.param])
     if request.param == "plain":
         monkeypatch.setattr(_quantised(), "takes_hopper", lambda x, w: False)
     elif torch.cuda.get_device_capability() != (9, 0):
@@ -113,7 +123,9 @@ def kernel(request, monkeypatch):
 
 def _tolerance(scheme: str, num_tokens: int, dtype: torch.dtype) -> float:
     """Four-bit weights that meet many tokens are rounded to bf16 once they are scaled, but in registers."""
-    is_scaled = scheme == "int4" and num_tokens > 128 and _fixed is None
+    is_scaled = (scheme == "int4" and num_tokens > 128 and _fixed is None) or _fixed is SPECIALISED[
+        "three groups"
+    ]
     return TOLERANCE[torch.bfloat16] if is_scaled else TOLERANCE[dtype]
 
 
@@ -171,7 +183,7 @@ def test_group_scales_in_float32(kernel):
     x, matrix = _draw(3, ODD[1]), _matrix("int4", *ODD)
     wide = QuantisedMatrix("int4", matrix.values, matrix.scales.float())
     out = kernel(x, wide, _poisoned(3, ODD[0], dtype=torch.float32), LinearKind.PLAIN)
-    assert relative_error(out, _product("int4", *ODD, 3)) < TOLERANCE[torch.float32]
+    assert relative_error(out, _product("int4", *ODD, 3)) < _tolerance("int4", 3, torch.float32)
 
 
 @on_triton
@@ -423,6 +435,72 @@ def test_the_kernel_for_hopper_compiles(scheme, size, kind):
     config = invariant_config(*size, scheme)
     others = {"num_beside": 64 if kind is LinearKind.PLAIN else 0, "scales": "*fp32"}
     assert _hopper_shared_memory(scheme, config, 1, size, kind, **others) <= SHARED_MEMORY_LIMIT[90]
+
+
+def _compile_specialised(
+    scheme: str,
+    config: SpecialisedConfig,
+    num_tokens: int,
+    size: tuple[int, int],
+    kind: LinearKind,
+    scales: str = "*bf16",
+):
+    """Compile Hopper's kernel of specialised warps."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    from kiln_nn.kernels.linear import triton_hopper_specialised as hopper
+    from kiln_nn.kernels.linear.triton_hopper_parts import line_layout
+
+    is_four_bits = scheme == "int4"
+    kinds = {"is_gated": kind is LinearKind.GATED, "is_four_bits": is_four_bits}
+    constants = hopper.constants(config, num_tokens, size[1], **kinds)
+    kind_of_word, columns, bits = ("i32", 16, 32) if is_four_bits else ("i16", 64, 16)
+    stored, whole = line_layout(columns, bits), line_layout(64, 16)
+    box, rest, x_box, x_rest = (constants[name] for name in ("BOX", "REST", "X_BOX", "X_REST"))
+    signature = {
+        "box_desc": f"tensordesc<{kind_of_word}[{box}, {columns}],{stored!r}>",
+        "rest_desc": f"tensordesc<{kind_of_word}[{rest or box}, {columns}],{stored!r}>",
+        "x_desc": f"tensordesc<bf16[{x_box}, 64],{whole!r}>",
+        "x_rest_desc": f"tensordesc<bf16[{x_rest or x_box}, 64],{whole!r}>",
+        "scales_ptr": scales if is_four_bits else "*fp32",
+        "out_ptr": "*fp32",
+    }
+    kernel = hopper._linear_kernel
+    signature |= {
+        name: "i32" for name in kernel.arg_names if name.islower() and name not in signature | constants
+    }
+    constants |= {"DEPENDENT": True}
+    signature |= dict.fromkeys(constants, "constexpr")
+    places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    source = GluonASTSource(kernel, signature, places)
+    options = {"num_warps": 4, "launch_pdl": True}
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+@only_outside_interpreter
+@needs_triton
+@pytest.mark.parametrize("kind", list(LinearKind))
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_kernel_of_specialised_warps_compiles(scheme, kind):
+    size = next(size for size, checked in CHECKED.items() if checked is kind)
+    config = {
+        LinearKind.PLAIN: SpecialisedConfig(64, 48, groups=2, stages=12),
+        LinearKind.GATED: SpecialisedConfig(128, 32, groups=3, stages=12),
+        LinearKind.PARTIAL: SpecialisedConfig(256, 64, groups=1, splits=4, stages=12),
+    }[kind]
+    config = config.fit(size[1], WEIGHT_BITS[scheme], 2, SHARED_MEMORY_LIMIT[90])
+    assert config.groups <= config.stages < 12
+    binary = _compile_specialised(scheme, config, config.tokens, size, kind)
+    # Weights go from memory to registers as they are wanted there; a warp only asks for its own number.
+    shuffles = [line for line in binary.asm["ptx"].splitlines() if "shfl" in line]
+    assert all(line.endswith(", 0, 31, -1;") for line in shuffles)
+    assert binary.asm["ptx"].count("griddepcontrol.launch_dependents") == 2
+    bits = WEIGHT_BITS[scheme]
+    assert binary.metadata.shared <= config.shared_memory_bytes(size[1], bits) <= SHARED_MEMORY_LIMIT[90]
+    # The groups that multiply and the warps of a fourth or third, of which one fetches.
+    assert binary.metadata.num_warps == 4 * (config.groups + 1)
 
 
 def _compile_for_registers(

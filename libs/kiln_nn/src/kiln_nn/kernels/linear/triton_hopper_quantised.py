@@ -37,6 +37,7 @@ from kiln_nn.kernels.linear.triton_hopper_parts import (
     can_be_fetched,
     describe,
     rows_fetched,
+    source_rows,
     store,
     store_gated,
 )
@@ -44,7 +45,6 @@ from kiln_nn.kernels.linear.triton_hopper_unpack import (
     fetch_group_scales,
     multiply_quantised,
     places,
-    source_rows,
 )
 from kiln_nn.kernels.quantised import FP8, QuantisedMatrix
 
