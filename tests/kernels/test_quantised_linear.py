@@ -95,6 +95,8 @@ def _config(x: torch.Tensor, matrix: QuantisedMatrix, kind: LinearKind) -> Tilin
     """A small one in the interpreter; on a GPU the chosen one, or that of any number of tokens."""
     if INTERPRETED:
         return SMALL
+    if isinstance(_fixed, RegisterConfig) and kind is LinearKind.GATED:
+        return replace(_fixed, outputs=_fixed.outputs // 2)  # the same rows
     if _fixed is not None:
         return _fixed
     is_hopper = _quantised().takes_hopper(x, matrix)

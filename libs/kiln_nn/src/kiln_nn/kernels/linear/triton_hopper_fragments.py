@@ -196,16 +196,19 @@ def scale_layout(rows: int, warps: int) -> gl.DistributedLinearLayout:
 
 
 @cache
-def sum_layout(num_tiles: int, warps: int) -> gl.DistributedLinearLayout:
+def sum_layout(num_tiles: int, warps: int, *, is_gated: bool) -> gl.DistributedLinearLayout:
     """Of `[num_tiles, warps, 128]` a thread has all warps; neighbouring threads have neighbouring outputs.
 
     The 128 are the four sums of each thread of a product: bits 4 to 6 are its output `g`, bits 2 and 3 its
-    `t`, bit 0 whether the output is `g + 8`, and bit 1 which of tokens `2 t` and `2 t + 1` it is.
+    `t`, bit 0 whether the output is `g + 8`, and bit 1 which of tokens `2 t` and `2 t + 1` it is. In the
+    gated form `g` is a gate and `g + 8` its up, which a thread has both.
     """
-    lanes = [[0, 0, 16], [0, 0, 32], [0, 0, 64], [0, 0, 1], [0, 0, 2]]
+    steps = [[0, 0, 1], [0, 0, 2], [0, 0, 4], [0, 0, 8]]
+    both = [steps.pop(0)] if is_gated else []
+    lanes = [[0, 0, 16], [0, 0, 32], [0, 0, 64], *steps[:2]]
     tile_steps = [[1 << bit, 0, 0] for bit in range(num_tiles.bit_length() - 1)]
-    spread = [[0, 0, 4], [0, 0, 8], *tile_steps]
+    spread = [*steps[2:], *tile_steps]
     num_bits = warps.bit_length() - 1
     warp_steps = [*spread[:num_bits], *[[0, 0, 0]] * (num_bits - len(spread))]
-    registers = [[0, 1 << bit, 0] for bit in range(num_bits)] + spread[num_bits:]
+    registers = [*both, *([0, 1 << bit, 0] for bit in range(num_bits)), *spread[num_bits:]]
     return gl.DistributedLinearLayout(registers, lanes, warp_steps, [], [num_tiles, warps, 128])

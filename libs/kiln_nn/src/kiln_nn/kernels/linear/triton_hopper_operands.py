@@ -32,18 +32,17 @@ def fetch_weights(
     GATED: gl.constexpr,
     STAGED: gl.constexpr,
 ):
-    """Words of a warp's group `step` for all stripes: of each, rows `g`, then rows `g + 8`.
+    """Words of a warp's group `step` for all stripes of 16 rows: of each, rows `g`, then rows `g + 8`.
 
     `rows` are each thread's own first one, `first_word` where its words of the first group begin. Staged
     words go to `slots`, by row and piece.
     """
-    HALVES: gl.constexpr = 2 if GATED else 1
     LINE: gl.constexpr = 16 if FOUR_BITS else 32
     words: gl.tuple = ()
-    for part in gl.static_range(HALVES * STRIPES * 2):
-        # Stripes of gates come before those of ups.
-        inner = part // 2 % STRIPES * 16 + part % 2 * 8
-        down = (inner + part // 2 // STRIPES * num_outputs).to(gl.int64)
+    for part in gl.static_range(STRIPES * 2):
+        # Of a gated stripe eight rows are gates, and eight their ups.
+        inner = part // 2 * 8 if GATED else part * 8
+        down = (inner + part % 2 * num_outputs if GATED else inner + 0 * num_outputs).to(gl.int64)
         is_there = is_group & (rows + inner < num_outputs)
         places = first_word + down * value_stride + step * LINE
         for piece in gl.static_range(LINE // 16):
@@ -112,11 +111,11 @@ def group_scales(
 ):
     """Of each warp's group `step` the scales of a program's rows, `[warps, ROWS]`."""
     layout: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [num_warps, 1], [1, 0])
-    OUTPUTS: gl.constexpr = ROWS // 2 if GATED else ROWS
     lanes = gl.arange(0, ROWS, gl.SliceLayout(0, layout))
     groups = group + step + gl.arange(0, num_warps, gl.SliceLayout(1, layout)) * STEPS
-    outputs = row + lanes % OUTPUTS
-    starts = (outputs + lanes // OUTPUTS * num_outputs).to(gl.int64) * scale_stride
+    outputs = row + (lanes // 16 * 8 + lanes % 8 if GATED else lanes)
+    rows = outputs + lanes // 8 % 2 * num_outputs if GATED else outputs
+    starts = rows.to(gl.int64) * scale_stride
     ptrs = scales_ptr + starts[None, :] + groups[:, None]
     if WHOLE:
         return gl.load(ptrs)
@@ -197,7 +196,6 @@ def copy_x(
             x[place].store(loaded[place])
     else:
         async_copy.commit_group()
-        async_copy.wait_group(0)
 
 
 @gluon.jit

@@ -100,7 +100,7 @@ def _linear_kernel(
             values_ptr,
             scales_ptr,
             out_ptr,
-            (which - BESIDE) * (16 * STRIPES),
+            (which - BESIDE) * ((8 if GATED else 16) * STRIPES),
             num_tokens,
             num_outputs,
             num_groups,
@@ -151,7 +151,8 @@ def constants(
     steps = triton.cdiv(split_groups, config.warps)
     has_whole_splits = split_groups * config.splits * GROUP_INPUTS == num_inputs
     is_whole = has_whole_splits and steps * config.warps == split_groups and num_outputs % config.outputs == 0
-    stripes, rows = config.outputs // 16, config.outputs * (2 if is_gated else 1)
+    rows = config.outputs * (2 if is_gated else 1)
+    stripes = rows // 16
     x_tokens = 1 if num_tokens == 1 else TILE_TOKENS
     slot_bytes = min(config.ahead, steps) * rows * (64 if is_four_bits else 128) * config.is_staged
     scale_bytes = steps * rows * 4 * is_four_bits
@@ -162,7 +163,7 @@ def constants(
     tiles = min(MOST_TILES.value, wanted, 1 << (most_tiles.bit_length() - 1))
     copying, reading = x_layouts(config.warps, x_tokens, is_four_bits=is_four_bits)
     return {
-        "PLACES": sum_layout(stripes * tiles, config.warps),
+        "PLACES": sum_layout(stripes * tiles, config.warps, is_gated=is_gated),
         "COPYING": copying,
         "READING": reading,
         "SCALING": scale_layout(rows, config.warps),

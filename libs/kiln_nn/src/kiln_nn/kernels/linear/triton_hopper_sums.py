@@ -91,21 +91,20 @@ def _multiply(
 @gluon.jit
 def _add_warps(
     totals,
-    first: gl.constexpr,
     NUM_TILES: gl.constexpr,
     PLACES: gl.constexpr,
     FOUR_BITS: gl.constexpr,
     num_warps: gl.constexpr,
 ):
-    """`NUM_TILES` times four sums from `first` on of a program's warps, `[NUM_TILES, 128]` as `sum_layout` says."""
+    """Sums of a program's warps, four of each tile, `[NUM_TILES, 128]` as `sum_layout` says."""
     whole: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     layout: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [num_warps, 1], [1, 0])
     shared = gl.allocate_shared_memory(gl.float32, [NUM_TILES, num_warps, 128], whole)
     tiles = shared._reinterpret(gl.float32, [NUM_TILES, num_warps, 128], plain)
     for tile in gl.static_range(NUM_TILES):
-        low = gl.join(totals[first + 4 * tile], totals[first + 4 * tile + 1])
-        high = gl.join(totals[first + 4 * tile + 2], totals[first + 4 * tile + 3])
+        low = gl.join(totals[4 * tile], totals[4 * tile + 1])
+        high = gl.join(totals[4 * tile + 2], totals[4 * tile + 3])
         # Bit 0 says which output, bit 1 which token.
         sums = gl.join(low, high).reshape([num_warps, 128])
         tiles.index(tile).store(gl.convert_layout(sums, layout))
@@ -145,7 +144,6 @@ def multiply_rows(
     num_warps: gl.constexpr,
 ):
     """The rows of the quantised matrix from `row` on."""
-    HALVES: gl.constexpr = 2 if GATED else 1
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [num_warps], [0])
     threads = gl.arange(0, 32 * num_warps, layout)
     g = threads % 32 // 4
@@ -164,7 +162,7 @@ def multiply_rows(
     if FOUR_BITS:
         eights = _minus_eight(g)
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-    SLOTS: gl.constexpr = 2 * STRIPES * HALVES * (1 if FOUR_BITS else 2)  # of a step
+    SLOTS: gl.constexpr = 2 * STRIPES * (1 if FOUR_BITS else 2)  # of a step
     slots: gl.tuple = ()
     if STAGED:
         for _step in gl.static_range(AHEAD):
@@ -190,7 +188,7 @@ def multiply_rows(
             STAGED,
         )
         words += (fetched,)
-    ROWS: gl.constexpr = 16 * STRIPES * HALVES
+    ROWS: gl.constexpr = 16 * STRIPES
     of_groups: gl.tuple = ()
     if FOUR_BITS:
         for step in gl.static_range(STEPS):
@@ -213,11 +211,6 @@ def multiply_rows(
         gdc_wait()
         if shows_producers != 0:
             gdc_launch_dependents()
-    scales: gl.tuple = ()
-    if FOUR_BITS:
-        for step in gl.static_range(STEPS):
-            scales += (gl.allocate_shared_memory(gl.float32, [num_warps, ROWS], plain),)
-            scales[step].store(of_groups[step].to(gl.float32))
     swizzled: gl.constexpr = gl.SwizzledSharedLayout(4, 1, 8, [1, 0])
     x: gl.tuple = ()
     for _place in gl.static_range(TILES * STEPS):  # apart, or the compiler takes them for one
@@ -238,8 +231,16 @@ def multiply_rows(
         STAGED,
         num_warps,
     )
+    # Only now, or x would be asked for when these have come.
+    scales: gl.tuple = ()
+    if FOUR_BITS:
+        for step in gl.static_range(STEPS):
+            scales += (gl.allocate_shared_memory(gl.float32, [num_warps, ROWS], plain),)
+            scales[step].store(of_groups[step].to(gl.float32))
+    if not STAGED:
+        async_copy.wait_group(0)
     totals: gl.tuple = ()
-    for _place in gl.static_range(4 * TILES * STRIPES * HALVES):
+    for _place in gl.static_range(4 * TILES * STRIPES):
         totals += (gl.zeros([32 * num_warps], gl.float32, layout),)
     for step in gl.static_range(STEPS):
         ready: gl.tuple = ()
@@ -255,7 +256,7 @@ def multiply_rows(
             async_copy.wait_group((step + AHEAD if step + AHEAD < STEPS else STEPS) - step - 1)
             these = read_words(slots[step % AHEAD], SLOTS, num_warps)
         these_scales = read_scales(scales[step], ROWS // 8, SCALING, num_warps) if FOUR_BITS else ()
-        totals = _multiply(these, these_scales, ready, begin, totals, FOUR_BITS, HALVES * STRIPES, TILES)
+        totals = _multiply(these, these_scales, ready, begin, totals, FOUR_BITS, STRIPES, TILES)
         if step + AHEAD < STEPS:
             fetched = fetch_weights(
                 values_ptr,
@@ -274,20 +275,33 @@ def multiply_rows(
             )
             words += (fetched,)
     NUM_TILES: gl.constexpr = STRIPES * TILES
-    result = _add_warps(totals, 0, NUM_TILES, PLACES, FOUR_BITS, num_warps)
-    across: gl.constexpr = gl.SliceLayout(1, PLACES)
-    tile = gl.arange(0, NUM_TILES, gl.SliceLayout(1, across))
-    column = gl.arange(0, 128, gl.SliceLayout(0, across))
-    outputs = row + (tile // TILES * 16)[:, None] + (column % 2 * 8 + column // 16)[None, :]
-    tokens = token + (tile % TILES * 8)[:, None] + (column // 4 % 4 * 2 + column // 2 % 2)[None, :]
-    is_there = (outputs < num_outputs) & (tokens < num_tokens)
-    if not FOUR_BITS:
-        result *= gl.load(scales_ptr + outputs.to(gl.int64) * scale_stride, mask=is_there, other=0.0)
+    sums = _add_warps(totals, NUM_TILES, PLACES, FOUR_BITS, num_warps)
     if GATED:
-        up = _add_warps(totals, 4 * NUM_TILES, NUM_TILES, PLACES, FOUR_BITS, num_warps)
-        if not FOUR_BITS:
-            ptrs = scales_ptr + (outputs + num_outputs).to(gl.int64) * scale_stride
+        gate, up = gl.split(sums.reshape([NUM_TILES, 64, 2]))
+        across: gl.constexpr = gate.type.layout
+        column = gl.arange(0, 64, gl.SliceLayout(0, across))
+        inner = column // 8
+        token += column % 8
+    else:
+        across: gl.constexpr = gl.SliceLayout(1, PLACES)
+        column = gl.arange(0, 128, gl.SliceLayout(0, across))
+        inner = column % 2 * 8 + column // 16
+        token += column // 2 % 8
+    tile = gl.arange(0, NUM_TILES, gl.SliceLayout(1, across))
+    outputs = row + (tile // TILES * (8 if GATED else 16))[:, None] + inner[None, :]
+    tokens = (tile % TILES * 8)[:, None] + token[None, :]
+    is_there = (outputs < num_outputs) & (tokens < num_tokens)
+    if FOUR_BITS:
+        result = gate / (1 + gl.exp(-gate)) * up if GATED else sums
+    else:
+        ptrs = scales_ptr + outputs.to(gl.int64) * scale_stride
+        scale = gl.load(ptrs, mask=is_there, other=0.0)
+        if GATED:
+            ptrs += num_outputs.to(gl.int64) * scale_stride
+            gate *= scale
             up *= gl.load(ptrs, mask=is_there, other=0.0)
-        result = result / (1 + gl.exp(-result)) * up
+            result = gate / (1 + gl.exp(-gate)) * up
+        else:
+            result = sums * scale
     out_ptrs = out_ptr + (split.to(gl.int64) * num_tokens + tokens) * out_stride + outputs
     gl.store(out_ptrs, result.to(out_ptr.dtype.element_ty), mask=is_there)
