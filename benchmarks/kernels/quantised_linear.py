@@ -56,6 +56,36 @@ NUM_WORKERS = 14
 MOST_ROWS_IN_REGISTERS = 32
 FEWEST_SPECIALISED_ROWS = 32
 MULTIPROCESSORS = 132
+# Of layers whose inputs are not split: stripes, groups ahead, registers, and whether weights are staged.
+WHOLE_ROWS: dict[Scheme, list[tuple[int, int, int, bool]]] = {
+    "int4": [
+        (2, 3, 0, False),
+        (2, 2, 96, False),
+        (1, 3, 96, False),
+        (1, 2, 80, False),
+        (2, 5, 0, True),
+        (2, 4, 0, True),
+        (2, 4, 88, True),
+        (2, 3, 80, True),
+        (1, 5, 0, True),
+        (1, 4, 0, True),
+        (1, 4, 72, True),
+        (1, 3, 64, True),
+    ],
+    "fp8": [
+        (1, 3, 96, False),
+        (1, 5, 0, False),
+        (2, 2, 0, False),
+        (2, 3, 0, False),
+        (1, 5, 0, True),
+        (1, 4, 0, True),
+        (1, 3, 0, True),
+        (1, 2, 0, True),
+        (2, 4, 0, True),
+        (2, 3, 0, True),
+        (2, 2, 0, True),
+    ],
+}
 SHARED_MEMORY_BYTES = 227 * 1024
 HEAD_OUTPUTS = 100_000  # more outputs than any layer but the head, whose results are float32
 
@@ -131,24 +161,26 @@ def _specialised_splits(layer: Layer, num_tiles: int) -> list[int]:
 
 
 def _register_candidates(scheme: Scheme, layer: Layer) -> list[RegisterConfig]:
-    """Outputs of a program, warps and splits that leave no warp without work, and groups asked for ahead."""
-    found: dict[RegisterConfig, None] = {}
+    """Splits and warps that leave none without work, and what so many registers or so much memory hold."""
     num_groups = layer.inputs // 128
-    halves = 2 if layer.kind is LinearKind.GATED else 1
+    stripe = 8 if layer.kind is LinearKind.GATED else 16
+    if layer.kind is not LinearKind.PARTIAL:
+        return [
+            RegisterConfig(stripe * stripes, 1, 4, ahead, registers, is_staged)
+            for stripes, ahead, registers, is_staged in WHOLE_ROWS[scheme]
+        ]
+    found = []
     for stripes, warps, splits in product((1, 2, 4), (4, 8), range(1, 10)):
-        is_even = num_groups % (splits * warps) == 0
-        if (splits > 1 and layer.kind is not LinearKind.PARTIAL) or not is_even:
+        steps, rest = divmod(num_groups, splits * warps)
+        num_warps = layer.outputs // (stripe * stripes) * splits * warps
+        words = stripes * (8 if scheme == "int4" else 16)  # of a thread, for a group
+        if rest or not 2 <= steps <= 6 or not 9 <= num_warps / MULTIPROCESSORS <= 32:
             continue
-        steps = num_groups // (splits * warps)
-        words = stripes * halves * (8 if scheme == "int4" else 16)  # of a thread, for a group
-        num_warps = layer.outputs // (16 * halves * stripes) * splits * warps
-        if steps > 6 or not 8 <= num_warps / MULTIPROCESSORS <= (64 if layer.count > 1 else 1000):
-            continue
-        for ahead, registers in product(sorted({steps, -(-steps // 2), min(2, steps)}), (0, 96, 80)):
-            least = words * ahead + 50
-            if 16 <= words * ahead <= 96 and (registers == 0 or least <= registers * 1.1):
-                found[RegisterConfig(16 * stripes, splits, warps, ahead, registers)] = None
-    return list(found)
+        if words * steps <= 64:
+            found.append(RegisterConfig(stripe * stripes, splits, warps, steps))
+        if words * steps * warps * 128 <= 56 * 1024:
+            found.append(RegisterConfig(stripe * stripes, splits, warps, steps, is_staged=True))
+    return found
 
 
 def _ring_candidates(scheme: Scheme, layer: Layer, num_rows: int) -> list[LinearConfig]:
@@ -301,7 +333,7 @@ def _compile_all(layers: Iterable[Layer], all_rows: Iterable[int], kernel: str) 
         (layer, num_rows, scheme, config)
         for layer in layers
         if layer.name != "qkv_proj"  # compiled as in_proj is
-        for num_rows in sorted({max(8, rows) for rows in _rows_of(layer, all_rows)})  # fewer run the same
+        for num_rows in sorted({rows if rows == 1 else max(8, rows) for rows in _rows_of(layer, all_rows)})
         for scheme in SCHEMES
         for config in _candidates(scheme, layer, num_rows, kernel)
     ]

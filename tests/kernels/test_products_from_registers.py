@@ -207,10 +207,11 @@ def test_what_is_masked_is_zero_and_not_read():
         assert np.array_equal(words, np.where(is_wanted, 0x07070707, 0))
 
 
+@pytest.mark.parametrize("is_gated", [False, True])
 @pytest.mark.parametrize("warps", [4, 8])
 @pytest.mark.parametrize("num_tiles", [1, 2, 4, 16])
-def test_every_sum_has_a_thread(num_tiles, warps):
-    layout = fragments.sum_layout(num_tiles, warps)
+def test_every_sum_has_a_thread(num_tiles, warps, is_gated):
+    layout = fragments.sum_layout(num_tiles, warps, is_gated=is_gated)
     bases = [*layout.reg_bases, *layout.lane_bases, *layout.warp_bases]
     steps = sorted(tuple(base) for base in bases if any(base))
     expected = [(1 << bit, 0, 0) for bit in range(num_tiles.bit_length() - 1)]
@@ -220,3 +221,4 @@ def test_every_sum_has_a_thread(num_tiles, warps):
     assert len(layout.lane_bases) == 5
     assert 1 << len(layout.warp_bases) == warps
     assert all(base[1] == 0 for base in [*layout.lane_bases, *layout.warp_bases]), "a thread adds up warps"
+    assert ([0, 0, 1] in layout.reg_bases) is is_gated, "a gate and its up are one thread's"

@@ -41,14 +41,20 @@ TOLERANCE = {torch.bfloat16: 5e-3 if INTERPRETED else 4e-3, torch.float32: 2e-6 
 # With x rounded to three bits after the leading one, 2^-4 at worst and 2.6 % on average.
 EIGHT_BIT_TOLERANCE = 4e-2
 SMALL = LinearConfig(16, 32, 128, splits=2, warps=4, stages=3)
-# Warps of one and of several groups, of which some have none; programs past the last output.
-REGISTERS = [RegisterConfig(16, splits=3, warps=4, ahead=2), RegisterConfig(32, splits=2, warps=8, ahead=8)]
+# Warps of one and of several groups, of which some have none, and programs past the last output; weights
+# that wait in registers and in shared memory, in fewer places than a warp has groups and in as many.
+REGISTERS = {
+    "registers": RegisterConfig(16, splits=3, warps=4, ahead=2),
+    "more registers": RegisterConfig(32, splits=2, warps=8, ahead=8, registers=128),
+    "staged": RegisterConfig(32, splits=3, warps=4, ahead=2, is_staged=True),
+    "more staged": RegisterConfig(16, splits=2, warps=8, ahead=9, registers=96, is_staged=True),
+}
 # Every number of warp groups, rings that come round, rows of weights in two boxes, scaled sums and weights.
-SPECIALISED = [
-    SpecialisedConfig(32, 24, groups=1, splits=2, stages=2),
-    SpecialisedConfig(64, 32, groups=2, splits=1, stages=3),
-    SpecialisedConfig(128, 32, groups=3, splits=3, stages=3),
-]
+SPECIALISED = {
+    "one group": SpecialisedConfig(32, 24, groups=1, splits=2, stages=2),
+    "two groups": SpecialisedConfig(64, 32, groups=2, splits=1, stages=3),
+    "three groups": SpecialisedConfig(128, 32, groups=3, splits=3, stages=3),
+}
 _fixed: RegisterConfig | SpecialisedConfig | None = None
 TOKENS = [3, 17] if INTERPRETED else [1, 3, 16, 33, 64, 128, 300, 2048]
 ODD = (34, 256) if INTERPRETED else (100, 384)
@@ -89,6 +95,8 @@ def _config(x: torch.Tensor, matrix: QuantisedMatrix, kind: LinearKind) -> Tilin
     """A small one in the interpreter; on a GPU the chosen one, or that of any number of tokens."""
     if INTERPRETED:
         return SMALL
+    if isinstance(_fixed, RegisterConfig) and kind is LinearKind.GATED:
+        return replace(_fixed, outputs=_fixed.outputs // 2)  # the same rows
     if _fixed is not None:
         return _fixed
     is_hopper = _quantised().takes_hopper(x, matrix)
@@ -96,15 +104,7 @@ def _config(x: torch.Tensor, matrix: QuantisedMatrix, kind: LinearKind) -> Tilin
     return chosen or invariant_config(*matrix.shape, matrix.scheme)
 
 
-KERNELS = {
-    "plain": None,
-    "hopper": None,
-    "registers": REGISTERS[0],
-    "more registers": REGISTERS[1],
-    "one group": SPECIALISED[0],
-    "two groups": SPECIALISED[1],
-    "three groups": SPECIALISED[2],
-}
+KERNELS = {"plain": None, "hopper": None, **REGISTERS, **SPECIALISED}
 
 
 @pytest.fixture(params=["plain"] if INTERPRETED else list(KERNELS))
@@ -125,7 +125,9 @@ def kernel(request, monkeypatch):
 
 def _tolerance(scheme: str, num_tokens: int, dtype: torch.dtype) -> float:
     """Four-bit weights that meet many tokens are rounded to bf16 once they are scaled, but in registers."""
-    is_scaled = (scheme == "int4" and num_tokens > 128 and _fixed is None) or _fixed is SPECIALISED[-1]
+    is_scaled = (scheme == "int4" and num_tokens > 128 and _fixed is None) or _fixed is SPECIALISED[
+        "three groups"
+    ]
     return TOLERANCE[torch.bfloat16] if is_scaled else TOLERANCE[dtype]
 
 
@@ -562,7 +564,7 @@ def _compile_for_registers(
     constants = hopper.constants(config, num_tokens, *size, num_beside, **kinds) | {"DEPENDENT": True}
     signature = {
         "x_ptr": "*bf16",
-        "values_ptr": "*i32" if is_four_bits else "*u8",
+        "values_ptr": "*i32",
         "scales_ptr": scales if is_four_bits else "*fp32",
         "out_ptr": "*fp32",
         "beside_ptr": "*bf16",
@@ -597,4 +599,5 @@ def test_the_kernel_without_a_ring_compiles(scheme, kind):
     assert "mma.sync" not in before
     assert ptx.count("griddepcontrol.launch_dependents") == 2
     others = {"num_beside": 64 if kind is LinearKind.PLAIN else 0, "scales": "*fp32"}
-    _compile_for_registers(scheme, REGISTERS[1], 17, ODD, kind, **others)
+    for config in REGISTERS.values():
+        _compile_for_registers(scheme, config, 17, ODD, kind, **others)

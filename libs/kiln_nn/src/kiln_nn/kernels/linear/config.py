@@ -47,12 +47,13 @@ class LinearConfig:
 class RegisterConfig:
     """One tiling of few tokens whose weights go straight to registers; again sums depend on nothing else.
 
-    `outputs`: a program's, 16, 32 or 64, in the gated form pairs of rows.
+    `outputs`: a program's, 16, 32 or 64, in the gated form 8, 16 or 32 pairs of rows.
     `splits`: programs that share the inputs of the same outputs, each with a partial sum of its own.
     `warps`: of a program, each with as many groups of 128 inputs one after another, rounded up.
     `ahead`: groups whose weights a warp has asked for before it multiplies the first.
     `registers`: of a thread at most, 0 for as many as it likes; with fewer more programs, also of the next
     kernel, lie on a multiprocessor.
+    `is_staged`: weights wait in shared memory until they are multiplied, not in registers.
     """
 
     outputs: int
@@ -60,6 +61,7 @@ class RegisterConfig:
     warps: int = 4
     ahead: int = 4
     registers: int = 0
+    is_staged: bool = False
 
 
 @dataclass(frozen=True)

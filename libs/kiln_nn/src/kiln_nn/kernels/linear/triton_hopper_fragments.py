@@ -21,6 +21,7 @@ Everything is exact but the additions, which are the tensor cores'.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
 
 from triton.experimental.gluon import language as gl
@@ -34,6 +35,12 @@ _NIBBLES = ("0x000F000F", "0x00F000F0")  # of even products, of odd ones
 _MINUS_EIGHT = "0xC100C100"
 _TO_SUMS = "0f25000000"  # 2^-53
 _FACTORS = ("0x67806780", "0x65806580")  # 2^80, 2^76
+
+
+def codes(pieces: Iterable[tuple[str, str]]) -> tuple[gl.constexpr, gl.constexpr]:
+    """Machine codes and their operands, each by place."""
+    codes, operands = zip(*pieces, strict=True)
+    return gl.constexpr(codes), gl.constexpr(operands)
 
 
 def _block(registers: str, lines: list[str]) -> str:
@@ -180,16 +187,28 @@ def x_layouts(
 
 
 @cache
-def sum_layout(num_tiles: int, warps: int) -> gl.DistributedLinearLayout:
+def scale_layout(rows: int, warps: int) -> gl.DistributedLinearLayout:
+    """Who reads scales `[warps, rows]` in shared memory: threads `4 g` to `4 g + 3` rows `g`, `g + 8`, …"""
+    row_steps = [[0, 1 << bit] for bit in range(rows.bit_length() - 1)]
+    warp_steps = [[1 << bit, 0] for bit in range(warps.bit_length() - 1)]
+    lanes = [[0, 0], [0, 0], *row_steps[:3]]
+    return gl.DistributedLinearLayout(row_steps[3:], lanes, warp_steps, [], [warps, rows])
+
+
+@cache
+def sum_layout(num_tiles: int, warps: int, *, is_gated: bool) -> gl.DistributedLinearLayout:
     """Of `[num_tiles, warps, 128]` a thread has all warps; neighbouring threads have neighbouring outputs.
 
     The 128 are the four sums of each thread of a product: bits 4 to 6 are its output `g`, bits 2 and 3 its
-    `t`, bit 0 whether the output is `g + 8`, and bit 1 which of tokens `2 t` and `2 t + 1` it is.
+    `t`, bit 0 whether the output is `g + 8`, and bit 1 which of tokens `2 t` and `2 t + 1` it is. In the
+    gated form `g` is a gate and `g + 8` its up, which a thread has both.
     """
-    lanes = [[0, 0, 16], [0, 0, 32], [0, 0, 64], [0, 0, 1], [0, 0, 2]]
+    steps = [[0, 0, 1], [0, 0, 2], [0, 0, 4], [0, 0, 8]]
+    both = [steps.pop(0)] if is_gated else []
+    lanes = [[0, 0, 16], [0, 0, 32], [0, 0, 64], *steps[:2]]
     tile_steps = [[1 << bit, 0, 0] for bit in range(num_tiles.bit_length() - 1)]
-    spread = [[0, 0, 4], [0, 0, 8], *tile_steps]
+    spread = [*steps[2:], *tile_steps]
     num_bits = warps.bit_length() - 1
     warp_steps = [*spread[:num_bits], *[[0, 0, 0]] * (num_bits - len(spread))]
-    registers = [[0, 1 << bit, 0] for bit in range(num_bits)] + spread[num_bits:]
+    registers = [*both, *([0, 1 << bit, 0] for bit in range(num_bits)), *spread[num_bits:]]
     return gl.DistributedLinearLayout(registers, lanes, warp_steps, [], [num_tiles, warps, 128])

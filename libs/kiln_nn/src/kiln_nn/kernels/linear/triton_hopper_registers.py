@@ -1,10 +1,13 @@
-"""Linear layers of a few tokens over quantised weights on Hopper: weights go from memory into registers.
+"""Linear layers of a few tokens over quantised weights on Hopper, each warp on its own.
 
-With few tokens triton_hopper_quantised.py is slow in its multiprocessors, not in their memory: few warps,
-each waiting for one thing after another. Here every warp has groups of 128 inputs of its own, asks for the
-weights of several of them at once, before it waits for its predecessor, and multiplies what has come by
-`mma.sync` (triton_hopper_fragments.py). There is no ring, no barrier and no other warp to wait for until the
-warps of a program, which share its rows, add up their sums in order.
+With few tokens triton_hopper_quantised.py waits in its multiprocessors, not for their memory: it has few
+warps, and each does one thing after another. Here every warp has groups of 128 inputs of its own, a program's
+warps share its rows, and only their sums meet, in order. Before it waits for its predecessor a warp asks for
+the weights of several groups, which come to its registers, or wait in shared memory in the place of the
+thread that will multiply them: then programs are small, and those of the next kernel fill what this one
+leaves of the multiprocessor and of the memory's time. x and the groups' scales come once for a program to
+shared memory, and are read in the order of the products. These are `mma.sync`
+(triton_hopper_fragments.py), which takes the weights in any order of inputs, as it finds them in memory.
 
 Takes bf16 x and quantised matrices of any number of outputs whose rows are 16-byte aligned (inputs in
 whole groups of 128) on compute capability 9.0; any number of tokens, of which 32 share the reading of the
@@ -16,373 +19,26 @@ Legend: `T` tokens, `I` inputs, `O` outputs, `S` partial sums, `F` feed-forward 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kiln_nn.kernels.linear.config import RegisterConfig
 from kiln_nn.kernels.linear.triton_hopper_beside import multiply_beside
 from kiln_nn.kernels.linear.triton_hopper_fragments import (
-    SUM_SCALES,
     TILE_TOKENS,
-    fetch_words,
-    minus_eights,
-    multiply_group,
-    prepare_x,
+    scale_layout,
     sum_layout,
     x_layouts,
 )
 from kiln_nn.kernels.linear.triton_hopper_parts import can_be_fetched
+from kiln_nn.kernels.linear.triton_hopper_sums import MOST_TILES, multiply_rows
 from kiln_nn.kernels.quantised import FP8, GROUP_INPUTS, QuantisedMatrix
 
-_TILE_TOKENS = gl.constexpr(TILE_TOKENS)
-
-
-def _codes(pieces: Iterable[tuple[str, str]]) -> tuple[gl.constexpr, gl.constexpr]:
-    """Machine codes and their operands, each by place."""
-    codes, operands = zip(*pieces, strict=True)
-    return gl.constexpr(codes), gl.constexpr(operands)
-
-
-_MOST_TILES = gl.constexpr(4)  # of 8 tokens, whose x a thread holds
-_MOST_STEPS = 16  # groups of a warp; its code has them one after another
-# Of eight bits, then of four; of each without and with a mask, or by tiles of 8 tokens.
-_FETCH_WORDS, _FETCH_WORDS_OPERANDS = _codes(fetch_words(is_masked=masked) for masked in (False, True))
-_MINUS_EIGHTS, _MINUS_EIGHTS_OPERANDS = map(gl.constexpr, minus_eights())
-_PREPARE_X, _PREPARE_X_OPERANDS = _codes(prepare_x(four) for four in (False, True))
-_MULTIPLY, _MULTIPLY_OPERANDS = _codes(
-    multiply_group(four, tiles) for four in (False, True) for tiles in range(1, _MOST_TILES.value + 1)
-)
-_SUM_SCALES = gl.constexpr(SUM_SCALES)
-
-
-@gluon.jit
-def _fetch_weights(
-    value_address,
-    scale_ptrs,
-    rows,
-    step: gl.constexpr,
-    is_group,
-    value_bytes,
-    scale_stride,
-    num_outputs,
-    FOUR_BITS: gl.constexpr,
-    WHOLE: gl.constexpr,
-    STRIPES: gl.constexpr,
-    GATED: gl.constexpr,
-):
-    """Words and scales of a warp's group `step` for all stripes: of each, rows `g`, then rows `g + 8`.
-
-    `value_address` and `scale_ptrs` are those of the thread's own first row, `rows`, and the first group.
-    """
-    HALVES: gl.constexpr = 2 if GATED else 1
-    LINE: gl.constexpr = 64 if FOUR_BITS else 128
-    words = ()
-    scales = ()
-    for part in gl.static_range(HALVES * STRIPES * 2):
-        # Stripes of gates come before those of ups.
-        inner = part // 2 % STRIPES * 16 + part % 2 * 8
-        down = (inner + part // 2 // STRIPES * num_outputs).to(gl.int64)
-        place = value_address + down * value_bytes + step * LINE
-        ptrs = scale_ptrs + down * scale_stride + step
-        is_there = is_group & (rows + inner < num_outputs)
-        for piece in gl.static_range(LINE // 64):
-            at = place + 64 * piece
-            words += gl.inline_asm_elementwise(
-                _FETCH_WORDS[not WHOLE],
-                _FETCH_WORDS_OPERANDS[not WHOLE],
-                (at,) if WHOLE else (at, is_there.to(gl.int32)),
-                dtype=(gl.int32,) * 4,
-                is_pure=False,
-                pack=1,
-            )
-        if FOUR_BITS:
-            if WHOLE:
-                scales += (gl.load(ptrs),)
-            else:
-                scales += (gl.load(ptrs, mask=is_there, other=0.0),)
-    return words, scales
-
-
-@gluon.jit
-def _copy_x(
-    x_ptr,
-    x,
-    token,
-    group,
-    last,
-    num_tokens,
-    x_stride,
-    STEPS: gl.constexpr,
-    TILES: gl.constexpr,
-    COPYING: gl.constexpr,
-    FOUR_BITS: gl.constexpr,
-    num_warps: gl.constexpr,
-):
-    """All x of a program into shared memory: by tile and step, `[rows, 32]` words as `x_layouts` has them."""
-    ROWS: gl.constexpr = x[0].shape[0] // num_warps
-    TOKENS: gl.constexpr = ROWS // 2
-    lines = gl.arange(0, num_warps * ROWS, gl.SliceLayout(1, COPYING))
-    columns = gl.arange(0, 32, gl.SliceLayout(0, COPYING))
-    inner = lines % ROWS // 2 if FOUR_BITS else lines % TOKENS
-    half = lines % 2 if FOUR_BITS else lines % ROWS // TOKENS
-    words = x_ptr.to(gl.pointer_type(gl.int32), bitcast=True)
-    groups = group + lines // ROWS * STEPS
-    for place in gl.static_range(TILES * STEPS):
-        tokens = token + place // STEPS * TOKENS + inner
-        groups_here = groups + place % STEPS
-        starts = tokens.to(gl.int64) * (x_stride // 2) + groups_here * 64 + half * 32
-        is_there = (tokens < num_tokens) & (groups_here < last)
-        async_copy.async_copy_global_to_shared(
-            x[place], words + starts[:, None] + columns[None, :], mask=is_there[:, None]
-        )
-    async_copy.commit_group()
-    async_copy.wait_group(0)
-
-
-@gluon.jit
-def _halve(tensors, COUNT: gl.constexpr):
-    """`COUNT` tensors by their last index, first those of 0."""
-    lower = ()
-    upper = ()
-    for place in gl.static_range(COUNT):
-        low, high = gl.split(tensors[place])
-        lower += (low,)
-        upper += (high,)
-    return lower + upper
-
-
-@gluon.jit
-def _x_registers(tile, READING: gl.constexpr, FOUR_BITS: gl.constexpr, num_warps: gl.constexpr):
-    """What each thread wants of x of its warp's group, 16 registers."""
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [num_warps], [0])
-    shared_by: gl.constexpr = gl.BlockedLayout([1, 1, 1], [1, 8, 4], [num_warps, 1, 1], [2, 1, 0])
-    across: gl.constexpr = gl.SliceLayout(1, shared_by)
-    TOKENS: gl.constexpr = tile.shape[0] // num_warps // 2
-    words = tile.load(READING)
-    if FOUR_BITS:
-        # Half and pair of pairs are the thread's, place in a word and pair the register's.
-        words = words.reshape([num_warps, TOKENS, 2, 8, 2, 2])
-        words = gl.permute(words, (0, 1, 2, 4, 3, 5)).reshape([num_warps * TOKENS * 4, 2, 2, 2, 2])
-    else:
-        words = words.reshape([num_warps, 2, TOKENS, 4, 8])
-        words = gl.permute(words, (0, 2, 3, 1, 4)).reshape([num_warps * TOKENS * 4, 2, 2, 2, 2])
-    x = _halve(_halve(_halve(_halve((words,), 1), 2), 4), 8)
-    registers = ()
-    for place in gl.static_range(16):
-        register = x[place]
-        if TOKENS == 1:  # which all threads of a row read
-            register = gl.convert_layout(register.reshape([num_warps, 4]), across, assert_trivial=True)
-            register = gl.expand_dims(register, 1) + gl.zeros([num_warps, 8, 4], gl.int32, shared_by)
-            register = register.reshape([32 * num_warps])
-        registers += (gl.convert_layout(register, layout, assert_trivial=True),)
-    return registers
-
-
-@gluon.jit
-def _multiply(
-    words, scales, x, begin, totals, FOUR_BITS: gl.constexpr, STRIPES: gl.constexpr, TILES: gl.constexpr
-):
-    """The sums of all stripes, `4 * TILES` each, and those of one more group."""
-    WORDS: gl.constexpr = 8 if FOUR_BITS else 16
-    SUMS: gl.constexpr = 4 * TILES
-    CODE: gl.constexpr = FOUR_BITS * _MOST_TILES + TILES - 1
-    added = ()
-    for stripe in gl.static_range(STRIPES):
-        total = totals[SUMS * stripe : SUMS * stripe + SUMS]
-        sums = gl.inline_asm_elementwise(
-            _MULTIPLY[CODE],
-            _MULTIPLY_OPERANDS[CODE],
-            words[WORDS * stripe : WORDS * stripe + WORDS] + x + (begin if FOUR_BITS else total),
-            dtype=(gl.float32,) * SUMS,
-            is_pure=True,
-            pack=1,
-        )
-        if FOUR_BITS:
-            for place in gl.static_range(SUMS):
-                scale = scales[2 * stripe + place % 4 // 2].to(gl.float32)
-                added += (total[place] + sums[place] * scale,)
-        else:
-            added += sums
-    return added
-
-
-@gluon.jit
-def _add_warps(
-    totals, first: gl.constexpr, NUM_TILES: gl.constexpr, PLACES: gl.constexpr, num_warps: gl.constexpr
-):
-    """`NUM_TILES` times four sums from `first` on over a program's warps, `[NUM_TILES, 128]`; see `sum_layout`."""
-    whole: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
-    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-    layout: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [num_warps, 1], [1, 0])
-    shared = gl.allocate_shared_memory(gl.float32, [NUM_TILES, num_warps, 128], whole)
-    tiles = shared._reinterpret(gl.float32, [NUM_TILES, num_warps, 128], plain)
-    for tile in gl.static_range(NUM_TILES):
-        low = gl.join(totals[first + 4 * tile], totals[first + 4 * tile + 1])
-        high = gl.join(totals[first + 4 * tile + 2], totals[first + 4 * tile + 3])
-        # Bit 0 says which output, bit 1 which token.
-        sums = gl.join(low, high).reshape([num_warps, 128])
-        tiles.index(tile).store(gl.convert_layout(sums, layout))
-    return gl.sum(shared.load(PLACES), axis=1)
-
-
-@gluon.jit
-def _program(
-    x_ptr,
-    values_ptr,
-    scales_ptr,
-    out_ptr,
-    row,
-    num_tokens,
-    num_outputs,
-    num_groups,
-    split_groups,
-    x_stride,
-    value_stride,
-    scale_stride,
-    out_stride,
-    shows_producers,
-    PLACES: gl.constexpr,
-    COPYING: gl.constexpr,
-    READING: gl.constexpr,
-    X_TOKENS: gl.constexpr,
-    FOUR_BITS: gl.constexpr,
-    WHOLE: gl.constexpr,
-    GATED: gl.constexpr,
-    STRIPES: gl.constexpr,
-    TILES: gl.constexpr,
-    STEPS: gl.constexpr,
-    AHEAD: gl.constexpr,
-    DEPENDENT: gl.constexpr,
-    num_warps: gl.constexpr,
-):
-    """The rows of the quantised matrix from `row` on."""
-    HALVES: gl.constexpr = 2 if GATED else 1
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [num_warps], [0])
-    threads = gl.arange(0, 32 * num_warps, layout)
-    g = threads % 32 // 4
-    t = threads % 4
-    token = gl.program_id(0) * (_TILE_TOKENS * TILES)
-    split = gl.program_id(1)
-    # Groups of a warp follow each other, as far as the program's go.
-    last = gl.minimum((split + 1) * split_groups, num_groups)
-    group = split * split_groups + threads // 32 * STEPS
-    rows = row + g
-    value_bytes = value_stride.to(gl.int64) * (4 if FOUR_BITS else 1)
-    value_address = values_ptr.to(gl.int64) + rows.to(gl.int64) * value_bytes
-    value_address += group * (64 if FOUR_BITS else 128) + 16 * t
-    scale_ptrs = scales_ptr + rows.to(gl.int64) * scale_stride + group
-    if DEPENDENT:  # noqa: SIM102 (known when compiling)
-        if shows_producers == 0:
-            gdc_launch_dependents()
-    eights = ()
-    if FOUR_BITS:
-        eights = gl.inline_asm_elementwise(
-            _MINUS_EIGHTS, _MINUS_EIGHTS_OPERANDS, [g], dtype=(gl.int32,) * 4, is_pure=False, pack=1
-        )
-    words = ()
-    scales = ()
-    for step in gl.static_range(AHEAD):
-        fetched = _fetch_weights(
-            value_address,
-            scale_ptrs,
-            rows,
-            step,
-            group + step < last,
-            value_bytes,
-            scale_stride,
-            num_outputs,
-            FOUR_BITS,
-            WHOLE,
-            STRIPES,
-            GATED,
-        )
-        words += (fetched[0],)
-        scales += (fetched[1],)
-    if DEPENDENT:
-        gdc_wait()
-        if shows_producers != 0:
-            gdc_launch_dependents()
-    plain: gl.constexpr = gl.SwizzledSharedLayout(4, 1, 8, [1, 0])
-    x = ()
-    for _place in gl.static_range(TILES * STEPS):  # apart, or the compiler takes them for one
-        x += (gl.allocate_shared_memory(gl.int32, [num_warps * 2 * X_TOKENS, 32], plain),)
-    _copy_x(
-        x_ptr,
-        x,
-        token,
-        split * split_groups,
-        last,
-        num_tokens,
-        x_stride,
-        STEPS,
-        TILES,
-        COPYING,
-        FOUR_BITS,
-        num_warps,
-    )
-    totals = ()
-    for _place in gl.static_range(4 * TILES * STRIPES * HALVES):
-        totals += (gl.zeros([32 * num_warps], gl.float32, layout),)
-    for step in gl.static_range(STEPS):
-        ready = ()
-        begin = ()
-        for tile in gl.static_range(TILES):
-            registers = _x_registers(x[tile * STEPS + step], READING, FOUR_BITS, num_warps)
-            outputs = gl.inline_asm_elementwise(
-                _PREPARE_X[FOUR_BITS],
-                _PREPARE_X_OPERANDS[FOUR_BITS],
-                registers + eights,
-                dtype=(gl.int32,) * 16 + ((gl.float32,) * 4 if FOUR_BITS else ()),
-                is_pure=True,
-                pack=1,
-            )
-            ready += outputs[:16]
-            begin += outputs[16:]
-        totals = _multiply(
-            words[step], scales[step], ready, begin, totals, FOUR_BITS, HALVES * STRIPES, TILES
-        )
-        if step + AHEAD < STEPS:
-            fetched = _fetch_weights(
-                value_address,
-                scale_ptrs,
-                rows,
-                step + AHEAD,
-                group + step + AHEAD < last,
-                value_bytes,
-                scale_stride,
-                num_outputs,
-                FOUR_BITS,
-                WHOLE,
-                STRIPES,
-                GATED,
-            )
-            words += (fetched[0],)
-            scales += (fetched[1],)
-    NUM_TILES: gl.constexpr = STRIPES * TILES
-    result = _add_warps(totals, 0, NUM_TILES, PLACES, num_warps) * _SUM_SCALES[FOUR_BITS]
-    across: gl.constexpr = gl.SliceLayout(1, PLACES)
-    tile = gl.arange(0, NUM_TILES, gl.SliceLayout(1, across))
-    column = gl.arange(0, 128, gl.SliceLayout(0, across))
-    outputs = row + (tile // TILES * 16)[:, None] + (column % 2 * 8 + column // 16)[None, :]
-    tokens = token + (tile % TILES * 8)[:, None] + (column // 4 % 4 * 2 + column // 2 % 2)[None, :]
-    is_there = (outputs < num_outputs) & (tokens < num_tokens)
-    if not FOUR_BITS:
-        result *= gl.load(scales_ptr + outputs.to(gl.int64) * scale_stride, mask=is_there, other=0.0)
-    if GATED:
-        up = _add_warps(totals, 4 * NUM_TILES, NUM_TILES, PLACES, num_warps) * _SUM_SCALES[FOUR_BITS]
-        if not FOUR_BITS:
-            ptrs = scales_ptr + (outputs + num_outputs).to(gl.int64) * scale_stride
-            up *= gl.load(ptrs, mask=is_there, other=0.0)
-        result = result / (1 + gl.exp(-result)) * up
-    out_ptrs = out_ptr + (split.to(gl.int64) * num_tokens + tokens) * out_stride + outputs
-    gl.store(out_ptrs, result.to(out_ptr.dtype.element_ty), mask=is_there)
+_MOST_SHARED_BYTES = 200 * 1024
 
 
 @gluon.jit(do_not_specialize=["num_tokens", "num_groups", "split_groups", "shows_producers"])
@@ -406,6 +62,7 @@ def _linear_kernel(
     PLACES: gl.constexpr,
     COPYING: gl.constexpr,
     READING: gl.constexpr,
+    SCALING: gl.constexpr,
     X_TOKENS: gl.constexpr,
     FOUR_BITS: gl.constexpr,
     WHOLE: gl.constexpr,
@@ -414,6 +71,7 @@ def _linear_kernel(
     TILES: gl.constexpr,
     STEPS: gl.constexpr,
     AHEAD: gl.constexpr,
+    STAGED: gl.constexpr,
     BESIDE: gl.constexpr,
     BESIDE_INPUTS: gl.constexpr,
     DEPENDENT: gl.constexpr,
@@ -437,12 +95,12 @@ def _linear_kernel(
             num_warps,
         )
     else:
-        _program(
+        multiply_rows(
             x_ptr,
             values_ptr,
             scales_ptr,
             out_ptr,
-            (which - BESIDE) * (16 * STRIPES),
+            (which - BESIDE) * ((8 if GATED else 16) * STRIPES),
             num_tokens,
             num_outputs,
             num_groups,
@@ -455,6 +113,7 @@ def _linear_kernel(
             PLACES,
             COPYING,
             READING,
+            SCALING,
             X_TOKENS,
             FOUR_BITS,
             WHOLE,
@@ -463,6 +122,7 @@ def _linear_kernel(
             TILES,
             STEPS,
             AHEAD,
+            STAGED,
             DEPENDENT,
             num_warps,
         )
@@ -486,17 +146,27 @@ def constants(
     """What the kernel is compiled for."""
     num_outputs = num_rows // (2 if is_gated else 1)
     split_groups = _split_groups(config, num_inputs)
+    num_outputs = num_rows // (2 if is_gated else 1)
+    split_groups = _split_groups(config, num_inputs)
     steps = triton.cdiv(split_groups, config.warps)
     has_whole_splits = split_groups * config.splits * GROUP_INPUTS == num_inputs
     is_whole = has_whole_splits and steps * config.warps == split_groups and num_outputs % config.outputs == 0
-    tiles = min(_MOST_TILES.value, triton.next_power_of_2(triton.cdiv(num_tokens, TILE_TOKENS)))
-    stripes = config.outputs // 16
+    rows = config.outputs * (2 if is_gated else 1)
+    stripes = rows // 16
     x_tokens = 1 if num_tokens == 1 else TILE_TOKENS
+    slot_bytes = min(config.ahead, steps) * rows * (64 if is_four_bits else 128) * config.is_staged
+    scale_bytes = steps * rows * 4 * is_four_bits
+    x_bytes = steps * x_tokens * 2 * GROUP_INPUTS
+    most_tiles = (_MOST_SHARED_BYTES // config.warps - slot_bytes - scale_bytes) // x_bytes
+    assert most_tiles, "x of a split does not fit into shared memory"
+    wanted = triton.next_power_of_2(triton.cdiv(num_tokens, TILE_TOKENS))
+    tiles = min(MOST_TILES.value, wanted, 1 << (most_tiles.bit_length() - 1))
     copying, reading = x_layouts(config.warps, x_tokens, is_four_bits=is_four_bits)
     return {
-        "PLACES": sum_layout(stripes * tiles, config.warps),
+        "PLACES": sum_layout(stripes * tiles, config.warps, is_gated=is_gated),
         "COPYING": copying,
         "READING": reading,
+        "SCALING": scale_layout(rows, config.warps),
         "X_TOKENS": x_tokens,
         "FOUR_BITS": is_four_bits,
         "WHOLE": is_whole,
@@ -505,6 +175,7 @@ def constants(
         "TILES": tiles,
         "STEPS": steps,
         "AHEAD": min(config.ahead, steps),
+        "STAGED": config.is_staged,
         "BESIDE": num_beside,
         "BESIDE_INPUTS": triton.next_power_of_2(num_inputs) if num_beside else 1,
         "num_warps": config.warps,
@@ -538,6 +209,7 @@ def launch(
     kinds = {"is_gated": is_gated, "is_four_bits": is_four_bits}
     fixed = constants(config, num_tokens, num_rows, num_inputs, num_beside, **kinds)
     beside = x_TI if beside_BI is None else beside_BI
+    values = matrix.values if is_four_bits else matrix.values.view(torch.int32)
     options: dict[str, Any] = {"launch_pdl": True} if is_dependent else {}
     if config.registers:
         options["maxnreg"] = config.registers
@@ -548,7 +220,7 @@ def launch(
     )
     _linear_kernel[grid](
         x_TI,
-        matrix.values if is_four_bits else matrix.values.view(torch.uint8),
+        values,
         matrix.scales,
         out,
         beside,
@@ -558,7 +230,7 @@ def launch(
         _split_groups(config, num_inputs),
         num_inputs,
         x_TI.stride(0),
-        matrix.values.stride(0),
+        values.stride(0),
         matrix.scales.stride(0),
         out.stride(-2),
         beside.stride(0),
