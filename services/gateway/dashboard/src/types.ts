@@ -35,7 +35,6 @@ export interface EngineStatus {
   status: string;
   boot_id?: string;
   device?: string;
-  device_id?: string;
   dtype?: string;
   max_model_len?: number;
   max_running?: number;

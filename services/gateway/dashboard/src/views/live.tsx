@@ -129,9 +129,8 @@ function Memory({ status, last }: { status: Status; last: Sample | undefined }) 
     value: status.engines.reduce((sum, engine) => sum + (engine.memory?.[key] ?? 0), 0),
   }));
   parts.push({ name: "Trainer", color: "series-6", value: status.training?.device_bytes ?? 0 });
-  // Engines on one device share its memory.
-  const devices = new Map(status.engines.map((engine) => [engine.device_id || engine.boot_id, engine.memory?.device_bytes ?? 0]));
-  const device = [...devices.values()].reduce((sum, each) => sum + each, 0);
+  // The server counts a device once, however many engines share it, and whichever of them answer.
+  const device = last?.engine.device_bytes ?? 0;
   const used = parts.reduce((sum, part) => sum + part.value, 0);
   const isCpu = status.engines.every((engine) => engine.device === "cpu");
   const kv = share(last, "pages_in_use", "pages_total");
