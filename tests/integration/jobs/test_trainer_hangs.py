@@ -4,11 +4,14 @@ import asyncio
 import socket
 import time
 
+import grpc
 import pytest
 
 from kiln_common.clients.trainer import TrainerClient
 from kiln_common.errors import TrainerUnavailable
-from kiln_common.pb import trainer_pb2
+from kiln_common.pb import trainer_pb2, trainer_pb2_grpc
+
+_REDIS_TIMEOUT_S = 5.0  # how long a trainer waits for Redis before it says that the queue is away
 
 
 @pytest.fixture
@@ -38,3 +41,33 @@ async def test_what_changes_a_job_is_waited_for_longer(silent_address):
         await client.submit(trainer_pb2.SubmitRequest())
     assert time.monotonic() - started_s >= 0.5
     await client.close()
+
+
+class _Trainer(trainer_pb2_grpc.TrainerServicer):
+    """Notes how long its answers would have been waited for."""
+
+    def __init__(self) -> None:
+        self.waited_for_s: list[float] = []
+
+    async def GetStatus(self, request, context):
+        self.waited_for_s.append(context.time_remaining())
+        return trainer_pb2.TrainerStatus()
+
+    async def ListQueue(self, request, context):
+        self.waited_for_s.append(context.time_remaining())
+        return trainer_pb2.ListJobsResponse()
+
+
+async def test_a_trainer_has_time_to_say_that_it_is_redis_that_hangs(tmp_path):
+    trainer, server = _Trainer(), grpc.aio.server()
+    trainer_pb2_grpc.add_TrainerServicer_to_server(trainer, server)
+    address = f"unix:{tmp_path}/trainer.sock"
+    server.add_insecure_port(address)
+    await server.start()
+    client = TrainerClient(address)
+    await client.status()
+    await client.queue()
+    assert len(trainer.waited_for_s) == 2
+    assert all(_REDIS_TIMEOUT_S < waited_s < 15 for waited_s in trainer.waited_for_s)
+    await client.close()
+    await server.stop(None)

@@ -7,12 +7,14 @@ import builtins
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import TypeVar
 
-from kiln_common.clients.trainer import STATUS_TIMEOUT_S, TrainerClient
+from kiln_common.clients.trainer import TrainerClient
 from kiln_common.errors import KilnError, TrainerUnavailable
 from kiln_common.ids import new_id
 from kiln_common.pb import trainer_pb2
 from kiln_gateway.ports import closing
 
+# Of all trainers together: who watches a server asks often, and wants to know of those that answer.
+STATUS_TIMEOUT_S = 2.0
 T = TypeVar("T")
 
 

@@ -12,8 +12,6 @@ from kiln_common.errors import TrainerUnavailable
 from kiln_common.pb import trainer_pb2, trainer_pb2_grpc
 from kiln_common.rpc import from_rpc_error, open_channel
 
-STATUS_TIMEOUT_S = 2.0
-
 
 class TrainerClient:
     """Typed calls to one trainer; errors come back as KilnError with the trainer's code.
@@ -83,15 +81,14 @@ class TrainerClient:
             call.cancel()
 
     async def status(self) -> trainer_pb2.TrainerStatus:
-        """What it does now, within STATUS_TIMEOUT_S: a trainer that works says so at once."""
-        request = trainer_pb2.GetTrainerStatusRequest()
-        return await self._call(self._stub.GetStatus, request, min(STATUS_TIMEOUT_S, self._read_timeout_s))
+        """What it does now."""
+        return await self._ask(self._stub.GetStatus, trainer_pb2.GetTrainerStatusRequest())
 
     async def _ask(self, method: Any, request: Any) -> Any:
         return await self._call(method, request, self._read_timeout_s)
 
-    async def _call(self, method: Any, request: Any, timeout_s: float = 0.0) -> Any:
+    async def _call(self, method: Any, request: Any, timeout_s: float | None = None) -> Any:
         try:
-            return await method(request, timeout=timeout_s or self._timeout_s)
+            return await method(request, timeout=self._timeout_s if timeout_s is None else timeout_s)
         except grpc.RpcError as error:
             raise from_rpc_error(error, "trainer", TrainerUnavailable) from error

@@ -10,7 +10,6 @@ from typing import Any
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 
-from kiln_common.clients.trainer import STATUS_TIMEOUT_S
 from kiln_common.errors import KilnError
 from kiln_common.pb import engine_pb2, registry_pb2, trainer_pb2
 from kiln_gateway.adapters.visible_adapters import visible_engines
@@ -19,6 +18,7 @@ from kiln_gateway.engine_pool import PROBE_TIMEOUT_S
 from kiln_gateway.engine_seat import EngineSeat
 from kiln_gateway.gateway import Gateway, answers, gateway_of
 from kiln_gateway.json_response import json_response
+from kiln_gateway.trainer_pool import STATUS_TIMEOUT_S
 from kiln_gateway.training.job_rights import visible_running_job
 
 router = APIRouter()
@@ -171,8 +171,8 @@ def engine_totals(found: Sequence[tuple[EngineSeat, engine_pb2.EngineStats | Non
 
 
 def engine_object(seat: EngineSeat, stats: engine_pb2.EngineStats | None) -> dict[str, Any]:
-    info = seat.info
     """One engine: `id` is its label in the metrics and the gateway's log."""
+    info = seat.info
     body: dict[str, Any] = {"id": str(seat.number), "address": seat.address, "status": _state(stats)}
     if info is not None:
         body |= {
