@@ -36,8 +36,10 @@ async def serve(settings: GatewaySettings) -> None:
             model_path=settings.model_path,
             has_api_keys=bool(settings.api_keys or settings.api_keys_file),
         )
-        ignore_stop_signals()  # but for uvicorn's own handlers, while it serves
-        await server.serve(open_listeners(settings))
+        listeners = open_listeners(settings)
+        # But for uvicorn's own handlers, which `serve` begins with: what came between would be lost.
+        ignore_stop_signals()
+        await server.serve(listeners)
 
 
 def main() -> int:
