@@ -55,7 +55,10 @@ def _requests(with_adapters: bool) -> list[SlottedRequest]:
         (token_ids(17, seed=9), {"min_tokens": 5}),
         (token_ids(1, seed=10), {}),
         (token_ids(40, seed=11), {"rules": _RULES, **_NO_END_OF_ITS_OWN}),
-        (shared[:144] + token_ids(5, seed=12), {"rules": _RULES, "num_top_logprobs": 2, **_NO_END_OF_ITS_OWN}),
+        (
+            shared[:144] + token_ids(5, seed=12),
+            {"rules": _RULES, "num_top_logprobs": 2, **_NO_END_OF_ITS_OWN},
+        ),
     ]
     requests = []
     for number, (prompt, sampling) in enumerate(kinds):
