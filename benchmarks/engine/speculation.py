@@ -15,7 +15,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from benchmarks.engine.results import ResultFile, device_name
 from benchmarks.engine.spine import Spine, make_settings
 from kiln_common.logs import configure_logs
 from kiln_engine.domain import BatchPlan, GenerationRequest, SamplingParams, VerifyRow
+from kiln_engine.execution.drafting import DraftPass
 
 _TOKEN, _OTHER_TOKEN = 11, 12
 _BIAS = 1e4
@@ -87,8 +90,11 @@ def measure(spine: Spine, batch: int, acceptance: float, max_tokens: int, repeat
     return {"batch": batch, "tok_per_s": sorted(speeds[1:])[repeats // 2], "drafts": drafts_a_row}
 
 
-def parts_ms(spine: Spine, batch: int) -> dict[str, float]:
-    """Milliseconds of the graphs that a speculative step of the batch replays, as they last ran."""
+def parts_ms(spine: Spine, batch: int, max_tokens: int) -> dict[str, float]:
+    """Milliseconds of the graphs that a speculative step of the batch replays, in the middle of one more run.
+
+    There the pages that they last ran over are still those of their rows.
+    """
     graphs = spine.runner._graphs
     if graphs is None or not graphs.verify_sizes:
         return {}
@@ -99,11 +105,27 @@ def parts_ms(spine: Spine, batch: int) -> dict[str, float]:
     step = graphs._verify[size, lines, False]._step
     parts = {"verify": step._forward.replay, "draw": step._draw.replay}
     if step.drafts is not None:
-        parts["draft"] = step.drafts.run_step
+        parts["draft"] = partial(_first_draft, step.drafts)
     if batch in graphs.decode_sizes:
         plain = graphs._decode[batch, False]._step
         parts |= {"plain": plain._forward.replay, "plain draw": plain._draw.replay}
-    return spine.between_steps(lambda: {name: _timed_ms(part) for name, part in parts.items()})
+    requests = make_requests(spine, batch, max_tokens, 1000 * batch - 1)
+    wanted = spine.stats.num_generated_tokens + batch * max_tokens // 2
+    with ThreadPoolExecutor(1) as pool:
+        run = pool.submit(spine.run, requests)
+        while spine.stats.num_generated_tokens < wanted:
+            pass
+        found = spine.between_steps(lambda: {name: _timed_ms(part) for name, part in parts.items()})
+        run.result()
+    return found
+
+
+def _first_draft(drafts: DraftPass) -> None:
+    """One draft, always that of the first place: there is no room for as many as are timed."""
+    for number in (drafts._column_R, drafts._place):
+        number.zero_()
+    drafts.run_step()
+    drafts._positions_R -= 1
 
 
 @torch.inference_mode()
@@ -131,17 +153,22 @@ def run_kind(options: argparse.Namespace) -> None:
     with Spine(settings) as spine:
         for batch in options.batches:
             row = measure(spine, batch, options.acceptance, options.tokens, options.repeats)
-            if options.kind != "none":
-                row |= {"parts_ms": parts_ms(spine, batch)}
             print("ROW " + json.dumps(row), flush=True)
+        for batch in options.batches if options.kind != "none" else ():
+            parts = {"batch": batch, "parts_ms": parts_ms(spine, batch, options.tokens)}
+            print("ROW " + json.dumps(parts), flush=True)
 
 
 def run_process(kind: str, arguments: list[str]) -> dict[int, dict[str, Any]]:
     """The rows of one kind, by batch."""
     command = [sys.executable, "-m", "benchmarks.engine.speculation", "--kind", kind, *arguments]
     output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-    rows = [json.loads(line[4:]) for line in output.splitlines() if line.startswith("ROW ")]
-    return {row["batch"]: row for row in rows}
+    rows: dict[int, dict[str, Any]] = {}
+    for line in output.splitlines():
+        if line.startswith("ROW "):
+            row = json.loads(line[4:])
+            rows.setdefault(row["batch"], {}).update(row)
+    return rows
 
 
 def main() -> None:

@@ -1,9 +1,10 @@
 """Serving while training: `python -m benchmarks.sharing --model FOLDER` (`--tiny` on a CPU).
 
 Decode steps at 1k context, batch 16 and 64, without training and beside it: under MPS with training in
-green contexts of 32, 64 and 96 multiprocessors and with the share that follows the load, and in time
-slices. Each way of sharing has an engine process of its own (benchmarks/sharing/serving.py), since the
-driver decides about MPS when a process starts. Rows go to benchmarks/results/sharing.csv.
+green contexts of 32, 64 and 96 multiprocessors and with the share that follows the load, in time slices,
+and with training on a second GPU. Each way of sharing has an engine process of its own
+(benchmarks/sharing/serving.py), since the driver decides about MPS when a process starts. Rows go to
+benchmarks/results/sharing.csv.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+
 from kiln_cli.up.mps import MpsServer, MpsUnavailable, has_nvidia_gpu
 
 ROOT = Path(__file__).resolve().parents[2]
-MODES = ("mps", "time_slices")
+MODES = ("mps", "time_slices", "own_gpu")
 _MOST_SECONDS = 900.0
 
 
@@ -47,7 +50,9 @@ def environment(mode: str) -> Iterator[dict[str, str]]:
 
 def main() -> None:
     options = _options()
-    modes = [mode for mode in options.modes if mode == "time_slices" or has_nvidia_gpu()]
+    num_gpus = torch.cuda.device_count() if has_nvidia_gpu() else 0
+    least_gpus = {"mps": 1, "time_slices": 0, "own_gpu": 2}
+    modes = [mode for mode in options.modes if num_gpus >= least_gpus[mode]]
     failed = []
     for mode in modes:
         command = [sys.executable, "-m", "benchmarks.sharing.serving", "--mode", mode]

@@ -24,6 +24,7 @@ from benchmarks.sharing.trainer_process import TrainerFailed, TrainerProcess
 from kiln_common.logs import configure_logs
 from kiln_common.pb import engine_pb2, engine_pb2_grpc
 
+OWN_GPU = "cuda:1"  # the trainer's, in the mode that is called after it
 # Of an H200's 132 multiprocessors.
 _PARTITIONS = (32, 64, 96)
 _IDLE_S = 2.0
@@ -59,6 +60,8 @@ class Way:
 def ways(mode: str, num_sms: int) -> list[Way]:
     """Fixed shares first, then the one that follows the load, as the trainer's defaults are."""
     follows = Way("follows the load", {}, yield_s=1.0, has_idle_times=True)
+    if mode == "own_gpu":
+        return [Way("a GPU of the trainer's own", _always(1.0))]
     if mode == "mps":
         fixed = [Way(f"green context of {n} SMs", _always(n / num_sms)) for n in _PARTITIONS]
     else:
@@ -202,7 +205,11 @@ def measure(spine: Spine, sizes: Sizes, mode: str, row_seconds: float) -> list[s
             if trainer is None:
                 trainer = stack.enter_context(
                     TrainerProcess(
-                        address, sizes.num_documents, sizes.document_tokens, spine.config.vocab_size
+                        address,
+                        sizes.num_documents,
+                        sizes.document_tokens,
+                        spine.config.vocab_size,
+                        OWN_GPU if mode == "own_gpu" else "",
                     )
                 )
             try:
@@ -236,7 +243,7 @@ def main() -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--mode", choices=("mps", "time_slices"), required=True)
+    parser.add_argument("--mode", choices=("mps", "time_slices", "own_gpu"), required=True)
     parser.add_argument("--row-seconds", type=float, default=4.0)
     parser.add_argument("--tiny", action="store_true")
     return parser.parse_args()

@@ -19,12 +19,17 @@ class TrainerFailed(Exception):
 
 
 class TrainerProcess:
-    """A context manager that leaves no process behind. Times are those of time.monotonic."""
+    """A context manager that leaves no process behind. Times are those of time.monotonic.
 
-    def __init__(self, address: str, num_documents: int, document_tokens: int, vocab_size: int) -> None:
+    `device` is a GPU of the trainer's own, or empty for the engine's.
+    """
+
+    def __init__(
+        self, address: str, num_documents: int, document_tokens: int, vocab_size: int, device: str
+    ) -> None:
         sizes = [str(number) for number in (num_documents, document_tokens, vocab_size)]
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.sharing.training", address, *sizes],
+            [sys.executable, "-m", "benchmarks.sharing.training", address, *sizes, device],
             cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

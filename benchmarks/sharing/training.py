@@ -72,7 +72,7 @@ def sft_job(num_documents: int, document_tokens: int, vocab_size: int) -> traine
     return trainer_pb2.SubmitRequest(config=config, sft=spec)
 
 
-def main(address: str, num_documents: str, document_tokens: str, vocab_size: str) -> None:
+def main(address: str, num_documents: str, document_tokens: str, vocab_size: str, device: str = "") -> None:
     configure_logs("bench-trainer", "WARNING")
     request = sft_job(int(num_documents), int(document_tokens), int(vocab_size))
     read_load = EngineLoadReader(address)
@@ -92,8 +92,9 @@ def main(address: str, num_documents: str, document_tokens: str, vocab_size: str
         watch = LoadWatch(read_load, Shares(**command["shares"]), command["yield_s"])
         backend = TorchBackend.for_engine(
             address,
+            device=torch.device(device) if device else None,
             make_share=lambda session, watch=watch: make_share(  # type: ignore[misc]
-                choice, session.device, watch, is_own_device=False
+                choice, session.device, watch, is_own_device=session.is_own_device
             ),
         )
         backends.append(backend)

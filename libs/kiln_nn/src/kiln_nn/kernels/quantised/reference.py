@@ -30,7 +30,8 @@ def quantise_rtn(w_OI: torch.Tensor, scheme: Scheme) -> QuantisedMatrix:
     check_shape("weight", w_OI, (None, num_inputs // size * size))
     grouped_OGI = w_OI.float().unflatten(1, (-1, size))
     largest_OG = grouped_OGI.abs().amax(-1)
-    scales = (largest_OG / _LARGEST[scheme]).clamp_min(_LEAST_SCALE)
+    # On a GPU a number of the host would be multiplied by its reciprocal, and scales would differ by a bit.
+    scales = (largest_OG / largest_OG.new_full((), _LARGEST[scheme])).clamp_min(_LEAST_SCALE)
     if scheme == "fp8":
         largest = _LARGEST[scheme]
         numbers = (grouped_OGI / scales[..., None]).clamp(-largest, largest).flatten(1)
