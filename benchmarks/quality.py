@@ -4,7 +4,9 @@
 
 The demo model unless another is named; conversations of the kind it was trained on, but none that it was
 trained on, are read in the checkpoint's own tokens. `fp8` and `int4` are rounded to nearest at load, as
-`kiln up --quantization` does; `gptq` is `kiln quantize` on other conversations. For each way: the mean
+`kiln up --quantization` does; `gptq` is `kiln quantize` on other conversations. `fp8-x` is `fp8` with
+every product's x rounded to E4M3 too, `fp8-norm-x` only where a norm makes x, as an engine on Hopper
+may do it (kernels/linear/choice_quantised.py). For each way: the mean
 and the 99th percentile of the divergence KL(unquantised, quantised) in nats per token over the whole
 vocabulary, how often the likeliest token is the same, and the perplexities. A model with random
 weights has a divergence, but no perplexity worth looking at. Rows go to benchmarks/results/quality.csv.
@@ -16,7 +18,7 @@ import argparse
 import math
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import accumulate
@@ -27,12 +29,15 @@ import torch
 from benchmarks.engine.results import ResultFile, device_name
 from demo.data.corpus import make_shard
 from demo.train_model import HELD_OUT_SHARD
+from kiln_nn.blocks.linear import LinearFn, Weights
+from kiln_nn.kernels.quantised import QuantisedMatrix, frozen_linear, round_rows
 from kiln_nn.packed_model import PackedModel
 from kiln_nn.quantise import quantise_checkpoint
 from kiln_nn.weights import LoadedModel, load_checkpoint
 
 DEMO_MODEL = Path(__file__).resolve().parents[1] / "demo" / "model"
-WAYS = ("fp8", "int4", "gptq")
+WAYS = ("fp8", "fp8-norm-x", "fp8-x", "int4", "gptq")
+_BEHIND_NORMS = ("in_proj_qkv", "in_proj_z", "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 _COLUMNS = (
     *("commit", "gpu", "torch", "triton", "workload", "settings", "num_tokens", "num_calibration_tokens"),
     *("weights_mib", "kl_mean", "kl_p99", "same_likeliest", "perplexity", "perplexity_unquantised", "note"),
@@ -67,10 +72,17 @@ def documents(tokenizer_path: Path, shard: int, num_tokens: int) -> list[list[in
 
 
 @torch.no_grad()
-def compare(exact: LoadedModel, quantised: LoadedModel, texts: Sequence[Sequence[int]]) -> Quality:
-    """Both models on the same texts."""
+def compare(
+    exact: LoadedModel,
+    quantised: LoadedModel,
+    texts: Sequence[Sequence[int]],
+    *,
+    rounds_x: Callable[[str], bool] = lambda path: False,
+) -> Quality:
+    """Both models on the same texts; the quantised one rounds x of the layers at the paths that `rounds_x`."""
     models = [PackedModel(one.config, one.arena.views()) for one in (exact, quantised)]
-    rows = [_compare_batch(models[0], models[1], batch) for batch in _batches(texts)]
+    linear = rounding_linear(quantised.arena.views(), rounds_x)
+    rows = [_compare_batch(models[0], models[1], batch, linear) for batch in _batches(texts)]
     kl, same, exact_logprobs, logprobs = (torch.cat(column) for column in zip(*rows, strict=True))
     return Quality(
         num_tokens=len(kl),
@@ -80,6 +92,28 @@ def compare(exact: LoadedModel, quantised: LoadedModel, texts: Sequence[Sequence
         perplexity=math.exp(-float(logprobs.mean())),
         perplexity_unquantised=math.exp(-float(exact_logprobs.mean())),
     )
+
+
+def rounding_linear(weights: Weights, rounds_x: Callable[[str], bool]) -> LinearFn:
+    """The base model's linear layers; x is rounded to E4M3 where it meets a quantised matrix and is to be."""
+
+    def linear(module_paths: Sequence[str], x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        rows = round_rows(x)
+        rounded = (rows.numbers_TI.float() * rows.scales_T1).to(x.dtype)
+        matrices = {path: weights[f"{path}.weight"] for path in module_paths}
+        return tuple(
+            frozen_linear(rounded if rounds_x(path) and isinstance(matrix, QuantisedMatrix) else x, matrix)
+            for path, matrix in matrices.items()
+        )
+
+    return linear
+
+
+def _is_behind_a_norm(path: str) -> bool:
+    return path.endswith(_BEHIND_NORMS)
+
+
+_ROUNDS_X: dict[str, Callable[[str], bool]] = {"fp8-norm-x": _is_behind_a_norm, "fp8-x": lambda path: True}
 
 
 def _batches(texts: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
@@ -93,13 +127,13 @@ def _batches(texts: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
 
 
 def _compare_batch(
-    exact: PackedModel, quantised: PackedModel, batch: Sequence[Sequence[int]]
+    exact: PackedModel, quantised: PackedModel, batch: Sequence[Sequence[int]], linear: LinearFn
 ) -> tuple[torch.Tensor, ...]:
     """Divergence, same likeliest token, and both log-probabilities of the token that follows."""
     device = exact.head_weight.device
     ids = torch.tensor([token for text in batch for token in text], device=device)
     bounds = (0, *accumulate(map(len, batch)))
-    hidden = [model.hidden_states(ids, bounds) for model in (exact, quantised)]
+    hidden = [exact.hidden_states(ids, bounds), quantised.hidden_states(ids, bounds, linear)]
     has_next = torch.ones(len(ids), dtype=torch.bool, device=device)
     has_next[torch.tensor(bounds[1:], device=device) - 1] = False
     columns: list[tuple[torch.Tensor, ...]] = []
@@ -126,7 +160,7 @@ def quantised_model(
             quantise_checkpoint(folder, out, "int4", "gptq", calibration, device, _show_layers)
             loaded = load_checkpoint(out, device)
         else:
-            loaded = load_checkpoint(folder, device, quantization=way)
+            loaded = load_checkpoint(folder, device, quantization=way.partition("-")[0])
         yield loaded
         loaded.arena.close()
 
@@ -155,7 +189,7 @@ def main() -> None:
     name = "demo" if options.model == DEMO_MODEL else options.model.name
     for way in options.ways:
         with quantised_model(options.model, way, options.device, calibration) as loaded:
-            quality = compare(exact, loaded, texts)
+            quality = compare(exact, loaded, texts, rounds_x=_ROUNDS_X.get(way, lambda path: False))
             weights_mib = loaded.manifest.nbytes / 2**20
         figures: dict[str, object] = {field: f"{value:.5g}" for field, value in asdict(quality).items()}
         figures |= {"num_tokens": quality.num_tokens, "weights_mib": round(weights_mib, 1)}

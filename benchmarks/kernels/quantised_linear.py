@@ -1,6 +1,6 @@
 """Times linear layers over quantised weights at the 4B shape against bf16, and finds their best tiles.
 
-    python benchmarks/kernels/quantised_linear.py [--rows 1 64] [--layers down]
+    python benchmarks/kernels/quantised_linear.py [--rows 1 64] [--layers down] [--kernel registers]
 
 For each big layer and number of rows, microseconds a layer in one CUDA graph over all the model's
 distinct weights of that layer (with SwiGLU, or with the residual's norm, where the model has them):
@@ -9,6 +9,10 @@ of weights made whole (int4) or of E4M3 with E4M3, x rounded in front (fp8); `ti
 product. `ideal` is the larger of the weights' bytes at copy speed and the products at 780 TFLOP/s, plus
 1 microsecond a kernel; own times below 1.3 times that have used the memory well. Ends with what the
 model's linear layers take in all, and with the tables for choice_quantised.py.
+
+With `--kernel registers` (or `specialised`) only the candidates of triton_hopper_registers.py (or
+triton_hopper_specialised.py) are tried, and each one's time is printed, beside what is `chosen` today and
+bf16.
 
 Kernels are compiled in parallel before anything is timed; a candidate that does not fit the GPU or
 computes something else than the reference is named and left out.
@@ -20,16 +24,24 @@ import argparse
 import multiprocessing
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import product
 
 import torch
 from measure import ResultTable, relative_error, time_calls
 
-from kiln_nn.kernels.linear import LinearConfig, Weight, linear, linear_partials, linear_swiglu
-from kiln_nn.kernels.linear.choice_quantised import WEIGHT_BITS
-from kiln_nn.kernels.linear.config import LinearKind, weight_rows
+from kiln_nn.kernels.linear import (
+    LinearConfig,
+    RegisterConfig,
+    SpecialisedConfig,
+    Weight,
+    linear,
+    linear_partials,
+    linear_swiglu,
+)
+from kiln_nn.kernels.linear.choice_quantised import WEIGHT_BITS, choose
+from kiln_nn.kernels.linear.config import LinearKind, Tiling, weight_rows
 from kiln_nn.kernels.linear.quantised import library_linear
 from kiln_nn.kernels.quantised import FP8, QuantisedMatrix, Scheme, quantise_rtn
 from kiln_nn.kernels.rms_norm import add_rms_norm
@@ -41,6 +53,40 @@ FLOPS_PER_S = 780e12
 KERNEL_S = 1e-6
 MOST_ERROR = {"own": 6e-3, "library": 5e-2, "tinygemm": 3e-2, "bf16": 6e-3}
 NUM_WORKERS = 14
+MOST_ROWS_IN_REGISTERS = 32
+FEWEST_SPECIALISED_ROWS = 32
+MULTIPROCESSORS = 132
+# Of layers whose inputs are not split: stripes, groups ahead, registers, and whether weights are staged.
+WHOLE_ROWS: dict[Scheme, list[tuple[int, int, int, bool]]] = {
+    "int4": [
+        (2, 3, 0, False),
+        (2, 2, 96, False),
+        (1, 3, 96, False),
+        (1, 2, 80, False),
+        (2, 5, 0, True),
+        (2, 4, 0, True),
+        (2, 4, 88, True),
+        (2, 3, 80, True),
+        (1, 5, 0, True),
+        (1, 4, 0, True),
+        (1, 4, 72, True),
+        (1, 3, 64, True),
+    ],
+    "fp8": [
+        (1, 3, 96, False),
+        (1, 5, 0, False),
+        (2, 2, 0, False),
+        (2, 3, 0, False),
+        (1, 5, 0, True),
+        (1, 4, 0, True),
+        (1, 3, 0, True),
+        (1, 2, 0, True),
+        (2, 4, 0, True),
+        (2, 3, 0, True),
+        (2, 2, 0, True),
+    ],
+}
+SHARED_MEMORY_BYTES = 227 * 1024
 HEAD_OUTPUTS = 100_000  # more outputs than any layer but the head, whose results are float32
 
 
@@ -65,7 +111,79 @@ LAYERS = (
 )
 
 
-def _candidates(scheme: Scheme, layer: Layer, num_rows: int) -> list[LinearConfig]:
+def _candidates(scheme: Scheme, layer: Layer, num_rows: int, kernel: str) -> list[Tiling]:
+    """Tiles to try of both kernels, or of the one with a ring or without."""
+    found: list[Tiling] = []
+    if kernel in ("all", "ring"):
+        found += _ring_candidates(scheme, layer, num_rows)
+    if kernel in ("all", "registers") and num_rows <= MOST_ROWS_IN_REGISTERS:
+        found += _register_candidates(scheme, layer)
+    if kernel in ("all", "specialised") and num_rows >= FEWEST_SPECIALISED_ROWS:
+        found += _specialised_candidates(scheme, layer, num_rows)
+    return found
+
+
+def _specialised_candidates(scheme: Scheme, layer: Layer, num_rows: int) -> list[SpecialisedConfig]:
+    """Tokens and warp groups of a program, outputs that make its products whole or the programs one wave."""
+    found = []
+    halves = 2 if layer.kind is LinearKind.GATED else 1
+    tiles = {min(256, 1 << (num_rows - 1).bit_length()), 64, 128} if num_rows > 64 else {num_rows}
+    for tokens, groups, rows in product(sorted(tiles), (1, 2, 3), (64, 48)):
+        # Sums of 256 tokens are more than a third group leaves registers for.
+        if tokens * groups > 512 or (rows == 48 and num_rows > 128):
+            continue
+        if (groups == 1 and tokens < 256) or (groups < 3 and tokens < num_rows / 2):
+            continue  # x would be read too often
+        outputs = rows // halves
+        num_tiles = -(-layer.outputs // (rows * groups)) * -(-num_rows // tokens)
+        for splits in _specialised_splits(layer, num_tiles):
+            base = SpecialisedConfig(tokens, outputs, groups, splits, groups)
+            stages = [
+                stages
+                for stages in range(max(2, groups), 9)
+                if replace(base, stages=stages).shared_memory_bytes(layer.inputs, WEIGHT_BITS[scheme])
+                <= SHARED_MEMORY_BYTES
+            ]
+            found += [replace(base, stages=stages[-1])] if stages else []
+    return found
+
+
+def _specialised_splits(layer: Layer, num_tiles: int) -> list[int]:
+    """Splits that fill one wave of programs, or two."""
+    if layer.kind is not LinearKind.PARTIAL:
+        return [1]
+    num_blocks = layer.inputs // 128
+    found = set()
+    for waves in (1, 2):
+        splits = max(1, min(8, waves * MULTIPROCESSORS // num_tiles))
+        found.add(-(-num_blocks // -(-num_blocks // splits)))
+    return sorted(found)
+
+
+def _register_candidates(scheme: Scheme, layer: Layer) -> list[RegisterConfig]:
+    """Splits and warps that leave none without work, and what so many registers or so much memory hold."""
+    num_groups = layer.inputs // 128
+    stripe = 8 if layer.kind is LinearKind.GATED else 16
+    if layer.kind is not LinearKind.PARTIAL:
+        return [
+            RegisterConfig(stripe * stripes, 1, 4, ahead, registers, is_staged)
+            for stripes, ahead, registers, is_staged in WHOLE_ROWS[scheme]
+        ]
+    found = []
+    for stripes, warps, splits in product((1, 2, 4), (4, 8), range(1, 10)):
+        steps, rest = divmod(num_groups, splits * warps)
+        num_warps = layer.outputs // (stripe * stripes) * splits * warps
+        words = stripes * (8 if scheme == "int4" else 16)  # of a thread, for a group
+        if rest or not 2 <= steps <= 6 or not 9 <= num_warps / MULTIPROCESSORS <= 32:
+            continue
+        if words * steps <= 64:
+            found.append(RegisterConfig(stripe * stripes, splits, warps, steps))
+        if words * steps * warps * 128 <= 56 * 1024:
+            found.append(RegisterConfig(stripe * stripes, splits, warps, steps, is_staged=True))
+    return found
+
+
+def _ring_candidates(scheme: Scheme, layer: Layer, num_rows: int) -> list[LinearConfig]:
     """Tiles to try: rows of a program, warps, inputs of a slot and kilobytes of its ring."""
     if num_rows <= 16:
         inputs = 256 if scheme == "int4" else 128
@@ -140,7 +258,7 @@ def _residual(num_rows: int, width: int) -> torch.Tensor:
     return torch.zeros(num_rows, width, device="cuda", dtype=torch.bfloat16)
 
 
-def _own(kind: LinearKind, x: torch.Tensor, weight: Weight, config: LinearConfig | None) -> torch.Tensor:
+def _own(kind: LinearKind, x: torch.Tensor, weight: Weight, config: Tiling | None) -> torch.Tensor:
     """One layer by the engine's functions; without a configuration they choose."""
     if weight.shape[0] > HEAD_OUTPUTS:
         return linear(x, weight, config=config, out_dtype=torch.float32)
@@ -187,7 +305,7 @@ def _reference(kind: LinearKind, x: torch.Tensor, weight_OI: torch.Tensor) -> to
     return y
 
 
-def _compile(tasks: list[tuple[Layer, int, Scheme, LinearConfig]]) -> None:
+def _compile(tasks: list[tuple[Layer, int, Scheme, Tiling]]) -> None:
     """In a process of its own: launch each kernel once, which leaves it in Triton's cache on disk."""
     torch.cuda.set_device(0)
     for layer, num_rows, scheme, config in tasks:
@@ -209,15 +327,15 @@ def _empty_matrix(scheme: Scheme, layer: Layer) -> QuantisedMatrix:
     return QuantisedMatrix(scheme, words, scales)
 
 
-def _compile_all(layers: Iterable[Layer], all_rows: Iterable[int]) -> None:
+def _compile_all(layers: Iterable[Layer], all_rows: Iterable[int], kernel: str) -> None:
     begun = time.monotonic()
     tasks = [
         (layer, num_rows, scheme, config)
         for layer in layers
         if layer.name != "qkv_proj"  # compiled as in_proj is
-        for num_rows in sorted({max(8, rows) for rows in _rows_of(layer, all_rows)})  # fewer run the same
+        for num_rows in sorted({rows if rows == 1 else max(8, rows) for rows in _rows_of(layer, all_rows)})
         for scheme in SCHEMES
-        for config in _candidates(scheme, layer, num_rows)
+        for config in _candidates(scheme, layer, num_rows, kernel)
     ]
     with multiprocessing.get_context("spawn").Pool(NUM_WORKERS) as pool:
         pool.map(_compile, [tasks[start::NUM_WORKERS] for start in range(NUM_WORKERS)], chunksize=1)
@@ -230,14 +348,16 @@ class Bench:
 
     layer: Layer
     table: ResultTable
+    kernel: str
 
     def __post_init__(self) -> None:
         layer = self.layer
         self.whole = [_draw(layer.outputs, layer.inputs) for _ in range(layer.count)]
         self.matrices = {scheme: [quantise_rtn(w, scheme) for w in self.whole] for scheme in SCHEMES}
-        self.tinygemm = [_tinygemm_weights(matrix) for matrix in self.matrices["int4"]]
+        is_short = self.is_short = self.kernel in ("registers", "specialised")
+        self.tinygemm = [] if is_short else [_tinygemm_weights(matrix) for matrix in self.matrices["int4"]]
         self.times_us: dict[tuple[int, str], float] = {}
-        self.best: dict[tuple[Scheme, int], LinearConfig | None] = {}
+        self.best: dict[tuple[Scheme, int], Tiling | None] = {}
 
     def measure(self, num_rows: int) -> None:
         """All implementations at one number of rows."""
@@ -247,23 +367,30 @@ class Bench:
             matrices = self.matrices[scheme]
             whole = matrices[0].dequantise(torch.float32)
             fastest, chosen = float("inf"), None
-            for config in _candidates(scheme, self.layer, num_rows):
+            for config in _candidates(scheme, self.layer, num_rows, self.kernel):
                 name = f"{scheme} {config}"
                 run = partial(self._run_own, x, config)
                 took = self._time(num_rows, x, name, run, matrices, whole, is_kept=False)
+                if self.is_short:
+                    print(f"  {self.layer.name} {num_rows} rows, {name}: {took:.2f} us", flush=True)
                 if took < fastest:
                     fastest, chosen = took, config
             if chosen is not None:
                 run = partial(self._run_own, x, chosen)
                 fastest = self._time(num_rows, x, f"{scheme} own", run, matrices, whole, note=str(chosen))
-            run = partial(_library, kind, x)
-            library = self._time(num_rows, x, f"{scheme} library", run, matrices, whole)
-            self.best[scheme, num_rows] = chosen if fastest <= library else None
-        if num_rows <= 256:
+            if self.is_short:
+                run, name = partial(self._run_own, x, None), f"{scheme} chosen"
+                size = (self.layer.outputs, self.layer.inputs)
+                other = choose(scheme, num_rows, *size, kind, is_hopper=True)
+            else:
+                run, name, other = partial(_library, kind, x), f"{scheme} library", None
+            took = self._time(num_rows, x, name, run, matrices, whole)
+            self.best[scheme, num_rows] = chosen if fastest <= took else other
+        if self.tinygemm and num_rows <= 256:
             whole = self.matrices["int4"][0].dequantise(torch.float32)
             self._time(num_rows, x, "int4 tinygemm", partial(_tinygemm, kind, x), self.tinygemm, whole)
 
-    def _run_own(self, x: torch.Tensor, config: LinearConfig, matrix: QuantisedMatrix) -> torch.Tensor:
+    def _run_own(self, x: torch.Tensor, config: Tiling | None, matrix: QuantisedMatrix) -> torch.Tensor:
         return _own(self.layer.kind, x, matrix, config)
 
     def _time(
@@ -310,6 +437,8 @@ class Bench:
     def show(self, all_rows: Iterable[int]) -> None:
         """The layer's table."""
         columns = ["bf16", "int4 own", "int4 library", "int4 tinygemm", "fp8 own", "fp8 library"]
+        if self.is_short:
+            columns = ["bf16", "int4 own", "int4 chosen", "fp8 own", "fp8 chosen"]
         print(f"\n{self.layer.name} {self.layer.outputs} x {self.layer.inputs}, us a layer")
         print(f"{'rows':>5}" + "".join(f"{name:>14}" for name in columns) + "   ideal bf16/int4/fp8")
         for num_rows in all_rows:
@@ -325,8 +454,8 @@ class Bench:
             del entries[max(entries)]
         lines = []
         for rows, config in sorted(entries.items()):
-            numbers = None if config is None else tuple(vars(config).values())
-            lines.append(f"        {rows}: {f'LinearConfig{numbers}' if numbers else 'None'},")
+            literal = config and f"{type(config).__name__}{tuple(vars(config).values())}"
+            lines.append(f"        {rows}: {literal},")
         size = f'("{scheme}", ({self.layer.outputs}, {self.layer.inputs}))'
         return "\n".join([f"    {size}: {{  # {self.layer.name}", *lines, "    },"])
 
@@ -334,7 +463,8 @@ class Bench:
         return min(
             time
             for (rows, name), time in self.times_us.items()
-            if rows == num_rows and name in (scheme, f"{scheme} own", f"{scheme} library")
+            if rows == num_rows
+            and name in (scheme, *(f"{scheme} {path}" for path in ("own", "library", "chosen")))
         )
 
 
@@ -352,15 +482,16 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rows", type=int, nargs="*", default=ROWS)
     parser.add_argument("--layers", nargs="*", default=[layer.name for layer in LAYERS])
+    parser.add_argument("--kernel", choices=("all", "ring", "registers", "specialised"), default="all")
     chosen = parser.parse_args()
     layers = [layer for layer in LAYERS if layer.name in chosen.layers]
     torch.manual_seed(0)
-    _compile_all(layers, chosen.rows)
+    _compile_all(layers, chosen.rows, chosen.kernel)
     table = ResultTable("quantised_linear", prints_rows=False)
     benches = []
     for layer in layers:
         begun = time.monotonic()
-        bench = Bench(layer, table)
+        bench = Bench(layer, table, chosen.kernel)
         for num_rows in _rows_of(layer, chosen.rows):
             bench.measure(num_rows)
         bench.show(_rows_of(layer, chosen.rows))

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from kiln_nn.kernels.checks import ShapeMismatch
 from kiln_nn.kernels.linear import (
     LinearConfig,
+    RegisterConfig,
+    SpecialisedConfig,
     invariant_config,
     linear,
     linear_beside,
@@ -19,7 +21,7 @@ from kiln_nn.kernels.linear import (
     linear_swiglu,
 )
 from kiln_nn.kernels.linear.choice_quantised import WEIGHT_BITS, choose
-from kiln_nn.kernels.linear.config import LinearKind, fit
+from kiln_nn.kernels.linear.config import LinearKind, Tiling, fit
 from kiln_nn.kernels.quantised import QuantisedMatrix, quantise_rtn
 from tests.support.triton_kernels import (
     DEVICE,
@@ -39,6 +41,21 @@ TOLERANCE = {torch.bfloat16: 5e-3 if INTERPRETED else 4e-3, torch.float32: 2e-6 
 # With x rounded to three bits after the leading one, 2^-4 at worst and 2.6 % on average.
 EIGHT_BIT_TOLERANCE = 4e-2
 SMALL = LinearConfig(16, 32, 128, splits=2, warps=4, stages=3)
+# Warps of one and of several groups, of which some have none, and programs past the last output; weights
+# that wait in registers and in shared memory, in fewer places than a warp has groups and in as many.
+REGISTERS = {
+    "registers": RegisterConfig(16, splits=3, warps=4, ahead=2),
+    "more registers": RegisterConfig(32, splits=2, warps=8, ahead=8, registers=128),
+    "staged": RegisterConfig(32, splits=3, warps=4, ahead=2, is_staged=True),
+    "more staged": RegisterConfig(16, splits=2, warps=8, ahead=9, registers=96, is_staged=True),
+}
+# Every number of warp groups, rings that come round, rows of weights in two boxes, scaled sums and weights.
+SPECIALISED = {
+    "one group": SpecialisedConfig(32, 24, groups=1, splits=2, stages=2),
+    "two groups": SpecialisedConfig(64, 32, groups=2, splits=1, stages=3),
+    "three groups": SpecialisedConfig(128, 32, groups=3, splits=3, stages=3),
+}
+_fixed: RegisterConfig | SpecialisedConfig | None = None
 TOKENS = [3, 17] if INTERPRETED else [1, 3, 16, 33, 64, 128, 300, 2048]
 ODD = (34, 256) if INTERPRETED else (100, 384)
 # The layers of Qwen3.5-4B by what becomes of their products.
@@ -74,18 +91,26 @@ def _quantised():
     return quantised
 
 
-def _config(x: torch.Tensor, matrix: QuantisedMatrix, kind: LinearKind) -> LinearConfig:
+def _config(x: torch.Tensor, matrix: QuantisedMatrix, kind: LinearKind) -> Tiling:
     """A small one in the interpreter; on a GPU the chosen one, or that of any number of tokens."""
     if INTERPRETED:
         return SMALL
+    if isinstance(_fixed, RegisterConfig) and kind is LinearKind.GATED:
+        return replace(_fixed, outputs=_fixed.outputs // 2)  # the same rows
+    if _fixed is not None:
+        return _fixed
     is_hopper = _quantised().takes_hopper(x, matrix)
     chosen = choose(matrix.scheme, len(x), *matrix.shape, kind, is_hopper=is_hopper)
     return chosen or invariant_config(*matrix.shape, matrix.scheme)
 
 
-@pytest.fixture(params=["plain"] if INTERPRETED else ["plain", "hopper"])
+KERNELS = {"plain": None, "hopper": None, **REGISTERS, **SPECIALISED}
+
+
+@pytest.fixture(params=["plain"] if INTERPRETED else list(KERNELS))
 def kernel(request, monkeypatch):
-    """Runs one of the two kernels; `plain` that of other GPUs also on Hopper."""
+    """Runs one of the kernels: that of other GPUs also on Hopper, the chosen one, or one of the others."""
+    monkeypatch.setattr(f"{__name__}._fixed", KERNELS[request.param])
     if request.param == "plain":
         monkeypatch.setattr(_quantised(), "takes_hopper", lambda x, w: False)
     elif torch.cuda.get_device_capability() != (9, 0):
@@ -99,8 +124,10 @@ def kernel(request, monkeypatch):
 
 
 def _tolerance(scheme: str, num_tokens: int, dtype: torch.dtype) -> float:
-    """Four-bit weights that meet many tokens are rounded to bf16 once they are scaled."""
-    is_scaled = scheme == "int4" and num_tokens > 128
+    """Four-bit weights that meet many tokens are rounded to bf16 once they are scaled, but in registers."""
+    is_scaled = (scheme == "int4" and num_tokens > 128 and _fixed is None) or _fixed is SPECIALISED[
+        "three groups"
+    ]
     return TOLERANCE[torch.bfloat16] if is_scaled else TOLERANCE[dtype]
 
 
@@ -158,7 +185,7 @@ def test_group_scales_in_float32(kernel):
     x, matrix = _draw(3, ODD[1]), _matrix("int4", *ODD)
     wide = QuantisedMatrix("int4", matrix.values, matrix.scales.float())
     out = kernel(x, wide, _poisoned(3, ODD[0], dtype=torch.float32), LinearKind.PLAIN)
-    assert relative_error(out, _product("int4", *ODD, 3)) < TOLERANCE[torch.float32]
+    assert relative_error(out, _product("int4", *ODD, 3)) < _tolerance("int4", 3, torch.float32)
 
 
 @on_triton
@@ -176,7 +203,7 @@ def test_rows_that_lie_apart(scheme, kernel):
 
 @on_triton
 @pytest.mark.skipif(INTERPRETED, reason="the public function asks for a GPU")
-@pytest.mark.parametrize("num_tokens", [1, 3, 8, 9, 64, 2048])
+@pytest.mark.parametrize("num_tokens", [1, 3, 8, 9, 33, 64, 128, 200, 2048])
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_whole_rows_beside(scheme, num_tokens):
     size, num_beside = (12288, 2560), 64
@@ -190,11 +217,36 @@ def test_whole_rows_beside(scheme, num_tokens):
 
 
 @on_triton
+@pytest.mark.skipif(INTERPRETED, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("num_beside", [32, 96])
+@pytest.mark.parametrize("num_tokens", [9, 64, 200])
+@pytest.mark.parametrize(
+    "config",
+    [
+        LinearConfig(64, 64, 128, 1, 4, 4),
+        LinearConfig(128, 128, 128, 1, 8, 2),
+        SpecialisedConfig(64, 64, groups=2),
+        SpecialisedConfig(128, 64, groups=3),
+    ],
+)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_rows_beside_tiles_of_every_kernel(scheme, config, num_tokens, num_beside):
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a Hopper GPU")
+    size = (1000, 2560)
+    x, matrix, beside = _draw(num_tokens, size[1]), _matrix(scheme, *size), _draw(num_beside, size[1], seed=2)
+    out = _poisoned(num_tokens, size[0] + num_beside, dtype=torch.bfloat16)
+    _quantised().launch(x, matrix, out, config, LinearKind.PLAIN, beside_BI=beside)
+    assert relative_error(out[:, size[0] :], x.double() @ beside.double().t()) < TOLERANCE[torch.bfloat16]
+    assert relative_error(out[:, : size[0]], _product(scheme, *size, num_tokens)) < TOLERANCE[torch.bfloat16]
+
+
+@on_triton
 @pytest.mark.parametrize("kind", list(LinearKind))
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_an_invariant_row_does_not_depend_on_its_batch(scheme, kind, kernel, monkeypatch):
     size = ODD if INTERPRETED else (2560, 4096)
-    config = SMALL if INTERPRETED else invariant_config(*size, scheme)
+    config = SMALL if INTERPRETED else _fixed or invariant_config(*size, scheme)
     monkeypatch.setattr(f"{__name__}._config", lambda x, matrix, kind: config)
     matrix, x = _matrix(scheme, *size), _draw(70, size[1])
 
@@ -301,14 +353,14 @@ LIMITS = {True: 227 * 1024, False: 99 * 1024}
 def test_every_choice_fits_its_gpu(scheme, size, kind, is_hopper):
     for num_tokens in (*range(1, 300), 1024, 4096):
         config = choose(scheme, num_tokens, *size, kind, is_hopper=is_hopper)
-        if config is None:
+        assert kind is LinearKind.PARTIAL or config is None or config.splits == 1
+        if not isinstance(config, LinearConfig):
             continue
         limit = _quantised().ring_limit(
             quantise_rtn(torch.ones(1, 128).bfloat16(), scheme), LIMITS[is_hopper]
         )
         assert config.inputs % 128 == 0
         assert fit(config, kind, limit, WEIGHT_BITS[scheme]) == config
-        assert kind is LinearKind.PARTIAL or config.splits == 1
         blocks = -(-size[1] // config.inputs)
         assert -(-blocks // config.splits) * (config.splits - 1) < blocks, "a split has no inputs"
 
@@ -376,6 +428,8 @@ def _hopper_shared_memory(
         "rest_desc": f"tensordesc<{kind_of_word}[{rest or box}, {columns}],{stored!r}>",
         "x_desc": f"tensordesc<bf16[{x_box}, 64],{whole!r}>",
         "x_rest_desc": f"tensordesc<bf16[{x_rest or x_box}, 64],{whole!r}>",
+        "beside_desc": f"tensordesc<bf16[64, 64],{whole!r}>",
+        "beside_x_desc": f"tensordesc<bf16[{min(16, config.tokens)}, 64],{whole!r}>",
         "scales_ptr": scales if is_four_bits else "*fp32",
         "out_ptr": "*fp32",
         "x_ptr": "*bf16",
@@ -405,8 +459,145 @@ def _hopper_shared_memory(
 def test_the_kernel_for_hopper_compiles(scheme, size, kind):
     for num_tokens in (1, 64, 256):
         config = choose(scheme, num_tokens, *size, kind, is_hopper=True)
-        if config is not None:
+        if isinstance(config, LinearConfig):
             assert _hopper_shared_memory(scheme, config, num_tokens, size, kind) <= SHARED_MEMORY_LIMIT[90]
     config = invariant_config(*size, scheme)
     others = {"num_beside": 64 if kind is LinearKind.PLAIN else 0, "scales": "*fp32"}
-    assert _hopper_shared_memory(scheme, config, 1, size, kind, **others) <= SHARED_MEMORY_LIMIT[90]
+    alone = _hopper_shared_memory(scheme, config, 1, size, kind, **others)
+    assert alone <= SHARED_MEMORY_LIMIT[90]
+    # Rows beside take no memory that the others have not.
+    assert _hopper_shared_memory(scheme, config, 64, size, kind, **others) == alone
+
+
+def _compile_specialised(
+    scheme: str,
+    config: SpecialisedConfig,
+    num_tokens: int,
+    size: tuple[int, int],
+    kind: LinearKind,
+    scales: str = "*bf16",
+    num_beside: int = 0,
+):
+    """Compile Hopper's kernel of specialised warps."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    from kiln_nn.kernels.linear import triton_hopper_specialised as hopper
+    from kiln_nn.kernels.linear.triton_hopper_parts import line_layout
+
+    is_four_bits = scheme == "int4"
+    kinds = {"is_gated": kind is LinearKind.GATED, "is_four_bits": is_four_bits}
+    constants = hopper.constants(config, num_tokens, size[1], num_beside, **kinds)
+    kind_of_word, columns, bits = ("i32", 16, 32) if is_four_bits else ("i16", 64, 16)
+    stored, whole = line_layout(columns, bits), line_layout(64, 16)
+    box, rest, x_box, x_rest = (constants[name] for name in ("BOX", "REST", "X_BOX", "X_REST"))
+    signature = {
+        "box_desc": f"tensordesc<{kind_of_word}[{box}, {columns}],{stored!r}>",
+        "rest_desc": f"tensordesc<{kind_of_word}[{rest or box}, {columns}],{stored!r}>",
+        "x_desc": f"tensordesc<bf16[{x_box}, 64],{whole!r}>",
+        "x_rest_desc": f"tensordesc<bf16[{x_rest or x_box}, 64],{whole!r}>",
+        "beside_desc": f"tensordesc<bf16[64, 64],{whole!r}>",
+        "beside_x_desc": f"tensordesc<bf16[16, 64],{whole!r}>",
+        "scales_ptr": scales if is_four_bits else "*fp32",
+        "out_ptr": "*fp32",
+    }
+    kernel = hopper._linear_kernel
+    signature |= {
+        name: "i32" for name in kernel.arg_names if name.islower() and name not in signature | constants
+    }
+    constants |= {"DEPENDENT": True}
+    signature |= dict.fromkeys(constants, "constexpr")
+    places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    source = GluonASTSource(kernel, signature, places)
+    options = {"num_warps": 4, "launch_pdl": True}
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+@only_outside_interpreter
+@needs_triton
+@pytest.mark.parametrize("kind", list(LinearKind))
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_kernel_of_specialised_warps_compiles(scheme, kind):
+    size = next(size for size, checked in CHECKED.items() if checked is kind)
+    config = {
+        LinearKind.PLAIN: SpecialisedConfig(64, 48, groups=2, stages=12),
+        LinearKind.GATED: SpecialisedConfig(128, 32, groups=3, stages=12),
+        LinearKind.PARTIAL: SpecialisedConfig(256, 64, groups=1, splits=4, stages=12),
+    }[kind]
+    config = config.fit(size[1], WEIGHT_BITS[scheme], 2, SHARED_MEMORY_LIMIT[90])
+    assert config.groups <= config.stages < 12
+    binary = _compile_specialised(scheme, config, config.tokens, size, kind)
+    # Weights go from memory to registers as they are wanted there; a warp only asks for its own number.
+    shuffles = [line for line in binary.asm["ptx"].splitlines() if "shfl" in line]
+    assert all(line.endswith(", 0, 31, -1;") for line in shuffles)
+    assert binary.asm["ptx"].count("griddepcontrol.launch_dependents") == 2
+    bits = WEIGHT_BITS[scheme]
+    assert binary.metadata.shared <= config.shared_memory_bytes(size[1], bits) <= SHARED_MEMORY_LIMIT[90]
+    # The groups that multiply and the warps of a fourth or third, of which one fetches.
+    assert binary.metadata.num_warps == 4 * (config.groups + 1)
+    if kind is LinearKind.PLAIN:
+        beside = _compile_specialised(scheme, config, config.tokens, size, kind, num_beside=64)
+        assert beside.asm["ptx"].count("griddepcontrol.launch_dependents") == 4
+        assert beside.metadata.shared == binary.metadata.shared
+
+
+def _compile_for_registers(
+    scheme: str,
+    config: RegisterConfig,
+    num_tokens: int,
+    size: tuple[int, int],
+    kind: LinearKind,
+    *,
+    num_beside: int = 0,
+    scales: str = "*bf16",
+) -> str:
+    """The machine code of Hopper's kernel without a ring, in PTX."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    from kiln_nn.kernels.linear import triton_hopper_registers as hopper
+
+    is_four_bits = scheme == "int4"
+    kinds = {"is_gated": kind is LinearKind.GATED, "is_four_bits": is_four_bits}
+    constants = hopper.constants(config, num_tokens, *size, num_beside, **kinds) | {"DEPENDENT": True}
+    signature = {
+        "x_ptr": "*bf16",
+        "values_ptr": "*i32",
+        "scales_ptr": scales if is_four_bits else "*fp32",
+        "out_ptr": "*fp32",
+        "beside_ptr": "*bf16",
+    }
+    kernel = hopper._linear_kernel
+    signature |= {
+        name: "i32" for name in kernel.arg_names if name.islower() and name not in signature | constants
+    }
+    signature |= dict.fromkeys(constants, "constexpr")
+    places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    source = GluonASTSource(kernel, signature, places)
+    options = {"num_warps": config.warps, "launch_pdl": True}
+    binary = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    assert binary.metadata.shared <= SHARED_MEMORY_LIMIT[90]
+    return binary.asm["ptx"]
+
+
+@only_outside_interpreter
+@needs_triton
+@pytest.mark.parametrize("kind", list(LinearKind))
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_kernel_without_a_ring_compiles(scheme, kind):
+    size = next(size for size, checked in CHECKED.items() if checked is kind)
+    config = RegisterConfig(32, splits=2 if kind is LinearKind.PARTIAL else 1, warps=4, ahead=2)
+    ptx = _compile_for_registers(scheme, config, 1, size, kind)
+    assert ptx.count("shfl") == (4 if scheme == "int4" else 0)  # for minus eight
+    weights = "ld.global.nc.L1::no_allocate.v4.b32"
+    before, _ = ptx.split("griddepcontrol.wait;")
+    # Of two groups and stripes, 16 rows each; all else only when x is there.
+    num_fetches = 2 * 2 * 2 * (2 if kind is LinearKind.GATED else 1) * (2 if scheme == "fp8" else 1)
+    assert before.count(weights) == num_fetches
+    assert "mma.sync" not in before
+    assert ptx.count("griddepcontrol.launch_dependents") == 2
+    others = {"num_beside": 64 if kind is LinearKind.PLAIN else 0, "scales": "*fp32"}
+    for config in REGISTERS.values():
+        _compile_for_registers(scheme, config, 17, ODD, kind, **others)

@@ -7,7 +7,15 @@ import torch
 import torch.nn.functional as F
 
 from kiln_nn.kernels.checks import ShapeMismatch
-from kiln_nn.kernels.rms_norm import add_rms_norm, gated_rms_norm, reference, rms_norm
+from kiln_nn.kernels.quantised import round_rows
+from kiln_nn.kernels.rms_norm import (
+    add_rms_norm,
+    add_rms_norm_rounded,
+    gated_rms_norm,
+    reference,
+    rms_norm,
+    rms_norm_rounded,
+)
 from kiln_nn.kernels.swiglu import swiglu
 from tests.support.triton_kernels import (
     DEVICE,
@@ -86,6 +94,47 @@ def test_the_residual_is_added_then_normed(shape, dtype, poisoned):
 
 
 @on_triton
+@pytest.mark.parametrize("num_partials", [0, 1, 3])
+@pytest.mark.parametrize("shape", [(1, 2560), (17, 96), (70, 128)])
+def test_rows_are_rounded_as_a_kernel_of_their_own_does(shape, num_partials, poisoned):
+    """To the bit; in float32 under the interpreter, whose bf16 and E4M3 are not those of a GPU."""
+    from kiln_nn.kernels.quantised.triton import quantise_rows
+
+    if not INTERPRETED and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("needs a GPU with E4M3")
+    dtype = torch.float32 if INTERPRETED else torch.bfloat16
+    residual, weight = _draw(*shape, dtype=dtype), _draw(shape[-1], dtype=dtype, seed=2)
+    kernels = _kernels("rms_norm")
+    if num_partials == 0:
+        rows = kernels.rms_norm_rounded(residual, weight, EPS, offset=1.0)
+        assert torch.equal(rows.x_TI, kernels.rms_norm(residual, weight, EPS, offset=1.0))
+    else:
+        x = _draw(num_partials, *shape, seed=1)
+        rows, total = kernels.add_rms_norm_rounded(x, residual, weight, EPS, offset=1.0)
+        expected, expected_total = kernels.add_rms_norm(x, residual, weight, EPS, offset=1.0)
+        assert torch.equal(rows.x_TI, expected)
+        assert torch.equal(total, expected_total)
+    numbers, scales = quantise_rows(rows.x_TI)
+    assert torch.equal(rows.numbers_TI.float(), numbers.float())
+    assert torch.equal(rows.scales_T1, scales)
+    # The interpreter does not round to the nearest.
+    most_error = 8e-2 if INTERPRETED else 4e-2
+    assert relative_error(rows.numbers_TI.float() * rows.scales_T1, rows.x_TI.float()) < most_error
+
+
+def test_elsewhere_rows_are_rounded_behind_the_norm():
+    x, residual, weight = (_draw(*shape).cpu() for shape in ((2, 5, 64), (5, 64), (64,)))
+    rows, total = add_rms_norm_rounded(x, residual, weight, EPS, offset=1.0)
+    normed, expected = add_rms_norm(x, residual, weight, EPS, offset=1.0)
+    assert torch.equal(rows.x_TI, normed)
+    assert torch.equal(total, expected)
+    assert torch.equal(rows.numbers_TI.float(), round_rows(normed).numbers_TI.float())
+    assert torch.equal(
+        rms_norm_rounded(residual, weight, EPS, offset=1.0).x_TI, rms_norm(residual, weight, EPS, offset=1.0)
+    )
+
+
+@on_triton
 @pytest.mark.parametrize(("dtype", "x_dtype"), [(torch.float32,) * 2, (torch.bfloat16, torch.float32)])
 @pytest.mark.parametrize("shape", [(3, 32, 128), (7, 24)])
 def test_the_gated_norm(shape, dtype, x_dtype, poisoned):
@@ -152,5 +201,9 @@ def test_they_compile_for_every_supported_gpu():
         _kernels("rms_norm").add_rms_norm(x, x, weight, EPS, offset=1.0)
         _kernels("rms_norm").gated_rms_norm(heads, z, weight[:128], EPS)
         _kernels("swiglu").swiglu(*torch.zeros(64, 18432).bfloat16().chunk(2, dim=1))
+    with compiling_instead_of_launching((89, 90)) as rounding:  # that have E4M3
+        _kernels("rms_norm").rms_norm_rounded(x, weight, EPS, offset=1.0)
+        _kernels("rms_norm").add_rms_norm_rounded(x, x, weight, EPS, offset=1.0)
     assert len(compiled) == 16
+    assert len(rounding) == 4
     assert all(one.shared_memory_bytes <= SHARED_MEMORY_LIMIT[one.capability] for one in compiled)

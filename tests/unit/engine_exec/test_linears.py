@@ -7,9 +7,10 @@ from itertools import groupby
 import pytest
 import torch
 
+from kiln_engine.model import linears as module
 from kiln_engine.model.linears import BaseMatrices, Linears
 from kiln_nn.blocks import head_weight
-from kiln_nn.kernels.quantised import QuantisedMatrix, quantise_rtn
+from kiln_nn.kernels.quantised import QuantisedMatrix, quantise_rtn, round_rows
 from kiln_nn.weights.names import FUSED_GROUPS
 from tests.support.tiny_models import random_tensors, tiny_config
 
@@ -96,3 +97,31 @@ def test_an_invariant_step_cuts_quantised_matrices_alike():
     (matrix,) = base.parts("model.layers.0.mlp.gate_up_proj")
     assert base.tiling(matrix).inputs % 128 == 0
     assert BaseMatrices(CONFIG, weights).tiling(matrix) is None
+
+
+class _NoAdapters:
+    """Stands for the adapters of a step."""
+
+    def begin(self, path, x_TI):
+        assert isinstance(x_TI, torch.Tensor)
+
+    def finish(self, path, x_TI, y_TO, begun):
+        assert isinstance(x_TI, torch.Tensor)
+
+
+def test_the_form_of_a_layer_decides_whether_it_reads_rounded_rows(monkeypatch):
+    """Gate and up are one kernel only without adapters; an invariant engine rounds nothing."""
+    monkeypatch.setattr(module, "reads_rounded", lambda x_TI, parts, *, is_gated: is_gated)
+    weights, x = _quantised(random_tensors(CONFIG), "fp8"), torch.zeros(5, CONFIG.hidden_size)
+    base, gate_up = BaseMatrices(CONFIG, weights), "model.layers.0.mlp.gate_up_proj"
+    assert Linears(base).reads_rounded(gate_up, x)
+    assert not Linears(base).reads_rounded("model.layers.0.linear_attn.in_proj", x)
+    assert not Linears(base, _NoAdapters()).reads_rounded(gate_up, x)
+    assert not Linears(BaseMatrices(CONFIG, weights, is_batch_invariant=True)).reads_rounded(gate_up, x)
+
+
+def test_adapters_read_rows_as_they_were_before_they_were_rounded():
+    linears = Linears(BaseMatrices(CONFIG, _quantised(random_tensors(CONFIG), "fp8")), _NoAdapters())
+    x = torch.randn(5, CONFIG.hidden_size)
+    for path in PATHS:
+        assert torch.equal(linears.apply(path, round_rows(x)), linears.apply(path, x))

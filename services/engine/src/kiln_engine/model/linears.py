@@ -23,11 +23,16 @@ from kiln_nn.kernels.linear import (
     linear_partials,
     linear_swiglu,
     reads_as_stored,
+    reads_rounded,
 )
-from kiln_nn.kernels.quantised import QuantisedMatrix, Scheme
+from kiln_nn.kernels.quantised import QuantisedMatrix, Rows, Scheme, whole
 from kiln_nn.kernels.swiglu import swiglu
 from kiln_nn.weights.names import FUSED_GROUPS
 
+_GATED = "mlp.gate_up_proj"
+# In the multi-token-prediction layer also without the queries: it has keys and values of every token, and
+# queries only where it drafts.
+KEYS_AND_VALUES = {"self_attn.kv_proj": ("self_attn.k_proj", "self_attn.v_proj")}
 _ALONE = ("linear_attn.out_proj", "self_attn.o_proj", "mlp.down_proj")
 
 
@@ -100,22 +105,32 @@ class Linears:
     base: BaseMatrices
     adapters: StepAdapters | None = None
 
-    def apply(self, path: str, x_TI: torch.Tensor) -> torch.Tensor:
+    def reads_rounded(self, path: str, x_TI: torch.Tensor) -> bool:
+        """Whether `apply`, or `gated` where the layer is gated, reads such rows in E4M3.
+
+        Where it does, x is best rounded by the kernel that makes it; `x_TI` has only its shape and format.
+        """
+        if self.base.is_batch_invariant:
+            return False
+        parts = self.base.parts(path)
+        return reads_rounded(x_TI, parts, is_gated=path.endswith(_GATED) and self._is_gated_at_once(parts))
+
+    def apply(self, path: str, x: Rows) -> torch.Tensor:
         """Outputs of all the layers fused under `path`, side by side: `[T, O]`."""
         parts = self.base.parts(path)
         if self.adapters is None:
-            return self._side_by_side(x_TI, parts)
-        begun = self.adapters.begin(path, x_TI)
-        y_TO = self._side_by_side(x_TI, parts, shows_producers=True)
-        self.adapters.finish(path, x_TI, y_TO, begun)
+            return self._side_by_side(x, parts)
+        begun = self.adapters.begin(path, whole(x))
+        y_TO = self._side_by_side(x, parts, shows_producers=True)
+        self.adapters.finish(path, whole(x), y_TO, begun)
         return y_TO
 
-    def gated(self, path: str, x_TI: torch.Tensor) -> torch.Tensor:
+    def gated(self, path: str, x: Rows) -> torch.Tensor:
         """`silu(gate(x)) * up(x)` of the layers fused under `path`, `[T, F]`."""
         parts = self.base.parts(path)
-        if self.adapters is None and len(parts) == 1 and not self.base.is_batch_invariant:
-            return linear_swiglu(x_TI, parts[0])
-        return swiglu(*self.apply(path, x_TI).chunk(2, dim=1))
+        if self._is_gated_at_once(parts):
+            return linear_swiglu(x, parts[0])
+        return swiglu(*self.apply(path, x).chunk(2, dim=1))
 
     def partials(self, path: str, x_TI: torch.Tensor) -> torch.Tensor:
         """Outputs for `add_rms_norm`: partial sums `[S, T, O]`, with what adapters add in the first one."""
@@ -138,14 +153,18 @@ class Linears:
             head_VD = head_VD[:num_tokens]
         return linear(x_TD, head_VD, out_dtype=torch.float32, out=out_TV, config=self.base.tiling(head_VD))
 
+    def _is_gated_at_once(self, parts: tuple[Weight, ...]) -> bool:
+        """Whether one kernel computes gate, up and what becomes of them: adapters come in between."""
+        return self.adapters is None and len(parts) == 1 and not self.base.is_batch_invariant
+
     def _side_by_side(
-        self, x_TI: torch.Tensor, parts: tuple[Weight, ...], *, shows_producers: bool = False
+        self, x: Rows, parts: tuple[Weight, ...], *, shows_producers: bool = False
     ) -> torch.Tensor:
         if len(parts) > 1:
             is_invariant = self.base.is_batch_invariant
-            return linear_beside(x_TI, parts, is_invariant=is_invariant, shows_producers=shows_producers)
+            return linear_beside(x, parts, is_invariant=is_invariant, shows_producers=shows_producers)
         (weight_OI,) = parts
-        return linear(x_TI, weight_OI, config=self.base.tiling(weight_OI), shows_producers=shows_producers)
+        return linear(x, weight_OI, config=self.base.tiling(weight_OI), shows_producers=shows_producers)
 
     def _partial_sums(
         self, x_TI: torch.Tensor, weight_OI: Weight, *, shows_producers: bool = False
@@ -161,10 +180,9 @@ class Linears:
 
 
 def _mtp_parts(weights: Weights) -> dict[str, tuple[Weight, ...]]:
-    """The matrices of the multi-token-prediction layer; those of keys and values also without the queries."""
+    """The matrices of the multi-token-prediction layer."""
     prefix = "mtp.layers.0"
-    groups = {**FUSED_GROUPS, "self_attn.kv_proj": ("self_attn.k_proj", "self_attn.v_proj")}
-    groups |= {name: (name,) for name in _ALONE}
+    groups = {**FUSED_GROUPS, **KEYS_AND_VALUES, **{name: (name,) for name in _ALONE}}
     parts = {
         f"{prefix}.{name}": _joined([weights[f"{prefix}.{part}.weight"] for part in group])
         for name, group in groups.items()

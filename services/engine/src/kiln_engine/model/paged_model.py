@@ -27,10 +27,12 @@ from kiln_nn.kernels.delta_decode import DeltaDecodeWeights, delta_commit, delta
 from kiln_nn.kernels.delta_prefill import delta_prefill
 from kiln_nn.kernels.paged_attention import paged_chunk_attention, paged_decode_attention
 from kiln_nn.kernels.qk_norm_rope_write import qk_norm_rope_write
-from kiln_nn.kernels.quantised import QuantisedMatrix
-from kiln_nn.kernels.rms_norm import add_rms_norm, rms_norm
+from kiln_nn.kernels.quantised import QuantisedMatrix, Rows, whole
+from kiln_nn.kernels.rms_norm import add_rms_norm, add_rms_norm_rounded, rms_norm, rms_norm_rounded
 from kiln_nn.kernels.rotary import inverse_frequencies
 from kiln_nn.weights.names import EMBEDDING
+
+_MIXER_INPUT = {"linear_attention": "linear_attn.in_proj", "full_attention": "self_attn.qkv_proj"}
 
 
 class PagedModel:
@@ -85,6 +87,11 @@ class PagedModel:
         self._end_norms = [
             f"model.layers.{index}.input_layernorm.weight" for index in range(1, len(kinds))
         ] + ["model.norm.weight"]
+        # The linear layers that read what each of those norms makes; the head's and others' rows stay whole.
+        self._mixer_inputs: list[str | None] = [
+            f"model.layers.{index}.{_MIXER_INPUT[kind]}" for index, kind in enumerate(kinds)
+        ]
+        self._mixer_inputs.append(None)
 
     def layout(self, plan: BatchPlan) -> StepLayout:
         """The plan's index tensors, on the model's device."""
@@ -133,35 +140,43 @@ class PagedModel:
     def hidden_states(self, layout: StepLayout, linears: Linears) -> torch.Tensor:
         """`forward` without the head: every token's hidden state after the final norm, `[T, D]`."""
         residual = embed(self.weights, layout.token_ids_T)
-        x = self._norm(residual, "model.layers.0.input_layernorm.weight")
+        first = "model.layers.0.input_layernorm.weight"
+        x = self._norm(residual, first, self._mixer_inputs[0], linears)
         for index, kind in enumerate(self.config.layer_types):
             prefix, place = f"model.layers.{index}", self._index_in_kind[index]
             mix = self._deltanet if kind == "linear_attention" else self._attention
             mixed = mix(prefix, place, x, layout, linears)
-            x, residual = self._add_norm(mixed, residual, f"{prefix}.post_attention_layernorm.weight")
-            grown = linears.gated(f"{prefix}.mlp.gate_up_proj", x)
-            fed = linears.partials(f"{prefix}.mlp.down_proj", grown)
-            x, residual = self._add_norm(fed, residual, self._end_norms[index])
+            post, gate_up = f"{prefix}.post_attention_layernorm.weight", f"{prefix}.mlp.gate_up_proj"
+            x, residual = self._add_norm(mixed, residual, post, gate_up, linears)
+            fed = linears.partials(f"{prefix}.mlp.down_proj", linears.gated(gate_up, x))
+            end, reader = self._end_norms[index], self._mixer_inputs[index + 1]
+            x, residual = self._add_norm(fed, residual, end, reader, linears)
+        hidden_TD = whole(x)
         if layout.decode is not None:
             delta_commit(self.states.all_layers, layout.decode.delta)
         if self.mtp is not None:
-            self.mtp.write(layout, x if self.mtp.reads_normed else residual, linears)
-        return x
+            self.mtp.write(layout, hidden_TD if self.mtp.reads_normed else residual, linears)
+        return hidden_TD
 
-    def _norm(self, x_TD: torch.Tensor, name: str) -> torch.Tensor:
-        return rms_norm(x_TD, self.weights[name], self.config.rms_norm_eps, offset=1.0)
+    def _norm(self, x_TD: torch.Tensor, name: str, reader: str | None, linears: Linears) -> Rows:
+        """Normed rows, rounded too where the linear layer that reads them wants them so."""
+        is_rounded = reader is not None and linears.reads_rounded(reader, x_TD)
+        norm = rms_norm_rounded if is_rounded else rms_norm
+        return norm(x_TD, self.weights[name], self.config.rms_norm_eps, offset=1.0)
 
     def _add_norm(
-        self, x_TD: torch.Tensor, residual_TD: torch.Tensor, name: str
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return add_rms_norm(x_TD, residual_TD, self.weights[name], self.config.rms_norm_eps, offset=1.0)
+        self, x_TD: torch.Tensor, residual_TD: torch.Tensor, name: str, reader: str | None, linears: Linears
+    ) -> tuple[Rows, torch.Tensor]:
+        is_rounded = reader is not None and linears.reads_rounded(reader, residual_TD)
+        norm = add_rms_norm_rounded if is_rounded else add_rms_norm
+        return norm(x_TD, residual_TD, self.weights[name], self.config.rms_norm_eps, offset=1.0)
 
     def _attention(
-        self, prefix: str, kv_layer: int, x_TD: torch.Tensor, layout: StepLayout, linears: Linears
+        self, prefix: str, kv_layer: int, x: Rows, layout: StepLayout, linears: Linears
     ) -> torch.Tensor:
         config, path = self.config, f"{prefix}.self_attn"
         num_heads, num_kv_heads, width = config.num_attention_heads, config.num_kv_heads, config.head_dim
-        qkv = linears.apply(f"{path}.qkv_proj", x_TD)
+        qkv = linears.apply(f"{path}.qkv_proj", x)
         q_and_gate, k, v = qkv.split(
             (2 * num_heads * width, num_kv_heads * width, num_kv_heads * width), dim=1
         )
@@ -211,11 +226,11 @@ class PagedModel:
         return linears.partials(f"{path}.o_proj", _joined(outputs).flatten(1))
 
     def _deltanet(
-        self, prefix: str, state_layer: int, x_TD: torch.Tensor, layout: StepLayout, linears: Linears
+        self, prefix: str, state_layer: int, x: Rows, layout: StepLayout, linears: Linears
     ) -> torch.Tensor:
         config, path = self.config, f"{prefix}.linear_attn"
         num_heads = config.linear_num_value_heads
-        projected = linears.apply(f"{path}.in_proj", x_TD)
+        projected = linears.apply(f"{path}.in_proj", x)
         mixed, z, b, a = projected.split((config.conv_dim, config.value_dim, num_heads, num_heads), dim=1)
         z = z.view(-1, num_heads, config.linear_value_head_dim)
         own, slots = self._delta_weights[state_layer], self.states.layer(state_layer).slots

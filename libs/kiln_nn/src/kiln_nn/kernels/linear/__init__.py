@@ -13,12 +13,14 @@ from kiln_nn.kernels.checks import check_shape
 from kiln_nn.kernels.dispatch import takes_triton
 from kiln_nn.kernels.linear import choice, choice_quantised, quantised, reference
 from kiln_nn.kernels.linear.choice import choose
-from kiln_nn.kernels.linear.config import LinearConfig, LinearKind
+from kiln_nn.kernels.linear.config import LinearConfig, LinearKind, RegisterConfig, SpecialisedConfig, Tiling
 from kiln_nn.kernels.linear.quantised import reads_as_stored
-from kiln_nn.kernels.quantised import QuantisedMatrix, Scheme
+from kiln_nn.kernels.quantised import QuantisedMatrix, Rows, Scheme, whole
 
 __all__ = [
     "LinearConfig",
+    "RegisterConfig",
+    "SpecialisedConfig",
     "Weight",
     "invariant_config",
     "invariant_config_of",
@@ -27,6 +29,7 @@ __all__ = [
     "linear_partials",
     "linear_swiglu",
     "reads_as_stored",
+    "reads_rounded",
 ]
 
 Weight = torch.Tensor | QuantisedMatrix
@@ -49,12 +52,12 @@ def invariant_config_of(w_OI: Weight) -> LinearConfig:
 
 
 def linear(
-    x_TI: torch.Tensor,
+    x: Rows,
     w_OI: Weight,
     *,
     out_dtype: torch.dtype | None = None,
     out: torch.Tensor | None = None,
-    config: LinearConfig | None = None,
+    config: Tiling | None = None,
     shows_producers: bool = False,
 ) -> torch.Tensor:
     """`x Wᵀ` in `out_dtype` (by default that of `x`), in `out` if it is given (of that format).
@@ -69,12 +72,13 @@ def linear(
     Raises:
         ShapeMismatch: the inputs of `x` and `w` differ, or `out` has another shape than the result.
     """
+    x_TI = whole(x)
     check_shape("x", x_TI, (None, w_OI.shape[-1]))
     if out is not None:
         check_shape("out", out, (x_TI.shape[0], w_OI.shape[0]))
     if isinstance(w_OI, QuantisedMatrix):
         return quantised.linear(
-            x_TI, w_OI, out_dtype=out_dtype, out=out, config=config, shows_producers=shows_producers
+            x, w_OI, out_dtype=out_dtype, out=out, config=config, shows_producers=shows_producers
         )
     tiling = _tiling(x_TI, w_OI, config, LinearKind.PLAIN)
     if tiling is None:
@@ -85,7 +89,7 @@ def linear(
 
 
 def linear_beside(
-    x_TI: torch.Tensor, parts: Sequence[Weight], *, is_invariant: bool = False, shows_producers: bool = False
+    x: Rows, parts: Sequence[Weight], *, is_invariant: bool = False, shows_producers: bool = False
 ) -> torch.Tensor:
     """`x Wᵀ` of several weights in one tensor, side by side; see `linear`.
 
@@ -97,25 +101,24 @@ def linear_beside(
     Raises:
         ShapeMismatch: the inputs of `x` and of a part differ.
     """
+    x_TI = whole(x)
     for part in parts:
         check_shape("x", x_TI, (None, part.shape[-1]))
     if len(parts) == 2 and not is_invariant:
         matrix, beside_BI = parts
         if isinstance(matrix, QuantisedMatrix) and isinstance(beside_BI, torch.Tensor):
-            y_TO = quantised.linear_beside(x_TI, matrix, beside_BI, shows_producers=shows_producers)
+            y_TO = quantised.linear_beside(x, matrix, beside_BI, shows_producers=shows_producers)
             if y_TO is not None:
                 return y_TO
     widths = [part.shape[0] for part in parts]
     y_TO = x_TI.new_empty((x_TI.shape[0], sum(widths)))
     for part, out in zip(parts, y_TO.split(widths, dim=1), strict=True):
         config = invariant_config_of(part) if is_invariant else None
-        linear(x_TI, part, out=out, config=config, shows_producers=shows_producers)
+        linear(x, part, out=out, config=config, shows_producers=shows_producers)
     return y_TO
 
 
-def linear_swiglu(
-    x_TI: torch.Tensor, gate_up_OI: Weight, *, config: LinearConfig | None = None
-) -> torch.Tensor:
+def linear_swiglu(x: Rows, gate_up_OI: Weight, *, config: Tiling | None = None) -> torch.Tensor:
     """`silu(x Wgᵀ) · (x Wuᵀ)` where the first half of the weight's rows is Wg; see `linear`.
 
     Returns: `[T, O / 2]` in the format of `x`.
@@ -123,11 +126,12 @@ def linear_swiglu(
     Raises:
         ShapeMismatch: the inputs of `x` and the weight differ, or its rows are not two halves.
     """
+    x_TI = whole(x)
     num_outputs, num_inputs = gate_up_OI.shape
     check_shape("x", x_TI, (None, num_inputs))
     check_shape("gate_up", gate_up_OI, (num_outputs // 2 * 2, num_inputs))
     if isinstance(gate_up_OI, QuantisedMatrix):
-        return quantised.linear_swiglu(x_TI, gate_up_OI, config=config)
+        return quantised.linear_swiglu(x, gate_up_OI, config=config)
     tiling = _tiling(x_TI, gate_up_OI, config, LinearKind.GATED)
     if tiling is None:
         return reference.linear_swiglu(x_TI, gate_up_OI)
@@ -137,10 +141,10 @@ def linear_swiglu(
 
 
 def linear_partials(
-    x_TI: torch.Tensor,
+    x: Rows,
     w_OI: Weight,
     *,
-    config: LinearConfig | None = None,
+    config: Tiling | None = None,
     shows_producers: bool = False,
     is_apart: bool = False,
 ) -> torch.Tensor:
@@ -154,9 +158,10 @@ def linear_partials(
     Raises:
         ShapeMismatch: the inputs of `x` and `w` differ.
     """
+    x_TI = whole(x)
     check_shape("x", x_TI, (None, w_OI.shape[-1]))
     if isinstance(w_OI, QuantisedMatrix):
-        return quantised.linear_partials(x_TI, w_OI, config=config, shows_producers=shows_producers)
+        return quantised.linear_partials(x, w_OI, config=config, shows_producers=shows_producers)
     tiling = _tiling(x_TI, w_OI, config, LinearKind.PARTIAL)
     if tiling is None:
         return reference.linear_partials(x_TI, w_OI)
@@ -166,8 +171,20 @@ def linear_partials(
     return streaming.linear_partials(x_TI, w_OI, tiling, **options)
 
 
+def reads_rounded(x_TI: torch.Tensor, parts: Sequence[Weight], *, is_gated: bool = False) -> bool:
+    """Whether `linear` and `linear_beside`, or `linear_swiglu`, read such rows in E4M3 for one of these.
+
+    Then whoever makes the rows may as well round them (`add_rms_norm_rounded`): `x_TI` has their number,
+    width and format.
+    """
+    return any(
+        isinstance(part, QuantisedMatrix) and quantised.reads_rounded(x_TI, part, is_gated=is_gated)
+        for part in parts
+    )
+
+
 def _tiling(
-    x_TI: torch.Tensor, w_OI: torch.Tensor, config: LinearConfig | None, kind: LinearKind
+    x_TI: torch.Tensor, w_OI: torch.Tensor, config: Tiling | None, kind: LinearKind
 ) -> LinearConfig | None:
     """The kernel's configuration, or None where the library computes this product."""
     if not takes_triton(x_TI, w_OI):
@@ -177,6 +194,7 @@ def _tiling(
     if not triton.takes(x_TI, w_OI):
         return None
     if config is not None:
+        assert isinstance(config, LinearConfig), "the other is for quantised weights"
         return config
     num_outputs, num_inputs = w_OI.shape
     is_hopper = streaming.takes_hopper(x_TI, w_OI)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from kiln_nn.kernels.linear.config import LinearConfig, LinearKind, weight_rows
+from kiln_nn.kernels.linear.config import LinearConfig, LinearKind, Tiling, weight_rows
 from kiln_nn.kernels.quantised import Scheme
 
 WEIGHT_BITS: dict[Scheme, int] = {"fp8": 8, "int4": 4}
@@ -26,7 +26,7 @@ _MOST_TOKENS_UNMEASURED = 16  # on other GPUs
 # Of int4, down_proj, gate_up beyond 16 tokens, and 32 and 128 tokens everywhere come from a run with
 # words in another order: measure again.
 _GATE_UP = (18_432, 2560)
-_MEASURED: dict[tuple[Scheme, tuple[int, int]], dict[int, LinearConfig | None]] = {
+_MEASURED: dict[tuple[Scheme, tuple[int, int]], dict[int, Tiling | None]] = {
     ("int4", (12288, 2560)): {  # in_proj
         8: LinearConfig(8, 64, 512, 1, 4, 3),
         16: LinearConfig(16, 64, 512, 1, 4, 2),
@@ -68,39 +68,46 @@ _MEASURED: dict[tuple[Scheme, tuple[int, int]], dict[int, LinearConfig | None]] 
     },
     ("fp8", (12288, 2560)): {  # in_proj
         8: LinearConfig(8, 64, 256, 1, 4, 3),
-        16: LinearConfig(16, 64, 256, 1, 4, 4),
-        32: LinearConfig(32, 64, 128, 1, 4, 6),
-        64: LinearConfig(64, 64, 128, 1, 4, 4),
+        16: LinearConfig(16, 64, 256, 1, 4, 5, 8, True),
+        32: LinearConfig(32, 96, 256, 1, 4, 5, 8, True),
+        64: LinearConfig(64, 64, 128, 1, 4, 6, 8, True),
+        128: LinearConfig(128, 64, 256, 1, 4, 2, 8, True),
+        256: LinearConfig(128, 64, 128, 1, 4, 3, 8, True),
     },
     ("fp8", (10240, 2560)): {  # qkv_proj
         8: LinearConfig(8, 64, 256, 1, 4, 5),
-        16: LinearConfig(16, 64, 256, 1, 4, 4),
+        16: LinearConfig(16, 64, 256, 1, 4, 5, 8, True),
+        32: LinearConfig(32, 64, 256, 1, 4, 4, 8, True),
+        64: LinearConfig(64, 64, 256, 1, 4, 3, 8, True),
     },
     ("fp8", (2560, 4096)): {  # out_proj
         8: LinearConfig(8, 64, 256, 6, 4, 5),
-        16: LinearConfig(16, 64, 256, 6, 4, 4),
-        32: LinearConfig(32, 64, 128, 3, 4, 6),
-        64: LinearConfig(64, 64, 128, 3, 4, 4),
-        128: LinearConfig(128, 64, 128, 7, 4, 2),
-        256: LinearConfig(256, 64, 128, 3, 4, 2),
+        16: LinearConfig(16, 64, 256, 3, 4, 5, 8, True),
+        32: LinearConfig(32, 64, 256, 3, 4, 4, 8, True),
+        64: LinearConfig(64, 64, 256, 3, 4, 3, 8, True),
+        128: LinearConfig(128, 64, 256, 3, 4, 4, 8, True),
+        256: LinearConfig(128, 64, 256, 3, 4, 2, 8, True),
     },
     ("fp8", (18432, 2560)): {  # gate_up
         8: LinearConfig(8, 32, 256, 1, 4, 3),
-        16: LinearConfig(16, 32, 256, 1, 4, 3),
+        16: LinearConfig(16, 32, 128, 1, 4, 7, 8, True),
+        32: LinearConfig(32, 24, 128, 1, 4, 6, 8, True),
+        64: LinearConfig(64, 24, 128, 1, 4, 4, 8, True),
     },
     ("fp8", (2560, 9216)): {  # down_proj
         8: LinearConfig(8, 64, 128, 7, 4, 7),
-        16: LinearConfig(16, 64, 128, 3, 4, 4),
-        32: LinearConfig(32, 128, 128, 12, 8, 4),
-        64: LinearConfig(64, 64, 128, 3, 4, 4),
-        128: LinearConfig(128, 64, 128, 7, 4, 2),
+        16: LinearConfig(16, 64, 128, 6, 4, 7, 8, True),
+        32: LinearConfig(32, 64, 128, 6, 4, 6, 8, True),
+        64: LinearConfig(64, 64, 256, 3, 4, 3, 8, True),
+        128: LinearConfig(128, 64, 256, 3, 4, 4, 8, True),
+        256: LinearConfig(128, 128, 256, 3, 4, 3, 8, False),
     },
 }
 
 
 def choose(
     scheme: Scheme, num_tokens: int, num_outputs: int, num_inputs: int, kind: LinearKind, *, is_hopper: bool
-) -> LinearConfig | None:
+) -> Tiling | None:
     """The configuration for these sizes, or None where the library's product is faster.
 
     `num_outputs` counts the weight's rows, also for the gated form.

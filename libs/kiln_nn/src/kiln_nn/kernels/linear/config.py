@@ -24,6 +24,8 @@ class LinearConfig:
     `tokens`, `outputs`, `inputs`: a program's tile, in the gated form `outputs` pairs of rows.
     `splits`: programs that share the inputs of one tile, each with a partial sum of its own.
     `stages`: tiles in the ring that the memory fills ahead.
+    `x_bits`: 8 where E4M3 weights meet x rounded to E4M3; `promotes`: whether sums over 128 such inputs
+    are added up in float32, not in the fewer bits of tensor cores.
     """
 
     tokens: int
@@ -32,11 +34,72 @@ class LinearConfig:
     splits: int = 1
     warps: int = 4
     stages: int = 4
+    x_bits: int = 16
+    promotes: bool = True
 
     def shared_memory_bytes(self, kind: LinearKind, weight_bits: int = 16) -> int:
         """What the ring takes."""
-        bits = weight_bits * weight_rows(self.outputs, kind) + 16 * self.tokens
+        bits = weight_bits * weight_rows(self.outputs, kind) + self.x_bits * self.tokens
         return self.stages * self.inputs * bits // 8
+
+
+@dataclass(frozen=True)
+class RegisterConfig:
+    """One tiling of few tokens whose weights go straight to registers; again sums depend on nothing else.
+
+    `outputs`: a program's, 16, 32 or 64, in the gated form 8, 16 or 32 pairs of rows.
+    `splits`: programs that share the inputs of the same outputs, each with a partial sum of its own.
+    `warps`: of a program, each with as many groups of 128 inputs one after another, rounded up.
+    `ahead`: groups whose weights a warp has asked for before it multiplies the first.
+    `registers`: of a thread at most, 0 for as many as it likes; with fewer more programs, also of the next
+    kernel, lie on a multiprocessor.
+    `is_staged`: weights wait in shared memory until they are multiplied, not in registers.
+    """
+
+    outputs: int
+    splits: int = 1
+    warps: int = 4
+    ahead: int = 4
+    registers: int = 0
+    is_staged: bool = False
+
+
+@dataclass(frozen=True)
+class SpecialisedConfig:
+    """One tiling for specialised warps; again sums depend on nothing else.
+
+    `tokens`, `outputs`: the tile of a warp group, 64 rows of weights at most, in the gated form pairs.
+    `groups`: warp groups of a program, one to three, that share x.
+    `splits`: programs that share the inputs of one tile, each with a partial sum of its own.
+    `stages`: slots of 128 inputs in the ring that one more warp fills, `groups` at least.
+    """
+
+    tokens: int
+    outputs: int
+    groups: int = 2
+    splits: int = 1
+    stages: int = 4
+
+    def shared_memory_bytes(self, num_inputs: int, weight_bits: int, scale_bytes: int = 2) -> int:
+        """What a program takes: the ring, the scales of all its groups of inputs in four bits, barriers."""
+        num_groups = -(-num_inputs // 128)
+        num_scales = -(-num_groups // self.splits)
+        shared_scales = max(16, 1 << (num_scales - 1).bit_length()) if weight_bits == 4 else 0
+        slot = 128 * (self.groups * 64 * weight_bits // 8 + self.tokens * 2)
+        return self.stages * slot + self.groups * 64 * scale_bytes * shared_scales + 1024
+
+    def fit(self, num_inputs: int, weight_bits: int, scale_bytes: int, limit: int) -> SpecialisedConfig:
+        """The same with as many stages as a program's shared memory holds, `groups` at least."""
+        config = self
+        while (
+            config.stages > config.groups
+            and config.shared_memory_bytes(num_inputs, weight_bits, scale_bytes) > limit
+        ):
+            config = replace(config, stages=config.stages - 1)
+        return config
+
+
+Tiling = LinearConfig | RegisterConfig | SpecialisedConfig
 
 
 def weight_rows(outputs: int, kind: LinearKind) -> int:

@@ -1,7 +1,8 @@
 """Linear layers over quantised weights: own kernels while few tokens share the reading of the weights.
 
-With many tokens E4M3 weights meet x in E4M3 too, a scale for each token, on GPUs whose library does
-that; otherwise the weights are made bf16 again, in memory that is given back at once.
+With many tokens E4M3 weights meet x in E4M3 too, a scale for each token, in an own kernel on Hopper or
+on GPUs whose library does that; otherwise the weights are made bf16 again, in memory that is given back
+at once. x is rounded by who made it (`RoundedRows`), or else in front of the product.
 
 Legend: `T` tokens, `I` inputs, `O` outputs, `S` partial sums, `F` feed-forward width.
 """
@@ -10,14 +11,22 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import torch
 
 from kiln_nn.kernels.dispatch import device_limits, takes_triton
 from kiln_nn.kernels.linear import reference
 from kiln_nn.kernels.linear.choice_quantised import WEIGHT_BITS, choose
-from kiln_nn.kernels.linear.config import LinearConfig, LinearKind, fit
-from kiln_nn.kernels.quantised import QuantisedMatrix
+from kiln_nn.kernels.linear.config import (
+    LinearConfig,
+    LinearKind,
+    RegisterConfig,
+    SpecialisedConfig,
+    Tiling,
+    fit,
+)
+from kiln_nn.kernels.quantised import QuantisedMatrix, RoundedRows, Rows, round_rows, whole
 from kiln_nn.kernels.swiglu import swiglu
 
 _MOST_GROUP_SCALES = 128 * 128  # of a program's rows and groups, beside its ring
@@ -25,88 +34,99 @@ _BARRIERS_BYTES = 1024
 
 
 def linear(
-    x_TI: torch.Tensor,
+    x: Rows,
     matrix: QuantisedMatrix,
     *,
     out_dtype: torch.dtype | None = None,
     out: torch.Tensor | None = None,
-    config: LinearConfig | None = None,
+    config: Tiling | None = None,
     shows_producers: bool = False,
 ) -> torch.Tensor:
     """As `kernels.linear.linear`."""
+    x_TI = whole(x)
     tiling = _tiling(x_TI, matrix, config, LinearKind.PLAIN)
     if tiling is None:
-        return library_linear(x_TI, matrix, out_dtype=out_dtype, out=out)
+        return library_linear(x, matrix, out_dtype=out_dtype, out=out)
     out_TO = out
     if out_TO is None:
         out_TO = x_TI.new_empty((x_TI.shape[0], matrix.shape[0]), dtype=out_dtype or x_TI.dtype)
-    launch(x_TI, matrix, out_TO, tiling, LinearKind.PLAIN, shows_producers=shows_producers)
+    launch(x, matrix, out_TO, tiling, LinearKind.PLAIN, shows_producers=shows_producers)
     return out_TO
 
 
-def linear_swiglu(
-    x_TI: torch.Tensor, matrix: QuantisedMatrix, *, config: LinearConfig | None = None
-) -> torch.Tensor:
+def linear_swiglu(x: Rows, matrix: QuantisedMatrix, *, config: Tiling | None = None) -> torch.Tensor:
     """As `kernels.linear.linear_swiglu`."""
+    x_TI = whole(x)
     tiling = _tiling(x_TI, matrix, config, LinearKind.GATED)
     if tiling is None:
-        return swiglu(*library_linear(x_TI, matrix).chunk(2, dim=-1))
+        return swiglu(*library_linear(x, matrix).chunk(2, dim=-1))
     out_TF = x_TI.new_empty((x_TI.shape[0], matrix.shape[0] // 2))
-    launch(x_TI, matrix, out_TF, tiling, LinearKind.GATED)
+    launch(x, matrix, out_TF, tiling, LinearKind.GATED)
     return out_TF
 
 
 def linear_partials(
-    x_TI: torch.Tensor,
+    x: Rows,
     matrix: QuantisedMatrix,
     *,
-    config: LinearConfig | None = None,
+    config: Tiling | None = None,
     shows_producers: bool = False,
 ) -> torch.Tensor:
     """As `kernels.linear.linear_partials`; the kernels' sums always stay apart."""
+    x_TI = whole(x)
     tiling = _tiling(x_TI, matrix, config, LinearKind.PARTIAL)
     if tiling is None:
-        return library_linear(x_TI, matrix)[None]
+        return library_linear(x, matrix)[None]
     size = (tiling.splits, x_TI.shape[0], matrix.shape[0])
     out_STO = x_TI.new_empty(size, dtype=torch.float32)
-    launch(x_TI, matrix, out_STO, tiling, LinearKind.PARTIAL, shows_producers=shows_producers)
+    launch(x, matrix, out_STO, tiling, LinearKind.PARTIAL, shows_producers=shows_producers)
     return out_STO
 
 
 def linear_beside(
-    x_TI: torch.Tensor,
+    x: Rows,
     matrix: QuantisedMatrix,
     beside_BI: torch.Tensor,
     *,
     shows_producers: bool = False,
 ) -> torch.Tensor | None:
     """As `kernels.linear.linear_beside`, where one kernel computes both; else None."""
+    x_TI = whole(x)
     tiling = _tiling(x_TI, matrix, None, LinearKind.PLAIN)
     if tiling is None or not takes_triton(x_TI, beside_BI) or not takes_hopper(x_TI, matrix):
         return None
-    from kiln_nn.kernels.linear.triton_hopper_beside import MOST_TOKENS_BESIDE
-
-    is_plain = beside_BI.dtype is torch.bfloat16 and beside_BI.stride(1) == 1
-    if not is_plain or x_TI.shape[0] > MOST_TOKENS_BESIDE:
+    if not _takes_beside(x_TI, beside_BI, tiling):
         return None
     out_TO = x_TI.new_empty((x_TI.shape[0], matrix.shape[0] + beside_BI.shape[0]))
-    launch(
-        x_TI, matrix, out_TO, tiling, LinearKind.PLAIN, beside_BI=beside_BI, shows_producers=shows_producers
-    )
+    launch(x, matrix, out_TO, tiling, LinearKind.PLAIN, beside_BI=beside_BI, shows_producers=shows_producers)
     return out_TO
 
 
+def _takes_beside(x_TI: torch.Tensor, beside_BI: torch.Tensor, tiling: Tiling) -> bool:
+    """Whether Hopper's kernel of this tiling can compute bf16 rows beside the others."""
+    from kiln_nn.kernels.linear.triton_hopper_beside import MOST_TOKENS_BESIDE, takes_beside
+
+    by_rows = isinstance(tiling, RegisterConfig) or (
+        isinstance(tiling, LinearConfig) and tiling.x_bits == 16 and x_TI.shape[0] <= MOST_TOKENS_BESIDE
+    )
+    if not by_rows:
+        return takes_beside(x_TI, beside_BI)
+    is_plain = beside_BI.dtype is torch.bfloat16 and beside_BI.stride(1) == 1
+    return is_plain and x_TI.shape[0] <= MOST_TOKENS_BESIDE
+
+
 def library_linear(
-    x_TI: torch.Tensor,
+    x: Rows,
     matrix: QuantisedMatrix,
     *,
     out_dtype: torch.dtype | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The library's product, of E4M3 with E4M3 where it has one, else of the weights made whole again."""
+    x_TI = whole(x)
     wanted = out_dtype or (x_TI.dtype if out is None else out.dtype)
     if wanted is torch.bfloat16 and multiplies_eight_bits(x_TI, matrix):
-        y_TO = _eight_bit_product(x_TI, matrix)
+        y_TO = _eight_bit_product(round_rows(x), matrix)
         return y_TO if out is None else out.copy_(y_TO)
     return reference.linear(x_TI, matrix.dequantise(x_TI.dtype), out_dtype=out_dtype, out=out)
 
@@ -114,6 +134,14 @@ def library_linear(
 def reads_as_stored(x_TI: torch.Tensor, matrix: QuantisedMatrix) -> bool:
     """Whether an own kernel multiplies these, so that no whole matrix is made on the way."""
     return _tiling(x_TI, matrix, None, LinearKind.PLAIN) is not None
+
+
+def reads_rounded(x_TI: torch.Tensor, matrix: QuantisedMatrix, *, is_gated: bool = False) -> bool:
+    """Whether the product of such rows with this matrix, in bf16, reads them in E4M3."""
+    tiling = _tiling(x_TI, matrix, None, LinearKind.GATED if is_gated else LinearKind.PLAIN)
+    if tiling is None:
+        return multiplies_eight_bits(x_TI, matrix)
+    return isinstance(tiling, LinearConfig) and tiling.x_bits == 8
 
 
 def multiplies_eight_bits(x_TI: torch.Tensor, matrix: QuantisedMatrix) -> bool:
@@ -130,14 +158,11 @@ def multiplies_eight_bits(x_TI: torch.Tensor, matrix: QuantisedMatrix) -> bool:
     )
 
 
-def _eight_bit_product(x_TI: torch.Tensor, matrix: QuantisedMatrix) -> torch.Tensor:
-    from kiln_nn.kernels.quantised.triton import quantise_rows
-
-    numbers_TI, scales_T1 = quantise_rows(x_TI)
+def _eight_bit_product(x: RoundedRows, matrix: QuantisedMatrix) -> torch.Tensor:
     return torch._scaled_mm(
-        numbers_TI,
+        x.numbers_TI,
         matrix.values.t(),
-        scale_a=scales_T1,
+        scale_a=x.scales_T1,
         scale_b=matrix.scales.t(),
         out_dtype=torch.bfloat16,
         use_fast_accum=True,
@@ -151,8 +176,8 @@ def _has_row_scaled_product(device: torch.device) -> bool:
 
 
 def _tiling(
-    x_TI: torch.Tensor, matrix: QuantisedMatrix, config: LinearConfig | None, kind: LinearKind
-) -> LinearConfig | None:
+    x_TI: torch.Tensor, matrix: QuantisedMatrix, config: Tiling | None, kind: LinearKind
+) -> Tiling | None:
     """The kernel's configuration, or None where the library computes this product."""
     if not takes_triton(x_TI, matrix.values, matrix.scales):
         return None
@@ -183,10 +208,10 @@ def ring_limit(matrix: QuantisedMatrix, shared_memory_bytes: int) -> int:
 
 
 def launch(
-    x_TI: torch.Tensor,
+    x: Rows,
     matrix: QuantisedMatrix,
     out: torch.Tensor,
-    config: LinearConfig,
+    config: Tiling,
     kind: LinearKind,
     *,
     beside_BI: torch.Tensor | None = None,
@@ -194,20 +219,36 @@ def launch(
 ) -> None:
     """Fill `out` by the own kernel of this device; only partial sums use the configuration's splits.
 
-    Hopper's kernel also takes rows `beside_BI`.
+    Hopper's kernels also take rows `beside_BI`; they alone take a `SpecialisedConfig` or a `RegisterConfig`.
     """
-    limit = ring_limit(matrix, device_limits(x_TI.device).shared_memory_bytes)
-    tiling = fit(config, kind, limit, WEIGHT_BITS[matrix.scheme])
+    x_TI = whole(x)
+    options: dict[str, Any] = {"is_gated": kind is LinearKind.GATED, "shows_producers": shows_producers}
     if kind is not LinearKind.PARTIAL:
-        tiling = replace(tiling, splits=1)
-    is_gated = kind is LinearKind.GATED
-    if takes_hopper(x_TI, matrix):
-        from kiln_nn.kernels.linear import triton_hopper_quantised
+        config = replace(config, splits=1)
+    if isinstance(config, RegisterConfig):
+        from kiln_nn.kernels.linear import triton_hopper_registers
 
-        triton_hopper_quantised.launch(
-            x_TI, matrix, out, tiling, beside_BI=beside_BI, is_gated=is_gated, shows_producers=shows_producers
-        )
-    else:
+        triton_hopper_registers.launch(x_TI, matrix, out, config, beside_BI=beside_BI, **options)
+        return
+    shared_memory_bytes = device_limits(x_TI.device).shared_memory_bytes
+    if isinstance(config, SpecialisedConfig):
+        from kiln_nn.kernels.linear import triton_hopper_specialised
+
+        sizes = (matrix.shape[1], WEIGHT_BITS[matrix.scheme], matrix.scales.element_size())
+        fitting = config.fit(*sizes, shared_memory_bytes)
+        triton_hopper_specialised.launch(x_TI, matrix, out, fitting, beside_BI=beside_BI, **options)
+        return
+    limit = ring_limit(matrix, shared_memory_bytes)
+    tiling = fit(config, kind, limit, WEIGHT_BITS[matrix.scheme])
+    if not takes_hopper(x_TI, matrix):
         from kiln_nn.kernels.linear import triton_quantised
 
-        triton_quantised.launch(x_TI, matrix, out, tiling, is_gated=is_gated, shows_producers=shows_producers)
+        triton_quantised.launch(x_TI, matrix, out, tiling, **options)
+    elif tiling.x_bits == 8:
+        from kiln_nn.kernels.linear import triton_hopper_rounded
+
+        triton_hopper_rounded.launch(round_rows(x), matrix, out, tiling, beside_BI=beside_BI, **options)
+    else:
+        from kiln_nn.kernels.linear import triton_hopper_quantised
+
+        triton_hopper_quantised.launch(x_TI, matrix, out, tiling, beside_BI=beside_BI, **options)

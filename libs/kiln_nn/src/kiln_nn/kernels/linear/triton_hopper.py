@@ -26,100 +26,10 @@ import torch
 import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kiln_nn.kernels.linear.config import LinearConfig
-from kiln_nn.kernels.linear.triton_hopper_parts import (
-    X_COLUMNS,
-    ask_for_weights,
-    ask_for_x,
-    barrier,
-    boxes,
-    can_be_fetched,
-    describe,
-    rows_fetched,
-    store,
-    store_gated,
-)
-
-
-@gluon.jit
-def _multiply(
-    box_desc,
-    rest_desc,
-    x_desc,
-    x_rest_desc,
-    w_ring,
-    x_ring,
-    bars,
-    row,
-    token,
-    num_outputs,
-    begin,
-    count,
-    split_blocks,
-    SLOT_BYTES: gl.constexpr,
-    REST: gl.constexpr,
-    X_REST: gl.constexpr,
-    HALVES: gl.constexpr,
-    SUBS: gl.constexpr,
-    STAGES: gl.constexpr,
-    FOLDED: gl.constexpr,
-    num_warps: gl.constexpr,
-):
-    """`[ROWS, TOKENS]` sums over `count` blocks of inputs, while the ring fills behind them."""
-    ROWS: gl.constexpr = w_ring.shape[1]
-    TOKENS: gl.constexpr = x_ring.shape[1]
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, TOKENS, 16])
-    acc = gl.zeros([ROWS, TOKENS], gl.float32, layout)
-    total = acc
-    for block in range(count):
-        ready = block % STAGES
-        mbarrier.wait(bars.index(ready), (block // STAGES) & 1)
-        if FOLDED:  # noqa: SIM102 (known when compiling)
-            if block > 0 and block % split_blocks == 0:
-                # One partial sum is complete; they are added in the order in which the norm does.
-                total = total + acc
-                acc = gl.zeros([ROWS, TOKENS], gl.float32, layout)
-        for sub in gl.static_range(SUBS):
-            w = w_ring.index(ready * SUBS + sub)
-            x = x_ring.index(ready * SUBS + sub).permute((1, 0))
-            acc = warpgroup_mma(w, x, acc, is_async=True)
-        # Folded sums may not be in flight where the branch above moves them.
-        acc = warpgroup_mma_wait(0 if FOLDED else SUBS, deps=[acc])
-        # The block before is done with its slot, in all warps after the barrier.
-        barrier()
-        later = block - 1 + STAGES
-        slot = later % STAGES
-        bar = bars.index(slot)
-        wanted = (block > 0) & (later < count)
-        where = begin + later
-        ask_for_weights(
-            box_desc,
-            rest_desc,
-            w_ring,
-            bar,
-            slot,
-            row,
-            num_outputs,
-            where,
-            wanted,
-            SLOT_BYTES,
-            REST,
-            HALVES,
-            SUBS,
-        )
-        ask_for_x(x_desc, x_rest_desc, x_ring, bar, slot, token, where, wanted, X_REST, SUBS)
-    acc = warpgroup_mma_wait(0, deps=[acc])
-    if FOLDED:
-        acc = total + acc
-    return acc
+from kiln_nn.kernels.linear.triton_hopper_parts import boxes, can_be_fetched, describe, rows_fetched
+from kiln_nn.kernels.linear.triton_hopper_ring import program
 
 
 @gluon.jit(do_not_specialize=["num_tokens", "num_blocks", "split_blocks", "shows_producers"])
@@ -148,80 +58,37 @@ def _linear_kernel(
     DEPENDENT: gl.constexpr,
     num_warps: gl.constexpr,
 ):
-    HALVES: gl.constexpr = 2 if GATED else 1
-    OUTPUTS: gl.constexpr = BOX + REST
-    SLOT_BYTES: gl.constexpr = (HALVES * OUTPUTS + X_BOX + X_REST) * SUBS * 128
-    token = gl.program_id(0) * TOKENS
-    split = gl.program_id(1)
-    row = gl.program_id(2) * OUTPUTS
-    w_ring = gl.allocate_shared_memory(gl.bfloat16, [STAGES * SUBS, ROWS, X_COLUMNS], box_desc.layout)
-    x_ring = gl.allocate_shared_memory(gl.bfloat16, [STAGES * SUBS, TOKENS, X_COLUMNS], x_desc.layout)
-    bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for slot in gl.static_range(STAGES):
-        mbarrier.init(bars.index(slot), count=1)
-    fence_async_shared()
-    begin = split * split_blocks
-    count = num_blocks if FOLDED else gl.minimum(split_blocks, num_blocks - begin)
-    if DEPENDENT:  # noqa: SIM102 (known when compiling)
-        if shows_producers == 0:
-            gdc_launch_dependents()
-    for slot in gl.static_range(STAGES):
-        bar = bars.index(slot)
-        where = begin + slot
-        wanted = slot < count
-        ask_for_weights(
-            box_desc,
-            rest_desc,
-            w_ring,
-            bar,
-            slot,
-            row,
-            num_outputs,
-            where,
-            wanted,
-            SLOT_BYTES,
-            REST,
-            HALVES,
-            SUBS,
-        )
-    if DEPENDENT:
-        gdc_wait()
-        if shows_producers != 0:
-            gdc_launch_dependents()
-    for slot in gl.static_range(STAGES):
-        bar = bars.index(slot)
-        where = begin + slot
-        wanted = slot < count
-        ask_for_x(x_desc, x_rest_desc, x_ring, bar, slot, token, where, wanted, X_REST, SUBS)
-    acc = _multiply(
+    program(
         box_desc,
         rest_desc,
         x_desc,
         x_rest_desc,
-        w_ring,
-        x_ring,
-        bars,
-        row,
-        token,
+        out_ptr,  # for scales, which bf16 has none of
+        out_ptr,
+        out_ptr,
+        gl.program_id(2) * (BOX + REST),
+        gl.program_id(0) * TOKENS,
+        num_tokens,
         num_outputs,
-        begin,
-        count,
+        out_stride,
+        num_blocks,
         split_blocks,
-        SLOT_BYTES,
+        shows_producers,
+        BOX,
         REST,
+        X_BOX,
         X_REST,
-        HALVES,
+        ROWS,
+        TOKENS,
         SUBS,
         STAGES,
+        GATED,
         FOLDED,
+        False,
+        False,
+        DEPENDENT,
         num_warps,
     )
-    for slot in gl.static_range(STAGES):
-        mbarrier.invalidate(bars.index(slot))
-    if GATED:
-        store_gated(out_ptr, acc, row, token, num_tokens, num_outputs, out_stride, BOX, REST, num_warps)
-    else:
-        store(out_ptr, acc, row, token, split, OUTPUTS, num_tokens, num_outputs, out_stride, num_warps)
 
 
 def takes(x_TI: torch.Tensor, w_OI: torch.Tensor) -> bool:

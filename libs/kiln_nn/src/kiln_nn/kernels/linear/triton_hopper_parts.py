@@ -12,7 +12,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier  # Triton 3.6, 3.7
-X_COLUMNS = gl.constexpr(64)  # inputs of a box of x: one line of 128 bytes, the widest that is swizzled
+X_COLUMNS = gl.constexpr(64)  # inputs of a box of bf16 x: one line of 128 bytes, the widest that is swizzled
 
 
 @gluon.jit
@@ -52,15 +52,31 @@ def ask_for_weights(
 def ask_for_x(
     x_desc, x_rest_desc, ring, bar, slot, token, block, wanted, X_REST: gl.constexpr, SUBS: gl.constexpr
 ):
-    """One slot's `[SUBS, X_BOX + X_REST, 64]` of x; rows of the tile beyond them keep what they hold."""
+    """One slot's lines of x, `[SUBS, X_BOX + X_REST]`; rows of the tile beyond keep what they hold."""
     X_BOX: gl.constexpr = x_desc.block_type.shape[0]
+    COLUMNS: gl.constexpr = x_desc.block_type.shape[1]
     for sub in gl.static_range(SUBS):
-        col = (block * SUBS + sub) * X_COLUMNS
+        col = (block * SUBS + sub) * COLUMNS
         tile = ring.index(slot * SUBS + sub)
         tma.async_copy_global_to_shared(x_desc, [token, col], bar, tile.slice(0, X_BOX, dim=0), wanted)
         if X_REST > 0:
             rest = tile.slice(X_BOX, X_REST, dim=0)
             tma.async_copy_global_to_shared(x_rest_desc, [token + X_BOX, col], bar, rest, wanted)
+
+
+@gluon.jit
+def source_rows(lanes, row, num_outputs, BOX: gl.constexpr, REST: gl.constexpr, GATED: gl.constexpr):
+    """The matrix' rows that lie in a tile's, and whether they are there."""
+    if not GATED:
+        return row + lanes, (lanes < BOX + REST) & (row + lanes < num_outputs)
+    half = lanes // BOX
+    inner = lanes % BOX
+    if REST > 0:
+        rest = lanes - 2 * BOX
+        half = gl.where(rest < 0, half, rest // REST)
+        inner = gl.where(rest < 0, inner, BOX + rest % REST)
+    is_there = (lanes < 2 * (BOX + REST)) & (row + inner < num_outputs)
+    return row + inner + half * num_outputs, is_there
 
 
 @gluon.jit

@@ -14,7 +14,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from kiln_nn.kernels.linear.triton_hopper_parts import ask_for_weights, ask_for_x, barrier
+from kiln_nn.kernels.linear.triton_hopper_parts import ask_for_weights, ask_for_x, barrier, source_rows
 
 
 def _numbers_of_a_place(out: int) -> str:
@@ -108,18 +108,40 @@ def eight_bits(tile, PLACES: gl.constexpr):
 
 
 @gluon.jit
-def source_rows(lanes, row, num_outputs, BOX: gl.constexpr, REST: gl.constexpr, GATED: gl.constexpr):
-    """The matrix' rows that lie in a tile's, and whether they are there."""
-    if not GATED:
-        return row + lanes, (lanes < BOX + REST) & (row + lanes < num_outputs)
-    half = lanes // BOX
-    inner = lanes % BOX
-    if REST > 0:
-        rest = lanes - 2 * BOX
-        half = gl.where(rest < 0, half, rest // REST)
-        inner = gl.where(rest < 0, inner, BOX + rest % REST)
-    is_there = (lanes < 2 * (BOX + REST)) & (row + inner < num_outputs)
-    return row + inner + half * num_outputs, is_there
+def halves_of(words):
+    """Words of the first and of the last 64 inputs of a box."""
+    ROWS: gl.constexpr = words.shape[0]
+    HALF: gl.constexpr = words.shape[1] // 2
+    return gl.permute(words.reshape([ROWS, 2, HALF]), (0, 2, 1)).split()
+
+
+@gluon.jit
+def four_bits_half(words, scale, SCALED: gl.constexpr):
+    """bf16 of the numbers in words of 64 inputs, `[ROWS, 8]`; times the rows' `scale`, if `SCALED`."""
+    ROWS: gl.constexpr = words.shape[0]
+    if SCALED:
+        p0, p1, p2, p3, p4, p5, p6, p7 = gl.inline_asm_elementwise(
+            FOUR_BITS_SCALED, _OUTPUTS_SCALED, [words, scale], dtype=_PAIRS, is_pure=True, pack=2
+        )
+    else:
+        p0, p1, p2, p3, p4, p5, p6, p7 = gl.inline_asm_elementwise(
+            FOUR_BITS, _OUTPUTS, [words], dtype=_PAIRS, is_pure=True, pack=2
+        )
+    lower = gl.join(gl.join(p0, p1), gl.join(p2, p3))
+    upper = gl.join(gl.join(p4, p5), gl.join(p6, p7))
+    # Number 8 i + w is at place i of word w.
+    numbers = gl.join(lower, upper).reshape([ROWS, 8, 2, 2, 2])
+    return gl.permute(numbers, (0, 4, 3, 2, 1)).reshape([ROWS, 64])
+
+
+@gluon.jit
+def eight_bits_half(pairs):
+    """bf16 of the numbers in pairs of E4M3 of 64 inputs, `[ROWS, 32]`."""
+    ROWS: gl.constexpr = pairs.shape[0]
+    low, high = gl.inline_asm_elementwise(
+        EIGHT_BITS, "=h,=h,h", [pairs], dtype=(gl.bfloat16, gl.bfloat16), is_pure=True, pack=1
+    )
+    return gl.join(low, high).reshape([ROWS, 64])
 
 
 @gluon.jit
@@ -257,4 +279,14 @@ def places(rows: int, warps: int, *, is_four_bits: bool) -> gl.DistributedLinear
     lanes = [*lanes, [1, 0], [2, 0], [4, 0]]
     return gl.DistributedLinearLayout(
         registers, lanes, [[step, 0] for step in warp_steps], [], [rows, columns]
+    )
+
+
+@cache
+def half_places(*, is_four_bits: bool) -> gl.DistributedLinearLayout:
+    """The same of half a tile of 64 rows, for one warp group."""
+    inner = [[0, 1]] if is_four_bits else [[0, step] for step in (4, 8, 16)]
+    columns, lanes = (8, [[0, 2], [0, 4]]) if is_four_bits else (32, [[0, 1], [0, 2]])
+    return gl.DistributedLinearLayout(
+        [*inner, [8, 0]], [*lanes, [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, columns]
     )

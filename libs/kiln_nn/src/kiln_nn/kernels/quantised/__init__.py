@@ -3,15 +3,20 @@
 from kiln_nn.kernels.quantised.frozen import dense, frozen_linear, tensors_of
 from kiln_nn.kernels.quantised.matrix import FP8, GROUP_INPUTS, WORD_INPUTS, QuantisedMatrix, Scheme
 from kiln_nn.kernels.quantised.reference import quantise_rtn
+from kiln_nn.kernels.quantised.rows import RoundedRows, Rows, round_rows, whole
 
 __all__ = [
     "FP8",
     "GROUP_INPUTS",
     "WORD_INPUTS",
     "QuantisedMatrix",
+    "RoundedRows",
+    "Rows",
     "Scheme",
     "dense",
     "frozen_linear",
     "quantise_rtn",
+    "round_rows",
     "tensors_of",
+    "whole",
 ]

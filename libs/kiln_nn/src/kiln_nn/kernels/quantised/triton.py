@@ -12,7 +12,12 @@ import torch
 import triton
 import triton.language as tl
 
-from kiln_nn.kernels.dependent_launch import launch_options, supports_dependent_launch, wait_for_producers
+from kiln_nn.kernels.dependent_launch import (
+    launch_options,
+    start_dependents,
+    supports_dependent_launch,
+    wait_for_producers,
+)
 from kiln_nn.kernels.quantised.matrix import FP8, GROUP_INPUTS, QuantisedMatrix
 
 _LARGEST = tl.constexpr(448.0)
@@ -26,6 +31,13 @@ def decode_e4m3(byte):
     # Exponent and fraction under float32's, whose bias is 120 larger; E4M3's smallest come out right too.
     moved = ((bits & 0x80) << 24) | ((bits & 0x7F) << 20)
     return moved.to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2^120
+
+
+@triton.jit
+def e4m3_rows(x):
+    """Of float32 rows `[R, I]`: what E4M3 is to hold of them, not rounded to it yet, and their scales."""
+    scales = tl.maximum(tl.max(tl.abs(x), 1) / _LARGEST, 1e-30)
+    return tl.minimum(tl.maximum(x / scales[:, None], -_LARGEST), _LARGEST), scales
 
 
 @triton.jit
@@ -65,15 +77,16 @@ def _quantise_rows_kernel(
     x_ptr, out_ptr, scales_ptr, num_inputs, x_stride, INPUTS: tl.constexpr, DEPENDENT: tl.constexpr
 ):
     if DEPENDENT:
+        start_dependents()
         wait_for_producers()
-    row = tl.program_id(0).to(tl.int64)
-    cols = tl.arange(0, INPUTS)
+    rows = (tl.program_id(0) + tl.arange(0, 1)).to(tl.int64)
+    cols = tl.arange(0, INPUTS)[None, :]
     is_there = cols < num_inputs
-    x = tl.load(x_ptr + row * x_stride + cols, mask=is_there, other=0.0).to(tl.float32)
-    scale = tl.maximum(tl.max(tl.abs(x), 0) / _LARGEST, 1e-30)
-    numbers = tl.minimum(tl.maximum(x / scale, -_LARGEST), _LARGEST)
-    tl.store(out_ptr + row * num_inputs + cols, numbers.to(out_ptr.dtype.element_ty), mask=is_there)
-    tl.store(scales_ptr + row, scale)
+    x = tl.load(x_ptr + rows[:, None] * x_stride + cols, mask=is_there, other=0.0).to(tl.float32)
+    numbers, scales = e4m3_rows(x)
+    places = rows[:, None] * num_inputs + cols
+    tl.store(out_ptr + places, numbers.to(out_ptr.dtype.element_ty), mask=is_there)
+    tl.store(scales_ptr + rows, scales)
 
 
 def dequantise(matrix: QuantisedMatrix, dtype: torch.dtype) -> torch.Tensor:
@@ -103,7 +116,7 @@ def quantise_rows(x_TI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     numbers = x_TI.new_empty((num_tokens, num_inputs), dtype=FP8)
     scales = x_TI.new_empty((num_tokens, 1), dtype=torch.float32)
     inputs = triton.next_power_of_2(num_inputs)
-    # Its launch hides behind the kernel before; the library's product comes the usual way.
+    # Its launch hides behind the kernel before, that of an own product behind it; the library's comes the usual way.
     dependent = launch_options(supports_dependent_launch(x_TI.device))
     _quantise_rows_kernel[(num_tokens,)](
         x_TI, numbers, scales, num_inputs, x_TI.stride(0), INPUTS=inputs, num_warps=8, **dependent

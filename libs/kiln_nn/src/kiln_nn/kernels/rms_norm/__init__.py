@@ -6,10 +6,18 @@ import torch
 
 from kiln_nn.kernels.checks import check_shape
 from kiln_nn.kernels.dispatch import may_train_on_gpu, needs_gradients, takes_triton
+from kiln_nn.kernels.quantised import RoundedRows, round_rows
 from kiln_nn.kernels.rms_norm import reference
 from kiln_nn.kernels.rms_norm.reference import l2_normalise
 
-__all__ = ["add_rms_norm", "gated_rms_norm", "l2_normalise", "rms_norm"]
+__all__ = [
+    "add_rms_norm",
+    "add_rms_norm_rounded",
+    "gated_rms_norm",
+    "l2_normalise",
+    "rms_norm",
+    "rms_norm_rounded",
+]
 
 
 def rms_norm(x_D: torch.Tensor, weight_D: torch.Tensor, eps: float, *, offset: float) -> torch.Tensor:
@@ -56,6 +64,35 @@ def add_rms_norm(
 
         return training.add_rms_norm(x_D, residual_D, weight_D, eps, offset=offset)
     return reference.add_rms_norm(x_D, residual_D, weight_D, eps, offset=offset)
+
+
+def rms_norm_rounded(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float, *, offset: float) -> RoundedRows:
+    """`rms_norm` of rows `[T, D]`, which are rounded to E4M3 as well: as `round_rows` does, to the bit."""
+    check_shape("x", x_TD, (None, None))
+    check_shape("weight", weight_D, (x_TD.shape[-1],))
+    if takes_triton(x_TD, weight_D):
+        from kiln_nn.kernels.rms_norm import triton
+
+        if triton.takes(weight_D, x_TD):
+            return triton.rms_norm_rounded(x_TD, weight_D, eps, offset=offset)
+    return round_rows(reference.rms_norm(x_TD, weight_D, eps, offset=offset))
+
+
+def add_rms_norm_rounded(
+    x_TD: torch.Tensor, residual_TD: torch.Tensor, weight_D: torch.Tensor, eps: float, *, offset: float
+) -> tuple[RoundedRows, torch.Tensor]:
+    """`add_rms_norm` of rows `[T, D]`, partial sums too, which are rounded as `rms_norm_rounded` does."""
+    check_shape("residual", residual_TD, (None, None))
+    partials = (None,) if x_TD.dim() > residual_TD.dim() else ()
+    check_shape("x", x_TD, (*partials, *residual_TD.shape))
+    check_shape("weight", weight_D, (x_TD.shape[-1],))
+    if takes_triton(x_TD, residual_TD, weight_D):
+        from kiln_nn.kernels.rms_norm import triton
+
+        if triton.takes(weight_D, x_TD, residual_TD):
+            return triton.add_rms_norm_rounded(x_TD, residual_TD, weight_D, eps, offset=offset)
+    normed_TD, total_TD = reference.add_rms_norm(x_TD, residual_TD, weight_D, eps, offset=offset)
+    return round_rows(normed_TD), total_TD
 
 
 def gated_rms_norm(x_D: torch.Tensor, z_D: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
