@@ -45,9 +45,13 @@ class MadeUpDrafts:
         self._acceptance = acceptance
         self._rng = random.Random(0)
         self.num_proposed = self.num_steps = 0
+        # Of the step launched last.
+        self.num_rows = self.num_lines = 0
 
     def launch(self, plan: BatchPlan) -> Any:
         self.num_steps += 1
+        self.num_rows = len(plan.verify_rows)
+        self.num_lines = max((row.num_lines for row in plan.verify_rows), default=0)
         return self._launch(replace(plan, verify_rows=tuple(map(self._with_drafts, plan.verify_rows))))
 
     def _with_drafts(self, row: VerifyRow) -> VerifyRow:
@@ -74,9 +78,13 @@ def tokens_per_s(recording: Recording) -> float:
     return num_tokens / (window[-1][0] - window[0][0])
 
 
-def measure(spine: Spine, batch: int, acceptance: float, max_tokens: int, repeats: int) -> dict[str, Any]:
-    """The median speed of a batch. The first run warms up, and lets the policy measure."""
-    made_up = MadeUpDrafts(spine.runner.launch, acceptance)
+def measure(spine: Spine, batch: int, options: argparse.Namespace) -> dict[str, Any]:
+    """The median speed of a batch, and with `--parts` what its steps are made of.
+
+    The first run warms up, and lets the policy measure.
+    """
+    max_tokens, repeats = options.tokens, options.repeats
+    made_up = MadeUpDrafts(spine.runner.launch, options.acceptance)
     spine.runner.launch = made_up.launch
     try:
         speeds = []
@@ -84,38 +92,42 @@ def measure(spine: Spine, batch: int, acceptance: float, max_tokens: int, repeat
             made_up.num_proposed = made_up.num_steps = 0
             requests = make_requests(spine, batch, max_tokens, 1000 * batch + repeat)
             speeds.append(tokens_per_s(spine.run(requests)))
+        drafts_a_row = made_up.num_proposed / (made_up.num_steps * batch)
+        parts = parts_ms(spine, batch, max_tokens, made_up) if options.parts else {}
     finally:
         del spine.runner.launch
-    drafts_a_row = made_up.num_proposed / (made_up.num_steps * batch)
-    return {"batch": batch, "tok_per_s": sorted(speeds[1:])[repeats // 2], "drafts": drafts_a_row}
+    row = {"batch": batch, "tok_per_s": sorted(speeds[1:])[repeats // 2], "drafts": drafts_a_row}
+    return row | {"parts_ms": parts}
 
 
-def parts_ms(spine: Spine, batch: int, max_tokens: int) -> dict[str, float]:
-    """Milliseconds of the graphs that a speculative step of the batch replays, in the middle of one more run.
+def parts_ms(spine: Spine, batch: int, max_tokens: int, made_up: MadeUpDrafts) -> dict[str, float]:
+    """Milliseconds of the graphs that a speculative step replays, in the middle of one more run.
 
-    There the pages that they last ran over are still those of their rows.
+    They are timed between two steps of which the first was such a step: what they run over is still there.
     """
     graphs = spine.runner._graphs
     if graphs is None or not graphs.verify_sizes:
         return {}
-    lines = max(graphs.verify_sizes)
-    size = next((size for size in graphs.verify_sizes[lines] if size >= batch), None)
-    if size is None:
-        return {}
-    step = graphs._verify[size, lines, False]._step
-    parts = {"verify": step._forward.replay, "draw": step._draw.replay}
-    if step.drafts is not None:
-        parts["draft"] = partial(_first_draft, step.drafts)
-    if batch in graphs.decode_sizes:
-        plain = graphs._decode[batch, False]._step
-        parts |= {"plain": plain._forward.replay, "plain draw": plain._draw.replay}
+
+    def timed() -> dict[str, float]:
+        if made_up.num_rows != batch:
+            return {}
+        num_lines = min(n for n in graphs.verify_sizes if n >= made_up.num_lines)
+        size = next((size for size in graphs.verify_sizes[num_lines] if size >= batch), None)
+        if size is None:
+            return {}
+        step = graphs._verify[size, num_lines, False]._step
+        parts = {f"verify of {num_lines} lines": step._forward.replay, "draw": step._draw.replay}
+        if step.drafts is not None:
+            parts["draft"] = partial(_first_draft, step.drafts)
+        return {name: _timed_ms(part) for name, part in parts.items()}
+
     requests = make_requests(spine, batch, max_tokens, 1000 * batch - 1)
-    wanted = spine.stats.num_generated_tokens + batch * max_tokens // 2
+    found: dict[str, float] = {}
     with ThreadPoolExecutor(1) as pool:
         run = pool.submit(spine.run, requests)
-        while spine.stats.num_generated_tokens < wanted:
-            pass
-        found = spine.between_steps(lambda: {name: _timed_ms(part) for name, part in parts.items()})
+        while not found and not run.done():
+            found = spine.between_steps(timed)
         run.result()
     return found
 
@@ -152,23 +164,16 @@ def run_kind(options: argparse.Namespace) -> None:
     )
     with Spine(settings) as spine:
         for batch in options.batches:
-            row = measure(spine, batch, options.acceptance, options.tokens, options.repeats)
+            row = measure(spine, batch, options)
             print("ROW " + json.dumps(row), flush=True)
-        for batch in options.batches if options.kind != "none" else ():
-            parts = {"batch": batch, "parts_ms": parts_ms(spine, batch, options.tokens)}
-            print("ROW " + json.dumps(parts), flush=True)
 
 
 def run_process(kind: str, arguments: list[str]) -> dict[int, dict[str, Any]]:
     """The rows of one kind, by batch."""
     command = [sys.executable, "-m", "benchmarks.engine.speculation", "--kind", kind, *arguments]
     output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-    rows: dict[int, dict[str, Any]] = {}
-    for line in output.splitlines():
-        if line.startswith("ROW "):
-            row = json.loads(line[4:])
-            rows.setdefault(row["batch"], {}).update(row)
-    return rows
+    rows = [json.loads(line[4:]) for line in output.splitlines() if line.startswith("ROW ")]
+    return {row["batch"]: row for row in rows}
 
 
 def main() -> None:
@@ -201,6 +206,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--drafts", type=int, default=3, help="most drafts of a row")
     parser.add_argument("--tokens", type=int, default=256, help="tokens of an answer")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--parts", action="store_true", help="time the graphs of a speculative step too")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="fields of EngineSettings")
     parser.add_argument("--kind", choices=["none", "mtp"], help=argparse.SUPPRESS)
     return parser.parse_args()
