@@ -13,15 +13,15 @@ from __future__ import annotations
 import argparse
 import random
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from tokenizers import Tokenizer
 
-from benchmarks.engine.spine import Spine, make_settings
+from benchmarks.engine.spine import AdapterSlots, Spine, make_settings
 from demo.data import conversations
 from demo.data.rendering import render_prompt
-from kiln_engine.domain import GenerationRequest, SamplingParams
+from kiln_engine.domain import AdapterUse, GenerationRequest, SamplingParams
 from tests.support.demo_serving import DEMO_MODEL
 
 _MAX_TOKENS = 120
@@ -57,15 +57,29 @@ def make_requests(count: int, temperature: float, salt: str) -> list[GenerationR
     return requests
 
 
-def measure(spine: Spine, batch: int, count: int, temperature: float, salt: str) -> Run:
-    """Serve `count` requests, `batch` of them at any time, after as many to warm up."""
-    spine.run_clients(make_requests(2 * batch, temperature, f"warm-{salt}"), batch, may_stop=True)
+def measure(
+    spine: Spine,
+    batch: int,
+    count: int,
+    temperature: float,
+    salt: str,
+    *,
+    adapters: tuple[AdapterUse, ...] = (),
+    slots: AdapterSlots = (),
+) -> Run:
+    """Serve `count` requests, `batch` of them at any time, after as many to warm up, with these adapters."""
+
+    def requests_of(number: int, salt: str) -> list[GenerationRequest]:
+        return [replace(each, adapters=adapters) for each in make_requests(number, temperature, salt)]
+
+    warm_up = requests_of(2 * batch, f"warm-{salt}")
+    spine.run_clients(warm_up, batch, may_stop=True, adapter_slots=slots)
     before, drafts_before = spine.stats, _totals(spine)
-    requests = make_requests(count, temperature, salt)
+    requests = requests_of(count, salt)
     # On a CPU its own time, so that whoever else uses the machine matters less.
     clock = time.process_time if spine.parts.info.device == "cpu" else time.perf_counter
     started_s = clock()
-    recording = spine.run_clients(requests, batch, may_stop=True)
+    recording = spine.run_clients(requests, batch, may_stop=True, adapter_slots=slots)
     seconds = clock() - started_s
     after, drafts_after = spine.stats, _totals(spine)
     drawn = recording.tokens_by_request()

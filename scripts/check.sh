@@ -24,5 +24,5 @@ step "protobuf code is up to date" scripts/generate_protos.sh --check
 step "the blocking client is up to date" $bin/python scripts/generate_sync_client.py --check
 step "docs are up to date" $bin/python scripts/generate_docs.py --check
 step "the built dashboard is up to date" scripts/build_dashboard.sh --check
-step "compose files" $bin/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml deploy/compose.mps.yml
+step "compose files" $bin/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml deploy/compose.mps.yml deploy/compose.gpus.yml
 step "Dockerfiles" $bin/hadolint deploy/docker/Dockerfile.slim deploy/docker/Dockerfile.cuda

@@ -102,11 +102,16 @@ class Spine:
         return recorder.wait(_MOST_SECONDS)
 
     def run_clients(
-        self, requests: Sequence[GenerationRequest], num_clients: int, *, may_stop: bool = False
+        self,
+        requests: Sequence[GenerationRequest],
+        num_clients: int,
+        *,
+        may_stop: bool = False,
+        adapter_slots: AdapterSlots = (),
     ) -> Recording:
         """A closed loop: whenever a request ends, the next one is submitted.
 
-        Requests run to their length, or end by themselves where they may.
+        Requests run to their length, or end by themselves where they may. All use the same adapters.
 
         Raises:
             RequestFailed: one of them did not run to its length.
@@ -115,7 +120,7 @@ class Spine:
 
         def submit(count: int) -> None:
             for request in itertools.islice(coming, count):
-                self.loop.submit(request, (), recorder)
+                self.loop.submit(request, adapter_slots, recorder)
 
         recorder = Recorder(len(requests), on_ends=submit)
         submit(num_clients)

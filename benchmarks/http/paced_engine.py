@@ -16,7 +16,7 @@ from pathlib import Path
 
 from kiln_common.ids import new_id
 from kiln_common.pb import common_pb2, engine_pb2
-from kiln_common.rpc.server import wait_for_stop_signal
+from kiln_common.stop_signals import wait_for_stop_signal
 from kiln_engine.bootstrap import EngineParts, start_engine
 from kiln_engine.domain import BatchPlan, RowResult, StepResult
 from kiln_engine.scheduling import SchedulerLimits

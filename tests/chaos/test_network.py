@@ -92,7 +92,6 @@ def _gateway_and_engine_on_two_hosts(system, hosts, folder):
         "KILN_GATEWAY_PORT": "0",
         "KILN_GATEWAY_SOCKET_PATH": str(gateway_socket),
         "KILN_GATEWAY_MODEL_PATH": str(demo_model_dir()),
-        "KILN_GATEWAY_ENABLE_THINKING_DEFAULT": "false",
         "KILN_GATEWAY_ENGINE_ADDRESSES": f"{engine_address},unix:{system.run_dir}/engine.sock",
         "KILN_GATEWAY_REGISTRY_ADDRESS": f"unix:{system.run_dir}/registry.sock",
         "KILN_GATEWAY_TRAINER_ADDRESSES": f"unix:{system.run_dir}/trainer.sock",

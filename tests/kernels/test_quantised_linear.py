@@ -203,7 +203,7 @@ def test_rows_that_lie_apart(scheme, kernel):
 
 @on_triton
 @pytest.mark.skipif(INTERPRETED, reason="the public function asks for a GPU")
-@pytest.mark.parametrize("num_tokens", [1, 3, 8, 9, 64, 2048])
+@pytest.mark.parametrize("num_tokens", [1, 3, 8, 9, 33, 64, 128, 200, 2048])
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_whole_rows_beside(scheme, num_tokens):
     size, num_beside = (12288, 2560), 64
@@ -214,6 +214,31 @@ def test_whole_rows_beside(scheme, num_tokens):
     assert relative_error(out[:, size[0] :], expected) < TOLERANCE[torch.bfloat16]
     # The library may choose another kernel for rows that lie apart.
     assert relative_error(out[:, : size[0]], linear(x, matrix)) < TOLERANCE[torch.bfloat16]
+
+
+@on_triton
+@pytest.mark.skipif(INTERPRETED, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("num_beside", [32, 96])
+@pytest.mark.parametrize("num_tokens", [9, 64, 200])
+@pytest.mark.parametrize(
+    "config",
+    [
+        LinearConfig(64, 64, 128, 1, 4, 4),
+        LinearConfig(128, 128, 128, 1, 8, 2),
+        SpecialisedConfig(64, 64, groups=2),
+        SpecialisedConfig(128, 64, groups=3),
+    ],
+)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_rows_beside_tiles_of_every_kernel(scheme, config, num_tokens, num_beside):
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a Hopper GPU")
+    size = (1000, 2560)
+    x, matrix, beside = _draw(num_tokens, size[1]), _matrix(scheme, *size), _draw(num_beside, size[1], seed=2)
+    out = _poisoned(num_tokens, size[0] + num_beside, dtype=torch.bfloat16)
+    _quantised().launch(x, matrix, out, config, LinearKind.PLAIN, beside_BI=beside)
+    assert relative_error(out[:, size[0] :], x.double() @ beside.double().t()) < TOLERANCE[torch.bfloat16]
+    assert relative_error(out[:, : size[0]], _product(scheme, *size, num_tokens)) < TOLERANCE[torch.bfloat16]
 
 
 @on_triton
@@ -403,6 +428,8 @@ def _hopper_shared_memory(
         "rest_desc": f"tensordesc<{kind_of_word}[{rest or box}, {columns}],{stored!r}>",
         "x_desc": f"tensordesc<bf16[{x_box}, 64],{whole!r}>",
         "x_rest_desc": f"tensordesc<bf16[{x_rest or x_box}, 64],{whole!r}>",
+        "beside_desc": f"tensordesc<bf16[64, 64],{whole!r}>",
+        "beside_x_desc": f"tensordesc<bf16[{min(16, config.tokens)}, 64],{whole!r}>",
         "scales_ptr": scales if is_four_bits else "*fp32",
         "out_ptr": "*fp32",
         "x_ptr": "*bf16",
@@ -436,7 +463,10 @@ def test_the_kernel_for_hopper_compiles(scheme, size, kind):
             assert _hopper_shared_memory(scheme, config, num_tokens, size, kind) <= SHARED_MEMORY_LIMIT[90]
     config = invariant_config(*size, scheme)
     others = {"num_beside": 64 if kind is LinearKind.PLAIN else 0, "scales": "*fp32"}
-    assert _hopper_shared_memory(scheme, config, 1, size, kind, **others) <= SHARED_MEMORY_LIMIT[90]
+    alone = _hopper_shared_memory(scheme, config, 1, size, kind, **others)
+    assert alone <= SHARED_MEMORY_LIMIT[90]
+    # Rows beside take no memory that the others have not.
+    assert _hopper_shared_memory(scheme, config, 64, size, kind, **others) == alone
 
 
 def _compile_specialised(
@@ -446,6 +476,7 @@ def _compile_specialised(
     size: tuple[int, int],
     kind: LinearKind,
     scales: str = "*bf16",
+    num_beside: int = 0,
 ):
     """Compile Hopper's kernel of specialised warps."""
     import triton
@@ -457,7 +488,7 @@ def _compile_specialised(
 
     is_four_bits = scheme == "int4"
     kinds = {"is_gated": kind is LinearKind.GATED, "is_four_bits": is_four_bits}
-    constants = hopper.constants(config, num_tokens, size[1], **kinds)
+    constants = hopper.constants(config, num_tokens, size[1], num_beside, **kinds)
     kind_of_word, columns, bits = ("i32", 16, 32) if is_four_bits else ("i16", 64, 16)
     stored, whole = line_layout(columns, bits), line_layout(64, 16)
     box, rest, x_box, x_rest = (constants[name] for name in ("BOX", "REST", "X_BOX", "X_REST"))
@@ -466,6 +497,8 @@ def _compile_specialised(
         "rest_desc": f"tensordesc<{kind_of_word}[{rest or box}, {columns}],{stored!r}>",
         "x_desc": f"tensordesc<bf16[{x_box}, 64],{whole!r}>",
         "x_rest_desc": f"tensordesc<bf16[{x_rest or x_box}, 64],{whole!r}>",
+        "beside_desc": f"tensordesc<bf16[64, 64],{whole!r}>",
+        "beside_x_desc": f"tensordesc<bf16[16, 64],{whole!r}>",
         "scales_ptr": scales if is_four_bits else "*fp32",
         "out_ptr": "*fp32",
     }
@@ -503,6 +536,10 @@ def test_the_kernel_of_specialised_warps_compiles(scheme, kind):
     assert binary.metadata.shared <= config.shared_memory_bytes(size[1], bits) <= SHARED_MEMORY_LIMIT[90]
     # The groups that multiply and the warps of a fourth or third, of which one fetches.
     assert binary.metadata.num_warps == 4 * (config.groups + 1)
+    if kind is LinearKind.PLAIN:
+        beside = _compile_specialised(scheme, config, config.tokens, size, kind, num_beside=64)
+        assert beside.asm["ptx"].count("griddepcontrol.launch_dependents") == 4
+        assert beside.metadata.shared == binary.metadata.shared
 
 
 def _compile_for_registers(

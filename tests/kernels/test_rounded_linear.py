@@ -220,7 +220,7 @@ def _compiled(config: LinearConfig, num_tokens: int, kind: LinearKind, *, num_be
     box, rest, x_box, x_rest = (constants[name] for name in ("BOX", "REST", "X_BOX", "X_REST"))
     rows = {"box_desc": box, "rest_desc": rest or box, "x_desc": x_box, "x_rest_desc": x_rest or x_box}
     signature = {name: f"tensordesc<fp8e4nv[{n}, 128],{line_layout(128, 8)!r}>" for name, n in rows.items()}
-    others = {"beside_desc": 64, "whole_x_desc": constants["BESIDE_TOKENS"]}
+    others = {"beside_desc": 64, "whole_x_desc": min(16, config.tokens)}
     signature |= {name: f"tensordesc<bf16[{n}, 64],{line_layout(64, 16)!r}>" for name, n in others.items()}
     signature |= {"row_scales_ptr": "*fp32", "token_scales_ptr": "*fp32", "out_ptr": "*fp32"}
     kernel = hopper._linear_kernel

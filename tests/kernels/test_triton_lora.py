@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import pytest
 import torch
 
@@ -231,16 +229,17 @@ def test_pieces_of_the_inputs(inputs, blocks_per_piece):
 
 
 @on_triton
-def test_a_module_alone_is_a_slice_of_the_fused_one():
+@pytest.mark.parametrize("count", [1, 2])
+def test_modules_apart_are_a_slice_of_the_fused_ones(count):
     case = Case(12, 80, FUSED, torch.float32)
     rows = LoraRows.of(MIXED, 16, DEVICE)
     whole, parts = case.y(torch.float32), case.y(torch.float32)
     lora_add_(whole, case.x_TI, case.a_SQI, case.b_SRO, rows, FUSED)
-    for module, (start, end) in enumerate(pairwise(FUSED)):
-        a_SRI = case.a_SQI[:, module * 32 : (module + 1) * 32]
-        _kernel().lora_add_(
-            parts[:, start:end], case.x_TI, a_SRI, case.b_SRO[..., start:end], rows, (0, end - start)
-        )
+    for module in range(0, len(FUSED) - 1, count):
+        start, *ends = FUSED[module : module + count + 1]
+        a_SRI = case.a_SQI[:, module * 32 : (module + count) * 32]
+        y, b_SRO = parts[:, start : ends[-1]], case.b_SRO[..., start : ends[-1]]
+        _kernel().lora_add_(y, case.x_TI, a_SRI, b_SRO, rows, (0, *(end - start for end in ends)))
     assert relative_error(parts, whole) < TOLERANCE[torch.float32]
 
 

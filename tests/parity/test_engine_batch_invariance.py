@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from benchmarks.engine.spine import AdapterSlots, Spine, make_settings
-from kiln_engine.device_side import SettingsContradict
+from kiln_engine.device_choice import SettingsContradict
 from kiln_engine.domain import AdapterUse, GenerationRequest, SamplingParams
 from kiln_nn.lora import serialize_adapter
 from tests.support.engine_plans import token_ids

@@ -18,10 +18,10 @@ from kiln_engine.execution.sampled_ids import DraftIds
 from kiln_engine.execution.sampler import sample
 from kiln_engine.model import Linears
 from kiln_engine.model.mtp_layer import DraftPlaces, MtpHidden
-from kiln_nn.packed_model import MtpInput, PackedHidden, PackedModel
 from tests.support.engine_plans import EngineRig, HandSequence, relative_error, token_ids
 from tests.support.engine_serving import KERNEL_SHAPE
-from tests.support.tiny_models import make_checkpoint, read_tensors
+from tests.support.packed_mtp import PackedMtp
+from tests.support.tiny_models import make_checkpoint
 
 TOLERANCE = 1e-5
 TOKENS = token_ids(90, seed=5)
@@ -37,39 +37,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def make_rig(folder: Path, hidden: MtpHidden = "normed", **options) -> EngineRig:
     return EngineRig(folder, mtp_hidden=hidden, max_draft_tokens=MAX_DRAFTS, **options)
-
-
-class Packed:
-    """The packed model over one document, and its multi-token-prediction layer."""
-
-    def __init__(self, folder: Path, hidden: MtpHidden = "normed") -> None:
-        self.model = PackedModel(EngineRig(folder).config, read_tensors(folder))
-        self._is_normed = hidden == "normed"
-
-    def hidden(self, tokens: Sequence[int]) -> torch.Tensor:
-        with torch.no_grad():
-            hidden = self.model.forward(torch.tensor(tokens), (0, len(tokens)))
-        return hidden.after_norm_TD if self._is_normed else hidden.before_norm_TD
-
-    def states(self, tokens: Sequence[int], hidden_TD: torch.Tensor) -> torch.Tensor:
-        """The layer's normed states, fed with these hidden states: entry i of them is at i - 1."""
-        fed = PackedHidden(hidden_TD, hidden_TD)
-        with torch.no_grad():
-            return self.model.mtp_hidden_states(
-                fed, torch.tensor(tokens), (0, len(tokens)), MtpInput(is_after_final_norm=self._is_normed)
-            )
-
-    def drafts(self, tokens: Sequence[int], count: int) -> list[int]:
-        """The likeliest tokens after `tokens`, each guess fed back with the layer's own normed state."""
-        assert self._is_normed
-        known, hidden_TD = list(tokens), self.hidden(tokens)[:-1]
-        for _ in range(count):
-            # The newest token has no hidden state yet; nothing depends on what stands there.
-            fed = torch.cat((hidden_TD, torch.zeros_like(hidden_TD[:1])))
-            states_TD = self.states(known, fed)
-            known.append(int(self.model.logits(states_TD[len(known) - 2]).argmax()))
-            hidden_TD = torch.cat((hidden_TD, states_TD[None, len(known) - 3]))
-        return known[len(tokens) :]
 
 
 @torch.inference_mode()
@@ -108,7 +75,7 @@ def verify(rig: EngineRig, rows: Sequence[VerifyRow], accepted: Sequence[int]) -
 @pytest.mark.parametrize("hidden", ["normed", "residual"])
 @pytest.mark.parametrize("splits", [(), (16,), (32, 48), (16, 32, 48)])
 def test_entries_of_prompts_are_those_of_the_packed_form(folder, hidden, splits):
-    rig, packed = make_rig(folder, hidden), Packed(folder, hidden)
+    rig, packed = make_rig(folder, hidden), PackedMtp(folder, hidden)
     sequence, other = rig.sequence(), rig.sequence()
     rig.prefill(other, TOKENS[50:70])
     rig.prefill(sequence, TOKENS[:61], splits)
@@ -121,7 +88,7 @@ def test_entries_of_prompts_are_those_of_the_packed_form(folder, hidden, splits)
 
 
 def test_entries_of_decode_steps_beside_prompts_are_those_of_the_packed_form(folder):
-    rig, packed = make_rig(folder), Packed(folder)
+    rig, packed = make_rig(folder), PackedMtp(folder)
     first, second = rig.sequence(), rig.sequence()
     rig.prefill(first, TOKENS[:13])
     for number in range(20):
@@ -140,7 +107,7 @@ def test_entries_of_decode_steps_beside_prompts_are_those_of_the_packed_form(fol
 
 
 def test_entries_of_lines_that_stand_are_those_of_the_packed_form(folder):
-    rig, packed = make_rig(folder), Packed(folder)
+    rig, packed = make_rig(folder), PackedMtp(folder)
     first, second = rig.sequence(), rig.sequence()
     for sequence in (first, second):
         rig.prefill(sequence, TOKENS[:14])
@@ -160,7 +127,7 @@ def test_entries_of_lines_that_stand_are_those_of_the_packed_form(folder):
 
 
 def test_a_prefix_hit_finds_its_entries_and_takes_the_state_before_it_for_zeros(folder):
-    rig, packed = make_rig(folder), Packed(folder)
+    rig, packed = make_rig(folder), PackedMtp(folder)
     first, hit, checkpoint = rig.sequence(), rig.sequence(), rig.take_slot()
     rig.step(chunks=[rig.chunk(first, TOKENS[:40], [StateCheckpoint(32, checkpoint)])])
     hit.num_computed, hit.read_slot, hit.page_ids = 32, checkpoint, first.page_ids[:2]
@@ -184,7 +151,9 @@ def draft(rig: EngineRig, sequences, drawn, count: int, samplings, num_tokens=No
         rig.model.prepare(plan)
         layout = rig.model.layout(plan)
         rig.model.forward(layout)
-        passes = Drafter(rig.model.mtp, rig.model.matrices, draft_ids, num_tokens).of(len(rows) + 1)
+        passes = Drafter(rig.model.mtp, rig.model.matrices, rig.adapters, draft_ids, num_tokens).of(
+            len(rows) + 1
+        )
         passes.send(rows)
         passes.begin(layout.verify, torch.tensor(drawn)[:, None], torch.ones(len(rows), dtype=torch.long))
         for _ in range(count):
@@ -197,7 +166,7 @@ def _sampling(**params) -> RowSampling:
 
 
 def test_greedy_drafts_over_the_whole_vocabulary_are_the_packed_forms_likeliest(folder):
-    rig, packed = make_rig(folder), Packed(folder)
+    rig, packed = make_rig(folder), PackedMtp(folder)
     sequences = [rig.sequence() for _ in range(3)]
     lengths = (15, 30, 47)
     for sequence, length in zip(sequences, lengths, strict=True):
@@ -209,7 +178,7 @@ def test_greedy_drafts_over_the_whole_vocabulary_are_the_packed_forms_likeliest(
 
 
 def test_a_reduced_head_guesses_among_the_lowest_ids(folder):
-    rig, packed = make_rig(folder), Packed(folder)
+    rig, packed = make_rig(folder), PackedMtp(folder)
     sequence = rig.sequence()
     rig.prefill(sequence, TOKENS[:20])
     ((guess,),) = draft(rig, [sequence], [5], 1, [_sampling(temperature=0.0)], num_tokens=40)
@@ -220,7 +189,7 @@ def test_a_reduced_head_guesses_among_the_lowest_ids(folder):
 
 
 def test_a_draft_is_drawn_with_the_random_number_of_its_token(folder):
-    rig, packed = make_rig(folder), Packed(folder)
+    rig, packed = make_rig(folder), PackedMtp(folder)
     sequence = rig.sequence()
     rig.prefill(sequence, TOKENS[:20])
     params = SamplingParams(temperature=1.3, top_p=0.9, seed=123)
@@ -247,7 +216,7 @@ def test_the_second_draft_behind_accepted_lines_has_the_number_of_its_place(fold
         rig.model.prepare(plan)
         layout = rig.model.layout(plan)
         rig.model.forward(layout)
-        passes: DraftPass = Drafter(rig.model.mtp, rig.model.matrices, draft_ids, None).of(1)
+        passes: DraftPass = Drafter(rig.model.mtp, rig.model.matrices, rig.adapters, draft_ids, None).of(1)
         passes.send([verified])
         # Three lines stand, the third drew token number 11 of the answer: the drafts are 12 to 14.
         passes.begin(layout.verify, torch.tensor([[1, 2, 3, 4]]), torch.tensor([3]))
@@ -273,7 +242,7 @@ def test_a_row_whose_pages_are_full_writes_into_nobody_elses(folder):
         layout = rig.model.layout(plan)
         rig.model.forward(layout)
         before = [cache.clone() for cache in rig.kv.layer(rig.config.num_full_layers)]
-        passes = Drafter(rig.model.mtp, rig.model.matrices, draft_ids, None).of(1)
+        passes = Drafter(rig.model.mtp, rig.model.matrices, rig.adapters, draft_ids, None).of(1)
         passes.send([row])
         passes.begin(layout.verify, torch.tensor([[1]]), torch.tensor([1]))
         for _ in range(MAX_DRAFTS):
@@ -289,7 +258,7 @@ def test_a_row_whose_pages_are_full_writes_into_nobody_elses(folder):
 def test_entries_on_a_gpu_are_those_of_the_packed_form(tmp_path, dtype, tolerance):
     """bfloat16: some tens of roundings of 0.4 % on the way. The shape is one that the kernels take."""
     make_checkpoint(tmp_path, seed=8, **KERNEL_SHAPE)
-    rig, packed = make_rig(tmp_path, device="cuda", dtype=dtype), Packed(tmp_path)
+    rig, packed = make_rig(tmp_path, device="cuda", dtype=dtype), PackedMtp(tmp_path)
     sequence = rig.sequence()
     rig.prefill(sequence, TOKENS[:40], (16,))
     for token in TOKENS[40:60]:

@@ -10,7 +10,7 @@ import sys
 import time
 
 from kiln_common.logs import configure_logs
-from kiln_common.rpc.server import wait_for_stop_signal
+from kiln_common.stop_signals import wait_for_stop_signal
 from kiln_trainer.bootstrap import start_trainer
 from kiln_trainer.settings import TrainerSettings
 from tests.support.jobs import ChainBackend

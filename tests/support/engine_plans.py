@@ -94,7 +94,9 @@ class EngineRig:
             self.model.mtp = MtpLayer(
                 self.config, weights, caches, self.model.pages, carried, hidden=mtp_hidden
             )
-        self.adapters = AdapterStore(self.config, num_slots=4, max_rank=8, **placed)
+        self.adapters = AdapterStore(
+            self.config, num_slots=4, max_rank=8, with_mtp=mtp_hidden is not None, **placed
+        )
         shuffled = random.Random(0)
         self._pages = shuffled.sample(range(num_pages), num_pages)
         self._slots = shuffled.sample(range(num_slots), num_slots)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from safetensors.torch import save
 
 from kiln_nn.config import ModelConfig
 from kiln_nn.lora.parameters import LoraParameters
@@ -22,6 +23,17 @@ def random_lora(
         for path, (a, b) in lora.tensors().items()
     }
     return LoraParameters(lora.spec, tensors)
+
+
+def safetensors_of(tensors: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> bytes:
+    """An adapter's file, whatever is in it."""
+    return save(
+        {
+            f"base_model.model.{path}.{side}.weight": values.contiguous()
+            for path, pair in tensors.items()
+            for side, values in zip(("lora_A", "lora_B"), pair, strict=True)
+        }
+    )
 
 
 def peft_model_with(lora: LoraParameters, hf_model: Any) -> Any:

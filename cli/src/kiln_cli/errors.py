@@ -131,6 +131,22 @@ class QuantizingFailed(InvalidRequest):
         self.code = code
 
 
+class CalibrationTooShort(InvalidRequest):
+    """A calibration text that is shorter than one sequence says nothing about what the model reads."""
+
+    code = "calibration_too_short"
+    hint = (
+        "Give more text like what the model will read, a few hundred conversations, or a higher --max-tokens;"
+        " --method rtn needs no text."
+    )
+
+    def __init__(self, num_tokens: int, least: int, recommended: int) -> None:
+        super().__init__(
+            f"the calibration text has {num_tokens:,} tokens; GPTQ needs {least:,}, and {recommended:,} or"
+            " more are recommended"
+        )
+
+
 class TooManyTrainers(InvalidRequest):
     """`--trainers` asks for more trainers than there are engines whose weights they could share."""
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-_COLOURS = {"ok": "green", "degraded": "yellow", "unavailable": "red"}
+_COLOURS = {"ok": "green", "degraded": "yellow", "draining": "yellow", "unavailable": "red"}
 
 
 def show_status(console: Console, url: str, health: dict[str, Any]) -> None:
-    """The answer of GET /health, a line for each subject."""
+    """The answer of GET /health: a line for each subject, and a table of the engines."""
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold")
     table.add_column(overflow="fold")
@@ -20,14 +21,15 @@ def show_status(console: Console, url: str, health: dict[str, Any]) -> None:
         "server", f"{_coloured(health['status'])}  {escape(url)}  up {duration(health['uptime_s'])}"
     )
     table.add_row("model", escape(health.get("model") or "–"))
-    for number, engine in enumerate(health.get("engines") or ()):
-        table.add_row("engine" if number == 0 else "", _engine(engine))
     table.add_row("training", _training(health.get("training")))
     table.add_row("adapters", _adapters(health.get("adapters")))
     away = [name for name, state in health["dependencies"].items() if state != "ok"]
     if away:
         table.add_row("away", f"[yellow]{', '.join(away)}[/yellow]; kiln doctor says what to do")
     console.print(table)
+    if engines := health.get("engines"):
+        console.print()
+        console.print(_engines(engines))
 
 
 def duration(seconds: float) -> str:
@@ -42,15 +44,29 @@ def _coloured(state: str) -> str:
     return f"[{_COLOURS.get(state, 'white')}]{escape(state)}[/]"
 
 
-def _engine(engine: dict[str, Any]) -> str:
-    scheduler = engine.get("scheduler") or {}
+def _engines(engines: Sequence[dict[str, Any]]) -> Table:
+    names = ("engine", "address", "state", "device", "load", "written", "adapters")
+    table = Table(box=None, header_style="dim", pad_edge=False)
+    for name in names:
+        table.add_column(name, overflow="fold")
+    for engine in engines:
+        # An address is shown to admins only.
+        place = (str(engine.get("id", "")), engine.get("address", "–"))
+        table.add_row(*map(escape, place), _coloured(engine["status"]), *_figures(engine))
+    return table
+
+
+def _figures(engine: dict[str, Any]) -> tuple[str, str, str, str]:
+    """Device, load, tokens written and resident adapters; dashes where the engine does not answer."""
+    scheduler = engine.get("scheduler")
     if not scheduler:
-        return _coloured(engine["status"])
-    tokens = f"{scheduler['pages_in_use']:,} of {scheduler['pages_total']:,} pages in use"
+        return ("–",) * 4
+    in_use = 100 * scheduler["pages_in_use"] / max(scheduler["pages_total"], 1)
     return (
-        f"{_coloured(engine['status'])}  {escape(engine.get('device', ''))}, {escape(engine.get('dtype', ''))}"
-        f"  {scheduler['running']} running, {scheduler['waiting']} waiting  {tokens}"
-        f"  {scheduler['generated_tokens_total']:,} tokens written"
+        escape(f"{engine.get('device', '')}, {engine.get('dtype', '')}"),
+        f"{scheduler['running']} running, {scheduler['waiting']} waiting, {in_use:.0f} % of pages",
+        f"{scheduler['generated_tokens_total']:,} tokens",
+        escape(", ".join(engine.get("resident_adapters", ())) or "none"),
     )
 
 

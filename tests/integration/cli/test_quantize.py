@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from kiln_cli.quantize.calibration import MAX_DOCUMENT_TOKENS, read_documents
+from kiln_cli.quantize.calibration import MAX_DOCUMENT_TOKENS, check_length, read_documents
 from kiln_common.text.tokenizer import TextTokenizer
 from kiln_nn.weights import load_checkpoint
 from tests.support.command import Command
@@ -30,11 +30,20 @@ def conversations(tmp_path):
     return path
 
 
-def test_with_a_text_it_is_calibrated_and_the_folder_is_served(run, conversations, tmp_path, monkeypatch):
+@pytest.fixture
+def book(tmp_path):
+    """Longer than a sequence, shorter than what is recommended."""
+    path = tmp_path / "book.txt"
+    path.write_text("Hello Maria, thank you for your email. " * 400)
+    return path
+
+
+def test_with_a_text_it_is_calibrated_and_the_folder_is_served(run, book, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     out = tmp_path / "quantised"
-    ran = run("quantize", str(MODEL), "--calibration", str(conversations), "--out", str(out), "--json")
+    ran = run("quantize", str(MODEL), "--calibration", str(book), "--out", str(out), "--json")
     assert ran.exit_code == 0, ran.err
+    assert 2048 <= ran.json["calibration_tokens"] < ran.json["recommended_calibration_tokens"] == 32_768
     assert (ran.json["scheme"], ran.json["method"], ran.json["folder"]) == ("int4", "gptq", str(out))
     assert ran.json["quantized_layers"] == 5 * 3 + 4 + 6 * 3
     assert "lm_head" in ran.json["plain_modules"]
@@ -42,13 +51,34 @@ def test_with_a_text_it_is_calibrated_and_the_folder_is_served(run, conversation
     assert loaded.scheme == "int4"
     assert ran.json["bytes"] == sum(path.stat().st_size for path in out.glob("*.safetensors")) - _headers(out)
     assert len({path.stat().st_mode for path in out.iterdir()}) == 1  # nobody reads one file and not another
-    assert (out / "tokenizer.json").read_bytes() == (MODEL / "tokenizer.json").read_bytes()
+
+    for copied in ("tokenizer.json", "chat_template.jinja", "generation_config.json"):
+        assert (out / copied).read_bytes() == (MODEL / copied).read_bytes()
 
     again = run("quantize", str(MODEL), "--out", str(out))
     assert again.exit_code == 2
     assert "invalid_quantization" in again.err
     assert "is not empty" in again.err
     assert "docs/quantization.md" in again.err
+
+
+@pytest.mark.parametrize("read_at_most", [[], ["--max-tokens", "2047"]])
+def test_a_text_shorter_than_a_sequence_is_refused_with_its_numbers(
+    run, conversations, book, tmp_path, read_at_most
+):
+    text = book if read_at_most else conversations
+    out = tmp_path / "out"
+    ran = run("quantize", str(MODEL), "--calibration", str(text), *read_at_most, "--out", str(out))
+    assert ran.exit_code == 2
+    assert "calibration_too_short" in ran.err
+    assert "GPTQ needs 2,048, and 32,768 or more" in ran.err
+    assert "--method rtn" in ran.err
+    assert not out.exists()
+
+
+def test_a_text_that_is_short_is_taken_with_a_word():
+    assert "has 2,048 tokens, 32,768 or more are recommended" in (check_length(2048) or "")
+    assert check_length(32_768) is None
 
 
 def _headers(folder) -> int:

@@ -21,6 +21,7 @@ from kiln_nn.config import ModelConfig
 from kiln_nn.lora import LoraSpec
 from kiln_nn.lora.peft_format import serialize_adapter
 from kiln_nn.sharing import attach
+from kiln_nn.sharing.sealed_adapter import SealedAdapter
 from kiln_registry.bootstrap import start_registry
 from kiln_registry.settings import RegistrySettings
 from tests.support.engine_server import collect, generate_request
@@ -80,9 +81,14 @@ async def real_registry(folder, redis_url=""):
         await registry.stop()
 
 
-async def publish(registry: RegistryClient, checkpoint, model_hash: str, seed: int) -> common_pb2.AdapterRef:
+ALL_LAYERS = LoraSpec(rank=4, alpha=8, targets="all")
+WITH_MTP = LoraSpec(rank=4, alpha=8, targets="all", with_mtp=True)
+
+
+async def publish(
+    registry: RegistryClient, checkpoint, model_hash: str, seed: int, spec: LoraSpec = ALL_LAYERS
+) -> common_pb2.AdapterRef:
     """Publish a random adapter as the next version of "style"."""
-    spec = LoraSpec(rank=4, alpha=8, targets="all")
     config_json, content = serialize_adapter(
         random_adapter(ModelConfig.from_folder(checkpoint), spec, seed), spec, "tiny-model"
     )
@@ -91,12 +97,12 @@ async def publish(registry: RegistryClient, checkpoint, model_hash: str, seed: i
     return common_pb2.AdapterRef(name="style", version=version.version, sha256=version.sha256)
 
 
-async def until_registered(registry: RegistryClient, checkpoint, model_hash: str, seed: int):
+async def until_registered(registry: RegistryClient, checkpoint, model_hash: str, seed: int, **options):
     """Publish as soon as the engine has announced its model."""
     async with asyncio.timeout(10):
         while True:
             try:
-                return await publish(registry, checkpoint, model_hash, seed)
+                return await publish(registry, checkpoint, model_hash, seed, **options)
             except KilnError as error:
                 if "base_model" not in error.code:
                     raise
@@ -194,6 +200,46 @@ async def test_the_attached_default_is_fetched_without_any_event(checkpoint, tmp
                 while not engine.adapters.resident:
                     await asyncio.sleep(0.02)
             assert not (await client.prepare_adapter(ref)).was_loaded
+
+
+@pytest.mark.parametrize("is_handed_over", [False, True])
+async def test_matrices_for_the_mtp_layer_come_with_an_adapter(checkpoint, tmp_path, is_handed_over):
+    """As bytes from the registry, or as memory ahead of them; the answer is that of an engine without drafts."""
+    config = ModelConfig.from_folder(checkpoint)
+    tensors = random_adapter(config, WITH_MTP, seed=1)
+    async with real_registry(tmp_path) as (address, registry):
+        answers = []
+        for kind in ("none", "mtp"):
+            (folder := tmp_path / kind).mkdir()
+            settings = settings_for(
+                checkpoint, folder, registry_address=address, speculation=kind, adaptive_drafts=False
+            )
+            async with real_engine(settings) as (engine, client):
+                info = await client.get_info()
+                model_hash = info.base_model.model_hash
+                if is_handed_over:
+                    sealed = SealedAdapter(tensors, WITH_MTP, "tiny-model")
+                    path = info.adapter_socket_path
+                    sha256 = await asyncio.to_thread(sealed.hand_over, path, "style", 5.0)
+                    sealed.close()
+                    assert [entry.sha256 for entry in engine.adapters._slots.entries] == [sha256]
+                ref = await until_registered(registry, checkpoint, model_hash, seed=1, spec=WITH_MTP)
+                assert not is_handed_over or sha256 == ref.sha256
+                request = generate_request("r", adapters=[ref], seed=5, max_tokens=30)
+                answers.append(tokens(await collect(client, request)))
+                tables = engine.adapters._store._tables
+                if kind == "none":
+                    assert tables.get("mtp.fc") is None
+                else:
+                    (entry,) = engine.adapters.resident
+                    a_rI, b_Or = tensors["mtp.fc"]
+                    linear = tables.get("mtp.fc")
+                    assert linear.a_SQI[entry.slot - 1, :4].equal(a_rI)
+                    assert linear.b_SRO[entry.slot - 1, :4].t().equal(b_Or)
+                    (drafts,) = (await client.get_stats()).drafts
+                    assert drafts.adapter == "style"
+                    assert drafts.num_proposed > 20
+        assert answers[0] == answers[1]
 
 
 async def test_an_unknown_adapter_names_its_code(checkpoint, tmp_path):
@@ -303,6 +349,7 @@ async def test_the_engine_says_what_holds_its_memory(checkpoint, tmp_path):
         assert min(memory.values()) > 0
         assert sum(memory.values()) < stats.num_device_bytes
         assert 0 < stats.num_device_bytes_free < stats.num_device_bytes
+        assert (await client.get_info()).device_id.startswith("cpu:")
 
 
 @pytest.mark.processes

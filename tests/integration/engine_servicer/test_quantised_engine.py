@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from structlog.testing import capture_logs
 
 from kiln_common.errors import KilnError
 from kiln_engine.device_side import SettingsUnfit, load_device_side
@@ -25,11 +26,17 @@ def settings_for(folder, model, **fields) -> EngineSettings:
 @pytest.mark.parametrize("scheme", ["fp8", "int4"])
 async def test_it_answers_as_the_rounded_model_and_shares_that(tmp_path, scheme):
     settings = settings_for(tmp_path, DEMO_MODEL, quantization=scheme)
-    async with running_engine(load_device_side(settings), tmp_path) as (_, client):
+    with capture_logs() as logs:
+        parts = load_device_side(settings)
+    # On a CPU that is slow, which is said once, with what to do.
+    (warning,) = (line for line in logs if line["event"] == "quantised_weights_slow")
+    assert (warning["log_level"], warning["scheme"]) == ("warning", scheme)
+    assert "--quantization" in warning["hint"]
+    async with running_engine(parts, tmp_path) as (_, client):
         request = generate_request("r", PROMPT, temperature=0.0, max_tokens=12)
         outputs = await collect(client, request)
         answer = [token for output in outputs for token in output.token_ids]
-        parts = {part.name: part.num_bytes for part in (await client.get_stats()).memory_parts}
+        sizes = {part.name: part.num_bytes for part in (await client.get_stats()).memory_parts}
         share = await client.share_weights()
         with attach(share.socket_path, expected_boot_id=share.boot_id) as shared:
             views = shared.views()
@@ -43,7 +50,7 @@ async def test_it_answers_as_the_rounded_model_and_shares_that(tmp_path, scheme)
             assert shared.checksum() == (await client.checksum()).sha256
             del views, model
     assert likeliest.tolist() == answer
-    assert parts["weights"] < 0.6 * load_checkpoint(DEMO_MODEL).manifest.nbytes
+    assert sizes["weights"] < 0.6 * load_checkpoint(DEMO_MODEL).manifest.nbytes
 
 
 def test_a_model_that_cannot_be_rounded_stops_the_start_by_name(tmp_path):

@@ -187,6 +187,7 @@ async def test_what_belongs_to_another_key_is_in_no_answer(tmp_path):
         ):
             health = (await rig.http.get("/health", headers=headers)).json()
             assert health["engines"][0]["resident_adapters"] == residents
+            assert ("address" in health["engines"][0]) is (headers == admin)
             assert health["training"]["running_job_id"] == running
             stats = (await rig.http.get("/v1/stats", headers=headers)).json()
             assert stats["training"]["running_job_id"] == running
@@ -195,6 +196,7 @@ async def test_what_belongs_to_another_key_is_in_no_answer(tmp_path):
                 assert [each["id"] for each in shown["ended"]] == requests
                 status = await until(events, "status")
                 assert status["engines"][0]["resident_adapters"] == residents
+                assert ("address" in status["engines"][0]) is (headers == admin)
                 assert status["training"]["running_job_id"] == running
         rig.trainer.jobs["job_1"].owner = "somebody"
         for headers, running in ((admin, "job_1"), (train, None)):

@@ -11,6 +11,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from kiln_common.errors import EngineUnavailable
 from kiln_common.histogram import Histogram
 from kiln_common.pb import engine_pb2, trainer_pb2
+from kiln_gateway.engine_seat import EngineSeat
+from kiln_gateway.routes.health import engine_totals
 from tests.support.gateway import gateway_rig
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -94,6 +96,28 @@ async def test_health_says_what_holds_an_engines_memory(rig):
         "weights_bytes": 500, "kv_bytes": 40, "state_bytes": 30, "adapter_bytes": 20, "workspace_bytes": 10,
         "device_bytes": 1000,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(("device_ids", "num_devices"), [(("d", "d"), 1), (("d", "e"), 2), (("", ""), 2)])
+def test_a_devices_memory_is_counted_once_and_what_engines_hold_is_added_up(device_ids, num_devices):
+    found = [
+        (EngineSeat(number, client=None, info=engine_pb2.EngineInfo(device_id=device_id)), engine_stats())
+        for number, device_id in enumerate(device_ids)
+    ]
+    silent = EngineSeat(2, client=None, info=engine_pb2.EngineInfo(device_id="d"))
+    total = engine_totals([(silent, None), *found])
+    assert total["device_bytes"] == 1000 * num_devices
+    assert total["device_bytes_free"] == 400 * num_devices
+    assert total["pages_total"] == 200
+
+
+async def test_a_draining_engine_is_called_so(rig):
+    async def get_stats():
+        return engine_pb2.EngineStats(is_draining=True)
+
+    rig.engine.get_stats = get_stats
+    (engine,) = (await rig.http.get("/health")).json()["engines"]
+    assert (engine["id"], engine["address"], engine["status"]) == ("0", "fake:1", "draining")
 
 
 async def test_a_service_that_is_away_is_down_and_tells_nothing(rig):

@@ -159,3 +159,4 @@ def test_what_happens_to_the_services_is_a_line_of_json_each(capsys, tmp_path):
     ]
     assert lines[1] == {"event": "service_ready", "service": "engine", "seconds": 1.235, "detail": "on cpu"}
     assert lines[2]["url"] == "http://localhost:1"
+    assert lines[3]["how"] == "was killed by signal 9"

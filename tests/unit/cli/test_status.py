@@ -27,3 +27,26 @@ def test_training_is_told_in_a_line(training, said):
     health = {"status": "ok", "uptime_s": 5, "dependencies": {}, "training": training}
     show_status(console, "http://localhost", health)
     assert said in console.file.getvalue()
+
+
+def test_each_engine_has_a_row_with_its_address_state_load_and_adapters():
+    console = Console(file=io.StringIO(), width=160)
+    scheduler = {
+        "running": 2, "waiting": 1, "pages_in_use": 30, "pages_total": 120, "generated_tokens_total": 1234
+    }  # fmt: skip
+    known = {"device": "cpu", "dtype": "float32", "scheduler": scheduler}
+    engines = [
+        {**known, "id": "0", "address": "unix:/a.sock", "status": "ok", "resident_adapters": ["x@1", "y@2"]},
+        {**known, "id": "1", "status": "draining", "resident_adapters": []},
+        {"id": "2", "address": "unix:/c.sock", "status": "unavailable"},
+    ]
+    health = {"status": "ok", "uptime_s": 5, "dependencies": {}, "training": None, "engines": engines}
+    show_status(console, "http://localhost", health)
+    rows = [line.split() for line in console.file.getvalue().splitlines()[-4:]]
+    load = "cpu, float32 2 running, 1 waiting, 25 % of pages 1,234 tokens"
+    assert rows == [
+        ["engine", "address", "state", "device", "load", "written", "adapters"],
+        f"0 unix:/a.sock ok {load} x@1, y@2".split(),
+        f"1 – draining {load} none".split(),
+        ["2", "unix:/c.sock", "unavailable", "–", "–", "–", "–"],
+    ]

@@ -22,7 +22,7 @@ from kiln_cli.errors import (
     StateDirUnusable,
     TooManyTrainers,
 )
-from kiln_cli.up.console import UpConsole
+from kiln_cli.up.console import UpConsole, how_it_ended
 from kiln_cli.up.gpus import assign_gpus, choose_num_trainers
 from kiln_cli.up.options import build_options, check_host, check_port, make_run_dir, reachable_url
 from kiln_cli.up.specs import ServiceSpec, UpOptions, build_specs
@@ -121,6 +121,39 @@ async def test_a_service_that_was_ready_is_started_again_whatever_its_exit_code(
     supervisor.request_stop()
     assert await asyncio.wait_for(running, 20) == 0
     assert "ended with code 78; starting it again" in out.getvalue()
+
+
+async def test_an_engine_that_was_asked_to_end_was_drained_and_is_back_at_once_however_often(tmp_path):
+    console, out = _console(tmp_path)
+    supervisor = Supervisor([_spec(tmp_path / "a", "engine-2")], tmp_path, console)
+    running = asyncio.create_task(supervisor.run())
+    process = supervisor.processes["engine-2"]
+    for _ in range(3):
+        await asyncio.wait_for(process.is_ready.wait(), 20)
+        pid = process.pid
+        (tmp_path / "a" / "ready").unlink()
+        os.kill(pid, signal.SIGTERM)
+        while process.pid == pid:
+            await asyncio.sleep(0.02)
+    supervisor.request_stop()
+    assert await asyncio.wait_for(running, 20) == 0
+    told = [line.strip() for line in out.getvalue().splitlines() if "starting it again" in line]
+    assert told == ["↻ engine-2  was drained and has ended; starting it again in 0.2 s"] * 3
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "how"),
+    [
+        ("gateway", 0, "was drained and has ended"),
+        ("registry", 0, "was stopped"),
+        ("engine", -15, "was stopped before it was ready"),
+        ("trainer", 143, "was stopped before it was ready"),
+        ("trainer", 1, "ended with code 1"),
+        ("redis", -9, "was killed by signal 9"),
+    ],
+)
+def test_how_a_service_ended_is_told_in_words(name, code, how):
+    assert how_it_ended(name, code) == how
 
 
 def test_a_port_in_use_is_refused_before_anything_starts():

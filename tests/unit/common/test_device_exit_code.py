@@ -65,6 +65,7 @@ def test_only_a_failed_device_ends_a_trainer_with_the_same(monkeypatch, failure,
     settings = SimpleNamespace(log_level="ERROR", cpu_niceness=0)
     monkeypatch.setattr(trainer_main, "read_settings", lambda settings_class: settings)
     monkeypatch.setattr(trainer_main, "configure_logs", lambda *args: None)
+    monkeypatch.setattr(trainer_main, "end_on_stop_signals", lambda: None)
     monkeypatch.setattr(trainer_main.os, "nice", lambda increment: None)
     monkeypatch.setattr(trainer_main, "start_trainer", start)
     monkeypatch.setattr(trainer_main, "wait_for_stop_signal", signal)

@@ -6,20 +6,20 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save
 
 from kiln_engine.domain import BatchPlan, DecodeRow, PrefillChunk, RowSampling, SamplingParams
 from kiln_engine.execution import adapter_upload
 from kiln_engine.execution.adapter_store import AdapterRejected, AdapterRows, AdapterStore
-from kiln_nn.lora import Matrix, adapter_table, serialize_adapter
+from kiln_nn.config import ModelConfig
+from kiln_nn.lora import Matrix, adapter_table, mtp_table, serialize_adapter
 from kiln_nn.lora.parameters import LoraParameters
-from tests.support.lora_builders import random_lora
+from tests.support.lora_builders import random_lora, safetensors_of
 from tests.support.tiny_models import tiny_config
 
 AdapterSlots = tuple[tuple[int, float], ...]
 GREEDY = RowSampling(params=SamplingParams(temperature=0.0), output_index=0)
 ADAPTERS: dict[int, dict[str, Any]] = {
-    1: {"rank": 3, "seed": 5},
+    1: {"rank": 3, "seed": 5, "with_mtp": True},
     2: {"rank": 8, "seed": 6, "targets": "attention"},
     3: {"rank": 1, "seed": 7, "targets": ("down_proj", "in_proj_b", "k_proj")},
 }
@@ -29,7 +29,16 @@ FUSED = {
     "model.layers.3.mlp.gate_up_proj": ("gate_proj", "up_proj"),
     "model.layers.0.mlp.down_proj": ("down_proj",),
     "model.layers.0.linear_attn.out_proj": ("out_proj",),
+    "mtp.fc": ("fc",),
+    "mtp.layers.0.self_attn.qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "mtp.layers.0.self_attn.kv_proj": ("k_proj", "v_proj"),
+    "mtp.layers.0.mlp.down_proj": ("down_proj",),
 }
+
+
+def linear_layers(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """All that a store of an engine that drafts by the MTP layer has places for."""
+    return adapter_table(config) | mtp_table(config)
 
 
 def row(adapter_slots: AdapterSlots = ()) -> DecodeRow:
@@ -52,12 +61,17 @@ SLOTS: list[AdapterSlots] = [
 
 
 class Loaded:
-    """A store with three adapters, and their values."""
+    """A store with three adapters, of which one adapts the MTP layer, and their values."""
 
-    def __init__(self, device: str = "cpu") -> None:
+    def __init__(self, device: str = "cpu", *, with_mtp: bool = True) -> None:
         self.config = tiny_config(layer_types=(("linear_attention",) * 3 + ("full_attention",)))
         self.store = AdapterStore(
-            self.config, num_slots=4, max_rank=8, dtype=torch.float32, device=torch.device(device)
+            self.config,
+            num_slots=4,
+            max_rank=8,
+            dtype=torch.float32,
+            device=torch.device(device),
+            with_mtp=with_mtp,
         )
         self.loras = {slot: random_lora(self.config, **fields) for slot, fields in ADAPTERS.items()}
         for slot, lora in self.loras.items():
@@ -70,7 +84,7 @@ class Loaded:
 
     def expected(self, path: str, x_TI: torch.Tensor, slots: list[AdapterSlots]) -> torch.Tensor:
         """What is added, from the adapters themselves, one token at a time in float64."""
-        num_outputs = adapter_table(self.config)[path][1]
+        num_outputs = linear_layers(self.config)[path][1]
         out = torch.zeros(len(slots), num_outputs, dtype=torch.float64)
         for token, uses in enumerate(slots):
             for slot, scale in uses:
@@ -89,7 +103,7 @@ def loaded() -> Loaded:
 def check(loaded: Loaded, rows: AdapterRows, slots: list[AdapterSlots]) -> None:
     """All fused layers, whole and module by module; float32 sums in another order stay below 1e-5."""
     generator = torch.Generator().manual_seed(1)
-    table = adapter_table(loaded.config)
+    table = linear_layers(loaded.config)
     for fused_path, names in FUSED.items():
         paths = [f"{fused_path.rpartition('.')[0]}.{name}" for name in names]
         x_TI = torch.randn(len(slots), table[paths[0]][0], generator=generator)
@@ -166,16 +180,27 @@ def test_a_slot_keeps_nothing_of_the_adapter_before():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("with_mtp", [False, True])
 @pytest.mark.parametrize("file_dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_an_upload_puts_the_same_numbers_into_the_same_places(file_dtype, monkeypatch):
+def test_an_upload_puts_the_same_numbers_into_the_same_places(file_dtype, with_mtp, monkeypatch):
     """In many pieces, over the remains of another adapter, in the tables' format."""
     monkeypatch.setattr(adapter_upload, "_PIECE_BYTES", 40_000)
     config = tiny_config(layer_types=(("linear_attention",) * 3 + ("full_attention",)))
     stores = [
-        AdapterStore(config, num_slots=2, max_rank=8, dtype=torch.bfloat16, device=torch.device(device))
+        AdapterStore(
+            config,
+            num_slots=2,
+            max_rank=8,
+            dtype=torch.bfloat16,
+            device=torch.device(device),
+            with_mtp=with_mtp,
+        )
         for device in ("cpu", "cuda")
     ]
-    for fields in ({"rank": 8, "seed": 5}, {"rank": 3, "seed": 6, "targets": ("q_proj", "down_proj")}):
+    for fields in (
+        {"rank": 8, "seed": 5, "with_mtp": True},
+        {"rank": 3, "seed": 6, "targets": ("q_proj", "down_proj")},
+    ):
         lora = random_lora(config, **fields)
         tensors = {path: (a.to(file_dtype), b.to(file_dtype)) for path, (a, b) in lora.tensors().items()}
         config_json, adapter_bytes = serialize_adapter(tensors, lora.spec, "tiny")
@@ -184,7 +209,7 @@ def test_an_upload_puts_the_same_numbers_into_the_same_places(file_dtype, monkey
             store.stage(2, adapter_bytes, config_json)
             store.activate(2)
         rank = lora.spec.rank
-        for path in adapter_table(config):
+        for path in linear_layers(config) if with_mtp else adapter_table(config):
             on_cpu, on_gpu = (store._tables.places(rank)[path] for store in stores)
             for wanted, got in zip(on_cpu, on_gpu, strict=True):
                 assert torch.equal(got[1].cpu(), wanted[1]), path
@@ -195,17 +220,6 @@ def test_an_upload_puts_the_same_numbers_into_the_same_places(file_dtype, monkey
         stores[1].stage(2, safetensors_of(bad), config_json)
     with pytest.raises(KeyError):
         stores[1].activate(2)
-
-
-def safetensors_of(tensors: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> bytes:
-    """An adapter's file, whatever is in it."""
-    return save(
-        {
-            f"base_model.model.{path}.{side}.weight": values.contiguous()
-            for path, pair in tensors.items()
-            for side, values in zip(("lora_A", "lora_B"), pair, strict=True)
-        }
-    )
 
 
 def test_what_is_not_finite_or_of_mixed_formats_is_told_apart():
@@ -226,13 +240,14 @@ def test_what_is_not_finite_or_of_mixed_formats_is_told_apart():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_one_captured_graph_serves_any_mixture():
+@pytest.mark.parametrize("path", ["model.layers.3.self_attn.qkv_proj", "mtp.layers.0.self_attn.kv_proj"])
+def test_one_captured_graph_serves_any_mixture(path: str):
     loaded = Loaded("cuda")
-    path = "model.layers.3.self_attn.qkv_proj"
     paths = [f"{path.rpartition('.')[0]}.{name}" for name in FUSED[path]]
     static = loaded.store.static_rows(40)
-    x_TI = torch.randn(40, adapter_table(loaded.config)[paths[0]][0], device="cuda")
-    y_TO = torch.zeros(40, sum(adapter_table(loaded.config)[each][1] for each in paths), device="cuda")
+    table = linear_layers(loaded.config)
+    x_TI = torch.randn(40, table[paths[0]][0], device="cuda")
+    y_TO = torch.zeros(40, sum(table[each][1] for each in paths), device="cuda")
     loaded.store.add_(path, x_TI, y_TO, static.rows)  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -259,9 +274,10 @@ def test_one_captured_graph_serves_any_mixture():
     assert torch.equal(eager, seen[0][1][: len(SLOTS)])
 
 
-def test_matrices_of_the_mtp_layer_are_taken_and_change_no_answer():
-    """Whoever drafts may use them; the main model's layers get what they got without."""
-    stores = [Loaded(), Loaded()]
+@pytest.mark.parametrize("drafts", [False, True])
+def test_matrices_of_the_mtp_layer_are_taken_and_change_no_answer(drafts: bool):
+    """The main model's layers get what they got without."""
+    stores = [Loaded(with_mtp=drafts), Loaded(with_mtp=drafts)]
     fields = {"rank": 3, "seed": 5}
     for loaded, with_mtp in zip(stores, (False, True), strict=True):
         loaded.store.clear(1)
@@ -275,6 +291,18 @@ def test_matrices_of_the_mtp_layer_are_taken_and_change_no_answer():
             loaded.store.add_(path, x, y, loaded.store.rows_for(plan))
             results.append(y)
         assert torch.equal(*results), path
+
+
+def test_nothing_of_the_mtp_layer_is_kept_where_it_makes_no_drafts():
+    loaded = Loaded(with_mtp=False)
+    rows = loaded.store.rows_for(PLAN)
+    assert rows is not None
+    for path, (num_inputs, num_outputs) in mtp_table(loaded.config).items():
+        y_TO = torch.ones(len(SLOTS), num_outputs)
+        loaded.store.add_(path, torch.randn(len(SLOTS), num_inputs), y_TO, rows)
+        assert y_TO.eq(1).all()
+    widths = sum(map(sum, mtp_table(loaded.config).values()))
+    assert Loaded().store.num_bytes - loaded.store.num_bytes == 4 * 8 * widths * 4
 
 
 def test_pieces_of_a_file_leave_out_what_lies_between_them():

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from kiln_common.settings import ConfigurationError
-from kiln_engine import device_side
-from kiln_engine.device_side import DeviceNotAvailable, SettingsContradict, load_device_side
+from kiln_engine import device_choice
+from kiln_engine.device_choice import DeviceNotAvailable, SettingsContradict
+from kiln_engine.device_side import load_device_side
 from kiln_engine.settings import EngineSettings
 from tests.support.tiny_models import make_checkpoint
 
@@ -47,14 +48,14 @@ def test_batch_invariance_and_speculation_are_refused_together():
 
 
 def test_batch_invariance_is_refused_where_no_kernel_is_cut_alike_for_every_batch(monkeypatch):
-    cuda, check = torch.device("cuda"), device_side.check_batch_invariant
-    monkeypatch.setattr(device_side, "why_no_kernels", lambda _: None)
+    cuda, check = torch.device("cuda"), device_choice.check_batch_invariant
+    monkeypatch.setattr(device_choice, "why_no_kernels", lambda _: None)
     check(cuda, torch.bfloat16, 16)
     with pytest.raises(SettingsContradict, match="but the format is float16"):
         check(cuda, torch.float16, 16)
     with pytest.raises(SettingsContradict, match="but page_tokens is 4, not one of 8, 16, 32, 64"):
         check(cuda, torch.bfloat16, 4)
-    monkeypatch.setattr(device_side, "why_no_kernels", lambda _: "Triton is not installed")
+    monkeypatch.setattr(device_choice, "why_no_kernels", lambda _: "Triton is not installed")
     with pytest.raises(SettingsContradict, match="but Triton is not installed"):
         check(cuda, torch.bfloat16, 16)
     check(torch.device("cpu"), torch.float32, 4)

@@ -12,6 +12,7 @@ from kiln_engine.execution.adapter_tables import largest_matrix_bytes
 from kiln_engine.execution.adapter_upload import upload_block_bytes
 from kiln_engine.execution.memory_plan import MemoryRequest, NotEnoughMemory, plan_memory
 from kiln_engine.model import KvStore, StateStore
+from kiln_engine.model.carried_hidden import carried_slot_bytes
 from kiln_engine.model.page_table import PageTable
 from kiln_engine.model.store_shape import StoreShape
 from tests.support.tiny_models import SHAPES, tiny_config
@@ -56,17 +57,21 @@ PUBLISHED = {
 }
 
 
+@pytest.mark.parametrize("drafts", [False, True])
 @pytest.mark.parametrize("shape", list(SHAPES))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_plan_counts_the_bytes_that_are_allocated(shape: str, dtype: torch.dtype):
+def test_the_plan_counts_the_bytes_that_are_allocated(shape: str, dtype: torch.dtype, drafts: bool):
     config = tiny_config(**SHAPES[shape])
-    plan = plan_memory(config, REQUEST, dtype, free_bytes=2**30)
+    request = dataclasses.replace(REQUEST, drafts_by_mtp=drafts, max_draft_tokens=3 if drafts else 0)
+    plan = plan_memory(config, request, dtype, free_bytes=2**30)
     common = {"dtype": dtype, "device": CPU}
-    pages = KvStore(config, num_pages=plan.num_pages, page_tokens=16, **common)
-    states = StateStore(config, num_slots=plan.num_state_slots, page_tokens=16, **common)
-    adapters = AdapterStore(config, num_slots=3, max_rank=8, **common)
+    pages = KvStore(config, num_pages=plan.num_pages, page_tokens=16, num_mtp_layers=int(drafts), **common)
+    drafted = {"max_draft_tokens": plan.max_draft_tokens}
+    states = StateStore(config, num_slots=plan.num_state_slots, page_tokens=16, **drafted, **common)
+    adapters = AdapterStore(config, num_slots=3, max_rank=8, with_mtp=drafts, **common)
     assert plan.kv_bytes == pages.num_bytes
-    assert plan.state_bytes == states.num_bytes
+    carried = plan.num_state_slots * carried_slot_bytes(config, 3, dtype) if drafts else 0
+    assert plan.state_bytes == states.num_bytes + carried
     assert plan.adapter_bytes == adapters.num_bytes
     shape = StoreShape.of(page_tokens=16, max_model_len=512, num_state_slots=plan.num_state_slots)
     assert plan.page_table_bytes == PageTable(shape, CPU).num_bytes

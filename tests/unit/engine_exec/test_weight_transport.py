@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kiln_engine import device_side
+from kiln_engine import device_choice
 from kiln_nn.weights import vmm_memory
 
 GPU = torch.device("cuda", 0)
@@ -21,9 +21,9 @@ REASON = "cuMemCreate failed with CUDA_ERROR_NOT_PERMITTED (800)"
 )
 def test_handles_stand_in_for_descriptors_only_where_those_do_not_work(monkeypatch, choice, reason, expected):
     monkeypatch.setattr(vmm_memory, "why_not", lambda device: reason)
-    assert device_side._gpu_transport(choice, GPU) == expected
+    assert device_choice.gpu_transport(choice, GPU) == expected
 
 
 def test_a_cpu_is_not_asked(monkeypatch):
     monkeypatch.setattr(vmm_memory, "why_not", lambda device: pytest.fail("there is no driver to ask"))
-    assert device_side._gpu_transport("auto", torch.device("cpu")) == "vmm"
+    assert device_choice.gpu_transport("auto", torch.device("cpu")) == "vmm"

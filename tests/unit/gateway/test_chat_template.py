@@ -69,7 +69,7 @@ def test_thinking_that_the_next_turn_drops_is_not_stable(prompts):
         {"role": "assistant", "content": "", "reasoning_content": "I look.", "tool_calls": [call]},
         {"role": "tool", "content": "noon"},
     ]
-    prompt = prompts.render_chat(messages, tools=None, variables={})
+    prompt = prompts.render_chat(messages, tools=None, variables={"enable_thinking": True})
     stable = prompts.tokenizer.decode(prompt.token_ids[: prompt.num_stable_prefix_tokens])
     assert "I look." in prompts.tokenizer.decode(prompt.token_ids)
     assert stable == "<|im_start|>user\nHi<|im_end|>\n"
@@ -84,6 +84,15 @@ def test_leading_instructions_become_one_system_message(prompts):
     ]
     text = prompts.render_text(messages, add_generation_prompt=False, variables={})
     assert text.startswith("<|im_start|>system\nBe kind.\n\nBe brief.<|im_end|>\n")
+
+
+def test_the_demos_own_template_thinks_only_where_asked(prompts):
+    for variables, thinks in (
+        ({}, False),
+        ({"enable_thinking": False}, False),
+        ({"enable_thinking": True}, True),
+    ):
+        assert prompts.render_chat([USER], tools=None, variables=variables).starts_in_reasoning is thinks
 
 
 def test_requests_choose_thinking_and_cannot_replace_the_messages(prompts):

@@ -1,9 +1,12 @@
 """Several trainers of one queue: any that answers will do, and what is asked twice happens once."""
 
+import asyncio
+
 import pytest
 
 from kiln_common.errors import JobNotFound, QueueUnavailable, TrainerUnavailable
 from kiln_common.pb import trainer_pb2
+from kiln_gateway import trainer_pool
 from kiln_gateway.trainer_pool import TrainerPool
 
 
@@ -51,9 +54,25 @@ class Trainer:
         return trainer_pb2.TrainerStatus(trainer_id=self.name)
 
 
+class Hanging(Trainer):
+    """Is there, and says nothing."""
+
+    async def status(self):
+        await asyncio.Event().wait()
+
+
 @pytest.fixture
 def trainers():
     return [Trainer("first"), Trainer("second")]
+
+
+async def test_calls_begin_with_one_that_says_how_it_is(trainers, monkeypatch):
+    monkeypatch.setattr(trainer_pool, "STATUS_TIMEOUT_S", 0.05)
+    hanging = Hanging("hanging")
+    pool = TrainerPool([hanging, trainers[1]])
+    assert [status and status.trainer_id for status in await pool.statuses()] == [None, "second"]
+    assert await pool.get("job_1") == "second"
+    assert hanging.asked == []
 
 
 async def test_one_that_is_away_is_passed_over_until_the_other_is(trainers):

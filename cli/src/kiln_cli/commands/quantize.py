@@ -61,13 +61,16 @@ def quantize(
     The folder is in the format of compressed-tensors. See docs/quantization.md for what is lost and what
     stays as it is.
     """
-    from kiln_cli.quantize.calibration import read_documents
+    from kiln_cli.quantize.calibration import RECOMMENDED_TOKENS, check_length, read_documents
     from kiln_cli.quantize.process import quantise
     from kiln_cli.up.options import resolve_model
 
     folder, _ = resolve_model(model)
     chosen = method or (Method.GPTQ if calibration else Method.RTN)
     documents = read_documents(calibration.expanduser(), folder, max_tokens) if calibration else []
+    num_tokens = sum(map(len, documents))
+    if chosen is Method.GPTQ and calibration and (warning := check_length(num_tokens)):
+        session.out.note(f"warning: {warning}")
     request = {
         "folder": str(folder),
         "out": str(out.expanduser().absolute()),
@@ -81,7 +84,8 @@ def quantize(
         "folder": request["out"],
         "scheme": scheme.value,
         "method": chosen.value,
-        "calibration_tokens": sum(map(len, documents)),
+        "calibration_tokens": num_tokens,
+        "recommended_calibration_tokens": RECOMMENDED_TOKENS if chosen is Method.GPTQ else 0,
         "bytes": result["num_bytes"],
         "quantized_layers": result["num_quantised"],
         "plain_modules": result["plain_modules"],

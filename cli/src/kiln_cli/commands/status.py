@@ -11,7 +11,7 @@ from kiln_cli.session import SERVER, Session, command
 def register(app: typer.Typer) -> None:
     @command(app, "status", examples=["kiln status", "kiln status --json"], panel=SERVER)
     def status(session: Session) -> int:
-        """Say what a running server does: its model, engines, training and adapters.
+        """Say what a running server does: its model, training and adapters, and each engine's state, load and adapters.
 
         Exit code 0 when it can answer requests, also when a part of it is away; 3 when it cannot.
         """

@@ -6,12 +6,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from kiln_cli.errors import FileUnreadable, InvalidJsonl
+from kiln_cli.errors import CalibrationTooShort, FileUnreadable, InvalidJsonl
 from kiln_cli.train.jsonl import Row, read_rows
 from kiln_common.text.chat_template import ChatTemplate
 from kiln_common.text.tokenizer import TextTokenizer
 
 MAX_DOCUMENT_TOKENS = 2048
+# A few times as many as the inputs of the widest layer of a 4B model, 9,216: with fewer the inputs seen
+# span only a part of what the layer can read.
+RECOMMENDED_TOKENS = 32_768
 _FORMS = 'A line is {"text"}, {"messages"}, or {"prompt", "completion"}; other files are plain text.'
 
 
@@ -35,6 +38,22 @@ def read_documents(source: Path, model_folder: Path, max_tokens: int) -> list[li
         if num_left <= 0:
             break
     return documents
+
+
+def check_length(num_tokens: int) -> str | None:
+    """What is to be said of a GPTQ calibration text of that length; None where it is long enough.
+
+    Raises:
+        CalibrationTooShort: it is shorter than one sequence.
+    """
+    if num_tokens < MAX_DOCUMENT_TOKENS:
+        raise CalibrationTooShort(num_tokens, MAX_DOCUMENT_TOKENS, RECOMMENDED_TOKENS)
+    if num_tokens < RECOMMENDED_TOKENS:
+        return (
+            f"the calibration text has {num_tokens:,} tokens, {RECOMMENDED_TOKENS:,} or more are recommended:"
+            " with few, GPTQ fits the weights to just these"
+        )
+    return None
 
 
 def _texts(source: Path, model_folder: Path) -> Iterator[str]:

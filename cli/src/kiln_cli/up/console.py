@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -10,6 +11,10 @@ from rich.console import Console
 from rich.markup import escape
 
 _COLOURS = {"redis": "red", "registry": "magenta", "engine": "yellow", "trainer": "green", "gateway": "cyan"}
+# These let what they have begun end, or hand it on, when they are asked to stop.
+_DRAINED = {"engine", "gateway"}
+# SIGTERM or SIGINT while a service loads, met by Python or by kiln_common.stop_signals.
+_STOPPED_EARLY = {-signal.SIGTERM, -signal.SIGINT, 128 + signal.SIGTERM, 128 + signal.SIGINT}
 _LEVELS = {"warning", "error", "critical"}
 
 
@@ -44,8 +49,9 @@ class UpConsole:
         )
 
     def service_exited(self, name: str, code: int, delay_s: float) -> None:
-        how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
-        self._out.print(f"  [red]✗[/red] {_tag(name)} {how}; starting it again in {delay_s:g} s")
+        mark = "[red]✗[/red]" if is_failure(code) else "[yellow]↻[/yellow]"
+        how = how_it_ended(name, code)
+        self._out.print(f"  {mark} {_tag(name)} {how}; starting it again in {delay_s:g} s")
 
     def all_ready(self) -> None:
         if self._was_announced:
@@ -75,6 +81,20 @@ class UpConsole:
         level, text = _readable(line)
         if self._is_verbose or level in _LEVELS:
             self._out.print(f"  {service_line(name, text)}", soft_wrap=True)
+
+
+def is_failure(code: int) -> bool:
+    """Whether nobody asked for this end of a service."""
+    return code != 0 and code not in _STOPPED_EARLY
+
+
+def how_it_ended(name: str, code: int) -> str:
+    """What an exit code says, negative ones being signals."""
+    if code in _STOPPED_EARLY:
+        return "was stopped before it was ready"
+    if code == 0:
+        return "was drained and has ended" if name.partition("-")[0] in _DRAINED else "was stopped"
+    return f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
 
 
 def service_line(name: str, line: str) -> str:

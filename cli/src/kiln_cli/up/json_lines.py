@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from kiln_cli.up.console import UpConsole
+from kiln_cli.up.console import UpConsole, how_it_ended
 
 
 class UpJsonLines(UpConsole):
@@ -27,7 +27,8 @@ class UpJsonLines(UpConsole):
         _write("service_ready", service=name, seconds=round(seconds, 3), detail=detail)
 
     def service_exited(self, name: str, code: int, delay_s: float) -> None:
-        _write("service_exited", service=name, exit_code=code, restart_in_s=delay_s)
+        how = how_it_ended(name, code)
+        _write("service_exited", service=name, exit_code=code, how=how, restart_in_s=delay_s)
 
     def all_ready(self) -> None:
         if not self._was_announced:

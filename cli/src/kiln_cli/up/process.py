@@ -72,16 +72,20 @@ class SupervisedProcess:
             if self._is_stopping.is_set():
                 return
             started_at = loop.time()
-            code = await self._run_once()
+            code, has_served = await self._run_once()
             if self._is_stopping.is_set():
                 return
-            self.num_crashes = 1 if loop.time() - started_at > _STABLE_AFTER_S else self.num_crashes + 1
-            delay_s = _BACKOFF_S[min(self.num_crashes, len(_BACKOFF_S)) - 1]
+            if code == 0 and has_served:
+                self.num_crashes = 0  # somebody asked it to end
+            else:
+                self.num_crashes = 1 if loop.time() - started_at > _STABLE_AFTER_S else self.num_crashes + 1
+            delay_s = _BACKOFF_S[min(max(self.num_crashes, 1), len(_BACKOFF_S)) - 1]
             self._on_exit(self.spec.name, code, delay_s)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._is_stopping.wait(), delay_s)
 
-    async def _run_once(self) -> int:
+    async def _run_once(self) -> tuple[int, bool]:
+        """One life of the service: its exit code, and whether it was ever ready."""
         self._process = await asyncio.create_subprocess_exec(
             *self.spec.argv,
             env={**os.environ, "PYTHONUNBUFFERED": "1", **self.spec.env},
@@ -101,7 +105,7 @@ class SupervisedProcess:
         probe = asyncio.create_task(self._wait_until_ready())
         try:
             await self._pump_output(self._process)
-            return await self._process.wait()
+            return await self._process.wait(), self.is_ready.is_set()
         finally:
             probe.cancel()
             self.is_ready.clear()

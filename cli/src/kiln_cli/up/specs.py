@@ -201,9 +201,6 @@ def _gateway(options: UpOptions, name: str, address: Mapping[str, str], redis_ur
         "KILN_GATEWAY_REDIS_URL": redis_url,
         "KILN_GATEWAY_LOG_DIR": str(options.state_dir / "logs"),
     }
-    if options.is_demo_model:
-        # The demo model is too small to think before each answer; a request can still ask for it.
-        env.setdefault("KILN_GATEWAY_ENABLE_THINKING_DEFAULT", "false")
     return ServiceSpec(
         name=name,
         argv=_module("kiln_gateway"),

@@ -10,9 +10,9 @@ import structlog
 from kiln_common.ending import end_tasks
 from kiln_common.errors import KilnError
 from kiln_common.logs import configure_logs
-from kiln_common.rpc.server import wait_for_stop_signal
 from kiln_common.rpc.tls import configure_tls
 from kiln_common.settings import EXIT_DEVICE, ConfigurationError, exit_for_configuration, read_settings
+from kiln_common.stop_signals import end_on_stop_signals, wait_for_stop_signal
 from kiln_common.tracing import configure_tracing
 from kiln_engine.bootstrap import RunningEngine, start_engine
 from kiln_engine.device_side import load_device_side
@@ -47,6 +47,7 @@ async def _hand_back_on_signal(engine: RunningEngine) -> None:
 
 
 def main() -> None:
+    end_on_stop_signals()
     settings = read_settings(EngineSettings)
     configure_logs("engine", settings.log_level)
     configure_tracing("engine")

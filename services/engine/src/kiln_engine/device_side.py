@@ -5,23 +5,29 @@ from __future__ import annotations
 import os
 import secrets
 import time
-from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import structlog
 import torch
 
 from kiln_common.errors import KilnError
 from kiln_common.model_folder import find_model_folder
-from kiln_common.pb import common_pb2, engine_pb2
+from kiln_common.pb import engine_pb2
 from kiln_common.settings import ConfigurationError
-from kiln_common.text.vocabulary import vocabulary_hash
 from kiln_engine.bootstrap import EngineParts
-from kiln_engine.checkpoint_identity import model_name, stop_token_ids
+from kiln_engine.device_choice import (
+    SettingsContradict,
+    check_model,
+    check_settings,
+    choose_device,
+    gpu_transport,
+    has_kernels,
+)
 from kiln_engine.domain.batch_sizes import decode_ladder
 from kiln_engine.domain.device_memory import DeviceMemory
+from kiln_engine.engine_info import engine_info
 from kiln_engine.execution.free_memory import free_bytes_for_pools
 from kiln_engine.execution.memory_plan import MemoryPlan, MemoryRequest, NotEnoughMemory, plan_memory
 from kiln_engine.execution.runner import TorchRunner
@@ -30,14 +36,11 @@ from kiln_engine.load_progress import LoadProgress
 from kiln_engine.model.small_head import make_small_head
 from kiln_engine.scheduling import SchedulerLimits
 from kiln_engine.settings import EngineSettings
-from kiln_nn.blocks import head_weight
-from kiln_nn.config import ModelConfig
+from kiln_nn.blocks import Weights, head_weight
 from kiln_nn.errors import InvalidQuantization, KilnNnError
-from kiln_nn.kernels.dispatch import why_no_kernels
-from kiln_nn.lora import adapter_table, mtp_table
+from kiln_nn.kernels.quantised import QuantisedMatrix
 from kiln_nn.sharing import AdapterInbox, WeightServer, wait_for_old_leases
-from kiln_nn.weights import LoadedModel, WeightArena, load_checkpoint, vmm_memory
-from kiln_nn.weights.arena import GpuTransport
+from kiln_nn.weights import LoadedModel, WeightArena, load_checkpoint
 
 log = structlog.get_logger()
 
@@ -46,8 +49,6 @@ _CPU_KV_CACHE_TOKENS = 65_536
 _LEAST_MODEL_LEN = 4096
 # Of a prompt, where chunks are fixed: as long as a graph holds, and prompts are cached in such parts.
 _MOST_FIXED_CHUNK_TOKENS = 256
-_PAGES_OF_KERNELS = (8, 16, 32, 64)
-_OLDEST_FP8_CAPABILITY = (8, 9)
 _SOCKET_NAME = "weights.sock"
 _INBOX_NAME = "adapters.sock"
 
@@ -66,18 +67,6 @@ class SettingsUnfit(ConfigurationError):
     def __init__(self, error: KilnNnError) -> None:
         super().__init__(error.message, hint=error.hint)
         self.code = error.code
-
-
-class DeviceNotAvailable(ConfigurationError):
-    """The device that was asked for is not there."""
-
-    code = "device_not_available"
-    hint = "Leave --device (KILN_ENGINE_DEVICE) out to use the CPU."
-
-
-class SettingsContradict(ConfigurationError):
-    code = "settings_contradict"
-    hint = "Change the KILN_ENGINE_ settings that the message names, or leave them to the engine."
 
 
 class SharedArena:
@@ -103,6 +92,27 @@ class SharedArena:
         self._server.close()
 
 
+@dataclass(frozen=True)
+class LoadedWeights:
+    """The checkpoint on its device, and the sockets over which weights and adapters are handed over."""
+
+    folder: Path
+    model: LoadedModel
+    views: Weights
+    small_head: QuantisedMatrix | None
+    arena: SharedArena
+    inbox: AdapterInbox
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what is not quantised."""
+        return self.views["model.embed_tokens.weight"].dtype
+
+    @property
+    def num_bytes(self) -> int:
+        return self.model.manifest.nbytes + (self.small_head.nbytes if self.small_head else 0)
+
+
 def load_device_side(settings: EngineSettings) -> EngineParts:
     """Load the checkpoint, share its weights and allocate the pools. Takes as long as the disk does.
 
@@ -111,14 +121,37 @@ def load_device_side(settings: EngineSettings) -> EngineParts:
             wrong and what to do.
     """
     torch.set_num_threads(settings.num_threads)
-    device = _choose_device(settings.device)
-    if settings.kv_dtype == "fp8":
-        _check_fp8(device)
-    if settings.batch_invariant and settings.speculation != "none":
-        raise SettingsContradict(
-            "batch_invariant and speculation exclude each other: how far it guesses varies"
-        )
-    boot_id = secrets.token_hex(16)
+    device = choose_device(settings.device)
+    check_settings(settings, device)
+    weights = _load_weights(settings, device)
+    model, dtype = weights.model, weights.dtype
+    check_model(settings, model.config, device, dtype)
+    request = _memory_request(settings, model, device)
+    free_bytes = free_bytes_for_pools(device, settings.gpu_memory_fraction, weights.num_bytes)
+    memory = plan_memory(model.config, request, dtype, free_bytes)
+    limits = _limits(settings, request, memory)
+    has_graphs = request.has_kernels and settings.cuda_graphs
+    _log_plan(model, memory, limits, dtype, decode_ladder(memory.max_running) if has_graphs else [])
+    info = engine_info(
+        settings,
+        weights.folder,
+        model,
+        memory,
+        limits,
+        device=device,
+        dtype=dtype,
+        adapter_socket_path=weights.inbox.socket_path,
+    )
+    runner = _runner(settings, weights, memory)
+    if has_graphs:
+        _capture(runner)
+    grammars = _grammars(weights.folder, info, settings.grammar_time_limit_s)
+    usage = _device_memory(device, weights.num_bytes, memory)
+    return EngineParts(runner, runner.adapters, weights.arena, limits, info, weights.inbox, grammars, usage)
+
+
+def _load_weights(settings: EngineSettings, device: torch.device) -> LoadedWeights:
+    """Raises ModelNotLoaded, SettingsUnfit."""
     socket_path = settings.socket_dir / _SOCKET_NAME
     try:
         folder = find_model_folder(settings.model_path)
@@ -129,11 +162,11 @@ def load_device_side(settings: EngineSettings) -> EngineParts:
             device,
             settings.dtype,
             quantization=settings.quantization,
-            transport=_gpu_transport(settings.weight_transport, device),
-            boot_id=boot_id,
+            transport=gpu_transport(settings.weight_transport, device),
+            boot_id=secrets.token_hex(16),
             progress=LoadProgress(folder.name),
         )
-        weights = SharedArena(model.arena, socket_path)
+        arena = SharedArena(model.arena, socket_path)
         inbox = AdapterInbox(settings.socket_dir / _INBOX_NAME)
         views = model.arena.views()
         small_head = make_small_head(head_weight(model.config, views), settings.head_quantization)
@@ -141,17 +174,13 @@ def load_device_side(settings: EngineSettings) -> EngineParts:
         raise SettingsUnfit(error) from error
     except KilnNnError as error:
         raise ModelNotLoaded(error) from error
-    weights_bytes = model.manifest.nbytes + (small_head.nbytes if small_head else 0)
-    dtype = views["model.embed_tokens.weight"].dtype
-    if settings.batch_invariant:
-        check_batch_invariant(device, dtype, settings.page_tokens)
-    if settings.speculation == "mtp":
-        _check_mtp(model.config)
-    request = _memory_request(settings, model, device)
-    free_bytes = free_bytes_for_pools(device, settings.gpu_memory_fraction, weights_bytes)
-    memory = plan_memory(model.config, request, dtype, free_bytes)
+    return LoadedWeights(folder, model, views, small_head, arena, inbox)
+
+
+def _limits(settings: EngineSettings, request: MemoryRequest, memory: MemoryPlan) -> SchedulerLimits:
+    """Raises SettingsContradict."""
     try:
-        limits = SchedulerLimits(
+        return SchedulerLimits(
             num_pages=memory.num_pages,
             num_state_slots=memory.num_state_slots,
             max_model_len=request.max_model_len,
@@ -164,37 +193,18 @@ def load_device_side(settings: EngineSettings) -> EngineParts:
         )
     except ValueError as error:
         raise SettingsContradict(str(error)) from error
-    has_graphs = request.has_kernels and settings.cuda_graphs
-    _log_plan(model, memory, limits, dtype, decode_ladder(memory.max_running) if has_graphs else [])
-    info = engine_pb2.EngineInfo(
-        base_model=_base_model(settings, folder, model, limits),
-        boot_id=boot_id,
-        device=str(device),
-        dtype=str(dtype).removeprefix("torch."),
-        page_tokens=memory.page_tokens,
-        num_pages=memory.num_pages,
-        num_state_slots=memory.num_state_slots,
-        num_adapter_slots=memory.num_adapter_slots,
-        max_adapter_rank=memory.max_adapter_rank,
-        max_running=limits.num_most_running,
-        adapter_socket_path=str(inbox.socket_path),
-        weights_scheme=model.scheme or "",
-        speculation="" if settings.speculation == "none" else settings.speculation,
-    )
-    runner = TorchRunner(
-        model.config,
-        views,
+
+
+def _runner(settings: EngineSettings, weights: LoadedWeights, memory: MemoryPlan) -> TorchRunner:
+    return TorchRunner(
+        weights.model.config,
+        weights.views,
         memory,
-        small_head=small_head,
+        small_head=weights.small_head,
         is_batch_invariant=settings.batch_invariant,
         mtp_hidden=settings.mtp_hidden,
         draft_vocab_tokens=settings.draft_vocab_tokens or None,
     )
-    if has_graphs:
-        _capture(runner)
-    grammars = _grammars(folder, info, settings.grammar_time_limit_s)
-    usage = _device_memory(device, weights_bytes, memory)
-    return EngineParts(runner, runner.adapters, weights, limits, info, inbox, grammars, usage)
 
 
 def _device_memory(device: torch.device, weights_bytes: int, memory: MemoryPlan) -> DeviceMemory:
@@ -249,26 +259,6 @@ def is_out_of_memory(error: BaseException | None) -> bool:
     return False
 
 
-def _choose_device(choice: str) -> torch.device:
-    if choice == "cpu" or (choice == "auto" and not torch.cuda.is_available()):
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        why = "PyTorch sees no GPU" if torch.version.cuda else "the installed PyTorch is built for CPUs only"
-        raise DeviceNotAvailable(f"the device {choice} was asked for, but {why}")
-    return torch.device("cuda", 0)
-
-
-def _gpu_transport(choice: Literal["auto", "vmm", "legacy"], device: torch.device) -> GpuTransport:
-    """How the arena will be mapped; legacy handles only where asked for, or where descriptors do not work."""
-    if choice != "auto" or device.type == "cpu":
-        return "legacy" if choice == "legacy" else "vmm"
-    reason = vmm_memory.why_not(device)
-    if reason is None:
-        return "vmm"
-    log.warning("weights_not_protected", reason=reason, effect="the trainer maps them by a legacy handle")
-    return "legacy"
-
-
 def _memory_request(settings: EngineSettings, model: LoadedModel, device: torch.device) -> MemoryRequest:
     is_cpu = device.type == "cpu"
     longest = model.config.max_position_embeddings
@@ -286,92 +276,16 @@ def _memory_request(settings: EngineSettings, model: LoadedModel, device: torch.
         kv_cache_tokens=settings.kv_cache_tokens or (_CPU_KV_CACHE_TOKENS if is_cpu else 0),
         state_dtype=torch.bfloat16 if settings.state_dtype == "bfloat16" else torch.float32,
         kv_dtype=torch.float8_e4m3fn if settings.kv_dtype == "fp8" else None,
-        has_kernels=_has_kernels(device),
+        has_kernels=has_kernels(device),
         has_quantised_weights=model.scheme is not None,
         has_quantised_head=settings.head_quantization != "none",
     )
-
-
-def _check_mtp(config: ModelConfig) -> None:
-    """Raises SettingsContradict where the checkpoint has no such layer, or several."""
-    if config.num_mtp_layers != 1:
-        raise SettingsContradict(
-            f"speculation is mtp, which needs one multi-token-prediction layer; the checkpoint has"
-            f" {config.num_mtp_layers or 'none'}. ngram needs none"
-        )
-
-
-def _check_fp8(device: torch.device) -> None:
-    """Raises SettingsContradict where no kernel reads keys and values in fp8."""
-    if device.type == "cpu":
-        raise SettingsContradict("kv_dtype is fp8, which needs a GPU, and the device is the CPU")
-    capability = torch.cuda.get_device_capability(device)
-    if capability < _OLDEST_FP8_CAPABILITY:
-        has, needed = (".".join(map(str, pair)) for pair in (capability, _OLDEST_FP8_CAPABILITY))
-        raise SettingsContradict(
-            f"kv_dtype is fp8, which needs compute capability {needed}; the GPU has {has}"
-        )
-
-
-def check_batch_invariant(device: torch.device, dtype: torch.dtype, page_tokens: int) -> None:
-    """Raises SettingsContradict where no kernels are that cut every batch alike; a CPU needs none."""
-    if device.type == "cpu":
-        return
-    why = why_no_kernels(device)
-    if why is None and dtype is not torch.bfloat16:
-        why = f"the format is {str(dtype).removeprefix('torch.')}"
-    if why is None and page_tokens not in _PAGES_OF_KERNELS:
-        why = f"page_tokens is {page_tokens}, not one of {', '.join(map(str, _PAGES_OF_KERNELS))}"
-    if why is not None:
-        raise SettingsContradict(f"batch_invariant needs the kernels for bfloat16 on a GPU, but {why}")
 
 
 def fixed_chunk_tokens(memory: MemoryPlan) -> int:
     """The most tokens, up to a bound, that are whole pages and fit a step in which everybody decodes."""
     fitting = min(_MOST_FIXED_CHUNK_TOKENS, memory.step_token_budget - memory.max_running)
     return max(fitting // memory.page_tokens, 1) * memory.page_tokens
-
-
-def _has_kernels(device: torch.device) -> bool:
-    if device.type == "cpu":
-        return False
-    reason = why_no_kernels(device)
-    if reason is not None:
-        log.warning(
-            "kernels_unavailable", reason=reason, effect="steps run on the references, many times slower"
-        )
-    return reason is None
-
-
-def _base_model(
-    settings: EngineSettings, folder: Path, model: LoadedModel, limits: SchedulerLimits
-) -> common_pb2.BaseModel:
-    return common_pb2.BaseModel(
-        model_id=settings.served_model_name or model_name(settings.model_path, folder),
-        model_hash=model.manifest.model_hash,
-        vocab_size=model.config.vocab_size,
-        max_model_len=limits.max_num_tokens,
-        eos_token_ids=stop_token_ids(folder, model.config.eos_token_ids),
-        adaptable_modules=_modules(adapter_table(model.config)),
-        vocabulary_hash=_vocabulary_hash(folder),
-        draft_modules=_modules(mtp_table(model.config)),
-    )
-
-
-def _modules(table: Mapping[str, tuple[int, int]]) -> list[common_pb2.AdaptableModule]:
-    return [
-        common_pb2.AdaptableModule(path=path, in_features=inputs, out_features=outputs)
-        for path, (inputs, outputs) in table.items()
-    ]
-
-
-def _vocabulary_hash(folder: Path) -> str:
-    """Without it the model can serve, and neither teach another engine's nor learn from it."""
-    try:
-        return vocabulary_hash(folder)
-    except (ValueError, OSError) as error:
-        log.warning("vocabulary_unknown", reason=str(error))
-        return ""
 
 
 def _log_plan(
@@ -384,6 +298,13 @@ def _log_plan(
     if model.unquantised_layers:
         layers = model.unquantised_layers
         log.warning("layers_not_quantised", scheme=model.scheme, count=len(layers), first=layers[0])
+    if model.scheme and model.manifest.device_id == "cpu":
+        log.warning(
+            "quantised_weights_slow",
+            scheme=model.scheme,
+            effect="on a CPU each product makes its matrix whole again, many times slower than plain weights",
+            hint="serve the plain checkpoint here, without --quantization; docs/quantization.md has figures",
+        )
     log.info(
         "memory_plan",
         weights_mib=model.manifest.nbytes >> 20,

@@ -31,9 +31,11 @@ export interface Requests {
 }
 
 export interface EngineStatus {
+  id: string;
   status: string;
   boot_id?: string;
   device?: string;
+  device_id?: string;
   dtype?: string;
   max_model_len?: number;
   max_running?: number;

@@ -11,6 +11,7 @@ from kiln_common.errors import KilnError
 from kiln_common.logs import configure_logs
 from kiln_common.rpc.tls import configure_tls
 from kiln_common.settings import ConfigurationError, exit_for_configuration, read_settings
+from kiln_common.stop_signals import end_on_stop_signals, ignore_stop_signals
 from kiln_common.tracing import configure_tracing
 from kiln_gateway.app import create_app
 from kiln_gateway.bootstrap import open_clients
@@ -35,10 +36,12 @@ async def serve(settings: GatewaySettings) -> None:
             model_path=settings.model_path,
             has_api_keys=bool(settings.api_keys or settings.api_keys_file),
         )
+        ignore_stop_signals()  # but for uvicorn's own handlers, while it serves
         await server.serve(open_listeners(settings))
 
 
 def main() -> int:
+    end_on_stop_signals()
     settings = read_settings(GatewaySettings)
     configure_logs("gateway", settings.log_level)
     configure_tracing("gateway")

@@ -7,13 +7,12 @@ import builtins
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import TypeVar
 
-from kiln_common.clients.trainer import TrainerClient
+from kiln_common.clients.trainer import STATUS_TIMEOUT_S, TrainerClient
 from kiln_common.errors import KilnError, TrainerUnavailable
 from kiln_common.ids import new_id
 from kiln_common.pb import trainer_pb2
 from kiln_gateway.ports import closing
 
-STATUS_TIMEOUT_S = 2.0
 T = TypeVar("T")
 
 
@@ -75,8 +74,15 @@ class TrainerPool:
         return await self._ask(lambda trainer: trainer.status())
 
     async def statuses(self) -> builtins.list[trainer_pb2.TrainerStatus | None]:
-        """What each says of itself, in their order; None for one that does not answer."""
-        return await asyncio.gather(*map(_status_or_none, self._trainers))
+        """What each says of itself, in their order; None for one that does not answer.
+
+        Calls to come begin with one that does.
+        """
+        chosen = self._chosen
+        found = await asyncio.gather(*map(_status_or_none, self._trainers))
+        if found[chosen] is None and any(found):
+            self._pass_over(chosen)
+        return found
 
     async def _ask(self, call: Callable[[TrainerClient], Awaitable[T]]) -> T:
         num_silent = 0

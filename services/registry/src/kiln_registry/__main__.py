@@ -9,9 +9,9 @@ import structlog
 
 from kiln_common.errors import KilnError
 from kiln_common.logs import configure_logs
-from kiln_common.rpc.server import wait_for_stop_signal
 from kiln_common.rpc.tls import configure_tls
 from kiln_common.settings import ConfigurationError, exit_for_configuration, read_settings
+from kiln_common.stop_signals import end_on_stop_signals, wait_for_stop_signal
 from kiln_common.tracing import configure_tracing
 from kiln_registry.bootstrap import start_registry
 from kiln_registry.settings import RegistrySettings
@@ -29,6 +29,7 @@ async def serve(settings: RegistrySettings) -> None:
 
 
 def main() -> None:
+    end_on_stop_signals()
     settings = read_settings(RegistrySettings)
     configure_logs("registry", settings.log_level)
     configure_tracing("registry")

@@ -10,9 +10,9 @@ import structlog
 import torch
 
 from kiln_common.logs import configure_logs
-from kiln_common.rpc.server import wait_for_stop_signal
 from kiln_common.rpc.tls import configure_tls
 from kiln_common.settings import EXIT_DEVICE, ConfigurationError, exit_for_configuration, read_settings
+from kiln_common.stop_signals import end_on_stop_signals, wait_for_stop_signal
 from kiln_common.tracing import configure_tracing
 from kiln_trainer.bootstrap import RunningTrainer, start_trainer
 from kiln_trainer.domain.errors import DeviceBroken
@@ -50,6 +50,7 @@ async def _worker_death(trainer: RunningTrainer) -> None:
 
 
 def main() -> None:
+    end_on_stop_signals()
     settings = read_settings(TrainerSettings)
     configure_logs("trainer", settings.log_level)
     configure_tracing("trainer")

@@ -12,17 +12,22 @@ from kiln_common.errors import TrainerUnavailable
 from kiln_common.pb import trainer_pb2, trainer_pb2_grpc
 from kiln_common.rpc import from_rpc_error, open_channel
 
+STATUS_TIMEOUT_S = 2.0
+
 
 class TrainerClient:
     """Typed calls to one trainer; errors come back as KilnError with the trainer's code.
 
-    Every call may raise TrainerUnavailable, and queue_unavailable while Redis is away.
+    Every call may raise TrainerUnavailable, and queue_unavailable while Redis is away. `timeout_s` bounds
+    what changes a job, `read_timeout_s` what only asks: longer than a trainer waits for Redis (5 s), so
+    that it can say which of the two is away.
     """
 
-    def __init__(self, address: str, *, timeout_s: float = 15.0) -> None:
+    def __init__(self, address: str, *, timeout_s: float = 15.0, read_timeout_s: float = 6.0) -> None:
         self._channel = open_channel(address)
         self._stub = trainer_pb2_grpc.TrainerStub(self._channel)
         self._timeout_s = timeout_s
+        self._read_timeout_s = min(read_timeout_s, timeout_s)
 
     async def close(self) -> None:
         await self._channel.close()
@@ -33,7 +38,7 @@ class TrainerClient:
 
     async def get(self, job_id: str) -> trainer_pb2.Job:
         """One job with its history. Raises job_not_found."""
-        return await self._call(self._stub.GetJob, trainer_pb2.GetJobRequest(id=job_id))
+        return await self._ask(self._stub.GetJob, trainer_pb2.GetJobRequest(id=job_id))
 
     async def list(
         self, limit: int = 0, statuses: Sequence[str] = (), owner: str | None = None
@@ -43,11 +48,11 @@ class TrainerClient:
         `statuses` and `owner` narrow them down; none of either means all.
         """
         request = trainer_pb2.ListJobsRequest(limit=limit, statuses=statuses, owner=owner)
-        return [*(await self._call(self._stub.ListJobs, request)).jobs]
+        return [*(await self._ask(self._stub.ListJobs, request)).jobs]
 
     async def queue(self) -> builtins.list[trainer_pb2.Job]:
         """Running jobs, then queued ones in the order in which they will run."""
-        answer = await self._call(self._stub.ListQueue, trainer_pb2.ListQueueRequest())
+        answer = await self._ask(self._stub.ListQueue, trainer_pb2.ListQueueRequest())
         return [*answer.jobs]
 
     async def retry(self, request: trainer_pb2.RetryJobRequest) -> trainer_pb2.Job:
@@ -78,10 +83,15 @@ class TrainerClient:
             call.cancel()
 
     async def status(self) -> trainer_pb2.TrainerStatus:
-        return await self._call(self._stub.GetStatus, trainer_pb2.GetTrainerStatusRequest())
+        """What it does now, within STATUS_TIMEOUT_S: a trainer that works says so at once."""
+        request = trainer_pb2.GetTrainerStatusRequest()
+        return await self._call(self._stub.GetStatus, request, min(STATUS_TIMEOUT_S, self._read_timeout_s))
 
-    async def _call(self, method: Any, request: Any) -> Any:
+    async def _ask(self, method: Any, request: Any) -> Any:
+        return await self._call(method, request, self._read_timeout_s)
+
+    async def _call(self, method: Any, request: Any, timeout_s: float = 0.0) -> Any:
         try:
-            return await method(request, timeout=self._timeout_s)
+            return await method(request, timeout=timeout_s or self._timeout_s)
         except grpc.RpcError as error:
             raise from_rpc_error(error, "trainer", TrainerUnavailable) from error

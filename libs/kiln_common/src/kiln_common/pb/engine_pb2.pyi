@@ -195,7 +195,7 @@ class GetInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class EngineInfo(_message.Message):
-    __slots__ = ("base_model", "boot_id", "device", "dtype", "page_tokens", "num_pages", "num_state_slots", "num_adapter_slots", "max_adapter_rank", "max_running", "adapter_socket_path", "weights_scheme", "speculation")
+    __slots__ = ("base_model", "boot_id", "device", "dtype", "page_tokens", "num_pages", "num_state_slots", "num_adapter_slots", "max_adapter_rank", "max_running", "adapter_socket_path", "weights_scheme", "speculation", "device_id")
     BASE_MODEL_FIELD_NUMBER: _ClassVar[int]
     BOOT_ID_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
@@ -209,6 +209,7 @@ class EngineInfo(_message.Message):
     ADAPTER_SOCKET_PATH_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_SCHEME_FIELD_NUMBER: _ClassVar[int]
     SPECULATION_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_ID_FIELD_NUMBER: _ClassVar[int]
     base_model: _common_pb2.BaseModel
     boot_id: str
     device: str
@@ -222,7 +223,8 @@ class EngineInfo(_message.Message):
     adapter_socket_path: str
     weights_scheme: str
     speculation: str
-    def __init__(self, base_model: _Optional[_Union[_common_pb2.BaseModel, _Mapping]] = ..., boot_id: _Optional[str] = ..., device: _Optional[str] = ..., dtype: _Optional[str] = ..., page_tokens: _Optional[int] = ..., num_pages: _Optional[int] = ..., num_state_slots: _Optional[int] = ..., num_adapter_slots: _Optional[int] = ..., max_adapter_rank: _Optional[int] = ..., max_running: _Optional[int] = ..., adapter_socket_path: _Optional[str] = ..., weights_scheme: _Optional[str] = ..., speculation: _Optional[str] = ...) -> None: ...
+    device_id: str
+    def __init__(self, base_model: _Optional[_Union[_common_pb2.BaseModel, _Mapping]] = ..., boot_id: _Optional[str] = ..., device: _Optional[str] = ..., dtype: _Optional[str] = ..., page_tokens: _Optional[int] = ..., num_pages: _Optional[int] = ..., num_state_slots: _Optional[int] = ..., num_adapter_slots: _Optional[int] = ..., max_adapter_rank: _Optional[int] = ..., max_running: _Optional[int] = ..., adapter_socket_path: _Optional[str] = ..., weights_scheme: _Optional[str] = ..., speculation: _Optional[str] = ..., device_id: _Optional[str] = ...) -> None: ...
 
 class ResidentAdapter(_message.Message):
     __slots__ = ("adapter", "slot", "num_pins")

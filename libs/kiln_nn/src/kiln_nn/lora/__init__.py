@@ -5,6 +5,7 @@ from kiln_nn.lora.adapter_layout import (
     AdapterLayout,
     Matrix,
     file_header,
+    in_file_order,
     read_layout,
 )
 from kiln_nn.lora.peft_format import (
@@ -27,6 +28,7 @@ __all__ = [
     "Matrix",
     "adapter_table",
     "file_header",
+    "in_file_order",
     "lora_shapes",
     "mtp_table",
     "parse_adapter",

@@ -66,38 +66,38 @@ class AdapterLayout:
     @cached_property
     def dtype(self) -> torch.dtype | None:
         """The number format of all matrices; None when they have several."""
-        found = {matrix.dtype for matrix in self._all_in_file_order}
+        found = {matrix.dtype for matrix in self._in_file_order}
         return found.pop() if len(found) == 1 else None
 
     @cached_property
-    def in_file_order(self) -> list[Matrix]:
-        """The main model's matrices."""
-        return _by_start(self.matrices.values())
+    def pairs(self) -> Mapping[str, tuple[Matrix, Matrix]]:
+        """All of them: the main model's, then those of the multi-token-prediction layers."""
+        return {**self.matrices, **self.mtp_matrices}
 
     @cached_property
-    def _all_in_file_order(self) -> list[Matrix]:
-        return _by_start((*self.matrices.values(), *self.mtp_matrices.values()))
+    def _in_file_order(self) -> list[Matrix]:
+        return in_file_order(self.pairs.values())
 
     def views(self, file_u8: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """Every matrix as a tensor over the file's bytes; copied where they are not aligned."""
         data_u8 = file_u8[self.data_start :]
-        pairs = {**self.matrices, **self.mtp_matrices}
-        return {path: (_view(a, data_u8), _view(b, data_u8)) for path, (a, b) in pairs.items()}
+        return {path: (_view(a, data_u8), _view(b, data_u8)) for path, (a, b) in self.pairs.items()}
 
     def check_values(self, file_u8: torch.Tensor) -> None:
         """Raises InvalidAdapter if a number is NaN or infinite; names its matrix."""
         data_u8 = file_u8[self.data_start :]
-        matrices = self._all_in_file_order
+        matrices = self._in_file_order
         if self.dtype is not None:  # the common case, in one pass
             first, last = matrices[0], matrices[-1]
             num_items = (last.start + last.nbytes - first.start) // first.dtype.itemsize
             matrices = [Matrix("", first.start, (num_items,), first.dtype)]
         if not all(_is_finite(_view(matrix, data_u8)) for matrix in matrices):
-            bad = (m.name for m in self._all_in_file_order if not _is_finite(_view(m, data_u8)))
+            bad = (m.name for m in self._in_file_order if not _is_finite(_view(m, data_u8)))
             raise InvalidAdapter(f"{next(bad)} holds NaN or infinity")
 
 
-def _by_start(pairs: Iterable[tuple[Matrix, Matrix]]) -> list[Matrix]:
+def in_file_order(pairs: Iterable[tuple[Matrix, Matrix]]) -> list[Matrix]:
+    """Both matrices of each pair, by where they lie."""
     return sorted(chain.from_iterable(pairs), key=lambda matrix: matrix.start)
 
 

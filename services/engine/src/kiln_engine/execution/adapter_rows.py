@@ -71,9 +71,9 @@ def _runs_of(plan: BatchPlan, num_lines: int) -> Iterator[tuple[tuple[tuple[int,
         yield chunk.adapter_slots, len(chunk.token_ids)
 
 
-def num_pass_tokens(plan: BatchPlan) -> int:
-    """Tokens of the plan's pass, padding lines included."""
-    return sum(num_tokens for _, num_tokens in _runs_of(plan, 0))
+def num_pass_tokens(plan: BatchPlan, num_lines: int = 0) -> int:
+    """Tokens of the plan's pass, padding lines included; `num_lines` as in `groups_of`."""
+    return sum(num_tokens for _, num_tokens in _runs_of(plan, num_lines))
 
 
 def _uses(
@@ -142,7 +142,8 @@ class StaticLoraRows:
 
         Returns: whether any token uses an adapter.
         """
-        assert plan.num_tokens <= self._num_tokens, (plan.num_tokens, self._num_tokens)
+        num_tokens = num_pass_tokens(plan, num_lines)
+        assert num_tokens <= self._num_tokens, (num_tokens, self._num_tokens)
         groups = self._groups_of(plan, num_lines)
         words = pack_groups(groups, self._shape)
         number, self._next = self._next, (self._next + 1) % len(self._host)

@@ -64,6 +64,9 @@ class AdapterRankTooHigh(InvalidRequest):
 class AdapterStore:
     """A and B of `num_slots` adapters for every linear layer; slot 0 is the base model.
 
+    `with_mtp`: for those of the multi-token-prediction layer as well, which makes the drafts. Otherwise an
+    adapter's matrices for it have their names and shapes checked, and are left aside.
+
     Slots are numbered 1 to `num_slots`. `stage` may run on any thread because it writes only to a
     slot that no step reads; everything else belongs to the loop thread.
     """
@@ -76,6 +79,7 @@ class AdapterStore:
         max_rank: int,
         dtype: torch.dtype,
         device: torch.device,
+        with_mtp: bool = False,
         is_batch_invariant: bool = False,
     ) -> None:
         self.num_slots = num_slots
@@ -83,11 +87,11 @@ class AdapterStore:
         self._config = config
         self._device = device
         self._is_batch_invariant = is_batch_invariant
-        self._tables = AdapterTables(config, num_slots, max_rank, dtype, device)
+        self._tables = AdapterTables(config, num_slots, max_rank, dtype, device, with_mtp=with_mtp)
         self._stacks = AdapterStacks(self._tables)
         self._uploader: AdapterUploader | None = None
         if self._tables.uses_kernel:
-            largest = largest_matrix_bytes(config, max_rank)
+            largest = largest_matrix_bytes(config, max_rank, with_mtp=with_mtp)
             self._uploader = AdapterUploader(self._tables.places, largest, device)
         # Every version of an adapter has the same header.
         self._read_layout = lru_cache(maxsize=8)(self._read_layout_anew)
@@ -124,7 +128,7 @@ class AdapterStore:
             raise AdapterRejected(error) from error
         digest = hashlib.sha256(adapter_bytes).hexdigest() if self._is_batch_invariant else ""
         self._staged[slot] = ResidentAdapter(
-            layout.spec.rank, layout.spec.scaling, frozenset(layout.matrices), digest
+            layout.spec.rank, layout.spec.scaling, frozenset(layout.pairs), digest
         )
 
     def activate(self, slot: int) -> None:
@@ -138,18 +142,19 @@ class AdapterStore:
         if self._resident.pop(slot, None):
             self._stacks.forget(slot)
 
-    def rows_for(self, plan: BatchPlan) -> AdapterRows | None:
+    def rows_for(self, plan: BatchPlan, num_lines: int = 0) -> AdapterRows | None:
         """Which adapters the plan's tokens use, decode rows first, brought to the device in one copy.
 
-        None if no token uses any: then there is nothing to add.
+        Verify rows have `num_lines` each, or as many as the longest. None if no token uses any: then there is
+        nothing to add.
         """
-        groups = self._groups_of(plan)
+        groups = self._groups_of(plan, num_lines)
         if not groups:
             return None
         if self._tables.uses_kernel:
             return lora_rows(groups, self._device, is_batch_invariant=self._is_batch_invariant)
         place = (self._device, self._tables.dtype)
-        return StackedRows(num_pass_tokens(plan), groups, self._stacks, self._resident, place)
+        return StackedRows(num_pass_tokens(plan, num_lines), groups, self._stacks, self._resident, place)
 
     def static_rows(self, num_tokens: int) -> StaticLoraRows:
         """Rows in fixed device memory for CUDA graphs of up to so many tokens; they begin empty."""

@@ -3,7 +3,8 @@
 The linear layers that read the same input are one for the engine (their weights' rows are back to
 back), so their adapters lie side by side too: A module after module, B rank by rank over the
 outputs of all modules. An adapter that lacks a module has zeros there; beyond its rank nothing is
-read.
+read. Where drafts are made by the model's multi-token-prediction layer, its linear layers are among them:
+an adapter that brings no matrices for them drafts with the layer as the base model has it.
 
 Legend: `S` slots (the first is slot 1), `N` modules of a fused layer, `R` the tables' rank, `Q` =
 `N R`, `I`/`O` inputs and outputs, `r` an adapter's rank.
@@ -11,27 +12,30 @@ Legend: `S` slots (the first is slot 1), `N` modules of a fused layer, `R` the t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
 
+from kiln_engine.model.linears import KEYS_AND_VALUES
 from kiln_nn.config import ModelConfig
 from kiln_nn.kernels.dispatch import takes_triton
-from kiln_nn.lora import adapter_table
+from kiln_nn.lora import adapter_table, mtp_table
 from kiln_nn.weights.names import expected_tensors
 
 
-def adapter_slot_bytes(config: ModelConfig, max_rank: int, dtype: torch.dtype) -> int:
-    """Bytes of one adapter slot."""
-    widths = sum(inputs + outputs for inputs, outputs in adapter_table(config).values())
+def adapter_slot_bytes(
+    config: ModelConfig, max_rank: int, dtype: torch.dtype, *, with_mtp: bool = False
+) -> int:
+    """Bytes of one adapter slot; `with_mtp`: also of what adapts the multi-token-prediction layer."""
+    widths = sum(inputs + outputs for inputs, outputs in _linear_layers(config, with_mtp).values())
     return max_rank * widths * dtype.itemsize
 
 
-def largest_matrix_bytes(config: ModelConfig, max_rank: int) -> int:
-    """Bytes of the largest A or B that a file may hold."""
-    return max_rank * max(map(max, adapter_table(config).values())) * torch.float32.itemsize
+def largest_matrix_bytes(config: ModelConfig, max_rank: int, *, with_mtp: bool = False) -> int:
+    """Bytes of the largest A or B that an upload takes from a file."""
+    return max_rank * max(map(max, _linear_layers(config, with_mtp).values())) * torch.float32.itemsize
 
 
 @dataclass(frozen=True)
@@ -52,16 +56,26 @@ class AdaptedLinear:
 
 
 class AdapterTables:
-    """A and B of `num_slots` adapters for every linear layer, by its fused or by its own path."""
+    """A and B of `num_slots` adapters for every linear layer, by its fused or by its own path.
+
+    `with_mtp`: also for those of the multi-token-prediction layer.
+    """
 
     def __init__(
-        self, config: ModelConfig, num_slots: int, max_rank: int, dtype: torch.dtype, device: torch.device
+        self,
+        config: ModelConfig,
+        num_slots: int,
+        max_rank: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        with_mtp: bool = False,
     ) -> None:
         self.dtype, self.device = dtype, device
         self._max_rank = max_rank
         self._fused: dict[str, AdaptedLinear] = {}
         self._modules: dict[str, AdaptedLinear] = {}
-        for fused_path, modules in _modules_by_fused(config).items():
+        for fused_path, modules in _modules_by_fused(config, with_mtp).items():
             ((num_inputs, _), *_) = modules.values()
             bounds = (0, *accumulate(num_outputs for _, num_outputs in modules.values()))
             a_SQI = torch.zeros(num_slots, len(modules) * max_rank, num_inputs, dtype=dtype, device=device)
@@ -69,8 +83,8 @@ class AdapterTables:
             fused = AdaptedLinear(frozenset(modules), bounds, a_SQI, b_SRO)
             self._fused[fused_path] = fused
             for number, path in enumerate(modules):
-                self._modules[path] = self._slice(path, fused, number)
-        self._by_path = {**self._modules, **self._fused}
+                self._modules[path] = self._slice(fused, number, (path,))
+        self._by_path = {**self._modules, **self._fused, **self._keys_and_values(config)}
 
     @property
     def num_bytes(self) -> int:
@@ -104,19 +118,37 @@ class AdapterTables:
             for path, linear in self._modules.items()
         }
 
-    def _slice(self, path: str, fused: AdaptedLinear, number: int) -> AdaptedLinear:
-        start, end = fused.bounds[number : number + 2]
-        rows = slice(number * self._max_rank, (number + 1) * self._max_rank)
-        return AdaptedLinear(
-            frozenset((path,)), (0, end - start), fused.a_SQI[:, rows], fused.b_SRO[:, :, start:end]
-        )
+    def _keys_and_values(self, config: ModelConfig) -> dict[str, AdaptedLinear]:
+        """Those of the multi-token-prediction layers, of which there are none without them."""
+        found = {}
+        for index in range(config.num_mtp_layers):
+            prefix = f"mtp.layers.{index}"
+            fused = self._fused.get(f"{prefix}.self_attn.qkv_proj")
+            if fused is not None:
+                for name, parts in KEYS_AND_VALUES.items():
+                    paths = [f"{prefix}.{part}" for part in parts]
+                    found[f"{prefix}.{name}"] = self._slice(fused, fused.num_modules - len(paths), paths)
+        return found
+
+    def _slice(self, fused: AdaptedLinear, first: int, paths: Sequence[str]) -> AdaptedLinear:
+        """The modules from number `first` on."""
+        end = first + len(paths)
+        start, *ends = fused.bounds[first : end + 1]
+        rows = slice(first * self._max_rank, end * self._max_rank)
+        bounds = (0, *(each - start for each in ends))
+        a_SQI, b_SRO = fused.a_SQI[:, rows], fused.b_SRO[:, :, start : ends[-1]]
+        return AdaptedLinear(frozenset(paths), bounds, a_SQI, b_SRO)
 
 
-def _modules_by_fused(config: ModelConfig) -> dict[str, dict[str, tuple[int, int]]]:
+def _linear_layers(config: ModelConfig, with_mtp: bool) -> dict[str, tuple[int, int]]:
+    return adapter_table(config) | (mtp_table(config) if with_mtp else {})
+
+
+def _modules_by_fused(config: ModelConfig, with_mtp: bool) -> dict[str, dict[str, tuple[int, int]]]:
     """Fused path -> module path -> (inputs, outputs), modules in the order of the weights' rows."""
-    specs = expected_tensors(config, include_mtp=False)
+    specs = expected_tensors(config, include_mtp=with_mtp)
     fused: dict[str, dict[str, tuple[int, int]]] = {}
-    for path, sizes in adapter_table(config).items():
+    for path, sizes in _linear_layers(config, with_mtp).items():
         fused_name = specs[path + ".weight"].fused_name or path
         fused.setdefault(fused_name.removesuffix(".weight"), {})[path] = sizes
     return fused

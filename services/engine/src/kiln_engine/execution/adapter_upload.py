@@ -17,7 +17,7 @@ from functools import lru_cache
 import torch
 
 from kiln_nn.kernels.place_matrices import Placement, PlacementTable, place_matrices_
-from kiln_nn.lora import ADAPTER_DTYPES, AdapterLayout, Matrix
+from kiln_nn.lora import ADAPTER_DTYPES, AdapterLayout, Matrix, in_file_order
 
 # Module path -> where its A [rank, in] and its B [out, rank] go, one for each slot.
 MatrixPlaces = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
@@ -128,15 +128,17 @@ class AdapterUploader:
     def _make_plan(self, layout: AdapterLayout) -> _Plan:
         places = self._places_of(layout.spec.rank)
         targets = {}
-        for path, pair in layout.matrices.items():
+        # Those of the multi-token-prediction layer have no place where it makes no drafts.
+        pairs = {path: pair for path, pair in layout.pairs.items() if path in places}
+        for path, pair in pairs.items():
             for matrix, target in zip(pair, places[path], strict=True):
                 targets[matrix.name] = target
-        matrices = layout.in_file_order
+        matrices = in_file_order(pairs.values())
         placements = [
             Placement(matrix.start // matrix.dtype.itemsize, targets[matrix.name]) for matrix in matrices
         ]
         pieces = list(_pieces(matrices, self._piece_bytes))
-        absent = [pair for path, pair in places.items() if path not in layout.matrices]
+        absent = [pair for path, pair in places.items() if path not in pairs]
         if absent:
             first = len(placements)
             placements += [Placement(None, target) for pair in absent for target in pair]

@@ -16,7 +16,9 @@ from functools import partial
 import numpy as np
 import torch
 
-from kiln_engine.domain.plan import VerifyRow
+from kiln_engine.domain.plan import BatchPlan, VerifyRow
+from kiln_engine.execution.adapter_rows import StaticLoraRows
+from kiln_engine.execution.adapter_store import AdapterStore
 from kiln_engine.execution.draws import uniform_draws
 from kiln_engine.execution.sampled_ids import DraftIds
 from kiln_engine.execution.sampling_tables import row_fields
@@ -57,7 +59,7 @@ class DraftPass:
     `send` brings what the host knows, `begin` takes up where the rows' verification has ended, and
     `run` adds the drafts, one `step` each for all rows. A graph can hold `begin` and `step`; on a GPU
     nothing waits for the host. The drafts are tokens of the first `num_tokens` of the vocabulary (None:
-    of all).
+    of all). `adapter_rows` are those behind `linears`, of the rows' adapters.
     """
 
     def __init__(
@@ -67,8 +69,10 @@ class DraftPass:
         draft_ids: DraftIds,
         capacity: int,
         num_tokens: int | None,
+        adapter_rows: StaticLoraRows | None = None,
     ) -> None:
         self._layer, self._linears, self._draft_ids = layer, linears, draft_ids
+        self._adapter_rows = adapter_rows
         self._capacity = capacity
         self._num_tokens = num_tokens
         device = draft_ids.ids_SK.device
@@ -98,6 +102,8 @@ class DraftPass:
         """Bring the settings of these rows, in the order of the verification."""
         numbers = draft_numbers(rows, self._capacity, self._num_uniforms)
         copy_to(self._numbers_RF, torch.from_numpy(numbers))
+        if self._adapter_rows is not None:
+            self._adapter_rows.fill_(BatchPlan(0, verify_rows=tuple(rows)), num_lines=1)
 
     def begin(self, verify: VerifyLayout, drawn_RN: torch.Tensor, accepted_R: torch.Tensor) -> None:
         """Go on behind the tokens that the rows have drawn, of which `accepted_R` stand.
@@ -122,14 +128,15 @@ class DraftPass:
         self._settings_RF.copy_(self._numbers_RF[:, :NUM_ROW_FIELDS])
         self._place.zero_()
 
-    def run(self, rows: Sequence[VerifyRow]) -> None:
-        """Make as many drafts as one of the rows wants."""
+    def run(self, rows: Sequence[VerifyRow], linears: Linears | None = None) -> None:
+        """Make as many drafts as one of the rows wants; `linears` with the adapters of these rows, if given."""
+        run_step = self.run_step if linears is None else partial(self.step, linears)
         for _ in range(max((row.num_next_drafts for row in rows), default=0)):
-            self.run_step()
+            run_step()
 
-    def step(self) -> None:
+    def step(self, linears: Linears | None = None) -> None:
         """Draw every row's next draft, and keep it for the row's next step."""
-        layer, linears = self._layer, self._linears
+        layer, linears = self._layer, linears or self._linears
         places = DraftPlaces(self._table_rows_R, self._room_R)
         hidden_RD = layer.forward(self._token_ids_R, self._hidden_RD, self._positions_R, places, linears)
         logits_RV = layer.logits(hidden_RD, linears, self._num_tokens)
@@ -148,26 +155,28 @@ class DraftPass:
 
 
 class Drafter:
-    """The passes of all sizes. Adapters do not touch the layer."""
+    """The passes of all sizes, with and without adapters."""
 
     def __init__(
         self,
         layer: MtpLayer,
         matrices: BaseMatrices,
+        adapters: AdapterStore,
         draft_ids: DraftIds,
         num_tokens: int | None,
     ) -> None:
-        self._make = partial(
-            DraftPass,
-            layer,
-            Linears(matrices),
-            draft_ids,
-            num_tokens=num_tokens,
-        )
-        self._passes: dict[int, DraftPass] = {}
+        self._layer, self._matrices, self._adapters = layer, matrices, adapters
+        self._draft_ids, self._num_tokens = draft_ids, num_tokens
+        self._passes: dict[tuple[int, bool], DraftPass] = {}
 
-    def of(self, capacity: int) -> DraftPass:
-        """The one pass for so many rows."""
-        if capacity not in self._passes:
-            self._passes[capacity] = self._make(capacity=capacity)
-        return self._passes[capacity]
+    def of(self, capacity: int, *, has_adapters: bool = False) -> DraftPass:
+        """The one pass for so many rows; with adapters it holds for any that the rows use."""
+        key = capacity, has_adapters
+        if key not in self._passes:
+            self._passes[key] = self._make(capacity, has_adapters)
+        return self._passes[key]
+
+    def _make(self, capacity: int, has_adapters: bool) -> DraftPass:
+        rows = self._adapters.static_rows(capacity) if has_adapters else None
+        linears = Linears(self._matrices, None if rows is None else self._adapters.of_step(rows.rows))
+        return DraftPass(self._layer, linears, self._draft_ids, capacity, self._num_tokens, rows)

@@ -108,9 +108,7 @@ def plan_memory(
     if request.drafts_by_mtp:
         slot += carried_slot_bytes(config, request.max_draft_tokens, dtype)
     page = kv_page_bytes(config, request.page_tokens, kv_dtype, num_mtp_layers=int(request.drafts_by_mtp))
-    adapters = request.num_adapter_slots * adapter_slot_bytes(config, request.max_adapter_rank, dtype)
-    if request.has_kernels:
-        adapters += upload_block_bytes(largest_matrix_bytes(config, request.max_adapter_rank))
+    adapters = _adapter_bytes(config, request, dtype)
     workspace = _workspace_bytes(config, request, dtype)
     workspace += _whole_matrix_bytes(config, request, dtype)
     left = free_bytes - adapters - workspace
@@ -148,6 +146,15 @@ def plan_memory(
         adapter_bytes=adapters,
         workspace_bytes=workspace,
     )
+
+
+def _adapter_bytes(config: ModelConfig, request: MemoryRequest, dtype: torch.dtype) -> int:
+    """The slots, and what uploads go through."""
+    rank, with_mtp = request.max_adapter_rank, request.drafts_by_mtp
+    num_bytes = request.num_adapter_slots * adapter_slot_bytes(config, rank, dtype, with_mtp=with_mtp)
+    if request.has_kernels:
+        num_bytes += upload_block_bytes(largest_matrix_bytes(config, rank, with_mtp=with_mtp))
+    return num_bytes
 
 
 def _num_pages(request: MemoryRequest, num_tokens: int) -> int:

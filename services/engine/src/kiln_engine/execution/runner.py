@@ -146,6 +146,7 @@ class TorchRunner:
             max_rank=memory.max_adapter_rank,
             dtype=dtype,
             device=device,
+            with_mtp=memory.drafts_by_mtp,
             is_batch_invariant=is_batch_invariant,
         )
         self.model = PagedModel(
@@ -166,6 +167,7 @@ class TorchRunner:
             self._drafter = Drafter(
                 self.model.mtp,
                 self.model.matrices,
+                self.adapters,
                 self._draft_ids,
                 draft_vocab_tokens,
             )
@@ -270,9 +272,7 @@ class TorchRunner:
         verify = layout.verify
         assert verify is not None
         self._draft_ids.feed_lines_(verify.token_ids_RN, verify.delta.ring_slots_R)
-        adapter_rows = self.adapters.rows_for(plan)
-        adapters = None if adapter_rows is None else self.adapters.of_step(adapter_rows)
-        logits_TV = self.model.forward(layout, Linears(self.model.matrices, adapters))
+        logits_TV = self.model.forward(layout, self._linears(plan))
         samplings = line_samplings(plan.verify_rows, guessed, verify.num_lines)
         draws = sample(logits_TV, samplings)
         drawn_RN = draws.token_ids_R.view(-1, verify.num_lines)
@@ -282,7 +282,12 @@ class TorchRunner:
             drafts = self._drafter.of(len(plan.verify_rows))
             drafts.send(plan.verify_rows)
             drafts.begin(verify, drawn_RN, accepted_R)
-            drafts.run(plan.verify_rows)
+            drafts.run(plan.verify_rows, self._linears(plan, num_lines=1))
+
+    def _linears(self, plan: BatchPlan, num_lines: int = 0) -> Linears:
+        """The linear layers with the adapters of the plan's tokens; `num_lines` of each verify row, or all."""
+        rows = self.adapters.rows_for(plan, num_lines)
+        return Linears(self.model.matrices, None if rows is None else self.adapters.of_step(rows))
 
     def _known_drafts(self, rows: Sequence[VerifyRow]) -> list[tuple[int, ...]]:
         """The rows' drafts as far as their draws need them on the host."""
@@ -316,9 +321,7 @@ class TorchRunner:
         self.model.prepare(plan)
         layout = self.model.layout(plan)
         self._sampled_ids.feed_(layout)
-        adapter_rows = self.adapters.rows_for(plan)
-        adapters = None if adapter_rows is None else self.adapters.of_step(adapter_rows)
-        linears = Linears(self.model.matrices, adapters)
+        linears = self._linears(plan)
         rows = _rows_of(plan) + _samples_of(plan)
         if any(chunk.readout for chunk in plan.prefill_chunks):
             hidden_TD = self.model.hidden_states(layout, linears)

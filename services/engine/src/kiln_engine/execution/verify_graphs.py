@@ -11,6 +11,7 @@ import torch
 
 from kiln_engine.domain.plan import BatchPlan
 from kiln_engine.execution.captured_step import CapturedStep, GraphParts
+from kiln_engine.execution.drafting import DraftPass
 from kiln_engine.execution.verifying import PendingVerify, accept, line_samplings
 from kiln_engine.model import Linears, copy_to
 from kiln_engine.model.step_layout import lines_layout
@@ -35,7 +36,10 @@ class _CapturedVerify(CapturedStep):
     def __init__(self, parts: GraphParts, layout: VerifyLayout, linears: Linears) -> None:
         self._verify = layout
         self.accepted_R = torch.ones_like(layout.num_new_R)
-        self.drafts = None if parts.drafter is None else parts.drafter.of(layout.num_new_R.shape[0])
+        self.drafts: DraftPass | None = None
+        if parts.drafter is not None:
+            capacity, has_adapters = layout.num_new_R.shape[0], linears.adapters is not None
+            self.drafts = parts.drafter.of(capacity, has_adapters=has_adapters)
         super().__init__(parts, lines_layout(layout), linears)
         if self.drafts is not None and not self.drafts.is_captured:
             self.drafts.run_step = self._capture(self.drafts.step).replay

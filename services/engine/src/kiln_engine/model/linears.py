@@ -30,6 +30,9 @@ from kiln_nn.kernels.swiglu import swiglu
 from kiln_nn.weights.names import FUSED_GROUPS
 
 _GATED = "mlp.gate_up_proj"
+# In the multi-token-prediction layer also without the queries: it has keys and values of every token, and
+# queries only where it drafts.
+KEYS_AND_VALUES = {"self_attn.kv_proj": ("self_attn.k_proj", "self_attn.v_proj")}
 _ALONE = ("linear_attn.out_proj", "self_attn.o_proj", "mlp.down_proj")
 
 
@@ -177,10 +180,9 @@ class Linears:
 
 
 def _mtp_parts(weights: Weights) -> dict[str, tuple[Weight, ...]]:
-    """The matrices of the multi-token-prediction layer; those of keys and values also without the queries."""
+    """The matrices of the multi-token-prediction layer."""
     prefix = "mtp.layers.0"
-    groups = {**FUSED_GROUPS, "self_attn.kv_proj": ("self_attn.k_proj", "self_attn.v_proj")}
-    groups |= {name: (name,) for name in _ALONE}
+    groups = {**FUSED_GROUPS, **KEYS_AND_VALUES, **{name: (name,) for name in _ALONE}}
     parts = {
         f"{prefix}.{name}": _joined([weights[f"{prefix}.{part}.weight"] for part in group])
         for name, group in groups.items()

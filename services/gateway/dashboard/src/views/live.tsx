@@ -59,7 +59,7 @@ function totalOf(sample: Sample | undefined, name: string): string {
 }
 
 function EngineNotice({ status }: { status: Status }) {
-  const away = status.engines.filter((engine) => engine.status !== "ok").length;
+  const away = status.engines.filter((engine) => engine.status === "unavailable").length;
   if (!away) return null;
   return (
     <div class="problem" role="alert">
@@ -129,7 +129,9 @@ function Memory({ status, last }: { status: Status; last: Sample | undefined }) 
     value: status.engines.reduce((sum, engine) => sum + (engine.memory?.[key] ?? 0), 0),
   }));
   parts.push({ name: "Trainer", color: "series-6", value: status.training?.device_bytes ?? 0 });
-  const device = status.engines.reduce((sum, engine) => sum + (engine.memory?.device_bytes ?? 0), 0);
+  // Engines on one device share its memory.
+  const devices = new Map(status.engines.map((engine) => [engine.device_id || engine.boot_id, engine.memory?.device_bytes ?? 0]));
+  const device = [...devices.values()].reduce((sum, each) => sum + each, 0);
   const used = parts.reduce((sum, part) => sum + part.value, 0);
   const isCpu = status.engines.every((engine) => engine.device === "cpu");
   const kv = share(last, "pages_in_use", "pages_total");

@@ -16,10 +16,13 @@ def is_visible(owner: str, caller: Caller) -> bool:
     return "admin" in caller.scopes or owner == caller.owner
 
 
-def with_visible_residents(
+def visible_engines(
     engines: Iterable[dict[str, Any]], adapters: Sequence[registry_pb2.Adapter] | None, caller: Caller
 ) -> list[dict[str, Any]]:
-    """Engines as `caller` sees them: whose `resident_adapters` are theirs. None are while the registry is away."""
+    """Engines as `caller` sees them: admins whole, others without addresses and with their own adapters only.
+
+    None of those are known while the registry is away.
+    """
     if "admin" in caller.scopes:
         return list(engines)
     names = {adapter.name for adapter in adapters or () if is_visible(adapter.owner, caller)}
@@ -29,6 +32,7 @@ def with_visible_residents(
             if name == "resident_adapters"
             else value
             for name, value in engine.items()
+            if name != "address"
         }
         for engine in engines
     ]

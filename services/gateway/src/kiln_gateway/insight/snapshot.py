@@ -12,7 +12,7 @@ from kiln_common.pb import trainer_pb2
 from kiln_gateway.gateway import Gateway
 from kiln_gateway.insight.feed import Snapshot
 from kiln_gateway.ports import TrainerPort
-from kiln_gateway.routes.health import engine_object, engine_stats, stats_object, training_object
+from kiln_gateway.routes.health import engine_object, engine_stats, engine_totals, training_object
 
 Result = TypeVar("Result")
 _TIMEOUT_S = 2.0
@@ -28,18 +28,19 @@ async def read_snapshot(gateway: Gateway, owners: frozenset[str | None]) -> Snap
         _or_none(_jobs(gateway.clients.trainer, owners)),
     )
     resident_on: dict[str, list[str]] = {}
-    total: dict[str, float] = {}
     engines = []
     for seat, stats in found:
         engine = engine_object(seat, stats)
         engine.pop("scheduler", None)  # its numbers are in the sample
         engines.append(engine)
-        for name, value in stats_object(stats).items():
-            total[name] = total.get(name, 0) + value
         for reference in engine.get("resident_adapters", ()):
             resident_on.setdefault(reference, []).append(engine.get("boot_id", ""))
     return Snapshot(
-        sample={"at": round(time.time(), 3), "engine": total, "seconds": gateway.metrics.live.latencies()},
+        sample={
+            "at": round(time.time(), 3),
+            "engine": engine_totals(found),
+            "seconds": gateway.metrics.live.latencies(),
+        },
         requests=gateway.metrics.live.view(),
         status={"engines": engines, "training": training},
         jobs=[await _with_history(gateway, job) for job in jobs] if jobs is not None else None,

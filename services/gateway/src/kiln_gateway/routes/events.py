@@ -15,7 +15,7 @@ from fastapi.responses import Response
 from kiln_common.errors import KilnError
 from kiln_gateway import sse
 from kiln_gateway.adapters.adapter_view import adapter_object
-from kiln_gateway.adapters.visible_adapters import is_visible, with_visible_residents
+from kiln_gateway.adapters.visible_adapters import is_visible, visible_engines
 from kiln_gateway.auth import Caller, require
 from kiln_gateway.gateway import Gateway, gateway_of
 from kiln_gateway.insight.feed import Feed, Snapshot
@@ -83,7 +83,7 @@ def _status(snapshot: Snapshot, caller: Caller) -> dict[str, Any]:
         visible = {job.id for job in snapshot.jobs or () if job_rights.is_visible(job, caller)}
         running = training["running_job_id"]
         training = {**training, "running_job_id": running if running in visible else None}
-    engines = with_visible_residents(snapshot.status["engines"], snapshot.adapters, caller)
+    engines = visible_engines(snapshot.status["engines"], snapshot.adapters, caller)
     return {"engines": engines, "training": training}
 
 

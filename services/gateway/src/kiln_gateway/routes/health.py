@@ -10,15 +10,15 @@ from typing import Any
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 
+from kiln_common.clients.trainer import STATUS_TIMEOUT_S
 from kiln_common.errors import KilnError
 from kiln_common.pb import engine_pb2, registry_pb2, trainer_pb2
-from kiln_gateway.adapters.visible_adapters import with_visible_residents
+from kiln_gateway.adapters.visible_adapters import visible_engines
 from kiln_gateway.auth import Caller, require
 from kiln_gateway.engine_pool import PROBE_TIMEOUT_S
 from kiln_gateway.engine_seat import EngineSeat
 from kiln_gateway.gateway import Gateway, answers, gateway_of
 from kiln_gateway.json_response import json_response
-from kiln_gateway.trainer_pool import STATUS_TIMEOUT_S
 from kiln_gateway.training.job_rights import visible_running_job
 
 router = APIRouter()
@@ -36,6 +36,7 @@ _STAT_NAMES = {
     "num_pages": "pages_total",
     "num_state_slots": "state_slots_total",
 }
+_OF_THE_DEVICE = ("device_bytes", "device_bytes_free")
 _PART_NAMES = {"states": "state", "adapters": "adapter"}
 
 
@@ -76,7 +77,7 @@ async def health(request: Request, caller: Caller = _ANY_KEY) -> Response:
         "uptime_s": round(time.monotonic() - gateway.started_at, 3),
         "model": model or None,
         "dependencies": {name: "ok" if is_ok else "degraded" for name, is_ok in states.items()},
-        "engines": with_visible_residents(engines, adapters, caller),
+        "engines": visible_engines(engines, adapters, caller),
         "training": await _visible_training(gateway, caller),
         "adapters": _adapters_object(gateway, adapters),
     }
@@ -85,15 +86,12 @@ async def health(request: Request, caller: Caller = _ANY_KEY) -> Response:
 
 @router.get("/v1/stats")
 async def stats(request: Request, caller: Caller = _ANY_KEY) -> Response:
-    """Counters and gauges as JSON; `engine` adds up all engines."""
+    """Counters and gauges as JSON; `engine` adds up all engines, and counts a device they share once."""
     gateway = gateway_of(request)
-    found = [engine for _, engine in await engine_stats(gateway)]
-    total: dict[str, float] = {}
-    for engine in found:
-        for name, value in stats_object(engine).items():
-            total[name] = total.get(name, 0) + value
+    found = await engine_stats(gateway)
     training = await _visible_training(gateway, caller)
-    return json_response({"engine": total, "engines": list(map(stats_object, found)), "training": training})
+    engines = [stats_object(stats) for _, stats in found]
+    return json_response({"engine": engine_totals(found), "engines": engines, "training": training})
 
 
 @router.get("/metrics", dependencies=[_ANY_KEY])
@@ -157,13 +155,30 @@ def stats_object(stats: engine_pb2.EngineStats | None) -> dict[str, float]:
     }
 
 
+def engine_totals(found: Sequence[tuple[EngineSeat, engine_pb2.EngineStats | None]]) -> dict[str, float]:
+    """The numbers of all engines added up; those of a device once, however many engines are on it."""
+    total: dict[str, float] = {}
+    devices = set[str]()
+    for seat, stats in found:
+        device_id = seat.info.device_id if seat.info is not None else ""
+        is_counted = device_id in devices
+        if stats is not None and device_id:
+            devices.add(device_id)
+        for name, value in stats_object(stats).items():
+            if not (is_counted and name in _OF_THE_DEVICE):
+                total[name] = total.get(name, 0) + value
+    return total
+
+
 def engine_object(seat: EngineSeat, stats: engine_pb2.EngineStats | None) -> dict[str, Any]:
     info = seat.info
-    body: dict[str, Any] = {"status": "ok" if stats is not None else "unavailable"}
+    """One engine: `id` is its label in the metrics and the gateway's log."""
+    body: dict[str, Any] = {"id": str(seat.number), "address": seat.address, "status": _state(stats)}
     if info is not None:
         body |= {
             "boot_id": info.boot_id,
             "device": info.device,
+            "device_id": info.device_id,
             "dtype": info.dtype,
             "max_model_len": info.base_model.max_model_len,
             "model_hash": info.base_model.model_hash,
@@ -177,6 +192,12 @@ def engine_object(seat: EngineSeat, stats: engine_pb2.EngineStats | None) -> dic
             f"{resident.adapter.name}@{resident.adapter.version}" for resident in stats.resident_adapters
         ]
     return body
+
+
+def _state(stats: engine_pb2.EngineStats | None) -> str:
+    if stats is None:
+        return "unavailable"
+    return "draining" if stats.is_draining else "ok"
 
 
 def _memory_object(stats: engine_pb2.EngineStats) -> dict[str, int]:

@@ -155,7 +155,7 @@ async def training_status(request: Request, caller: Caller = _TRAIN) -> Response
     """The trainers: what they run, how much waits, whose weights they map."""
     trainer = gateway_of(request).clients.trainer
     found = [status for status in await trainer.statuses() if status is not None]
-    found = found or [await trainer.status()]  # which is more patient, and says why there is none
+    found = found or [await trainer.status()]  # which says why there is none
     body = training_summary(found)
     running_job_id = body["running_job_id"] or ""
     model_hash = next((status.model_hash for status in found if status.model_hash), None)

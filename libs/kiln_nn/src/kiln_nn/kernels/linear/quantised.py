@@ -93,9 +93,7 @@ def linear_beside(
     """As `kernels.linear.linear_beside`, where one kernel computes both; else None."""
     x_TI = whole(x)
     tiling = _tiling(x_TI, matrix, None, LinearKind.PLAIN)
-    if tiling is None or isinstance(tiling, SpecialisedConfig):
-        return None
-    if not takes_triton(x_TI, beside_BI) or not takes_hopper(x_TI, matrix):
+    if tiling is None or not takes_triton(x_TI, beside_BI) or not takes_hopper(x_TI, matrix):
         return None
     if not _takes_beside(x_TI, beside_BI, tiling):
         return None
@@ -106,12 +104,13 @@ def linear_beside(
 
 def _takes_beside(x_TI: torch.Tensor, beside_BI: torch.Tensor, tiling: Tiling) -> bool:
     """Whether Hopper's kernel of this tiling can compute bf16 rows beside the others."""
-    if isinstance(tiling, LinearConfig) and tiling.x_bits == 8:
-        from kiln_nn.kernels.linear import triton_hopper_rounded
+    from kiln_nn.kernels.linear.triton_hopper_beside import MOST_TOKENS_BESIDE, takes_beside
 
-        return triton_hopper_rounded.takes_beside(x_TI, beside_BI)
-    from kiln_nn.kernels.linear.triton_hopper_beside import MOST_TOKENS_BESIDE
-
+    by_rows = isinstance(tiling, RegisterConfig) or (
+        isinstance(tiling, LinearConfig) and tiling.x_bits == 16 and x_TI.shape[0] <= MOST_TOKENS_BESIDE
+    )
+    if not by_rows:
+        return takes_beside(x_TI, beside_BI)
     is_plain = beside_BI.dtype is torch.bfloat16 and beside_BI.stride(1) == 1
     return is_plain and x_TI.shape[0] <= MOST_TOKENS_BESIDE
 
@@ -220,8 +219,7 @@ def launch(
 ) -> None:
     """Fill `out` by the own kernel of this device; only partial sums use the configuration's splits.
 
-    Hopper's kernels also take rows `beside_BI`, unless by a `SpecialisedConfig`; they alone take one of
-    those or a `RegisterConfig`.
+    Hopper's kernels also take rows `beside_BI`; they alone take a `SpecialisedConfig` or a `RegisterConfig`.
     """
     x_TI = whole(x)
     options: dict[str, Any] = {"is_gated": kind is LinearKind.GATED, "shows_producers": shows_producers}
@@ -238,7 +236,7 @@ def launch(
 
         sizes = (matrix.shape[1], WEIGHT_BITS[matrix.scheme], matrix.scales.element_size())
         fitting = config.fit(*sizes, shared_memory_bytes)
-        triton_hopper_specialised.launch(x_TI, matrix, out, fitting, **options)
+        triton_hopper_specialised.launch(x_TI, matrix, out, fitting, beside_BI=beside_BI, **options)
         return
     limit = ring_limit(matrix, shared_memory_bytes)
     tiling = fit(config, kind, limit, WEIGHT_BITS[matrix.scheme])

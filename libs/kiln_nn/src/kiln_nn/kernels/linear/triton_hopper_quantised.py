@@ -27,7 +27,13 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kiln_nn.kernels.linear.config import LinearConfig
-from kiln_nn.kernels.linear.triton_hopper_beside import multiply_beside
+from kiln_nn.kernels.linear.triton_hopper_beside import (
+    MOST_TOKENS_BESIDE,
+    BesideTiles,
+    describe_beside,
+    multiply_beside,
+    multiply_tile_beside,
+)
 from kiln_nn.kernels.linear.triton_hopper_parts import (
     X_COLUMNS,
     ask_for_weights,
@@ -203,12 +209,15 @@ def _linear_kernel(
     rest_desc,
     x_desc,
     x_rest_desc,
+    beside_desc,
+    beside_x_desc,
     scales_ptr,
     out_ptr,
     x_ptr,
     beside_ptr,
     num_tokens,
     num_outputs,
+    num_beside,
     num_groups,
     scale_stride,
     out_stride,
@@ -233,11 +242,29 @@ def _linear_kernel(
     GATED: gl.constexpr,
     BESIDE: gl.constexpr,
     BESIDE_INPUTS: gl.constexpr,
+    BESIDE_STAGES: gl.constexpr,
     DEPENDENT: gl.constexpr,
     num_warps: gl.constexpr,
 ):
     which = gl.program_id(2)
-    if which < BESIDE:
+    if BESIDE_STAGES > 0 and which < BESIDE:
+        multiply_tile_beside(
+            beside_desc,
+            beside_x_desc,
+            out_ptr + num_outputs,
+            which,
+            gl.program_id(0) * TOKENS,
+            num_tokens,
+            num_beside,
+            num_inputs,
+            out_stride,
+            shows_producers,
+            TOKENS,
+            BESIDE_STAGES,
+            DEPENDENT,
+            num_warps,
+        )
+    elif BESIDE_STAGES == 0 and which < BESIDE:
         multiply_beside(
             x_ptr,
             beside_ptr,
@@ -313,6 +340,9 @@ def constants(
     x_box, x_rest = boxes(rows_fetched(num_tokens, config.tokens))
     rows = max(16 * config.warps, triton.next_power_of_2(config.outputs * (2 if is_gated else 1)))
     num_groups = triton.cdiv(triton.cdiv(num_inputs, config.inputs), config.splits) * (config.inputs // 128)
+    ring_bytes = config.stages * config.inputs * (rows * (4 if is_four_bits else 8) // 8 + 2 * config.tokens)
+    beside = BesideTiles.of(num_beside, config.tokens, config.warps, ring_bytes)
+    is_tiled = num_beside > 0 and num_tokens > MOST_TOKENS_BESIDE
     return {
         "PLACES": places(rows, config.warps, is_four_bits=is_four_bits),
         "BOX": box,
@@ -327,8 +357,9 @@ def constants(
         "FOUR_BITS": is_four_bits,
         "SCALED": is_four_bits and scales_weights(config),
         "GATED": is_gated,
-        "BESIDE": num_beside,
+        "BESIDE": beside.num_programs if is_tiled else num_beside,
         "BESIDE_INPUTS": triton.next_power_of_2(num_inputs) if num_beside else 1,
+        "BESIDE_STAGES": beside.stages if is_tiled else 0,
         "num_warps": config.warps,
     }
 
@@ -359,6 +390,10 @@ def launch(
     beside = x_TI if beside_BI is None else beside_BI
     stored = matrix.values if is_four_bits else matrix.values.view(torch.int16)
     columns = 16 if is_four_bits else 64
+    x_desc = describe(x_TI, fixed["X_BOX"])
+    beside_descs = (x_desc, x_desc)
+    if fixed["BESIDE_STAGES"]:
+        beside_descs = describe_beside(x_TI, beside, config.tokens)
     options: dict[str, Any] = {"launch_pdl": True} if is_dependent else {}
     grid = (
         triton.cdiv(num_tokens, config.tokens),
@@ -368,14 +403,16 @@ def launch(
     _linear_kernel[grid](
         describe(stored, fixed["BOX"], columns),
         describe(stored, fixed["REST"] or fixed["BOX"], columns),
-        describe(x_TI, fixed["X_BOX"]),
+        x_desc,
         describe(x_TI, fixed["X_REST"] or fixed["X_BOX"]),
+        *beside_descs,
         matrix.scales,
         out,
         x_TI,
         beside,
         num_tokens,
         num_outputs,
+        num_beside,
         matrix.scales.shape[1],
         matrix.scales.stride(0),
         out.stride(-2),

@@ -35,6 +35,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kiln_nn.kernels.linear.config import SpecialisedConfig
+from kiln_nn.kernels.linear.triton_hopper_beside import BesideTiles, describe_beside, multiply_tile_beside
 from kiln_nn.kernels.linear.triton_hopper_parts import (
     X_COLUMNS,
     ask_for_x,
@@ -60,6 +61,7 @@ _FOUR_BIT_PLACES = gl.constexpr(places(_GROUP_ROWS, 4, is_four_bits=True))
 _FOUR_BIT_HALVES = gl.constexpr(half_places(is_four_bits=True))
 _EIGHT_BIT_PLACES = gl.constexpr(places(_GROUP_ROWS, 4, is_four_bits=False))
 _EIGHT_BIT_HALVES = gl.constexpr(half_places(is_four_bits=False))
+_NUM_WARPS = 4  # of the first group, which also computes rows beside
 _INPUTS = 128  # of a slot: one group of four-bit weights
 _FIRST, _SECOND, _THIRD = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)
 _FETCHING_REGISTERS = gl.constexpr(24)
@@ -360,14 +362,15 @@ def _consume(
         )
 
 
-@gluon.jit(do_not_specialize=["num_tokens", "num_blocks", "split_blocks", "shows_producers"])
-def _linear_kernel(
+@gluon.jit
+def _program(
     box_desc,
     rest_desc,
     x_desc,
     x_rest_desc,
     scales_ptr,
     out_ptr,
+    row,
     num_tokens,
     num_outputs,
     num_scales,
@@ -389,8 +392,8 @@ def _linear_kernel(
     SCALED: gl.constexpr,
     GATED: gl.constexpr,
     DEPENDENT: gl.constexpr,
-    num_warps: gl.constexpr,
 ):
+    """The rows of the quantised matrix from `row` on."""
     HALVES: gl.constexpr = 2 if GATED else 1
     OUTPUTS: gl.constexpr = BOX + REST
     ROWS: gl.constexpr = 64
@@ -399,7 +402,6 @@ def _linear_kernel(
     SLOT_BYTES: gl.constexpr = GROUPS * HALVES * OUTPUTS * LINE_BYTES + (X_BOX + X_REST) * 256
     token = gl.program_id(0) * TOKENS
     split = gl.program_id(1)
-    row = gl.program_id(2) * (GROUPS * OUTPUTS)
     w_ring = gl.allocate_shared_memory(box_desc.dtype, [STAGES * GROUPS, ROWS, COLUMNS], box_desc.layout)
     x_ring = gl.allocate_shared_memory(gl.bfloat16, [STAGES * 2, TOKENS, X_COLUMNS], x_desc.layout)
     # The same bytes as sums: eight rows side by side, other places for every other two tokens.
@@ -502,18 +504,114 @@ def _linear_kernel(
         )
 
 
+@gluon.jit(do_not_specialize=["num_tokens", "num_blocks", "split_blocks", "num_inputs", "shows_producers"])
+def _linear_kernel(
+    box_desc,
+    rest_desc,
+    x_desc,
+    x_rest_desc,
+    beside_desc,
+    beside_x_desc,
+    scales_ptr,
+    out_ptr,
+    num_tokens,
+    num_outputs,
+    num_beside,
+    num_scales,
+    scale_stride,
+    out_stride,
+    num_blocks,
+    split_blocks,
+    num_inputs,
+    shows_producers,
+    BOX: gl.constexpr,
+    REST: gl.constexpr,
+    X_BOX: gl.constexpr,
+    X_REST: gl.constexpr,
+    TOKENS: gl.constexpr,
+    GROUPS: gl.constexpr,
+    SCALES: gl.constexpr,
+    STAGES: gl.constexpr,
+    REGISTERS: gl.constexpr,
+    FOUR_BITS: gl.constexpr,
+    SCALED: gl.constexpr,
+    GATED: gl.constexpr,
+    BESIDE: gl.constexpr,
+    BESIDE_STAGES: gl.constexpr,
+    DEPENDENT: gl.constexpr,
+    num_warps: gl.constexpr,
+):
+    which = gl.program_id(2)
+    if BESIDE > 0 and which < BESIDE:
+        multiply_tile_beside(
+            beside_desc,
+            beside_x_desc,
+            out_ptr + num_outputs,
+            which,
+            gl.program_id(0) * TOKENS,
+            num_tokens,
+            num_beside,
+            num_inputs,
+            out_stride,
+            shows_producers,
+            TOKENS,
+            BESIDE_STAGES,
+            DEPENDENT,
+            num_warps,
+        )
+    else:
+        _program(
+            box_desc,
+            rest_desc,
+            x_desc,
+            x_rest_desc,
+            scales_ptr,
+            out_ptr,
+            (which - BESIDE) * (GROUPS * (BOX + REST)),
+            num_tokens,
+            num_outputs,
+            num_scales,
+            scale_stride,
+            out_stride,
+            num_blocks,
+            split_blocks,
+            shows_producers,
+            BOX,
+            REST,
+            X_BOX,
+            X_REST,
+            TOKENS,
+            GROUPS,
+            SCALES,
+            STAGES,
+            REGISTERS,
+            FOUR_BITS,
+            SCALED,
+            GATED,
+            DEPENDENT,
+        )
+
+
 def scales_weights(config: SpecialisedConfig) -> bool:
     """Whether four-bit weights are scaled, and rounded to bf16, before they meet x."""
     return config.tokens > _MOST_TOKENS_BY_GROUP
 
 
 def constants(
-    config: SpecialisedConfig, num_tokens: int, num_inputs: int, *, is_gated: bool, is_four_bits: bool
+    config: SpecialisedConfig,
+    num_tokens: int,
+    num_inputs: int,
+    num_beside: int = 0,
+    *,
+    is_gated: bool,
+    is_four_bits: bool,
 ) -> dict[str, Any]:
     """What the kernel is compiled for."""
     box, rest = boxes(config.outputs)
     x_box, x_rest = boxes(rows_fetched(num_tokens, config.tokens))
     num_scales = triton.cdiv(triton.cdiv(num_inputs, _INPUTS), config.splits)
+    ring_bytes = config.stages * _INPUTS * (config.groups * (32 if is_four_bits else 64) + 2 * config.tokens)
+    beside = BesideTiles.of(num_beside, config.tokens, _NUM_WARPS, ring_bytes)
     return {
         "BOX": box,
         "REST": rest,
@@ -527,7 +625,9 @@ def constants(
         "FOUR_BITS": is_four_bits,
         "SCALED": is_four_bits and scales_weights(config),
         "GATED": is_gated,
-        "num_warps": 4,
+        "BESIDE": beside.num_programs,
+        "BESIDE_STAGES": beside.stages,
+        "num_warps": _NUM_WARPS,
     }
 
 
@@ -537,41 +637,52 @@ def launch(
     out: torch.Tensor,
     config: SpecialisedConfig,
     *,
+    beside_BI: torch.Tensor | None = None,
     is_gated: bool = False,
     is_dependent: bool = True,
     shows_producers: bool = False,
 ) -> None:
     """Fill `out`: `[T, O]`, `[T, F]` in the gated form, or `[S, T, O]` partial sums.
 
-    The rows of `out` may lie apart, where it has two dimensions. `shows_producers` as in triton_hopper.py.
+    With `beside_BI`, a bf16 matrix of a few rows, `out` is `[T, O + B]`. The rows of `out` may lie apart,
+    where it has two dimensions. `shows_producers` as in triton_hopper.py.
     """
     (num_tokens, num_inputs), num_rows = x_TI.shape, matrix.shape[0]
     is_four_bits = matrix.values.dtype is not FP8
     num_outputs = num_rows // (2 if is_gated else 1)
     num_blocks = triton.cdiv(num_inputs, _INPUTS)
-    fixed = constants(config, num_tokens, num_inputs, is_gated=is_gated, is_four_bits=is_four_bits)
+    num_beside = 0 if beside_BI is None else len(beside_BI)
+    kinds = {"is_gated": is_gated, "is_four_bits": is_four_bits}
+    fixed = constants(config, num_tokens, num_inputs, num_beside, **kinds)
     stored = matrix.values if is_four_bits else matrix.values.view(torch.int16)
     columns = 16 if is_four_bits else 64
+    x_desc = describe(x_TI, fixed["X_BOX"])
+    beside_descs = (x_desc, x_desc)
+    if beside_BI is not None:
+        beside_descs = describe_beside(x_TI, beside_BI, config.tokens)
     options: dict[str, Any] = {"launch_pdl": True} if is_dependent else {}
     grid = (
         triton.cdiv(num_tokens, config.tokens),
         config.splits,
-        triton.cdiv(num_outputs, config.groups * config.outputs),
+        fixed["BESIDE"] + triton.cdiv(num_outputs, config.groups * config.outputs),
     )
     _linear_kernel[grid](
         describe(stored, fixed["BOX"], columns),
         describe(stored, fixed["REST"] or fixed["BOX"], columns),
-        describe(x_TI, fixed["X_BOX"]),
+        x_desc,
         describe(x_TI, fixed["X_REST"] or fixed["X_BOX"]),
+        *beside_descs,
         matrix.scales,
         out,
         num_tokens,
         num_outputs,
+        num_beside,
         matrix.scales.shape[1],
         matrix.scales.stride(0),
         out.stride(-2),
         num_blocks,
         triton.cdiv(num_blocks, config.splits),
+        num_inputs,
         int(shows_producers),
         **fixed,
         DEPENDENT=is_dependent,
