@@ -59,17 +59,17 @@ MULTIPROCESSORS = 132
 # Of layers whose inputs are not split: stripes, groups ahead, registers, and whether weights are staged.
 WHOLE_ROWS: dict[Scheme, list[tuple[int, int, int, bool]]] = {
     "int4": [
-        (2, 3, 0, False),
+        (2, 3, 128, False),
         (2, 2, 96, False),
         (1, 3, 96, False),
         (1, 2, 80, False),
         (2, 5, 0, True),
-        (2, 4, 0, True),
-        (2, 4, 88, True),
+        (2, 3, 96, True),
+        (2, 4, 96, True),
         (2, 3, 80, True),
         (1, 5, 0, True),
         (1, 4, 0, True),
-        (1, 4, 72, True),
+        (1, 3, 0, True),
         (1, 3, 64, True),
     ],
     "fp8": [

@@ -9,7 +9,7 @@ Four bits: of a row's 64 bytes of a group thread `t` has bytes `16 t` to `16 t +
 the half, product `i`. A nibble needs no more than to be cut out: bf16 below 2^-125 is linear in its bits,
 so that bits 0 to 3 of a half word are the number times 2^-133, and bits 4 to 7 times 2^-129. x is
 multiplied by 2^80 or 2^76 instead, once for all rows of a warp; tensor cores take such small numbers as
-they are. That stored numbers are 8 too large is mended by products of -8 and x, which sums begin with.
+they are. That stored numbers are 8 too large is mended by products of -8 and x, which are added to the sums.
 
 Eight bits: of a row's 128 bytes thread `t` has bytes `16 t` to `16 t + 15` of the first 64 and of the
 last. A word of four is two pairs, its even and its odd bytes: their bits moved under those of bf16 are the
@@ -89,7 +89,7 @@ def minus_eights() -> tuple[str, str]:
 
 
 def prepare_x(is_four_bits: bool) -> tuple[str, str]:
-    """Registers of a group as products want them, 16 of 16; of four bits then what sums begin with."""
+    """Registers of a group as products want them, 16 of 16; of four bits then what sums lack."""
     if is_four_bits:
         lines = [f"mov.b32 factor{odd}, {_FACTORS[odd]}" for odd in (0, 1)]
         lines += [f"mov.b32 ${16 + place}, 0" for place in range(4)]
@@ -111,10 +111,10 @@ def prepare_x(is_four_bits: bool) -> tuple[str, str]:
 
 
 def multiply_group(is_four_bits: bool, tiles: int) -> tuple[str, str]:
-    """16 outputs by a group: the sums of `tiles` times 8 tokens; words of both rows, x, earlier sums."""
+    """16 outputs by a group: the sums of `tiles` times 8 tokens from words of both rows and x."""
     sums = 4 * tiles
     words = 8 if is_four_bits else 16
-    lines = [f"mov.b32 ${place}, ${sums + words + 16 * tiles + place}" for place in range(sums)]
+    lines = [f"mov.b32 ${place}, 0" for place in range(sums)]
     for product in range(PRODUCTS):
         unpack = _cut_nibbles if is_four_bits else _move_bytes
         lines += unpack(product, sums)
@@ -123,7 +123,7 @@ def multiply_group(is_four_bits: bool, tiles: int) -> tuple[str, str]:
             left = ("pair00", "pair10", "pair01", "pair11")  # rows g and g + 8, then their second pairs
             lines.append(_multiply(4 * tile, left, (f"${x}", f"${x + 1}")))
     names = [f"{name}{row}{pair}" for name in ("bytes", "pair") for row in (0, 1) for pair in (0, 1)]
-    constraints = [*_outputs(sums, "f"), *["r"] * (words + 16 * tiles), *["f"] * sums]
+    constraints = [*_outputs(sums, "f"), *["r"] * (words + 16 * tiles)]
     return _block(", ".join(names), lines), ",".join(constraints)
 
 

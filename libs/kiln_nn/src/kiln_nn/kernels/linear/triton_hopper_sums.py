@@ -49,7 +49,7 @@ def _minus_eight(g):
 
 @gluon.jit
 def _prepare(x, eights, FOUR_BITS: gl.constexpr):
-    """A group's registers of x as products want them, and of four bits what sums begin with."""
+    """A group's registers of x as products want them, and of four bits what sums lack."""
     outputs = gl.inline_asm_elementwise(
         _PREPARE_X[FOUR_BITS],
         _PREPARE_X_OPERANDS[FOUR_BITS],
@@ -63,7 +63,7 @@ def _prepare(x, eights, FOUR_BITS: gl.constexpr):
 
 @gluon.jit
 def _multiply(
-    words, scales, x, begin, totals, FOUR_BITS: gl.constexpr, STRIPES: gl.constexpr, TILES: gl.constexpr
+    words, scales, x, lacking, totals, FOUR_BITS: gl.constexpr, STRIPES: gl.constexpr, TILES: gl.constexpr
 ):
     """The sums of all stripes, `4 * TILES` each, and those of one more group."""
     WORDS: gl.constexpr = 8 if FOUR_BITS else 16
@@ -75,16 +75,18 @@ def _multiply(
         sums = gl.inline_asm_elementwise(
             _MULTIPLY[CODE],
             _MULTIPLY_OPERANDS[CODE],
-            words[WORDS * stripe : WORDS * stripe + WORDS] + x + (begin if FOUR_BITS else total),
+            words[WORDS * stripe : WORDS * stripe + WORDS] + x,
             dtype=(gl.float32,) * SUMS,
             is_pure=True,
             pack=1,
         )
-        if FOUR_BITS:
-            for place in gl.static_range(SUMS):
-                added += (total[place] + sums[place] * scales[2 * stripe + place % 4 // 2],)
-        else:
-            added += sums
+        # No product waits for those of the group before, nor for what is lacking.
+        for place in gl.static_range(SUMS):
+            if FOUR_BITS:
+                whole = sums[place] + lacking[place]
+                added += (total[place] + whole * scales[2 * stripe + place % 4 // 2],)
+            else:
+                added += (total[place] + sums[place],)
     return added
 
 
@@ -244,19 +246,19 @@ def multiply_rows(
         totals += (gl.zeros([32 * num_warps], gl.float32, layout),)
     for step in gl.static_range(STEPS):
         ready: gl.tuple = ()
-        begin: gl.tuple = ()
+        lacking: gl.tuple = ()
         for tile in gl.static_range(TILES):
             registers = x_registers(x[tile * STEPS + step], READING, FOUR_BITS, num_warps)
             prepared, sums = _prepare(registers, eights, FOUR_BITS)
             ready += prepared
-            begin += sums
+            lacking += sums
         these = words[step]
         if STAGED:
             # Asked for by now, less this one and those before it.
             async_copy.wait_group((step + AHEAD if step + AHEAD < STEPS else STEPS) - step - 1)
             these = read_words(slots[step % AHEAD], SLOTS, num_warps)
         these_scales = read_scales(scales[step], ROWS // 8, SCALING, num_warps) if FOUR_BITS else ()
-        totals = _multiply(these, these_scales, ready, begin, totals, FOUR_BITS, STRIPES, TILES)
+        totals = _multiply(these, these_scales, ready, lacking, totals, FOUR_BITS, STRIPES, TILES)
         if step + AHEAD < STEPS:
             fetched = fetch_weights(
                 values_ptr,
@@ -283,7 +285,7 @@ def multiply_rows(
         inner = column // 8
         token += column % 8
     else:
-        across: gl.constexpr = gl.SliceLayout(1, PLACES)
+        across: gl.constexpr = gl.SliceLayout(1, PLACES)  # type: ignore[no-redef]
         column = gl.arange(0, 128, gl.SliceLayout(0, across))
         inner = column % 2 * 8 + column // 16
         token += column // 2 % 8
