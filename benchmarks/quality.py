@@ -98,15 +98,19 @@ def rounding_linear(weights: Weights, rounds_x: Callable[[str], bool]) -> Linear
     """The base model's linear layers; x is rounded to E4M3 where it meets a quantised matrix and is to be."""
 
     def linear(module_paths: Sequence[str], x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        rows = round_rows(x)
-        rounded = (rows.numbers_TI.float() * rows.scales_T1).to(x.dtype)
         matrices = {path: weights[f"{path}.weight"] for path in module_paths}
         return tuple(
-            frozen_linear(rounded if rounds_x(path) and isinstance(matrix, QuantisedMatrix) else x, matrix)
+            frozen_linear(_rounded(x) if rounds_x(path) and isinstance(matrix, QuantisedMatrix) else x, matrix)
             for path, matrix in matrices.items()
         )
 
     return linear
+
+
+def _rounded(x_TI: torch.Tensor) -> torch.Tensor:
+    """What E4M3 keeps of each row."""
+    rows = round_rows(x_TI)
+    return (rows.numbers_TI.float() * rows.scales_T1).to(x_TI.dtype)
 
 
 def _is_behind_a_norm(path: str) -> bool:

@@ -84,10 +84,10 @@ def _vocabulary_hash(folder: Path) -> str:
         return ""
 
 
-def _device_id(manifests: str) -> str:
+def _device_id(weights_device_id: str) -> str:
     """Engines with one device have one id; two containers of a machine share its memory."""
-    if manifests != "cpu":
-        return manifests
+    if weights_device_id != "cpu":
+        return weights_device_id
     try:
         return f"cpu:{_MACHINE_BOOT_ID.read_text(encoding='ascii').strip()}"
     except OSError:
