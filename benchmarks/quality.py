@@ -100,7 +100,9 @@ def rounding_linear(weights: Weights, rounds_x: Callable[[str], bool]) -> Linear
     def linear(module_paths: Sequence[str], x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         matrices = {path: weights[f"{path}.weight"] for path in module_paths}
         return tuple(
-            frozen_linear(_rounded(x) if rounds_x(path) and isinstance(matrix, QuantisedMatrix) else x, matrix)
+            frozen_linear(
+                _rounded(x) if rounds_x(path) and isinstance(matrix, QuantisedMatrix) else x, matrix
+            )
             for path, matrix in matrices.items()
         )
 
