@@ -242,6 +242,21 @@ def test_rows_beside_tiles_of_every_kernel(scheme, config, num_tokens, num_besid
 
 
 @on_triton
+@pytest.mark.skipif(INTERPRETED, reason="the kernel is Hopper's")
+@pytest.mark.parametrize("config", REGISTERS.values(), ids=REGISTERS)
+@pytest.mark.parametrize("num_tokens", [1, 5, 8])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_whole_rows_beside_those_of_registers(scheme, num_tokens, config):
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a Hopper GPU")
+    x, matrix, beside = _draw(num_tokens, ODD[1]), _matrix(scheme, *ODD), _draw(6, ODD[1], seed=2)
+    out = _poisoned(num_tokens, ODD[0] + len(beside), dtype=torch.bfloat16)
+    _quantised().launch(x, matrix, out, config, LinearKind.PLAIN, beside_BI=beside)
+    expected = torch.cat([_product(scheme, *ODD, num_tokens), x.double() @ beside.double().t()], dim=1)
+    assert relative_error(out, expected) < TOLERANCE[torch.bfloat16]
+
+
+@on_triton
 @pytest.mark.parametrize("kind", list(LinearKind))
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_an_invariant_row_does_not_depend_on_its_batch(scheme, kind, kernel, monkeypatch):
@@ -347,6 +362,17 @@ CHECKED = {
 LIMITS = {True: 227 * 1024, False: 99 * 1024}
 
 
+def _check_registers(
+    config: RegisterConfig, scheme: str, num_tokens: int, size: tuple[int, int], kind: LinearKind
+) -> None:
+    """That x of all its tokens fits beside what waits, and that no warp of a split is without work."""
+    hopper = pytest.importorskip("kiln_nn.kernels.linear.triton_hopper_registers")
+    kinds = {"is_gated": kind is LinearKind.GATED, "is_four_bits": scheme == "int4"}
+    constants = hopper.constants(config, num_tokens, *size, **kinds)
+    assert 8 * constants["TILES"] >= min(num_tokens, 8)
+    assert constants["STEPS"] * config.warps * config.splits - size[1] // 128 < config.warps * config.splits
+
+
 @pytest.mark.parametrize("is_hopper", [True, False])
 @pytest.mark.parametrize(("size", "kind"), CHECKED.items())
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -354,6 +380,8 @@ def test_every_choice_fits_its_gpu(scheme, size, kind, is_hopper):
     for num_tokens in (*range(1, 300), 1024, 4096):
         config = choose(scheme, num_tokens, *size, kind, is_hopper=is_hopper)
         assert kind is LinearKind.PARTIAL or config is None or config.splits == 1
+        if isinstance(config, RegisterConfig):
+            _check_registers(config, scheme, num_tokens, size, kind)
         if not isinstance(config, LinearConfig):
             continue
         limit = _quantised().ring_limit(
