@@ -373,6 +373,13 @@ def _check_registers(
     assert constants["STEPS"] * config.warps * config.splits - size[1] // 128 < config.warps * config.splits
 
 
+@needs_triton
+def test_what_does_not_fit_into_shared_memory_is_refused():
+    hopper = pytest.importorskip("kiln_nn.kernels.linear.triton_hopper_registers")
+    with pytest.raises(ValueError, match="more splits"):
+        hopper.constants(RegisterConfig(16), 16, 2560, 17408 * 2, 0, is_gated=False, is_four_bits=True)
+
+
 @pytest.mark.parametrize("is_hopper", [True, False])
 @pytest.mark.parametrize(("size", "kind"), CHECKED.items())
 @pytest.mark.parametrize("scheme", SCHEMES)

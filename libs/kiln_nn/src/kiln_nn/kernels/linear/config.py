@@ -63,6 +63,12 @@ class RegisterConfig:
     registers: int = 0
     is_staged: bool = False
 
+    def __post_init__(self) -> None:
+        assert self.outputs in (8, 16, 32, 64), "tensors are powers of two, and registers hold no more"
+        assert self.warps in (4, 8), "a thread adds up one of their sums each"
+        assert self.splits > 0
+        assert self.ahead > 0
+
 
 @dataclass(frozen=True)
 class SpecialisedConfig:
