@@ -35,6 +35,10 @@ test: setup-dev check ## Check the code and run all tests that need no GPU
 	.venv/bin/python -m pytest -n 2 --dist loadfile --ignore tests/e2e --ignore tests/chaos $(ARGS)
 	.venv/bin/python -m pytest tests/e2e tests/chaos $(ARGS)
 
+.PHONY: test-options
+test-options: setup-dev ## Run the tests of decoding with speculation and on quantised weights
+	scripts/test_options.sh $(ARGS)
+
 .PHONY: test-gpu
 test-gpu: setup-dev ## Run the tests that need a CUDA device
 	.venv/bin/python -m pytest -m gpu $(ARGS)

@@ -1,4 +1,4 @@
-"""Variants of every engine of the tests.
+"""One thread a process, and variants of every engine of the tests.
 
 `--quantization int4` (or fp8) has them round their weights (see support/variants.py), `--speculation ngram`
 (or mtp) guess ahead, always as far as they may.
@@ -7,8 +7,9 @@
 import os
 
 import pytest
+import torch
 
-from tests.support.variants import SETTING
+from tests.support.variants import SETTING, SPECULATION_SETTING
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -25,9 +26,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # As services do by default. More threads wait for each other over small matrices, on busy cores most of
+    # the time. Processes of the tests read the variable.
+    torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     # Engines in this process and those started by it read their settings from here.
     if scheme := config.getoption("--quantization"):
         os.environ[SETTING] = scheme
     if kind := config.getoption("--speculation"):
-        os.environ["KILN_ENGINE_SPECULATION"] = kind
+        os.environ[SPECULATION_SETTING] = kind
         os.environ["KILN_ENGINE_ADAPTIVE_DRAFTS"] = "false"

@@ -31,6 +31,8 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CU
 
 # Constrained from the sixth token on: those rows are drawn when the token before is known.
 _RULES = OutputRules(thinking=ThinkingRules(7, 6, before_end_token_ids=(8,), after_end_token_ids=(9, 10)))
+# Whatever the weights are rounded to, thinking ends because its budget is spent.
+_NO_END_OF_ITS_OWN: dict[str, Any] = {"logit_bias": {7: -100.0}}
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +54,11 @@ def _requests(with_adapters: bool) -> list[SlottedRequest]:
         (token_ids(64, seed=8), {"logit_bias": {5: 4.0}}),
         (token_ids(17, seed=9), {"min_tokens": 5}),
         (token_ids(1, seed=10), {}),
-        (token_ids(40, seed=11), {"rules": _RULES}),
-        (shared[:144] + token_ids(5, seed=12), {"rules": _RULES, "num_top_logprobs": 2}),
+        (token_ids(40, seed=11), {"rules": _RULES, **_NO_END_OF_ITS_OWN}),
+        (
+            shared[:144] + token_ids(5, seed=12),
+            {"rules": _RULES, "num_top_logprobs": 2, **_NO_END_OF_ITS_OWN},
+        ),
     ]
     requests = []
     for number, (prompt, sampling) in enumerate(kinds):

@@ -25,6 +25,7 @@ from kiln_nn.lora import serialize_adapter
 from tests.support.engine_plans import relative_error, token_ids
 from tests.support.lora_builders import peft_model_with, random_lora
 from tests.support.tiny_models import SHAPES, hf_model, make_checkpoint, read_tensors
+from tests.support.variants import as_engine_holds_them, draft_memory, speculator
 
 TOLERANCE = 1e-4
 
@@ -62,9 +63,10 @@ class ScheduledEngine:
             num_adapter_slots=2,
             max_adapter_rank=4,
             kv_cache_tokens=num_pages * 16,
+            **draft_memory(),
         )
         memory = plan_memory(config, request, torch.float32, free_bytes=2**30)
-        self.runner = TorchRunner(config, read_tensors(folder), memory)
+        self.runner = TorchRunner(config, as_engine_holds_them(read_tensors(folder)), memory)
         self.scheduler = Scheduler(
             SchedulerLimits(
                 num_pages=memory.num_pages,
@@ -72,17 +74,20 @@ class ScheduledEngine:
                 max_model_len=256,
                 max_running=max_running,
                 step_token_budget=budget,
+                max_draft_tokens=memory.max_draft_tokens,
             ),
-            eos_token_ids=frozenset(),
+            frozenset(),
+            speculator([max_running]),
         )
         self._run_ahead = run_ahead
-        self._launched: deque[tuple[BatchPlan, PendingStep, torch.Tensor]] = deque()
-        self._logits = torch.empty(0)
+        self._launched: deque[tuple[BatchPlan, PendingStep, list[torch.Tensor]]] = deque()
+        # Logits of the passes of the step that is launched: of its verify rows, then of all others.
+        self._passes: list[torch.Tensor] = []
         forward = self.runner.model.forward
 
         def recording(*args: Any) -> torch.Tensor:
-            self._logits = forward(*args)
-            return self._logits
+            self._passes.append(forward(*args))
+            return self._passes[-1]
 
         self.runner.model.forward = recording  # type: ignore[method-assign]
         self.finished: dict[str, Finished] = {}
@@ -99,21 +104,26 @@ class ScheduledEngine:
         while self.scheduler.has_work or self._launched:
             plan = self.scheduler.plan(0.0)
             if not plan.is_empty:
-                self._launched.append((plan, self.runner.launch(plan), self._logits))
+                self._passes = []
+                self._launched.append((plan, self.runner.launch(plan), self._passes))
             while len(self._launched) > (0 if plan.is_empty else self._run_ahead):
                 self._take_in(*self._launched.popleft())
         return self.finished
 
-    def _take_in(self, plan: BatchPlan, pending: PendingStep, logits_RV: torch.Tensor) -> None:
+    def _take_in(self, plan: BatchPlan, pending: PendingStep, passes: list[torch.Tensor]) -> None:
         result = pending.wait()
-        logits = {row.sequence_id: logits_RV[i] for i, row in enumerate(result.rows)}
+        logits: dict[int, list[torch.Tensor]] = {}
+        if plan.verify_rows:
+            lines_RNV = passes[0].unflatten(0, (len(plan.verify_rows), -1))
+            logits |= {row.sequence_id: list(lines_RNV[i]) for i, row in enumerate(result.verified)}
+        logits |= {row.sequence_id: [passes[-1][i]] for i, row in enumerate(result.rows)}
         sequence_ids = {s.request.request_id: s.sequence_id for s in self.scheduler.running}
         for event in self.scheduler.commit(plan, result):
             assert event.row is not None, event.error
             into = self.finished[event.request_id]
             into.drawn.append(event.row.token_id)
             into.logprobs.append(event.row.logprob)
-            into.logits.append(logits[sequence_ids[event.request_id]])
+            into.logits.append(logits[sequence_ids[event.request_id]].pop(0))
             if event.is_first:
                 into.num_cached_tokens = event.num_cached_tokens
 

@@ -236,7 +236,8 @@ async def test_a_json_schema_holds_in_every_line():
                 GenerationRequest(
                     f"r{seed}",
                     tuple(example * 2),
-                    SamplingParams(60, seed=seed, stop_token_ids=frozenset({end})),
+                    # JSON allows blanks between its parts, and this model likes dozens after a line break.
+                    SamplingParams(150, seed=seed, stop_token_ids=frozenset({end})),
                     rules=OutputRules(grammar=grammar),
                 ),
                 (),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -17,6 +16,7 @@ from kiln_engine.domain.ports import PendingStep
 from kiln_engine.scheduling import SchedulerLimits
 from kiln_engine.settings import EngineSettings
 from kiln_engine.simulation.runner import SimulatedRunner
+from tests.support.variants import draft_memory
 
 VOCAB_SIZE = 100
 EOS = 7
@@ -119,7 +119,7 @@ class FakeWeights:
 def make_parts(runner: Any, store: Any = None, *, num_adapter_slots: int = 2, **limits: int) -> EngineParts:
     """Device parts around a runner; `limits` override SchedulerLimits."""
     numbers = {
-        "max_draft_tokens": 3 if os.environ.get("KILN_ENGINE_SPECULATION") else 0,
+        "max_draft_tokens": draft_memory().get("max_draft_tokens", 0),
         "num_pages": 64,
         "num_state_slots": 16,
         "max_model_len": 256,

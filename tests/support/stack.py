@@ -54,7 +54,12 @@ class Stack:
             self._process = subprocess.Popen(
                 command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **self._env}
             )
-        self.wait_until_ready(timeout_s)
+        try:
+            self.wait_until_ready(timeout_s)
+        except BaseException:  # or the services would outlive the test
+            if self._process.poll() is None:
+                self.stop()
+            raise
         return self
 
     def stop(self) -> int:

@@ -70,7 +70,7 @@ def text_of(outputs):
 async def test_what_stops_is_valid_for_every_schema_side_by_side_with_free_text(client):
     named = [(f"{index}-{seed}", item) for index, item in enumerate(SCHEMAS) for seed in range(2)]
     requests = [
-        constrained(name, grammar=schema(item.schema), seed=hash(name) % 1000) for name, item in named
+        constrained(name, grammar=schema(item.schema), seed=seed) for seed, (name, item) in enumerate(named)
     ]
     alone = ids_of(await collect(client, constrained("alone", seed=5, max_tokens=40)))
     free, *answers = await asyncio.gather(
@@ -243,4 +243,4 @@ async def test_a_model_without_a_tokenizer_takes_no_grammars(tmp_path):
         request = generate_request(grammar=engine_pb2.Grammar(regex="a"), ignore_eos=False)
         [output] = await collect(client, request)
         assert output.error.code == "grammars_unavailable"
-        assert len(await collect(client, generate_request("free"))) == 4
+        assert len(ids_of(await collect(client, generate_request("free")))) == 4

@@ -272,18 +272,29 @@ async def test_batching_does_not_change_a_seeded_answer(checkpoint, tmp_path):
         assert tokens(answers[-1]) == alone
 
 
-async def test_drafts_are_counted_and_do_not_change_an_answer(checkpoint, tmp_path):
+@pytest.mark.parametrize(("kind", "scheme"), [("mtp", "none"), ("ngram", "fp8")])
+async def test_drafts_are_counted_and_do_not_change_an_answer(checkpoint, tmp_path, kind, scheme):
+    prompt = list(range(30, 40)) * 3  # whose repetitions the text can be guessed by
+    asked = [{"seed": 5}, {"temperature": 0.0}]
     answers = []
-    for kind in ("none", "mtp"):
-        (folder := tmp_path / kind).mkdir()
-        settings = settings_for(checkpoint, folder, speculation=kind, adaptive_drafts=False)
-        async with real_engine(settings) as (_, client):
-            answers.append(tokens(await collect(client, generate_request("r", seed=5, max_tokens=30))))
-            drafts = (await client.get_stats()).drafts
+    for name in ("none", kind):
+        (folder := tmp_path / name).mkdir()
+        drafts = {"speculation": name, "adaptive_drafts": False}
+        async with real_engine(settings_for(checkpoint, folder, quantization=scheme, **drafts)) as (
+            _,
+            client,
+        ):
+            requests = [
+                generate_request(f"r{i}", prompt, max_tokens=30, **fields) for i, fields in enumerate(asked)
+            ]
+            outputs = await asyncio.gather(*(collect(client, request) for request in requests))
+            answers.append([tokens(each) for each in outputs])
+            counted = (await client.get_stats()).drafts
     assert answers[0] == answers[1]
-    [base] = drafts
+    [base] = counted
     assert base.adapter == ""
-    assert 0 <= base.num_accepted < base.num_proposed
+    assert 0 < base.num_proposed >= base.num_accepted
+    assert base.num_accepted or kind == "mtp"  # whose layer has learned nothing here
 
 
 async def test_preemption_does_not_change_an_answer(checkpoint, tmp_path):
@@ -353,7 +364,7 @@ async def test_the_engine_says_what_holds_its_memory(checkpoint, tmp_path):
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize(("drain_timeout_s", "code"), [(20.0, ""), (0.0, "answer_handed_back")])
+@pytest.mark.parametrize(("drain_timeout_s", "code"), [(60.0, ""), (0.0, "answer_handed_back")])
 async def test_the_process_stops_under_traffic(checkpoint, tmp_path, drain_timeout_s, code):
     """Answers under way are finished, or handed back when time is up; none is cut off silently."""
     settings = settings_for(checkpoint, tmp_path, drain_timeout_s=drain_timeout_s)

@@ -54,7 +54,8 @@ async def test_it_answers_as_the_rounded_model_and_shares_that(tmp_path, scheme)
 
 
 def test_a_model_that_cannot_be_rounded_stops_the_start_by_name(tmp_path):
-    make_checkpoint(tmp_path / "model", hidden_size=48, intermediate_size=64, head_dim=16)
+    no_whole_groups = {"hidden_size": 48, "intermediate_size": 64, "head_dim": 16, "linear_value_head_dim": 8}
+    make_checkpoint(tmp_path / "model", **no_whole_groups)
     with pytest.raises(SettingsUnfit, match="multiple of 128") as refused:
         load_device_side(settings_for(tmp_path, tmp_path / "model", quantization="int4"))
     assert isinstance(refused.value, KilnError)

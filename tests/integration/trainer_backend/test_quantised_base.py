@@ -23,8 +23,10 @@ from tests.support.training import (
     peft_folder,
     rollout,
     served_model,
+    sft_request,
     task,
 )
+from tests.support.variants import SETTING
 
 TOKENS = torch.randint(0, 300, (96,), generator=torch.Generator().manual_seed(3))
 BOUNDS = (0, 40, 96)
@@ -115,3 +117,24 @@ def test_a_job_learns_on_quantised_weights_and_leaves_them_as_they_are(quantised
     assert backend.mapped_model.num_allocated_base_bytes == 0
     assert quantised.loaded.arena.checksum() == checksum
     assert even_share(quantised, peft_folder(result, tmp_path / "result")) > share + 0.1
+
+
+@pytest.mark.parametrize("scheme", ["fp8", "int4"])
+@pytest.mark.parametrize("kind", ["sft", "grpo"])
+def test_a_job_learns_what_it_would_on_whole_weights_of_the_same_numbers(tmp_path, monkeypatch, scheme, kind):
+    monkeypatch.setenv(SETTING, scheme)  # draws the checkpoint on the scheme's numbers
+    examples = [[(5 * i + j) % 300 for j in range(12)] for i in range(8)]
+    rewarded = [rollout(PROMPT, [token], float(token % 2 == 0)) for token in range(16)]
+    options = {"epochs": 3, "learning_rate": 5e-3, "batch_tokens": 64}
+    request = sft_request(examples, **options) if kind == "sft" else grpo_request([rewarded], **options)
+    learned = []
+    for quantization in ("none", scheme):
+        folder = tmp_path / quantization
+        with served_model(folder, loading={"quantization": quantization}) as served:
+            result = TorchBackend(served.locate).run(task(request, folder / "job"), RecordingHooks())
+            pairs = read_adapter(peft_folder(result, folder / "result"), served.loaded.config).tensors
+        learned.append({f"{path}.{i}": part for path, pair in pairs.items() for i, part in enumerate(pair)})
+    whole, rounded = learned
+    assert all(part.norm() > 0 for part in whole.values())
+    # Sums in another order, over a few steps of an optimiser that divides by small numbers.
+    assert worst_error(rounded, whole) < 1e-3
