@@ -69,7 +69,7 @@ class SpecialisedConfig:
     `tokens`, `outputs`: the tile of a warp group, 64 rows of weights at most, in the gated form pairs.
     `groups`: warp groups of a program, one to three, that share x.
     `splits`: programs that share the inputs of one tile, each with a partial sum of its own.
-    `stages`: slots of 128 inputs in the ring that one more warp fills, `groups` at least.
+    `stages`: slots of 128 inputs in the ring that one more warp fills, two and `groups` at least.
     """
 
     tokens: int
@@ -87,10 +87,10 @@ class SpecialisedConfig:
         return self.stages * slot + self.groups * 64 * scale_bytes * shared_scales + 1024
 
     def fit(self, num_inputs: int, weight_bits: int, scale_bytes: int, limit: int) -> SpecialisedConfig:
-        """The same with as many stages as a program's shared memory holds, `groups` at least."""
+        """The same with as many stages as a program's shared memory holds, two and `groups` at least."""
         config = self
         while (
-            config.stages > config.groups
+            config.stages > max(2, config.groups)
             and config.shared_memory_bytes(num_inputs, weight_bits, scale_bytes) > limit
         ):
             config = replace(config, stages=config.stages - 1)

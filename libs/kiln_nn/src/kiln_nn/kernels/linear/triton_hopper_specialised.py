@@ -173,26 +173,30 @@ def _fetch(
 
 
 @gluon.jit
-def _halves(tile, FOUR_BITS: gl.constexpr):
-    """The stored words of the first and of the last 64 inputs."""
+def _half(
+    w_ring,
+    scales,
+    place,
+    group_scales,
+    HALF: gl.constexpr,
+    TOKENS: gl.constexpr,
+    FOUR_BITS: gl.constexpr,
+    SCALED: gl.constexpr,
+):
+    """Half of a tile of weights, `[64, 64]`, unpacked as the left operand."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 16])
+    operand: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
+    tile = w_ring.index(place)
     if FOUR_BITS:
-        first, last = halves_of(tile.load(_FOUR_BIT_PLACES))
-        first = gl.convert_layout(first, _FOUR_BIT_HALVES)
-        last = gl.convert_layout(last, _FOUR_BIT_HALVES)
+        words = gl.convert_layout(halves_of(tile.load(_FOUR_BIT_PLACES))[HALF], _FOUR_BIT_HALVES)
+        if SCALED:
+            scale = scales.index(group_scales).load(_FOUR_BIT_HALVES).to(gl.bfloat16)
+            numbers = four_bits_half(words, scale, True)
+        else:
+            numbers = four_bits_half(words, words, False)
     else:
-        first, last = halves_of(tile.load(_EIGHT_BIT_PLACES))
-        first = gl.convert_layout(first, _EIGHT_BIT_HALVES)
-        last = gl.convert_layout(last, _EIGHT_BIT_HALVES)
-    return first, last
-
-
-@gluon.jit
-def _unpacked(words, scale, SCALED: gl.constexpr, FOUR_BITS: gl.constexpr, operand: gl.constexpr):
-    """Half a block of weights as the left operand."""
-    if FOUR_BITS:  # noqa: SIM108 (known when compiling)
-        numbers = four_bits_half(words, scale, SCALED)
-    else:
-        numbers = eight_bits_half(words)
+        pairs = gl.convert_layout(halves_of(tile.load(_EIGHT_BIT_PLACES))[HALF], _EIGHT_BIT_HALVES)
+        numbers = eight_bits_half(pairs)
     return gl.convert_layout(numbers, operand)
 
 
@@ -213,37 +217,49 @@ def _multiply(
 ):
     """`[64, TOKENS]` sums of a warp group over `count` blocks of inputs, those of four bits scaled.
 
-    The last half of a block is unpacked while the first is multiplied, the first half while the tensor
-    cores multiply for other groups.
+    While one half of a block is multiplied the next is unpacked, into registers of its own: the first
+    half of the next block before the products of this one are waited for, so that only that wait lies
+    between two blocks. No product is in flight where the loop turns round: the compiler would put a wait
+    behind each.
     """
     ROWS: gl.constexpr = w_ring.shape[1]
     TOKENS: gl.constexpr = x_ring.shape[1]
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 16])
-    operand: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
     BY_GROUP: gl.constexpr = FOUR_BITS and not SCALED
     total = gl.zeros([ROWS, TOKENS], gl.float32, layout)
+    sums = total
+    mbarrier.wait(full.index(0), 0, pred=count > 0)
+    first = _half(w_ring, scales, group, first_scales, 0, TOKENS, FOUR_BITS, SCALED)
     for block in range(count):
         slot = block % STAGES
-        mbarrier.wait(full.index(slot), (block // STAGES) & 1)
-        words_first, words_last = _halves(w_ring.index(slot * GROUPS + group), FOUR_BITS)
-        if SCALED:
-            scale = scales.index(first_scales + block).load(_FOUR_BIT_HALVES).to(gl.bfloat16)
-        else:
-            scale = words_first
         x_first = x_ring.index(2 * slot).permute((1, 0))
         x_last = x_ring.index(2 * slot + 1).permute((1, 0))
-        first = _unpacked(words_first, scale, SCALED, FOUR_BITS, operand)
-        sums = warpgroup_mma(first, x_first, total, use_acc=not BY_GROUP, is_async=True)
-        last = _unpacked(words_last, scale, SCALED, FOUR_BITS, operand)
-        sums = warpgroup_mma(last, x_last, sums, is_async=True)
-        sums = warpgroup_mma_wait(0, deps=[sums])
-        # All warps of the group are done with the slot after the barrier.
-        barrier()
-        mbarrier.arrive(empty.index(slot), count=1)
         if BY_GROUP:
-            total += sums * scales.index(first_scales + block).load(layout).to(gl.float32)
+            running = warpgroup_mma(first, x_first, gl.zeros_like(total), use_acc=False, is_async=True)
+            before = first_scales + gl.maximum(block - 1, 0)
+            total += sums * scales.index(before).load(layout).to(gl.float32)
         else:
+            running = warpgroup_mma(first, x_first, total, is_async=True)
+        # All warps of the group have waited for the products with the slot before.
+        barrier()
+        mbarrier.arrive(empty.index((block + STAGES - 1) % STAGES), count=1, pred=block > 0)
+        place = slot * GROUPS + group
+        last = _half(w_ring, scales, place, first_scales + block, 1, TOKENS, FOUR_BITS, SCALED)
+        running = warpgroup_mma(last, x_last, running, is_async=True)
+        # The first half has been multiplied: its registers are free.
+        running = warpgroup_mma_wait(1, deps=[running])
+        following = gl.minimum(block + 1, count - 1)
+        next_slot = following % STAGES
+        mbarrier.wait(full.index(next_slot), (following // STAGES) & 1)
+        place = next_slot * GROUPS + group
+        first = _half(w_ring, scales, place, first_scales + following, 0, TOKENS, FOUR_BITS, SCALED)
+        mbarrier.wait(full.index(next_slot), (following // STAGES) & 1)
+        sums, first = warpgroup_mma_wait(0, deps=[running, first])
+        if not BY_GROUP:
             total = sums
+    if BY_GROUP:
+        last_scales = first_scales + gl.maximum(count - 1, 0)
+        total += sums * scales.index(last_scales).load(layout).to(gl.float32)
     return total
 
 
