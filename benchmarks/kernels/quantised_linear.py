@@ -100,16 +100,19 @@ def _specialised_candidates(scheme: Scheme, layer: Layer, num_rows: int) -> list
     halves = 2 if layer.kind is LinearKind.GATED else 1
     most = min(256, 1 << (num_rows - 1).bit_length())
     costs: dict[SpecialisedConfig, float] = {}
-    for tokens, groups, rows in product(sorted({most, most // 2, most // 4}), (1, 2, 3), (64, 48)):
-        # Sums of 256 tokens are more than a third group leaves registers for.
-        if tokens < 32 or tokens * groups > 512:
+    shapes = product(sorted({most, most // 2, most // 4}), (2, 3), (1, 3), (64, 48))
+    for tokens, groups, num_high, rows in shapes:
+        # More sums are more than two groups, or three, have registers for.
+        if tokens < 32 or tokens * num_high > {2: 256, 3: 192}[groups]:
             continue
-        num_tiles = -(-layer.outputs // (rows * groups)) * -(-num_rows // tokens)
+        num_tiles = -(-layer.outputs // (rows * groups * num_high)) * -(-num_rows // tokens)
         for splits in range(1, 9 if layer.kind is LinearKind.PARTIAL else 2):
-            config = SpecialisedConfig(tokens, rows // halves, groups, splits, 8)
+            config = SpecialisedConfig(tokens, rows // halves, groups, splits, 8, num_high)
             config = config.fit(layer.inputs, WEIGHT_BITS[scheme], 2, SHARED_MEMORY_BYTES)
             num_blocks = -(-layer.inputs // 128 // splits)
-            if config.stages > groups and num_blocks * (splits - 1) < layer.inputs // 128:
+            if config.shared_memory_bytes(layer.inputs, WEIGHT_BITS[scheme]) > SHARED_MEMORY_BYTES:
+                continue
+            if num_blocks * (splits - 1) < layer.inputs // 128:
                 costs[config] = _cycles(scheme, config, rows, num_blocks, num_tiles, num_rows)
     return sorted(costs, key=costs.__getitem__)[:MOST_SPECIALISED]
 
@@ -118,9 +121,10 @@ def _cycles(
     scheme: Scheme, config: SpecialisedConfig, rows: int, num_blocks: int, num_tiles: int, num_rows: int
 ) -> float:
     """A guess: products, instructions to unpack or bytes at 30 a cycle; each wave's start and end; sums."""
-    num_bytes = config.groups * rows * 16 * WEIGHT_BITS[scheme] + 256 * config.tokens
+    num_high = config.groups * config.tiles
+    num_bytes = num_high * rows * 16 * WEIGHT_BITS[scheme] + 256 * config.tokens
     unpacking = 215 if scheme == "int4" else 350
-    block = max(4 * config.groups * config.tokens, unpacking * config.groups, num_bytes / 30)
+    block = max(4 * num_high * config.tokens, unpacking * num_high, num_bytes / 30)
     waves = -(-num_tiles * config.splits // MULTIPROCESSORS)
     return waves * (num_blocks * block + 5000) + 3000 * config.splits * num_rows / 256
 

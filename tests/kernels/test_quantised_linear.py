@@ -43,11 +43,13 @@ EIGHT_BIT_TOLERANCE = 4e-2
 SMALL = LinearConfig(16, 32, 128, splits=2, warps=4, stages=3)
 # Warps of one and of several groups, of which some have none; programs past the last output.
 REGISTERS = [RegisterConfig(16, splits=3, warps=4, ahead=2), RegisterConfig(32, splits=2, warps=8, ahead=8)]
-# Every number of warp groups, rings that come round, rows of weights in two boxes, scaled sums and weights.
+# Every number of warp groups and tiles, rings that come round, rows of weights in two boxes, scaled sums
+# and weights.
 SPECIALISED = [
-    SpecialisedConfig(32, 24, groups=1, splits=2, stages=2),
+    SpecialisedConfig(32, 24, groups=2, splits=2, stages=2),
     SpecialisedConfig(64, 32, groups=2, splits=1, stages=3),
     SpecialisedConfig(128, 32, groups=3, splits=3, stages=3),
+    SpecialisedConfig(64, 24, groups=2, splits=1, stages=2, tiles=3),
 ]
 _fixed: RegisterConfig | SpecialisedConfig | None = None
 TOKENS = [3, 17] if INTERPRETED else [1, 3, 16, 33, 64, 128, 300, 2048]
@@ -101,9 +103,10 @@ KERNELS = {
     "hopper": None,
     "registers": REGISTERS[0],
     "more registers": REGISTERS[1],
-    "one group": SPECIALISED[0],
+    "small groups": SPECIALISED[0],
     "two groups": SPECIALISED[1],
     "three groups": SPECIALISED[2],
+    "three tiles": SPECIALISED[3],
 }
 
 
@@ -125,7 +128,7 @@ def kernel(request, monkeypatch):
 
 def _tolerance(scheme: str, num_tokens: int, dtype: torch.dtype) -> float:
     """Four-bit weights that meet many tokens are rounded to bf16 once they are scaled, but in registers."""
-    is_scaled = (scheme == "int4" and num_tokens > 128 and _fixed is None) or _fixed is SPECIALISED[-1]
+    is_scaled = (scheme == "int4" and num_tokens > 128 and _fixed is None) or _fixed in SPECIALISED[2:]
     return TOLERANCE[torch.bfloat16] if is_scaled else TOLERANCE[dtype]
 
 
@@ -486,9 +489,9 @@ def _compile_specialised(
 def test_the_kernel_of_specialised_warps_compiles(scheme, kind):
     size = next(size for size, checked in CHECKED.items() if checked is kind)
     config = {
-        LinearKind.PLAIN: SpecialisedConfig(64, 48, groups=2, stages=12),
-        LinearKind.GATED: SpecialisedConfig(128, 32, groups=3, stages=12),
-        LinearKind.PARTIAL: SpecialisedConfig(256, 64, groups=1, splits=4, stages=12),
+        LinearKind.PLAIN: SpecialisedConfig(64, 48, groups=3, stages=12),
+        LinearKind.GATED: SpecialisedConfig(64, 32, groups=2, stages=12, tiles=3),
+        LinearKind.PARTIAL: SpecialisedConfig(256, 64, groups=2, splits=4, stages=12),
     }[kind]
     config = config.fit(size[1], WEIGHT_BITS[scheme], 2, SHARED_MEMORY_LIMIT[90])
     assert config.groups <= config.stages < 12

@@ -63,7 +63,7 @@ _EIGHT_BIT_HALVES = gl.constexpr(half_places(is_four_bits=False))
 _INPUTS = 128  # of a slot: one group of four-bit weights
 _FIRST, _SECOND, _THIRD = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)
 _FETCHING_REGISTERS = gl.constexpr(24)
-_REGISTERS = {1: 240, 2: 240, 3: 160}  # of a thread that multiplies: what a multiprocessor has
+_REGISTERS = {2: 240, 3: 160}  # of a thread that multiplies: what a multiprocessor has
 
 
 @gluon.jit
@@ -80,16 +80,16 @@ def _ask_for_weights(
     SLOT_BYTES: gl.constexpr,
     REST: gl.constexpr,
     HALVES: gl.constexpr,
-    GROUPS: gl.constexpr,
+    TILES: gl.constexpr,
 ):
-    """One slot's weights, `[GROUPS, HALVES * BOX + HALVES * REST, columns]`, and the bytes to wait for."""
+    """One slot's weights, `[TILES, HALVES * BOX + HALVES * REST, columns]`, and the bytes to wait for."""
     BOX: gl.constexpr = box_desc.block_type.shape[0]
     col = block * box_desc.block_type.shape[1]
     mbarrier.expect(bar, SLOT_BYTES, pred=wanted)
-    for group in gl.static_range(GROUPS):
-        tile = ring.index(slot * GROUPS + group)
+    for place in gl.static_range(TILES):
+        tile = ring.index(slot * TILES + place)
         for half in gl.static_range(HALVES):
-            first = row + group * (BOX + REST) + half * num_outputs
+            first = row + place * (BOX + REST) + half * num_outputs
             tma.async_copy_global_to_shared(
                 box_desc, [first, col], bar, tile.slice(half * BOX, BOX, dim=0), wanted
             )
@@ -105,7 +105,7 @@ def _fetch(
     REST: gl.constexpr,
     X_REST: gl.constexpr,
     HALVES: gl.constexpr,
-    GROUPS: gl.constexpr,
+    TILES: gl.constexpr,
     STAGES: gl.constexpr,
     DEPENDENT: gl.constexpr,
 ):
@@ -140,7 +140,7 @@ def _fetch(
             SLOT_BYTES,
             REST,
             HALVES,
-            GROUPS,
+            TILES,
         )
     if DEPENDENT:
         gdc_wait()
@@ -167,7 +167,7 @@ def _fetch(
             SLOT_BYTES,
             REST,
             HALVES,
-            GROUPS,
+            TILES,
         )
         ask_for_x(x_desc, x_rest_desc, x_ring, again, place, token, begin + block, True, X_REST, 2)
 
@@ -201,23 +201,40 @@ def _half(
 
 
 @gluon.jit
+def _multiply_tile(
+    w_ring, x_first, x_last, scales, place, group_scales, total, FOUR_BITS: gl.constexpr, SCALED: gl.constexpr
+):
+    """A block's products of one more tile, of which the last half is still in flight at the end."""
+    TOKENS: gl.constexpr = total.shape[1]
+    first = _half(w_ring, scales, place, group_scales, 0, TOKENS, FOUR_BITS, SCALED)
+    total = warpgroup_mma(first, x_first, total, is_async=True)
+    total = warpgroup_mma_wait(1, deps=[total])
+    last = _half(w_ring, scales, place, group_scales, 1, TOKENS, FOUR_BITS, SCALED)
+    total = warpgroup_mma(last, x_last, total, is_async=True)
+    return warpgroup_mma_wait(1, deps=[total])
+
+
+@gluon.jit
 def _multiply(
     w_ring,
     x_ring,
     scales,
     full,
     empty,
-    first_scales,
     group,
     count,
     GROUPS: gl.constexpr,
+    TILES: gl.constexpr,
+    SCALES: gl.constexpr,
     STAGES: gl.constexpr,
     FOUR_BITS: gl.constexpr,
     SCALED: gl.constexpr,
 ):
-    """`[64, TOKENS]` sums of a warp group over `count` blocks of inputs, those of four bits scaled.
+    """A warp group's sums over `count` blocks of inputs, those of four bits scaled.
 
-    While one half of a block is multiplied the next is unpacked, into registers of its own: the first
+    They are three, `[64, TOKENS]` each, of which those from `TILES` on are zeros.
+
+    While one half of a tile is multiplied the next is unpacked, into registers of its own: the first
     half of the next block before the products of this one are waited for, so that only that wait lies
     between two blocks. No product is in flight where the loop turns round: the compiler would put a wait
     behind each.
@@ -226,10 +243,14 @@ def _multiply(
     TOKENS: gl.constexpr = x_ring.shape[1]
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 16])
     BY_GROUP: gl.constexpr = FOUR_BITS and not SCALED
+    first_tile = group * TILES
+    first_scales = first_tile * SCALES
     total = gl.zeros([ROWS, TOKENS], gl.float32, layout)
+    second = gl.zeros([ROWS, TOKENS], gl.float32, layout)
+    third = gl.zeros([ROWS, TOKENS], gl.float32, layout)
     sums = total
     mbarrier.wait(full.index(0), 0, pred=count > 0)
-    first = _half(w_ring, scales, group, first_scales, 0, TOKENS, FOUR_BITS, SCALED)
+    first = _half(w_ring, scales, first_tile, first_scales, 0, TOKENS, FOUR_BITS, SCALED)
     for block in range(count):
         slot = block % STAGES
         x_first = x_ring.index(2 * slot).permute((1, 0))
@@ -243,24 +264,38 @@ def _multiply(
         # All warps of the group have waited for the products with the slot before.
         barrier()
         mbarrier.arrive(empty.index((block + STAGES - 1) % STAGES), count=1, pred=block > 0)
-        place = slot * GROUPS + group
+        place = slot * (GROUPS * TILES) + first_tile
         last = _half(w_ring, scales, place, first_scales + block, 1, TOKENS, FOUR_BITS, SCALED)
         running = warpgroup_mma(last, x_last, running, is_async=True)
         # The first half has been multiplied: its registers are free.
         running = warpgroup_mma_wait(1, deps=[running])
+        if TILES == 3:
+            group_scales = first_scales + SCALES + block
+            second = _multiply_tile(
+                w_ring, x_first, x_last, scales, place + 1, group_scales, second, FOUR_BITS, SCALED
+            )
+            group_scales += SCALES
+            third = _multiply_tile(
+                w_ring, x_first, x_last, scales, place + 2, group_scales, third, FOUR_BITS, SCALED
+            )
         following = gl.minimum(block + 1, count - 1)
         next_slot = following % STAGES
-        mbarrier.wait(full.index(next_slot), (following // STAGES) & 1)
-        place = next_slot * GROUPS + group
+        next_bar, next_phase = full.index(next_slot), (following // STAGES) & 1
+        mbarrier.wait(next_bar, next_phase)
+        place = next_slot * (GROUPS * TILES) + first_tile
         first = _half(w_ring, scales, place, first_scales + following, 0, TOKENS, FOUR_BITS, SCALED)
-        mbarrier.wait(full.index(next_slot), (following // STAGES) & 1)
-        sums, first = warpgroup_mma_wait(0, deps=[running, first])
+        # Passed at once, but the compiler does not move the unpacking behind it and the products' wait.
+        mbarrier.wait(next_bar, next_phase)
+        if TILES == 3:
+            sums, second, third = warpgroup_mma_wait(0, deps=[running, second, third])
+        else:
+            sums = warpgroup_mma_wait(0, deps=[running])
         if not BY_GROUP:
             total = sums
     if BY_GROUP:
         last_scales = first_scales + gl.maximum(count - 1, 0)
         total += sums * scales.index(last_scales).load(layout).to(gl.float32)
-    return total
+    return total, second, third
 
 
 @gluon.jit
@@ -305,75 +340,105 @@ def _consume(
     BOX: gl.constexpr,
     REST: gl.constexpr,
     GROUPS: gl.constexpr,
+    TILES: gl.constexpr,
     SCALES: gl.constexpr,
     STAGES: gl.constexpr,
     FOUR_BITS: gl.constexpr,
     SCALED: gl.constexpr,
     GATED: gl.constexpr,
 ):
-    """One warp group: its rows of weights times the program's x, stored."""
+    """One warp group: its tiles of weights times the program's x, stored."""
     w_ring, x_ring, scales, columns, sums, full, empty, done, scales_ptr, out_ptr = memory
     first_row, token, split, num_tokens, num_outputs, num_scales, scale_stride, out_stride, begin, count = (
         numbers
     )
     ROWS: gl.constexpr = w_ring.shape[1]
     TOKENS: gl.constexpr = x_ring.shape[1]
+    OUTPUTS: gl.constexpr = BOX + REST
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 16])
-    row = first_row + GROUP * (BOX + REST)
+    first = first_row + GROUP * (TILES * OUTPUTS)
     if FOUR_BITS:
-        own = scales.index(GROUP)
-        fetch_group_scales(
-            scales_ptr, scale_stride, own, row, num_outputs, begin, num_scales - begin, BOX, REST, GATED, 4
-        )
+        for tile in gl.static_range(TILES):
+            own = scales.index(GROUP * TILES + tile)
+            row = first + tile * OUTPUTS
+            fetch_group_scales(
+                scales_ptr,
+                scale_stride,
+                own,
+                row,
+                num_outputs,
+                begin,
+                num_scales - begin,
+                BOX,
+                REST,
+                GATED,
+                4,
+            )
         barrier()
-    else:
-        lanes = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
-        rows, is_there = source_rows(lanes, row, num_outputs, BOX, REST, GATED)
-        row_scales = gl.load(scales_ptr + rows.to(gl.int64) * scale_stride, mask=is_there, other=0.0)
-    total = _multiply(
+    totals = _multiply(
         w_ring,
         x_ring,
         columns,
         full,
         empty,
-        GROUP * SCALES,
         GROUP,
         count,
         GROUPS,
+        TILES,
+        SCALES,
         STAGES,
         FOUR_BITS,
         SCALED,
     )
-    if not FOUR_BITS:
-        total = total * gl.expand_dims(row_scales, 1)
     # The ring's memory is for the sums once all groups have multiplied their last block.
     barrier()
     mbarrier.arrive(done, count=1)
     mbarrier.wait(done, 0)
     place = sums.index(GROUP)
-    place.store(total)
-    barrier()
-    if GATED:
-        _store(out_ptr, place, row, 0, token, split, num_tokens, num_outputs, out_stride, BOX, BOX, True)
-        if REST > 0:
+    for tile in gl.static_range(TILES):
+        total = totals[tile]
+        row = first + tile * OUTPUTS
+        if not FOUR_BITS:
+            lanes = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+            rows, is_there = source_rows(lanes, row, num_outputs, BOX, REST, GATED)
+            scale = gl.load(scales_ptr + rows.to(gl.int64) * scale_stride, mask=is_there, other=0.0)
+            total = total * gl.expand_dims(scale, 1)
+        if tile > 0:
+            barrier()
+        place.store(total)
+        barrier()
+        if GATED:
+            _store(out_ptr, place, row, 0, token, split, num_tokens, num_outputs, out_stride, BOX, BOX, True)
+            if REST > 0:
+                _store(
+                    out_ptr,
+                    place,
+                    row + BOX,
+                    2 * BOX,
+                    token,
+                    split,
+                    num_tokens,
+                    num_outputs,
+                    out_stride,
+                    REST,
+                    REST,
+                    True,
+                )
+        else:
             _store(
                 out_ptr,
                 place,
-                row + BOX,
-                2 * BOX,
+                row,
+                0,
                 token,
                 split,
                 num_tokens,
                 num_outputs,
                 out_stride,
-                REST,
-                REST,
-                True,
+                ROWS,
+                OUTPUTS,
+                False,
             )
-    else:
-        _store(
-            out_ptr, place, row, 0, token, split, num_tokens, num_outputs, out_stride, ROWS, BOX + REST, False
-        )
 
 
 @gluon.jit(do_not_specialize=["num_tokens", "num_blocks", "split_blocks", "shows_producers"])
@@ -398,6 +463,7 @@ def _linear_kernel(
     X_REST: gl.constexpr,
     TOKENS: gl.constexpr,
     GROUPS: gl.constexpr,
+    TILES: gl.constexpr,
     SCALES: gl.constexpr,
     STAGES: gl.constexpr,
     REGISTERS: gl.constexpr,
@@ -412,20 +478,21 @@ def _linear_kernel(
     ROWS: gl.constexpr = 64
     COLUMNS: gl.constexpr = box_desc.block_type.shape[1]
     LINE_BYTES: gl.constexpr = 64 if FOUR_BITS else 128
-    SLOT_BYTES: gl.constexpr = GROUPS * HALVES * OUTPUTS * LINE_BYTES + (X_BOX + X_REST) * 256
+    ALL_TILES: gl.constexpr = GROUPS * TILES
+    SLOT_BYTES: gl.constexpr = ALL_TILES * HALVES * OUTPUTS * LINE_BYTES + (X_BOX + X_REST) * 256
     token = gl.program_id(0) * TOKENS
     split = gl.program_id(1)
-    row = gl.program_id(2) * (GROUPS * OUTPUTS)
-    w_ring = gl.allocate_shared_memory(box_desc.dtype, [STAGES * GROUPS, ROWS, COLUMNS], box_desc.layout)
+    row = gl.program_id(2) * (ALL_TILES * OUTPUTS)
+    w_ring = gl.allocate_shared_memory(box_desc.dtype, [STAGES * ALL_TILES, ROWS, COLUMNS], box_desc.layout)
     x_ring = gl.allocate_shared_memory(gl.bfloat16, [STAGES * 2, TOKENS, X_COLUMNS], x_desc.layout)
     # The same bytes as sums: eight rows side by side, other places for every other two tokens.
     across: gl.constexpr = gl.SwizzledSharedLayout(8, 2, 4, [0, 1])
     sums = x_ring._reinterpret(gl.float32, [STAGES, ROWS, TOKENS], across)
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     kind: gl.constexpr = scales_ptr.dtype.element_ty
-    scales = gl.allocate_shared_memory(kind, [GROUPS, SCALES, ROWS], plain)
+    scales = gl.allocate_shared_memory(kind, [ALL_TILES, SCALES, ROWS], plain)
     # The same bytes as columns of one group of inputs each.
-    columns = scales._reinterpret(kind, [GROUPS * SCALES, ROWS, 1], plain)
+    columns = scales._reinterpret(kind, [ALL_TILES * SCALES, ROWS, 1], plain)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     done = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
@@ -468,30 +535,44 @@ def _linear_kernel(
         begin,
         count,
     )
-    if GROUPS == 1:
+    if GROUPS == 2:
         gl.warp_specialize(
             [
                 (
                     _consume,
-                    (memory, numbers, _FIRST, BOX, REST, GROUPS, SCALES, STAGES, FOUR_BITS, SCALED, GATED),
+                    (
+                        memory,
+                        numbers,
+                        _FIRST,
+                        BOX,
+                        REST,
+                        GROUPS,
+                        TILES,
+                        SCALES,
+                        STAGES,
+                        FOUR_BITS,
+                        SCALED,
+                        GATED,
+                    ),
                 ),
-                (_fetch, (fetching, SLOT_BYTES, REST, X_REST, HALVES, GROUPS, STAGES, DEPENDENT)),
-            ],
-            [1],
-            [_FETCHING_REGISTERS],
-        )
-    elif GROUPS == 2:
-        gl.warp_specialize(
-            [
                 (
                     _consume,
-                    (memory, numbers, _FIRST, BOX, REST, GROUPS, SCALES, STAGES, FOUR_BITS, SCALED, GATED),
+                    (
+                        memory,
+                        numbers,
+                        _SECOND,
+                        BOX,
+                        REST,
+                        GROUPS,
+                        TILES,
+                        SCALES,
+                        STAGES,
+                        FOUR_BITS,
+                        SCALED,
+                        GATED,
+                    ),
                 ),
-                (
-                    _consume,
-                    (memory, numbers, _SECOND, BOX, REST, GROUPS, SCALES, STAGES, FOUR_BITS, SCALED, GATED),
-                ),
-                (_fetch, (fetching, SLOT_BYTES, REST, X_REST, HALVES, GROUPS, STAGES, DEPENDENT)),
+                (_fetch, (fetching, SLOT_BYTES, REST, X_REST, HALVES, ALL_TILES, STAGES, DEPENDENT)),
             ],
             [4, 1],
             [REGISTERS, _FETCHING_REGISTERS],
@@ -501,17 +582,56 @@ def _linear_kernel(
             [
                 (
                     _consume,
-                    (memory, numbers, _FIRST, BOX, REST, GROUPS, SCALES, STAGES, FOUR_BITS, SCALED, GATED),
+                    (
+                        memory,
+                        numbers,
+                        _FIRST,
+                        BOX,
+                        REST,
+                        GROUPS,
+                        TILES,
+                        SCALES,
+                        STAGES,
+                        FOUR_BITS,
+                        SCALED,
+                        GATED,
+                    ),
                 ),
                 (
                     _consume,
-                    (memory, numbers, _SECOND, BOX, REST, GROUPS, SCALES, STAGES, FOUR_BITS, SCALED, GATED),
+                    (
+                        memory,
+                        numbers,
+                        _SECOND,
+                        BOX,
+                        REST,
+                        GROUPS,
+                        TILES,
+                        SCALES,
+                        STAGES,
+                        FOUR_BITS,
+                        SCALED,
+                        GATED,
+                    ),
                 ),
                 (
                     _consume,
-                    (memory, numbers, _THIRD, BOX, REST, GROUPS, SCALES, STAGES, FOUR_BITS, SCALED, GATED),
+                    (
+                        memory,
+                        numbers,
+                        _THIRD,
+                        BOX,
+                        REST,
+                        GROUPS,
+                        TILES,
+                        SCALES,
+                        STAGES,
+                        FOUR_BITS,
+                        SCALED,
+                        GATED,
+                    ),
                 ),
-                (_fetch, (fetching, SLOT_BYTES, REST, X_REST, HALVES, GROUPS, STAGES, DEPENDENT)),
+                (_fetch, (fetching, SLOT_BYTES, REST, X_REST, HALVES, ALL_TILES, STAGES, DEPENDENT)),
             ],
             [4, 4, 1],
             [REGISTERS, REGISTERS, _FETCHING_REGISTERS],
@@ -520,7 +640,7 @@ def _linear_kernel(
 
 def scales_weights(config: SpecialisedConfig) -> bool:
     """Whether four-bit weights are scaled, and rounded to bf16, before they meet x."""
-    return config.tokens > _MOST_TOKENS_BY_GROUP
+    return config.tokens * config.tiles > _MOST_TOKENS_BY_GROUP
 
 
 def constants(
@@ -537,6 +657,7 @@ def constants(
         "X_REST": x_rest,
         "TOKENS": config.tokens,
         "GROUPS": config.groups,
+        "TILES": config.tiles,
         "SCALES": max(16, triton.next_power_of_2(num_scales)) if is_four_bits else 1,
         "STAGES": config.stages,
         "REGISTERS": _REGISTERS[config.groups],
@@ -572,7 +693,7 @@ def launch(
     grid = (
         triton.cdiv(num_tokens, config.tokens),
         config.splits,
-        triton.cdiv(num_outputs, config.groups * config.outputs),
+        triton.cdiv(num_outputs, config.groups * config.tiles * config.outputs),
     )
     _linear_kernel[grid](
         describe(stored, fixed["BOX"], columns),
