@@ -90,12 +90,12 @@ def _candidates(scheme: Scheme, layer: Layer, num_rows: int, kernel: str) -> lis
         found += _ring_candidates(scheme, layer, num_rows)
     if kernel in ("all", "registers") and num_rows <= MOST_ROWS_IN_REGISTERS:
         found += _register_candidates(scheme, layer)
-    if kernel in ("all", "specialised") and num_rows >= FEWEST_SPECIALISED_ROWS:
-        found += _specialised_candidates(scheme, layer, num_rows)
+    if kernel in ("all", "specialised") and scheme == "int4" and num_rows >= FEWEST_SPECIALISED_ROWS:
+        found += _specialised_candidates(layer, num_rows)
     return found
 
 
-def _specialised_candidates(scheme: Scheme, layer: Layer, num_rows: int) -> list[SpecialisedConfig]:
+def _specialised_candidates(layer: Layer, num_rows: int) -> list[SpecialisedConfig]:
     """The tiles that should be fastest, by what a block of 128 inputs costs and by how programs fill waves."""
     halves = 2 if layer.kind is LinearKind.GATED else 1
     most = min(256, 1 << (num_rows - 1).bit_length())
@@ -107,24 +107,21 @@ def _specialised_candidates(scheme: Scheme, layer: Layer, num_rows: int) -> list
             continue
         num_tiles = -(-layer.outputs // (rows * groups * num_high)) * -(-num_rows // tokens)
         for splits in range(1, 9 if layer.kind is LinearKind.PARTIAL else 2):
-            config = SpecialisedConfig(tokens, rows // halves, groups, splits, 8, num_high)
-            config = config.fit(layer.inputs, WEIGHT_BITS[scheme], 2, SHARED_MEMORY_BYTES)
+            config = SpecialisedConfig(tokens, rows // halves, groups, num_high, splits, 8)
+            config = config.fit(layer.inputs, 2, SHARED_MEMORY_BYTES)
             num_blocks = -(-layer.inputs // 128 // splits)
-            if config.shared_memory_bytes(layer.inputs, WEIGHT_BITS[scheme]) > SHARED_MEMORY_BYTES:
+            if config.shared_memory_bytes(layer.inputs) > SHARED_MEMORY_BYTES:
                 continue
             if num_blocks * (splits - 1) < layer.inputs // 128:
-                costs[config] = _cycles(scheme, config, rows, num_blocks, num_tiles, num_rows)
+                costs[config] = _cycles(config, rows, num_blocks, num_tiles, num_rows)
     return sorted(costs, key=costs.__getitem__)[:MOST_SPECIALISED]
 
 
-def _cycles(
-    scheme: Scheme, config: SpecialisedConfig, rows: int, num_blocks: int, num_tiles: int, num_rows: int
-) -> float:
+def _cycles(config: SpecialisedConfig, rows: int, num_blocks: int, num_tiles: int, num_rows: int) -> float:
     """A guess: products, instructions to unpack or bytes at 30 a cycle; each wave's start and end; sums."""
     num_high = config.groups * config.tiles
-    num_bytes = num_high * rows * 16 * WEIGHT_BITS[scheme] + 256 * config.tokens
-    unpacking = 215 if scheme == "int4" else 350
-    block = max(4 * num_high * config.tokens, unpacking * num_high, num_bytes / 30)
+    num_bytes = num_high * rows * 64 + 256 * config.tokens
+    block = max(4 * num_high * config.tokens, 215 * num_high, num_bytes / 30)
     waves = -(-num_tiles * config.splits // MULTIPROCESSORS)
     return waves * (num_blocks * block + 5000) + 3000 * config.splits * num_rows / 256
 

@@ -120,6 +120,8 @@ def kernel(request, monkeypatch):
         pytest.skip("needs a Hopper GPU")
 
     def run(x: torch.Tensor, matrix: QuantisedMatrix, out: torch.Tensor, kind: LinearKind) -> torch.Tensor:
+        if isinstance(_fixed, SpecialisedConfig) and matrix.scheme != "int4":
+            pytest.skip("takes four bits")
         _quantised().launch(x, matrix, out, _config(x, matrix, kind), kind)
         return out
 
@@ -330,6 +332,11 @@ def test_every_choice_fits_its_gpu(scheme, size, kind, is_hopper):
     for num_tokens in (*range(1, 300), 1024, 4096):
         config = choose(scheme, num_tokens, *size, kind, is_hopper=is_hopper)
         assert kind is LinearKind.PARTIAL or config is None or config.splits == 1
+        if isinstance(config, SpecialisedConfig):
+            assert scheme == "int4"
+            assert is_hopper
+            assert config.fit(size[1], 2, LIMITS[True]) == config
+            assert config.shared_memory_bytes(size[1]) <= LIMITS[True]
         if not isinstance(config, LinearConfig):
             continue
         limit = _quantised().ring_limit(
@@ -441,12 +448,7 @@ def test_the_kernel_for_hopper_compiles(scheme, size, kind):
 
 
 def _compile_specialised(
-    scheme: str,
-    config: SpecialisedConfig,
-    num_tokens: int,
-    size: tuple[int, int],
-    kind: LinearKind,
-    scales: str = "*bf16",
+    config: SpecialisedConfig, num_tokens: int, size: tuple[int, int], kind: LinearKind, scales: str
 ):
     """Compile Hopper's kernel of specialised warps."""
     import triton
@@ -456,18 +458,15 @@ def _compile_specialised(
     from kiln_nn.kernels.linear import triton_hopper_specialised as hopper
     from kiln_nn.kernels.linear.triton_hopper_parts import line_layout
 
-    is_four_bits = scheme == "int4"
-    kinds = {"is_gated": kind is LinearKind.GATED, "is_four_bits": is_four_bits}
-    constants = hopper.constants(config, num_tokens, size[1], **kinds)
-    kind_of_word, columns, bits = ("i32", 16, 32) if is_four_bits else ("i16", 64, 16)
-    stored, whole = line_layout(columns, bits), line_layout(64, 16)
+    constants = hopper.constants(config, num_tokens, size[1], is_gated=kind is LinearKind.GATED)
+    stored, whole = line_layout(16, 32), line_layout(64, 16)
     box, rest, x_box, x_rest = (constants[name] for name in ("BOX", "REST", "X_BOX", "X_REST"))
     signature = {
-        "box_desc": f"tensordesc<{kind_of_word}[{box}, {columns}],{stored!r}>",
-        "rest_desc": f"tensordesc<{kind_of_word}[{rest or box}, {columns}],{stored!r}>",
+        "box_desc": f"tensordesc<i32[{box}, 16],{stored!r}>",
+        "rest_desc": f"tensordesc<i32[{rest or box}, 16],{stored!r}>",
         "x_desc": f"tensordesc<bf16[{x_box}, 64],{whole!r}>",
         "x_rest_desc": f"tensordesc<bf16[{x_rest or x_box}, 64],{whole!r}>",
-        "scales_ptr": scales if is_four_bits else "*fp32",
+        "scales_ptr": scales,
         "out_ptr": "*fp32",
     }
     kernel = hopper._linear_kernel
@@ -485,24 +484,24 @@ def _compile_specialised(
 @only_outside_interpreter
 @needs_triton
 @pytest.mark.parametrize("kind", list(LinearKind))
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_the_kernel_of_specialised_warps_compiles(scheme, kind):
+def test_the_kernel_of_specialised_warps_compiles(kind):
     size = next(size for size, checked in CHECKED.items() if checked is kind)
-    config = {
-        LinearKind.PLAIN: SpecialisedConfig(64, 48, groups=3, stages=12),
-        LinearKind.GATED: SpecialisedConfig(64, 32, groups=2, stages=12, tiles=3),
-        LinearKind.PARTIAL: SpecialisedConfig(256, 64, groups=2, splits=4, stages=12),
+    config, scales = {
+        LinearKind.PLAIN: (SpecialisedConfig(64, 48, groups=3, stages=12), "*bf16"),
+        LinearKind.GATED: (SpecialisedConfig(64, 32, groups=3, tiles=3, stages=12), "*bf16"),
+        LinearKind.PARTIAL: (SpecialisedConfig(256, 64, groups=2, splits=4, stages=12), "*fp32"),
     }[kind]
-    config = config.fit(size[1], WEIGHT_BITS[scheme], 2, SHARED_MEMORY_LIMIT[90])
+    scale_bytes = 4 if scales == "*fp32" else 2
+    config = config.fit(size[1], scale_bytes, SHARED_MEMORY_LIMIT[90])
     assert config.groups <= config.stages < 12
-    binary = _compile_specialised(scheme, config, config.tokens, size, kind)
+    binary = _compile_specialised(config, config.tokens, size, kind, scales)
     # Weights go from memory to registers as they are wanted there; a warp only asks for its own number.
     shuffles = [line for line in binary.asm["ptx"].splitlines() if "shfl" in line]
     assert all(line.endswith(", 0, 31, -1;") for line in shuffles)
     assert binary.asm["ptx"].count("griddepcontrol.launch_dependents") == 2
-    bits = WEIGHT_BITS[scheme]
-    assert binary.metadata.shared <= config.shared_memory_bytes(size[1], bits) <= SHARED_MEMORY_LIMIT[90]
-    # The groups that multiply and the warps of a fourth or third, of which one fetches.
+    planned = config.shared_memory_bytes(size[1], scale_bytes)
+    assert binary.metadata.shared <= planned <= SHARED_MEMORY_LIMIT[90]
+    # The groups that multiply, and four warps of which one fetches.
     assert binary.metadata.num_warps == 4 * (config.groups + 1)
 
 

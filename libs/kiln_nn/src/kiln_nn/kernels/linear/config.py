@@ -64,7 +64,7 @@ class RegisterConfig:
 
 @dataclass(frozen=True)
 class SpecialisedConfig:
-    """One tiling for specialised warps; again sums depend on nothing else.
+    """One tiling of four-bit weights for specialised warps; again sums depend on nothing else.
 
     `tokens`, `outputs`: a tile, 64 rows of weights at most, in the gated form pairs.
     `groups`: warp groups of a program, two or three, that share x.
@@ -76,25 +76,20 @@ class SpecialisedConfig:
     tokens: int
     outputs: int
     groups: int = 2
+    tiles: int = 1
     splits: int = 1
     stages: int = 4
-    tiles: int = 1
 
-    def shared_memory_bytes(self, num_inputs: int, weight_bits: int, scale_bytes: int = 2) -> int:
-        """What a program takes: the ring, the scales of all its groups of inputs in four bits, barriers."""
-        num_tiles, num_groups = self.groups * self.tiles, -(-num_inputs // 128)
-        num_scales = -(-num_groups // self.splits)
-        shared_scales = max(16, 1 << (num_scales - 1).bit_length()) if weight_bits == 4 else 0
-        slot = 128 * (num_tiles * 64 * weight_bits // 8 + self.tokens * 2)
-        return self.stages * slot + num_tiles * 64 * scale_bytes * shared_scales + 1024
+    def shared_memory_bytes(self, num_inputs: int, scale_bytes: int = 2) -> int:
+        """What a program takes: the ring, the scales of all its groups of inputs, and barriers."""
+        num_scales = -(-(num_inputs // 128) // self.splits)
+        row_bytes = 64 * self.stages + scale_bytes * max(16, 1 << (num_scales - 1).bit_length())
+        return self.groups * self.tiles * 64 * row_bytes + self.stages * self.tokens * 256 + 1024
 
-    def fit(self, num_inputs: int, weight_bits: int, scale_bytes: int, limit: int) -> SpecialisedConfig:
+    def fit(self, num_inputs: int, scale_bytes: int, limit: int) -> SpecialisedConfig:
         """The same with as many stages as a program's shared memory holds, `groups` at least."""
         config = self
-        while (
-            config.stages > config.groups
-            and config.shared_memory_bytes(num_inputs, weight_bits, scale_bytes) > limit
-        ):
+        while config.stages > config.groups and config.shared_memory_bytes(num_inputs, scale_bytes) > limit:
             config = replace(config, stages=config.stages - 1)
         return config
 

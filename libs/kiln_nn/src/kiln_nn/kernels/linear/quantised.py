@@ -236,8 +236,7 @@ def launch(
     if isinstance(config, SpecialisedConfig):
         from kiln_nn.kernels.linear import triton_hopper_specialised
 
-        sizes = (matrix.shape[1], WEIGHT_BITS[matrix.scheme], matrix.scales.element_size())
-        fitting = config.fit(*sizes, shared_memory_bytes)
+        fitting = config.fit(matrix.shape[1], matrix.scales.element_size(), shared_memory_bytes)
         triton_hopper_specialised.launch(x_TI, matrix, out, fitting, **options)
         return
     limit = ring_limit(matrix, shared_memory_bytes)
