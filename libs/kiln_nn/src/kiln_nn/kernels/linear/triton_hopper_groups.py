@@ -67,9 +67,10 @@ def _multiply(
     STAGES: gl.constexpr,
     SCALED: gl.constexpr,
 ):
-    """A warp group's sums over `count` blocks of inputs, those of four bits scaled.
+    """A warp group's scaled sums over `count` blocks of inputs.
 
-    They are three, `[64, TOKENS]` each, of which those from `TILES` on are zeros.
+    They are three, `[64, TOKENS]` each, of which those from `TILES` on are zeros. With `SCALED` the
+    weights are scaled, not the sums of groups, which want as many registers again.
 
     While one half of a tile is multiplied the next is unpacked, into registers of its own: the first
     half of the next block before the products of this one are waited for, so that only that wait lies

@@ -5,7 +5,8 @@ fewer tokens. Two or three warp groups (triton_hopper_groups.py) unpack weights 
 which bounds tiles of many tokens: it comes from the L2 cache as often as there are programs of outputs. They
 wait for nobody but the fetching warp, so that the tensor cores multiply while registers are unpacked.
 
-Sums over a group of 128 inputs are scaled in float32, of more than 64 tokens the weights in bf16.
+Sums over a group of 128 inputs are scaled in float32, in tiles of more than 64 tokens, or several, the
+weights in bf16.
 
 Takes bf16 x and four-bit matrices of any number of outputs whose rows are 16-byte aligned (inputs in
 whole groups of 128) on compute capability 9.0. Sums are float32 and rounded once; every element is
@@ -31,7 +32,7 @@ from kiln_nn.kernels.linear.triton_hopper_groups import consume
 from kiln_nn.kernels.linear.triton_hopper_parts import X_COLUMNS, ask_for_x, boxes, describe, rows_fetched
 from kiln_nn.kernels.quantised import QuantisedMatrix
 
-_MOST_TOKENS_BY_GROUP = 64  # of all tiles: sums of a group beside all the sums are what registers hold
+_MOST_TOKENS_BY_GROUP = 64  # of one tile: sums of a group beside all the sums are what registers hold
 _INPUTS, _WORDS = 128, 16  # of a slot: one group of weights, and its words
 _FIRST, _SECOND, _THIRD = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)
 _FETCHING_REGISTERS = gl.constexpr(24)
@@ -239,37 +240,10 @@ def _linear_kernel(
     if GROUPS == 2:
         gl.warp_specialize(
             [
+                (consume, (memory, numbers, _FIRST, BOX, REST, GROUPS, TILES, SCALES, STAGES, SCALED, GATED)),
                 (
                     consume,
-                    (
-                        memory,
-                        numbers,
-                        _FIRST,
-                        BOX,
-                        REST,
-                        GROUPS,
-                        TILES,
-                        SCALES,
-                        STAGES,
-                        SCALED,
-                        GATED,
-                    ),
-                ),
-                (
-                    consume,
-                    (
-                        memory,
-                        numbers,
-                        _SECOND,
-                        BOX,
-                        REST,
-                        GROUPS,
-                        TILES,
-                        SCALES,
-                        STAGES,
-                        SCALED,
-                        GATED,
-                    ),
+                    (memory, numbers, _SECOND, BOX, REST, GROUPS, TILES, SCALES, STAGES, SCALED, GATED),
                 ),
                 (_fetch, (fetching, SLOT_BYTES, REST, X_REST, HALVES, ALL_TILES, STAGES, DEPENDENT)),
             ],
@@ -279,54 +253,12 @@ def _linear_kernel(
     else:
         gl.warp_specialize(
             [
+                (consume, (memory, numbers, _FIRST, BOX, REST, GROUPS, TILES, SCALES, STAGES, SCALED, GATED)),
                 (
                     consume,
-                    (
-                        memory,
-                        numbers,
-                        _FIRST,
-                        BOX,
-                        REST,
-                        GROUPS,
-                        TILES,
-                        SCALES,
-                        STAGES,
-                        SCALED,
-                        GATED,
-                    ),
+                    (memory, numbers, _SECOND, BOX, REST, GROUPS, TILES, SCALES, STAGES, SCALED, GATED),
                 ),
-                (
-                    consume,
-                    (
-                        memory,
-                        numbers,
-                        _SECOND,
-                        BOX,
-                        REST,
-                        GROUPS,
-                        TILES,
-                        SCALES,
-                        STAGES,
-                        SCALED,
-                        GATED,
-                    ),
-                ),
-                (
-                    consume,
-                    (
-                        memory,
-                        numbers,
-                        _THIRD,
-                        BOX,
-                        REST,
-                        GROUPS,
-                        TILES,
-                        SCALES,
-                        STAGES,
-                        SCALED,
-                        GATED,
-                    ),
-                ),
+                (consume, (memory, numbers, _THIRD, BOX, REST, GROUPS, TILES, SCALES, STAGES, SCALED, GATED)),
                 (_fetch, (fetching, SLOT_BYTES, REST, X_REST, HALVES, ALL_TILES, STAGES, DEPENDENT)),
             ],
             [4, 4, 1],
@@ -336,7 +268,7 @@ def _linear_kernel(
 
 def scales_weights(config: SpecialisedConfig) -> bool:
     """Whether four-bit weights are scaled, and rounded to bf16, before they meet x."""
-    return config.tokens * config.tiles > _MOST_TOKENS_BY_GROUP
+    return config.tiles > 1 or config.tokens > _MOST_TOKENS_BY_GROUP
 
 
 def constants(
