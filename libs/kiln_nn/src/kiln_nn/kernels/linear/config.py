@@ -80,6 +80,13 @@ class SpecialisedConfig:
     splits: int = 1
     stages: int = 4
 
+    def __post_init__(self) -> None:
+        assert self.groups in (2, 3), self
+        assert self.tiles in (1, 3), self
+        # Each group leaves its sums where a slot of x has been.
+        assert self.stages >= self.groups, self
+        assert self.outputs <= 64, self
+
     def shared_memory_bytes(self, num_inputs: int, scale_bytes: int = 2) -> int:
         """What a program takes: the ring, the scales of all its groups of inputs, and barriers."""
         num_scales = -(-(num_inputs // 128) // self.splits)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
+from triton.language.extra.cuda import gdc_wait
 
 from kiln_nn.kernels.linear.triton_hopper_parts import barrier
 from kiln_nn.kernels.linear.triton_hopper_unpack import (
@@ -179,6 +180,7 @@ def consume(
     STAGES: gl.constexpr,
     SCALED: gl.constexpr,
     GATED: gl.constexpr,
+    DEPENDENT: gl.constexpr,
 ):
     """One warp group: its tiles of weights times the program's x, stored."""
     w_ring, x_ring, scales, columns, sums, full, empty, done, scales_ptr, out_ptr = memory
@@ -223,6 +225,8 @@ def consume(
     barrier()
     mbarrier.arrive(done, count=1)
     mbarrier.wait(done, 0)
+    if DEPENDENT:
+        gdc_wait()  # where a split has no inputs the group has not waited for any
     place = sums.index(GROUP)
     for tile in gl.static_range(TILES):
         total = totals[tile]
