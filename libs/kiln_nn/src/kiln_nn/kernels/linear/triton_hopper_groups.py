@@ -62,10 +62,8 @@ def _multiply(
     empty,
     group,
     count,
-    GROUPS: gl.constexpr,
     TILES: gl.constexpr,
     SCALES: gl.constexpr,
-    STAGES: gl.constexpr,
     SCALED: gl.constexpr,
 ):
     """A warp group's scaled sums over `count` blocks of inputs.
@@ -81,6 +79,8 @@ def _multiply(
     ROWS: gl.constexpr = w_ring.shape[1]
     TOKENS: gl.constexpr = x_ring.shape[1]
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 16])
+    STAGES: gl.constexpr = x_ring.shape[0] // 2
+    SLOT_TILES: gl.constexpr = w_ring.shape[0] // STAGES  # of all groups
     BY_GROUP: gl.constexpr = not SCALED
     first_tile = group * TILES
     first_scales = first_tile * SCALES
@@ -103,7 +103,7 @@ def _multiply(
         # All warps of the group have waited for the products with the slot before.
         barrier()
         mbarrier.arrive(empty.index((block + STAGES - 1) % STAGES), count=1, pred=block > 0)
-        place = slot * (GROUPS * TILES) + first_tile
+        place = slot * SLOT_TILES + first_tile
         last = _half(w_ring, scales, place, first_scales + block, 1, TOKENS, SCALED)
         running = warpgroup_mma(last, x_last, running, is_async=True)
         # The first half has been multiplied: its registers are free.
@@ -117,7 +117,7 @@ def _multiply(
         next_slot = following % STAGES
         next_bar, next_phase = full.index(next_slot), (following // STAGES) & 1
         mbarrier.wait(next_bar, next_phase)
-        place = next_slot * (GROUPS * TILES) + first_tile
+        place = next_slot * SLOT_TILES + first_tile
         first = _half(w_ring, scales, place, first_scales + following, 0, TOKENS, SCALED)
         # Passed at once, but the compiler does not move the unpacking behind it and the products' wait.
         mbarrier.wait(next_bar, next_phase)
@@ -174,10 +174,7 @@ def consume(
     GROUP: gl.constexpr,
     BOX: gl.constexpr,
     REST: gl.constexpr,
-    GROUPS: gl.constexpr,
     TILES: gl.constexpr,
-    SCALES: gl.constexpr,
-    STAGES: gl.constexpr,
     SCALED: gl.constexpr,
     GATED: gl.constexpr,
     DEPENDENT: gl.constexpr,
@@ -215,10 +212,8 @@ def consume(
         empty,
         GROUP,
         count,
-        GROUPS,
         TILES,
-        SCALES,
-        STAGES,
+        scales.shape[1],
         SCALED,
     )
     # The ring's memory is for the sums once all groups have multiplied their last block.
