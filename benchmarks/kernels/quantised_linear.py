@@ -1,6 +1,7 @@
 """Times linear layers over quantised weights at the 4B shape against bf16, and finds their best tiles.
 
-    python benchmarks/kernels/quantised_linear.py [--rows 1 64] [--layers down] [--kernel registers]
+    python benchmarks/kernels/quantised_linear.py [--rows 1 64] [--layers down_proj] [--schemes int4]
+        [--kernel registers]
 
 For each big layer and number of rows, microseconds a layer in one CUDA graph over all the model's
 distinct weights of that layer (with SwiGLU, or with the residual's norm, where the model has them):
@@ -24,7 +25,7 @@ import argparse
 import multiprocessing
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, partial
 from itertools import product
 
@@ -55,6 +56,7 @@ MOST_ERROR = {"own": 6e-3, "library": 5e-2, "tinygemm": 3e-2, "bf16": 6e-3}
 NUM_WORKERS = 14
 MOST_ROWS_IN_REGISTERS = 32
 FEWEST_SPECIALISED_ROWS = 32
+MOST_SPECIALISED = 6
 MULTIPROCESSORS = 132
 # Of layers whose inputs are not split: stripes, groups ahead, registers, and whether weights are staged.
 WHOLE_ROWS: dict[Scheme, list[tuple[int, int, int, bool]]] = {
@@ -118,46 +120,40 @@ def _candidates(scheme: Scheme, layer: Layer, num_rows: int, kernel: str) -> lis
         found += _ring_candidates(scheme, layer, num_rows)
     if kernel in ("all", "registers") and num_rows <= MOST_ROWS_IN_REGISTERS:
         found += _register_candidates(scheme, layer)
-    if kernel in ("all", "specialised") and num_rows >= FEWEST_SPECIALISED_ROWS:
-        found += _specialised_candidates(scheme, layer, num_rows)
+    if kernel in ("all", "specialised") and scheme == "int4" and num_rows >= FEWEST_SPECIALISED_ROWS:
+        found += _specialised_candidates(layer, num_rows)
     return found
 
 
-def _specialised_candidates(scheme: Scheme, layer: Layer, num_rows: int) -> list[SpecialisedConfig]:
-    """Tokens and warp groups of a program, outputs that make its products whole or the programs one wave."""
-    found = []
+def _specialised_candidates(layer: Layer, num_rows: int) -> list[SpecialisedConfig]:
+    """The tiles that should be fastest, by what a block of 128 inputs costs and by how programs fill waves."""
     halves = 2 if layer.kind is LinearKind.GATED else 1
-    tiles = {min(256, 1 << (num_rows - 1).bit_length()), 64, 128} if num_rows > 64 else {num_rows}
-    for tokens, groups, rows in product(sorted(tiles), (1, 2, 3), (64, 48)):
-        # Sums of 256 tokens are more than a third group leaves registers for.
-        if tokens * groups > 512 or (rows == 48 and num_rows > 128):
+    most = min(256, 1 << (num_rows - 1).bit_length())
+    costs: dict[SpecialisedConfig, float] = {}
+    shapes = product(sorted({most, most // 2, most // 4}), (2, 3), (1, 3), (64, 48))
+    for tokens, groups, num_high, rows in shapes:
+        # More sums are more than two groups, or three, have registers for.
+        if tokens < 32 or tokens * num_high > {2: 256, 3: 192}[groups]:
             continue
-        if (groups == 1 and tokens < 256) or (groups < 3 and tokens < num_rows / 2):
-            continue  # x would be read too often
-        outputs = rows // halves
-        num_tiles = -(-layer.outputs // (rows * groups)) * -(-num_rows // tokens)
-        for splits in _specialised_splits(layer, num_tiles):
-            base = SpecialisedConfig(tokens, outputs, groups, splits, groups)
-            stages = [
-                stages
-                for stages in range(max(2, groups), 9)
-                if replace(base, stages=stages).shared_memory_bytes(layer.inputs, WEIGHT_BITS[scheme])
-                <= SHARED_MEMORY_BYTES
-            ]
-            found += [replace(base, stages=stages[-1])] if stages else []
-    return found
+        num_tiles = -(-layer.outputs // (rows * groups * num_high)) * -(-num_rows // tokens)
+        for splits in range(1, 9 if layer.kind is LinearKind.PARTIAL else 2):
+            config = SpecialisedConfig(tokens, rows // halves, groups, num_high, splits, 8)
+            config = config.fit(layer.inputs, 2, SHARED_MEMORY_BYTES)
+            num_blocks = -(-layer.inputs // 128 // splits)
+            if config.shared_memory_bytes(layer.inputs) > SHARED_MEMORY_BYTES:
+                continue
+            if num_blocks * (splits - 1) < layer.inputs // 128:
+                costs[config] = _cycles(config, rows, num_blocks, num_tiles, num_rows)
+    return sorted(costs, key=costs.__getitem__)[:MOST_SPECIALISED]
 
 
-def _specialised_splits(layer: Layer, num_tiles: int) -> list[int]:
-    """Splits that fill one wave of programs, or two."""
-    if layer.kind is not LinearKind.PARTIAL:
-        return [1]
-    num_blocks = layer.inputs // 128
-    found = set()
-    for waves in (1, 2):
-        splits = max(1, min(8, waves * MULTIPROCESSORS // num_tiles))
-        found.add(-(-num_blocks // -(-num_blocks // splits)))
-    return sorted(found)
+def _cycles(config: SpecialisedConfig, rows: int, num_blocks: int, num_tiles: int, num_rows: int) -> float:
+    """A guess: products, instructions to unpack or bytes at 30 a cycle; each wave's start and end; sums."""
+    num_high = config.groups * config.tiles
+    num_bytes = num_high * rows * 64 + 256 * config.tokens
+    block = max(4 * num_high * config.tokens, 215 * num_high, num_bytes / 30)
+    waves = -(-num_tiles * config.splits // MULTIPROCESSORS)
+    return waves * (num_blocks * block + 5000) + 3000 * config.splits * num_rows / 256
 
 
 def _register_candidates(scheme: Scheme, layer: Layer) -> list[RegisterConfig]:
@@ -327,14 +323,16 @@ def _empty_matrix(scheme: Scheme, layer: Layer) -> QuantisedMatrix:
     return QuantisedMatrix(scheme, words, scales)
 
 
-def _compile_all(layers: Iterable[Layer], all_rows: Iterable[int], kernel: str) -> None:
+def _compile_all(
+    layers: Iterable[Layer], all_rows: Iterable[int], schemes: Iterable[Scheme], kernel: str
+) -> None:
     begun = time.monotonic()
     tasks = [
         (layer, num_rows, scheme, config)
         for layer in layers
         if layer.name != "qkv_proj"  # compiled as in_proj is
         for num_rows in sorted({rows if rows == 1 else max(8, rows) for rows in _rows_of(layer, all_rows)})
-        for scheme in SCHEMES
+        for scheme in schemes
         for config in _candidates(scheme, layer, num_rows, kernel)
     ]
     with multiprocessing.get_context("spawn").Pool(NUM_WORKERS) as pool:
@@ -348,6 +346,7 @@ class Bench:
 
     layer: Layer
     table: ResultTable
+    schemes: Iterable[Scheme]
     kernel: str
 
     def __post_init__(self) -> None:
@@ -363,7 +362,7 @@ class Bench:
         """All implementations at one number of rows."""
         kind, x = self.layer.kind, torch.randn(num_rows, self.layer.inputs, device="cuda").bfloat16()
         self._time(num_rows, x, "bf16", lambda w: _own(kind, x, w, None), self.whole, self.whole[0])
-        for scheme in SCHEMES:
+        for scheme in self.schemes:
             matrices = self.matrices[scheme]
             whole = matrices[0].dequantise(torch.float32)
             fastest, chosen = float("inf"), None
@@ -460,20 +459,21 @@ class Bench:
         return "\n".join([f"    {size}: {{  # {self.layer.name}", *lines, "    },"])
 
     def best_us(self, scheme: str, num_rows: int) -> float:
-        return min(
+        times = [
             time
             for (rows, name), time in self.times_us.items()
             if rows == num_rows
             and name in (scheme, *(f"{scheme} {path}" for path in ("own", "library", "chosen")))
-        )
+        ]
+        return min(times, default=float("nan"))
 
 
-def _show_model(benches: list[Bench], all_rows: Iterable[int]) -> None:
+def _show_model(benches: list[Bench], all_rows: Iterable[int], schemes: Iterable[Scheme]) -> None:
     print("\nall linear layers of a step but the head, ms, the faster path each")
     for num_rows in all_rows:
         sums = {
             scheme: sum(bench.layer.count * bench.best_us(scheme, num_rows) for bench in benches) / 1e3
-            for scheme in ("bf16", *SCHEMES)
+            for scheme in ("bf16", *schemes)
         }
         print(f"{num_rows:5} " + "  ".join(f"{scheme} {total:8.3f}" for scheme, total in sums.items()))
 
@@ -482,25 +482,27 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rows", type=int, nargs="*", default=ROWS)
     parser.add_argument("--layers", nargs="*", default=[layer.name for layer in LAYERS])
+    parser.add_argument("--schemes", nargs="*", choices=SCHEMES, default=SCHEMES)
     parser.add_argument("--kernel", choices=("all", "ring", "registers", "specialised"), default="all")
     chosen = parser.parse_args()
     layers = [layer for layer in LAYERS if layer.name in chosen.layers]
     torch.manual_seed(0)
-    _compile_all(layers, chosen.rows, chosen.kernel)
+    _compile_all(layers, chosen.rows, chosen.schemes, chosen.kernel)
     table = ResultTable("quantised_linear", prints_rows=False)
     benches = []
     for layer in layers:
         begun = time.monotonic()
-        bench = Bench(layer, table, chosen.kernel)
+        bench = Bench(layer, table, chosen.schemes, chosen.kernel)
         for num_rows in _rows_of(layer, chosen.rows):
             bench.measure(num_rows)
         bench.show(_rows_of(layer, chosen.rows))
         print(f"({time.monotonic() - begun:.0f} s)", flush=True)
         del bench.tinygemm
         benches.append(bench)
-    _show_model([bench for bench in benches if bench.layer.name != "head"], chosen.rows)
+    shown = [bench for bench in benches if bench.layer.name != "head"]
+    _show_model(shown, chosen.rows, chosen.schemes)
     print("\n_MEASURED = {")
-    for scheme in SCHEMES:
+    for scheme in chosen.schemes:
         for bench in benches:
             print(bench.literals(scheme))
     print("}")

@@ -49,11 +49,13 @@ REGISTERS = {
     "staged": RegisterConfig(32, splits=3, warps=4, ahead=2, is_staged=True),
     "more staged": RegisterConfig(16, splits=2, warps=8, ahead=9, registers=96, is_staged=True),
 }
-# Every number of warp groups, rings that come round, rows of weights in two boxes, scaled sums and weights.
+# Every number of warp groups and tiles, rings that come round, rows of weights in two boxes, scaled sums
+# and weights.
 SPECIALISED = {
-    "one group": SpecialisedConfig(32, 24, groups=1, splits=2, stages=2),
+    "small groups": SpecialisedConfig(32, 24, groups=2, splits=2, stages=2),
     "two groups": SpecialisedConfig(64, 32, groups=2, splits=1, stages=3),
     "three groups": SpecialisedConfig(128, 32, groups=3, splits=3, stages=3),
+    "three tiles": SpecialisedConfig(64, 24, groups=2, splits=1, stages=2, tiles=3),
 }
 _fixed: RegisterConfig | SpecialisedConfig | None = None
 TOKENS = [3, 17] if INTERPRETED else [1, 3, 16, 33, 64, 128, 300, 2048]
@@ -117,6 +119,8 @@ def kernel(request, monkeypatch):
         pytest.skip("needs a Hopper GPU")
 
     def run(x: torch.Tensor, matrix: QuantisedMatrix, out: torch.Tensor, kind: LinearKind) -> torch.Tensor:
+        if isinstance(_fixed, SpecialisedConfig) and matrix.scheme != "int4":
+            pytest.skip("takes four bits")
         _quantised().launch(x, matrix, out, _config(x, matrix, kind), kind)
         return out
 
@@ -125,9 +129,10 @@ def kernel(request, monkeypatch):
 
 def _tolerance(scheme: str, num_tokens: int, dtype: torch.dtype) -> float:
     """Four-bit weights that meet many tokens are rounded to bf16 once they are scaled, but in registers."""
-    is_scaled = (scheme == "int4" and num_tokens > 128 and _fixed is None) or _fixed is SPECIALISED[
-        "three groups"
-    ]
+    is_scaled = (scheme == "int4" and num_tokens > 128 and _fixed is None) or _fixed in (
+        SPECIALISED["three groups"],
+        SPECIALISED["three tiles"],
+    )
     return TOLERANCE[torch.bfloat16] if is_scaled else TOLERANCE[dtype]
 
 
@@ -220,17 +225,9 @@ def test_whole_rows_beside(scheme, num_tokens):
 @pytest.mark.skipif(INTERPRETED, reason="needs a Hopper GPU")
 @pytest.mark.parametrize("num_beside", [32, 96])
 @pytest.mark.parametrize("num_tokens", [9, 64, 200])
-@pytest.mark.parametrize(
-    "config",
-    [
-        LinearConfig(64, 64, 128, 1, 4, 4),
-        LinearConfig(128, 128, 128, 1, 8, 2),
-        SpecialisedConfig(64, 64, groups=2),
-        SpecialisedConfig(128, 64, groups=3),
-    ],
-)
+@pytest.mark.parametrize("config", [LinearConfig(64, 64, 128, 1, 4, 4), LinearConfig(128, 128, 128, 1, 8, 2)])
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_rows_beside_tiles_of_every_kernel(scheme, config, num_tokens, num_beside):
+def test_rows_beside_tiles(scheme, config, num_tokens, num_beside):
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("needs a Hopper GPU")
     size = (1000, 2560)
@@ -239,6 +236,21 @@ def test_rows_beside_tiles_of_every_kernel(scheme, config, num_tokens, num_besid
     _quantised().launch(x, matrix, out, config, LinearKind.PLAIN, beside_BI=beside)
     assert relative_error(out[:, size[0] :], x.double() @ beside.double().t()) < TOLERANCE[torch.bfloat16]
     assert relative_error(out[:, : size[0]], _product(scheme, *size, num_tokens)) < TOLERANCE[torch.bfloat16]
+
+
+@on_triton
+@pytest.mark.skipif(INTERPRETED, reason="the kernel is Hopper's")
+@pytest.mark.parametrize("config", REGISTERS.values(), ids=REGISTERS)
+@pytest.mark.parametrize("num_tokens", [1, 5, 8])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_whole_rows_beside_those_of_registers(scheme, num_tokens, config):
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a Hopper GPU")
+    x, matrix, beside = _draw(num_tokens, ODD[1]), _matrix(scheme, *ODD), _draw(6, ODD[1], seed=2)
+    out = _poisoned(num_tokens, ODD[0] + len(beside), dtype=torch.bfloat16)
+    _quantised().launch(x, matrix, out, config, LinearKind.PLAIN, beside_BI=beside)
+    expected = torch.cat([_product(scheme, *ODD, num_tokens), x.double() @ beside.double().t()], dim=1)
+    assert relative_error(out, expected) < TOLERANCE[torch.bfloat16]
 
 
 @on_triton
@@ -347,6 +359,24 @@ CHECKED = {
 LIMITS = {True: 227 * 1024, False: 99 * 1024}
 
 
+def _check_registers(
+    config: RegisterConfig, scheme: str, num_tokens: int, size: tuple[int, int], kind: LinearKind
+) -> None:
+    """That x of all its tokens fits beside what waits, and that no warp of a split is without work."""
+    hopper = pytest.importorskip("kiln_nn.kernels.linear.triton_hopper_registers")
+    kinds = {"is_gated": kind is LinearKind.GATED, "is_four_bits": scheme == "int4"}
+    constants = hopper.constants(config, num_tokens, *size, **kinds)
+    assert 8 * constants["TILES"] >= min(num_tokens, 8)
+    assert constants["STEPS"] * config.warps * config.splits - size[1] // 128 < config.warps * config.splits
+
+
+@needs_triton
+def test_what_does_not_fit_into_shared_memory_is_refused():
+    hopper = pytest.importorskip("kiln_nn.kernels.linear.triton_hopper_registers")
+    with pytest.raises(ValueError, match="more splits"):
+        hopper.constants(RegisterConfig(16), 16, 2560, 17408 * 2, 0, is_gated=False, is_four_bits=True)
+
+
 @pytest.mark.parametrize("is_hopper", [True, False])
 @pytest.mark.parametrize(("size", "kind"), CHECKED.items())
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -354,6 +384,13 @@ def test_every_choice_fits_its_gpu(scheme, size, kind, is_hopper):
     for num_tokens in (*range(1, 300), 1024, 4096):
         config = choose(scheme, num_tokens, *size, kind, is_hopper=is_hopper)
         assert kind is LinearKind.PARTIAL or config is None or config.splits == 1
+        if isinstance(config, RegisterConfig):
+            _check_registers(config, scheme, num_tokens, size, kind)
+        if isinstance(config, SpecialisedConfig):
+            assert scheme == "int4"
+            assert is_hopper
+            assert config.fit(size[1], 2, LIMITS[True]) == config
+            assert config.shared_memory_bytes(size[1]) <= LIMITS[True]
         if not isinstance(config, LinearConfig):
             continue
         limit = _quantised().ring_limit(
@@ -470,13 +507,7 @@ def test_the_kernel_for_hopper_compiles(scheme, size, kind):
 
 
 def _compile_specialised(
-    scheme: str,
-    config: SpecialisedConfig,
-    num_tokens: int,
-    size: tuple[int, int],
-    kind: LinearKind,
-    scales: str = "*bf16",
-    num_beside: int = 0,
+    config: SpecialisedConfig, num_tokens: int, size: tuple[int, int], kind: LinearKind, scales: str
 ):
     """Compile Hopper's kernel of specialised warps."""
     import triton
@@ -486,20 +517,15 @@ def _compile_specialised(
     from kiln_nn.kernels.linear import triton_hopper_specialised as hopper
     from kiln_nn.kernels.linear.triton_hopper_parts import line_layout
 
-    is_four_bits = scheme == "int4"
-    kinds = {"is_gated": kind is LinearKind.GATED, "is_four_bits": is_four_bits}
-    constants = hopper.constants(config, num_tokens, size[1], num_beside, **kinds)
-    kind_of_word, columns, bits = ("i32", 16, 32) if is_four_bits else ("i16", 64, 16)
-    stored, whole = line_layout(columns, bits), line_layout(64, 16)
+    constants = hopper.constants(config, num_tokens, size[1], is_gated=kind is LinearKind.GATED)
+    stored, whole = line_layout(16, 32), line_layout(64, 16)
     box, rest, x_box, x_rest = (constants[name] for name in ("BOX", "REST", "X_BOX", "X_REST"))
     signature = {
-        "box_desc": f"tensordesc<{kind_of_word}[{box}, {columns}],{stored!r}>",
-        "rest_desc": f"tensordesc<{kind_of_word}[{rest or box}, {columns}],{stored!r}>",
+        "box_desc": f"tensordesc<i32[{box}, 16],{stored!r}>",
+        "rest_desc": f"tensordesc<i32[{rest or box}, 16],{stored!r}>",
         "x_desc": f"tensordesc<bf16[{x_box}, 64],{whole!r}>",
         "x_rest_desc": f"tensordesc<bf16[{x_rest or x_box}, 64],{whole!r}>",
-        "beside_desc": f"tensordesc<bf16[64, 64],{whole!r}>",
-        "beside_x_desc": f"tensordesc<bf16[16, 64],{whole!r}>",
-        "scales_ptr": scales if is_four_bits else "*fp32",
+        "scales_ptr": scales,
         "out_ptr": "*fp32",
     }
     kernel = hopper._linear_kernel
@@ -517,29 +543,25 @@ def _compile_specialised(
 @only_outside_interpreter
 @needs_triton
 @pytest.mark.parametrize("kind", list(LinearKind))
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_the_kernel_of_specialised_warps_compiles(scheme, kind):
+def test_the_kernel_of_specialised_warps_compiles(kind):
     size = next(size for size, checked in CHECKED.items() if checked is kind)
-    config = {
-        LinearKind.PLAIN: SpecialisedConfig(64, 48, groups=2, stages=12),
-        LinearKind.GATED: SpecialisedConfig(128, 32, groups=3, stages=12),
-        LinearKind.PARTIAL: SpecialisedConfig(256, 64, groups=1, splits=4, stages=12),
+    config, scales = {
+        LinearKind.PLAIN: (SpecialisedConfig(64, 48, groups=3, stages=12), "*bf16"),
+        LinearKind.GATED: (SpecialisedConfig(64, 32, groups=3, tiles=3, stages=12), "*bf16"),
+        LinearKind.PARTIAL: (SpecialisedConfig(256, 64, groups=2, splits=4, stages=12), "*fp32"),
     }[kind]
-    config = config.fit(size[1], WEIGHT_BITS[scheme], 2, SHARED_MEMORY_LIMIT[90])
+    scale_bytes = 4 if scales == "*fp32" else 2
+    config = config.fit(size[1], scale_bytes, SHARED_MEMORY_LIMIT[90])
     assert config.groups <= config.stages < 12
-    binary = _compile_specialised(scheme, config, config.tokens, size, kind)
+    binary = _compile_specialised(config, config.tokens, size, kind, scales)
     # Weights go from memory to registers as they are wanted there; a warp only asks for its own number.
     shuffles = [line for line in binary.asm["ptx"].splitlines() if "shfl" in line]
     assert all(line.endswith(", 0, 31, -1;") for line in shuffles)
     assert binary.asm["ptx"].count("griddepcontrol.launch_dependents") == 2
-    bits = WEIGHT_BITS[scheme]
-    assert binary.metadata.shared <= config.shared_memory_bytes(size[1], bits) <= SHARED_MEMORY_LIMIT[90]
-    # The groups that multiply and the warps of a fourth or third, of which one fetches.
+    planned = config.shared_memory_bytes(size[1], scale_bytes)
+    assert binary.metadata.shared <= planned <= SHARED_MEMORY_LIMIT[90]
+    # The groups that multiply, and four warps of which one fetches.
     assert binary.metadata.num_warps == 4 * (config.groups + 1)
-    if kind is LinearKind.PLAIN:
-        beside = _compile_specialised(scheme, config, config.tokens, size, kind, num_beside=64)
-        assert beside.asm["ptx"].count("griddepcontrol.launch_dependents") == 4
-        assert beside.metadata.shared == binary.metadata.shared
 
 
 def _compile_for_registers(

@@ -63,13 +63,20 @@ class RegisterConfig:
     registers: int = 0
     is_staged: bool = False
 
+    def __post_init__(self) -> None:
+        assert self.outputs in (8, 16, 32, 64), "tensors are powers of two, and registers hold no more"
+        assert self.warps in (4, 8), "a thread adds up one of their sums each"
+        assert self.splits > 0
+        assert self.ahead > 0
+
 
 @dataclass(frozen=True)
 class SpecialisedConfig:
-    """One tiling for specialised warps; again sums depend on nothing else.
+    """One tiling of four-bit weights for specialised warps; again sums depend on nothing else.
 
-    `tokens`, `outputs`: the tile of a warp group, 64 rows of weights at most, in the gated form pairs.
-    `groups`: warp groups of a program, one to three, that share x.
+    `tokens`, `outputs`: a tile, 64 rows of weights at most, in the gated form pairs.
+    `groups`: warp groups of a program, two or three, that share x.
+    `tiles`: of a warp group, one or three below each other.
     `splits`: programs that share the inputs of one tile, each with a partial sum of its own.
     `stages`: slots of 128 inputs in the ring that one more warp fills, `groups` at least.
     """
@@ -77,24 +84,27 @@ class SpecialisedConfig:
     tokens: int
     outputs: int
     groups: int = 2
+    tiles: int = 1
     splits: int = 1
     stages: int = 4
 
-    def shared_memory_bytes(self, num_inputs: int, weight_bits: int, scale_bytes: int = 2) -> int:
-        """What a program takes: the ring, the scales of all its groups of inputs in four bits, barriers."""
-        num_groups = -(-num_inputs // 128)
-        num_scales = -(-num_groups // self.splits)
-        shared_scales = max(16, 1 << (num_scales - 1).bit_length()) if weight_bits == 4 else 0
-        slot = 128 * (self.groups * 64 * weight_bits // 8 + self.tokens * 2)
-        return self.stages * slot + self.groups * 64 * scale_bytes * shared_scales + 1024
+    def __post_init__(self) -> None:
+        assert self.groups in (2, 3), self
+        assert self.tiles in (1, 3), self
+        # Each group leaves its sums where a slot of x has been.
+        assert self.stages >= self.groups, self
+        assert self.outputs <= 64, self
 
-    def fit(self, num_inputs: int, weight_bits: int, scale_bytes: int, limit: int) -> SpecialisedConfig:
+    def shared_memory_bytes(self, num_inputs: int, scale_bytes: int = 2) -> int:
+        """What a program takes: the ring, the scales of all its groups of inputs, and barriers."""
+        num_scales = -(-(num_inputs // 128) // self.splits)
+        row_bytes = 64 * self.stages + scale_bytes * max(16, 1 << (num_scales - 1).bit_length())
+        return self.groups * self.tiles * 64 * row_bytes + self.stages * self.tokens * 256 + 1024
+
+    def fit(self, num_inputs: int, scale_bytes: int, limit: int) -> SpecialisedConfig:
         """The same with as many stages as a program's shared memory holds, `groups` at least."""
         config = self
-        while (
-            config.stages > config.groups
-            and config.shared_memory_bytes(num_inputs, weight_bits, scale_bytes) > limit
-        ):
+        while config.stages > config.groups and config.shared_memory_bytes(num_inputs, scale_bytes) > limit:
             config = replace(config, stages=config.stages - 1)
         return config
 

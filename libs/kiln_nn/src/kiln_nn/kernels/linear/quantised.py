@@ -104,6 +104,8 @@ def linear_beside(
 
 def _takes_beside(x_TI: torch.Tensor, beside_BI: torch.Tensor, tiling: Tiling) -> bool:
     """Whether Hopper's kernel of this tiling can compute bf16 rows beside the others."""
+    if isinstance(tiling, SpecialisedConfig):
+        return False
     from kiln_nn.kernels.linear.triton_hopper_beside import MOST_TOKENS_BESIDE, takes_beside
 
     by_rows = isinstance(tiling, RegisterConfig) or (
@@ -219,7 +221,8 @@ def launch(
 ) -> None:
     """Fill `out` by the own kernel of this device; only partial sums use the configuration's splits.
 
-    Hopper's kernels also take rows `beside_BI`; they alone take a `SpecialisedConfig` or a `RegisterConfig`.
+    Hopper's kernels also take rows `beside_BI`, unless by a `SpecialisedConfig`; they alone take one of
+    those or a `RegisterConfig`.
     """
     x_TI = whole(x)
     options: dict[str, Any] = {"is_gated": kind is LinearKind.GATED, "shows_producers": shows_producers}
@@ -234,9 +237,8 @@ def launch(
     if isinstance(config, SpecialisedConfig):
         from kiln_nn.kernels.linear import triton_hopper_specialised
 
-        sizes = (matrix.shape[1], WEIGHT_BITS[matrix.scheme], matrix.scales.element_size())
-        fitting = config.fit(*sizes, shared_memory_bytes)
-        triton_hopper_specialised.launch(x_TI, matrix, out, fitting, beside_BI=beside_BI, **options)
+        fitting = config.fit(matrix.shape[1], matrix.scales.element_size(), shared_memory_bytes)
+        triton_hopper_specialised.launch(x_TI, matrix, out, fitting, **options)
         return
     limit = ring_limit(matrix, shared_memory_bytes)
     tiling = fit(config, kind, limit, WEIGHT_BITS[matrix.scheme])

@@ -134,10 +134,8 @@ def read_scales(scales, COUNT: gl.constexpr, SCALING: gl.constexpr, num_warps: g
         parts = _halve((own,), 1)
     elif COUNT == 4:
         parts = _halve(_halve((own.reshape([num_warps, 8, 2, 2]),), 1), 2)
-    elif COUNT == 8:
-        parts = _halve(_halve(_halve((own.reshape([num_warps, 8, 2, 2, 2]),), 1), 2), 4)
     else:
-        parts = _halve(_halve(_halve(_halve((own.reshape([num_warps, 8, 2, 2, 2, 2]),), 1), 2), 4), 8)
+        parts = _halve(_halve(_halve((own.reshape([num_warps, 8, 2, 2, 2]),), 1), 2), 4)
     everywhere = gl.zeros([num_warps, 8, 4], gl.float32, shared_by)
     found: gl.tuple = ()
     for part in gl.static_range(COUNT):

@@ -143,9 +143,11 @@ def constants(
     is_gated: bool,
     is_four_bits: bool,
 ) -> dict[str, Any]:
-    """What the kernel is compiled for."""
-    num_outputs = num_rows // (2 if is_gated else 1)
-    split_groups = _split_groups(config, num_inputs)
+    """What the kernel is compiled for.
+
+    Raises:
+        ValueError: what a program keeps in shared memory does not fit.
+    """
     num_outputs = num_rows // (2 if is_gated else 1)
     split_groups = _split_groups(config, num_inputs)
     steps = triton.cdiv(split_groups, config.warps)
@@ -158,7 +160,11 @@ def constants(
     scale_bytes = steps * rows * 4 * is_four_bits
     x_bytes = steps * x_tokens * 2 * GROUP_INPUTS
     most_tiles = (_MOST_SHARED_BYTES // config.warps - slot_bytes - scale_bytes) // x_bytes
-    assert most_tiles, "x of a split does not fit into shared memory"
+    if most_tiles < 1:
+        raise ValueError(
+            f"{config.warps} warps of {steps} groups, {slot_bytes + scale_bytes + x_bytes} bytes each, do not "
+            f"fit into {_MOST_SHARED_BYTES} bytes of shared memory: more splits, or fewer groups ahead"
+        )
     wanted = triton.next_power_of_2(triton.cdiv(num_tokens, TILE_TOKENS))
     tiles = min(MOST_TILES.value, wanted, 1 << (most_tiles.bit_length() - 1))
     copying, reading = x_layouts(config.warps, x_tokens, is_four_bits=is_four_bits)

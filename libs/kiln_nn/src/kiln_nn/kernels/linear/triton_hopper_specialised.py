@@ -1,15 +1,14 @@
-"""Linear layers over quantised weights on Hopper by specialised warps: one fetches, the others multiply.
+"""Linear layers over four-bit weights of many tokens on Hopper: one warp fetches, the others multiply.
 
-One warp asks the memory accelerator for slot after slot of the ring of triton_hopper_quantised.py. Each
-warp group of the others has 64 rows of weights for itself, which it unpacks into registers, and shares
-x with the rest. It waits for nobody but the fetching warp: while it unpacks, the tensor cores multiply
-for another group, and for the other half of its own inputs. Two or three groups read x once, which is
-what bounds tiles of many tokens: x comes from the L2 cache as often as there are programs of outputs.
+One warp asks the memory accelerator for slot after slot of a ring, as triton_hopper_quantised.py does for
+fewer tokens. Two or three warp groups (triton_hopper_groups.py) unpack weights of their own and share x,
+which bounds tiles of many tokens: it comes from the L2 cache as often as there are programs of outputs. They
+wait for nobody but the fetching warp, so that the tensor cores multiply while registers are unpacked.
 
-Sums over a group of 128 inputs are scaled in float32, in tiles of more than 64 tokens the weights in
-bf16; E4M3's scale, one an output, comes last.
+Sums over a group of 128 inputs are scaled in float32, in tiles of more than 64 tokens, or several, the
+weights in bf16.
 
-Takes bf16 x and quantised matrices of any number of outputs whose rows are 16-byte aligned (inputs in
+Takes bf16 x and four-bit matrices of any number of outputs whose rows are 16-byte aligned (inputs in
 whole groups of 128) on compute capability 9.0. Sums are float32 and rounded once; every element is
 summed in one order, given by the configuration alone. Partial sums always stay apart; the other
 forms do not split inputs.
@@ -25,47 +24,19 @@ import torch
 import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kiln_nn.kernels.linear.config import SpecialisedConfig
-from kiln_nn.kernels.linear.triton_hopper_beside import BesideTiles, describe_beside, multiply_tile_beside
-from kiln_nn.kernels.linear.triton_hopper_parts import (
-    X_COLUMNS,
-    ask_for_x,
-    barrier,
-    boxes,
-    describe,
-    rows_fetched,
-    source_rows,
-)
-from kiln_nn.kernels.linear.triton_hopper_unpack import (
-    eight_bits_half,
-    fetch_group_scales,
-    four_bits_half,
-    half_places,
-    halves_of,
-    places,
-)
-from kiln_nn.kernels.quantised import FP8, QuantisedMatrix
+from kiln_nn.kernels.linear.triton_hopper_groups import consume
+from kiln_nn.kernels.linear.triton_hopper_parts import X_COLUMNS, ask_for_x, boxes, describe, rows_fetched
+from kiln_nn.kernels.quantised import QuantisedMatrix
 
-_GROUP_ROWS = 64  # of weights, for a warp group: as many as one product takes
-_MOST_TOKENS_BY_GROUP = 64  # of a tile: sums of a group beside all the sums are what registers hold
-_FOUR_BIT_PLACES = gl.constexpr(places(_GROUP_ROWS, 4, is_four_bits=True))
-_FOUR_BIT_HALVES = gl.constexpr(half_places(is_four_bits=True))
-_EIGHT_BIT_PLACES = gl.constexpr(places(_GROUP_ROWS, 4, is_four_bits=False))
-_EIGHT_BIT_HALVES = gl.constexpr(half_places(is_four_bits=False))
-_NUM_WARPS = 4  # of the first group, which also computes rows beside
-_INPUTS = 128  # of a slot: one group of four-bit weights
+_MOST_TOKENS_BY_GROUP = 64  # of one tile: sums of a group beside all the sums are what registers hold
+_INPUTS, _WORDS = 128, 16  # of a slot: one group of weights, and its words
 _FIRST, _SECOND, _THIRD = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)
 _FETCHING_REGISTERS = gl.constexpr(24)
-_REGISTERS = {1: 240, 2: 240, 3: 160}  # of a thread that multiplies: what a multiprocessor has
+_REGISTERS = {2: 240, 3: 160}  # of a thread that multiplies: what a multiprocessor has
 
 
 @gluon.jit
@@ -82,16 +53,16 @@ def _ask_for_weights(
     SLOT_BYTES: gl.constexpr,
     REST: gl.constexpr,
     HALVES: gl.constexpr,
-    GROUPS: gl.constexpr,
+    TILES: gl.constexpr,
 ):
-    """One slot's weights, `[GROUPS, HALVES * BOX + HALVES * REST, columns]`, and the bytes to wait for."""
+    """One slot's weights, `[TILES, HALVES * BOX + HALVES * REST, columns]`, and the bytes to wait for."""
     BOX: gl.constexpr = box_desc.block_type.shape[0]
     col = block * box_desc.block_type.shape[1]
     mbarrier.expect(bar, SLOT_BYTES, pred=wanted)
-    for group in gl.static_range(GROUPS):
-        tile = ring.index(slot * GROUPS + group)
+    for place in gl.static_range(TILES):
+        tile = ring.index(slot * TILES + place)
         for half in gl.static_range(HALVES):
-            first = row + group * (BOX + REST) + half * num_outputs
+            first = row + place * (BOX + REST) + half * num_outputs
             tma.async_copy_global_to_shared(
                 box_desc, [first, col], bar, tile.slice(half * BOX, BOX, dim=0), wanted
             )
@@ -107,7 +78,7 @@ def _fetch(
     REST: gl.constexpr,
     X_REST: gl.constexpr,
     HALVES: gl.constexpr,
-    GROUPS: gl.constexpr,
+    TILES: gl.constexpr,
     STAGES: gl.constexpr,
     DEPENDENT: gl.constexpr,
 ):
@@ -142,7 +113,7 @@ def _fetch(
             SLOT_BYTES,
             REST,
             HALVES,
-            GROUPS,
+            TILES,
         )
     if DEPENDENT:
         gdc_wait()
@@ -169,208 +140,19 @@ def _fetch(
             SLOT_BYTES,
             REST,
             HALVES,
-            GROUPS,
+            TILES,
         )
         ask_for_x(x_desc, x_rest_desc, x_ring, again, place, token, begin + block, True, X_REST, 2)
 
 
-@gluon.jit
-def _halves(tile, FOUR_BITS: gl.constexpr):
-    """The stored words of the first and of the last 64 inputs."""
-    if FOUR_BITS:
-        first, last = halves_of(tile.load(_FOUR_BIT_PLACES))
-        first = gl.convert_layout(first, _FOUR_BIT_HALVES)
-        last = gl.convert_layout(last, _FOUR_BIT_HALVES)
-    else:
-        first, last = halves_of(tile.load(_EIGHT_BIT_PLACES))
-        first = gl.convert_layout(first, _EIGHT_BIT_HALVES)
-        last = gl.convert_layout(last, _EIGHT_BIT_HALVES)
-    return first, last
-
-
-@gluon.jit
-def _unpacked(words, scale, SCALED: gl.constexpr, FOUR_BITS: gl.constexpr, operand: gl.constexpr):
-    """Half a block of weights as the left operand."""
-    if FOUR_BITS:  # noqa: SIM108 (known when compiling)
-        numbers = four_bits_half(words, scale, SCALED)
-    else:
-        numbers = eight_bits_half(words)
-    return gl.convert_layout(numbers, operand)
-
-
-@gluon.jit
-def _multiply(
-    w_ring,
-    x_ring,
-    scales,
-    full,
-    empty,
-    first_scales,
-    group,
-    count,
-    GROUPS: gl.constexpr,
-    STAGES: gl.constexpr,
-    FOUR_BITS: gl.constexpr,
-    SCALED: gl.constexpr,
-):
-    """`[64, TOKENS]` sums of a warp group over `count` blocks of inputs, those of four bits scaled.
-
-    The last half of a block is unpacked while the first is multiplied, the first half while the tensor
-    cores multiply for other groups.
-    """
-    ROWS: gl.constexpr = w_ring.shape[1]
-    TOKENS: gl.constexpr = x_ring.shape[1]
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 16])
-    operand: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
-    BY_GROUP: gl.constexpr = FOUR_BITS and not SCALED
-    total = gl.zeros([ROWS, TOKENS], gl.float32, layout)
-    for block in range(count):
-        slot = block % STAGES
-        mbarrier.wait(full.index(slot), (block // STAGES) & 1)
-        words_first, words_last = _halves(w_ring.index(slot * GROUPS + group), FOUR_BITS)
-        if SCALED:
-            scale = scales.index(first_scales + block).load(_FOUR_BIT_HALVES).to(gl.bfloat16)
-        else:
-            scale = words_first
-        x_first = x_ring.index(2 * slot).permute((1, 0))
-        x_last = x_ring.index(2 * slot + 1).permute((1, 0))
-        first = _unpacked(words_first, scale, SCALED, FOUR_BITS, operand)
-        sums = warpgroup_mma(first, x_first, total, use_acc=not BY_GROUP, is_async=True)
-        last = _unpacked(words_last, scale, SCALED, FOUR_BITS, operand)
-        sums = warpgroup_mma(last, x_last, sums, is_async=True)
-        sums = warpgroup_mma_wait(0, deps=[sums])
-        # All warps of the group are done with the slot after the barrier.
-        barrier()
-        mbarrier.arrive(empty.index(slot), count=1)
-        if BY_GROUP:
-            total += sums * scales.index(first_scales + block).load(layout).to(gl.float32)
-        else:
-            total = sums
-    return total
-
-
-@gluon.jit
-def _store(
-    out_ptr,
-    sums,
-    row,
-    first_row,
-    token,
-    split,
-    num_tokens,
-    num_outputs,
-    out_stride,
-    COUNT: gl.constexpr,
-    ALL: gl.constexpr,
-    GATED: gl.constexpr,
-):
-    """`COUNT` outputs from `row` on, whose sums (and whose gates' sums) lie in shared memory.
-
-    `sums` is `[64, TOKENS]`, first the gates from row `first_row` on, `COUNT` rows further the others.
-    """
-    layout: gl.constexpr = gl.BlockedLayout([2, 1], [16, 2], [1, 4], [0, 1])
-    if GATED:
-        gate = sums.slice(first_row, COUNT, dim=0).load(layout)
-        up = sums.slice(first_row + COUNT, COUNT, dim=0).load(layout)
-        result = gate / (1 + gl.exp(-gate)) * up
-    else:
-        result = sums.load(layout)
-    lanes = gl.arange(0, result.shape[0], gl.SliceLayout(1, layout))
-    outputs = row + lanes
-    tokens = token + gl.arange(0, result.shape[1], gl.SliceLayout(0, layout))
-    places = (split.to(gl.int64) * num_tokens + tokens[None, :]) * out_stride + outputs[:, None]
-    mask = (tokens < num_tokens)[None, :] & ((outputs < num_outputs) & (lanes < ALL))[:, None]
-    gl.store(out_ptr + places, result.to(out_ptr.dtype.element_ty), mask=mask)
-
-
-@gluon.jit
-def _consume(
-    memory,
-    numbers,
-    GROUP: gl.constexpr,
-    BOX: gl.constexpr,
-    REST: gl.constexpr,
-    GROUPS: gl.constexpr,
-    SCALES: gl.constexpr,
-    STAGES: gl.constexpr,
-    FOUR_BITS: gl.constexpr,
-    SCALED: gl.constexpr,
-    GATED: gl.constexpr,
-):
-    """One warp group: its rows of weights times the program's x, stored."""
-    w_ring, x_ring, scales, columns, sums, full, empty, done, scales_ptr, out_ptr = memory
-    first_row, token, split, num_tokens, num_outputs, num_scales, scale_stride, out_stride, begin, count = (
-        numbers
-    )
-    ROWS: gl.constexpr = w_ring.shape[1]
-    TOKENS: gl.constexpr = x_ring.shape[1]
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 16])
-    row = first_row + GROUP * (BOX + REST)
-    if FOUR_BITS:
-        own = scales.index(GROUP)
-        fetch_group_scales(
-            scales_ptr, scale_stride, own, row, num_outputs, begin, num_scales - begin, BOX, REST, GATED, 4
-        )
-        barrier()
-    else:
-        lanes = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
-        rows, is_there = source_rows(lanes, row, num_outputs, BOX, REST, GATED)
-        row_scales = gl.load(scales_ptr + rows.to(gl.int64) * scale_stride, mask=is_there, other=0.0)
-    total = _multiply(
-        w_ring,
-        x_ring,
-        columns,
-        full,
-        empty,
-        GROUP * SCALES,
-        GROUP,
-        count,
-        GROUPS,
-        STAGES,
-        FOUR_BITS,
-        SCALED,
-    )
-    if not FOUR_BITS:
-        total = total * gl.expand_dims(row_scales, 1)
-    # The ring's memory is for the sums once all groups have multiplied their last block.
-    barrier()
-    mbarrier.arrive(done, count=1)
-    mbarrier.wait(done, 0)
-    place = sums.index(GROUP)
-    place.store(total)
-    barrier()
-    if GATED:
-        _store(out_ptr, place, row, 0, token, split, num_tokens, num_outputs, out_stride, BOX, BOX, True)
-        if REST > 0:
-            _store(
-                out_ptr,
-                place,
-                row + BOX,
-                2 * BOX,
-                token,
-                split,
-                num_tokens,
-                num_outputs,
-                out_stride,
-                REST,
-                REST,
-                True,
-            )
-    else:
-        _store(
-            out_ptr, place, row, 0, token, split, num_tokens, num_outputs, out_stride, ROWS, BOX + REST, False
-        )
-
-
-@gluon.jit
-def _program(
+@gluon.jit(do_not_specialize=["num_tokens", "num_blocks", "split_blocks", "shows_producers"])
+def _linear_kernel(
     box_desc,
     rest_desc,
     x_desc,
     x_rest_desc,
     scales_ptr,
     out_ptr,
-    row,
     num_tokens,
     num_outputs,
     num_scales,
@@ -385,33 +167,34 @@ def _program(
     X_REST: gl.constexpr,
     TOKENS: gl.constexpr,
     GROUPS: gl.constexpr,
+    TILES: gl.constexpr,
     SCALES: gl.constexpr,
     STAGES: gl.constexpr,
     REGISTERS: gl.constexpr,
-    FOUR_BITS: gl.constexpr,
     SCALED: gl.constexpr,
     GATED: gl.constexpr,
     DEPENDENT: gl.constexpr,
+    num_warps: gl.constexpr,
 ):
-    """The rows of the quantised matrix from `row` on."""
     HALVES: gl.constexpr = 2 if GATED else 1
     OUTPUTS: gl.constexpr = BOX + REST
     ROWS: gl.constexpr = 64
     COLUMNS: gl.constexpr = box_desc.block_type.shape[1]
-    LINE_BYTES: gl.constexpr = 64 if FOUR_BITS else 128
-    SLOT_BYTES: gl.constexpr = GROUPS * HALVES * OUTPUTS * LINE_BYTES + (X_BOX + X_REST) * 256
+    ALL_TILES: gl.constexpr = GROUPS * TILES
+    SLOT_BYTES: gl.constexpr = ALL_TILES * HALVES * OUTPUTS * 64 + (X_BOX + X_REST) * 256
     token = gl.program_id(0) * TOKENS
     split = gl.program_id(1)
-    w_ring = gl.allocate_shared_memory(box_desc.dtype, [STAGES * GROUPS, ROWS, COLUMNS], box_desc.layout)
+    row = gl.program_id(2) * (ALL_TILES * OUTPUTS)
+    w_ring = gl.allocate_shared_memory(box_desc.dtype, [STAGES * ALL_TILES, ROWS, COLUMNS], box_desc.layout)
     x_ring = gl.allocate_shared_memory(gl.bfloat16, [STAGES * 2, TOKENS, X_COLUMNS], x_desc.layout)
     # The same bytes as sums: eight rows side by side, other places for every other two tokens.
     across: gl.constexpr = gl.SwizzledSharedLayout(8, 2, 4, [0, 1])
     sums = x_ring._reinterpret(gl.float32, [STAGES, ROWS, TOKENS], across)
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     kind: gl.constexpr = scales_ptr.dtype.element_ty
-    scales = gl.allocate_shared_memory(kind, [GROUPS, SCALES, ROWS], plain)
+    scales = gl.allocate_shared_memory(kind, [ALL_TILES, SCALES, ROWS], plain)
     # The same bytes as columns of one group of inputs each.
-    columns = scales._reinterpret(kind, [GROUPS * SCALES, ROWS, 1], plain)
+    columns = scales._reinterpret(kind, [ALL_TILES * SCALES, ROWS, 1], plain)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     done = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
@@ -454,30 +237,12 @@ def _program(
         begin,
         count,
     )
-    if GROUPS == 1:
+    if GROUPS == 2:
         gl.warp_specialize(
             [
-                (
-                    _consume,
-                    (memory, numbers, _FIRST, BOX, REST, GROUPS, SCALES, STAGES, FOUR_BITS, SCALED, GATED),
-                ),
-                (_fetch, (fetching, SLOT_BYTES, REST, X_REST, HALVES, GROUPS, STAGES, DEPENDENT)),
-            ],
-            [1],
-            [_FETCHING_REGISTERS],
-        )
-    elif GROUPS == 2:
-        gl.warp_specialize(
-            [
-                (
-                    _consume,
-                    (memory, numbers, _FIRST, BOX, REST, GROUPS, SCALES, STAGES, FOUR_BITS, SCALED, GATED),
-                ),
-                (
-                    _consume,
-                    (memory, numbers, _SECOND, BOX, REST, GROUPS, SCALES, STAGES, FOUR_BITS, SCALED, GATED),
-                ),
-                (_fetch, (fetching, SLOT_BYTES, REST, X_REST, HALVES, GROUPS, STAGES, DEPENDENT)),
+                (consume, (memory, numbers, _FIRST, BOX, REST, TILES, SCALED, GATED, DEPENDENT)),
+                (consume, (memory, numbers, _SECOND, BOX, REST, TILES, SCALED, GATED, DEPENDENT)),
+                (_fetch, (fetching, SLOT_BYTES, REST, X_REST, HALVES, ALL_TILES, STAGES, DEPENDENT)),
             ],
             [4, 1],
             [REGISTERS, _FETCHING_REGISTERS],
@@ -485,133 +250,28 @@ def _program(
     else:
         gl.warp_specialize(
             [
-                (
-                    _consume,
-                    (memory, numbers, _FIRST, BOX, REST, GROUPS, SCALES, STAGES, FOUR_BITS, SCALED, GATED),
-                ),
-                (
-                    _consume,
-                    (memory, numbers, _SECOND, BOX, REST, GROUPS, SCALES, STAGES, FOUR_BITS, SCALED, GATED),
-                ),
-                (
-                    _consume,
-                    (memory, numbers, _THIRD, BOX, REST, GROUPS, SCALES, STAGES, FOUR_BITS, SCALED, GATED),
-                ),
-                (_fetch, (fetching, SLOT_BYTES, REST, X_REST, HALVES, GROUPS, STAGES, DEPENDENT)),
+                (consume, (memory, numbers, _FIRST, BOX, REST, TILES, SCALED, GATED, DEPENDENT)),
+                (consume, (memory, numbers, _SECOND, BOX, REST, TILES, SCALED, GATED, DEPENDENT)),
+                (consume, (memory, numbers, _THIRD, BOX, REST, TILES, SCALED, GATED, DEPENDENT)),
+                (_fetch, (fetching, SLOT_BYTES, REST, X_REST, HALVES, ALL_TILES, STAGES, DEPENDENT)),
             ],
             [4, 4, 1],
             [REGISTERS, REGISTERS, _FETCHING_REGISTERS],
         )
 
 
-@gluon.jit(do_not_specialize=["num_tokens", "num_blocks", "split_blocks", "num_inputs", "shows_producers"])
-def _linear_kernel(
-    box_desc,
-    rest_desc,
-    x_desc,
-    x_rest_desc,
-    beside_desc,
-    beside_x_desc,
-    scales_ptr,
-    out_ptr,
-    num_tokens,
-    num_outputs,
-    num_beside,
-    num_scales,
-    scale_stride,
-    out_stride,
-    num_blocks,
-    split_blocks,
-    num_inputs,
-    shows_producers,
-    BOX: gl.constexpr,
-    REST: gl.constexpr,
-    X_BOX: gl.constexpr,
-    X_REST: gl.constexpr,
-    TOKENS: gl.constexpr,
-    GROUPS: gl.constexpr,
-    SCALES: gl.constexpr,
-    STAGES: gl.constexpr,
-    REGISTERS: gl.constexpr,
-    FOUR_BITS: gl.constexpr,
-    SCALED: gl.constexpr,
-    GATED: gl.constexpr,
-    BESIDE: gl.constexpr,
-    BESIDE_STAGES: gl.constexpr,
-    DEPENDENT: gl.constexpr,
-    num_warps: gl.constexpr,
-):
-    which = gl.program_id(2)
-    if BESIDE > 0 and which < BESIDE:
-        multiply_tile_beside(
-            beside_desc,
-            beside_x_desc,
-            out_ptr + num_outputs,
-            which,
-            gl.program_id(0) * TOKENS,
-            num_tokens,
-            num_beside,
-            num_inputs,
-            out_stride,
-            shows_producers,
-            TOKENS,
-            BESIDE_STAGES,
-            DEPENDENT,
-            num_warps,
-        )
-    else:
-        _program(
-            box_desc,
-            rest_desc,
-            x_desc,
-            x_rest_desc,
-            scales_ptr,
-            out_ptr,
-            (which - BESIDE) * (GROUPS * (BOX + REST)),
-            num_tokens,
-            num_outputs,
-            num_scales,
-            scale_stride,
-            out_stride,
-            num_blocks,
-            split_blocks,
-            shows_producers,
-            BOX,
-            REST,
-            X_BOX,
-            X_REST,
-            TOKENS,
-            GROUPS,
-            SCALES,
-            STAGES,
-            REGISTERS,
-            FOUR_BITS,
-            SCALED,
-            GATED,
-            DEPENDENT,
-        )
-
-
 def scales_weights(config: SpecialisedConfig) -> bool:
     """Whether four-bit weights are scaled, and rounded to bf16, before they meet x."""
-    return config.tokens > _MOST_TOKENS_BY_GROUP
+    return config.tiles > 1 or config.tokens > _MOST_TOKENS_BY_GROUP
 
 
 def constants(
-    config: SpecialisedConfig,
-    num_tokens: int,
-    num_inputs: int,
-    num_beside: int = 0,
-    *,
-    is_gated: bool,
-    is_four_bits: bool,
+    config: SpecialisedConfig, num_tokens: int, num_inputs: int, *, is_gated: bool
 ) -> dict[str, Any]:
     """What the kernel is compiled for."""
     box, rest = boxes(config.outputs)
     x_box, x_rest = boxes(rows_fetched(num_tokens, config.tokens))
     num_scales = triton.cdiv(triton.cdiv(num_inputs, _INPUTS), config.splits)
-    ring_bytes = config.stages * _INPUTS * (config.groups * (32 if is_four_bits else 64) + 2 * config.tokens)
-    beside = BesideTiles.of(num_beside, config.tokens, _NUM_WARPS, ring_bytes)
     return {
         "BOX": box,
         "REST": rest,
@@ -619,15 +279,13 @@ def constants(
         "X_REST": x_rest,
         "TOKENS": config.tokens,
         "GROUPS": config.groups,
-        "SCALES": max(16, triton.next_power_of_2(num_scales)) if is_four_bits else 1,
+        "TILES": config.tiles,
+        "SCALES": max(16, triton.next_power_of_2(num_scales)),
         "STAGES": config.stages,
         "REGISTERS": _REGISTERS[config.groups],
-        "FOUR_BITS": is_four_bits,
-        "SCALED": is_four_bits and scales_weights(config),
+        "SCALED": scales_weights(config),
         "GATED": is_gated,
-        "BESIDE": beside.num_programs,
-        "BESIDE_STAGES": beside.stages,
-        "num_warps": _NUM_WARPS,
+        "num_warps": 4,
     }
 
 
@@ -637,52 +295,39 @@ def launch(
     out: torch.Tensor,
     config: SpecialisedConfig,
     *,
-    beside_BI: torch.Tensor | None = None,
     is_gated: bool = False,
     is_dependent: bool = True,
     shows_producers: bool = False,
 ) -> None:
     """Fill `out`: `[T, O]`, `[T, F]` in the gated form, or `[S, T, O]` partial sums.
 
-    With `beside_BI`, a bf16 matrix of a few rows, `out` is `[T, O + B]`. The rows of `out` may lie apart,
-    where it has two dimensions. `shows_producers` as in triton_hopper.py.
+    The rows of `out` may lie apart, where it has two dimensions. `shows_producers` as in triton_hopper.py.
     """
     (num_tokens, num_inputs), num_rows = x_TI.shape, matrix.shape[0]
-    is_four_bits = matrix.values.dtype is not FP8
+    assert matrix.scheme == "int4"
     num_outputs = num_rows // (2 if is_gated else 1)
     num_blocks = triton.cdiv(num_inputs, _INPUTS)
-    num_beside = 0 if beside_BI is None else len(beside_BI)
-    kinds = {"is_gated": is_gated, "is_four_bits": is_four_bits}
-    fixed = constants(config, num_tokens, num_inputs, num_beside, **kinds)
-    stored = matrix.values if is_four_bits else matrix.values.view(torch.int16)
-    columns = 16 if is_four_bits else 64
-    x_desc = describe(x_TI, fixed["X_BOX"])
-    beside_descs = (x_desc, x_desc)
-    if beside_BI is not None:
-        beside_descs = describe_beside(x_TI, beside_BI, config.tokens)
+    fixed = constants(config, num_tokens, num_inputs, is_gated=is_gated)
     options: dict[str, Any] = {"launch_pdl": True} if is_dependent else {}
     grid = (
         triton.cdiv(num_tokens, config.tokens),
         config.splits,
-        fixed["BESIDE"] + triton.cdiv(num_outputs, config.groups * config.outputs),
+        triton.cdiv(num_outputs, config.groups * config.tiles * config.outputs),
     )
     _linear_kernel[grid](
-        describe(stored, fixed["BOX"], columns),
-        describe(stored, fixed["REST"] or fixed["BOX"], columns),
-        x_desc,
+        describe(matrix.values, fixed["BOX"], _WORDS),
+        describe(matrix.values, fixed["REST"] or fixed["BOX"], _WORDS),
+        describe(x_TI, fixed["X_BOX"]),
         describe(x_TI, fixed["X_REST"] or fixed["X_BOX"]),
-        *beside_descs,
         matrix.scales,
         out,
         num_tokens,
         num_outputs,
-        num_beside,
         matrix.scales.shape[1],
         matrix.scales.stride(0),
         out.stride(-2),
         num_blocks,
         triton.cdiv(num_blocks, config.splits),
-        num_inputs,
         int(shows_producers),
         **fixed,
         DEPENDENT=is_dependent,

@@ -135,16 +135,6 @@ def four_bits_half(words, scale, SCALED: gl.constexpr):
 
 
 @gluon.jit
-def eight_bits_half(pairs):
-    """bf16 of the numbers in pairs of E4M3 of 64 inputs, `[ROWS, 32]`."""
-    ROWS: gl.constexpr = pairs.shape[0]
-    low, high = gl.inline_asm_elementwise(
-        EIGHT_BITS, "=h,=h,h", [pairs], dtype=(gl.bfloat16, gl.bfloat16), is_pure=True, pack=1
-    )
-    return gl.join(low, high).reshape([ROWS, 64])
-
-
-@gluon.jit
 def fetch_group_scales(
     scales_ptr,
     scale_stride,
@@ -283,10 +273,7 @@ def places(rows: int, warps: int, *, is_four_bits: bool) -> gl.DistributedLinear
 
 
 @cache
-def half_places(*, is_four_bits: bool) -> gl.DistributedLinearLayout:
-    """The same of half a tile of 64 rows, for one warp group."""
-    inner = [[0, 1]] if is_four_bits else [[0, step] for step in (4, 8, 16)]
-    columns, lanes = (8, [[0, 2], [0, 4]]) if is_four_bits else (32, [[0, 1], [0, 2]])
-    return gl.DistributedLinearLayout(
-        [*inner, [8, 0]], [*lanes, [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, columns]
-    )
+def half_places() -> gl.DistributedLinearLayout:
+    """The same of half a tile of four bits and 64 rows, for one warp group."""
+    lanes = [[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]]
+    return gl.DistributedLinearLayout([[0, 1], [8, 0]], lanes, [[16, 0], [32, 0]], [], [64, 8])
