@@ -82,7 +82,7 @@ class TrainerPool:
         """
         chosen = self._chosen
         found = await asyncio.gather(*map(_status_or_none, self._trainers))
-        if found[chosen] is None and any(found):
+        if found[chosen] is None and any(status is not None for status in found):
             self._pass_over(chosen)
         return found
 
