@@ -10,6 +10,9 @@ from kiln_common.pb import registry_pb2
 from kiln_gateway.auth import Caller
 from kiln_gateway.ports import RegistryPort
 
+# Where an engine runs: its address, and its GPU's UUID or its machine's boot id.
+_PLACE = ("address", "device_id")
+
 
 def is_visible(owner: str, caller: Caller) -> bool:
     """An adapter belongs to the key that made its first version; admins see all of them."""
@@ -19,7 +22,7 @@ def is_visible(owner: str, caller: Caller) -> bool:
 def visible_engines(
     engines: Iterable[dict[str, Any]], adapters: Sequence[registry_pb2.Adapter] | None, caller: Caller
 ) -> list[dict[str, Any]]:
-    """Engines as `caller` sees them: admins whole, others without addresses and with their own adapters only.
+    """Engines as `caller` sees them: admins whole, others without their place and with their own adapters only.
 
     None of those are known while the registry is away.
     """
@@ -32,7 +35,7 @@ def visible_engines(
             if name == "resident_adapters"
             else value
             for name, value in engine.items()
-            if name != "address"
+            if name not in _PLACE
         }
         for engine in engines
     ]
