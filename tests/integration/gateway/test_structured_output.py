@@ -58,7 +58,10 @@ async def http(tmp_path):
 
 
 async def ask(http, **fields):
+    """Of a model that thinks, unless the fields say how much."""
     body = {"messages": [{"role": "user", "content": "Please answer."}], "max_tokens": 300, **fields}
+    if "reasoning_effort" not in fields:
+        body["chat_template_kwargs"] = {"enable_thinking": True}
     response = await http.post(CHAT, json=body)
     if not fields.get("stream"):
         return response.status_code, response.json()

@@ -25,9 +25,10 @@ def call(name, arguments, content=""):
 
 def test_the_thinking_switch_opens_or_closes_the_thought():
     opened = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n<think>\n"
-    assert template().render(messages=[user("Hi")], add_generation_prompt=True) == opened
+    closed = opened + "\n</think>\n\n"
     assert render_prompt([user("Hi")], thinking=True) == opened
-    assert render_prompt([user("Hi")], thinking=False) == opened + "\n</think>\n\n"
+    assert render_prompt([user("Hi")], thinking=False) == closed
+    assert template().render(messages=[user("Hi")], add_generation_prompt=True) == closed
 
 
 @pytest.mark.parametrize("role", ["system", "developer"])

@@ -7,7 +7,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from kiln_nn.kernels.linear.config import LinearConfig, LinearKind, Tiling, weight_rows
+from kiln_nn.kernels.linear.config import (
+    LinearConfig,
+    LinearKind,
+    RegisterConfig,
+    SpecialisedConfig,
+    Tiling,
+    weight_rows,
+)
 from kiln_nn.kernels.quantised import Scheme
 
 WEIGHT_BITS: dict[Scheme, int] = {"fp8": 8, "int4": 4}
@@ -21,53 +28,65 @@ _MOST_TOKENS: dict[Scheme, int] = {"fp8": 128, "int4": 1024}
 _MOST_TOKENS_UNMEASURED = 16  # on other GPUs
 
 # By scheme and (O, I): the configuration up to a number of tokens; None leaves it to the library, and
-# so do more tokens than the last. Filled from benchmarks/kernels/quantised_linear.py, which measures
-# gate_up in the gated form: a tile's outputs are pairs of rows.
-# Of int4, down_proj, gate_up beyond 16 tokens, and 32 and 128 tokens everywhere come from a run with
-# words in another order: measure again.
+# so do more tokens than the last. Filled from benchmarks/kernels/quantised_linear.py and, where x is
+# rounded, rounded_linear.py, which measure gate_up in the gated form: a tile's outputs are pairs of rows.
+# Of int4, what a LinearConfig has for 32 and 128 tokens comes from a run with words in another order;
+# the head's from 32 on are the rule's.
 _GATE_UP = (18_432, 2560)
 _MEASURED: dict[tuple[Scheme, tuple[int, int]], dict[int, Tiling | None]] = {
     ("int4", (12288, 2560)): {  # in_proj
-        8: LinearConfig(8, 64, 512, 1, 4, 3),
+        1: RegisterConfig(16, 1, 4, 2, 80),
+        8: RegisterConfig(32, 1, 4, 3, 96, is_staged=True),
         16: LinearConfig(16, 64, 512, 1, 4, 2),
         32: LinearConfig(32, 64, 128, 1, 4, 8),
         64: LinearConfig(64, 64, 128, 1, 4, 4),
         128: LinearConfig(128, 64, 128, 1, 4, 2),
-        256: LinearConfig(256, 128, 128, 1, 8, 2),
+        256: SpecialisedConfig(128, 64, groups=3, stages=4),
     },
     ("int4", (10240, 2560)): {  # qkv_proj
-        8: LinearConfig(8, 64, 256, 1, 4, 6),
+        1: RegisterConfig(16, 1, 4, 3, 96),
+        8: RegisterConfig(32, 1, 4, 3, 96, is_staged=True),
         16: LinearConfig(16, 64, 256, 1, 4, 6),
         32: LinearConfig(32, 64, 128, 1, 4, 8),
         64: LinearConfig(64, 64, 128, 1, 4, 4),
-        128: LinearConfig(128, 64, 128, 1, 4, 2),
-        256: LinearConfig(256, 128, 128, 1, 8, 2),
+        128: SpecialisedConfig(128, 64, groups=2, stages=5),
+        256: SpecialisedConfig(128, 64, groups=3, stages=4),
     },
     ("int4", (2560, 4096)): {  # out_proj
-        8: LinearConfig(8, 128, 256, 8, 4, 5),
+        1: RegisterConfig(16, 2, 4, 4),
+        8: RegisterConfig(16, 2, 8, 2),
         16: LinearConfig(16, 64, 256, 6, 4, 6),
         32: LinearConfig(32, 64, 128, 3, 4, 8),
         64: LinearConfig(64, 64, 128, 3, 4, 4),
-        128: LinearConfig(128, 64, 128, 7, 4, 2),
+        128: SpecialisedConfig(64, 64, groups=2, splits=3, stages=8),
         256: LinearConfig(256, 64, 128, 3, 4, 2),
     },
     ("int4", (18432, 2560)): {  # gate_up
-        8: LinearConfig(8, 64, 256, 1, 4, 5),
+        8: RegisterConfig(16, 1, 4, 3, 96, is_staged=True),
         16: LinearConfig(16, 32, 256, 1, 4, 4),
         32: LinearConfig(32, 64, 128, 1, 8, 6),
-        64: LinearConfig(64, 64, 128, 1, 8, 4),
-        256: LinearConfig(128, 32, 128, 1, 4, 2),
+        64: SpecialisedConfig(64, 32, groups=3, stages=7),
+        128: SpecialisedConfig(128, 32, groups=3, stages=4),
+        256: SpecialisedConfig(64, 32, groups=3, tiles=3, stages=3),
     },
     ("int4", (2560, 9216)): {  # down_proj
-        8: LinearConfig(8, 64, 256, 6, 4, 9),
-        16: LinearConfig(16, 128, 256, 6, 8, 4),
+        1: RegisterConfig(16, 3, 4, 6),
+        8: RegisterConfig(64, 9, 4, 2),
+        16: RegisterConfig(64, 9, 4, 2, is_staged=True),
         32: LinearConfig(32, 64, 128, 3, 4, 8),
-        64: LinearConfig(64, 64, 128, 3, 4, 4),
-        128: LinearConfig(128, 64, 128, 7, 4, 2),
-        256: LinearConfig(128, 64, 128, 2, 4, 2),
+        64: SpecialisedConfig(64, 64, groups=2, splits=6, stages=8),
+        128: SpecialisedConfig(128, 64, groups=2, splits=6, stages=5),
+        256: SpecialisedConfig(128, 64, groups=2, splits=3, stages=5),
+    },
+    ("int4", (248320, 2560)): {  # head
+        1: RegisterConfig(32, 1, 4, 5, is_staged=True),
+        16: LinearConfig(16, 64, 256, 1, 4, 3),
+        32: LinearConfig(32, 96, 128, 1, 8, 9),
+        64: LinearConfig(64, 96, 128, 1, 8, 6),
+        128: LinearConfig(128, 96, 128, 1, 8, 3),
     },
     ("fp8", (12288, 2560)): {  # in_proj
-        8: LinearConfig(8, 64, 256, 1, 4, 3),
+        8: LinearConfig(8, 64, 256, 1, 4, 6, 8, True),
         16: LinearConfig(16, 64, 256, 1, 4, 5, 8, True),
         32: LinearConfig(32, 96, 256, 1, 4, 5, 8, True),
         64: LinearConfig(64, 64, 128, 1, 4, 6, 8, True),
@@ -75,13 +94,13 @@ _MEASURED: dict[tuple[Scheme, tuple[int, int]], dict[int, Tiling | None]] = {
         256: LinearConfig(128, 64, 128, 1, 4, 3, 8, True),
     },
     ("fp8", (10240, 2560)): {  # qkv_proj
-        8: LinearConfig(8, 64, 256, 1, 4, 5),
+        8: LinearConfig(8, 64, 256, 1, 4, 6, 8, True),
         16: LinearConfig(16, 64, 256, 1, 4, 5, 8, True),
         32: LinearConfig(32, 64, 256, 1, 4, 4, 8, True),
         64: LinearConfig(64, 64, 256, 1, 4, 3, 8, True),
     },
     ("fp8", (2560, 4096)): {  # out_proj
-        8: LinearConfig(8, 64, 256, 6, 4, 5),
+        8: RegisterConfig(16, 2, 4, 4, is_staged=True),
         16: LinearConfig(16, 64, 256, 3, 4, 5, 8, True),
         32: LinearConfig(32, 64, 256, 3, 4, 4, 8, True),
         64: LinearConfig(64, 64, 256, 3, 4, 3, 8, True),
@@ -89,13 +108,12 @@ _MEASURED: dict[tuple[Scheme, tuple[int, int]], dict[int, Tiling | None]] = {
         256: LinearConfig(128, 64, 256, 3, 4, 2, 8, True),
     },
     ("fp8", (18432, 2560)): {  # gate_up
-        8: LinearConfig(8, 32, 256, 1, 4, 3),
         16: LinearConfig(16, 32, 128, 1, 4, 7, 8, True),
         32: LinearConfig(32, 24, 128, 1, 4, 6, 8, True),
         64: LinearConfig(64, 24, 128, 1, 4, 4, 8, True),
     },
     ("fp8", (2560, 9216)): {  # down_proj
-        8: LinearConfig(8, 64, 128, 7, 4, 7),
+        8: RegisterConfig(16, 6, 4, 3),
         16: LinearConfig(16, 64, 128, 6, 4, 7, 8, True),
         32: LinearConfig(32, 64, 128, 6, 4, 6, 8, True),
         64: LinearConfig(64, 64, 256, 3, 4, 3, 8, True),
