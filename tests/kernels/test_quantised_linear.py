@@ -134,12 +134,13 @@ def _rounds_x(x: torch.Tensor, matrix: QuantisedMatrix, kind: LinearKind) -> boo
     return is_chosen and isinstance(config, LinearConfig) and config.x_bits == 8
 
 
-def _tolerance(scheme: str, num_tokens: int, dtype: torch.dtype) -> float:
+def _tolerance(x: torch.Tensor, matrix: QuantisedMatrix, kind: LinearKind, dtype: torch.dtype) -> float:
     """Four-bit weights that meet many tokens are rounded to bf16 once they are scaled, but in registers."""
-    is_scaled = (scheme == "int4" and num_tokens > 128 and _fixed is None) or _fixed in (
-        SPECIALISED["three groups"],
-        SPECIALISED["three tiles"],
-    )
+    config = _config(x, matrix, kind)
+    if isinstance(config, SpecialisedConfig):
+        is_scaled = config.tiles > 1 or config.tokens > 64
+    else:
+        is_scaled = matrix.scheme == "int4" and len(x) > 128 and _fixed is None
     return TOLERANCE[torch.bfloat16] if is_scaled else TOLERANCE[dtype]
 
 
@@ -164,7 +165,7 @@ def test_linear(scheme, num_tokens, size, out_dtype, kernel):
     x, matrix = _draw(num_tokens, size[1]), _matrix(scheme, *size)
     out = kernel(x, matrix, _poisoned(num_tokens, size[0], dtype=out_dtype), LinearKind.PLAIN)
     is_rounded = _rounds_x(x, matrix, LinearKind.PLAIN)
-    tolerance = EIGHT_BIT_TOLERANCE if is_rounded else _tolerance(scheme, num_tokens, out_dtype)
+    tolerance = EIGHT_BIT_TOLERANCE if is_rounded else _tolerance(x, matrix, LinearKind.PLAIN, out_dtype)
     assert relative_error(out, _product(scheme, *size, num_tokens)) < tolerance
 
 
@@ -191,7 +192,9 @@ def test_partial_sums(scheme, num_tokens, size, kernel):
     out = _poisoned(splits, num_tokens, size[0], dtype=torch.float32)
     kernel(x, matrix, out, LinearKind.PARTIAL)
     is_rounded = _rounds_x(x, matrix, LinearKind.PARTIAL)
-    tolerance = EIGHT_BIT_TOLERANCE if is_rounded else _tolerance(scheme, num_tokens, torch.float32)
+    tolerance = (
+        EIGHT_BIT_TOLERANCE if is_rounded else _tolerance(x, matrix, LinearKind.PARTIAL, torch.float32)
+    )
     assert relative_error(out.double().sum(0), _product(scheme, *size, num_tokens)) < tolerance
 
 
@@ -200,7 +203,8 @@ def test_group_scales_in_float32(kernel):
     x, matrix = _draw(3, ODD[1]), _matrix("int4", *ODD)
     wide = QuantisedMatrix("int4", matrix.values, matrix.scales.float())
     out = kernel(x, wide, _poisoned(3, ODD[0], dtype=torch.float32), LinearKind.PLAIN)
-    assert relative_error(out, _product("int4", *ODD, 3)) < _tolerance("int4", 3, torch.float32)
+    tolerance = _tolerance(x, wide, LinearKind.PLAIN, torch.float32)
+    assert relative_error(out, _product("int4", *ODD, 3)) < tolerance
 
 
 @on_triton
