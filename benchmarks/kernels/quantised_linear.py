@@ -138,10 +138,11 @@ def _specialised_candidates(layer: Layer, num_rows: int) -> list[SpecialisedConf
         num_tiles = -(-layer.outputs // (rows * groups * num_high)) * -(-num_rows // tokens)
         for splits in range(1, 9 if layer.kind is LinearKind.PARTIAL else 2):
             config = SpecialisedConfig(tokens, rows // halves, groups, num_high, splits, 8)
-            config = config.fit(layer.inputs, 2, SHARED_MEMORY_BYTES)
-            num_blocks = -(-layer.inputs // 128 // splits)
-            if config.shared_memory_bytes(layer.inputs) > SHARED_MEMORY_BYTES:
+            try:
+                config = config.fit(layer.inputs, 2, SHARED_MEMORY_BYTES)
+            except ValueError:
                 continue
+            num_blocks = -(-layer.inputs // 128 // splits)
             if num_blocks * (splits - 1) < layer.inputs // 128:
                 costs[config] = _cycles(config, rows, num_blocks, num_tiles, num_rows)
     return sorted(costs, key=costs.__getitem__)[:MOST_SPECIALISED]

@@ -21,7 +21,7 @@ from kiln_nn.kernels.linear import (
     linear_swiglu,
 )
 from kiln_nn.kernels.linear.choice_quantised import WEIGHT_BITS, choose
-from kiln_nn.kernels.linear.config import LinearKind, Tiling, fit
+from kiln_nn.kernels.linear.config import LinearKind, Tiling, check_rows, fit
 from kiln_nn.kernels.quantised import QuantisedMatrix, quantise_rtn
 from tests.support.triton_kernels import (
     DEVICE,
@@ -394,6 +394,8 @@ def test_every_choice_fits_its_gpu(scheme, size, kind, is_hopper):
     for num_tokens in (*range(1, 300), 1024, 4096):
         config = choose(scheme, num_tokens, *size, kind, is_hopper=is_hopper)
         assert kind is LinearKind.PARTIAL or config is None or config.splits == 1
+        if isinstance(config, RegisterConfig | SpecialisedConfig):
+            check_rows(config, kind)
         if isinstance(config, RegisterConfig):
             _check_registers(config, scheme, num_tokens, size, kind)
         if isinstance(config, SpecialisedConfig):
@@ -633,3 +635,25 @@ def test_the_kernel_without_a_ring_compiles(scheme, kind):
     others = {"num_beside": 64 if kind is LinearKind.PLAIN else 0, "scales": "*fp32"}
     for config in REGISTERS.values():
         _compile_for_registers(scheme, config, 17, ODD, kind, **others)
+
+
+@pytest.mark.parametrize(
+    ("config", "kind"),
+    [
+        (SpecialisedConfig(64, 64), LinearKind.GATED),
+        (SpecialisedConfig(64, 40), LinearKind.GATED),
+        (RegisterConfig(64), LinearKind.GATED),
+        (RegisterConfig(8), LinearKind.PLAIN),
+        (RegisterConfig(8), LinearKind.PARTIAL),
+    ],
+)
+def test_tiles_without_room_for_their_rows_are_refused(config, kind):
+    matrix, x = quantise_rtn(torch.ones(128, 256).bfloat16(), "int4"), torch.zeros(3, 256).bfloat16()
+    with pytest.raises(ValueError, match=rf"{config.outputs} outputs of the {kind.value} form .* rows"):
+        _quantised().launch(x, matrix, torch.zeros(1, 3, 128), config, kind)
+
+
+def test_specialised_warps_that_do_not_fit_are_refused_with_numbers():
+    config = SpecialisedConfig(256, 64, groups=3, tiles=3, stages=12)
+    with pytest.raises(ValueError, match=r"wants \d+ bytes of shared memory for 2560 inputs"):
+        config.fit(2560, 2, 227 * 1024)
