@@ -31,7 +31,7 @@ from itertools import product
 
 import torch
 from measure import ResultTable, relative_error, time_calls
-from quantised_linear import LAYERS, Layer
+from quantised_candidates import LAYERS, Layer
 
 from kiln_nn.kernels.linear import (
     LinearConfig,

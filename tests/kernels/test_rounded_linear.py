@@ -18,6 +18,7 @@ from kiln_nn.kernels.linear import (
 )
 from kiln_nn.kernels.linear.config import LinearKind
 from kiln_nn.kernels.quantised import QuantisedMatrix, RoundedRows, quantise_rtn, round_rows, whole
+from tests.support.hopper_compiler import boxes_of, compile_for_hopper, weights_and_x
 from tests.support.triton_kernels import (
     DEVICE,
     SHARED_MEMORY_LIMIT,
@@ -209,29 +210,15 @@ def test_who_reads_rounded_rows(monkeypatch):
 
 def _compiled(config: LinearConfig, num_tokens: int, kind: LinearKind, *, num_beside: int = 0):
     """Hopper's kernel for a configuration, compiled."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.experimental.gluon._runtime import GluonASTSource
-
     from kiln_nn.kernels.linear import triton_hopper_rounded as hopper
-    from kiln_nn.kernels.linear.triton_hopper_parts import line_layout
 
     constants = hopper.constants(config, num_tokens, num_beside, is_gated=kind is G)
-    box, rest, x_box, x_rest = (constants[name] for name in ("BOX", "REST", "X_BOX", "X_REST"))
-    rows = {"box_desc": box, "rest_desc": rest or box, "x_desc": x_box, "x_rest_desc": x_rest or x_box}
-    signature = {name: f"tensordesc<fp8e4nv[{n}, 128],{line_layout(128, 8)!r}>" for name, n in rows.items()}
-    others = {"beside_desc": 64, "whole_x_desc": min(16, config.tokens)}
-    signature |= {name: f"tensordesc<bf16[{n}, 64],{line_layout(64, 16)!r}>" for name, n in others.items()}
-    signature |= {"row_scales_ptr": "*fp32", "token_scales_ptr": "*fp32", "out_ptr": "*fp32"}
-    kernel = hopper._linear_kernel
-    names = [name for name in kernel.arg_names if name.islower() and name not in signature | constants]
-    signature |= dict.fromkeys(names, "i32")
-    constants |= {"DEPENDENT": True}
-    signature |= dict.fromkeys(constants, "constexpr")
-    places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-    options = {"num_warps": config.warps, "launch_pdl": True}
-    source = GluonASTSource(kernel, signature, places)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    tensors = {
+        **weights_and_x("fp8e4nv", 128, constants, "fp8e4nv"),
+        **boxes_of("bf16", 64, beside_desc=64, whole_x_desc=min(16, config.tokens)),
+        **dict.fromkeys(("row_scales_ptr", "token_scales_ptr", "out_ptr"), "*fp32"),
+    }
+    return compile_for_hopper(hopper._linear_kernel, tensors, constants, warps=config.warps)
 
 
 @only_outside_interpreter

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from enum import Enum
 
+MOST_ROWS = 64  # of weights in a tile of those that are not LinearConfig's
+
 
 class LinearKind(Enum):
     """What becomes of the products: stored, gated in pairs, or left as partial sums."""
@@ -47,7 +49,7 @@ class LinearConfig:
 class RegisterConfig:
     """One tiling of few tokens whose weights go straight to registers; again sums depend on nothing else.
 
-    `outputs`: a program's, 16, 32 or 64, in the gated form 8, 16 or 32 pairs of rows.
+    `outputs`: a program's, 16, 32 or 64 rows of weights, in the gated form 8, 16 or 32 pairs of them.
     `splits`: programs that share the inputs of the same outputs, each with a partial sum of its own.
     `warps`: of a program, each with as many groups of 128 inputs one after another, rounded up.
     `ahead`: groups whose weights a warp has asked for before it multiplies the first.
@@ -93,7 +95,7 @@ class SpecialisedConfig:
         assert self.tiles in (1, 3), self
         # Each group leaves its sums where a slot of x has been.
         assert self.stages >= self.groups, self
-        assert self.outputs <= 64, self
+        assert self.outputs <= MOST_ROWS, self
 
     def shared_memory_bytes(self, num_inputs: int, scale_bytes: int = 2) -> int:
         """What a program takes: the ring, the scales of all its groups of inputs, and barriers."""
@@ -102,9 +104,19 @@ class SpecialisedConfig:
         return self.groups * self.tiles * 64 * row_bytes + self.stages * self.tokens * 256 + 1024
 
     def fit(self, num_inputs: int, scale_bytes: int, limit: int) -> SpecialisedConfig:
-        """The same with as many stages as a program's shared memory holds, `groups` at least."""
+        """The same with as many stages as a program's shared memory holds.
+
+        Raises:
+            ValueError: not even `groups` stages fit.
+        """
         config = self
-        while config.stages > config.groups and config.shared_memory_bytes(num_inputs, scale_bytes) > limit:
+        while config.shared_memory_bytes(num_inputs, scale_bytes) > limit:
+            if config.stages == config.groups:
+                wanted = config.shared_memory_bytes(num_inputs, scale_bytes)
+                raise ValueError(
+                    f"{config} wants {wanted} bytes of shared memory for {num_inputs} inputs, a program has "
+                    f"{limit}: more splits, or fewer tokens or groups"
+                )
             config = replace(config, stages=config.stages - 1)
         return config
 
@@ -116,6 +128,21 @@ def weight_rows(outputs: int, kind: LinearKind) -> int:
     """Rows of weights in a tile, made up to a power of two."""
     rows = outputs * (2 if kind is LinearKind.GATED else 1)
     return 1 << (rows - 1).bit_length()
+
+
+def check_rows(config: RegisterConfig | SpecialisedConfig, kind: LinearKind) -> None:
+    """Refuse tiles that these kernels have no room for.
+
+    Raises:
+        ValueError: a tile has more than 64 rows of weights, or, in registers, fewer than 16.
+    """
+    rows = weight_rows(config.outputs, kind)
+    fewest = 16 if isinstance(config, RegisterConfig) else 1
+    if not fewest <= rows <= MOST_ROWS:
+        raise ValueError(
+            f"{config.outputs} outputs of the {kind.value} form are {rows} rows of weights, a tile of "
+            f"{type(config).__name__} has {fewest} to {MOST_ROWS}: choose outputs that give so many"
+        )
 
 
 def fit(

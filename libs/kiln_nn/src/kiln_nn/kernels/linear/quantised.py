@@ -24,6 +24,7 @@ from kiln_nn.kernels.linear.config import (
     RegisterConfig,
     SpecialisedConfig,
     Tiling,
+    check_rows,
     fit,
 )
 from kiln_nn.kernels.quantised import QuantisedMatrix, RoundedRows, Rows, round_rows, whole
@@ -223,11 +224,16 @@ def launch(
 
     Hopper's kernels also take rows `beside_BI`, unless by a `SpecialisedConfig`; they alone take one of
     those or a `RegisterConfig`.
+
+    Raises:
+        ValueError: the configuration's tiles have too many rows of weights, or do not fit this GPU.
     """
     x_TI = whole(x)
     options: dict[str, Any] = {"is_gated": kind is LinearKind.GATED, "shows_producers": shows_producers}
     if kind is not LinearKind.PARTIAL:
         config = replace(config, splits=1)
+    if not isinstance(config, LinearConfig):
+        check_rows(config, kind)
     if isinstance(config, RegisterConfig):
         from kiln_nn.kernels.linear import triton_hopper_registers
 

@@ -12,7 +12,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 from triton.language.extra.cuda import gdc_wait
 
-from kiln_nn.kernels.linear.triton_hopper_parts import barrier
+from kiln_nn.kernels.linear.triton_hopper_parts import barrier, store, store_gated_sums
 from kiln_nn.kernels.linear.triton_hopper_unpack import (
     fetch_group_scales,
     four_bits_half,
@@ -23,6 +23,7 @@ from kiln_nn.kernels.linear.triton_hopper_unpack import (
 
 _PLACES = gl.constexpr(places(64, 4, is_four_bits=True))
 _HALF_PLACES = gl.constexpr(half_places())
+_STORED = gl.constexpr(gl.BlockedLayout([2, 1], [16, 2], [1, 4], [0, 1]))
 
 
 @gluon.jit
@@ -134,40 +135,6 @@ def _multiply(
 
 
 @gluon.jit
-def _store(
-    out_ptr,
-    sums,
-    row,
-    first_row,
-    token,
-    split,
-    num_tokens,
-    num_outputs,
-    out_stride,
-    COUNT: gl.constexpr,
-    ALL: gl.constexpr,
-    GATED: gl.constexpr,
-):
-    """`COUNT` outputs from `row` on, whose sums (and whose gates' sums) lie in shared memory.
-
-    `sums` is `[64, TOKENS]`, first the gates from row `first_row` on, `COUNT` rows further the others.
-    """
-    layout: gl.constexpr = gl.BlockedLayout([2, 1], [16, 2], [1, 4], [0, 1])
-    if GATED:
-        gate = sums.slice(first_row, COUNT, dim=0).load(layout)
-        up = sums.slice(first_row + COUNT, COUNT, dim=0).load(layout)
-        result = gate / (1 + gl.exp(-gate)) * up
-    else:
-        result = sums.load(layout)
-    lanes = gl.arange(0, result.shape[0], gl.SliceLayout(1, layout))
-    outputs = row + lanes
-    tokens = token + gl.arange(0, result.shape[1], gl.SliceLayout(0, layout))
-    places = (split.to(gl.int64) * num_tokens + tokens[None, :]) * out_stride + outputs[:, None]
-    mask = (tokens < num_tokens)[None, :] & ((outputs < num_outputs) & (lanes < ALL))[:, None]
-    gl.store(out_ptr + places, result.to(out_ptr.dtype.element_ty), mask=mask)
-
-
-@gluon.jit
 def consume(
     memory,
     numbers,
@@ -184,7 +151,6 @@ def consume(
     first_row, token, split, num_tokens, num_outputs, num_scales, scale_stride, out_stride, begin, count = (
         numbers
     )
-    ROWS: gl.constexpr = w_ring.shape[1]
     OUTPUTS: gl.constexpr = BOX + REST
     first = first_row + GROUP * (TILES * OUTPUTS)
     for tile in gl.static_range(TILES):
@@ -231,34 +197,9 @@ def consume(
         place.store(total)
         barrier()
         if GATED:
-            _store(out_ptr, place, row, 0, token, split, num_tokens, num_outputs, out_stride, BOX, BOX, True)
-            if REST > 0:
-                _store(
-                    out_ptr,
-                    place,
-                    row + BOX,
-                    2 * BOX,
-                    token,
-                    split,
-                    num_tokens,
-                    num_outputs,
-                    out_stride,
-                    REST,
-                    REST,
-                    True,
-                )
-        else:
-            _store(
-                out_ptr,
-                place,
-                row,
-                0,
-                token,
-                split,
-                num_tokens,
-                num_outputs,
-                out_stride,
-                ROWS,
-                OUTPUTS,
-                False,
+            store_gated_sums(
+                out_ptr, place, row, token, split, num_tokens, num_outputs, out_stride, BOX, REST, 4
             )
+        else:
+            result = place.load(_STORED)
+            store(out_ptr, result, row, token, split, OUTPUTS, num_tokens, num_outputs, out_stride, 4)

@@ -16,6 +16,31 @@ X_COLUMNS = gl.constexpr(64)  # inputs of a box of bf16 x: one line of 128 bytes
 
 
 @gluon.jit
+def ask_for_tile(
+    box_desc,
+    rest_desc,
+    tile,
+    bar,
+    row,
+    col,
+    num_outputs,
+    wanted,
+    REST: gl.constexpr,
+    HALVES: gl.constexpr,
+):
+    """Weights of one tile, `[HALVES * BOX + HALVES * REST, columns]`."""
+    BOX: gl.constexpr = box_desc.block_type.shape[0]
+    for half in gl.static_range(HALVES):
+        first = row + half * num_outputs
+        tma.async_copy_global_to_shared(
+            box_desc, [first, col], bar, tile.slice(half * BOX, BOX, dim=0), wanted
+        )
+        if REST > 0:
+            rest = tile.slice(HALVES * BOX + half * REST, REST, dim=0)
+            tma.async_copy_global_to_shared(rest_desc, [first + BOX, col], bar, rest, wanted)
+
+
+@gluon.jit
 def ask_for_weights(
     box_desc,
     rest_desc,
@@ -32,20 +57,12 @@ def ask_for_weights(
     SUBS: gl.constexpr,
 ):
     """One slot's weights, `[SUBS, HALVES * BOX + HALVES * REST, columns]`, and the bytes to wait for."""
-    BOX: gl.constexpr = box_desc.block_type.shape[0]
     COLUMNS: gl.constexpr = box_desc.block_type.shape[1]
     mbarrier.expect(bar, SLOT_BYTES, pred=wanted)
     for sub in gl.static_range(SUBS):
         col = (block * SUBS + sub) * COLUMNS
         tile = ring.index(slot * SUBS + sub)
-        for half in gl.static_range(HALVES):
-            first = row + half * num_outputs
-            tma.async_copy_global_to_shared(
-                box_desc, [first, col], bar, tile.slice(half * BOX, BOX, dim=0), wanted
-            )
-            if REST > 0:
-                rest = tile.slice(HALVES * BOX + half * REST, REST, dim=0)
-                tma.async_copy_global_to_shared(rest_desc, [first + BOX, col], bar, rest, wanted)
+        ask_for_tile(box_desc, rest_desc, tile, bar, row, col, num_outputs, wanted, REST, HALVES)
 
 
 @gluon.jit
@@ -125,10 +142,30 @@ def store_gated(
     REST: gl.constexpr,
     num_warps: gl.constexpr,
 ):
-    """The rows of `acc` are gate and up of the box, gate and up of the rest."""
+    """As `store_gated_sums`, from registers."""
     shared: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     sums = gl.allocate_shared_memory(gl.float32, acc.shape, shared, acc)
     split = gl.program_id(1)
+    store_gated_sums(
+        out_ptr, sums, row, token, split, num_tokens, num_outputs, out_stride, BOX, REST, num_warps
+    )
+
+
+@gluon.jit
+def store_gated_sums(
+    out_ptr,
+    sums,
+    row,
+    token,
+    split,
+    num_tokens,
+    num_outputs,
+    out_stride,
+    BOX: gl.constexpr,
+    REST: gl.constexpr,
+    num_warps: gl.constexpr,
+):
+    """The rows of `sums`, in shared memory, are gate and up of the box, gate and up of the rest."""
     boxed = _gate(sums, 0, BOX, BOX, num_warps)
     store(out_ptr, boxed, row, token, split, BOX, num_tokens, num_outputs, out_stride, num_warps)
     if REST > 0:

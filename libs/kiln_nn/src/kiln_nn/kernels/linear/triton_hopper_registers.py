@@ -34,7 +34,6 @@ from kiln_nn.kernels.linear.triton_hopper_fragments import (
     sum_layout,
     x_layouts,
 )
-from kiln_nn.kernels.linear.triton_hopper_parts import can_be_fetched
 from kiln_nn.kernels.linear.triton_hopper_sums import MOST_TILES, multiply_rows
 from kiln_nn.kernels.quantised import FP8, GROUP_INPUTS, QuantisedMatrix
 
@@ -126,11 +125,6 @@ def _linear_kernel(
             DEPENDENT,
             num_warps,
         )
-
-
-def takes(x_TI: torch.Tensor, matrix: QuantisedMatrix) -> bool:
-    """Whether 16 bytes can be fetched at a time, beyond what triton_quantised.py asks of these."""
-    return can_be_fetched(x_TI) and can_be_fetched(matrix.values) and matrix.shape[1] % GROUP_INPUTS == 0
 
 
 def constants(

@@ -28,12 +28,19 @@ import torch
 import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kiln_nn.kernels.linear.config import SpecialisedConfig
 from kiln_nn.kernels.linear.triton_hopper_groups import consume
-from kiln_nn.kernels.linear.triton_hopper_parts import X_COLUMNS, ask_for_x, boxes, describe, rows_fetched
+from kiln_nn.kernels.linear.triton_hopper_parts import (
+    X_COLUMNS,
+    ask_for_tile,
+    ask_for_x,
+    boxes,
+    describe,
+    rows_fetched,
+)
 from kiln_nn.kernels.quantised import QuantisedMatrix
 
 _MOST_TOKENS_BY_GROUP = 64  # of one tile: sums of a group beside all the sums are what registers hold
@@ -65,14 +72,8 @@ def _ask_for_weights(
     mbarrier.expect(bar, SLOT_BYTES, pred=wanted)
     for place in gl.static_range(TILES):
         tile = ring.index(slot * TILES + place)
-        for half in gl.static_range(HALVES):
-            first = row + place * (BOX + REST) + half * num_outputs
-            tma.async_copy_global_to_shared(
-                box_desc, [first, col], bar, tile.slice(half * BOX, BOX, dim=0), wanted
-            )
-            if REST > 0:
-                rest = tile.slice(HALVES * BOX + half * REST, REST, dim=0)
-                tma.async_copy_global_to_shared(rest_desc, [first + BOX, col], bar, rest, wanted)
+        first = row + place * (BOX + REST)
+        ask_for_tile(box_desc, rest_desc, tile, bar, first, col, num_outputs, wanted, REST, HALVES)
 
 
 @gluon.jit
