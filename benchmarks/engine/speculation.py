@@ -97,7 +97,14 @@ def measure(spine: Spine, batch: int, options: argparse.Namespace) -> dict[str, 
     finally:
         del spine.runner.launch
     row = {"batch": batch, "tok_per_s": sorted(speeds[1:])[repeats // 2], "drafts": drafts_a_row}
-    return row | {"parts_ms": parts}
+    return row | {"parts_ms": parts, "costs_ms": learned_costs_ms(spine, batch)}
+
+
+def learned_costs_ms(spine: Spine, batch: int) -> list[float]:
+    """What the policy takes steps of 0, 1, ... drafts to cost, the longest perhaps a guess."""
+    policy = spine.speculator and spine.speculator._policy
+    seconds = policy._costs.seconds(batch) if policy else None
+    return [1e3 * each for each in seconds or ()]
 
 
 def parts_ms(spine: Spine, batch: int, max_tokens: int, made_up: MadeUpDrafts) -> dict[str, float]:
@@ -187,12 +194,13 @@ def main() -> None:
     for batch in options.batches:
         before, after = plain[batch]["tok_per_s"], guessed[batch]["tok_per_s"]
         parts = ", ".join(f"{name} {ms:.2f} ms" for name, ms in guessed[batch]["parts_ms"].items())
+        costs = ", ".join(f"{ms:.2f}" for ms in guessed[batch]["costs_ms"])
         results.add(
             f"speculation, batch {batch}, acceptance {options.acceptance}, {options.drafts} drafts",
             ", ".join(options.set) or "defaults",
             tok_per_s=after,
             note=f"plain {before:.0f} tok/s, ratio {after / before:.3f}, {guessed[batch]['drafts']:.2f} drafts"
-            f" a row and step{'; ' if parts else ''}{parts}",
+            f" a row and step; steps by drafts taken for {costs} ms{'; ' if parts else ''}{parts}",
         )
 
 

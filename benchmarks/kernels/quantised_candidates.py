@@ -105,10 +105,12 @@ def _specialised_candidates(layer: Layer, num_rows: int) -> list[SpecialisedConf
 
 
 def _cycles(config: SpecialisedConfig, rows: int, num_blocks: int, num_tiles: int, num_rows: int) -> float:
-    """A guess: products, instructions to unpack or bytes at 30 a cycle; each wave's start and end; sums."""
+    """A guess that ranks: a tile's products and its unpacking, which took as long as both together in
+    measurements, or bytes at 30 a cycle; each wave's start and end; partial sums.
+    """
     num_high = config.groups * config.tiles
     num_bytes = num_high * rows * 64 + 256 * config.tokens
-    block = max(4 * num_high * config.tokens, 215 * num_high, num_bytes / 30)
+    block = max(num_high * (4 * config.tokens + 165), num_bytes / 30)
     waves = -(-num_tiles * config.splits // MULTIPROCESSORS)
     return waves * (num_blocks * block + 5000) + 3000 * config.splits * num_rows / 256
 

@@ -26,6 +26,8 @@ class DraftingRows:
     # Deviation of what is measured, and how often a step takes ten times as long.
     noise: float = 0.0
     outliers: float = 0.0
+    # How many times as long the first step takes that verifies and drafts as many tokens.
+    first: float = 1.0
     seconds: float = 0.0
     num_tokens: int = 0
     num_steps: int = 0
@@ -40,6 +42,7 @@ class DraftingRows:
         self.lengths = [0] * len(self.rows)
         self.tokens_by_row = [0] * len(self.rows)
         self._rng = random.Random(self.seed)
+        self._seen: set[tuple[int, int]] = set()
 
     def run(self, num_steps: int) -> DraftingRows:
         """Step by step: of what was drafted as much is verified as is chosen now, and as much is drafted."""
@@ -64,6 +67,9 @@ class DraftingRows:
         measured = seconds * (1 + self.noise * self._rng.gauss(0, 1))
         if self._rng.random() < self.outliers:
             measured *= 10
+        if (verified, drafted) not in self._seen:
+            self._seen.add((verified, drafted))
+            measured *= self.first
         for index, (row, length) in enumerate(zip(self.rows, verifying, strict=True)):
             num_accepted = 0
             while num_accepted < length and self._rng.random() < self.acceptance[index]:

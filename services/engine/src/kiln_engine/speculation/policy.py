@@ -39,6 +39,9 @@ class DraftPolicy:
 
     def __init__(self, costs: StepCosts) -> None:
         self._costs = costs
+        # Of which a step with drafts has been run: the first one brings up what later ones find ready (a
+        # graph goes to the device when it is first replayed), and would be the only one for long.
+        self._warm: set[tuple[int, int]] = set()
         # Seconds that looks at drafts may take.
         self._allowance_s = 0.0
         self._num_drafting_steps = 0
@@ -75,7 +78,10 @@ class DraftPolicy:
         Its time counts where the two agree (of n-gram drafts, which take the device no time, they do).
         """
         if num_verified == num_drafted and num_rows:
-            self._costs.observe(num_rows, num_verified, seconds)
+            cell = self._costs.cell(num_rows, num_verified)
+            if not num_verified or cell in self._warm:
+                self._costs.observe(num_rows, num_verified, seconds)
+            self._warm.add(cell)
         if num_drafted:
             self._num_drafting_steps += 1
         elif not num_verified:

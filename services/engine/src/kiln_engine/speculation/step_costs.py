@@ -27,17 +27,22 @@ class StepCosts:
 
     def observe(self, num_rows: int, num_drafts: int, seconds: float) -> None:
         """Take in one step in which every row had its drafts verified and as many proposed."""
-        cell = (self._size(num_rows), num_drafts)
+        cell = self.cell(num_rows, num_drafts)
         kept = self._measured.setdefault(cell, deque(maxlen=_NUM_KEPT))
         kept.append(seconds)
         self._medians[cell] = statistics.median_low(kept)
+
+    def cell(self, num_rows: int, num_drafts: int) -> tuple[int, int]:
+        """What steps have in common whose times count as one: the size of their rows, and the drafts."""
+        return self._size(num_rows), num_drafts
 
     def seconds(self, num_rows: int) -> list[float] | None:
         """Of a step without drafts, with one a row, and so on; None before a plain one has been measured.
 
         Ends with the first that has not been measured at this size, so that lengths are tried one
-        after the other: that one takes its share of a plain step from the length before it, or
-        from the nearest size.
+        after the other. The first draft is guessed from the nearest size, the second to cost little: what
+        the first brings with it, a wait for the host above all, says nothing about the next. A further
+        one adds what the last one added.
         """
         size = self._size(num_rows)
         plain = self._medians.get((size, 0))
@@ -47,10 +52,18 @@ class StepCosts:
         for num_drafts in range(1, self.max_drafts + 1):
             known = self._medians.get((size, num_drafts))
             if known is None:
-                slope = (seconds[-1] - plain) / (num_drafts - 1) if num_drafts > 1 else 0.0
-                return [*seconds, seconds[-1] + slope if slope else plain * self._first_share(size)]
+                return [*seconds, self._guess(size, seconds)]
             seconds.append(known)
         return seconds
+
+    def _guess(self, size: int, seconds: list[float]) -> float:
+        """Of a step with one draft more than the longest measured."""
+        plain, longest = seconds[0], seconds[-1]
+        if len(seconds) == 1:
+            return plain * self._first_share(size)
+        if len(seconds) == 2:
+            return longest + min(longest - plain, plain * _GUESSED_SHARE)
+        return longest + max(0.0, longest - seconds[-2])
 
     def _size(self, num_rows: int) -> int:
         place = bisect.bisect_left(self._row_sizes, num_rows)
