@@ -38,7 +38,7 @@ def show_adapters(console: Console, adapters: Sequence[kiln.Adapter]) -> None:
 
 def show_adapter(console: Console, adapter: kiln.Adapter) -> None:
     """Its versions, the newest first."""
-    table = _table("version", "parent", "rank", "size", "age", "measured", "job")
+    table = _table("version", "parent", "rank", "size", "age", "its job saw", "job")
     for version in reversed(adapter.versions):
         # The tick is the attached one's.
         mark = " [green]✓[/green]" if version.version == adapter.attached_version else ""

@@ -5,7 +5,7 @@
     client = kiln.Client()                      # http://127.0.0.1:8420, or KILN_URL
     rollouts = client.rollouts("Write a short, friendly email reply.", n=16)
     rewards = [score(rollout.text) for rollout in rollouts]
-    job = client.train.grpo("helpful", rollouts, rewards, learning_rate=3e-3)
+    job = client.train.grpo("helpful", rollouts, rewards, learning_rate=1e-3)
     job.wait(progress=True)                     # the next answer is the new version's
 
 `AsyncClient` has the same methods to await. `client.openai` is the openai client on the same server.
