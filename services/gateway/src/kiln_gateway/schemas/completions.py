@@ -11,9 +11,6 @@ from kiln_common.errors import InvalidValue
 from kiln_gateway.errors import UnsupportedField
 from kiln_gateway.schemas.sampling import MAX_TOP_LOGPROBS, CompletionFields
 
-# Descriptions of what reads a prompt out.
-NOT_ON_A_GPU = "answered with 501 while the engine runs on a GPU"
-
 
 def prompt_list(name: str) -> BeforeValidator:
     """Makes any of the four forms (string, strings, ids, lists of ids) a list; `name` is the field's."""
@@ -40,16 +37,14 @@ def _is_int(value: Any) -> bool:
 class TextCompletionBody(CompletionFields):
     prompt: Annotated[list[str | list[int]], prompt_list("prompt")]
     max_tokens: Annotated[int, Field(ge=0)] | None = Field(
-        None,
-        description=f"0 with echo or prompt_logprobs, where only the prompt is asked about; 0 is {NOT_ON_A_GPU}",
+        None, description="0 with echo or prompt_logprobs, where only the prompt is asked about"
     )
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
-    echo: bool | None = Field(None, description=f"with logprobs: {NOT_ON_A_GPU}")
+    echo: bool | None = None
     best_of: Annotated[int, Field(ge=1)] | None = None
     suffix: str | None = None
     prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = Field(
-        None,
-        description=f"log-probabilities of the prompt's tokens, with so many alternatives; {NOT_ON_A_GPU}",
+        None, description="log-probabilities of the prompt's tokens, with so many alternatives"
     )
 
     @property

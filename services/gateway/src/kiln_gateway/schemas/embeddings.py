@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from kiln_gateway.schemas.base import Body, Reference
-from kiln_gateway.schemas.completions import NOT_ON_A_GPU, prompt_list
+from kiln_gateway.schemas.completions import prompt_list
 from kiln_gateway.schemas.sampling import ComposedAdapter
 
 MAX_INPUTS = 2048
@@ -15,7 +15,7 @@ MAX_INPUTS = 2048
 
 class EmbeddingsBody(Body):
     input: Annotated[list[str | list[int]], Field(max_length=MAX_INPUTS), prompt_list("input")] = Field(
-        description=NOT_ON_A_GPU
+        description="texts, or token ids"
     )
     model: Reference | None = Field(None, description="base model id, adapter name or name@version")
     encoding_format: Literal["float", "base64"] | None = None
