@@ -52,6 +52,7 @@ def work(stack, tmp_path_factory):
     scored = [{"prompt": "Write a short reply.", "completion": text, "reward": len(text)} for text in texts]
     for name, rows in {
         "examples.jsonl": examples,
+        "calibration.jsonl": examples * 200,  # long enough to calibrate with
         "scored.jsonl": scored,
         "sums.jsonl": cases,
         "prompts.jsonl": [{"prompt": "Who are you?"}, {"prompt": "What is 2 + 3?"}],
@@ -62,6 +63,7 @@ def work(stack, tmp_path_factory):
         job = client.train.sft("polite", examples, attach=False).wait()
         names = {
             "JOB": job.id,
+            "--calibration examples.jsonl": "--calibration calibration.jsonl",
             "~/notes": str(folder),
             "~/models/Qwen3.5-4B": str(DOCS.parent / "demo" / "model"),
         }
