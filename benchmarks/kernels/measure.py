@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import triton
 
-RESULTS = Path(__file__).parents[1] / "results"
+RESULTS = Path(os.environ.get("KILN_BENCH_RESULTS", Path(__file__).parents[1] / "results"))
 _NUM_SAMPLES = 60
 
 
