@@ -1,4 +1,5 @@
-"""Writes the pages of docs/ that come from code: error codes, settings, metrics, HTTP routes and fields, commands.
+"""Writes the pages of docs/ that come from code: error codes, settings, metrics, HTTP routes and fields, commands;
+and the names of all settings, for services that know no other's (kiln_common/setting_names.py).
 
 .venv/bin/python scripts/generate_docs.py          # write them
 .venv/bin/python scripts/generate_docs.py --check  # exit 1 when one is out of date
@@ -20,6 +21,7 @@ from pydantic_core import PydanticUndefined
 from pydantic_settings import BaseSettings
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
+SETTING_NAMES = DOCS.parent / "libs/kiln_common/src/kiln_common/setting_names.py"
 PACKAGES = (
     "kiln_common",
     "kiln_nn",
@@ -90,11 +92,20 @@ def _type_name(annotation: Any) -> str:
     return text.replace("typing.", "").replace("pathlib.", "").replace("|", "or")
 
 
+def _settings_classes(classes: list[type]) -> list[type[BaseSettings]]:
+    return [item for item in classes if issubclass(item, BaseSettings) and item is not BaseSettings]
+
+
 def settings_page(classes: list[type]) -> str:
-    lines = ["# Settings\n", "Environment variables, read once at start; a bad value stops the start.\n"]
-    for item in classes:
-        if not issubclass(item, BaseSettings) or item is BaseSettings:
-            continue
+    from kiln_common.variables import OTHER_VARIABLES
+
+    lines = [
+        "# Settings\n",
+        "Environment variables, read once at start; a bad value stops the start. One that begins with `KILN_` and "
+        "is none of these is most likely misspelt: `kiln` and every service say so at their start, with the nearest "
+        "name there is, and go on.\n",
+    ]
+    for item in _settings_classes(classes):
         prefix = item.model_config.get("env_prefix", "")
         lines.append(f"## {item.__name__}\n\n| variable | type | default | means |\n|---|---|---|---|")
         for name, field in item.model_fields.items():
@@ -103,7 +114,20 @@ def settings_page(classes: list[type]) -> str:
                 f"| {field.description or ''} |"
             )
         lines.append("")
-    return HEADER + "\n".join(lines)
+    lines.append("## The command, and tools\n\n| variable | means |\n|---|---|")
+    lines += [f"| `{name}` | {meaning} |" for name, meaning in OTHER_VARIABLES.items()]
+    return HEADER + "\n".join(lines) + "\n"
+
+
+def setting_names_module(classes: list[type]) -> str:
+    names = {
+        f"{item.model_config.get('env_prefix', '')}{field}".upper()
+        for item in _settings_classes(classes)
+        for field in item.model_fields
+    }
+    rows = [f'    "{name}",' for name in sorted(names) if name.startswith("KILN_")]
+    head = '"""Every setting of every service. Written by scripts/generate_docs.py; change the settings instead."""'
+    return "\n".join([head, "", "SETTING_NAMES = (", *rows, ")", ""])
 
 
 def metrics_page() -> str:
@@ -200,18 +224,18 @@ def _schema_type(entry: dict[str, Any]) -> str:
 def main() -> int:
     classes = all_classes()
     pages = {
-        "errors.md": errors_page(classes),
-        "settings.md": settings_page(classes),
-        "metrics.md": metrics_page(),
-        "api.md": api_page(openapi_document()),
-        "cli.md": HEADER + cli_page(),
+        DOCS / "errors.md": errors_page(classes),
+        DOCS / "settings.md": settings_page(classes),
+        DOCS / "metrics.md": metrics_page(),
+        DOCS / "api.md": api_page(openapi_document()),
+        DOCS / "cli.md": HEADER + cli_page(),
+        SETTING_NAMES: setting_names_module(classes),
     }
     stale = []
-    for name, text in pages.items():
-        path = DOCS / name
+    for path, text in pages.items():
         if "--check" in sys.argv:
             if not path.exists() or path.read_text() != text:
-                stale.append(name)
+                stale.append(path.name)
         else:
             path.write_text(text)
     if stale:
