@@ -52,22 +52,31 @@ def all_classes() -> list[type]:
 def errors_page(classes: list[type]) -> str:
     from kiln_common.errors import KilnError
     from kiln_gateway.errors import InvalidField
-    from kiln_gateway.request_body import HINTS
+    from kiln_gateway.request_body import HINTS, MEANINGS
     from kiln_nn.errors import KilnNnError
 
-    rows: dict[str, tuple[str, str, str]] = {}
+    # Several services may have a class of one code: what each says, without repetition.
+    rows: dict[str, tuple[dict[str, None], dict[str, None], dict[str, None]]] = {}
+
+    def add(code: str, status: str, says: str, hint: str) -> None:
+        cells = rows.setdefault(code, ({}, {}, {}))
+        for cell, text in zip(cells, (status, says, hint), strict=True):
+            if text:
+                cell[text] = None
+
+    def cell(texts: dict[str, None]) -> str:
+        return " Or: ".join(texts).replace("|", "\\|")
+
     for item in classes:
-        if not issubclass(item, KilnError | KilnNnError) or "code" not in vars(item):
+        if item is KilnNnError or not issubclass(item, KilnError | KilnNnError) or "code" not in vars(item):
             continue
         kind = getattr(item, "kind", None)
-        status = str(getattr(item, "http_status", kind.http_status)) if kind is not None else "–"
-        says = (
-            inspect.cleandoc(item.__doc__).split("\n")[0] if "__doc__" in vars(item) and item.__doc__ else ""
-        )
-        known = rows.get(item.code)
-        rows[item.code] = (status, known[1] or says if known else says, item.hint)
+        status = str(getattr(item, "http_status", kind.http_status)) if kind is not None else ""
+        says = inspect.cleandoc(vars(item)["__doc__"] or "").split("\n")[0]
+        add(item.code, status, says, item.hint)
     for code, hint in HINTS.items():
-        rows.setdefault(code, (str(InvalidField.kind.http_status), "", hint))
+        if code not in rows:
+            add(code, str(InvalidField.kind.http_status), MEANINGS.get(code, ""), hint)
     lines = [
         "# Error codes\n",
         "Every error body has this shape; `code` is stable, `message` has the numbers, `hint` says what to do:\n",
@@ -76,7 +85,8 @@ def errors_page(classes: list[type]) -> str:
         "| code | status | means | hint |\n|---|---|---|---|",
     ]
     lines += [
-        f"| `{code}` | {status} | {says} | {hint} |" for code, (status, says, hint) in sorted(rows.items())
+        f"| `{code}` | {', '.join(status) or '–'} | {cell(says)} | {cell(hint) or '–'} |"
+        for code, (status, says, hint) in sorted(rows.items())
     ]
     return HEADER + "\n".join(lines) + "\n"
 

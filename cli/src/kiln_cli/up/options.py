@@ -58,7 +58,7 @@ def resolve_model(model: str | None) -> tuple[Path, bool]:
     Raises:
         ModelNotFound: the folder has no config.json.
         ModelFolderMissing: there is no such folder.
-        ModelNotFetched: the hub could not provide it.
+        HubFailed: the hub could not provide it.
     """
     if model is None:
         return demo_model_dir(), True
@@ -144,7 +144,7 @@ def build_options(
     """Check everything that can be wrong before the first process starts; call it with the lock held.
 
     Raises:
-        PublicHostWithoutKeys, ModelNotFound, ModelFolderMissing, ModelNotFetched, PortInUse: as named.
+        PublicHostWithoutKeys, ModelNotFound, ModelFolderMissing, HubFailed, PortInUse: as named.
     """
     check_host(host)
     path, is_demo = resolve_model(model)

@@ -26,10 +26,10 @@ class ModelFolderMissing(ConfigurationError):
     )
 
 
-class ModelNotFetched(KilnError):
+class HubFailed(KilnError):
     """The hub did not provide the model: this machine is offline, or there is no model of this name for you."""
 
-    code = "model_not_fetched"
+    code = "hub_failed"
     kind = ErrorKind.UNAVAILABLE
     hint = (
         "Look at the model's name and at the connection; HF_ENDPOINT names the hub, HF_TOKEN the key for what"
@@ -42,7 +42,7 @@ def find_model_folder(path_or_hub_id: str | Path, files: Sequence[str] = ALL_FIL
 
     Raises:
         ModelFolderMissing: no such folder, and not a hub id.
-        ModelNotFetched: the hub could not provide it.
+        HubFailed: the hub could not provide it.
     """
     folder = Path(path_or_hub_id).expanduser()
     if folder.is_dir():
@@ -56,4 +56,4 @@ def find_model_folder(path_or_hub_id: str | Path, files: Sequence[str] = ALL_FIL
         return Path(snapshot_download(hub_id, allow_patterns=list(files)))
     except Exception as error:  # the hub client raises HTTP, OS and value errors without a common root
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelNotFetched(f"{hub_id} is not a folder and could not be fetched: {reason}") from error
+        raise HubFailed(f"{hub_id} is not a folder and could not be fetched: {reason}") from error

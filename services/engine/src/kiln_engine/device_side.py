@@ -118,7 +118,7 @@ def load_device_side(settings: EngineSettings) -> EngineParts:
     """Load the checkpoint, share its weights and allocate the pools. Takes as long as the disk does.
 
     Raises:
-        ModelFolderMissing, ModelNotFetched, ModelNotLoaded, WeightsNotPlaced, NotEnoughMemory,
+        ModelFolderMissing, HubFailed, ModelNotLoaded, WeightsNotPlaced, NotEnoughMemory,
             DeviceNotAvailable, SettingsContradict: with what is wrong and what to do.
     """
     torch.set_num_threads(settings.num_threads)
@@ -152,7 +152,7 @@ def load_device_side(settings: EngineSettings) -> EngineParts:
 
 
 def _load_weights(settings: EngineSettings, device: torch.device) -> LoadedWeights:
-    """Raises ModelFolderMissing, ModelNotFetched, ModelNotLoaded, WeightsNotPlaced."""
+    """Raises ModelFolderMissing, HubFailed, ModelNotLoaded, WeightsNotPlaced."""
     socket_path = settings.socket_dir / _SOCKET_NAME
     try:
         folder = find_model_folder(settings.model_path)
