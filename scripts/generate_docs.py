@@ -158,7 +158,7 @@ def metrics_page() -> str:
         "# Metrics\n",
         "`GET /metrics` of any gateway, in Prometheus' text format. Names beginning with `kiln_gateway_` are that "
         "gateway's own: add them up over gateways. The others are what engines and trainers told it just now, so "
-        "every gateway shows the same: take the largest of each, `max by (engine)` or `max by (trainer)`, which count from 0 in the order of the gateways' addresses. Histograms have `_bucket`, "
+        "every gateway shows the same: take the largest of each, `max by (engine)` or `max by (trainer)`. Those are named in the order of the gateways' addresses: `engine`, `engine-2` and so on, as `kiln up` calls them. Histograms have `_bucket`, "
         "`_sum` and `_count`. `deploy/monitoring` has a scrape configuration, alert rules and a Grafana dashboard "
         "over these.\n",
         "| metric | type | labels | means |\n|---|---|---|---|",
