@@ -104,7 +104,7 @@ async def test_two_versions_answer_side_by_side_and_a_conversation_goes_on(tmp_p
         rig.engine.script = lambda request: "with" if request.adapters else "without"
         async with opened(browser, rig, "playground") as page:
             await page.get_by_label("Answers each").fill("1")
-            await page.get_by_label("Beside it").select_option("helpful@1")
+            await page.get_by_label("Compare with").select_option("helpful@1")
             await send(page, "Hi")
             columns = page.get_by_role("region", name=re.compile("^Answers of"))
             await expect(columns).to_have_count(2)
