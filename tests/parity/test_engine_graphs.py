@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from kiln_engine.domain import AdapterUse, GenerationRequest, SamplingParams
+from kiln_engine.domain import AdapterUse, BatchPlan, GenerationRequest, SamplingParams
 from kiln_engine.domain.batch_sizes import decode_ladder
 from kiln_engine.domain.output_rules import OutputRules, ThinkingRules
 from kiln_engine.execution import captured_step
@@ -87,11 +87,12 @@ def test_replayed_steps_give_what_launched_ones_give(
     folder: Path, monkeypatch: pytest.MonkeyPatch, with_adapters: bool, device: str
 ):
     replays: list[int] = []
+    prompts_launched: list[int] = []
     replay = captured_step.CapturedStep.replay
 
-    def counting(self: Any, rows: Any) -> Any:
-        replays.append(len(rows))
-        return replay(self, rows)
+    def counting(self: Any) -> None:
+        replays.append(1)
+        replay(self)
 
     monkeypatch.setattr(captured_step.CapturedStep, "replay", counting)
     answers = []
@@ -101,8 +102,17 @@ def test_replayed_steps_give_what_launched_ones_give(
             load_adapters(runner)
         if is_captured:
             capture(runner, monkeypatch)
+            launch_kernels = runner._launch_kernels
+
+            def launching(plan: BatchPlan, step: Any) -> None:
+                prompts_launched.append(sum(len(chunk.token_ids) for chunk in plan.prefill_chunks))
+                launch_kernels(plan, step)
+
+            monkeypatch.setattr(runner, "_launch_kernels", launching)
         answers.append(serve(runner, limits, _requests(with_adapters)))
         assert (len(replays) > 50) == is_captured
+    # Graphs hold all prompts but those that are too long for them, with adapters too.
+    assert all(num_tokens > 256 for num_tokens in prompts_launched)
     launched, replayed = answers
     for name, answer in launched.items():
         assert replayed[name].tokens == answer.tokens, name
