@@ -16,6 +16,7 @@ from kiln_engine.domain import AdapterUse, BatchPlan, GenerationRequest, Samplin
 from kiln_engine.domain.batch_sizes import decode_ladder
 from kiln_engine.domain.output_rules import OutputRules, ThinkingRules
 from kiln_engine.execution import captured_step
+from kiln_engine.execution.runner import TorchRunner
 from tests.support.engine_plans import token_ids
 from tests.support.engine_serving import (
     KERNEL_SHAPE,
@@ -81,6 +82,17 @@ def test_the_ladder_of_batch_sizes_ends_at_the_largest():
         assert sizes[-1] == most
 
 
+def _note_launched_prompts(runner: TorchRunner, num_tokens: list[int]) -> None:
+    """Append the tokens of the prompts of each pass that goes kernel by kernel."""
+    launch_kernels = runner._launch_kernels
+
+    def launching(plan: BatchPlan, step: Any) -> None:
+        num_tokens.append(sum(len(chunk.token_ids) for chunk in plan.prefill_chunks))
+        launch_kernels(plan, step)
+
+    runner._launch_kernels = launching  # type: ignore[method-assign]
+
+
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])])
 @pytest.mark.parametrize("with_adapters", [False, True])
 def test_replayed_steps_give_what_launched_ones_give(
@@ -102,13 +114,7 @@ def test_replayed_steps_give_what_launched_ones_give(
             load_adapters(runner)
         if is_captured:
             capture(runner, monkeypatch)
-            launch_kernels = runner._launch_kernels
-
-            def launching(plan: BatchPlan, step: Any) -> None:
-                prompts_launched.append(sum(len(chunk.token_ids) for chunk in plan.prefill_chunks))
-                launch_kernels(plan, step)
-
-            monkeypatch.setattr(runner, "_launch_kernels", launching)
+            _note_launched_prompts(runner, prompts_launched)
         answers.append(serve(runner, limits, _requests(with_adapters)))
         assert (len(replays) > 50) == is_captured
     # Graphs hold all prompts but those that are too long for them, with adapters too.
