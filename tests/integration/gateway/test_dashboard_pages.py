@@ -372,6 +372,19 @@ async def test_a_jobs_gate_says_whether_it_was_passed_with_its_numbers(tmp_path,
             await expect(listed).to_contain_text("polite")
 
 
+async def test_a_job_that_learns_from_anothers_answers_says_so(tmp_path, browser):
+    async with gateway_rig(tmp_path) as rig:
+        body = {"adapter": "kind", "prompt": "Hi", "completions": ["x", "y"], "rewards": [1, 0]}
+        job_id = (await rig.post("/v1/train/grpo", body)).json()["id"]
+        async with opened(browser, rig, f"training/{job_id}") as page:
+            await expect(page.get_by_role("region", name=f"Job {job_id}")).to_be_visible()
+            await expect(page.get_by_role("note")).to_have_count(0)
+            rig.trainer.jobs[job_id].sampled_by["helpful@1"] = 2
+            note = page.get_by_role("note")
+            await expect(note).to_contain_text("2 of 2 completions were drawn by helpful@1")
+            await expect(note).to_contain_text('Send "base_adapter": "helpful@1"')
+
+
 async def test_views_are_reached_by_keys(tmp_path, browser):
     async with gateway_rig(tmp_path) as rig, opened(browser, rig, "live") as page:
         heading = page.get_by_role("heading", level=1)
