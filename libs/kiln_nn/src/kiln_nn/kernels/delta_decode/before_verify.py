@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import torch
 import triton
 
-from kiln_nn.kernels.delta_decode.memory import DeltaDecodeWeights, DeltaMemory, DeltaRows
 from kiln_nn.kernels.delta_decode.before_verify_step import delta_verify_kernel
+from kiln_nn.kernels.delta_decode.memory import DeltaDecodeWeights, DeltaMemory, DeltaRows
 from kiln_nn.kernels.dependent_launch import launch_options, supports_dependent_launch
 from kiln_nn.kernels.dispatch import is_interpreted
 

@@ -46,7 +46,7 @@ class VerifyConfig:
 
 # By the format of the committed state.
 CONFIGS = {
-    torch.bfloat16: VerifyConfig(True, block_k=64, num_stages=3),
+    torch.bfloat16: VerifyConfig(True, block_k=64, num_stages=3, max_registers=128),
     torch.float32: VerifyConfig(False, block_k=32, num_stages=3),
 }
 # With many rows more programs beside each other are worth more than an early start.

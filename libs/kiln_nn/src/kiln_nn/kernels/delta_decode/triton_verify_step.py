@@ -99,6 +99,100 @@ def _unit(x):
     return x * tl.rsqrt(tl.sum(x * x, 1) + 1e-6)[:, None]
 
 
+@triton.jit
+def _products(x, y, DOT_FORM: tl.constexpr):
+    """Every line of `x` [16, K] times every line of `y` [N, K], a share of K by each of four warps."""
+    K: tl.constexpr = x.shape[1]
+    SHARES: tl.constexpr = 4 if K >= 64 else 1
+    x = tl.permute(tl.reshape(x, (16, SHARES, K // SHARES)), (1, 0, 2))
+    y = tl.permute(tl.reshape(y, (y.shape[0], SHARES, K // SHARES)), (1, 2, 0))
+    return tl.sum(tl.dot(x, y, input_precision=DOT_FORM), 0)
+
+
+@triton.jit
+def _values_program(
+    conv_rows, read_slots, ring_slots, lengths, commit_slots, num_new_tokens,
+    mixed, conv_weight, values, row, head, mixed_row, mixed_token,
+    H: tl.constexpr, V: tl.constexpr, P: tl.constexpr, C: tl.constexpr, PAGE: tl.constexpr,
+    NEW: tl.constexpr, LINES: tl.constexpr, W: tl.constexpr, DEPENDENT: tl.constexpr,
+):  # fmt: skip
+    """Convolve the values of one head."""
+    line = tl.arange(0, LINES)
+    value = tl.arange(0, V)
+    channels = C - H * V + head * V + value
+    taps = _taps(conv_weight, channels, W)
+    if DEPENDENT:
+        wait_for_producers()
+    read_slot, ring_slot, length = begun(read_slots, ring_slots, lengths, commit_slots, row, PAGE)
+    num_new = tl.minimum(tl.load(num_new_tokens + row).to(tl.int32), NEW)
+    if ring_slot >= 0:
+        v, own = _convolve(
+            mixed + row * mixed_row, mixed_token, conv_rows, taps, channels, num_new,
+            read_slot, ring_slot, length, C, P, W, LINES,
+        )  # fmt: skip
+        places = values + ((row * NEW + line) * H + head)[:, None] * V + value[None, :]
+        tl.store(places, v, mask=(line < NEW)[:, None])
+        _keep_rows(own, conv_rows, channels, num_new, ring_slot, length, C, P, W, LINES)
+
+
+@triton.jit
+def _keys_program(
+    ring_k, conv_rows, read_slots, ring_slots, lengths, commit_slots, num_new_tokens,
+    mixed, conv_weight, pairs, dots, row, key_head, mixed_row, mixed_token,
+    HK: tl.constexpr, K: tl.constexpr, P: tl.constexpr, C: tl.constexpr, PAGE: tl.constexpr,
+    ENTRIES: tl.constexpr, NEW: tl.constexpr, W: tl.constexpr, SPLIT: tl.constexpr,
+    DOT_FORM: tl.constexpr, DEPENDENT: tl.constexpr,
+):  # fmt: skip
+    """Convolve q and k of one key head, and multiply them with the ring's keys and each other."""
+    entries = tl.arange(0, ENTRIES)
+    line = tl.arange(0, 16)
+    new = tl.arange(0, 8)
+    key = tl.arange(0, K)
+    q_channels = key_head * K + key
+    k_channels = HK * K + q_channels
+    k_taps = _taps(conv_weight, k_channels, W)
+    q_taps = _taps(conv_weight, q_channels, W)
+    if DEPENDENT:
+        wait_for_producers()
+    read_slot, ring_slot, length = begun(read_slots, ring_slots, lengths, commit_slots, row, PAGE)
+    num_new = tl.minimum(tl.load(num_new_tokens + row).to(tl.int32), NEW)
+    if ring_slot >= 0:
+        used = entries < length
+        ring_k_base = ring_k + (ring_slot * HK + key_head) * (P * K)
+        k_old = tl.load(ring_k_base + entries[:, None] * K + key[None, :], mask=used[:, None], other=0.0)
+        mixed += row * mixed_row
+        k, own_k = _convolve(
+            mixed, mixed_token, conv_rows, k_taps, k_channels, num_new,
+            read_slot, ring_slot, length, C, P, W, 8,
+        )  # fmt: skip
+        q, own_q = _convolve(
+            mixed, mixed_token, conv_rows, q_taps, q_channels, num_new,
+            read_slot, ring_slot, length, C, P, W, 8,
+        )  # fmt: skip
+        k = _unit(k)
+        q = _unit(q) * (K**-0.5)
+        pair = tl.reshape(tl.permute(tl.join(k, q), (2, 0, 1)), (16, K))
+        place = row * HK + key_head
+        in_tile = place * (16 * K) + line[:, None] * K + key[None, :]
+        is_kept = (line % 8 < NEW)[:, None]
+        if SPLIT:
+            in_tile += place * (16 * K)
+            high = pair.to(tl.bfloat16)
+            tl.store(pairs + in_tile, high, mask=is_kept)
+            tl.store(pairs + 16 * K + in_tile, (pair - high.to(tl.float32)).to(tl.bfloat16), mask=is_kept)
+        else:
+            tl.store(pairs + in_tile, pair, mask=is_kept)
+        with_ring = _products(pair, k_old.to(tl.float32), DOT_FORM)
+        with_new = _products(pair, pair, DOT_FORM)
+        dot = dots + place * (16 * (ENTRIES + 16)) + line[:, None] * (ENTRIES + 16)
+        tl.store(dot + entries[None, :], with_ring)
+        tl.store(dot + ENTRIES + line[None, :], with_new)
+        k_places = ring_k_base + (length + new)[:, None] * K + key[None, :]
+        tl.store(k_places, k.to(ring_k.dtype.element_ty), mask=(new < num_new)[:, None])
+        _keep_rows(own_k, conv_rows, k_channels, num_new, ring_slot, length, C, P, W, 8)
+        _keep_rows(own_q, conv_rows, q_channels, num_new, ring_slot, length, C, P, W, 8)
+
+
 @triton.jit(do_not_specialize=["num_slots"])
 def verify_keys_kernel(
     ring_k, conv_rows, read_slots, ring_slots, lengths, commit_slots, num_new_tokens,
@@ -119,83 +213,27 @@ def verify_keys_kernel(
     C: tl.constexpr = 2 * HK * K + H * V
     program = tl.program_id(0)
     row = tl.program_id(1)
-    key_head = program % HK
-    head = program - HK
-    entries = tl.arange(0, ENTRIES)
-    key = tl.arange(0, K)
-    value = tl.arange(0, V)
-    q_channels = key_head * K + key
-    k_channels = HK * K + q_channels
-    v_channels = 2 * HK * K + head * V + value
     if DEPENDENT:
         start_dependents()
         if PREFETCH:
+            entries = tl.arange(0, ENTRIES)
             read_slot, ring_slot, length = begun(read_slots, ring_slots, lengths, commit_slots, row, PAGE)
             _, ring_slot, length = _early(read_slot, ring_slot, length, num_slots, PAGE)
-            early_keys = ring_k + (ring_slot * HK + key_head) * (P * K) + entries * K
+            early_keys = ring_k + (ring_slot * HK + program % HK) * (P * K) + entries * K
             wanted = (entries < length) & (program < HK)
             prefetch_to_l2(early_keys, tl.where(wanted, K * 4, 0))
-    if program >= HK:
-        taps = _taps(conv_weight, v_channels, W)
-        if DEPENDENT:
-            wait_for_producers()
-        read_slot, ring_slot, length = begun(read_slots, ring_slots, lengths, commit_slots, row, PAGE)
-        if ring_slot < 0:
-            return
-        num_new = tl.minimum(tl.load(num_new_tokens + row).to(tl.int32), NEW)
-        v, own = _convolve(
-            mixed + row * mixed_row, mixed_token, conv_rows, taps, v_channels, num_new,
-            read_slot, ring_slot, length, C, P, W, LINES,
+    if program < HK:
+        _keys_program(
+            ring_k, conv_rows, read_slots, ring_slots, lengths, commit_slots, num_new_tokens,
+            mixed, conv_weight, pairs, dots, row, program, mixed_row, mixed_token,
+            HK, K, P, C, PAGE, ENTRIES, NEW, W, SPLIT, DOT_FORM, DEPENDENT,
         )  # fmt: skip
-        line = tl.arange(0, LINES)
-        places = values + ((row * NEW + line) * H + head)[:, None] * V + value[None, :]
-        tl.store(places, v, mask=(line < NEW)[:, None])
-        _keep_rows(own, conv_rows, v_channels, num_new, ring_slot, length, C, P, W, LINES)
     else:
-        k_taps = _taps(conv_weight, k_channels, W)
-        q_taps = _taps(conv_weight, q_channels, W)
-        if DEPENDENT:
-            wait_for_producers()
-        read_slot, ring_slot, length = begun(read_slots, ring_slots, lengths, commit_slots, row, PAGE)
-        if ring_slot < 0:
-            return
-        num_new = tl.minimum(tl.load(num_new_tokens + row).to(tl.int32), NEW)
-        used = entries < length
-        ring_k_base = ring_k + (ring_slot * HK + key_head) * (P * K)
-        k_old = tl.load(ring_k_base + entries[:, None] * K + key[None, :], mask=used[:, None], other=0.0)
-        mixed += row * mixed_row
-        k, own_k = _convolve(
-            mixed, mixed_token, conv_rows, k_taps, k_channels, num_new,
-            read_slot, ring_slot, length, C, P, W, 8,
+        _values_program(
+            conv_rows, read_slots, ring_slots, lengths, commit_slots, num_new_tokens,
+            mixed, conv_weight, values, row, program - HK, mixed_row, mixed_token,
+            H, V, P, C, PAGE, NEW, LINES, W, DEPENDENT,
         )  # fmt: skip
-        q, own_q = _convolve(
-            mixed, mixed_token, conv_rows, q_taps, q_channels, num_new,
-            read_slot, ring_slot, length, C, P, W, 8,
-        )  # fmt: skip
-        k = _unit(k)
-        q = _unit(q) * (K**-0.5)
-        pair = tl.reshape(tl.permute(tl.join(k, q), (2, 0, 1)), (16, K))
-        line = tl.arange(0, 16)
-        place = row * HK + key_head
-        in_tile = place * (16 * K) + line[:, None] * K + key[None, :]
-        is_kept = (line % 8 < NEW)[:, None]
-        if SPLIT:
-            in_tile += place * (16 * K)
-            high = pair.to(tl.bfloat16)
-            tl.store(pairs + in_tile, high, mask=is_kept)
-            tl.store(pairs + 16 * K + in_tile, (pair - high.to(tl.float32)).to(tl.bfloat16), mask=is_kept)
-        else:
-            tl.store(pairs + in_tile, pair, mask=is_kept)
-        with_ring = tl.dot(pair, tl.trans(k_old.to(tl.float32)), input_precision=DOT_FORM)
-        with_new = tl.dot(pair, tl.trans(pair), input_precision=DOT_FORM)
-        dot = dots + place * (16 * (ENTRIES + 16)) + line[:, None] * (ENTRIES + 16)
-        tl.store(dot + entries[None, :], with_ring)
-        tl.store(dot + ENTRIES + line[None, :], with_new)
-        short = tl.arange(0, 8)
-        k_places = ring_k_base + (length + short)[:, None] * K + key[None, :]
-        tl.store(k_places, k.to(ring_k.dtype.element_ty), mask=(short < num_new)[:, None])
-        _keep_rows(own_k, conv_rows, k_channels, num_new, ring_slot, length, C, P, W, 8)
-        _keep_rows(own_q, conv_rows, q_channels, num_new, ring_slot, length, C, P, W, 8)
 
 
 @triton.jit
