@@ -215,6 +215,7 @@ class PagedModel:
                     scale,
                     gate_RHD=gate[:num_rows],
                     table_rows_R=table_rows,
+                    rows_per_sequence=1 if layout.verify is None else layout.verify.num_lines,
                     is_batch_invariant=self.is_batch_invariant,
                 )
             )
