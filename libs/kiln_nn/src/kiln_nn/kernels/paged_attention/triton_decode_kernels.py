@@ -183,13 +183,13 @@ def decode_kernel(
         return
     grouped = tl.arange(0, GROUP_BLOCK)
     is_head = grouped < RUN * GROUP
-    heads = kv_head * GROUP + grouped % GROUP
-    row = run * RUN + grouped // GROUP
-    contexts = context
+    heads, row, contexts = kv_head * GROUP + grouped, run, context
     if RUN > 1:
+        heads = kv_head * GROUP + grouped % GROUP
+        row = run * RUN + grouped // GROUP
         contexts = _contexts(context_ptr, row, is_head, SKIPPED)
     columns = tl.arange(0, HEAD_DIM)
-    q_places = row[:, None] * q_row_stride + heads[:, None] * q_head_stride + columns[None, :]
+    q_places = (row * q_row_stride + heads * q_head_stride)[:, None] + columns[None, :]
     q = tl.load(q_ptr + q_places, mask=is_head[:, None], other=0.0).to(FORMAT)
     mixed, total, highest = _attend(
         q,
