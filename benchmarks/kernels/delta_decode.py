@@ -57,14 +57,15 @@ TUNE = {
 _VERIFY = VERIFY_CONFIGS[torch.bfloat16]
 VERIFY_TUNE = {
     torch.bfloat16: [
-        replace(_VERIFY, max_registers=None),
         replace(_VERIFY, max_registers=96),
-        replace(_VERIFY, num_warps=8, max_registers=None),
+        replace(_VERIFY, num_warps=8),
         replace(_VERIFY, num_stages=2),
         replace(_VERIFY, block_k=128, num_stages=1),
         replace(_VERIFY, dot_form="bf16x3"),
         replace(_VERIFY, most_prefetched_rows=0),
+        replace(_VERIFY, most_prefetched_rows=256),
         replace(_VERIFY, is_dependent=False),
+        replace(_VERIFY, num_key_warps=2),
         replace(_VERIFY, num_key_warps=8),
     ],
     torch.float32: [],

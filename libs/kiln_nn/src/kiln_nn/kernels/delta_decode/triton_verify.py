@@ -1,7 +1,7 @@
 """Several new tokens per row of a DeltaNet layer in two Triton launches, behind one that folds full pages.
 
 Source: as triton.py; the new tokens' corrections are the triangular system of Yang et al. 2024
-(arXiv 2412.06464, section 3), of eight tokens at most, inverted as a matrix.
+(arXiv 2412.06464, section 3), of eight tokens at most, solved in turn.
 
 Supported: what triton.py supports, with at most eight new tokens per row.
 
@@ -46,7 +46,7 @@ class VerifyConfig:
 
 # By the format of the committed state.
 CONFIGS = {
-    torch.bfloat16: VerifyConfig(True, block_k=64, num_stages=3, max_registers=128),
+    torch.bfloat16: VerifyConfig(True, block_k=64, num_stages=3),
     torch.float32: VerifyConfig(False, block_k=32, num_stages=3),
 }
 # With many rows more programs beside each other are worth more than an early start.
@@ -89,9 +89,11 @@ def delta_verify(
         delta_fold(memory.as_layers(), rows)
     # Behind a fold a row has less than a page in its ring.
     num_entries = max(16, triton.next_power_of_2(memory.page_tokens))
+    num_tile_tokens = 4 if num_new_tokens <= 4 else MOST_NEW_TOKENS
     halves, pair_dtype = ((2,), torch.bfloat16) if config.is_split else ((), torch.float32)
-    pairs = torch.empty((num_rows, num_key_heads, *halves, 16, key_dim), dtype=pair_dtype, device=device)
-    dots = torch.empty((num_rows, num_key_heads, 16, num_entries + 16), device=device)
+    tiles = (num_rows, num_key_heads, *halves, 2 * num_tile_tokens)
+    pairs = torch.empty((*tiles, key_dim), dtype=pair_dtype, device=device)
+    dots = torch.empty((*tiles[:2], tiles[-1], num_entries + num_tile_tokens), device=device)
     values = torch.empty((num_rows, num_new_tokens, num_heads, value_dim), device=device)
     dependent = launch_options(config.is_dependent and supports_dependent_launch(device))
     where = (rows.read_slots_R, rows.ring_slots_R, rows.lengths_R, rows.commit_slots_R, num_new_R)
@@ -104,6 +106,7 @@ def delta_verify(
         "PAGE": memory.page_tokens,
         "ENTRIES": num_entries,
         "NEW": num_new_tokens,
+        "L": num_tile_tokens,
         "SPLIT": config.is_split,
         "DOT_FORM": "ieee" if is_interpreted() else config.dot_form,
         "PREFETCH": num_rows <= config.most_prefetched_rows,
@@ -120,7 +123,6 @@ def delta_verify(
         values,
         *mixed_RNC.stride()[:2],
         num_slots,
-        LINES=triton.next_power_of_2(num_new_tokens),
         W=weights.conv_CW.shape[1],
         num_warps=config.num_key_warps,
         **shared,

@@ -4,8 +4,9 @@ Two launches, divided as those of one token are (triton_step.py). `verify_keys_k
 multiplies keys and queries with the keys that are there and with each other. `verify_values_kernel`
 takes one value head of one row: the state, the ring's values, then the new tokens' corrections.
 
-The new tokens stand in tiles of 16 lines: token i as key in line i, as query in line 8 + i. Full
-pages have been folded before; where that left a row follows from the numbers it had (`begun`).
+The new tokens stand in tiles of 2 L lines, L being 4 or 8: token i as key in line i, as query in line
+L + i. Full pages have been folded before; where that left a row follows from the numbers it had
+(`begun`).
 Nothing that another program of the same launch reads is written.
 """
 
@@ -101,10 +102,10 @@ def _unit(x):
 
 @triton.jit
 def _products(x, y, DOT_FORM: tl.constexpr):
-    """Every line of `x` [16, K] times every line of `y` [N, K], a share of K by each of four warps."""
+    """Every line of `x` [M, K] times every line of `y` [N, K], a share of K by each of four warps."""
     K: tl.constexpr = x.shape[1]
     SHARES: tl.constexpr = 4 if K >= 64 else 1
-    x = tl.permute(tl.reshape(x, (16, SHARES, K // SHARES)), (1, 0, 2))
+    x = tl.permute(tl.reshape(x, (x.shape[0], SHARES, K // SHARES)), (1, 0, 2))
     y = tl.permute(tl.reshape(y, (y.shape[0], SHARES, K // SHARES)), (1, 2, 0))
     return tl.sum(tl.dot(x, y, input_precision=DOT_FORM), 0)
 
@@ -114,10 +115,10 @@ def _values_program(
     conv_rows, read_slots, ring_slots, lengths, commit_slots, num_new_tokens,
     mixed, conv_weight, values, row, head, mixed_row, mixed_token,
     H: tl.constexpr, V: tl.constexpr, P: tl.constexpr, C: tl.constexpr, PAGE: tl.constexpr,
-    NEW: tl.constexpr, LINES: tl.constexpr, W: tl.constexpr, DEPENDENT: tl.constexpr,
+    NEW: tl.constexpr, L: tl.constexpr, W: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Convolve the values of one head."""
-    line = tl.arange(0, LINES)
+    line = tl.arange(0, L)
     value = tl.arange(0, V)
     channels = C - H * V + head * V + value
     taps = _taps(conv_weight, channels, W)
@@ -128,11 +129,11 @@ def _values_program(
     if ring_slot >= 0:
         v, own = _convolve(
             mixed + row * mixed_row, mixed_token, conv_rows, taps, channels, num_new,
-            read_slot, ring_slot, length, C, P, W, LINES,
+            read_slot, ring_slot, length, C, P, W, L,
         )  # fmt: skip
         places = values + ((row * NEW + line) * H + head)[:, None] * V + value[None, :]
         tl.store(places, v, mask=(line < NEW)[:, None])
-        _keep_rows(own, conv_rows, channels, num_new, ring_slot, length, C, P, W, LINES)
+        _keep_rows(own, conv_rows, channels, num_new, ring_slot, length, C, P, W, L)
 
 
 @triton.jit
@@ -140,13 +141,13 @@ def _keys_program(
     ring_k, conv_rows, read_slots, ring_slots, lengths, commit_slots, num_new_tokens,
     mixed, conv_weight, pairs, dots, row, key_head, mixed_row, mixed_token,
     HK: tl.constexpr, K: tl.constexpr, P: tl.constexpr, C: tl.constexpr, PAGE: tl.constexpr,
-    ENTRIES: tl.constexpr, NEW: tl.constexpr, W: tl.constexpr, SPLIT: tl.constexpr,
+    ENTRIES: tl.constexpr, NEW: tl.constexpr, L: tl.constexpr, W: tl.constexpr, SPLIT: tl.constexpr,
     DOT_FORM: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Convolve q and k of one key head, and multiply them with the ring's keys and each other."""
     entries = tl.arange(0, ENTRIES)
-    line = tl.arange(0, 16)
-    new = tl.arange(0, 8)
+    line = tl.arange(0, 2 * L)
+    new = tl.arange(0, L)
     key = tl.arange(0, K)
     q_channels = key_head * K + key
     k_channels = HK * K + q_channels
@@ -163,34 +164,33 @@ def _keys_program(
         mixed += row * mixed_row
         k, own_k = _convolve(
             mixed, mixed_token, conv_rows, k_taps, k_channels, num_new,
-            read_slot, ring_slot, length, C, P, W, 8,
+            read_slot, ring_slot, length, C, P, W, L,
         )  # fmt: skip
         q, own_q = _convolve(
             mixed, mixed_token, conv_rows, q_taps, q_channels, num_new,
-            read_slot, ring_slot, length, C, P, W, 8,
+            read_slot, ring_slot, length, C, P, W, L,
         )  # fmt: skip
         k = _unit(k)
         q = _unit(q) * (K**-0.5)
-        pair = tl.reshape(tl.permute(tl.join(k, q), (2, 0, 1)), (16, K))
+        pair = tl.reshape(tl.permute(tl.join(k, q), (2, 0, 1)), (2 * L, K))
         place = row * HK + key_head
-        in_tile = place * (16 * K) + line[:, None] * K + key[None, :]
-        is_kept = (line % 8 < NEW)[:, None]
+        is_kept = (line % L < NEW)[:, None]
+        in_tile = pairs + place * ((4 if SPLIT else 2) * L * K) + line[:, None] * K + key[None, :]
         if SPLIT:
-            in_tile += place * (16 * K)
             high = pair.to(tl.bfloat16)
-            tl.store(pairs + in_tile, high, mask=is_kept)
-            tl.store(pairs + 16 * K + in_tile, (pair - high.to(tl.float32)).to(tl.bfloat16), mask=is_kept)
+            tl.store(in_tile, high, mask=is_kept)
+            tl.store(in_tile + 2 * L * K, (pair - high.to(tl.float32)).to(tl.bfloat16), mask=is_kept)
         else:
-            tl.store(pairs + in_tile, pair, mask=is_kept)
+            tl.store(in_tile, pair, mask=is_kept)
         with_ring = _products(pair, k_old.to(tl.float32), DOT_FORM)
-        with_new = _products(pair, pair, DOT_FORM)
-        dot = dots + place * (16 * (ENTRIES + 16)) + line[:, None] * (ENTRIES + 16)
+        with_new = _products(pair, k, DOT_FORM)
+        dot = dots + (place * (2 * L) + line)[:, None] * (ENTRIES + L)
         tl.store(dot + entries[None, :], with_ring)
-        tl.store(dot + ENTRIES + line[None, :], with_new)
+        tl.store(dot + ENTRIES + new[None, :], with_new)
         k_places = ring_k_base + (length + new)[:, None] * K + key[None, :]
         tl.store(k_places, k.to(ring_k.dtype.element_ty), mask=(new < num_new)[:, None])
-        _keep_rows(own_k, conv_rows, k_channels, num_new, ring_slot, length, C, P, W, 8)
-        _keep_rows(own_q, conv_rows, q_channels, num_new, ring_slot, length, C, P, W, 8)
+        _keep_rows(own_k, conv_rows, k_channels, num_new, ring_slot, length, C, P, W, L)
+        _keep_rows(own_q, conv_rows, q_channels, num_new, ring_slot, length, C, P, W, L)
 
 
 @triton.jit(do_not_specialize=["num_slots"])
@@ -199,16 +199,16 @@ def verify_keys_kernel(
     mixed, conv_weight, pairs, dots, values,
     mixed_row, mixed_token, num_slots,
     H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr, P: tl.constexpr,
-    PAGE: tl.constexpr, ENTRIES: tl.constexpr, NEW: tl.constexpr, LINES: tl.constexpr,
+    PAGE: tl.constexpr, ENTRIES: tl.constexpr, NEW: tl.constexpr, L: tl.constexpr,
     W: tl.constexpr, SPLIT: tl.constexpr, DOT_FORM: tl.constexpr,
     PREFETCH: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Grid (HK + H, R): the keys' programs, then those that only convolve a head's values.
 
-    `pairs` [R, HK, 16, K] float32 has the tile of keys and queries; with SPLIT [R, HK, 2, 16, K] bfloat16
-    has its upper and its lower halves. `dots` [R, HK, 16, ENTRIES + 16] has the tile's products with
-    the ring's keys and with itself. `values` [R, NEW, H, V] float32 has v. Of pairs, lines that never
-    hold a token are left as they are.
+    `pairs` [R, HK, 2 L, K] float32 has the tile of keys and queries; with SPLIT [R, HK, 2, 2 L, K]
+    bfloat16 has its upper and its lower halves. `dots` [R, HK, 2 L, ENTRIES + L] has the tile's products
+    with the ring's keys and the new ones. `values` [R, NEW, H, V] float32 has v. Of pairs, lines that
+    never hold a token are left as they are.
     """
     C: tl.constexpr = 2 * HK * K + H * V
     program = tl.program_id(0)
@@ -226,25 +226,25 @@ def verify_keys_kernel(
         _keys_program(
             ring_k, conv_rows, read_slots, ring_slots, lengths, commit_slots, num_new_tokens,
             mixed, conv_weight, pairs, dots, row, program, mixed_row, mixed_token,
-            HK, K, P, C, PAGE, ENTRIES, NEW, W, SPLIT, DOT_FORM, DEPENDENT,
+            HK, K, P, C, PAGE, ENTRIES, NEW, L, W, SPLIT, DOT_FORM, DEPENDENT,
         )  # fmt: skip
     else:
         _values_program(
             conv_rows, read_slots, ring_slots, lengths, commit_slots, num_new_tokens,
             mixed, conv_weight, values, row, program - HK, mixed_row, mixed_token,
-            H, V, P, C, PAGE, NEW, LINES, W, DEPENDENT,
+            H, V, P, C, PAGE, NEW, L, W, DEPENDENT,
         )  # fmt: skip
 
 
 @triton.jit
 def _read_state(
     state_head, pair, is_kept,
-    K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, L: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
     SPLIT: tl.constexpr, DOT_FORM: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """The tile times the state, [16, V] in float32; a bf16 state meets the tile as two bf16 numbers."""
-    both = tl.zeros((16, V), tl.float32)
-    line = tl.arange(0, 16)[:, None]
+    """The tile times the state, [2 L, V] in float32; a bf16 state meets the tile as two bf16 numbers."""
+    both = tl.zeros((2 * L, V), tl.float32)
+    line = tl.arange(0, 2 * L)[:, None]
     value = tl.arange(0, V)[None, :]
     for first in tl.range(0, K, BLOCK_K, num_stages=STAGES):
         row = first + tl.arange(0, BLOCK_K)
@@ -252,7 +252,7 @@ def _read_state(
         part = pair + line * K + row[None, :]
         if SPLIT:
             high = tl.load(part, mask=is_kept, other=0.0)
-            low = tl.load(part + 16 * K, mask=is_kept, other=0.0)
+            low = tl.load(part + 2 * L * K, mask=is_kept, other=0.0)
             if INTERPRETED:
                 high, low, block = high.to(tl.float32), low.to(tl.float32), block.to(tl.float32)
             both = tl.dot(high, block, both)
@@ -263,36 +263,13 @@ def _read_state(
     return both
 
 
-@triton.jit
-def _solved(weight, beta, line, is_key, NEW: tl.constexpr, DOT_FORM: tl.constexpr):
-    """What turns the tokens' errors, in lines 0 to 7, into their u there, and into what queries read of these.
-
-    `weight` [16, 16] is what a line takes of each new token's u: a key of those before it, a query of
-    its own too. With L = diag(beta) weight of the keys, u = (I + L)^-1 (beta error); L has no
-    diagonal, so its NEW-th power is zero, and the inverse is (I - L)(I + L^2)(I + L^4) of eight.
-    """
-    lower = tl.where(is_key[:, None], beta[:, None] * weight, 0.0)
-    identity = tl.where((line[:, None] == line[None, :]) & is_key[:, None], 1.0, 0.0)
-    solved = tl.where(is_key[:, None], identity, weight)
-    if NEW > 1:
-        first = solved - tl.dot(solved, lower, input_precision=DOT_FORM)
-        if NEW > 2:
-            lower = tl.dot(lower, lower, input_precision=DOT_FORM)
-            first += tl.dot(first, lower, input_precision=DOT_FORM)
-        if NEW > 4:
-            lower = tl.dot(lower, lower, input_precision=DOT_FORM)
-            first += tl.dot(first, lower, input_precision=DOT_FORM)
-        solved = first
-    return solved
-
-
 @triton.jit(do_not_specialize=["num_slots"])
 def verify_values_kernel(
     state, ring_u, ring_log_decay, read_slots, ring_slots, lengths, commit_slots, num_new_tokens,
     a, b, z, A_log, dt_bias, norm_weight, pairs, dots, values, out,
     a_row, a_token, b_row, b_token, z_row, z_token, num_slots, norm_eps,
     H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr, P: tl.constexpr,
-    PAGE: tl.constexpr, ENTRIES: tl.constexpr, NEW: tl.constexpr,
+    PAGE: tl.constexpr, ENTRIES: tl.constexpr, NEW: tl.constexpr, L: tl.constexpr,
     BLOCK_K: tl.constexpr, STAGES: tl.constexpr, SPLIT: tl.constexpr, DOT_FORM: tl.constexpr,
     PREFETCH: tl.constexpr, DEPENDENT: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
@@ -312,14 +289,14 @@ def verify_values_kernel(
         wait_for_producers()
     read_slot, ring_slot, length = begun(read_slots, ring_slots, lengths, commit_slots, row, PAGE)
     num_new = tl.minimum(tl.load(num_new_tokens + row).to(tl.int32), NEW)
-    line = tl.arange(0, 16)
-    new = line % 8
-    is_key = line < 8
+    line = tl.arange(0, 2 * L)
+    new = line % L
+    is_key = line < L
     is_kept = (new < NEW)[:, None]
-    is_output = (line >= 8)[:, None] & is_kept
+    is_output = (line >= L)[:, None] & is_kept
     out_lines = out + ((row * NEW + new) * H + head)[:, None] * V + value[None, :]
     if ring_slot < 0:
-        tl.store(out_lines, tl.zeros((16, V), out.dtype.element_ty), mask=is_output)
+        tl.store(out_lines, tl.zeros((2 * L, V), out.dtype.element_ty), mask=is_output)
         return
 
     state_head = state + (read_slot * H + head) * (K * V)
@@ -330,9 +307,8 @@ def verify_values_kernel(
     live = new < num_new
     u_old = tl.load(ring_u_base + entries[:, None] * V + value[None, :], mask=used[:, None], other=0.0)
     log_decays = tl.load(log_decay_base + entries, mask=used, other=0.0)
-    dot = dots + place * (16 * (ENTRIES + 16)) + line[:, None] * (ENTRIES + 16)
-    with_ring = tl.load(dot + entries[None, :])
-    with_new = tl.load(dot + ENTRIES + line[None, :])
+    dot = dots + (place * (2 * L) + line) * (ENTRIES + L)
+    with_ring = tl.load(dot[:, None] + entries[None, :])
     v_places = values + ((row * NEW + new) * H + head)[:, None] * V + value[None, :]
     v = tl.load(v_places, mask=is_key[:, None] & is_kept, other=0.0)
     z_places = z + row * z_row + (new * z_token)[:, None] + head * V + value[None, :]
@@ -344,21 +320,25 @@ def verify_values_kernel(
     g = -rate * softplus(a_in + tl.load(dt_bias + head).to(tl.float32))
     beta = 1.0 / (1.0 + tl.exp(-b_in))
 
-    # A key takes of the tokens before it, a query of its own token too.
-    is_before = is_key[None, :] & (line[None, :] <= new[:, None])
-    is_taken = is_key[None, :] & (line[None, :] < new[:, None] + tl.where(is_key, 0, 1)[:, None])
     # The sum of log-decays only falls: its last entry is its smallest, and it starts at 0.
+    is_before = is_key[None, :] & (line[None, :] <= new[:, None])
     log_decay = tl.min(log_decays, 0) + tl.sum(tl.where(is_before, g[None, :], 0.0), 1)
-    new_weight = tl.where(is_taken, tl.exp(log_decay[:, None] - log_decay[None, :]), 0.0) * with_new
-    solved = _solved(new_weight, beta, line, is_key, NEW, DOT_FORM)
     ring_weight = tl.where(used[None, :], tl.exp(log_decay[:, None] - log_decays[None, :]), 0.0) * with_ring
 
-    pair = pairs + place * ((32 if SPLIT else 16) * K)
-    acc = _read_state(state_head, pair, is_kept, K, V, BLOCK_K, STAGES, SPLIT, DOT_FORM, INTERPRETED)
+    pair = pairs + place * ((4 if SPLIT else 2) * L * K)
+    acc = _read_state(state_head, pair, is_kept, K, V, L, BLOCK_K, STAGES, SPLIT, DOT_FORM, INTERPRETED)
     acc *= tl.exp(log_decay)[:, None]
     acc += tl.dot(ring_weight, u_old.to(tl.float32), input_precision=DOT_FORM)
-    error = tl.where(is_key[:, None], beta[:, None] * (v - acc), 0.0)
-    done = tl.where(is_key[:, None], 0.0, acc) + tl.dot(solved, error, input_precision=DOT_FORM)
+    # Keys: what is missing of v, which the tokens before still change. Queries: the output so far.
+    done = tl.where(is_key[:, None], v - acc, acc)
+    for j in tl.static_range(NEW):
+        u = tl.sum(tl.where((line == j)[:, None], beta[:, None] * done, 0.0), 0)
+        weight = tl.exp(log_decay - tl.sum(tl.where(line == j, log_decay, 0.0), 0)) * tl.load(
+            dot + ENTRIES + j
+        )
+        # A query takes of its own token too.
+        taken = tl.where(is_key, tl.where(new > j, -weight, 0.0), tl.where(new >= j, weight, 0.0))
+        done += taken[:, None] * u[None, :]
 
     norm = tl.rsqrt(tl.sum(done * done, 1) / V + norm_eps)[:, None] * norm_in[None, :]
     # Lines of no token hold a gate of zero.
@@ -366,5 +346,5 @@ def verify_values_kernel(
     tl.store(out_lines, gated.to(out.dtype.element_ty), mask=is_output)
     is_appended = is_key & live
     u_places = ring_u_base + (length + line)[:, None] * V + value[None, :]
-    tl.store(u_places, done.to(ring_u.dtype.element_ty), mask=is_appended[:, None])
+    tl.store(u_places, (beta[:, None] * done).to(ring_u.dtype.element_ty), mask=is_appended[:, None])
     tl.store(log_decay_base + length + line, log_decay.to(ring_log_decay.dtype.element_ty), mask=is_appended)
