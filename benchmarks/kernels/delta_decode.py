@@ -57,16 +57,11 @@ TUNE = {
 _VERIFY = VERIFY_CONFIGS[torch.bfloat16]
 VERIFY_TUNE = {
     torch.bfloat16: [
-        replace(_VERIFY, max_registers=96),
-        replace(_VERIFY, num_warps=8),
-        replace(_VERIFY, num_stages=2),
-        replace(_VERIFY, block_k=128, num_stages=1),
-        replace(_VERIFY, dot_form="bf16x3"),
+        replace(_VERIFY, num_stages=3),
+        replace(_VERIFY, num_warps=2),
+        replace(_VERIFY, num_key_warps=4),
+        replace(_VERIFY, dot_form="tf32x3"),
         replace(_VERIFY, most_prefetched_rows=0),
-        replace(_VERIFY, most_prefetched_rows=256),
-        replace(_VERIFY, is_dependent=False),
-        replace(_VERIFY, num_key_warps=2),
-        replace(_VERIFY, num_key_warps=8),
     ],
     torch.float32: [],
 }
@@ -192,7 +187,7 @@ class Inputs:
         return [self.step(t, num_rows, torch.full((num_rows,), t), config) for t in range(PAGE_TOKENS)]
 
     def verify(
-        self, turn: int, num_rows: int, num_lines: int, config: VerifyConfig | None, before=None
+        self, turn: int, num_rows: int, num_lines: int, config: VerifyConfig | None
     ) -> Callable[[], None]:
         """The last token and drafts of rows that stand at all places, those of a full page among them."""
         numbers, places = torch.arange(num_rows), PAGE_TOKENS + num_lines - 1
@@ -203,22 +198,16 @@ class Inputs:
         one = partial(delta_verify, config=config, folds=False)
 
         def run() -> None:
-            if before is not None:
-                for index, weights in enumerate(self.weights):
-                    before(self.layers.layer(index), rows, counts, weights, *tokens)
-                return
             delta_fold(self.layers, rows)
             for index, weights in enumerate(self.weights):
                 one(self.layers.layer(index), rows, counts, weights, *tokens)
 
         return run
 
-    def lines(
-        self, num_rows: int, num_lines: int, config: VerifyConfig | None, before=None
-    ) -> list[Callable[[], None]]:
+    def lines(self, num_rows: int, num_lines: int, config: VerifyConfig | None) -> list[Callable[[], None]]:
         places = PAGE_TOKENS + num_lines - 1
         turns = places if num_rows < PAGE_TOKENS else 4
-        return [self.verify(turn, num_rows, num_lines, config, before) for turn in range(turns)]
+        return [self.verify(turn, num_rows, num_lines, config) for turn in range(turns)]
 
 
 def main() -> None:
@@ -254,16 +243,10 @@ def main() -> None:
         for num_lines in NUM_LINES:
             places = PAGE_TOKENS + num_lines - 1
             work = ((PAGE_TOKENS - 1) / 2, (num_lines - 1) / places, num_lines)
-            for config in [None, *(VERIFY_TUNE[state_dtype] if arguments.tune else [])]:
+            for verify in [None, *(VERIFY_TUNE[state_dtype] if arguments.tune else [])]:
                 for num_rows in BATCHES:
-                    steps = inputs.lines(num_rows, num_lines, config)
-                    note = str(config or "")
+                    steps, note = inputs.lines(num_rows, num_lines, verify), str(verify or "")
                     add(f"{num_lines} lines", num_rows, steps, work, note, error=float("nan"))
-            from kiln_nn.kernels.delta_decode import before_verify  # temporary: the kernel before
-
-            for num_rows in BATCHES[:3]:
-                steps = inputs.lines(num_rows, num_lines, None, before_verify.delta_verify)
-                add(f"{num_lines} lines, before", num_rows, steps, work, error=float("nan"))
         del inputs
         torch.cuda.empty_cache()
 

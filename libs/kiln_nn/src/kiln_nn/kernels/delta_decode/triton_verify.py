@@ -11,7 +11,7 @@ the interpreter; with a bfloat16 one the rounding of the states alone.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -34,31 +34,18 @@ class VerifyConfig:
     # Rows of the state a program reads at a time; one copy less than stages is in flight.
     block_k: int
     num_stages: int
+    dot_form: str
     num_warps: int = 4
-    num_key_warps: int = 4
-    dot_form: str = "tf32x3"
-    # On Hopper.
-    max_registers: int | None = None
-    # As `StepConfig` has them.
-    is_dependent: bool = True
+    num_key_warps: int = 2
+    # Ask for the state before the launch before has ended, with so many rows at the most.
     most_prefetched_rows: int = 16
 
 
 # By the format of the committed state.
 CONFIGS = {
-    torch.bfloat16: VerifyConfig(True, block_k=64, num_stages=3),
-    torch.float32: VerifyConfig(False, block_k=32, num_stages=3),
+    torch.bfloat16: VerifyConfig(True, block_k=64, num_stages=2, dot_form="bf16x3"),
+    torch.float32: VerifyConfig(False, block_k=32, num_stages=3, dot_form="tf32x3"),
 }
-# With many rows more programs beside each other are worth more than an early start.
-_MANY_ROWS = 128
-_MANY_ROWS_CONFIG = replace(CONFIGS[torch.bfloat16], num_stages=2, is_dependent=False)
-
-
-def choose(num_rows: int, state_dtype: torch.dtype) -> VerifyConfig:
-    """For each format of the state, and for many rows of bf16 states."""
-    if state_dtype is torch.bfloat16 and num_rows >= _MANY_ROWS:
-        return _MANY_ROWS_CONFIG
-    return CONFIGS[state_dtype]
 
 
 def delta_verify(
@@ -81,7 +68,7 @@ def delta_verify(
     num_slots, num_heads, key_dim, value_dim = memory.state_SHKV.shape
     num_key_heads, capacity = memory.ring.k_RhPK.shape[1:3]
     num_rows, num_new_tokens, device = rows.num_rows, mixed_RNC.shape[1], z_RNHV.device
-    config = config or choose(num_rows, memory.state_SHKV.dtype)
+    config = config or CONFIGS[memory.state_SHKV.dtype]
     out_RNHV = torch.empty(z_RNHV.shape, dtype=z_RNHV.dtype, device=device)
     if num_rows == 0:
         return out_RNHV
@@ -95,7 +82,7 @@ def delta_verify(
     pairs = torch.empty((*tiles, key_dim), dtype=pair_dtype, device=device)
     dots = torch.empty((*tiles[:2], tiles[-1], num_entries + num_tile_tokens), device=device)
     values = torch.empty((num_rows, num_new_tokens, num_heads, value_dim), device=device)
-    dependent = launch_options(config.is_dependent and supports_dependent_launch(device))
+    dependent = launch_options(supports_dependent_launch(device))
     where = (rows.read_slots_R, rows.ring_slots_R, rows.lengths_R, rows.commit_slots_R, num_new_R)
     shared = {
         "H": num_heads,
@@ -108,6 +95,7 @@ def delta_verify(
         "NEW": num_new_tokens,
         "L": num_tile_tokens,
         "SPLIT": config.is_split,
+        # The interpreter knows no bf16x3, and computes all products in float32.
         "DOT_FORM": "ieee" if is_interpreted() else config.dot_form,
         "PREFETCH": num_rows <= config.most_prefetched_rows,
         **dependent,
@@ -150,8 +138,6 @@ def delta_verify(
         INTERPRETED=is_interpreted(),
         num_warps=config.num_warps,
         num_stages=1,
-        # The tensor cores before Hopper's need more registers than the limit.
-        maxnreg=config.max_registers if supports_dependent_launch(device) else None,
         **shared,
     )
     return out_RNHV

@@ -20,13 +20,15 @@ from kiln_nn.kernels.dependent_launch import prefetch_to_l2, start_dependents, w
 
 
 @triton.jit
-def begun(read_slots, ring_slots, lengths, commit_slots, row, PAGE: tl.constexpr):
-    """Read slot, ring slot and length of a row whose full page has been folded, if it had one."""
-    # Volatile for those that look before the producers have ended.
-    read_slot = tl.load(read_slots + row, volatile=True).to(tl.int64)
-    ring_slot = tl.load(ring_slots + row, volatile=True).to(tl.int64)
-    length = tl.load(lengths + row, volatile=True).to(tl.int64)
-    commit_slot = tl.load(commit_slots + row, volatile=True).to(tl.int64)
+def begun(read_slots, ring_slots, lengths, commit_slots, row, PAGE: tl.constexpr, EARLY: tl.constexpr):
+    """Read slot, ring slot and length of a row whose full page has been folded, if it had one.
+
+    EARLY is before the producers have ended.
+    """
+    read_slot = tl.load(read_slots + row, volatile=EARLY).to(tl.int64)
+    ring_slot = tl.load(ring_slots + row, volatile=EARLY).to(tl.int64)
+    length = tl.load(lengths + row, volatile=EARLY).to(tl.int64)
+    commit_slot = tl.load(commit_slots + row, volatile=EARLY).to(tl.int64)
     is_folded = commit_slot >= 0
     read_slot = tl.where(is_folded, commit_slot, read_slot)
     ring_slot = tl.where(is_folded, commit_slot, ring_slot)
@@ -34,11 +36,12 @@ def begun(read_slots, ring_slots, lengths, commit_slots, row, PAGE: tl.constexpr
 
 
 @triton.jit
-def _early(read_slot, ring_slot, length, num_slots, PAGE: tl.constexpr):
-    """A row's numbers before the producers have ended, bent into range.
+def _begun_early(read_slots, ring_slots, lengths, commit_slots, row, num_slots, PAGE: tl.constexpr):
+    """The same before the producers have ended, bent into range.
 
-    Where a producer is about to write them, the wrong lines come to the cache, and no more.
+    Where a producer is about to write a row's numbers, the wrong lines come to the cache, and no more.
     """
+    read_slot, ring_slot, length = begun(read_slots, ring_slots, lengths, commit_slots, row, PAGE, True)
     read_slot = tl.minimum(tl.maximum(read_slot, 0), num_slots - 1)
     ring_slot = tl.minimum(tl.maximum(ring_slot, 0), num_slots - 1)
     return read_slot, ring_slot, tl.minimum(tl.maximum(length, 0), PAGE)
@@ -54,50 +57,64 @@ def _taps(conv_weight, channels, W: tl.constexpr):
 
 
 @triton.jit
-def _convolve(
-    mixed, token_stride, conv_rows, taps, channels, num_new, read_slot, ring_slot, length,
-    C: tl.constexpr, P: tl.constexpr, W: tl.constexpr, LINES: tl.constexpr,
+def _inputs(
+    mixed, token_stride, conv_rows, channels, num_new, read_slot, ring_slot, length,
+    C: tl.constexpr, P: tl.constexpr, W: tl.constexpr, NEW: tl.constexpr,
 ):  # fmt: skip
-    """`silu` of the convolution of the tokens' channels, [LINES, width], and these channels themselves.
-
-    Lines of no token are zero.
-    """
+    """Some channels of the J tokens before the new ones, from tail and ring, and of these; zero where none is."""
     J: tl.constexpr = W - 1
-    line = tl.arange(0, LINES)
-    is_new = line < num_new
-    columns = channels[None, :]
     inputs = ()
     for tap in tl.static_range(J):
-        place = line + tap - J  # among the new tokens; below 0 it was there before
-        stored = length + J + place
-        slot = tl.where(stored < J, read_slot, ring_slot)
-        old = conv_rows + (slot * (J + P) + stored)[:, None] * C + columns
-        own = mixed + place[:, None] * token_stride + columns
-        inputs += (tl.load(old, mask=(is_new & (place < 0))[:, None], other=0.0),)
-        inputs += (tl.load(own, mask=(is_new & (place >= 0))[:, None], other=0.0),)
-    own = tl.load(mixed + line[:, None] * token_stride + columns, mask=is_new[:, None], other=0.0)
-    y = own.to(tl.float32) * taps[J].to(tl.float32)[None, :]
-    for tap in tl.static_range(J):
-        before = inputs[2 * tap].to(tl.float32) + inputs[2 * tap + 1].to(tl.float32)
-        y += before * taps[tap].to(tl.float32)[None, :]
-    return silu(y), own
+        place = length + tap
+        slot = tl.where(place < J, read_slot, ring_slot)
+        inputs += (tl.load(conv_rows + (slot * (J + P) + place) * C + channels),)
+    for token in tl.static_range(NEW):
+        inputs += (tl.load(mixed + token * token_stride + channels, mask=token < num_new, other=0.0),)
+    return inputs
+
+
+@triton.jit
+def _convolved(inputs, taps, token: tl.constexpr, num_new, W: tl.constexpr):
+    """`silu` of the convolution of one of the new tokens; zero where there is none."""
+    y = inputs[token].to(tl.float32) * taps[0].to(tl.float32)
+    for tap in tl.static_range(1, W):
+        y += inputs[token + tap].to(tl.float32) * taps[tap].to(tl.float32)
+    return tl.where(token < num_new, silu(y), 0.0)
 
 
 @triton.jit
 def _keep_rows(
-    own, conv_rows, channels, num_new, ring_slot, length,
-    C: tl.constexpr, P: tl.constexpr, W: tl.constexpr, LINES: tl.constexpr,
+    inputs, conv_rows, channels, num_new, ring_slot, length,
+    C: tl.constexpr, P: tl.constexpr, W: tl.constexpr, NEW: tl.constexpr,
 ):  # fmt: skip
-    """Append the tokens' channels to the ring's rows."""
-    line = tl.arange(0, LINES)
-    places = (ring_slot * (W - 1 + P) + W - 1 + length + line)[:, None] * C + channels[None, :]
-    tl.store(conv_rows + places, own.to(conv_rows.dtype.element_ty), mask=(line < num_new)[:, None])
+    """Append the new tokens' channels to the ring's rows."""
+    J: tl.constexpr = W - 1
+    rows = conv_rows + (ring_slot * (J + P) + J + length) * C + channels
+    for token in tl.static_range(NEW):
+        own = inputs[J + token].to(conv_rows.dtype.element_ty)
+        tl.store(rows + token * C, own, mask=token < num_new)
 
 
 @triton.jit
-def _unit(x):
-    """The lines of `x` scaled to length 1."""
-    return x * tl.rsqrt(tl.sum(x * x, 1) + 1e-6)[:, None]
+def _four(lines, FIRST: tl.constexpr, STEP: tl.constexpr):
+    """Every STEP-th of the vectors as columns, [width, 4]."""
+    even = tl.join(lines[FIRST], lines[FIRST + 2 * STEP])
+    odd = tl.join(lines[FIRST + STEP], lines[FIRST + 3 * STEP])
+    return tl.reshape(tl.join(even, odd), (lines[0].shape[0], 4))
+
+
+@triton.jit
+def _columns(inputs, taps, num_new, W: tl.constexpr, NEW: tl.constexpr, L: tl.constexpr):
+    """The convolved tokens as columns, [width, L], those of no token zero."""
+    lines = ()
+    for token in tl.static_range(NEW):
+        lines += (_convolved(inputs, taps, token, num_new, W),)
+    for _ in tl.static_range(NEW, L):
+        lines += (tl.zeros_like(lines[0]),)
+    if L == 4:
+        return _four(lines, 0, 1)
+    else:
+        return tl.reshape(tl.join(_four(lines, 0, 2), _four(lines, 1, 2)), (lines[0].shape[0], 8))
 
 
 @triton.jit
@@ -115,25 +132,25 @@ def _values_program(
     conv_rows, read_slots, ring_slots, lengths, commit_slots, num_new_tokens,
     mixed, conv_weight, values, row, head, mixed_row, mixed_token,
     H: tl.constexpr, V: tl.constexpr, P: tl.constexpr, C: tl.constexpr, PAGE: tl.constexpr,
-    NEW: tl.constexpr, L: tl.constexpr, W: tl.constexpr, DEPENDENT: tl.constexpr,
+    NEW: tl.constexpr, W: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Convolve the values of one head."""
-    line = tl.arange(0, L)
     value = tl.arange(0, V)
     channels = C - H * V + head * V + value
     taps = _taps(conv_weight, channels, W)
     if DEPENDENT:
         wait_for_producers()
-    read_slot, ring_slot, length = begun(read_slots, ring_slots, lengths, commit_slots, row, PAGE)
+    read_slot, ring_slot, length = begun(read_slots, ring_slots, lengths, commit_slots, row, PAGE, False)
     num_new = tl.minimum(tl.load(num_new_tokens + row).to(tl.int32), NEW)
     if ring_slot >= 0:
-        v, own = _convolve(
-            mixed + row * mixed_row, mixed_token, conv_rows, taps, channels, num_new,
-            read_slot, ring_slot, length, C, P, W, L,
+        inputs = _inputs(
+            mixed + row * mixed_row, mixed_token, conv_rows, channels, num_new,
+            read_slot, ring_slot, length, C, P, W, NEW,
         )  # fmt: skip
-        places = values + ((row * NEW + line) * H + head)[:, None] * V + value[None, :]
-        tl.store(places, v, mask=(line < NEW)[:, None])
-        _keep_rows(own, conv_rows, channels, num_new, ring_slot, length, C, P, W, L)
+        for token in tl.static_range(NEW):
+            v = _convolved(inputs, taps, token, num_new, W)
+            tl.store(values + ((row * NEW + token) * H + head) * V + value, v)
+        _keep_rows(inputs, conv_rows, channels, num_new, ring_slot, length, C, P, W, NEW)
 
 
 @triton.jit
@@ -147,7 +164,6 @@ def _keys_program(
     """Convolve q and k of one key head, and multiply them with the ring's keys and each other."""
     entries = tl.arange(0, ENTRIES)
     line = tl.arange(0, 2 * L)
-    new = tl.arange(0, L)
     key = tl.arange(0, K)
     q_channels = key_head * K + key
     k_channels = HK * K + q_channels
@@ -155,24 +171,24 @@ def _keys_program(
     q_taps = _taps(conv_weight, q_channels, W)
     if DEPENDENT:
         wait_for_producers()
-    read_slot, ring_slot, length = begun(read_slots, ring_slots, lengths, commit_slots, row, PAGE)
+    read_slot, ring_slot, length = begun(read_slots, ring_slots, lengths, commit_slots, row, PAGE, False)
     num_new = tl.minimum(tl.load(num_new_tokens + row).to(tl.int32), NEW)
     if ring_slot >= 0:
         used = entries < length
         ring_k_base = ring_k + (ring_slot * HK + key_head) * (P * K)
-        k_old = tl.load(ring_k_base + entries[:, None] * K + key[None, :], mask=used[:, None], other=0.0)
         mixed += row * mixed_row
-        k, own_k = _convolve(
-            mixed, mixed_token, conv_rows, k_taps, k_channels, num_new,
-            read_slot, ring_slot, length, C, P, W, L,
-        )  # fmt: skip
-        q, own_q = _convolve(
-            mixed, mixed_token, conv_rows, q_taps, q_channels, num_new,
-            read_slot, ring_slot, length, C, P, W, L,
-        )  # fmt: skip
-        k = _unit(k)
-        q = _unit(q) * (K**-0.5)
-        pair = tl.reshape(tl.permute(tl.join(k, q), (2, 0, 1)), (2 * L, K))
+        k_inputs = _inputs(
+            mixed, mixed_token, conv_rows, k_channels, num_new, read_slot, ring_slot, length, C, P, W, NEW
+        )
+        q_inputs = _inputs(
+            mixed, mixed_token, conv_rows, q_channels, num_new, read_slot, ring_slot, length, C, P, W, NEW
+        )
+        k_old = tl.load(ring_k_base + entries[:, None] * K + key[None, :], mask=used[:, None], other=0.0)
+        k_KL = _columns(k_inputs, k_taps, num_new, W, NEW, L)
+        q_KL = _columns(q_inputs, q_taps, num_new, W, NEW, L)
+        both = tl.reshape(tl.permute(tl.join(k_KL, q_KL), (0, 2, 1)), (K, 2 * L))
+        scale = tl.rsqrt(tl.sum(both * both, 0) + 1e-6) * tl.where(line < L, 1.0, K**-0.5)
+        pair = tl.trans(both * scale[None, :])
         place = row * HK + key_head
         is_kept = (line % L < NEW)[:, None]
         in_tile = pairs + place * ((4 if SPLIT else 2) * L * K) + line[:, None] * K + key[None, :]
@@ -183,14 +199,15 @@ def _keys_program(
         else:
             tl.store(in_tile, pair, mask=is_kept)
         with_ring = _products(pair, k_old.to(tl.float32), DOT_FORM)
-        with_new = _products(pair, k, DOT_FORM)
+        with_new = _products(pair, pair, DOT_FORM)
         dot = dots + (place * (2 * L) + line)[:, None] * (ENTRIES + L)
         tl.store(dot + entries[None, :], with_ring)
-        tl.store(dot + ENTRIES + new[None, :], with_new)
-        k_places = ring_k_base + (length + new)[:, None] * K + key[None, :]
-        tl.store(k_places, k.to(ring_k.dtype.element_ty), mask=(new < num_new)[:, None])
-        _keep_rows(own_k, conv_rows, k_channels, num_new, ring_slot, length, C, P, W, L)
-        _keep_rows(own_q, conv_rows, q_channels, num_new, ring_slot, length, C, P, W, L)
+        tl.store(dot + ENTRIES + line[None, :], with_new, mask=(line < L)[None, :])
+        k_places = ring_k_base + (length + line)[:, None] * K + key[None, :]
+        is_new = (line < L) & (line < num_new)
+        tl.store(k_places, pair.to(ring_k.dtype.element_ty), mask=is_new[:, None])
+        _keep_rows(k_inputs, conv_rows, k_channels, num_new, ring_slot, length, C, P, W, NEW)
+        _keep_rows(q_inputs, conv_rows, q_channels, num_new, ring_slot, length, C, P, W, NEW)
 
 
 @triton.jit(do_not_specialize=["num_slots"])
@@ -217,8 +234,9 @@ def verify_keys_kernel(
         start_dependents()
         if PREFETCH:
             entries = tl.arange(0, ENTRIES)
-            read_slot, ring_slot, length = begun(read_slots, ring_slots, lengths, commit_slots, row, PAGE)
-            _, ring_slot, length = _early(read_slot, ring_slot, length, num_slots, PAGE)
+            _, ring_slot, length = _begun_early(
+                read_slots, ring_slots, lengths, commit_slots, row, num_slots, PAGE
+            )
             early_keys = ring_k + (ring_slot * HK + program % HK) * (P * K) + entries * K
             wanted = (entries < length) & (program < HK)
             prefetch_to_l2(early_keys, tl.where(wanted, K * 4, 0))
@@ -232,7 +250,7 @@ def verify_keys_kernel(
         _values_program(
             conv_rows, read_slots, ring_slots, lengths, commit_slots, num_new_tokens,
             mixed, conv_weight, values, row, program - HK, mixed_row, mixed_token,
-            H, V, P, C, PAGE, NEW, L, W, DEPENDENT,
+            H, V, P, C, PAGE, NEW, W, DEPENDENT,
         )  # fmt: skip
 
 
@@ -281,13 +299,14 @@ def verify_values_kernel(
     if DEPENDENT:
         start_dependents()
         if PREFETCH:
-            read_slot, ring_slot, length = begun(read_slots, ring_slots, lengths, commit_slots, row, PAGE)
-            read_slot, ring_slot, length = _early(read_slot, ring_slot, length, num_slots, PAGE)
+            read_slot, ring_slot, length = _begun_early(
+                read_slots, ring_slots, lengths, commit_slots, row, num_slots, PAGE
+            )
             prefetch_lines(state + (read_slot * H + head) * (K * V), K * V)
             early_values = ring_u + (ring_slot * H + head) * (P * V) + entries * V
             prefetch_to_l2(early_values, tl.where(entries < length, V * 4, 0))
         wait_for_producers()
-    read_slot, ring_slot, length = begun(read_slots, ring_slots, lengths, commit_slots, row, PAGE)
+    read_slot, ring_slot, length = begun(read_slots, ring_slots, lengths, commit_slots, row, PAGE, False)
     num_new = tl.minimum(tl.load(num_new_tokens + row).to(tl.int32), NEW)
     line = tl.arange(0, 2 * L)
     new = line % L
