@@ -114,7 +114,7 @@ def delta_fold(layers: DeltaMemory, rows: DeltaRows, config: CommitConfig | None
         rows.commit_slots_R,
         *(tensor.stride(0) for tensor in stored),
         rows.num_rows,
-        ROWS=max(16, triton.next_power_of_2(rows.num_rows)),
+        ROWS=max(64, triton.next_power_of_2(rows.num_rows)),
         H=num_heads,
         HK=num_key_heads,
         K=key_dim,

@@ -97,7 +97,7 @@ def delta_verify(
         "SPLIT": config.is_split,
         # The interpreter knows no bf16x3, and computes all products in float32.
         "DOT_FORM": "ieee" if is_interpreted() else config.dot_form,
-        "PREFETCH": num_rows <= config.most_prefetched_rows,
+        "MOST_PREFETCHED": config.most_prefetched_rows,
         **dependent,
     }
     verify_keys_kernel[(num_key_heads + num_heads, num_rows)](

@@ -218,7 +218,7 @@ def verify_keys_kernel(
     H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr, P: tl.constexpr,
     PAGE: tl.constexpr, ENTRIES: tl.constexpr, NEW: tl.constexpr, L: tl.constexpr,
     W: tl.constexpr, SPLIT: tl.constexpr, DOT_FORM: tl.constexpr,
-    PREFETCH: tl.constexpr, DEPENDENT: tl.constexpr,
+    MOST_PREFETCHED: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Grid (HK + H, R): the keys' programs, then those that only convolve a head's values.
 
@@ -232,7 +232,7 @@ def verify_keys_kernel(
     row = tl.program_id(1)
     if DEPENDENT:
         start_dependents()
-        if PREFETCH:
+        if tl.num_programs(1) <= MOST_PREFETCHED:
             entries = tl.arange(0, ENTRIES)
             _, ring_slot, length = _begun_early(
                 read_slots, ring_slots, lengths, commit_slots, row, num_slots, PAGE
@@ -289,7 +289,7 @@ def verify_values_kernel(
     H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr, P: tl.constexpr,
     PAGE: tl.constexpr, ENTRIES: tl.constexpr, NEW: tl.constexpr, L: tl.constexpr,
     BLOCK_K: tl.constexpr, STAGES: tl.constexpr, SPLIT: tl.constexpr, DOT_FORM: tl.constexpr,
-    PREFETCH: tl.constexpr, DEPENDENT: tl.constexpr, INTERPRETED: tl.constexpr,
+    MOST_PREFETCHED: tl.constexpr, DEPENDENT: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Grid (H, R). K and V are powers of two, so only entries and lines need masks."""
     head = tl.program_id(0)
@@ -298,7 +298,7 @@ def verify_values_kernel(
     entries = tl.arange(0, ENTRIES)
     if DEPENDENT:
         start_dependents()
-        if PREFETCH:
+        if tl.num_programs(1) <= MOST_PREFETCHED:
             read_slot, ring_slot, length = _begun_early(
                 read_slots, ring_slots, lengths, commit_slots, row, num_slots, PAGE
             )
