@@ -29,8 +29,6 @@ MOST_NEW_TOKENS = 8
 class VerifyConfig:
     """How the programs compute."""
 
-    # Whether the tile of keys and queries meets the state as two bf16 numbers.
-    is_split: bool
     # Rows of the state a program reads at a time; one copy less than stages is in flight.
     block_k: int
     num_stages: int
@@ -43,8 +41,8 @@ class VerifyConfig:
 
 # By the format of the committed state.
 CONFIGS = {
-    torch.bfloat16: VerifyConfig(True, block_k=64, num_stages=2, dot_form="bf16x3"),
-    torch.float32: VerifyConfig(False, block_k=32, num_stages=3, dot_form="tf32x3"),
+    torch.bfloat16: VerifyConfig(block_k=64, num_stages=2, dot_form="bf16x3"),
+    torch.float32: VerifyConfig(block_k=32, num_stages=3, dot_form="tf32x3"),
 }
 
 
@@ -77,7 +75,9 @@ def delta_verify(
     # Behind a fold a row has less than a page in its ring.
     num_entries = max(16, triton.next_power_of_2(memory.page_tokens))
     num_tile_tokens = 4 if num_new_tokens <= 4 else MOST_NEW_TOKENS
-    halves, pair_dtype = ((2,), torch.bfloat16) if config.is_split else ((), torch.float32)
+    # A bf16 state meets keys and queries as two bf16 numbers each.
+    is_split = memory.state_SHKV.dtype is torch.bfloat16
+    halves, pair_dtype = ((2,), torch.bfloat16) if is_split else ((), torch.float32)
     tiles = (num_rows, num_key_heads, *halves, 2 * num_tile_tokens)
     pairs = torch.empty((*tiles, key_dim), dtype=pair_dtype, device=device)
     dots = torch.empty((*tiles[:2], tiles[-1], num_entries + num_tile_tokens), device=device)
@@ -94,7 +94,7 @@ def delta_verify(
         "ENTRIES": num_entries,
         "NEW": num_new_tokens,
         "L": num_tile_tokens,
-        "SPLIT": config.is_split,
+        "SPLIT": is_split,
         # The interpreter knows no bf16x3, and computes all products in float32.
         "DOT_FORM": "ieee" if is_interpreted() else config.dot_form,
         "MOST_PREFETCHED": config.most_prefetched_rows,

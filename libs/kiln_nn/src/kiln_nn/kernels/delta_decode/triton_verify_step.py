@@ -119,7 +119,7 @@ def _columns(inputs, taps, num_new, W: tl.constexpr, NEW: tl.constexpr, L: tl.co
 
 @triton.jit
 def _products(x, y, DOT_FORM: tl.constexpr):
-    """Every line of `x` [M, K] times every line of `y` [N, K], a share of K by each of four warps."""
+    """Every line of `x` [M, K] times every line of `y` [N, K], in shares of K that the warps divide."""
     K: tl.constexpr = x.shape[1]
     SHARES: tl.constexpr = 4 if K >= 64 else 1
     x = tl.permute(tl.reshape(x, (x.shape[0], SHARES, K // SHARES)), (1, 0, 2))
