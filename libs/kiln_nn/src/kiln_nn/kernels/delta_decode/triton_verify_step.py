@@ -6,9 +6,11 @@ takes one value head of one row: the state, the ring's values, then the new toke
 
 The new tokens stand in tiles of 2 L lines, L being 4 or 8: token i as key in line i, as query in line
 L + i. Full pages have been folded before; where that left a row follows from the numbers it had
-(`begun`).
-Nothing that another program of the same launch reads is written.
+(`_begun`). Nothing that another program of the same launch reads is written.
 """
+
+# Tuples of tensors grow while loops are unrolled.
+# mypy: disable-error-code="assignment, misc"
 
 from __future__ import annotations
 
@@ -20,7 +22,7 @@ from kiln_nn.kernels.dependent_launch import prefetch_to_l2, start_dependents, w
 
 
 @triton.jit
-def begun(read_slots, ring_slots, lengths, commit_slots, row, PAGE: tl.constexpr, EARLY: tl.constexpr):
+def _begun(read_slots, ring_slots, lengths, commit_slots, row, PAGE: tl.constexpr, EARLY: tl.constexpr):
     """Read slot, ring slot and length of a row whose full page has been folded, if it had one.
 
     EARLY is before the producers have ended.
@@ -41,7 +43,7 @@ def _begun_early(read_slots, ring_slots, lengths, commit_slots, row, num_slots, 
 
     Where a producer is about to write a row's numbers, the wrong lines come to the cache, and no more.
     """
-    read_slot, ring_slot, length = begun(read_slots, ring_slots, lengths, commit_slots, row, PAGE, True)
+    read_slot, ring_slot, length = _begun(read_slots, ring_slots, lengths, commit_slots, row, PAGE, True)
     read_slot = tl.minimum(tl.maximum(read_slot, 0), num_slots - 1)
     ring_slot = tl.minimum(tl.maximum(ring_slot, 0), num_slots - 1)
     return read_slot, ring_slot, tl.minimum(tl.maximum(length, 0), PAGE)
@@ -140,7 +142,7 @@ def _values_program(
     taps = _taps(conv_weight, channels, W)
     if DEPENDENT:
         wait_for_producers()
-    read_slot, ring_slot, length = begun(read_slots, ring_slots, lengths, commit_slots, row, PAGE, False)
+    read_slot, ring_slot, length = _begun(read_slots, ring_slots, lengths, commit_slots, row, PAGE, False)
     num_new = tl.minimum(tl.load(num_new_tokens + row).to(tl.int32), NEW)
     if ring_slot >= 0:
         inputs = _inputs(
@@ -171,7 +173,7 @@ def _keys_program(
     q_taps = _taps(conv_weight, q_channels, W)
     if DEPENDENT:
         wait_for_producers()
-    read_slot, ring_slot, length = begun(read_slots, ring_slots, lengths, commit_slots, row, PAGE, False)
+    read_slot, ring_slot, length = _begun(read_slots, ring_slots, lengths, commit_slots, row, PAGE, False)
     num_new = tl.minimum(tl.load(num_new_tokens + row).to(tl.int32), NEW)
     if ring_slot >= 0:
         used = entries < length
@@ -306,7 +308,7 @@ def verify_values_kernel(
             early_values = ring_u + (ring_slot * H + head) * (P * V) + entries * V
             prefetch_to_l2(early_values, tl.where(entries < length, V * 4, 0))
         wait_for_producers()
-    read_slot, ring_slot, length = begun(read_slots, ring_slots, lengths, commit_slots, row, PAGE, False)
+    read_slot, ring_slot, length = _begun(read_slots, ring_slots, lengths, commit_slots, row, PAGE, False)
     num_new = tl.minimum(tl.load(num_new_tokens + row).to(tl.int32), NEW)
     line = tl.arange(0, 2 * L)
     new = line % L
@@ -352,9 +354,8 @@ def verify_values_kernel(
     done = tl.where(is_key[:, None], v - acc, acc)
     for j in tl.static_range(NEW):
         u = tl.sum(tl.where((line == j)[:, None], beta[:, None] * done, 0.0), 0)
-        weight = tl.exp(log_decay - tl.sum(tl.where(line == j, log_decay, 0.0), 0)) * tl.load(
-            dot + ENTRIES + j
-        )
+        since = log_decay - tl.sum(tl.where(line == j, log_decay, 0.0), 0)
+        weight = tl.exp(since) * tl.load(dot + ENTRIES + j)
         # A query takes of its own token too.
         taken = tl.where(is_key, tl.where(new > j, -weight, 0.0), tl.where(new >= j, weight, 0.0))
         done += taken[:, None] * u[None, :]
