@@ -41,7 +41,7 @@ from kiln_nn.kernels.linear.triton_hopper_parts import (
     describe,
     rows_fetched,
 )
-from kiln_nn.kernels.quantised import QuantisedMatrix
+from kiln_nn.kernels.quantised import QuantisedMatrix, Rows, round_rows, whole
 
 _MOST_TOKENS_BY_GROUP = 64  # of one tile: sums of a group beside all the sums are what registers hold
 _INPUTS, _WORDS = 128, 16  # of a slot: one group of weights, and its words
@@ -157,6 +157,7 @@ def _linear_kernel(
     x_desc,
     x_rest_desc,
     scales_ptr,
+    token_scales_ptr,
     out_ptr,
     num_tokens,
     num_outputs,
@@ -186,20 +187,25 @@ def _linear_kernel(
     ROWS: gl.constexpr = 64
     COLUMNS: gl.constexpr = box_desc.block_type.shape[1]
     ALL_TILES: gl.constexpr = GROUPS * TILES
-    SLOT_BYTES: gl.constexpr = ALL_TILES * HALVES * OUTPUTS * 64 + (X_BOX + X_REST) * 256
+    ROUNDED: gl.constexpr = x_desc.dtype.primitive_bitwidth == 8
+    LINE_BYTES: gl.constexpr = 128 if ROUNDED else 256  # of a slot's x, a token
+    SLOT_BYTES: gl.constexpr = ALL_TILES * HALVES * OUTPUTS * 64 + (X_BOX + X_REST) * LINE_BYTES
     token = gl.program_id(0) * TOKENS
     split = gl.program_id(1)
     row = gl.program_id(2) * (ALL_TILES * OUTPUTS)
     w_ring = gl.allocate_shared_memory(box_desc.dtype, [STAGES * ALL_TILES, ROWS, COLUMNS], box_desc.layout)
-    x_ring = gl.allocate_shared_memory(gl.bfloat16, [STAGES * 2, TOKENS, X_COLUMNS], x_desc.layout)
+    x_ring = gl.allocate_shared_memory(x_desc.dtype, [STAGES * 2, TOKENS, X_COLUMNS], x_desc.layout)
     # The same bytes as sums: eight rows side by side, other places for every other two tokens.
     across: gl.constexpr = gl.SwizzledSharedLayout(8, 2, 4, [0, 1])
-    sums = x_ring._reinterpret(gl.float32, [STAGES, ROWS, TOKENS], across)
+    sums = x_ring._reinterpret(gl.float32, [STAGES * LINE_BYTES // 256, ROWS, TOKENS], across)
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     kind: gl.constexpr = scales_ptr.dtype.element_ty
     scales = gl.allocate_shared_memory(kind, [ALL_TILES, SCALES, ROWS], plain)
     # The same bytes as columns of one group of inputs each.
     columns = scales._reinterpret(kind, [ALL_TILES * SCALES, ROWS, 1], plain)
+    token_scales = scales  # read by nobody
+    if ROUNDED:
+        token_scales = gl.allocate_shared_memory(gl.float32, [GROUPS, 1, TOKENS], plain)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     done = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
@@ -229,7 +235,20 @@ def _linear_kernel(
         count,
         shows_producers,
     )
-    memory = (w_ring, x_ring, scales, columns, sums, full, empty, done.index(0), scales_ptr, out_ptr)
+    memory = (
+        w_ring,
+        x_ring,
+        scales,
+        columns,
+        token_scales,
+        sums,
+        full,
+        empty,
+        done.index(0),
+        scales_ptr,
+        token_scales_ptr,
+        out_ptr,
+    )
     numbers = (
         row,
         token,
@@ -295,7 +314,7 @@ def constants(
 
 
 def launch(
-    x_TI: torch.Tensor,
+    x: Rows,
     matrix: QuantisedMatrix,
     out: torch.Tensor,
     config: SpecialisedConfig,
@@ -308,7 +327,11 @@ def launch(
 
     The rows of `out` may lie apart, where it has two dimensions. `shows_producers` as in triton_hopper.py.
     """
-    (num_tokens, num_inputs), num_rows = x_TI.shape, matrix.shape[0]
+    (num_tokens, num_inputs), num_rows = x.shape, matrix.shape[0]
+    x_TI, token_scales = whole(x), matrix.scales
+    if config.x_bits == 8:
+        rounded = round_rows(x, "words")
+        x_TI, token_scales = rounded.numbers_TI, rounded.scales_T1
     assert matrix.scheme == "int4"
     num_outputs = num_rows // (2 if is_gated else 1)
     num_blocks = triton.cdiv(num_inputs, _INPUTS)
@@ -325,6 +348,7 @@ def launch(
         describe(x_TI, fixed["X_BOX"]),
         describe(x_TI, fixed["X_REST"] or fixed["X_BOX"]),
         matrix.scales,
+        token_scales,
         out,
         num_tokens,
         num_outputs,

@@ -95,6 +95,15 @@ def transposed_words(words_OW: torch.Tensor) -> torch.Tensor:
     return _words(blocks.transpose(2, 3).flatten(1, 2))
 
 
+def word_order(x_TI: torch.Tensor) -> torch.Tensor:
+    """Inputs, in whole 64, as bytes that a word of four-bit numbers becomes: its even places, then its odd ones.
+
+    Of every 64 a thread `t` of four has words `2 t` and `2 t + 1`, the first for the first 32: byte
+    `32 s + 16 h + 4 t + j` is place `2 j + h` of word `2 t + s`, input `16 j + 8 h + 2 t + s`.
+    """
+    return x_TI.unflatten(1, (-1, 4, 2, 4, 2)).permute(0, 1, 5, 3, 4, 2).flatten(1)
+
+
 def _nibbles(words_OW: torch.Tensor) -> torch.Tensor:
     """The eight stored numbers of each word, `[O, W, 8]`."""
     shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=words_OW.device)
