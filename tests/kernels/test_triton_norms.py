@@ -97,7 +97,8 @@ def test_the_residual_is_added_then_normed(shape, dtype, poisoned):
 @on_triton
 @pytest.mark.parametrize("num_partials", [0, 1, 3])
 @pytest.mark.parametrize(
-    ("shape", "order"), [((1, 2560), "plain"), ((3, 2560), "words"), ((17, 96), "plain"), ((70, 128), "words")]
+    ("shape", "order"),
+    [((1, 2560), "plain"), ((3, 2560), "words"), ((17, 96), "plain"), ((70, 128), "words")],
 )
 def test_rows_are_rounded_as_a_kernel_of_their_own_does(shape, order, num_partials, poisoned):
     """To the bit; in float32 under the interpreter, whose bf16 and E4M3 are not those of a GPU."""

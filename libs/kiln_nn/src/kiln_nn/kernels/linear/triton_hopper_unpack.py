@@ -59,8 +59,6 @@ mov.b32 {$0, $1}, pair;
 )
 
 
-
-
 def _numbers_of_a_word(word: int) -> str:
     """Instructions: of input `word` its even and its odd places as four E4M3 each, times 2^-9.
 

@@ -98,9 +98,7 @@ def add_rms_norm_rounded(
         from kiln_nn.kernels.rms_norm import triton
 
         if triton.takes(weight_D, x_TD, residual_TD):
-            return triton.add_rms_norm_rounded(
-                x_TD, residual_TD, weight_D, eps, offset=offset, order=order
-            )
+            return triton.add_rms_norm_rounded(x_TD, residual_TD, weight_D, eps, offset=offset, order=order)
     normed_TD, total_TD = reference.add_rms_norm(x_TD, residual_TD, weight_D, eps, offset=offset)
     return round_rows(normed_TD, order), total_TD
 
