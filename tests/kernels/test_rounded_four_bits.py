@@ -162,14 +162,11 @@ def test_rows_rounded_before_give_the_same_bits():
 
 
 def test_words_hold_inputs_in_their_order():
-    """Byte `m` of a word has places 2 m and 2 m + 1: what masks make of words is what x lies in."""
+    """Byte `m` of a word has places 2 m and 2 m + 1: what masks make of words is how x lies."""
     numbers = torch.randint(-8, 8, (3, 256), generator=torch.Generator().manual_seed(0))
-    words = pack_int4(numbers).view(3, 4, 4, 2)  # of 64 inputs a thread's two
-    halves = [words & 0x0F0F0F0F, (words >> 4) & 0x0F0F0F0F]
-    quads = [half.contiguous().view(torch.uint8).view(3, 4, 4, 2, 4) for half in halves]
-    # By word, half, thread and byte.
-    lying = torch.stack(quads, dim=4).permute(0, 1, 3, 4, 2, 5).flatten(1).int() - 8
-    assert torch.equal(lying, word_order(numbers).int())
+    words = pack_int4(numbers).view(3, 4, 8)
+    masked = torch.stack([words & 0x0F0F0F0F, (words >> 4) & 0x0F0F0F0F], dim=2)
+    assert torch.equal(masked.view(torch.uint8).flatten(1).int() - 8, word_order(numbers).int())
 
 
 def test_on_a_cpu_rounded_rows_are_read_whole():
@@ -206,7 +203,7 @@ def test_the_kernel_for_hopper_compiles(kind):
 
     for config in CONFIGS[kind]:
         constants = hopper.constants(config, 50, SIZES[kind][1], is_gated=kind is G)
-        tensors = weights_and_x("i32", 16, constants, "fp8e4nv", x_columns=64)
+        tensors = weights_and_x("i32", 16, constants, "fp8e4nv")
         tensors |= {"scales_ptr": "*bf16", "token_scales_ptr": "*fp32", "out_ptr": "*fp32"}
         binary = compile_for_hopper(hopper._linear_kernel, tensors, constants, warps=4)
         planned = config.shared_memory_bytes(SIZES[kind][1])

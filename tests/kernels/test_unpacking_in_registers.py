@@ -124,7 +124,7 @@ def test_four_words_become_the_left_operand_in_e4m3():
         words = [[word & 0xFFFFFFFF for word in row] for row in pack_int4(numbers).tolist()]
         ordered = word_order(numbers)
         for thread in range(4):
-            pair = slice(2 * thread, 2 * thread + 2)
+            pair = slice(thread, None, 4)
             registers = _run_words(unpack.FOUR_BITS_AS_E4M3, 8, *words[0][pair], *words[1][pair])
             for row, step, half in product(range(2), range(2), range(2)):
                 quad = struct.pack("<I", registers[4 * row + 2 * step + half])

@@ -17,11 +17,11 @@ def boxes_of(kind: str, columns: int, **num_rows: int) -> dict[str, str]:
 
 
 def weights_and_x(
-    kind: str, columns: int, constants: Mapping[str, Any], x_kind: str = "bf16", x_columns: int | None = None
+    kind: str, columns: int, constants: Mapping[str, Any], x_kind: str = "bf16"
 ) -> dict[str, str]:
-    """The types of the descriptors that all kernels with a ring have; a line of x has 128 bytes, or is given."""
+    """The types of the descriptors that all kernels with a ring have."""
     box, rest, x_box, x_rest = (constants[name] for name in ("BOX", "REST", "X_BOX", "X_REST"))
-    x_columns = x_columns or 128 * 8 // _BITS[x_kind]
+    x_columns = 128 * 8 // _BITS[x_kind]
     return boxes_of(kind, columns, box_desc=box, rest_desc=rest or box) | boxes_of(
         x_kind, x_columns, x_desc=x_box, x_rest_desc=x_rest or x_box
     )

@@ -14,14 +14,12 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 from kiln_nn.kernels.linear.triton_hopper_parts import barrier
 from kiln_nn.kernels.linear.triton_hopper_unpack import (
     four_bits_as_e4m3,
-    half_places,
     halves_of,
     left_operand,
-    places,
+    word_places,
 )
 
-_PLACES = gl.constexpr(places(64, 4, is_four_bits=True))
-_HALF_PLACES = gl.constexpr(half_places())
+_PLACES, _HALF_PLACES = gl.constexpr(word_places(16)), gl.constexpr(word_places(8))
 _UNIT = gl.constexpr(2.0**9)  # what unpacked weights are small by
 # Tokens of a tile whose sums fit into registers twice, those of one group of inputs in flight beside others.
 _MOST_TOKENS_AT_ONCE = gl.constexpr(64)
@@ -51,7 +49,7 @@ def multiply_rounded(w_ring, x_ring, scales, full, empty, group, count, SCALES: 
     AT_ONCE: gl.constexpr = TOKENS <= _MOST_TOKENS_AT_ONCE
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 32])
     operand: gl.constexpr = gl.DotOperandLayout(0, layout, 4)
-    STAGES: gl.constexpr = x_ring.shape[0] // 2
+    STAGES: gl.constexpr = x_ring.shape[0]
     GROUPS: gl.constexpr = w_ring.shape[0] // STAGES
     first_scales = group * SCALES
     total = gl.zeros([ROWS, TOKENS], gl.float32, layout)
@@ -60,8 +58,8 @@ def multiply_rounded(w_ring, x_ring, scales, full, empty, group, count, SCALES: 
     first = _half(w_ring.index(group), 0)
     for block in range(count):
         slot = block % STAGES
-        x_first = x_ring.index(2 * slot).permute((1, 0))
-        x_last = x_ring.index(2 * slot + 1).permute((1, 0))
+        x_first = x_ring.index(slot).slice(0, 64, dim=1).permute((1, 0))
+        x_last = x_ring.index(slot).slice(64, 64, dim=1).permute((1, 0))
         numbers = left_operand(first, operand)
         running = warpgroup_mma(numbers, x_first, gl.zeros_like(total), use_acc=False, is_async=True)
         if AT_ONCE:

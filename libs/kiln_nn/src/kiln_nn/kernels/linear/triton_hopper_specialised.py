@@ -34,7 +34,6 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from kiln_nn.kernels.linear.config import SpecialisedConfig
 from kiln_nn.kernels.linear.triton_hopper_groups import consume
 from kiln_nn.kernels.linear.triton_hopper_parts import (
-    X_COLUMNS,
     ask_for_tile,
     ask_for_x,
     boxes,
@@ -45,6 +44,7 @@ from kiln_nn.kernels.quantised import QuantisedMatrix, Rows, round_rows, whole
 
 _MOST_TOKENS_BY_GROUP = 64  # of one tile: sums of a group beside all the sums are what registers hold
 _INPUTS, _WORDS = 128, 16  # of a slot: one group of weights, and its words
+_LINE_BITS = 1024  # the widest that is swizzled
 _FIRST, _SECOND, _THIRD = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)
 _FETCHING_REGISTERS = gl.constexpr(24)
 _REGISTERS = {2: 240, 3: 160}  # of a thread that multiplies: what a multiprocessor has
@@ -124,9 +124,10 @@ def _fetch(
         gdc_wait()
         if shows_producers != 0:
             gdc_launch_dependents()
+    LINES: gl.constexpr = x_ring.shape[0] // STAGES  # of a slot's x, a token
     for slot in gl.static_range(STAGES):
         bar = full.index(slot)
-        ask_for_x(x_desc, x_rest_desc, x_ring, bar, slot, token, begin + slot, slot < count, X_REST, 2)
+        ask_for_x(x_desc, x_rest_desc, x_ring, bar, slot, token, begin + slot, slot < count, X_REST, LINES)
     for block in range(STAGES, count):
         place = block % STAGES
         # The slot's round before this one, number block // STAGES - 1.
@@ -147,7 +148,7 @@ def _fetch(
             HALVES,
             TILES,
         )
-        ask_for_x(x_desc, x_rest_desc, x_ring, again, place, token, begin + block, True, X_REST, 2)
+        ask_for_x(x_desc, x_rest_desc, x_ring, again, place, token, begin + block, True, X_REST, LINES)
 
 
 @gluon.jit(do_not_specialize=["num_tokens", "num_blocks", "split_blocks", "shows_producers"])
@@ -188,16 +189,17 @@ def _linear_kernel(
     COLUMNS: gl.constexpr = box_desc.block_type.shape[1]
     ALL_TILES: gl.constexpr = GROUPS * TILES
     ROUNDED: gl.constexpr = x_desc.dtype.primitive_bitwidth == 8
-    LINE_BYTES: gl.constexpr = 128 if ROUNDED else 256  # of a slot's x, a token
-    SLOT_BYTES: gl.constexpr = ALL_TILES * HALVES * OUTPUTS * 64 + (X_BOX + X_REST) * LINE_BYTES
+    X_COLUMNS: gl.constexpr = x_desc.block_type.shape[1]
+    LINES: gl.constexpr = 1 if ROUNDED else 2  # of 128 bytes, of a slot's x, a token
+    SLOT_BYTES: gl.constexpr = ALL_TILES * HALVES * OUTPUTS * 64 + (X_BOX + X_REST) * LINES * 128
     token = gl.program_id(0) * TOKENS
     split = gl.program_id(1)
     row = gl.program_id(2) * (ALL_TILES * OUTPUTS)
     w_ring = gl.allocate_shared_memory(box_desc.dtype, [STAGES * ALL_TILES, ROWS, COLUMNS], box_desc.layout)
-    x_ring = gl.allocate_shared_memory(x_desc.dtype, [STAGES * 2, TOKENS, X_COLUMNS], x_desc.layout)
+    x_ring = gl.allocate_shared_memory(x_desc.dtype, [STAGES * LINES, TOKENS, X_COLUMNS], x_desc.layout)
     # The same bytes as sums: eight rows side by side, other places for every other two tokens.
     across: gl.constexpr = gl.SwizzledSharedLayout(8, 2, 4, [0, 1])
-    sums = x_ring._reinterpret(gl.float32, [STAGES * LINE_BYTES // 256, ROWS, TOKENS], across)
+    sums = x_ring._reinterpret(gl.float32, [STAGES * LINES // 2, ROWS, TOKENS], across)
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     kind: gl.constexpr = scales_ptr.dtype.element_ty
     scales = gl.allocate_shared_memory(kind, [ALL_TILES, SCALES, ROWS], plain)
@@ -328,7 +330,8 @@ def launch(
     The rows of `out` may lie apart, where it has two dimensions. `shows_producers` as in triton_hopper.py.
     """
     (num_tokens, num_inputs), num_rows = x.shape, matrix.shape[0]
-    x_TI, token_scales = whole(x), matrix.scales
+    x_columns = _LINE_BITS // config.x_bits
+    x_TI, token_scales = whole(x), matrix.scales  # these are read in E4M3 alone
     if config.x_bits == 8:
         rounded = round_rows(x, "words")
         x_TI, token_scales = rounded.numbers_TI, rounded.scales_T1
@@ -345,8 +348,8 @@ def launch(
     _linear_kernel[grid](
         describe(matrix.values, fixed["BOX"], _WORDS),
         describe(matrix.values, fixed["REST"] or fixed["BOX"], _WORDS),
-        describe(x_TI, fixed["X_BOX"]),
-        describe(x_TI, fixed["X_REST"] or fixed["X_BOX"]),
+        describe(x_TI, fixed["X_BOX"], x_columns),
+        describe(x_TI, fixed["X_REST"] or fixed["X_BOX"], x_columns),
         matrix.scales,
         token_scales,
         out,

@@ -64,7 +64,8 @@ def _numbers_of_a_word(word: int) -> str:
 
     What is stored is the number plus eight: its distance from eight, and a sign where bit 3 is not set.
     """
-    even, odd, source = 2 * word, 2 * word + 1, 8 + word
+    even = 4 * (word // 2) + word % 2
+    odd, source = even + 2, 8 + word
     return (
         f"and.b32 ${even}, ${source}, 0x0F0F0F0F;\n"
         f"shr.u32 moved, ${source}, 4;\n"
@@ -77,7 +78,8 @@ def _numbers_of_a_word(word: int) -> str:
     )
 
 
-# Two neighbouring words of a row, $8 and $9, and of the row eight below, $10 and $11.
+# Words t and t + 4 of a row, $8 and $9, and of the row eight below, $10 and $11; even places are the first
+# 32 inputs of a product, odd ones the others.
 FOUR_BITS_AS_E4M3 = gl.constexpr(
     "{\n.reg .b32 moved, eights, zero;\nmov.b32 eights, 0x08080808;\nmov.b32 zero, 0;\n"
     + "".join(map(_numbers_of_a_word, range(4)))
@@ -169,7 +171,7 @@ def four_bits_half(words, scale, SCALED: gl.constexpr):
 
 @gluon.jit
 def four_bits_as_e4m3(words):
-    """Of words of 64 inputs, `[64, 8]` in `half_places`, the numbers times 2^-9 in E4M3, four in an int32.
+    """Of words of 64 inputs, `[64, 8]` in `word_places`, the numbers times 2^-9 in E4M3, four in an int32.
 
     They are two tensors of the words' shape, in whose registers `left_operand` finds them: numbers would be
     taken apart where a loop turns round.
@@ -186,11 +188,11 @@ def left_operand(quads, OPERAND: gl.constexpr):
         _AS_NUMBERS, _OUTPUTS_AS_NUMBERS, [quads[0], quads[1]], dtype=_NUMBERS, is_pure=True, pack=4
     )
     # A thread's four words are places in a register now; which register it is, the row (8), the product's
-    # step and its half. Before: row 32 16, 8, 4 2 1; word 4 2, 1; register.
+    # step and its half. Before: row 32 16, 8, 4 2 1; word 4, 2 1; register.
     lower = gl.join(gl.join(q0, q4), gl.join(q2, q6))
     upper = gl.join(gl.join(q1, q5), gl.join(q3, q7))
-    parts = gl.join(lower, upper).reshape([4, 2, 8, 4, 2, 2, 2, 2])
-    numbers = gl.permute(parts, (0, 5, 2, 6, 7, 3, 1, 4)).reshape([64, 64])
+    parts = gl.join(lower, upper).reshape([4, 2, 8, 2, 4, 2, 2, 2])
+    numbers = gl.permute(parts, (0, 5, 2, 6, 7, 4, 1, 3)).reshape([64, 64])
     return gl.convert_layout(numbers, OPERAND, assert_trivial=True)
 
 
@@ -337,3 +339,14 @@ def half_places() -> gl.DistributedLinearLayout:
     """The same of half a tile of four bits and 64 rows, for one warp group."""
     lanes = [[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]]
     return gl.DistributedLinearLayout([[0, 1], [8, 0]], lanes, [[16, 0], [32, 0]], [], [64, 8])
+
+
+@cache
+def word_places(columns: int) -> gl.DistributedLinearLayout:
+    """Which thread of a warp group unpacks which words to E4M3 of a tile of 64 rows, or half of one.
+
+    Thread `t` of the four that have a row words `t` and `t + 4` of every eight.
+    """
+    lanes = [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]]
+    others = [[0, step] for step in (8,) if step < columns]
+    return gl.DistributedLinearLayout([[0, 4], *others, [8, 0]], lanes, [[16, 0], [32, 0]], [], [64, columns])

@@ -96,12 +96,12 @@ def transposed_words(words_OW: torch.Tensor) -> torch.Tensor:
 
 
 def word_order(x_TI: torch.Tensor) -> torch.Tensor:
-    """Inputs, in whole 64, as bytes that a word of four-bit numbers becomes: its even places, then its odd ones.
+    """Inputs, in whole 64, in the order in which masks lay bare the numbers of words as bytes.
 
-    Of every 64 a thread `t` of four has words `2 t` and `2 t + 1`, the first for the first 32: byte
-    `32 s + 16 h + 4 t + j` is place `2 j + h` of word `2 t + s`, input `16 j + 8 h + 2 t + s`.
+    Those of word `w` at even places are inputs `w`, `16 + w`, `32 + w` and `48 + w`, at odd ones `8 + w` and
+    so on: input `16 j + e` becomes number `4 e + j` of 64.
     """
-    return x_TI.unflatten(1, (-1, 4, 2, 4, 2)).permute(0, 1, 5, 3, 4, 2).flatten(1)
+    return x_TI.unflatten(1, (-1, 4, 16)).transpose(2, 3).flatten(1)
 
 
 def _nibbles(words_OW: torch.Tensor) -> torch.Tensor:

@@ -41,12 +41,12 @@ def e4m3_rows(x):
 
 
 @triton.jit
-def places_of_inputs(cols, BY_WORD: tl.constexpr):
-    """Where inputs lie in a rounded row; by word as in `matrix.word_order`."""
+def in_order(numbers, BY_WORD: tl.constexpr):
+    """Rounded rows `[R, I]` as they are to lie, by word as in `matrix.word_order`."""
     if BY_WORD:
-        step_and_half = ((cols & 1) << 5) | ((cols & 8) << 1)
-        return (cols & ~63) | step_and_half | ((cols & 6) << 1) | ((cols >> 4) & 3)
-    return cols
+        inputs = numbers.reshape([numbers.shape[0], numbers.shape[1] // 64, 4, 16])
+        numbers = tl.permute(inputs, (0, 1, 3, 2)).reshape(numbers.shape)
+    return numbers
 
 
 @triton.jit
@@ -100,8 +100,8 @@ def _quantise_rows_kernel(
     is_there = cols < num_inputs
     x = tl.load(x_ptr + rows[:, None] * x_stride + cols, mask=is_there, other=0.0).to(tl.float32)
     numbers, scales = e4m3_rows(x)
-    places = rows[:, None] * num_inputs + places_of_inputs(cols, BY_WORD)
-    tl.store(out_ptr + places, numbers.to(out_ptr.dtype.element_ty), mask=is_there)
+    places = rows[:, None] * num_inputs + cols
+    tl.store(out_ptr + places, in_order(numbers.to(out_ptr.dtype.element_ty), BY_WORD), mask=is_there)
     tl.store(scales_ptr + rows, scales)
 
 

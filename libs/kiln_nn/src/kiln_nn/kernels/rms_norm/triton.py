@@ -27,7 +27,7 @@ from kiln_nn.kernels.dependent_launch import (
     wait_for_producers,
 )
 from kiln_nn.kernels.quantised import FP8, InputOrder, RoundedRows
-from kiln_nn.kernels.quantised.triton import e4m3_rows, places_of_inputs
+from kiln_nn.kernels.quantised.triton import e4m3_rows, in_order
 
 _WIDEST = 16384
 _ELEMENTS_PER_PROGRAM = 2048
@@ -83,8 +83,8 @@ def _norm_kernel(
     tl.store(out_ptr + places, out, mask=mask)
     if ROUNDED:
         numbers, scales = e4m3_rows(out.to(tl.float32))
-        rounded_places = rows[:, None] * WIDTH + places_of_inputs(cols, BY_WORD)[None, :]
-        tl.store(numbers_ptr + rounded_places, numbers.to(numbers_ptr.dtype.element_ty), mask=mask)
+        numbers = in_order(numbers.to(numbers_ptr.dtype.element_ty), BY_WORD)
+        tl.store(numbers_ptr + places, numbers, mask=mask)
         tl.store(scales_ptr + rows, scales, mask=rows < num_rows)
 
 
