@@ -51,7 +51,14 @@ CONFIGS = {
 }
 SIZES = {P: (12288, 2560), G: (18432, 2560), S: (2560, 9216)}
 ODD = {P: (100, 384), G: (100, 384), S: (100, 1152)}
-CASES = [(kind, config, of) for kind in CONFIGS for config in CONFIGS[kind] for of in (ODD, SIZES)]
+# Some of a tile's tokens, all of one, and several programs.
+CASES = [
+    (kind, config, sizes, num_tokens)
+    for kind in CONFIGS
+    for config in CONFIGS[kind]
+    for sizes, counts in ((ODD, (1, 17, 100)), (SIZES, (64, 300)))
+    for num_tokens in counts
+]
 
 
 def _product(x: torch.Tensor, matrix: QuantisedMatrix) -> torch.Tensor:
@@ -81,8 +88,7 @@ def _launch(
 
 
 @on_triton
-@pytest.mark.parametrize("num_tokens", [1, 17, 64, 100, 300])
-@pytest.mark.parametrize(("kind", "config", "sizes"), CASES)
+@pytest.mark.parametrize(("kind", "config", "sizes", "num_tokens"), CASES)
 def test_products(kind, config, sizes, num_tokens):
     _needs_hopper()
     size = sizes[kind]
