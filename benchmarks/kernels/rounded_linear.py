@@ -41,6 +41,7 @@ from quantised_candidates import (
 
 from kiln_nn.kernels.linear import (
     LinearConfig,
+    SpecialisedConfig,
     Weight,
     linear,
     linear_beside,
@@ -133,7 +134,7 @@ def _normed(parts: torch.Tensor, residual: torch.Tensor, order: InputOrder | Non
 def _with_beside(x: Rows, matrix: QuantisedMatrix, beside_BI: torch.Tensor, config: Tiling) -> torch.Tensor:
     """`linear_beside` with this configuration."""
     y = whole(x).new_empty((x.shape[0], matrix.shape[0] + len(beside_BI)))
-    if not isinstance(config, LinearConfig):
+    if isinstance(config, SpecialisedConfig) and x.shape[0] > config.tokens:  # as the engine does it
         linear(x, matrix, out=y[:, : -len(beside_BI)], config=config)
         linear(x, beside_BI, out=y[:, -len(beside_BI) :])
         return y

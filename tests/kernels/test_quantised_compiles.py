@@ -92,7 +92,8 @@ def _compile_specialised(
 
     constants = hopper.constants(config, num_tokens, size[1], is_gated=kind is LinearKind.GATED)
     pointers = {"scales_ptr": scales, "token_scales_ptr": scales, "out_ptr": "*fp32"}
-    tensors = weights_and_x("i32", 16, constants) | pointers
+    beside = boxes_of("bf16", 64, beside_desc=64, whole_x_desc=16)
+    tensors = weights_and_x("i32", 16, constants) | beside | pointers
     return compile_for_hopper(hopper._linear_kernel, tensors, constants, warps=4)
 
 

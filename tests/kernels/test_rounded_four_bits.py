@@ -20,7 +20,7 @@ from kiln_nn.kernels.linear import (
 from kiln_nn.kernels.linear.config import LinearKind
 from kiln_nn.kernels.quantised import QuantisedMatrix, Rows, quantise_rtn, round_rows, whole
 from kiln_nn.kernels.quantised.matrix import pack_int4, word_order
-from tests.support.hopper_compiler import compile_for_hopper, weights_and_x
+from tests.support.hopper_compiler import boxes_of, compile_for_hopper, weights_and_x
 from tests.support.quantised_linears import draw, drawn_matrix, poisoned
 from tests.support.triton_kernels import (
     SHARED_MEMORY_LIMIT,
@@ -141,6 +141,22 @@ def test_rows_that_lie_apart(config):
 
 
 @on_triton
+@pytest.mark.parametrize("num_beside", [32, 96])
+@pytest.mark.parametrize("num_tokens", [3, 64, 300])
+def test_whole_rows_beside(num_tokens, num_beside):
+    _needs_hopper()
+    size = (1024, 2560)
+    x, matrix, beside = draw(num_tokens, size[1]), drawn_matrix("int4", *size), draw(96, size[1], seed=2)
+    beside = beside[:num_beside]
+    for config in CONFIGS[P]:
+        out = poisoned(num_tokens, size[0] + num_beside, dtype=torch.bfloat16)
+        quantised.launch(round_rows(x, "words"), matrix, out, config, P, beside_BI=beside)
+        # From x before it was rounded.
+        assert relative_error(out[:, size[0] :], x.double() @ beside.double().t()) < BF16_TOLERANCE
+        assert relative_error(out[:, : size[0]], _product(x, matrix)) < BF16_TOLERANCE
+
+
+@on_triton
 @pytest.mark.parametrize("kind", list(LinearKind))
 def test_a_row_does_not_depend_on_its_batch(kind):
     _needs_hopper()
@@ -208,8 +224,12 @@ def test_the_kernel_for_hopper_compiles(kind):
     from kiln_nn.kernels.linear import triton_hopper_specialised as hopper
 
     for config in CONFIGS[kind]:
-        constants = hopper.constants(config, 50, SIZES[kind][1], is_gated=kind is G)
-        tensors = weights_and_x("i32", 16, constants, "fp8e4nv")
+        num_beside = 64 if kind is P else 0
+        constants = hopper.constants(config, 50, SIZES[kind][1], num_beside, is_gated=kind is G)
+        tensors = {
+            **weights_and_x("i32", 16, constants, "fp8e4nv"),
+            **boxes_of("bf16", 64, beside_desc=64, whole_x_desc=min(16, config.tokens)),
+        }
         tensors |= {"scales_ptr": "*bf16", "token_scales_ptr": "*fp32", "out_ptr": "*fp32"}
         binary = compile_for_hopper(hopper._linear_kernel, tensors, constants, warps=4)
         planned = config.shared_memory_bytes(SIZES[kind][1])
@@ -219,4 +239,6 @@ def test_the_kernel_for_hopper_compiles(kind):
         # Weights go from memory to the registers of products; a warp only asks for its own number.
         shuffles = [line for line in ptx.splitlines() if "shfl" in line]
         assert all(line.endswith(", 0, 31, -1;") for line in shuffles)
-        assert ptx.count("griddepcontrol.launch_dependents") == 2
+        assert ("k16.f32.bf16.bf16" in ptx) == (num_beside > 0)
+        # Dependents start behind the wait, or before it, in programs of either kind.
+        assert ptx.count("griddepcontrol.launch_dependents") == (4 if num_beside else 2)

@@ -105,13 +105,17 @@ class SpecialisedConfig:
         """Each group leaves its sums where x has been, 64 rows of 4 bytes a token."""
         return self.groups * 16 // self.x_bits
 
+    @property
+    def ring_bytes(self) -> int:
+        """What the slots take, each of 64 bytes a row of weights and 128 inputs of every token."""
+        return self.stages * (self.groups * self.tiles * 64 * 64 + 16 * self.x_bits * self.tokens)
+
     def shared_memory_bytes(self, num_inputs: int, scale_bytes: int = 2) -> int:
         """What a program takes: the ring, the scales of all its groups of inputs, and barriers."""
-        num_scales = -(-(num_inputs // 128) // self.splits)
-        row_bytes = 64 * self.stages + scale_bytes * max(16, 1 << (num_scales - 1).bit_length())
-        x_bytes = self.stages * self.tokens * 16 * self.x_bits
-        token_bytes = 4 * self.groups * self.tokens if self.x_bits == 8 else 0
-        return self.groups * self.tiles * 64 * row_bytes + x_bytes + token_bytes + 1024
+        num_scales = max(16, 1 << (-(-(num_inputs // 128) // self.splits) - 1).bit_length())
+        scales = scale_bytes * num_scales * self.groups * self.tiles * 64
+        token_scales = 4 * self.groups * self.tokens if self.x_bits == 8 else 0
+        return self.ring_bytes + scales + token_scales + 1024
 
     def fit(self, num_inputs: int, scale_bytes: int, limit: int) -> SpecialisedConfig:
         """The same with as many stages as a program's shared memory holds.

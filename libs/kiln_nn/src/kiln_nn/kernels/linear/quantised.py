@@ -105,10 +105,10 @@ def linear_beside(
 
 def _takes_beside(x_TI: torch.Tensor, beside_BI: torch.Tensor, tiling: Tiling) -> bool:
     """Whether Hopper's kernel of this tiling can compute bf16 rows beside the others."""
-    if isinstance(tiling, SpecialisedConfig):
-        return False
     from kiln_nn.kernels.linear.triton_hopper_beside import MOST_TOKENS_BESIDE, takes_beside
 
+    if isinstance(tiling, SpecialisedConfig) and x_TI.shape[0] > tiling.tokens:
+        return False  # with several tiles of tokens no multiprocessor is left for rows beside
     by_rows = isinstance(tiling, RegisterConfig) or (
         isinstance(tiling, LinearConfig) and tiling.x_bits == 16 and x_TI.shape[0] <= MOST_TOKENS_BESIDE
     )
@@ -226,8 +226,7 @@ def launch(
 ) -> None:
     """Fill `out` by the own kernel of this device; only partial sums use the configuration's splits.
 
-    Hopper's kernels also take rows `beside_BI`, unless by a `SpecialisedConfig`; they alone take one of
-    those or a `RegisterConfig`.
+    Hopper's kernels also take rows `beside_BI`; they alone take a `SpecialisedConfig` or a `RegisterConfig`.
 
     Raises:
         ValueError: the configuration's tiles have too many rows of weights, or do not fit this GPU.
@@ -248,7 +247,7 @@ def launch(
         from kiln_nn.kernels.linear import triton_hopper_specialised
 
         fitting = config.fit(matrix.shape[1], matrix.scales.element_size(), shared_memory_bytes)
-        triton_hopper_specialised.launch(x, matrix, out, fitting, **options)
+        triton_hopper_specialised.launch(x, matrix, out, fitting, beside_BI=beside_BI, **options)
         return
     limit = ring_limit(matrix, shared_memory_bytes)
     tiling = fit(config, kind, limit, WEIGHT_BITS[matrix.scheme])
