@@ -21,8 +21,6 @@ from kiln_nn.kernels.linear.triton_hopper_unpack import (
 
 _PLACES, _HALF_PLACES = gl.constexpr(word_places(16)), gl.constexpr(word_places(8))
 _UNIT = gl.constexpr(2.0**9)  # what unpacked weights are small by
-# Tokens of a tile whose sums fit into registers twice, those of one group of inputs in flight beside others.
-_MOST_TOKENS_AT_ONCE = gl.constexpr(64)
 
 
 @gluon.jit
@@ -33,27 +31,20 @@ def _half(tile, HALF: gl.constexpr):
 
 
 @gluon.jit
-def _scaled(sums, scales):
-    """Sums of a group of inputs times its scales, one a row: `[64, 1]` in shared memory."""
-    return sums * scales.load(sums.type.layout).to(gl.float32)
-
-
-@gluon.jit
 def multiply_rounded(w_ring, x_ring, scales, full, empty, group, count, SCALES: gl.constexpr):
     """A warp group's sums over `count` blocks of inputs, `[64, TOKENS]`, times the weights' scales.
 
-    Those of a block are scaled while the next one is multiplied, or before, where registers hold no more.
+    Those of a block are scaled before the next one is multiplied: two blocks' sums would move from register
+    to register where the loop turns round, and other groups multiply meanwhile.
     """
     ROWS: gl.constexpr = w_ring.shape[1]
     TOKENS: gl.constexpr = x_ring.shape[1]
-    AT_ONCE: gl.constexpr = TOKENS <= _MOST_TOKENS_AT_ONCE
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 32])
     operand: gl.constexpr = gl.DotOperandLayout(0, layout, 4)
     STAGES: gl.constexpr = x_ring.shape[0]
     GROUPS: gl.constexpr = w_ring.shape[0] // STAGES
     first_scales = group * SCALES
     total = gl.zeros([ROWS, TOKENS], gl.float32, layout)
-    sums = total
     mbarrier.wait(full.index(0), 0, pred=count > 0)
     first = _half(w_ring.index(group), 0)
     for block in range(count):
@@ -62,8 +53,6 @@ def multiply_rounded(w_ring, x_ring, scales, full, empty, group, count, SCALES: 
         x_last = x_ring.index(slot).slice(64, 64, dim=1).permute((1, 0))
         numbers = left_operand(first, operand)
         running = warpgroup_mma(numbers, x_first, gl.zeros_like(total), use_acc=False, is_async=True)
-        if AT_ONCE:
-            total += _scaled(sums, scales.index(first_scales + gl.maximum(block - 1, 0)))
         # All warps of the group have waited for the products with the slot before.
         barrier()
         mbarrier.arrive(empty.index((block + STAGES - 1) % STAGES), count=1, pred=block > 0)
@@ -79,8 +68,5 @@ def multiply_rounded(w_ring, x_ring, scales, full, empty, group, count, SCALES: 
         # Passed at once, but the compiler does not move the unpacking behind it and the products' wait.
         mbarrier.wait(next_bar, next_phase)
         sums = warpgroup_mma_wait(0, deps=[running])
-        if not AT_ONCE:
-            total += _scaled(sums, scales.index(first_scales + block))
-    if AT_ONCE:
-        total += _scaled(sums, scales.index(first_scales + gl.maximum(count - 1, 0)))
+        total += sums * scales.index(first_scales + block).load(layout).to(gl.float32)
     return total * _UNIT
