@@ -217,7 +217,7 @@ class Bench:
             run = partial(_own, kind, given, config=config)
             took[config] = time_it(f"{config}", run, self.matrices, rounded, is_kept=False)
         order = sorted(took, key=lambda config: took[config])
-        for config in order[:3]:
+        for config in order[:6]:
             print(f"  {self.layer.name} {num_rows} rows {took[config]:.2f} us: {config}", flush=True)
         best = self.best[num_rows] = order[0]
         runs: list[tuple[str, Rows, Tiling]] = [("rounded x", x, best), ("x given", given, best)]
