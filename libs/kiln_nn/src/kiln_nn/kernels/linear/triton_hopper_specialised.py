@@ -1,17 +1,19 @@
 """Linear layers over four-bit weights of many tokens on Hopper: one warp fetches, the others multiply.
 
-One warp asks the memory accelerator for slot after slot of a ring, as triton_hopper_quantised.py does for
-fewer tokens. Two or three warp groups (triton_hopper_groups.py) unpack weights of their own and share x,
-which bounds tiles of many tokens: it comes from the L2 cache as often as there are programs of outputs. They
-wait for nobody but the fetching warp, so that the tensor cores multiply while registers are unpacked.
+One warp (triton_hopper_fetching.py) asks the memory accelerator for slot after slot of a ring, as
+triton_hopper_quantised.py does for fewer tokens. Two or three warp groups unpack weights of their own and
+share x, which bounds tiles of many tokens: it comes from the L2 cache as often as there are programs of
+outputs. They wait for nobody but the fetching warp, so that tensor cores multiply while registers are unpacked.
 
-Sums over a group of 128 inputs are scaled in float32, in tiles of more than 64 tokens, or several, the
-weights in bf16.
+Over bf16 x (triton_hopper_groups.py) sums over a group of 128 inputs are scaled in float32, in tiles of
+more than 64 tokens, or several, the weights in bf16. Over x in E4M3 (triton_hopper_groups_rounded.py) weights
+become E4M3, which costs half the instructions, and half the bytes of x; tensor cores are twice as fast.
+x is rounded, its inputs in the order of words, by who made it, or else in front of the product.
+A few rows that stay bf16 can be computed beside (triton_hopper_beside.py), from x as it was before.
 
-Takes bf16 x and four-bit matrices of any number of outputs whose rows are 16-byte aligned (inputs in
-whole groups of 128) on compute capability 9.0. Sums are float32 and rounded once; every element is
-summed in one order, given by the configuration alone. Partial sums always stay apart; the other
-forms do not split inputs.
+Takes four-bit matrices of any number of outputs whose rows are 16-byte aligned (inputs in whole groups of
+128) on compute capability 9.0. Sums are float32 and rounded once; every element is summed in one order,
+given by the configuration alone. Partial sums always stay apart; the other forms do not split inputs.
 
 Measured on an H200 beside bf16, us a layer at 64, 128 and 256 tokens: [12288, 2560] 14.4, 17.3, 23.8
 (17.7, 19.5, 24.3); gated [18432, 2560] 19.3, 23.5, 44.4 (27.8, 30.4, 38.0); partial sums of [2560, 9216]
