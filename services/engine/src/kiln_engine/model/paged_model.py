@@ -168,16 +168,20 @@ class PagedModel:
 
     def _norm(self, x_TD: torch.Tensor, name: str, reader: str | None, linears: Linears) -> Rows:
         """Normed rows, rounded too where the linear layer that reads them wants them so."""
-        is_rounded = reader is not None and linears.reads_rounded(reader, x_TD)
-        norm = rms_norm_rounded if is_rounded else rms_norm
-        return norm(x_TD, self.weights[name], self.config.rms_norm_eps, offset=1.0)
+        order = None if reader is None else linears.reads_rounded(reader, x_TD)
+        args = (x_TD, self.weights[name], self.config.rms_norm_eps)
+        if order is None:
+            return rms_norm(*args, offset=1.0)
+        return rms_norm_rounded(*args, offset=1.0, order=order)
 
     def _add_norm(
         self, x_TD: torch.Tensor, residual_TD: torch.Tensor, name: str, reader: str | None, linears: Linears
     ) -> tuple[Rows, torch.Tensor]:
-        is_rounded = reader is not None and linears.reads_rounded(reader, residual_TD)
-        norm = add_rms_norm_rounded if is_rounded else add_rms_norm
-        return norm(x_TD, residual_TD, self.weights[name], self.config.rms_norm_eps, offset=1.0)
+        order = None if reader is None else linears.reads_rounded(reader, residual_TD)
+        args = (x_TD, residual_TD, self.weights[name], self.config.rms_norm_eps)
+        if order is None:
+            return add_rms_norm(*args, offset=1.0)
+        return add_rms_norm_rounded(*args, offset=1.0, order=order)
 
     def _attention(
         self, prefix: str, kv_layer: int, x: Rows, layout: StepLayout, linears: Linears
