@@ -139,6 +139,7 @@ class PagedModel:
 
     def hidden_states(self, layout: StepLayout, linears: Linears) -> torch.Tensor:
         """`forward` without the head: every token's hidden state after the final norm, `[T, D]`."""
+        # This starts no dependents: what lay in memory before it may be read early by all that follow.
         residual = embed(self.weights, layout.token_ids_T)
         first = "model.layers.0.input_layernorm.weight"
         x = self._norm(residual, first, self._mixer_inputs[0], linears)
@@ -239,7 +240,15 @@ class PagedModel:
             rows = (part[:num_rows] for part in (mixed, a, b, z))
             delta = layout.decode.delta
             outputs.append(
-                delta_decode(slots, delta, own, *rows, commits=False, is_batch_invariant=is_invariant)
+                delta_decode(
+                    slots,
+                    delta,
+                    own,
+                    *rows,
+                    commits=False,
+                    is_batch_invariant=is_invariant,
+                    reads_early=True,
+                )
             )
         if layout.verify is not None:
             verify = layout.verify
