@@ -147,6 +147,7 @@ class PagedModel:
         """`forward` without the head: every token's hidden state after the final norm, `[T, D]`."""
         if layout.verify is not None:
             delta_fold(self.states.all_layers, layout.verify.delta)
+        # This starts no dependents: what lay in memory before it may be read early by all that follow.
         residual = embed(self.weights, layout.token_ids_T)
         first = "model.layers.0.input_layernorm.weight"
         x = self._norm(residual, first, self._mixer_inputs[0], linears)
@@ -252,7 +253,15 @@ class PagedModel:
             rows = (part[:num_rows] for part in (mixed, a, b, z))
             delta = layout.decode.delta
             outputs.append(
-                delta_decode(slots, delta, own, *rows, commits=False, is_batch_invariant=is_invariant)
+                delta_decode(
+                    slots,
+                    delta,
+                    own,
+                    *rows,
+                    commits=False,
+                    is_batch_invariant=is_invariant,
+                    reads_early=True,
+                )
             )
         if layout.verify is not None:
             verify = layout.verify
