@@ -2,7 +2,7 @@
 
     python benchmarks/kernels/delta_decode.py [--tune]
 
-A figure is a whole step: every layer's two launches, and one that commits the full pages of all.
+A figure is a whole step: every layer's launches, one or two, and one that commits the full pages of all.
 "mixed": the rows stand at all places of their pages, one in sixteen commits. "together": the rows
 began together, the mean over the sixteen steps of a page. "page full": the last of those
 alone, in which every row commits; no median of a run shows it. "2 lines", "4 lines": so many new tokens
@@ -46,12 +46,18 @@ BATCHES = (1, 16, 64, 256)
 CHECKED_ROWS, CHECKED_TOKENS = 4, 200
 TUNE = {
     torch.bfloat16: [
+        StepConfig(True, 64, 3, num_key_warps=2),
+        StepConfig(True, 64, 3, num_key_warps=2, most_rows_at_once=64),
         StepConfig(True, 64, 2, num_key_warps=2, max_registers=72, is_dependent=False),
         StepConfig(True, 32, 3, num_key_warps=2, max_registers=64),
         StepConfig(True, 128, 1, num_key_warps=2),
         StepConfig(True, 64, 3, num_key_warps=4),
     ],
-    torch.float32: [StepConfig(False, 16, 4, num_key_warps=2), StepConfig(False, 8, 6, num_warps=2)],
+    torch.float32: [
+        StepConfig(False, 8, 6, num_warps=1, num_key_warps=2, most_rows_at_once=64),
+        StepConfig(False, 16, 4, num_key_warps=2),
+        StepConfig(False, 8, 6, num_warps=2),
+    ],
 }
 
 _VERIFY = VERIFY_CONFIGS[torch.bfloat16]
@@ -169,7 +175,7 @@ class Inputs:
         """One token for rows that stand at `places` of their pages."""
         slots = (torch.arange(num_rows) + turn * num_rows) % NUM_SLOTS
         rows, tokens = _rows(slots, places % PAGE_TOKENS), _tokens(num_rows)
-        one = partial(delta_decode, config=config, commits=False)
+        one = partial(delta_decode, config=config, commits=False, reads_early=True)
 
         def run() -> None:
             for index, weights in enumerate(self.weights):

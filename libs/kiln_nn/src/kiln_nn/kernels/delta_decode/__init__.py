@@ -44,6 +44,7 @@ def delta_decode(
     *,
     commits: bool = True,
     is_batch_invariant: bool = False,
+    reads_early: bool = False,
 ) -> torch.Tensor:
     """Advance every row by one token and write what it leaves behind into `memory`.
 
@@ -57,6 +58,10 @@ def delta_decode(
     Without `commits` nothing is committed yet: `delta_commit` does it for all layers, once their
     steps are done and before the rows' next step. That is faster on a GPU. Batch-invariant kernels
     are the same for any number of rows; the reference ignores that.
+
+    With `reads_early` a kernel may read `rows` and what they remember before the one launched just before
+    has ended: since all of it was written, a kernel that starts no dependents has been launched
+    (`dependent_launch.py`).
 
     Returns: `[R, H, V]` in the format of `z`, ready for the output projection.
 
@@ -75,7 +80,9 @@ def delta_decode(
         if triton.supports(memory, weights, mixed_RC, a_RH, b_RH, z_RHV):
             config = triton.invariant_config(memory.state_SHKV.dtype) if is_batch_invariant else None
             inputs = (mixed_RC, a_RH, b_RH, z_RHV)
-            return triton.delta_decode(memory, rows, weights, *inputs, config, commits=commits)
+            return triton.delta_decode(
+                memory, rows, weights, *inputs, config, commits=commits, reads_early=reads_early
+            )
     return delta_decode_reference(memory, rows, weights, mixed_RC, a_RH, b_RH, z_RHV, commits=commits)
 
 
