@@ -1,8 +1,9 @@
 """The warp groups of triton_hopper_specialised.py over x in E4M3: four-bit weights become E4M3 in registers.
 
-As in triton_hopper_groups.py a group unpacks the half of its tile that comes next while the one before is
-multiplied. Tensor cores add up E4M3 products in fewer bits than float32 has, and every group of 128 inputs
-has scales of its own: its sums leave the tensor cores and are added up in float32.
+Tensor cores add up E4M3 products in fewer bits than float32 has, and every group of 128 inputs has scales of
+its own: its sums leave the tensor cores and are added up in float32. Warp groups would do that at the same
+time, for they share the tensor cores instruction by instruction: so they take turns, block by block, and one
+scales and unpacks while others multiply.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from kiln_nn.kernels.linear.triton_hopper_unpack import (
 
 _PLACES, _HALF_PLACES = gl.constexpr(word_places(16)), gl.constexpr(word_places(8))
 _UNIT = gl.constexpr(2.0**9)  # what unpacked weights are small by
+_MOST_TOKENS_AHEAD = gl.constexpr(64)  # of a tile: its sums leave registers for two blocks of weights
 
 
 @gluon.jit
@@ -31,42 +33,66 @@ def _half(tile, HALF: gl.constexpr):
 
 
 @gluon.jit
-def multiply_rounded(w_ring, x_ring, scales, full, empty, group, count, SCALES: gl.constexpr):
+def _wait_for_turn(turns, block, GROUP: gl.constexpr):
+    """The first group goes ahead once, then each follows another: the last one's turn ends a block."""
+    if GROUP == 0:
+        mbarrier.wait(turns.index(0), (block - 1) & 1, pred=block > 0)
+    else:
+        mbarrier.wait(turns.index(GROUP), block & 1)
+
+
+@gluon.jit
+def multiply_rounded(
+    w_ring, x_ring, scales, full, empty, turns, count, GROUP: gl.constexpr, SCALES: gl.constexpr
+):
     """A warp group's sums over `count` blocks of inputs, `[64, TOKENS]`, times the weights' scales.
 
-    Those of a block are scaled before the next one is multiplied: two blocks' sums would move from register
-    to register where the loop turns round, and other groups multiply meanwhile.
+    In tiles of few tokens the next block is unpacked while this one is multiplied, by registers of its own;
+    no product is in flight where the loop turns round: the compiler would put a wait behind each.
     """
     ROWS: gl.constexpr = w_ring.shape[1]
     TOKENS: gl.constexpr = x_ring.shape[1]
+    AHEAD: gl.constexpr = TOKENS <= _MOST_TOKENS_AHEAD
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 32])
     operand: gl.constexpr = gl.DotOperandLayout(0, layout, 4)
     STAGES: gl.constexpr = x_ring.shape[0]
     GROUPS: gl.constexpr = w_ring.shape[0] // STAGES
-    first_scales = group * SCALES
+    first_scales = GROUP * SCALES
     total = gl.zeros([ROWS, TOKENS], gl.float32, layout)
-    mbarrier.wait(full.index(0), 0, pred=count > 0)
-    first = _half(w_ring.index(group), 0)
+    following = turns.index((GROUP + 1) % GROUPS)
+    if AHEAD:
+        mbarrier.wait(full.index(0), 0, pred=count > 0)
+        first = _half(w_ring.index(GROUP), 0)
+        last = _half(w_ring.index(GROUP), 1)
     for block in range(count):
         slot = block % STAGES
+        if not AHEAD:
+            mbarrier.wait(full.index(slot), (block // STAGES) & 1)
+            first = _half(w_ring.index(slot * GROUPS + GROUP), 0)
+            last = _half(w_ring.index(slot * GROUPS + GROUP), 1)
         x_first = x_ring.index(slot).slice(0, 64, dim=1).permute((1, 0))
         x_last = x_ring.index(slot).slice(64, 64, dim=1).permute((1, 0))
-        numbers = left_operand(first, operand)
-        running = warpgroup_mma(numbers, x_first, gl.zeros_like(total), use_acc=False, is_async=True)
-        # All warps of the group have waited for the products with the slot before.
-        barrier()
-        mbarrier.arrive(empty.index((block + STAGES - 1) % STAGES), count=1, pred=block > 0)
-        last = _half(w_ring.index(slot * GROUPS + group), 1)
-        running = warpgroup_mma(left_operand(last, operand), x_last, running, is_async=True)
-        # The first half has been multiplied: its registers are free.
-        running = warpgroup_mma_wait(1, deps=[running])
-        following = gl.minimum(block + 1, count - 1)
-        next_slot = following % STAGES
-        next_bar, next_phase = full.index(next_slot), (following // STAGES) & 1
-        mbarrier.wait(next_bar, next_phase)
-        first = _half(w_ring.index(next_slot * GROUPS + group), 0)
-        # Passed at once, but the compiler does not move the unpacking behind it and the products' wait.
-        mbarrier.wait(next_bar, next_phase)
+        first_numbers = left_operand(first, operand)
+        last_numbers = left_operand(last, operand)
+        _wait_for_turn(turns, block, GROUP)
+        running = warpgroup_mma(first_numbers, x_first, gl.zeros_like(total), use_acc=False, is_async=True)
+        running = warpgroup_mma(last_numbers, x_last, running, is_async=True)
+        if AHEAD:
+            mbarrier.arrive(following, count=1)
+            next_block = gl.minimum(block + 1, count - 1)
+            next_slot = next_block % STAGES
+            next_bar, next_phase = full.index(next_slot), (next_block // STAGES) & 1
+            mbarrier.wait(next_bar, next_phase)
+            first = _half(w_ring.index(next_slot * GROUPS + GROUP), 0)
+            last = _half(w_ring.index(next_slot * GROUPS + GROUP), 1)
+            # Passed at once, but the compiler does not move the unpacking behind it and the products' wait.
+            mbarrier.wait(next_bar, next_phase)
+        else:
+            # The next group's products begin while half of these are still to come.
+            running = warpgroup_mma_wait(1, deps=[running])
+            mbarrier.arrive(following, count=1)
         sums = warpgroup_mma_wait(0, deps=[running])
+        barrier()  # all warps of the group are done with the slot
+        mbarrier.arrive(empty.index(slot), count=1)
         total += sums * scales.index(first_scales + block).load(layout).to(gl.float32)
     return total * _UNIT

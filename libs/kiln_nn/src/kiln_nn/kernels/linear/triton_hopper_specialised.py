@@ -108,10 +108,13 @@ def _program(
         token_scales = gl.allocate_shared_memory(gl.float32, [GROUPS, 1, TOKENS], plain)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    turns = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], mbarrier.MBarrierLayout())
     done = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
     for slot in gl.static_range(STAGES):
         mbarrier.init(full.index(slot), count=1)
         mbarrier.init(empty.index(slot), count=GROUPS)
+    for group in gl.static_range(GROUPS):
+        mbarrier.init(turns.index(group), count=1)
     mbarrier.init(done.index(0), count=GROUPS)
     fence_async_shared()
     begin = split * split_blocks
@@ -144,6 +147,7 @@ def _program(
         sums,
         full,
         empty,
+        turns,
         done.index(0),
         scales_ptr,
         token_scales_ptr,
