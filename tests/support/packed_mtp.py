@@ -14,6 +14,7 @@ from kiln_nn.config import ModelConfig
 from kiln_nn.lora.parameters import LoraParameters
 from kiln_nn.packed_model import MtpInput, PackedHidden, PackedModel
 from tests.support.tiny_models import read_tensors
+from tests.support.variants import on_the_schemes_numbers
 
 
 class PackedMtp:
@@ -27,7 +28,9 @@ class PackedMtp:
         adapters: Sequence[tuple[LoraParameters, float]] = (),
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        weights = {name: tensor.double() for name, tensor in read_tensors(folder).items()}
+        # Of a trained checkpoint too it has the weights that a quantised engine has.
+        held = on_the_schemes_numbers({name: tensor.float() for name, tensor in read_tensors(folder).items()})
+        weights = {name: tensor.double() for name, tensor in held.items()}
         for lora, scale in adapters:
             for path, (a, b) in lora.tensors().items():
                 weights[f"{path}.weight"] += scale * lora.spec.scaling * b.double() @ a.double()

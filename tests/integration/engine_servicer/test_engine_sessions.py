@@ -95,6 +95,8 @@ async def test_closing_the_iterator_aborts_the_request(engine):
     async with contextlib.aclosing(client.generate(generate_request(max_tokens=200))) as outputs:
         async for _ in outputs:
             break
+        # Or the loop, still on its way there, might see the abort before the request after it.
+        assert await asyncio.to_thread(running.runner.wait_until_held, 10)
     # The abort travels before this one does.
     after = asyncio.create_task(collect(client, generate_request("after", max_tokens=1)))
     await until(lambda: running.intake.num_live == 2, "the request after it")
