@@ -335,10 +335,11 @@ def test_a_catalogue_of_schema_1_gets_its_missing_columns(tmp_path):
     engine.dispose()
 
 
-@pytest.mark.parametrize("url", ["nonsense", "mysql+no_such_driver://h/d"])
+@pytest.mark.parametrize("url", ["nonsense", "mysql+no_such_driver://h/d", "postgresql://u:p@h:secret/d"])
 def test_a_database_that_cannot_be_opened_is_an_error_of_our_own(tmp_path, url):
-    with pytest.raises(DatabaseUrlUnusable, match="database cannot be opened"):
+    with pytest.raises(DatabaseUrlUnusable, match="database cannot be opened") as refused:
         open_engine(url, tmp_path)
+    assert "secret" not in str(refused.value)
 
 
 def test_a_newer_catalogue_is_left_alone(tmp_path):

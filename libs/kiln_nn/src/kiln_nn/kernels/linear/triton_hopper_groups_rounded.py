@@ -58,6 +58,13 @@ def _begin(halves, x_ring, turns, block, total, GROUP: gl.constexpr, STAGES: gl.
 
 
 @gluon.jit
+def _pass_on(next_turn):
+    """Give the turn to the next group, once all warps have seen that it is theirs: a turn later it looks as before."""
+    barrier()
+    mbarrier.arrive(next_turn, count=1)
+
+
+@gluon.jit
 def _end(running, scales, empty, block, group_scales, total, STAGES: gl.constexpr):
     """The sums and those of one more block."""
     sums = warpgroup_mma_wait(0, deps=[running])
@@ -88,11 +95,11 @@ def multiply_rounded(
             block = 2 * pair
             halves = _unpack(w_ring, full, block, GROUP, STAGES)
             running = _begin(halves, x_ring, turns, block, total, GROUP, STAGES)
-            mbarrier.arrive(next_turn, count=1)
+            _pass_on(next_turn)
             halves = _unpack(w_ring, full, block + 1, GROUP, STAGES)
             total = _end(running, scales, empty, block, own_scales + block, total, STAGES)
             running = _begin(halves, x_ring, turns, block + 1, total, GROUP, STAGES)
-            mbarrier.arrive(next_turn, count=1)
+            _pass_on(next_turn)
             total = _end(running, scales, empty, block + 1, own_scales + block + 1, total, STAGES)
     rest = count // 2 * 2 if TOKENS <= _MOST_TOKENS_IN_PAIRS else 0
     for block in range(rest, count):
@@ -100,6 +107,6 @@ def multiply_rounded(
         running = _begin(halves, x_ring, turns, block, total, GROUP, STAGES)
         # The next group's products begin while half of these are still to come.
         running = warpgroup_mma_wait(1, deps=[running])
-        mbarrier.arrive(next_turn, count=1)
+        _pass_on(next_turn)
         total = _end(running, scales, empty, block, own_scales + block, total, STAGES)
     return total * _UNIT
