@@ -202,7 +202,9 @@ def open_engine(database_url: str, state_dir: Path) -> Engine:
     except (ArgumentError, ImportError) as error:
         raise DatabaseUrlUnusable(f"the catalogue's database cannot be opened: {error}") from error
     except ValueError:  # it shows what stands there, which may be a part of a password
-        raise DatabaseUrlUnusable("the catalogue's database cannot be opened: its port is no number") from None
+        raise DatabaseUrlUnusable(
+            "the catalogue's database cannot be opened: its port is no number"
+        ) from None
     if engine.dialect.name == "sqlite":
         _tune_sqlite(engine)
     return engine
