@@ -6,7 +6,7 @@ The demo model unless another is named; conversations of the kind it was trained
 trained on, are read in the checkpoint's own tokens. `fp8` and `int4` are rounded to nearest at load, as
 `kiln up --quantization` does; `gptq` is `kiln quantize` on other conversations. `fp8-x` is `fp8` with
 every product's x rounded to E4M3 too, `fp8-norm-x` only where a norm makes x, as an engine on Hopper
-may do it (kernels/linear/choice_quantised.py). For each way: the mean
+may do it (kernels/linear/choice_quantised.py); so are `int4-x` and `int4-norm-x`. For each way: the mean
 and the 99th percentile of the divergence KL(unquantised, quantised) in nats per token over the whole
 vocabulary, how often the likeliest token is the same, and the perplexities. A model with random
 weights has a divergence, but no perplexity worth looking at. Rows go to benchmarks/results/quality.csv.
@@ -36,7 +36,7 @@ from kiln_nn.quantise import quantise_checkpoint
 from kiln_nn.weights import LoadedModel, load_checkpoint
 
 DEMO_MODEL = Path(__file__).resolve().parents[1] / "demo" / "model"
-WAYS = ("fp8", "fp8-norm-x", "fp8-x", "int4", "gptq")
+WAYS = ("fp8", "fp8-norm-x", "fp8-x", "int4", "int4-norm-x", "int4-x", "gptq")
 _BEHIND_NORMS = ("in_proj_qkv", "in_proj_z", "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 _COLUMNS = (
     *("commit", "gpu", "torch", "triton", "workload", "settings", "num_tokens", "num_calibration_tokens"),
@@ -119,7 +119,11 @@ def _is_behind_a_norm(path: str) -> bool:
     return path.endswith(_BEHIND_NORMS)
 
 
-_ROUNDS_X: dict[str, Callable[[str], bool]] = {"fp8-norm-x": _is_behind_a_norm, "fp8-x": lambda path: True}
+def _rounds_x(way: str) -> Callable[[str], bool]:
+    """Whether x of the layer at a path is rounded."""
+    if way.endswith("-norm-x"):
+        return _is_behind_a_norm
+    return lambda path: way.endswith("-x")
 
 
 def _batches(texts: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
@@ -195,7 +199,7 @@ def main() -> None:
     name = "demo" if options.model == DEMO_MODEL else options.model.name
     for way in options.ways:
         with quantised_model(options.model, way, options.device, calibration) as loaded:
-            quality = compare(exact, loaded, texts, rounds_x=_ROUNDS_X.get(way, lambda path: False))
+            quality = compare(exact, loaded, texts, rounds_x=_rounds_x(way))
             weights_mib = loaded.manifest.nbytes / 2**20
         figures: dict[str, object] = {field: f"{value:.5g}" for field, value in asdict(quality).items()}
         figures |= {"num_tokens": quality.num_tokens, "weights_mib": round(weights_mib, 1)}

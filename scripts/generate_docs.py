@@ -1,4 +1,5 @@
-"""Writes the pages of docs/ that come from code: error codes, settings, metrics, HTTP routes and fields, commands.
+"""Writes the pages of docs/ that come from code: error codes, settings, metrics, HTTP routes and fields, commands;
+and the names of all settings, for services that know no other's (kiln_common/setting_names.py).
 
 .venv/bin/python scripts/generate_docs.py          # write them
 .venv/bin/python scripts/generate_docs.py --check  # exit 1 when one is out of date
@@ -20,6 +21,7 @@ from pydantic_core import PydanticUndefined
 from pydantic_settings import BaseSettings
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
+SETTING_NAMES = DOCS.parent / "libs/kiln_common/src/kiln_common/setting_names.py"
 PACKAGES = (
     "kiln_common",
     "kiln_nn",
@@ -50,22 +52,31 @@ def all_classes() -> list[type]:
 def errors_page(classes: list[type]) -> str:
     from kiln_common.errors import KilnError
     from kiln_gateway.errors import InvalidField
-    from kiln_gateway.request_body import HINTS
+    from kiln_gateway.request_body import HINTS, MEANINGS
     from kiln_nn.errors import KilnNnError
 
-    rows: dict[str, tuple[str, str, str]] = {}
+    # Several services may have a class of one code: what each says, without repetition.
+    rows: dict[str, tuple[dict[str, None], dict[str, None], dict[str, None]]] = {}
+
+    def add(code: str, status: str, says: str, hint: str) -> None:
+        cells = rows.setdefault(code, ({}, {}, {}))
+        for cell, text in zip(cells, (status, says, hint), strict=True):
+            if text:
+                cell[text] = None
+
+    def cell(texts: dict[str, None]) -> str:
+        return " Or: ".join(texts).replace("|", "\\|")
+
     for item in classes:
-        if not issubclass(item, KilnError | KilnNnError) or "code" not in vars(item):
+        if item is KilnNnError or not issubclass(item, KilnError | KilnNnError) or "code" not in vars(item):
             continue
         kind = getattr(item, "kind", None)
-        status = str(getattr(item, "http_status", kind.http_status)) if kind is not None else "–"
-        says = (
-            inspect.cleandoc(item.__doc__).split("\n")[0] if "__doc__" in vars(item) and item.__doc__ else ""
-        )
-        known = rows.get(item.code)
-        rows[item.code] = (status, known[1] or says if known else says, item.hint)
+        status = str(getattr(item, "http_status", kind.http_status)) if kind is not None else ""
+        says = inspect.cleandoc(vars(item)["__doc__"] or "").split("\n")[0]
+        add(item.code, status, says, item.hint)
     for code, hint in HINTS.items():
-        rows.setdefault(code, (str(InvalidField.kind.http_status), "", hint))
+        if code not in rows:
+            add(code, str(InvalidField.kind.http_status), MEANINGS.get(code, ""), hint)
     lines = [
         "# Error codes\n",
         "Every error body has this shape; `code` is stable, `message` has the numbers, `hint` says what to do:\n",
@@ -74,7 +85,8 @@ def errors_page(classes: list[type]) -> str:
         "| code | status | means | hint |\n|---|---|---|---|",
     ]
     lines += [
-        f"| `{code}` | {status} | {says} | {hint} |" for code, (status, says, hint) in sorted(rows.items())
+        f"| `{code}` | {', '.join(status) or '–'} | {cell(says)} | {cell(hint) or '–'} |"
+        for code, (status, says, hint) in sorted(rows.items())
     ]
     return HEADER + "\n".join(lines) + "\n"
 
@@ -90,11 +102,20 @@ def _type_name(annotation: Any) -> str:
     return text.replace("typing.", "").replace("pathlib.", "").replace("|", "or")
 
 
+def _settings_classes(classes: list[type]) -> list[type[BaseSettings]]:
+    return [item for item in classes if issubclass(item, BaseSettings) and item is not BaseSettings]
+
+
 def settings_page(classes: list[type]) -> str:
-    lines = ["# Settings\n", "Environment variables, read once at start; a bad value stops the start.\n"]
-    for item in classes:
-        if not issubclass(item, BaseSettings) or item is BaseSettings:
-            continue
+    from kiln_common.variables import OTHER_VARIABLES
+
+    lines = [
+        "# Settings\n",
+        "Environment variables, read once at start; a bad value stops the start. One that begins with `KILN_` and "
+        "is none of these is most likely misspelt: `kiln` and every service say so at their start, with the nearest "
+        "name there is, and go on.\n",
+    ]
+    for item in _settings_classes(classes):
         prefix = item.model_config.get("env_prefix", "")
         lines.append(f"## {item.__name__}\n\n| variable | type | default | means |\n|---|---|---|---|")
         for name, field in item.model_fields.items():
@@ -103,7 +124,20 @@ def settings_page(classes: list[type]) -> str:
                 f"| {field.description or ''} |"
             )
         lines.append("")
-    return HEADER + "\n".join(lines)
+    lines.append("## The command, and tools\n\n| variable | means |\n|---|---|")
+    lines += [f"| `{name}` | {meaning} |" for name, meaning in OTHER_VARIABLES.items()]
+    return HEADER + "\n".join(lines) + "\n"
+
+
+def setting_names_module(classes: list[type]) -> str:
+    names = {
+        f"{item.model_config.get('env_prefix', '')}{field}".upper()
+        for item in _settings_classes(classes)
+        for field in item.model_fields
+    }
+    rows = [f'    "{name}",' for name in sorted(names) if name.startswith("KILN_")]
+    head = '"""Every setting of every service. Written by scripts/generate_docs.py; change the settings instead."""'
+    return "\n".join([head, "", "SETTING_NAMES = (", *rows, ")", ""])
 
 
 def metrics_page() -> str:
@@ -124,7 +158,7 @@ def metrics_page() -> str:
         "# Metrics\n",
         "`GET /metrics` of any gateway, in Prometheus' text format. Names beginning with `kiln_gateway_` are that "
         "gateway's own: add them up over gateways. The others are what engines and trainers told it just now, so "
-        "every gateway shows the same: take the largest of each, `max by (engine)` or `max by (trainer)`, which count from 0 in the order of the gateways' addresses. Histograms have `_bucket`, "
+        "every gateway shows the same: take the largest of each, `max by (engine)` or `max by (trainer)`. Those are named in the order of the gateways' addresses: `engine`, `engine-2` and so on, as `kiln up` calls them. Histograms have `_bucket`, "
         "`_sum` and `_count`. `deploy/monitoring` has a scrape configuration, alert rules and a Grafana dashboard "
         "over these.\n",
         "| metric | type | labels | means |\n|---|---|---|---|",
@@ -200,18 +234,18 @@ def _schema_type(entry: dict[str, Any]) -> str:
 def main() -> int:
     classes = all_classes()
     pages = {
-        "errors.md": errors_page(classes),
-        "settings.md": settings_page(classes),
-        "metrics.md": metrics_page(),
-        "api.md": api_page(openapi_document()),
-        "cli.md": HEADER + cli_page(),
+        DOCS / "errors.md": errors_page(classes),
+        DOCS / "settings.md": settings_page(classes),
+        DOCS / "metrics.md": metrics_page(),
+        DOCS / "api.md": api_page(openapi_document()),
+        DOCS / "cli.md": HEADER + cli_page(),
+        SETTING_NAMES: setting_names_module(classes),
     }
     stale = []
-    for name, text in pages.items():
-        path = DOCS / name
+    for path, text in pages.items():
         if "--check" in sys.argv:
             if not path.exists() or path.read_text() != text:
-                stale.append(name)
+                stale.append(path.name)
         else:
             path.write_text(text)
     if stale:

@@ -2,11 +2,12 @@
 
     python benchmarks/kernels/delta_decode.py [--tune]
 
-A figure is a whole step: every layer's two launches, and one that commits the full pages of all.
+A figure is a whole step: every layer's launches, one or two, and one that commits the full pages of all.
 "mixed": the rows stand at all places of their pages, one in sixteen commits. "together": the rows
 began together, the mean over the sixteen steps of a page. "page full": the last of those
-alone, in which every row commits; no median of a run shows it. "drafts": five new tokens per row, a
-fold in one row of four.
+alone, in which every row commits; no median of a run shows it. "2 lines", "4 lines": so many new tokens
+per row with drafts among them, the rows at all places a ring may have then; one launch that folds
+the full pages of all layers, and every layer's two.
 
 Prediction for bf16 states at batch 256, mixed: 9.2 GB (6.4 GB states, 0.8 GB commits, 1.3 GB rings,
 0.6 GB convolution), of which 1.1 GB are written: 2.1 ms at 4.4 TB/s. Batch 64 a quarter of
@@ -22,6 +23,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -31,22 +33,43 @@ from kiln_nn.kernels.delta_decode import NO_SLOT, DeltaDecodeWeights, DeltaMemor
 from kiln_nn.kernels.delta_decode.reference import delta_decode_reference
 from kiln_nn.kernels.delta_decode.triton import StepConfig, delta_decode
 from kiln_nn.kernels.delta_decode.triton_commit import delta_commit
-from kiln_nn.kernels.delta_decode.triton_verify import delta_verify
+from kiln_nn.kernels.delta_decode.triton_fold import delta_fold
+from kiln_nn.kernels.delta_decode.triton_verify import CONFIGS as VERIFY_CONFIGS
+from kiln_nn.kernels.delta_decode.triton_verify import VerifyConfig, delta_verify
 from kiln_nn.kernels.gated_delta import DeltaRing
 
-LAYERS, KEY_HEADS, HEADS, WIDTH, CONV_WIDTH, PAGE_TOKENS, MOST_DRAFTS = 24, 16, 32, 128, 4, 16, 4
+LAYERS, KEY_HEADS, HEADS, WIDTH, CONV_WIDTH, PAGE_TOKENS = 24, 16, 32, 128, 4, 16
+NUM_LINES = (2, 4)
 CHANNELS = 2 * KEY_HEADS * WIDTH + HEADS * WIDTH
 NUM_SLOTS = 256
 BATCHES = (1, 16, 64, 256)
 CHECKED_ROWS, CHECKED_TOKENS = 4, 200
 TUNE = {
     torch.bfloat16: [
+        StepConfig(True, 64, 3, num_key_warps=2),
+        StepConfig(True, 64, 3, num_key_warps=2, most_rows_at_once=64),
         StepConfig(True, 64, 2, num_key_warps=2, max_registers=72, is_dependent=False),
         StepConfig(True, 32, 3, num_key_warps=2, max_registers=64),
         StepConfig(True, 128, 1, num_key_warps=2),
         StepConfig(True, 64, 3, num_key_warps=4),
     ],
-    torch.float32: [StepConfig(False, 16, 4, num_key_warps=2), StepConfig(False, 8, 6, num_warps=2)],
+    torch.float32: [
+        StepConfig(False, 8, 6, num_warps=1, num_key_warps=2, most_rows_at_once=64),
+        StepConfig(False, 16, 4, num_key_warps=2),
+        StepConfig(False, 8, 6, num_warps=2),
+    ],
+}
+
+_VERIFY = VERIFY_CONFIGS[torch.bfloat16]
+VERIFY_TUNE = {
+    torch.bfloat16: [
+        replace(_VERIFY, num_stages=3),
+        replace(_VERIFY, num_warps=2),
+        replace(_VERIFY, num_key_warps=4),
+        replace(_VERIFY, dot_form="tf32x3"),
+        replace(_VERIFY, most_prefetched_rows=0),
+    ],
+    torch.float32: [],
 }
 
 
@@ -152,7 +175,7 @@ class Inputs:
         """One token for rows that stand at `places` of their pages."""
         slots = (torch.arange(num_rows) + turn * num_rows) % NUM_SLOTS
         rows, tokens = _rows(slots, places % PAGE_TOKENS), _tokens(num_rows)
-        one = partial(delta_decode, config=config, commits=False)
+        one = partial(delta_decode, config=config, commits=False, reads_early=True)
 
         def run() -> None:
             for index, weights in enumerate(self.weights):
@@ -169,23 +192,28 @@ class Inputs:
     def together(self, num_rows: int, config: StepConfig | None) -> list[Callable[[], None]]:
         return [self.step(t, num_rows, torch.full((num_rows,), t), config) for t in range(PAGE_TOKENS)]
 
-    def drafts(self, num_rows: int) -> list[Callable[[], None]]:
-        num_new = MOST_DRAFTS + 1
+    def verify(
+        self, turn: int, num_rows: int, num_lines: int, config: VerifyConfig | None
+    ) -> Callable[[], None]:
+        """The last token and drafts of rows that stand at all places, those of a full page among them."""
+        numbers, places = torch.arange(num_rows), PAGE_TOKENS + num_lines - 1
+        slots, lengths = (numbers + turn * num_rows) % NUM_SLOTS, (5 * numbers + turn) % places
+        rows, tokens = _rows(slots, lengths), _tokens(num_rows, num_lines)
+        rows.commit_slots_R[lengths.cuda() < PAGE_TOKENS] = NO_SLOT
+        counts = torch.full((num_rows,), num_lines, device="cuda")
+        one = partial(delta_verify, config=config, folds=False)
 
-        def step(turn: int) -> Callable[[], None]:
-            numbers = torch.arange(num_rows)
-            slots, lengths = (numbers + turn * num_rows) % NUM_SLOTS, (5 * numbers + turn) % 20
-            rows, tokens = _rows(slots, lengths), _tokens(num_rows, num_new)
-            rows.commit_slots_R[lengths.cuda() < PAGE_TOKENS] = NO_SLOT
-            counts = torch.full((num_rows,), num_new, device="cuda")
+        def run() -> None:
+            delta_fold(self.layers, rows)
+            for index, weights in enumerate(self.weights):
+                one(self.layers.layer(index), rows, counts, weights, *tokens)
 
-            def run() -> None:
-                for index, weights in enumerate(self.weights):
-                    delta_verify(self.layers.layer(index), rows, counts, weights, *tokens)
+        return run
 
-            return run
-
-        return [step(turn) for turn in range(4)]
+    def lines(self, num_rows: int, num_lines: int, config: VerifyConfig | None) -> list[Callable[[], None]]:
+        places = PAGE_TOKENS + num_lines - 1
+        turns = places if num_rows < PAGE_TOKENS else 4
+        return [self.verify(turn, num_rows, num_lines, config) for turn in range(turns)]
 
 
 def main() -> None:
@@ -217,9 +245,14 @@ def main() -> None:
                 add("page full", 256, steps[-1:], (PAGE_TOKENS - 1, 1.0), error=error)
         del inputs
         torch.cuda.empty_cache()
-        inputs = Inputs(state_dtype, MOST_DRAFTS)
-        for num_rows in (16, 64):
-            add("drafts", num_rows, inputs.drafts(num_rows), (9.5, 0.2, MOST_DRAFTS + 1), error=float("nan"))
+        inputs = Inputs(state_dtype, max(NUM_LINES) - 1)
+        for num_lines in NUM_LINES:
+            places = PAGE_TOKENS + num_lines - 1
+            work = ((PAGE_TOKENS - 1) / 2, (num_lines - 1) / places, num_lines)
+            for verify in [None, *(VERIFY_TUNE[state_dtype] if arguments.tune else [])]:
+                for num_rows in BATCHES:
+                    steps, note = inputs.lines(num_rows, num_lines, verify), str(verify or "")
+                    add(f"{num_lines} lines", num_rows, steps, work, note, error=float("nan"))
         del inputs
         torch.cuda.empty_cache()
 

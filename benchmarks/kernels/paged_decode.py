@@ -1,17 +1,19 @@
 """Times decode attention over KV pages at the 4B shape: 8 layers, 16/4 heads of 256, 16-token pages.
 
-    python benchmarks/kernels/paged_decode.py [--tune] [--mixed]
+    python benchmarks/kernels/paged_decode.py [--tune] [--mixed] [--lines]
 
 Prediction: 32 KiB of KV per context token and row across the layers, and little besides.
 Pages are scattered over the pool. Small batches rotate among caches larger than the L2: in a step
 the weights between two layers' attention push everything out of it. `--tune` tries other cuts;
-`--mixed` adds one long row among short ones.
+`--mixed` adds one long row among short ones; `--lines` rows of which four are one sequence's, the last
+sampled token and three drafts, sharing the reading of it and each on its own.
 """
 
 from __future__ import annotations
 
 import argparse
 from functools import partial
+from itertools import product
 
 import torch
 from measure import ResultTable, relative_error, time_calls
@@ -25,6 +27,7 @@ LEAST_ROTATED_BYTES = 256 * 2**20
 TABLE_TOKENS = 8192  # what the graph's page table could hold
 CASES = [(1, 512), (1, 8000), (4, 1024), (16, 1024), (64, 1024), (64, 4096), (256, 1024)]
 TUNE_CASES = [(1, 512), (16, 1024), (64, 1024), (256, 1024)]
+LINES_CASES = [(1, 1024), (16, 1024), (64, 1024)]
 TUNE = [
     DecodeConfig(32, 256, 4, 4, 7),
     DecodeConfig(32, 128, 8, 4, 5),
@@ -39,8 +42,12 @@ TUNE = [
 class Inputs:
     """Inputs of one batch for the layers of one step, or of several steps where that is little."""
 
-    def __init__(self, lengths: list[int], cache_dtype: torch.dtype) -> None:
-        num_rows = len(lengths)
+    def __init__(
+        self, lengths: list[int], cache_dtype: torch.dtype, lines: int = 1, *, shares: bool = True
+    ) -> None:
+        """`lines` successive rows of each sequence, of which the last has its whole length."""
+        num_rows = len(lengths) * lines
+        self.rows_per_sequence = lines if shares else 1
         pages_of = [-(-length // PAGE_TOKENS) for length in lengths]
         shape = (sum(pages_of), PAGE_TOKENS, KV_HEADS, HEAD_DIM)
         kv_bytes = 2 * LAYERS * sum(lengths) * KV_HEADS * HEAD_DIM * cache_dtype.itemsize
@@ -53,13 +60,14 @@ class Inputs:
             return (pages * draws[index].bfloat16()).to(cache_dtype)
 
         self.caches = [(cache(2 * layer), cache(2 * layer + 1)) for layer in range(self.num_layers)]
-        self.table = torch.zeros(num_rows, TABLE_TOKENS // PAGE_TOKENS, dtype=torch.int32)
+        self.table = torch.zeros(len(lengths), TABLE_TOKENS // PAGE_TOKENS, dtype=torch.int32)
         ids = torch.randperm(shape[0])
         for row, pages in enumerate(ids.split(pages_of)):
             self.table[row, : len(pages)] = pages.int()
         self.table = self.table.cuda()
-        self.lengths = torch.tensor(lengths, dtype=torch.int32).cuda()
-        self.rows = torch.arange(num_rows, dtype=torch.int32).cuda()
+        ends = [length - back for length in lengths for back in reversed(range(lines))]
+        self.lengths = torch.tensor(ends, dtype=torch.int32).cuda()
+        self.rows = torch.arange(len(lengths), dtype=torch.int32).repeat_interleave(lines).cuda()
         q_and_gate = torch.randn(self.num_layers, num_rows, HEADS, 2, HEAD_DIM, device="cuda").bfloat16()
         self.q = q_and_gate[:, :, :, 0].contiguous()
         self.gate = q_and_gate[:, :, :, 1]
@@ -69,7 +77,11 @@ class Inputs:
     def call(self, layer: int, config: DecodeConfig | None) -> torch.Tensor:
         arguments = (self.q[layer], *self.caches[layer], self.table, self.lengths, SCALE)
         return paged_decode_attention(
-            *arguments, gate_RHD=self.gate[layer], table_rows_R=self.rows, config=config
+            *arguments,
+            gate_RHD=self.gate[layer],
+            table_rows_R=self.rows,
+            rows_per_sequence=self.rows_per_sequence,
+            config=config,
         )
 
     def error(self, config: DecodeConfig | None) -> float:
@@ -78,7 +90,7 @@ class Inputs:
         worst = 0.0
         for row in {0, len(self.lengths) - 1}:
             length = int(self.lengths[row])
-            pages = self.table[row, : -(-length // PAGE_TOKENS)].long()
+            pages = self.table[self.rows[row], : -(-length // PAGE_TOKENS)].long()
             k, v = (
                 cache.view(torch.uint8)[pages].view(cache.dtype).flatten(0, 1)[:length].double()
                 for cache in (k_cache, v_cache)
@@ -91,14 +103,22 @@ class Inputs:
         return worst
 
 
-def run(table: ResultTable, name: str, lengths: list[int], cache_dtype: torch.dtype, configs: list) -> None:
+def run(
+    table: ResultTable,
+    name: str,
+    lengths: list[int],
+    cache_dtype: torch.dtype,
+    configs: list,
+    lines: int = 1,
+    *,
+    shares: bool = True,
+) -> None:
     """Measure one batch with each configuration; None is the one the kernel would choose."""
-    inputs = Inputs(lengths, cache_dtype)
+    inputs = Inputs(lengths, cache_dtype, lines, shares=shares)
+    num_runs = len(inputs.lengths) // inputs.rows_per_sequence
     for config in configs:
         calls = [partial(inputs.call, layer, config) for layer in range(inputs.num_layers)]
-        chosen = config or triton_decode.choose_config(
-            len(lengths), KV_HEADS, torch.bfloat16, inputs.q.device
-        )
+        chosen = config or triton_decode.choose_config(num_runs, KV_HEADS, torch.bfloat16, inputs.q.device)
         cut = (
             f"tile={chosen.tile_tokens} least={chosen.least_part_tokens} parts={chosen.num_parts}"
             f" warps={chosen.num_warps} stages={chosen.num_stages}{'' if config else ' (chosen)'}"
@@ -110,6 +130,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tune", action="store_true", help="try other cuts at a few shapes")
     parser.add_argument("--mixed", action="store_true", help="add one long row among short ones")
+    parser.add_argument("--lines", action="store_true", help="add rows of one sequence, with drafts")
     options = parser.parse_args()
     torch.manual_seed(0)
     table = ResultTable("paged_decode")
@@ -122,6 +143,12 @@ def main() -> None:
     if options.mixed:
         name = "attention, 8 layers, batch 64, one of 8000 among 512, bf16"
         run(table, name, [8000] + [512] * 63, torch.bfloat16, [None])
+    if options.lines:
+        for (num_rows, length), lines in product(LINES_CASES, (2, 4)):
+            for shares in (True, False):
+                name = f"attention, 8 layers, batch {num_rows} of {lines} lines, context {length}, bf16"
+                name += "" if shares else ", each alone"
+                run(table, name, [length] * num_rows, torch.bfloat16, [None], lines, shares=shares)
     if options.tune:
         for num_rows, length in TUNE_CASES:
             name = f"attention, 8 layers, batch {num_rows}, context {length}, bf16"

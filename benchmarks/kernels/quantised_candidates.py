@@ -15,6 +15,9 @@ MOST_ROWS_IN_REGISTERS = 32
 FEWEST_SPECIALISED_ROWS = 32
 MOST_SPECIALISED = 6
 MULTIPROCESSORS = 132
+# Where x is rounded: inputs of a slot, and kilobytes of the ring: three programs to a multiprocessor, two,
+# or one.
+RINGS = ((128, 72), (128, 108), (256, 108), (256, 200))
 # Of layers whose inputs are not split: stripes, groups ahead, registers, and whether weights are staged.
 WHOLE_ROWS: dict[Scheme, list[tuple[int, int, int, bool]]] = {
     "int4": [
@@ -104,13 +107,32 @@ def _specialised_candidates(layer: Layer, num_rows: int) -> list[SpecialisedConf
     return sorted(costs, key=costs.__getitem__)[:MOST_SPECIALISED]
 
 
+def rounded_specialised_candidates(layer: Layer, num_rows: int) -> list[SpecialisedConfig]:
+    """The same over x in E4M3: single tiles, of 128 tokens at most."""
+    halves = 2 if layer.kind is LinearKind.GATED else 1
+    most = max(16, min(128, 1 << (num_rows - 1).bit_length()))
+    costs: dict[SpecialisedConfig, float] = {}
+    for tokens, groups, rows in product(sorted({most, max(64, most // 2)}), (2, 3), (64, 48, 40)):
+        # Boxes are whole eights of rows.
+        if tokens > most or rows // halves % 8:
+            continue
+        num_tiles = -(-layer.outputs // (rows * groups)) * -(-num_rows // tokens)
+        for splits in range(1, 9 if layer.kind is LinearKind.PARTIAL else 2):
+            config = SpecialisedConfig(tokens, rows // halves, groups, 1, splits, 12, x_bits=8)
+            config = config.fit(layer.inputs, 2, SHARED_MEMORY_BYTES)
+            num_blocks = -(-layer.inputs // 128 // splits)
+            if num_blocks * (splits - 1) < layer.inputs // 128:
+                costs[config] = _cycles(config, rows, num_blocks, num_tiles, num_rows)
+    return sorted(costs, key=costs.__getitem__)[:MOST_SPECIALISED]
+
+
 def _cycles(config: SpecialisedConfig, rows: int, num_blocks: int, num_tiles: int, num_rows: int) -> float:
     """A guess that ranks: a tile's products and its unpacking, which took as long as both together in
     measurements, or bytes at 30 a cycle; each wave's start and end; partial sums.
     """
     num_high = config.groups * config.tiles
-    num_bytes = num_high * rows * 64 + 256 * config.tokens
-    block = max(num_high * (4 * config.tokens + 165), num_bytes / 30)
+    num_bytes = num_high * rows * 64 + 16 * config.x_bits * config.tokens
+    block = max(num_high * (config.x_bits * config.tokens / 4 + 165), num_bytes / 30)
     waves = -(-num_tiles * config.splits // MULTIPROCESSORS)
     return waves * (num_blocks * block + 5000) + 3000 * config.splits * num_rows / 256
 
@@ -186,3 +208,43 @@ def _splits(layer: Layer, outputs: int, inputs: int, num_rows: int) -> list[int]
     num_tiles = -(-layer.outputs // outputs) * -(-num_rows // 256)
     wanted = {max(1, round(share * 132 / num_tiles)) for share in shares}
     return sorted({-(-num_blocks // -(-num_blocks // splits)) for splits in wanted})
+
+
+def rounded_ring_candidates(layer: Layer, num_rows: int, *, promotes: bool) -> list[LinearConfig]:
+    """Over x in E4M3: tiles that give every multiprocessor as many as any other, and two more."""
+    found: dict[LinearConfig, None] = {}
+    outputs = layer.outputs // 2 if layer.kind is LinearKind.GATED else layer.outputs
+    most = 1 << (num_rows - 1).bit_length()
+    for tokens in sorted({min(most, 256), min(most, 128)}):
+        num_token_tiles = -(-num_rows // tokens)
+        if layer.kind is LinearKind.PARTIAL:
+            shared = ((64, 1), (64, 2), (80, 1), (80, 2), (128, 1))
+            tiles = [(tile, _splits_of_waves(tile, layer, num_token_tiles, waves)) for tile, waves in shared]
+        else:
+            tiles = [
+                (_balanced(outputs, waves * MULTIPROCESSORS // num_token_tiles), 1) for waves in (1, 2, 3)
+            ]
+            tiles.append((32 if layer.kind is LinearKind.GATED else 64, 1))
+        for (tile, splits), warps, (inputs, ring_kib) in product(tiles, (4, 8), RINGS):
+            tile_rows = max(64, weight_rows(tile, layer.kind))
+            sums = tile_rows * tokens // (32 * warps)
+            stages = min(12, ring_kib * 1024 // (inputs * (tile_rows + tokens)))
+            num_blocks = -(-layer.inputs // inputs)
+            is_wasteful = 16 * warps > tile_rows or stages * splits > 2 * num_blocks
+            if stages < 2 or sums > 128 or is_wasteful:
+                continue
+            splits = -(-num_blocks // -(-num_blocks // splits))  # none without inputs
+            can_promote = promotes and sums <= 64
+            found[LinearConfig(tokens, tile, inputs, splits, warps, stages, 8, can_promote)] = None
+    return list(found)
+
+
+def _balanced(outputs: int, num_programs: int) -> int:
+    """The smallest tile, of one or two boxes, of which so many programs are enough."""
+    return next(tile for tile in range(8, 257, 8) if tile.bit_count() <= 2 and tile * num_programs >= outputs)
+
+
+def _splits_of_waves(tile: int, layer: Layer, num_token_tiles: int, waves: int) -> int:
+    """Parts of the inputs that make a tile's programs as many as multiprocessors, or twice as many."""
+    num_tiles = -(-layer.outputs // tile) * num_token_tiles
+    return max(1, waves * MULTIPROCESSORS // num_tiles)

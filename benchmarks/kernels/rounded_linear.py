@@ -1,14 +1,15 @@
-"""Times fp8's linear layers with x in E4M3 at the 4B shape, and finds their best tiles.
+"""Times quantised linear layers with x in E4M3 at the 4B shape, and finds their best tiles.
 
-    python benchmarks/kernels/rounded_linear.py [--rows 16 64] [--layers gate_up] [--unpromoted]
+    python benchmarks/kernels/rounded_linear.py [--scheme int4] [--rows 16 64] [--layers gate_up]
+        [--unpromoted]
 
 For each big layer and number of rows, microseconds a layer in one CUDA graph over all the model's
 distinct weights of that layer (with SwiGLU, or with the residual's norm behind, where the model has them):
 
-- x in bf16: `bf16` weights; fp8 `now`, as choice_quantised.py has it; `rounded x`, the best of the
+- x in bf16: `bf16` weights; fp8, or the scheme named, `now`, as choice_quantised.py has it; `rounded x`, the best of the
   candidates below behind a kernel that rounds x.
 - x rounded already: `x given`, that candidate; `unpromoted` (of 64 rows), the same with all sums left
-  to tensor cores; `library`.
+  to tensor cores; `library` (both of fp8 alone).
 - `norm ...`: the norm that makes x and the layer, for the layers that have one in front; it rounds x
   where the layer reads it so. in_proj has the rows beside it that stay bf16.
 
@@ -27,14 +28,20 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
-from itertools import product
 
 import torch
 from measure import ResultTable, relative_error, time_calls
-from quantised_candidates import LAYERS, Layer
+from quantised_candidates import (
+    LAYERS,
+    SCHEMES,
+    Layer,
+    rounded_ring_candidates,
+    rounded_specialised_candidates,
+)
 
 from kiln_nn.kernels.linear import (
     LinearConfig,
+    SpecialisedConfig,
     Weight,
     linear,
     linear_beside,
@@ -42,9 +49,18 @@ from kiln_nn.kernels.linear import (
     linear_swiglu,
     reads_rounded,
 )
-from kiln_nn.kernels.linear.config import LinearKind, weight_rows
+from kiln_nn.kernels.linear.config import LinearKind, Tiling
 from kiln_nn.kernels.linear.quantised import launch, library_linear
-from kiln_nn.kernels.quantised import FP8, QuantisedMatrix, Rows, quantise_rtn, round_rows, whole
+from kiln_nn.kernels.quantised import (
+    FP8,
+    InputOrder,
+    QuantisedMatrix,
+    Rows,
+    Scheme,
+    quantise_rtn,
+    round_rows,
+    whole,
+)
 from kiln_nn.kernels.rms_norm import add_rms_norm, add_rms_norm_rounded
 from kiln_nn.kernels.swiglu import swiglu
 
@@ -55,52 +71,17 @@ NUM_BESIDE = 64  # in_proj_b and in_proj_a
 MOST_ERROR = 8e-3  # against the product of the same rounded rows: a rounding of the result and short sums
 MOST_ERROR_OF_ROUNDING = 8e-2
 NUM_WORKERS = 14
-MULTIPROCESSORS = 132
-# Inputs of a slot, and kilobytes of the ring: three programs to a multiprocessor, two, or one.
-RINGS = ((128, 72), (128, 108), (256, 108), (256, 200))
 UNPROMOTED_ROWS = 64  # the number of rows at which that is tried, for it is compiled alone
 NORM_PARTIALS = 4  # that the norm in front adds up
 EPS = 1e-6
+ORDERS: dict[Scheme, InputOrder] = {"fp8": "plain", "int4": "words"}
 
 
-def candidates(layer: Layer, num_rows: int, *, promotes: bool) -> list[LinearConfig]:
-    """Tiles that give every multiprocessor as many as any other, and two more; warps, inputs, rings."""
-    found: dict[LinearConfig, None] = {}
-    outputs = layer.outputs // 2 if layer.kind is LinearKind.GATED else layer.outputs
-    most = 1 << (num_rows - 1).bit_length()
-    for tokens in sorted({min(most, 256), min(most, 128)}):
-        num_token_tiles = -(-num_rows // tokens)
-        if layer.kind is LinearKind.PARTIAL:
-            shared = ((64, 1), (64, 2), (80, 1), (80, 2), (128, 1))
-            tiles = [(tile, _splits(tile, layer, num_token_tiles, waves)) for tile, waves in shared]
-        else:
-            tiles = [
-                (_balanced(outputs, waves * MULTIPROCESSORS // num_token_tiles), 1) for waves in (1, 2, 3)
-            ]
-            tiles.append((32 if layer.kind is LinearKind.GATED else 64, 1))
-        for (tile, splits), warps, (inputs, ring_kib) in product(tiles, (4, 8), RINGS):
-            tile_rows = max(64, weight_rows(tile, layer.kind))
-            sums = tile_rows * tokens // (32 * warps)
-            stages = min(12, ring_kib * 1024 // (inputs * (tile_rows + tokens)))
-            num_blocks = -(-layer.inputs // inputs)
-            is_wasteful = 16 * warps > tile_rows or stages * splits > 2 * num_blocks
-            if stages < 2 or sums > 128 or is_wasteful:
-                continue
-            splits = -(-num_blocks // -(-num_blocks // splits))  # none without inputs
-            can_promote = promotes and sums <= 64
-            found[LinearConfig(tokens, tile, inputs, splits, warps, stages, 8, can_promote)] = None
-    return list(found)
-
-
-def _balanced(outputs: int, num_programs: int) -> int:
-    """The smallest tile, of one or two boxes, of which so many programs are enough."""
-    return next(tile for tile in range(8, 257, 8) if tile.bit_count() <= 2 and tile * num_programs >= outputs)
-
-
-def _splits(tile: int, layer: Layer, num_token_tiles: int, waves: int) -> int:
-    """Parts of the inputs that make a tile's programs as many as multiprocessors, or twice as many."""
-    num_tiles = -(-layer.outputs // tile) * num_token_tiles
-    return max(1, waves * MULTIPROCESSORS // num_tiles)
+def candidates(scheme: Scheme, layer: Layer, num_rows: int, *, promotes: bool) -> list[Tiling]:
+    """Tiles to try."""
+    if scheme == "int4":
+        return list(rounded_specialised_candidates(layer, num_rows))
+    return list(rounded_ring_candidates(layer, num_rows, promotes=promotes))
 
 
 def _after_norm(y: torch.Tensor) -> torch.Tensor:
@@ -118,7 +99,7 @@ def _zeros(*shape: int) -> torch.Tensor:
     return _ZEROS[shape]
 
 
-def _own(kind: LinearKind, x: Rows, weight: Weight, config: LinearConfig | None = None) -> torch.Tensor:
+def _own(kind: LinearKind, x: Rows, weight: Weight, config: Tiling | None = None) -> torch.Tensor:
     """One layer by the engine's functions; without a configuration they choose."""
     if kind is LinearKind.GATED:
         return linear_swiglu(x, weight, config=config)
@@ -142,16 +123,21 @@ def _reference(kind: LinearKind, x: torch.Tensor, weight_OI: torch.Tensor) -> to
     return y
 
 
-def _normed(parts: torch.Tensor, residual: torch.Tensor, *, is_rounded: bool) -> Rows:
-    norm = add_rms_norm_rounded if is_rounded else add_rms_norm
-    return norm(parts, residual, _zeros(residual.shape[1]), EPS, offset=1.0)[0]
+def _normed(parts: torch.Tensor, residual: torch.Tensor, order: InputOrder | None) -> Rows:
+    """Normed rows, rounded too if there is an order for that."""
+    args = (parts, residual, _zeros(residual.shape[1]), EPS)
+    if order is None:
+        return add_rms_norm(*args, offset=1.0)[0]
+    return add_rms_norm_rounded(*args, offset=1.0, order=order)[0]
 
 
-def _with_beside(
-    x: Rows, matrix: QuantisedMatrix, beside_BI: torch.Tensor, config: LinearConfig
-) -> torch.Tensor:
+def _with_beside(x: Rows, matrix: QuantisedMatrix, beside_BI: torch.Tensor, config: Tiling) -> torch.Tensor:
     """`linear_beside` with this configuration."""
     y = whole(x).new_empty((x.shape[0], matrix.shape[0] + len(beside_BI)))
+    if isinstance(config, SpecialisedConfig) and x.shape[0] > config.tokens:  # as the engine does it
+        linear(x, matrix, out=y[:, : -len(beside_BI)], config=config)
+        linear(x, beside_BI, out=y[:, -len(beside_BI) :])
+        return y
     launch(x, matrix, y, config, LinearKind.PLAIN, beside_BI=beside_BI)
     return y
 
@@ -160,12 +146,20 @@ def _bytes(weight: Weight | tuple[Weight, ...]) -> int:
     return sum(part.nbytes for part in weight) if isinstance(weight, tuple) else weight.nbytes
 
 
-def _compile(tasks: list[tuple[Layer, int, LinearConfig]]) -> None:
+def _empty_matrix(scheme: Scheme, layer: Layer) -> QuantisedMatrix:
+    num_bytes = layer.inputs // (2 if scheme == "int4" else 1)
+    bytes_OI = torch.zeros(layer.outputs, num_bytes, dtype=torch.uint8, device="cuda")
+    if scheme == "fp8":
+        return QuantisedMatrix(scheme, bytes_OI.view(FP8), torch.ones(layer.outputs, 1, device="cuda"))
+    scales = torch.ones(layer.outputs, layer.inputs // 128, device="cuda", dtype=torch.bfloat16)
+    return QuantisedMatrix(scheme, bytes_OI.view(torch.int32), scales)
+
+
+def _compile(scheme: Scheme, tasks: list[tuple[Layer, int, Tiling]]) -> None:
     """In a process of its own: launch each kernel once, which leaves it in Triton's cache on disk."""
     torch.cuda.set_device(0)
     for layer, num_rows, config in tasks:
-        bytes_OI = torch.zeros(layer.outputs, layer.inputs, dtype=torch.uint8, device="cuda")
-        matrix = QuantisedMatrix("fp8", bytes_OI.view(FP8), torch.ones(layer.outputs, 1, device="cuda"))
+        matrix = _empty_matrix(scheme, layer)
         x = torch.zeros(num_rows, layer.inputs, device="cuda", dtype=torch.bfloat16)
         try:
             _own(layer.kind, x, matrix, config)
@@ -173,88 +167,94 @@ def _compile(tasks: list[tuple[Layer, int, LinearConfig]]) -> None:
             print(f"  {layer.name} {num_rows} rows, {config}: {error!r:.200}", flush=True)
 
 
-def _compile_all(layers: Iterable[Layer], all_rows: Iterable[int], *, promotes: bool) -> None:
+def _compile_all(scheme: Scheme, layers: Iterable[Layer], all_rows: Iterable[int], *, promotes: bool) -> None:
     begun = time.monotonic()
     distinct = {
         # What a kernel is compiled for; splits are none of it, and layers of one kind share theirs.
         (layer.kind, min(num_rows, config.tokens), replace(config, splits=1)): (layer, num_rows, config)
         for layer in layers
         for num_rows in all_rows
-        for config in candidates(layer, num_rows, promotes=promotes)
+        for config in candidates(scheme, layer, num_rows, promotes=promotes)
     }
     tasks = list(distinct.values())
     with multiprocessing.get_context("spawn").Pool(NUM_WORKERS) as pool:
-        pool.map(_compile, [tasks[start::NUM_WORKERS] for start in range(NUM_WORKERS)], chunksize=1)
+        pool.map(
+            partial(_compile, scheme),
+            [tasks[start::NUM_WORKERS] for start in range(NUM_WORKERS)],
+            chunksize=1,
+        )
     print(f"{len(tasks)} kernels compiled in {time.monotonic() - begun:.0f} s", flush=True)
 
 
 class Bench:
     """One layer's weights, and what was measured over them."""
 
-    def __init__(self, layer: Layer, table: ResultTable, *, promotes: bool) -> None:
-        self.layer, self.table, self.promotes = layer, table, promotes
+    def __init__(self, scheme: Scheme, layer: Layer, table: ResultTable, *, promotes: bool) -> None:
+        self.scheme, self.layer, self.table, self.promotes = scheme, layer, table, promotes
         num_beside = NUM_BESIDE if layer.name == "in_proj" else 0
         shape = (layer.outputs + num_beside, layer.inputs)
         self.plain = [torch.randn(shape, device="cuda").bfloat16() * 0.02 for _ in range(layer.count)]
-        self.matrices = [quantise_rtn(weight[: layer.outputs], "fp8") for weight in self.plain]
+        self.matrices = [quantise_rtn(weight[: layer.outputs], scheme) for weight in self.plain]
         self.pairs = [(m, w[layer.outputs :]) for m, w in zip(self.matrices, self.plain, strict=True)]
         self.times_us: dict[tuple[int, str], float] = {}
-        self.best: dict[int, LinearConfig] = {}
+        self.best: dict[int, Tiling] = {}
 
     def measure(self, num_rows: int) -> None:
         """All columns at one number of rows."""
         kind, inputs = self.layer.kind, self.layer.inputs
         parts = torch.randn(NORM_PARTIALS, num_rows, inputs, device="cuda") / 2
         residual = torch.zeros(num_rows, inputs, device="cuda", dtype=torch.bfloat16)
-        x = whole(_normed(parts, residual, is_rounded=False))
+        x = whole(_normed(parts, residual, None))
         given, weight = round_rows(x), self.matrices[0].dequantise(torch.float32)
         exact = _reference(kind, x, weight)
         rounded = _reference(kind, given.numbers_TI.float() * given.scales_T1, weight)
+        given = round_rows(x, ORDERS[self.scheme])
         time_it = partial(self._time, num_rows)
         time_it("bf16", partial(_own, kind, x), self.plain, _reference(kind, x, self.plain[0]))
         time_it("now", partial(_own, kind, x), self.matrices, exact, MOST_ERROR_OF_ROUNDING)
         took = {}
-        for config in candidates(self.layer, num_rows, promotes=self.promotes):
+        for config in candidates(self.scheme, self.layer, num_rows, promotes=self.promotes):
             run = partial(_own, kind, given, config=config)
             took[config] = time_it(f"{config}", run, self.matrices, rounded, is_kept=False)
         order = sorted(took, key=lambda config: took[config])
-        for config in order[:3]:
+        for config in order[:6]:
             print(f"  {self.layer.name} {num_rows} rows {took[config]:.2f} us: {config}", flush=True)
         best = self.best[num_rows] = order[0]
-        runs = [("rounded x", x, best), ("x given", given, best)]
-        if num_rows == UNPROMOTED_ROWS:
+        runs: list[tuple[str, Rows, Tiling]] = [("rounded x", x, best), ("x given", given, best)]
+        if num_rows == UNPROMOTED_ROWS and isinstance(best, LinearConfig):
             runs.append(("unpromoted", given, replace(best, promotes=False)))
         for name, rows, config in runs:
             run = partial(_own, kind, rows, config=config)
             time_it(name, run, self.matrices, rounded, note=f"{config}", shows_error=True)
-        run = partial(_library, kind, given)
-        time_it("library", run, self.matrices, rounded, shows_error=True)
+        if self.scheme == "fp8":
+            run = partial(_library, kind, given)
+            time_it("library", run, self.matrices, rounded, shows_error=True)
         if kind is not LinearKind.PARTIAL:
             self._measure_with_norm(num_rows, parts, residual, best)
 
     def _measure_with_norm(
-        self, num_rows: int, parts: torch.Tensor, residual: torch.Tensor, best: LinearConfig
+        self, num_rows: int, parts: torch.Tensor, residual: torch.Tensor, best: Tiling
     ) -> None:
         """The norm and the layer, with the rows beside it that stay bf16 where it has some."""
         kind, time_it = self.layer.kind, partial(self._time, num_rows)
-        is_read = reads_rounded(residual, self.matrices[:1], is_gated=kind is LinearKind.GATED)
-        x = whole(_normed(parts, residual, is_rounded=False))
+        order = reads_rounded(residual, self.matrices[:1], is_gated=kind is LinearKind.GATED)
+        x = whole(_normed(parts, residual, None))
         dequantised = self.matrices[0].dequantise(torch.float32)
         exact = _reference(kind, x, torch.cat([dequantised, self.pairs[0][1].float()]))
 
         def plain(weight: torch.Tensor) -> torch.Tensor:
-            return _own(kind, _normed(parts, residual, is_rounded=False), weight)
+            return _own(kind, _normed(parts, residual, None), weight)
 
         def now(pair: tuple[QuantisedMatrix, torch.Tensor]) -> torch.Tensor:
-            x = _normed(parts, residual, is_rounded=is_read)
+            x = _normed(parts, residual, order)
             return linear_beside(x, pair) if len(pair[1]) else _own(kind, x, pair[0])
 
         def own(pair: tuple[QuantisedMatrix, torch.Tensor]) -> torch.Tensor:
-            x = _normed(parts, residual, is_rounded=True)
+            x = _normed(parts, residual, ORDERS[self.scheme])
             return _with_beside(x, *pair, best) if len(pair[1]) else _own(kind, x, pair[0], best)
 
         def library(pair: tuple[QuantisedMatrix, torch.Tensor]) -> torch.Tensor:
-            x, (matrix, beside) = _normed(parts, residual, is_rounded=True), pair
+            x, (matrix, beside) = _normed(parts, residual, "plain"), pair
             if not len(beside):
                 return _library(kind, x, matrix)
             y = residual.new_empty(num_rows, len(matrix.values) + len(beside))
@@ -263,7 +263,10 @@ class Bench:
             return y
 
         time_it("norm bf16", plain, self.plain, _reference(kind, x, self.plain[0]))
-        for name, run in (("norm now", now), ("norm rounded", own), ("norm library", library)):
+        runs = {"norm now": now, "norm rounded": own}
+        if self.scheme == "fp8":
+            runs["norm library"] = library
+        for name, run in runs.items():
             time_it(name, run, self.pairs, exact, MOST_ERROR_OF_ROUNDING)
 
     def _time(
@@ -296,7 +299,9 @@ class Bench:
             self.times_us[num_rows, name] = timing.p50_ms * 1e3
             num_bytes = sum(_bytes(weight) for weight in weights)
             shape = f"{self.layer.name} x {self.layer.count}, {num_rows} rows"
-            self.table.add(shape, timing, self.layer.count, num_bytes, error, f"fp8 {name} {note}".strip())
+            self.table.add(
+                shape, timing, self.layer.count, num_bytes, error, f"{self.scheme} {name} {note}".strip()
+            )
         return timing.p50_ms * 1e3
 
     def time_us(self, num_rows: int, name: str) -> float:
@@ -325,13 +330,13 @@ class Bench:
             costs = {which: self.cost_us(rows, which) for which in ("now", "rounded", "library")}
             winner = min(costs, key=lambda which: costs[which])
             shown = {
-                "rounded": f"LinearConfig{tuple(vars(config).values())}",
+                "rounded": f"{type(config).__name__}{tuple(vars(config).values())}",
                 "library": "None",
                 "now": "as it is",
             }
             seen = ", ".join(f"{which} {cost:.2f}" for which, cost in costs.items())
             lines.append(f"        {rows}: {shown[winner]},  # {seen}")
-        size = f'("fp8", ({self.layer.outputs}, {self.layer.inputs}))'
+        size = f'("{self.scheme}", ({self.layer.outputs}, {self.layer.inputs}))'
         return "\n".join([f"    {size}: {{  # {self.layer.name}", *lines, "    },"])
 
 
@@ -352,16 +357,17 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rows", type=int, nargs="*", default=ROWS)
     parser.add_argument("--layers", nargs="*", choices=names, default=names)
+    parser.add_argument("--scheme", choices=SCHEMES, default="fp8")
     parser.add_argument("--unpromoted", action="store_true")
     chosen = parser.parse_args()
     layers = [layer for layer in LAYERS if layer.name in chosen.layers]
     torch.manual_seed(0)
-    _compile_all(layers, chosen.rows, promotes=not chosen.unpromoted)
+    _compile_all(chosen.scheme, layers, chosen.rows, promotes=not chosen.unpromoted)
     table = ResultTable("rounded_linear", prints_rows=False)
     benches = []
     for layer in layers:
         begun = time.monotonic()
-        bench = Bench(layer, table, promotes=not chosen.unpromoted)
+        bench = Bench(chosen.scheme, layer, table, promotes=not chosen.unpromoted)
         for num_rows in chosen.rows:
             bench.measure(num_rows)
         bench.show(chosen.rows)

@@ -73,6 +73,9 @@ def shape_config(name: str) -> dict[str, object]:
     }
 
 
+_ENDS_OF_BRANCHES = ("o_proj.weight", "out_proj.weight", "down_proj.weight")
+
+
 def draw_trained(name: str, spec: TensorSpec, device: str) -> torch.Tensor:
     """One tensor with the spectrum and the outliers of a trained model; others as `draw`."""
     if name == "model.norm.weight":
@@ -93,7 +96,13 @@ def draw_trained(name: str, spec: TensorSpec, device: str) -> torch.Tensor:
     tails = torch.distributions.StudentT(torch.tensor(5.0, device=device)).sample(spec.shape)
     channels = torch.exp(0.2 * torch.randn(num_inputs, device=device))
     weight = (weight / weight.std() + 0.5 * tails) * channels
-    return weight * (0.02 / weight.std())
+    weight *= 0.02 / weight.std()
+    if name.endswith(_ENDS_OF_BRANCHES) and not name.startswith("model.layers.0."):
+        # Behind the first layer, which turns tokens into something else, a layer adds about an eighth of
+        # what it finds. A random model whose layers add all of it is chaotic: it answers any rounding with
+        # another text.
+        weight /= 8
+    return weight
 
 
 def draw(name: str, spec: TensorSpec, device: str) -> torch.Tensor:

@@ -93,7 +93,9 @@ def _compile_specialised(
     from kiln_nn.kernels.linear import triton_hopper_specialised as hopper
 
     constants = hopper.constants(config, num_tokens, size[1], is_gated=kind is LinearKind.GATED)
-    tensors = weights_and_x("i32", 16, constants) | {"scales_ptr": scales, "out_ptr": "*fp32"}
+    pointers = {"scales_ptr": scales, "token_scales_ptr": scales, "out_ptr": "*fp32"}
+    beside = boxes_of("bf16", 64, beside_desc=64, whole_x_desc=16)
+    tensors = weights_and_x("i32", 16, constants) | beside | pointers
     return compile_for_hopper(hopper._linear_kernel, tensors, constants, warps=4)
 
 

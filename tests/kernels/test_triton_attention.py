@@ -196,6 +196,53 @@ def test_the_reference_skips_them_too():
     assert relative_error(out, case.expected(True)) < TOLERANCE[torch.float32]
 
 
+def _in_runs(lengths: tuple[int, ...], run: int, heads: int, kv_heads: int, head_dim: int, dtype):
+    """A case whose runs of rows have one sequence, and options that say so; its padding rows keep a line."""
+    case = _Case(lengths, heads, kv_heads, head_dim, dtype=dtype)
+    longest = [
+        max(range(first, first + run), key=lengths.__getitem__) for first in range(0, len(lengths), run)
+    ]
+    lines = torch.tensor(longest, device=DEVICE).repeat_interleave(run)
+    case.rows = [
+        tuple(part[:length] for part in case.rows[line])
+        for line, length in zip(lines.tolist(), lengths, strict=True)
+    ]
+    return case, {"table_rows_R": lines, "gate_RHD": case.gate, "rows_per_sequence": run}
+
+
+# A run that crosses a tile, a part and a page, one with padding behind its only row, one of padding.
+RUNS_OF_FOUR = (30, 31, 32, 33, 64, 65, 66, 67, 97, 98, 99, 0, 1, 0, 0, 0, 0, 0, 0, 0, 1, 2, 3, 4)
+
+
+@on_triton
+@pytest.mark.parametrize("num_parts", [1, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_of_one_sequence_share_a_program(num_parts, dtype):
+    kernel = _kernel()
+    case, options = _in_runs(RUNS_OF_FOUR, 4, 8, 2, 64, dtype)
+    config = kernel.DecodeConfig(16, 32, num_parts, num_warps=4, num_stages=1)
+    out = kernel.paged_decode_attention(*case.arguments(), **options, config=config)
+    assert relative_error(out, case.expected(True)) < TOLERANCE[dtype]
+    assert out[case.lengths == 0].eq(0).all()
+
+
+@on_triton
+@pytest.mark.parametrize(("run", "heads", "kv_heads"), [(2, 16, 4), (5, 24, 4), (8, 9, 1)])
+def test_runs_of_any_length(run, heads, kv_heads):
+    lengths = tuple(start + place for start in (1, 120, 7) for place in range(run))
+    case, options = _in_runs(lengths, run, heads, kv_heads, 64, torch.float32)
+    out = _kernel().paged_decode_attention(*case.arguments(), **options)
+    assert relative_error(out, case.expected(True)) < TOLERANCE[torch.float32]
+
+
+@on_triton
+def test_runs_of_rows_skip_tokens_too():
+    case, options = _in_runs((1, 2, 40, 41, 0, 0), 2, 4, 2, 64, torch.float32)
+    case.rows = [tuple(part[1:] for part in slots) for slots in case.rows]
+    out = _kernel().paged_decode_attention(*case.arguments(), **options, num_skipped=1)
+    assert relative_error(out, case.expected(True)) < TOLERANCE[torch.float32]
+
+
 @on_triton
 @pytest.mark.skipif(INTERPRETED, reason="needs a graph")
 def test_one_graph_serves_every_context_length():
@@ -245,6 +292,8 @@ def test_unfitting_shapes_are_refused():
     q, k, v, table, lengths, scale = case.arguments()
     with pytest.raises(ShapeMismatch, match="context_lengths"):
         paged_decode_attention(q, k, v, table, lengths.repeat(2), scale)
+    with pytest.raises(ShapeMismatch, match="a multiple of 2"):
+        paged_decode_attention(q, k, v, table, lengths, scale, rows_per_sequence=2)
     with pytest.raises(ShapeMismatch, match="gate"):
         paged_decode_attention(q, k, v, table, lengths, scale, gate_RHD=case.gate[:, :2])
     assert (
@@ -273,6 +322,7 @@ def test_it_compiles_for_every_supported_gpu(cache_dtype, capabilities):
     with compiling_instead_of_launching(capabilities) as compiled:
         _kernel().paged_decode_attention(*arguments, gate_RHD=gate, num_skipped=1)
         _kernel().paged_decode_attention(*arguments, gate_RHD=gate)
+        _kernel().paged_decode_attention(*arguments, gate_RHD=gate, rows_per_sequence=4)
     assert {one.name for one in compiled} == {"decode_kernel", "join_kernel"}
     assert all(one.shared_memory_bytes <= SHARED_MEMORY_LIMIT[one.capability] for one in compiled)
 

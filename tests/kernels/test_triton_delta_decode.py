@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from kiln_nn.kernels.delta_decode import delta_decode
+from kiln_nn.kernels.delta_decode import delta_commit, delta_decode
 from kiln_nn.kernels.delta_decode.reference import delta_commit_reference, delta_decode_reference
+from kiln_nn.kernels.rms_norm import rms_norm
 from tests.support.delta_decode import (
     DeltaShape,
     assert_written_alike,
@@ -76,7 +79,15 @@ def _poisoned(monkeypatch):
     monkeypatch.setattr(torch, "empty", poisoned)
 
 
-def _run(shape: DeltaShape, rows: tuple, formats: str, config=None, seed: int = 0) -> None:
+def _forms(state_dtype: torch.dtype) -> dict:
+    """The chosen configuration, with one launch for any number of rows and for none."""
+    chosen = _kernel().CONFIGS[state_dtype]
+    return {most_rows: replace(chosen, most_rows_at_once=most_rows) for most_rows in (64, 0)}
+
+
+def _run(
+    shape: DeltaShape, rows: tuple, formats: str, config=None, seed: int = 0, *, reads_early: bool = False
+) -> None:
     state_dtype, dtype = FORMATS[formats]
     draw = torch.Generator().manual_seed(seed)
     lengths = {row[1]: row[2] for row in rows if row is not None}
@@ -85,7 +96,10 @@ def _run(shape: DeltaShape, rows: tuple, formats: str, config=None, seed: int = 
     tokens = tokens_to(random_tokens(shape, len(rows), draw), dtype, DEVICE)
     memory = converted(before, state_dtype, dtype, DEVICE)
     assert _kernel().supports(memory, weights, *tokens.all())
-    out = _kernel().delta_decode(memory, make_rows(*rows, device=DEVICE), weights, *tokens.all(), config)
+    device_rows = make_rows(*rows, device=DEVICE)
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    out = _kernel().delta_decode(memory, device_rows, weights, *tokens.all(), config, reads_early=reads_early)
     expected_memory, in_float64 = exact(before), torch.float64
     expected = delta_decode_reference(
         expected_memory,
@@ -112,17 +126,35 @@ ROWS = (
 )
 
 
-@on_triton
-@pytest.mark.parametrize("formats", list(FORMATS))
-def test_rows_of_all_kinds(formats):
-    _run(DeltaShape(), ROWS, formats)
+each_format = pytest.mark.parametrize("formats", list(FORMATS))
+each_form = pytest.mark.parametrize("most_rows_at_once", [64, 0], ids=["at once", "two launches"])
 
 
 @on_triton
-@pytest.mark.parametrize("formats", list(FORMATS))
+@each_format
+@each_form
+def test_rows_of_all_kinds(formats, most_rows_at_once):
+    _run(DeltaShape(), ROWS, formats, _forms(FORMATS[formats][0])[most_rows_at_once])
+
+
+RELEASED = DeltaShape(num_key_heads=1, num_heads=2, key_dim=128, value_dim=128, num_slots=5)
+
+
+@on_triton
+@each_format
 def test_the_released_head_shape(formats):
-    shape = DeltaShape(num_key_heads=1, num_heads=2, key_dim=128, value_dim=128, num_slots=5)
-    _run(shape, ((0, 0, 7, None), (1, 2, 15, 3)), formats)
+    _run(RELEASED, ((0, 0, 7, None), (1, 2, 15, 3)), formats)
+
+
+@on_triton
+@each_format
+@each_form
+@pytest.mark.parametrize("reads_early", [False, True])
+@pytest.mark.skipif(INTERPRETED, reason="takes a minute there")
+def test_the_released_head_shape_in_every_form(formats, most_rows_at_once, reads_early):
+    rows = ((0, 0, 7, None), None, (1, 2, 15, 3), (4, 4, 0, None))
+    config = _forms(FORMATS[formats][0])[most_rows_at_once]
+    _run(RELEASED, rows, formats, config, reads_early=reads_early)
 
 
 @on_triton
@@ -135,9 +167,11 @@ def test_the_released_head_shape(formats):
         DeltaShape(num_key_heads=1, num_heads=2, conv_width=3, capacity=40),
     ],
 )
-def test_other_shapes(shape):
+@each_form
+def test_other_shapes(shape, most_rows_at_once):
     last = min(shape.page_tokens, 32) - 1
-    _run(shape, ((0, 1, last, 1), (2, 2, last // 2, None), (3, 4, 1, None)), "float32")
+    config = _forms(torch.float32)[most_rows_at_once]
+    _run(shape, ((0, 1, last, 1), (2, 2, last // 2, None), (3, 4, 1, None)), "float32", config)
 
 
 @on_triton
@@ -150,9 +184,11 @@ def test_every_form_computes_the_same(formats, uses_tensor_cores):
 
 
 @on_triton
+@each_form
 @pytest.mark.parametrize("formats", ["float32", "bf16"])
-def test_decoding_over_three_pages(formats):
+def test_decoding_over_three_pages(formats, most_rows_at_once):
     state_dtype, dtype = FORMATS[formats]
+    config = _forms(state_dtype)[most_rows_at_once]
     shape, num_steps = DeltaShape(num_key_heads=1, num_heads=2), 12 if INTERPRETED else 40
     page = 4 if INTERPRETED else 16
     draw = torch.Generator().manual_seed(1)
@@ -167,7 +203,7 @@ def test_decoding_over_three_pages(formats):
         if t % page == page - 1:
             rows = [(0, 0, t % page, 0), (own, own, t % page, 5 - own)]
         outputs.append(
-            _kernel().delta_decode(memory, make_rows(*rows, device=DEVICE), weights, *tokens.all())
+            _kernel().delta_decode(memory, make_rows(*rows, device=DEVICE), weights, *tokens.all(), config)
         )
         expected.append(
             delta_decode_reference(
@@ -236,6 +272,34 @@ def test_one_graph_serves_every_length_and_commit():
 
 
 @on_triton
+@pytest.mark.skipif(INTERPRETED, reason="needs launches that overlap")
+def test_memory_read_before_the_launch_in_front_has_ended():
+    shape, draw = DeltaShape(num_key_heads=2, num_heads=4, key_dim=128, value_dim=128), torch.Generator()
+    memory = converted(random_memory(shape, {}, draw.manual_seed(12)), torch.bfloat16, torch.bfloat16, DEVICE)
+    expected_memory, layers = exact(memory), memory.as_layers()
+    weights = weights_to(random_weights(shape, draw), torch.bfloat16, DEVICE)
+    rows, outputs, expected = make_rows(None, None, device=DEVICE), [], []
+    for t in range(40):
+        place = t % shape.page_tokens
+        real = make_rows(
+            *((slot, slot, place, slot if place == shape.page_tokens - 1 else None) for slot in (0, 2))
+        )
+        tokens = tokens_to(random_tokens(shape, 2, draw), torch.bfloat16, DEVICE)
+        # As in a pass: what the rows remember is written, a launch waits for that, one starts early behind it.
+        for name in ("read_slots_R", "ring_slots_R", "lengths_R", "commit_slots_R"):
+            getattr(rows, name).copy_(getattr(real, name))
+        z_RHV = rms_norm(tokens.z_RHV.clone(), torch.ones_like(weights.norm_V), 1e-6, offset=0.0)
+        inputs = (tokens.mixed_RC, tokens.a_RH, tokens.b_RH, z_RHV)
+        outputs.append(delta_decode(memory, rows, weights, *inputs, commits=False, reads_early=True))
+        delta_commit(layers, rows)
+        in_float64 = (x.double().cpu() for x in inputs)
+        expected.append(
+            delta_decode_reference(expected_memory, real, weights_to(weights, torch.float64), *in_float64)
+        )
+    assert relative_error(torch.stack(outputs), torch.stack(expected)) < 3 * BF16
+
+
+@on_triton
 def test_the_comparison_sees_a_wiped_state():
     shape, draw = DeltaShape(), torch.Generator().manual_seed(8)
     memory = converted(random_memory(shape, {1: 3}, draw), torch.float32, torch.float32, DEVICE)
@@ -268,10 +332,8 @@ def test_it_compiles_for_every_supported_gpu(monkeypatch, formats, is_dependent,
     weights = weights_to(random_weights(shape, draw), dtype)
     tokens = tokens_to(random_tokens(shape, 1, draw), dtype)
     with compiling_instead_of_launching(capabilities) as compiled:
-        for commits in (True, False):
-            _kernel().delta_decode(
-                memory, make_rows((0, 0, 0, None)), weights, *tokens.all(), commits=commits
-            )
+        for config in _forms(state_dtype).values():
+            _kernel().delta_decode(memory, make_rows((0, 0, 0, None)), weights, *tokens.all(), config)
         _kernel_of_commits().delta_commit(layers_stacked([memory]), make_rows((0, 0, 0, None)))
     assert tuple(one.capability for one in compiled) == capabilities * 6
     # A multiprocessor should hold at least two programs.

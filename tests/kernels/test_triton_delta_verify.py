@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kiln_nn.kernels.delta_decode.verify_reference import delta_verify_reference
+from kiln_nn.kernels.delta_decode.verify_reference import delta_fold_reference, delta_verify_reference
 from tests.support.delta_decode import (
     DeltaShape,
     assert_written_alike,
     converted,
     exact,
     make_rows,
+    memory_tensors,
     random_memory,
     random_tokens,
     random_weights,
@@ -48,6 +49,12 @@ def _kernel():
     return triton_verify
 
 
+def _fold():
+    from kiln_nn.kernels.delta_decode import triton_fold
+
+    return triton_fold
+
+
 @only_outside_interpreter
 @needs_triton
 def test_the_kernel_in_the_interpreter():
@@ -78,22 +85,34 @@ def _run(shape: DeltaShape, rows: tuple, num_new: list[int], formats: str, num_l
     for row, count in enumerate(num_new):
         for tensor in tokens.all():
             tensor[row, count:] = float("nan")
-    memory = converted(before, state_dtype, dtype, DEVICE)
-    counts = torch.tensor(num_new, device=DEVICE)
-    out = _kernel().delta_verify(memory, make_rows(*rows, device=DEVICE), counts, weights, *tokens.all())
-    expected_memory, in_float64 = exact(before), torch.float64
+    tolerances = TOLERANCE[state_dtype], RING_TOLERANCE[state_dtype]
+    memory, unfolded = (converted(before, state_dtype, dtype, DEVICE) for _ in range(2))
+    expected_memory = exact(before)
+    _fold().delta_fold(memory.as_layers(), make_rows(*rows, device=DEVICE))
+    delta_fold_reference(expected_memory.as_layers(), make_rows(*rows))
+    assert_written_alike(before, memory, expected_memory, *tolerances)
+
+    # The new tokens read the states that were written, rounded as they are.
+    before, in_float64 = converted(memory, state_dtype, dtype, DEVICE), torch.float64
+    expected_memory, counts = exact(before), torch.tensor(num_new, device=DEVICE)
+    arguments = make_rows(*rows, device=DEVICE), counts, weights, *tokens.all()
+    out = _kernel().delta_verify(memory, *arguments, folds=False)
     expected = delta_verify_reference(
         expected_memory,
         make_rows(*rows),
         counts.cpu(),
         weights_to(weights, in_float64),
         *tokens_to(tokens, in_float64).all(),
+        folds=False,
     )
     assert out.dtype == dtype
     for row, count in enumerate(num_new):
         assert out[row, count:].eq(0).all()
     assert relative_error(out, expected) < TOLERANCE[dtype]
-    assert_written_alike(before, memory, expected_memory, TOLERANCE[state_dtype], RING_TOLERANCE[state_dtype])
+    assert_written_alike(before, memory, expected_memory, *tolerances)
+    assert torch.equal(_kernel().delta_verify(unfolded, *arguments), out)
+    for one, other in zip(memory_tensors(unfolded), memory_tensors(memory), strict=True):
+        assert torch.equal(one.nan_to_num(), other.nan_to_num())
 
 
 # Read, ring, length, slot of a fold: pages not full yet, a shared checkpoint, folds in place and away
@@ -146,5 +165,6 @@ def test_it_compiles_for_every_supported_gpu(monkeypatch, formats, is_dependent,
     tokens = tokens_to(stacked([random_tokens(shape, 1, draw) for _ in range(8)]), dtype)
     with compiling_instead_of_launching(capabilities) as compiled:
         _kernel().delta_verify(memory, make_rows((0, 0, 0, None)), torch.tensor([8]), weights, *tokens.all())
-    assert tuple(one.capability for one in compiled) == capabilities
+    names = ("delta_fold_kernel", "verify_keys_kernel", "verify_values_kernel")
+    assert [(one.name, one.capability) for one in compiled] == [(n, c) for n in names for c in capabilities]
     assert all(one.shared_memory_bytes <= SHARED_MEMORY_LIMIT[86] for one in compiled)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from kiln_nn.kernels.checks import ShapeMismatch
 from kiln_nn.kernels.quantised import round_rows
+from kiln_nn.kernels.quantised.matrix import word_order
 from kiln_nn.kernels.rms_norm import (
     add_rms_norm,
     add_rms_norm_rounded,
@@ -95,8 +96,11 @@ def test_the_residual_is_added_then_normed(shape, dtype, poisoned):
 
 @on_triton
 @pytest.mark.parametrize("num_partials", [0, 1, 3])
-@pytest.mark.parametrize("shape", [(1, 2560), (17, 96), (70, 128)])
-def test_rows_are_rounded_as_a_kernel_of_their_own_does(shape, num_partials, poisoned):
+@pytest.mark.parametrize(
+    ("shape", "order"),
+    [((1, 2560), "plain"), ((3, 2560), "words"), ((17, 96), "plain"), ((70, 128), "words")],
+)
+def test_rows_are_rounded_as_a_kernel_of_their_own_does(shape, order, num_partials, poisoned):
     """To the bit; in float32 under the interpreter, whose bf16 and E4M3 are not those of a GPU."""
     from kiln_nn.kernels.quantised.triton import quantise_rows
 
@@ -106,20 +110,23 @@ def test_rows_are_rounded_as_a_kernel_of_their_own_does(shape, num_partials, poi
     residual, weight = _draw(*shape, dtype=dtype), _draw(shape[-1], dtype=dtype, seed=2)
     kernels = _kernels("rms_norm")
     if num_partials == 0:
-        rows = kernels.rms_norm_rounded(residual, weight, EPS, offset=1.0)
+        rows = kernels.rms_norm_rounded(residual, weight, EPS, offset=1.0, order=order)
         assert torch.equal(rows.x_TI, kernels.rms_norm(residual, weight, EPS, offset=1.0))
     else:
         x = _draw(num_partials, *shape, seed=1)
-        rows, total = kernels.add_rms_norm_rounded(x, residual, weight, EPS, offset=1.0)
+        rows, total = kernels.add_rms_norm_rounded(x, residual, weight, EPS, offset=1.0, order=order)
         expected, expected_total = kernels.add_rms_norm(x, residual, weight, EPS, offset=1.0)
         assert torch.equal(rows.x_TI, expected)
         assert torch.equal(total, expected_total)
+    assert rows.order == order
     numbers, scales = quantise_rows(rows.x_TI)
-    assert torch.equal(rows.numbers_TI.float(), numbers.float())
+    in_order = numbers.float() if order == "plain" else word_order(numbers.float())
+    assert torch.equal(rows.numbers_TI.float(), in_order)
+    assert torch.equal(quantise_rows(rows.x_TI, order)[0].float(), in_order)
     assert torch.equal(rows.scales_T1, scales)
     # The interpreter does not round to the nearest.
     most_error = 8e-2 if INTERPRETED else 4e-2
-    assert relative_error(rows.numbers_TI.float() * rows.scales_T1, rows.x_TI.float()) < most_error
+    assert relative_error(numbers.float() * scales, rows.x_TI.float()) < most_error
 
 
 def test_elsewhere_rows_are_rounded_behind_the_norm():

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 import struct
+from itertools import product
 
 import pytest
 import torch
 
-from kiln_nn.kernels.quantised.matrix import pack_int4
+from kiln_nn.kernels.quantised.matrix import pack_int4, word_order
 
 unpack = pytest.importorskip("kiln_nn.kernels.linear.triton_hopper_unpack")
 
@@ -32,8 +33,14 @@ def _prmt(low: int, high: int, choice: int) -> int:
 
 
 def _lop3(a: int, b: int, c: int, table: int) -> int:
-    assert table == 0xEA
-    return a & b | c
+    assert table in (0xEA, 0xF2)
+    return a & b | c if table == 0xEA else a | ~b & c
+
+
+def _distances(a: int, b: int, zero: int) -> int:
+    assert zero == 0
+    pairs = zip(struct.pack("<I", a), struct.pack("<I", b), strict=True)
+    return int.from_bytes(bytes(abs(left - right) for left, right in pairs), "little")
 
 
 def _pairwise(operation):
@@ -50,6 +57,8 @@ OPERATIONS = {
     "mov.b32": lambda a: a,
     "prmt.b32": _prmt,
     "shr.u32": lambda a, places: a >> places,
+    "shl.b32": lambda a, places: a << places & 0xFFFFFFFF,
+    "vabsdiff4.u32.u32.u32": _distances,
     "and.b32": lambda a, b: a & b,
     "lop3.b32": _lop3,
     "sub.rn.bf16x2": _pairwise(lambda a, b: a - b),
@@ -57,8 +66,8 @@ OPERATIONS = {
 }
 
 
-def _run(code, num_outputs: int, *inputs: int) -> list[float]:
-    """The bf16 results of a piece of PTX whose inputs are numbered after its outputs."""
+def _run_words(code, num_outputs: int, *inputs: int) -> list[int]:
+    """The results of a piece of PTX whose inputs are numbered after its outputs."""
     registers = {f"${place}": value for place, value in enumerate(inputs, num_outputs)}
 
     def read(operand: str) -> int:
@@ -73,7 +82,12 @@ def _run(code, num_outputs: int, *inputs: int) -> list[float]:
         result = OPERATIONS[operation](*map(read, sources))
         places = target.split("+")
         registers |= dict(zip(places, _halves(result) if len(places) == 2 else [result], strict=True))
-    results = [registers[f"${place}"] for place in range(num_outputs)]
+    return [registers[f"${place}"] for place in range(num_outputs)]
+
+
+def _run(code, num_outputs: int, *inputs: int) -> list[float]:
+    """The same in bf16, of eight pairs or of single ones."""
+    results = _run_words(code, num_outputs, *inputs)
     if num_outputs == 8:
         return [_to_float(half) for value in results for half in _halves(value)]
     return [_to_float(value) for value in results]
@@ -100,3 +114,20 @@ def test_every_number_of_eight_bits():
         second = (first * 37 + 11) % 256
         if first & 127 != 127 and second & 127 != 127:  # what E4M3 has for NaN
             assert _run(unpack.EIGHT_BITS, 2, first | second << 8) == [value, values[second]]
+
+
+def test_four_words_become_the_left_operand_in_e4m3():
+    """What a thread has of 16 rows and 64 inputs: of a step rows `g`, `g + 8`, and then 16 inputs on."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        numbers = torch.randint(-8, 8, (2, 64), generator=generator)
+        words = [[word & 0xFFFFFFFF for word in row] for row in pack_int4(numbers).tolist()]
+        ordered = word_order(numbers)
+        for thread in range(4):
+            pair = slice(thread, None, 4)
+            registers = _run_words(unpack.FOUR_BITS_AS_E4M3, 8, *words[0][pair], *words[1][pair])
+            for row, step, half in product(range(2), range(2), range(2)):
+                quad = struct.pack("<I", registers[4 * row + 2 * step + half])
+                values = torch.tensor(list(quad), dtype=torch.uint8).view(torch.float8_e4m3fn).float() * 2**9
+                first = 32 * step + 16 * half + 4 * thread
+                assert torch.equal(values, ordered[row, first : first + 4].float())

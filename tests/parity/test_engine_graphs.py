@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from kiln_engine.domain import AdapterUse, GenerationRequest, SamplingParams
+from kiln_engine.domain import AdapterUse, BatchPlan, GenerationRequest, SamplingParams
 from kiln_engine.domain.batch_sizes import decode_ladder
 from kiln_engine.domain.output_rules import OutputRules, ThinkingRules
 from kiln_engine.execution import captured_step
+from kiln_engine.execution.runner import TorchRunner
 from tests.support.engine_plans import token_ids
 from tests.support.engine_serving import (
     KERNEL_SHAPE,
@@ -81,17 +82,29 @@ def test_the_ladder_of_batch_sizes_ends_at_the_largest():
         assert sizes[-1] == most
 
 
+def _note_launched_prompts(runner: TorchRunner, num_tokens: list[int]) -> None:
+    """Append the tokens of the prompts of each pass that goes kernel by kernel."""
+    launch_kernels = runner._launch_kernels
+
+    def launching(plan: BatchPlan, step: Any) -> None:
+        num_tokens.append(sum(len(chunk.token_ids) for chunk in plan.prefill_chunks))
+        launch_kernels(plan, step)
+
+    runner._launch_kernels = launching  # type: ignore[method-assign]
+
+
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])])
 @pytest.mark.parametrize("with_adapters", [False, True])
 def test_replayed_steps_give_what_launched_ones_give(
     folder: Path, monkeypatch: pytest.MonkeyPatch, with_adapters: bool, device: str
 ):
     replays: list[int] = []
+    prompts_launched: list[int] = []
     replay = captured_step.CapturedStep.replay
 
-    def counting(self: Any, rows: Any) -> Any:
-        replays.append(len(rows))
-        return replay(self, rows)
+    def counting(self: Any) -> None:
+        replays.append(1)
+        replay(self)
 
     monkeypatch.setattr(captured_step.CapturedStep, "replay", counting)
     answers = []
@@ -101,8 +114,11 @@ def test_replayed_steps_give_what_launched_ones_give(
             load_adapters(runner)
         if is_captured:
             capture(runner, monkeypatch)
+            _note_launched_prompts(runner, prompts_launched)
         answers.append(serve(runner, limits, _requests(with_adapters)))
         assert (len(replays) > 50) == is_captured
+    # Graphs hold all prompts but those that are too long for them, with adapters too.
+    assert all(num_tokens > 256 for num_tokens in prompts_launched)
     launched, replayed = answers
     for name, answer in launched.items():
         assert replayed[name].tokens == answer.tokens, name

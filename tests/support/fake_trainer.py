@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 
 from kiln_common.errors import JobNotFound, KilnError, TrainerUnavailable
 from kiln_common.pb import trainer_pb2
+from kiln_trainer.jobs.records import sampled_by
 from kiln_trainer.jobs.retry import retried
 
 
@@ -51,6 +52,7 @@ class FakeTrainer:
         grpo = [rollout for group in request.grpo.groups for rollout in group.rollouts]
         for rollout in [*grpo, *request.opd.rollouts]:
             job.sources[rollout.source] += 1
+        job.sampled_by.update(sampled_by(request))
         self.jobs[job.id] = job
         return job
 

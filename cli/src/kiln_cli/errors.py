@@ -11,12 +11,16 @@ class WrongUsage(InvalidRequest):
 
 
 class PortInUse(KilnError):
+    """Something else listens on the port that kiln up is to use."""
+
     code = "port_in_use"
     kind = ErrorKind.CONFLICT
     hint = "Stop what uses it, or choose another: kiln up --port 8421, or make up PORT=8421."
 
 
 class StateDirInUse(KilnError):
+    """Another kiln up, or a service of it that has not ended yet, uses the state folder."""
+
     code = "state_dir_in_use"
     kind = ErrorKind.CONFLICT
     hint = (
@@ -33,12 +37,16 @@ class DemoFailed(KilnError):
 
 
 class StateDirUnusable(KilnError):
+    """The folder for the services' sockets belongs to somebody else."""
+
     code = "state_dir_unusable"
     kind = ErrorKind.CONFLICT
     hint = "Remove the folder, or choose another: kiln up --state-dir FOLDER, or make up STATE_DIR=FOLDER."
 
 
 class PublicHostWithoutKeys(InvalidRequest):
+    """The address can be reached from other machines, and no API keys are set."""
+
     code = "public_host_without_keys"
     hint = (
         "Set KILN_GATEWAY_API_KEYS, or KILN_GATEWAY_ALLOW_PUBLIC_BIND=true if everyone who can reach "
@@ -47,16 +55,22 @@ class PublicHostWithoutKeys(InvalidRequest):
 
 
 class UnknownGpuSharing(InvalidRequest):
+    """--gpu-sharing names no way of sharing a GPU."""
+
     code = "unknown_gpu_sharing"
     hint = "--gpu-sharing (or KILN_TRAINER_GPU_SHARING) is auto, mps or time_slices."
 
 
 class ModelNotFound(InvalidRequest):
+    """The folder given with --model has no config.json."""
+
     code = "model_not_found"
     hint = "Give a folder with config.json and *.safetensors, or a hub id such as Qwen/Qwen3.5-4B."
 
 
 class NothingToSay(InvalidRequest):
+    """Neither an argument nor standard input has a text to send."""
+
     code = "no_text"
     hint = "kiln chat 'A question', or echo 'A question' | kiln chat"
 
@@ -69,21 +83,29 @@ class InvalidJsonl(InvalidRequest):
 
 
 class FileUnreadable(InvalidRequest):
+    """The file that was named is not there, or may not be read."""
+
     code = "file_unreadable"
     hint = "Name a file that exists and may be read, or - for standard input."
 
 
 class InvalidSetting(InvalidRequest):
+    """--set was given something that is not NAME=VALUE, or a field of what is no object."""
+
     code = "invalid_setting"
     hint = "--set NAME=VALUE, where VALUE is JSON or plain text: --set schedule=cosine --set loss.type=dapo."
 
 
 class NotConfirmed(InvalidRequest):
+    """The command deletes something, and nobody is there to ask."""
+
     code = "not_confirmed"
     hint = "Add --yes to do it without being asked."
 
 
 class InvalidReference(InvalidRequest):
+    """What was given is not the way an adapter is named."""
+
     code = "invalid_reference"
     hint = "An adapter is written name or name@version; kiln adapters list shows what there is."
 
@@ -96,19 +118,15 @@ class ChecksumMismatch(KilnError):
 
 
 class NoLogs(InvalidRequest):
+    """The state folder has no logs of such services."""
+
     code = "no_logs"
     hint = "kiln up writes them below its state folder; kiln logs --state-dir FOLDER names another."
 
 
-class HubFailed(KilnError):
-    """The hub cannot be reached, or does not have the model for us."""
-
-    code = "hub_failed"
-    kind = ErrorKind.UNAVAILABLE
-    hint = "Look at the model's name; HF_ENDPOINT names the hub, HF_TOKEN the key for what is not public."
-
-
 class NoTrainingData(InvalidRequest):
+    """Neither a file nor a dataset to learn from was named."""
+
     code = "no_training_data"
     hint = "kiln train sft examples.jsonl --adapter NAME, or --dataset ID; - is standard input."
 

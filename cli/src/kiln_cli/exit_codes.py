@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from kiln_common.errors import ErrorKind, KilnError
 
 DONE = 0
@@ -11,6 +13,9 @@ UNREACHABLE = 3  # nothing answers, or a service behind it is away (503); worth 
 REFUSED = 4  # the server refused the request (4xx)
 SERVER_FAILED = 5  # the server failed, or did not get it done in time (500, 504)
 NOT_BUILT = 6  # part of the contract, and not built yet (501)
+MISCONFIGURED = (
+    os.EX_CONFIG
+)  # that of the service; written here, so that the command need not load its settings
 INTERRUPTED = 130
 
 MEANINGS = {
@@ -21,6 +26,7 @@ MEANINGS = {
     REFUSED: "the server refused the request",
     SERVER_FAILED: "the server failed, or did not get it done in time",
     NOT_BUILT: "not built yet",
+    MISCONFIGURED: "`kiln up`: a service cannot start with this model or these settings, however often it is tried",
     INTERRUPTED: "interrupted",
 }
 

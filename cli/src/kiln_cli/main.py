@@ -16,6 +16,7 @@ from kiln_cli.errors import WrongUsage
 from kiln_cli.output import Output
 from kiln_cli.session import MACHINE, Json
 from kiln_common.errors import KilnError
+from kiln_common.variables import unknown_variables
 
 app = typer.Typer(
     name="kiln",
@@ -40,6 +41,8 @@ def _root(
     ] = False,
 ) -> None:
     """Serve Qwen3.5 through the OpenAI API, and let it learn from rewards while it serves."""
+    for unknown in unknown_variables():
+        typer.echo(f"warning: {unknown}", err=True)
 
 
 up.register(app)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -54,6 +54,12 @@ class Output:
         """A line beside the answer; not among JSON."""
         if not self.as_json:
             self.errors.print(text, style="dim", markup=False, soft_wrap=True)
+
+    def warn(self, texts: Iterable[str]) -> None:
+        """Lines beside the answer that should be seen; not among JSON, which has them in the answer."""
+        if not self.as_json:
+            for text in texts:
+                self.errors.print(f"warning: {text}", style="yellow", markup=False, soft_wrap=True)
 
     def error(
         self, code: str, message: str, hint: str = "", request_id: str | None = None, **details: Any

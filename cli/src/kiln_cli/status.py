@@ -45,13 +45,22 @@ def _coloured(state: str) -> str:
 
 
 def _engines(engines: Sequence[dict[str, Any]]) -> Table:
-    names = ("engine", "address", "state", "device", "load", "written", "adapters")
+    # An address is shown to admins only; a socket of this machine is called like its engine.
+    has_addresses = any(not engine.get("address", "unix:").startswith("unix:") for engine in engines)
+    names = (
+        "engine",
+        *(("address",) if has_addresses else ()),
+        "state",
+        "device",
+        "load",
+        "written",
+        "adapters",
+    )
     table = Table(box=None, header_style="dim", pad_edge=False)
     for name in names:
-        table.add_column(name, overflow="fold")
+        table.add_column(name, overflow="fold", no_wrap=name == "engine")
     for engine in engines:
-        # An address is shown to admins only.
-        place = (str(engine.get("id", "")), engine.get("address", "–"))
+        place = (str(engine.get("id", "")), *((engine.get("address", "–"),) if has_addresses else ()))
         table.add_row(*map(escape, place), _coloured(engine["status"]), *_figures(engine))
     return table
 

@@ -14,6 +14,7 @@ from kiln_common.clients.registry import RegistryClient
 from kiln_common.errors import KilnError
 from kiln_common.model_folder import ModelFolderMissing
 from kiln_common.pb import common_pb2, registry_pb2
+from kiln_common.settings import ConfigurationError
 from kiln_engine.bootstrap import start_engine
 from kiln_engine.device_side import ModelNotLoaded, load_device_side
 from kiln_engine.settings import EngineSettings
@@ -317,6 +318,7 @@ def test_a_folder_without_a_model_stops_the_start(tmp_path):
     with pytest.raises(ModelNotLoaded) as caught:
         load_device_side(settings_for(tmp_path / "nothing", tmp_path))
     assert caught.value.code == "model_not_found"
+    assert isinstance(caught.value, ConfigurationError)
     assert caught.value.hint
 
 

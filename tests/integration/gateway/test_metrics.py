@@ -71,7 +71,7 @@ async def scrape(rig):
 
 async def test_what_engine_and_trainer_said_is_shown(rig):
     found = await scrape(rig)
-    engine, trainer = ("engine", "0"), ("trainer", "0")
+    engine, trainer = ("engine", "engine"), ("trainer", "trainer")
     assert found["kiln_engine_up"][(engine,)] == 1
     assert found["kiln_engine_requests_waiting"][(engine,)] == 2
     assert found["kiln_engine_kv_cache_usage_ratio"][(engine,)] == 0.4
@@ -117,13 +117,13 @@ async def test_a_draining_engine_is_called_so(rig):
 
     rig.engine.get_stats = get_stats
     (engine,) = (await rig.http.get("/health")).json()["engines"]
-    assert (engine["id"], engine["address"], engine["status"]) == ("0", "fake:1", "draining")
+    assert (engine["id"], engine["address"], engine["status"]) == ("engine", "fake:1", "draining")
 
 
 async def test_a_service_that_is_away_is_down_and_tells_nothing(rig):
     rig.engine.is_up = False
     found = await scrape(rig)
-    assert found["kiln_engine_up"][("engine", "0"),] == 0
+    assert found["kiln_engine_up"][("engine", "engine"),] == 0
     assert "kiln_engine_requests_running" not in found
 
 

@@ -36,9 +36,15 @@ def test_each_engine_has_a_row_with_its_address_state_load_and_adapters():
     }  # fmt: skip
     known = {"device": "cpu", "dtype": "float32", "scheduler": scheduler}
     engines = [
-        {**known, "id": "0", "address": "unix:/a.sock", "status": "ok", "resident_adapters": ["x@1", "y@2"]},
-        {**known, "id": "1", "status": "draining", "resident_adapters": []},
-        {"id": "2", "address": "unix:/c.sock", "status": "unavailable"},
+        {
+            **known,
+            "id": "engine",
+            "address": "10.0.0.1:8430",
+            "status": "ok",
+            "resident_adapters": ["x@1", "y@2"],
+        },
+        {**known, "id": "engine-2", "status": "draining", "resident_adapters": []},
+        {"id": "engine-3", "address": "10.0.0.3:8430", "status": "unavailable"},
     ]
     health = {"status": "ok", "uptime_s": 5, "dependencies": {}, "training": None, "engines": engines}
     show_status(console, "http://localhost", health)
@@ -46,7 +52,20 @@ def test_each_engine_has_a_row_with_its_address_state_load_and_adapters():
     load = "cpu, float32 2 running, 1 waiting, 25 % of pages 1,234 tokens"
     assert rows == [
         ["engine", "address", "state", "device", "load", "written", "adapters"],
-        f"0 unix:/a.sock ok {load} x@1, y@2".split(),
-        f"1 – draining {load} none".split(),
-        ["2", "unix:/c.sock", "unavailable", "–", "–", "–", "–"],
+        f"engine 10.0.0.1:8430 ok {load} x@1, y@2".split(),
+        f"engine-2 – draining {load} none".split(),
+        ["engine-3", "10.0.0.3:8430", "unavailable", "–", "–", "–", "–"],
     ]
+
+
+def test_sockets_of_this_machine_need_no_column():
+    console = Console(file=io.StringIO(), width=160)
+    engines = [
+        {"id": name, "address": f"unix:/run/{name}.sock", "status": "unavailable"}
+        for name in ("engine", "engine-2")
+    ]
+    health = {"status": "ok", "uptime_s": 5, "dependencies": {}, "training": None, "engines": engines}
+    show_status(console, "http://localhost", health)
+    rows = [line.split() for line in console.file.getvalue().splitlines()[-3:]]
+    assert rows[0] == ["engine", "state", "device", "load", "written", "adapters"]
+    assert [row[:2] for row in rows[1:]] == [["engine", "unavailable"], ["engine-2", "unavailable"]]

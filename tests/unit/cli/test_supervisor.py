@@ -24,7 +24,14 @@ from kiln_cli.errors import (
 )
 from kiln_cli.up.console import UpConsole, how_it_ended
 from kiln_cli.up.gpus import assign_gpus, choose_num_trainers
-from kiln_cli.up.options import build_options, check_host, check_port, make_run_dir, reachable_url
+from kiln_cli.up.options import (
+    build_options,
+    check_host,
+    check_port,
+    make_run_dir,
+    overruled_variables,
+    reachable_url,
+)
 from kiln_cli.up.specs import ServiceSpec, UpOptions, build_specs
 from kiln_cli.up.state_dir import StateDirLock, running_url
 from kiln_cli.up.supervisor import Supervisor
@@ -95,13 +102,21 @@ async def test_a_service_that_cannot_start_ends_everything_with_its_last_lines(t
 
 async def test_a_service_with_bad_settings_is_not_tried_again(tmp_path):
     console, out = _console(tmp_path)
-    code = "import sys; print('KILN_ENGINE_X: bad', file=sys.stderr); sys.exit(78)"
+    code = """
+import sys
+print('{"event": "loading", "level": "info"}', file=sys.stderr)
+print('KILN_ENGINE_X: bad', file=sys.stderr)
+sys.exit(78)
+"""
     supervisor = Supervisor(
         [_spec(tmp_path / "a", "redis"), _spec(tmp_path / "b", code=code)], tmp_path, console
     )
     assert await asyncio.wait_for(supervisor.run(), 30) == 78
-    assert (tmp_path / "logs" / "engine.log").read_text() == "KILN_ENGINE_X: bad\n"
-    assert "engine cannot start with these settings:\n  KILN_ENGINE_X: bad" in out.getvalue()
+    assert (tmp_path / "logs" / "engine.log").read_text().endswith("KILN_ENGINE_X: bad\n")
+    # Why it ended, without what it had logged before.
+    assert "engine cannot start like this, and trying again would not help:\n  KILN_ENGINE_X: bad" in (
+        out.getvalue()
+    )
     assert out.getvalue().count("KILN_ENGINE_X") == 1
     assert "starting it again" not in out.getvalue()
 
@@ -262,6 +277,29 @@ def test_a_public_address_without_keys_is_refused_before_anything_starts(
         monkeypatch.setenv(variable, value)
     with pytest.raises(PublicHostWithoutKeys) if is_refused else contextlib.nullcontext():
         check_host(host)
+
+
+def test_variables_that_kiln_up_overrules_are_named_with_what_chooses_instead(tmp_path):
+    options = UpOptions("m", False, "127.0.0.1", 8421, tmp_path, tmp_path)
+    environment = {
+        "KILN_GATEWAY_PORT": "9000",
+        "KILN_ENGINE_MODEL_PATH": "m",  # what it would be anyway
+        "KILN_ENGINE_NUM_THREADS": "2",  # reaches the engine
+    }
+    lines = overruled_variables(environment, build_specs(options))
+    assert lines == ["KILN_GATEWAY_PORT has no effect here: --port chooses that for kiln up"]
+
+
+async def test_services_do_not_get_variables_that_nobody_reads(tmp_path, monkeypatch):
+    monkeypatch.setenv("KILN_QUANTISATION", "fp8")
+    monkeypatch.setenv("KILN_ENGINE_NUM_THREADS", "1")
+    console, _ = _console(tmp_path)
+    code = "import os; print(sorted(n for n in os.environ if n.startswith('KILN_'))); raise SystemExit(78)"
+    supervisor = Supervisor([_spec(tmp_path / "a", code=code)], tmp_path, console)
+    await asyncio.wait_for(supervisor.run(), 30)
+    told = (tmp_path / "logs" / "engine.log").read_text()
+    assert "KILN_ENGINE_NUM_THREADS" in told
+    assert "KILN_QUANTISATION" not in told
 
 
 @pytest.mark.parametrize("model", ["./nowhere", "/nowhere/at/all", "nowhere"])

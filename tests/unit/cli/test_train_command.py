@@ -126,3 +126,14 @@ def test_a_teacher_is_an_adapter_or_another_engines_model(server, run, tmp_path,
     both = run("train", "opd", "prompts.jsonl", "-a", "a", "--teacher", "x", "--teacher-model", "y")
     assert both.exit_code != 0
     assert len(bodies) == 1
+
+
+def test_what_is_odd_about_a_job_is_said_beside_its_id(server, run):
+    warning = {"code": "sampled_by_another_adapter", "message": "2 of 2 …", "hint": "Send …"}
+    server(lambda request: httpx.Response(202, json=job("queued", warnings=[warning])))
+    result = run("train", "sft", "examples.jsonl", "-a", "a", "--detach")
+    assert result.out == "job_1\n"
+    assert result.err.startswith("warning: 2 of 2 …. Send …\n")
+    as_json = run("train", "sft", "examples.jsonl", "-a", "a", "--detach", "--json")
+    assert json.loads(as_json.out)["warnings"] == [warning]
+    assert as_json.err == ""

@@ -2,7 +2,7 @@
 
 import pytest
 
-from kiln_common.model_folder import ModelFolderMissing, find_model_folder
+from kiln_common.model_folder import HubFailed, ModelFolderMissing, find_model_folder
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def test_hub_id_is_fetched_without_pickles(tmp_path, hub):
 
 def test_being_offline_is_said(hub):
     hub(OSError("cannot reach the hub\nlong explanation"))
-    with pytest.raises(ModelFolderMissing, match=r"Qwen/Qwen3\.5-0\.8B .* cannot reach the hub$"):
+    with pytest.raises(HubFailed, match=r"Qwen/Qwen3\.5-0\.8B .* cannot reach the hub$"):
         find_model_folder("Qwen/Qwen3.5-0.8B")
 
 

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from kiln_common.errors import KilnError
 from kiln_gateway.metrics import GatewayMetrics
 from tests.support.doc_pages import PAGES, ROOT, Page, anchors_of, variables_of_source, what_is_wrong_with
 
@@ -17,12 +18,17 @@ def page(request):
 
 
 @pytest.fixture(scope="module")
-def routes():
+def generate_docs():
     sys.path.insert(0, str(ROOT / "scripts"))
     try:
         import generate_docs
     finally:
         sys.path.pop(0)
+    return generate_docs
+
+
+@pytest.fixture(scope="module")
+def routes(generate_docs):
     paths = generate_docs.openapi_document()["paths"]
     found = {(method.upper(), pattern(path)) for path, methods in paths.items() for method in methods}
     return found | {("GET", "/openapi.json")}
@@ -76,6 +82,22 @@ def test_its_codes_exist(page):
         re.findall(r"^\| `(\w+)` \|", (ROOT / "docs" / "errors.md").read_text(encoding="utf-8"), re.MULTILINE)
     )
     assert set(re.findall(r"\b[45]\d\d `(\w+)`", page.text)) <= known
+
+
+def test_every_error_code_says_what_happened(generate_docs):
+    page = generate_docs.errors_page(generate_docs.all_classes())
+    rows = re.findall(r"^\| `(\w+)` \| [\d, –]+ \| (.*?) \| .+ \|$", page, re.MULTILINE)
+    assert len(rows) == page.count("\n| `") > 200  # a row without a meaning does not match
+    # A sentence for whoever meets the error, not a line that goes on in the next one.
+    assert [code for code, meaning in rows if not re.fullmatch(r"\S+ \S+ .*\.", meaning)] == []
+
+
+def test_an_error_class_without_a_meaning_is_noticed(generate_docs):
+    class Wordless(KilnError):
+        code = "wordless"
+        hint = "Say more."
+
+    assert "| `wordless` | 500 |  | Say more. |" in generate_docs.errors_page([Wordless])
 
 
 def test_the_check_finds_what_is_not_there():

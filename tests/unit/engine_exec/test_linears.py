@@ -111,13 +111,16 @@ class _NoAdapters:
 
 def test_the_form_of_a_layer_decides_whether_it_reads_rounded_rows(monkeypatch):
     """Gate and up are one kernel only without adapters; an invariant engine rounds nothing."""
-    monkeypatch.setattr(module, "reads_rounded", lambda x_TI, parts, *, is_gated: is_gated)
+    monkeypatch.setattr(
+        module, "reads_rounded", lambda x_TI, parts, *, is_gated: "words" if is_gated else None
+    )
     weights, x = _quantised(random_tensors(CONFIG), "fp8"), torch.zeros(5, CONFIG.hidden_size)
     base, gate_up = BaseMatrices(CONFIG, weights), "model.layers.0.mlp.gate_up_proj"
-    assert Linears(base).reads_rounded(gate_up, x)
-    assert not Linears(base).reads_rounded("model.layers.0.linear_attn.in_proj", x)
-    assert not Linears(base, _NoAdapters()).reads_rounded(gate_up, x)
-    assert not Linears(BaseMatrices(CONFIG, weights, is_batch_invariant=True)).reads_rounded(gate_up, x)
+    assert Linears(base).reads_rounded(gate_up, x) == "words"
+    assert Linears(base).reads_rounded("model.layers.0.linear_attn.in_proj", x) is None
+    assert Linears(base, _NoAdapters()).reads_rounded(gate_up, x) is None
+    invariant = Linears(BaseMatrices(CONFIG, weights, is_batch_invariant=True))
+    assert invariant.reads_rounded(gate_up, x) is None
 
 
 def test_adapters_read_rows_as_they_were_before_they_were_rounded():

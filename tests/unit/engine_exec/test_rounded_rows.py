@@ -15,10 +15,10 @@ def test_norms_round_for_the_layers_that_read_rounded_rows(tmp_path, monkeypatch
     expected = _logits(EngineRig(tmp_path))
     asked: list[str] = []
 
-    def is_read(linears: Linears, path: str, x_TI: torch.Tensor) -> bool:
+    def is_read(linears: Linears, path: str, x_TI: torch.Tensor) -> str:
         assert x_TI.shape[1:] == (config.hidden_size,)
         asked.append(path)
-        return True
+        return "plain"
 
     monkeypatch.setattr(Linears, "reads_rounded", is_read)
     assert torch.equal(_logits(EngineRig(tmp_path)), expected)

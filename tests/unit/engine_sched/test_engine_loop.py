@@ -9,7 +9,7 @@ from kiln_engine.clock import MonotonicClock
 from kiln_engine.domain import FinishReason, SequenceEvent
 from kiln_engine.loop import EngineLoop
 from kiln_engine.scheduling import Scheduler, SchedulerLimits
-from tests.support.engine_scheduling import make_request
+from tests.support.engine_scheduling import Guesser, make_request
 from tests.support.engine_server import StubbornRunner
 
 WAIT_S = 10.0
@@ -87,6 +87,37 @@ def test_what_the_host_needs_between_two_steps_is_part_of_what_drafts_cost():
     loop.stop()
     # The first from its launch to its end; the others from end to end: planning, launch, end.
     assert observed == [1, 3, 3, 3]
+
+
+def test_events_of_a_verification_go_out_behind_the_launch_of_the_next_one():
+    limits = SchedulerLimits(
+        num_pages=64,
+        num_state_slots=8,
+        max_model_len=256,
+        max_running=8,
+        step_token_budget=64,
+        max_draft_tokens=2,
+    )
+    guesser = Guesser(max_draft_tokens=2, on_device=True)
+    runner, box = StubbornRunner(), Box()
+    loop = EngineLoop(Scheduler(limits, frozenset(), guesser), runner, MonotonicClock(), run_ahead=1)
+    num_launched: list[int] = []
+    offer = box.offer
+
+    def noting(events: list[SequenceEvent]) -> bool:
+        num_launched.append(len(runner.plans))
+        return offer(events)
+
+    box.offer = noting
+    loop.submit(make_request("r", range(5), max_tokens=20), (), box)
+    loop.start()
+    box.wait_for_ends(1)
+    loop.stop()
+    assert any(plan.num_verify_lines > 1 for plan in runner.plans)
+    assert len(num_launched) == len(runner.plans)
+    # The last has nothing to wait for.
+    assert num_launched == [*range(2, len(runner.plans) + 1), len(runner.plans)]
+    assert len([event.row for event in box.events if event.row]) == 20
 
 
 class Rig:

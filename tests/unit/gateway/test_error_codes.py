@@ -11,7 +11,7 @@ from kiln_gateway.request_body import HINTS
 from tests.support.gateway import REPOSITORY, gateway_rig
 
 PAGE = (REPOSITORY / "docs/errors.md").read_text(encoding="utf-8")
-ROWS = dict(re.findall(r"^\| `(\w+)` \| (\S+) \|.*\|$", PAGE, flags=re.MULTILINE))
+ROWS = dict(re.findall(r"^\| `(\w+)` \| ([\d, –]+) \|.*\|$", PAGE, flags=re.MULTILINE))
 
 
 def codes_in_source() -> dict[str, set[str]]:

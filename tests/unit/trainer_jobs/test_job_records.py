@@ -7,7 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from kiln_common.pb import trainer_pb2
-from kiln_trainer.jobs.records import downsample
+from kiln_trainer.jobs.records import downsample, submitted_fields, to_job
 from kiln_trainer.settings import TrainerSettings
 
 
@@ -42,3 +42,14 @@ def test_engine_addresses_are_separated_by_commas(monkeypatch, tmp_path):
     monkeypatch.setenv("KILN_TRAINER_ENGINE_ADDRESSES", " ")
     with pytest.raises(ValidationError):
         TrainerSettings(**fields)
+
+
+def test_a_job_remembers_who_drew_its_rollouts():
+    versions = ["kind@1", "kind@1", "base", "", "x" * 1000]
+    group = trainer_pb2.GrpoGroup(
+        rollouts=[trainer_pb2.GrpoRollout(adapter_version=version) for version in versions]
+    )
+    request = trainer_pb2.SubmitRequest(grpo=trainer_pb2.GrpoSpec(groups=[group]))
+    fields = {name.encode(): value for name, value in submitted_fields(request, "hash").items()}
+    kept = {name: value.encode() if isinstance(value, str) else value for name, value in fields.items()}
+    assert dict(to_job("job_1", kept, None, []).sampled_by) == {"kind@1": 2, "base": 1, "x" * 400: 1}

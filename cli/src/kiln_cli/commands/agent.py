@@ -41,7 +41,7 @@ class _Limits:
 
 def register(app: typer.Typer) -> None:
     command(app, "agent", examples=["kiln agent", "kiln agent --work ~/notes --yes"], panel=SERVER)(agent)
-    command(app, "run", examples=["kiln run 'What is 2 + 3?' --max-tokens 32"], panel=SERVER)(run)
+    command(app, "run", examples=["kiln run 'Which day of the week is 1 May 2030?' --yes"], panel=SERVER)(run)
 
 
 def agent(
@@ -61,6 +61,9 @@ def agent(
     limits of time, memory, processes and disk. Every call is shown and asked about first. Where this
     machine cannot isolate code, nothing starts. Without a terminal, each line of standard input is a
     task; with --json each answer is one document a line.
+
+    This needs a model that writes code, such as Qwen3.5-4B. The demo model has learned emails and sums
+    alone: it calls no tool, and what it answers here is mostly beside the point.
     """
     fields = request_fields(model=model, temperature=temperature, max_tokens=max_tokens)
     limits = _Limits(max_steps, time_limit, memory_limit)
@@ -83,7 +86,10 @@ def run(
     temperature: Temperature = None,
     max_tokens: MaxTokens = None,
 ) -> int:
-    """Carry out one task as kiln agent does. Exit code 1 when its steps were used up."""
+    """Carry out one task as kiln agent does. Exit code 1 when its steps were used up.
+
+    As kiln agent, this needs a model that writes code: the demo model does not.
+    """
     fields = request_fields(model=model, temperature=temperature, max_tokens=max_tokens)
     limits = _Limits(max_steps, time_limit, memory_limit)
     with _agent(session, fields, work, limits, allows_all=yes) as works:

@@ -16,7 +16,7 @@ def register(app: typer.Typer) -> None:
     command(app, "chat", examples=["kiln chat", "kiln chat 'What is 2 + 3?' --model base"], panel=SERVER)(
         chat
     )
-    command(app, "complete", examples=["kiln complete 'Once upon a time' --max-tokens 16"], panel=SERVER)(
+    command(app, "complete", examples=["kiln complete 'Thank you for' --max-tokens 24"], panel=SERVER)(
         complete
     )
 

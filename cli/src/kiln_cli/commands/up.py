@@ -11,6 +11,12 @@ import typer
 from kiln_cli.session import MACHINE, Json
 
 
+class DeviceKind(StrEnum):
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
 class Quantization(StrEnum):
     NONE = "none"
     FP8 = "fp8"
@@ -37,7 +43,7 @@ ServedModelName = Annotated[
         help="The base model's id in the API. The checkpoint's own when left out.", show_default=False
     ),
 ]
-Device = Annotated[str | None, typer.Option(help="cpu or cuda. A GPU when there is one.", show_default=False)]
+Device = Annotated[DeviceKind | None, typer.Option(help="A GPU when there is one.", show_default="auto")]
 Rounding = Annotated[
     Quantization | None,
     typer.Option(
@@ -104,7 +110,7 @@ def up(
         port=port,
         state_dir=state_dir,
         served_model_name=served_model_name,
-        device=device,
+        device=device.value if device else None,
         quantization=quantization.value if quantization else None,
         gpu_sharing=gpu_sharing,
         num_gateways=gateways,

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from kiln_cli.errors import ChecksumMismatch, HubFailed
-from kiln_common.model_folder import ALL_FILES
+from kiln_cli.errors import ChecksumMismatch
+from kiln_common.model_folder import ALL_FILES, HubFailed
 
 _PIECE_BYTES = 2**20
 

@@ -54,6 +54,8 @@ def show_job(console: Console, state: kiln.JobState) -> None:
     console.print(
         "  " + "  ".join(f"{key} {value}" for key, value in shown.items()), markup=False, style="dim"
     )
+    for warning in state.warnings:
+        console.print(f"  warning: {warning}", markup=False, style="yellow")
     if state.has_ended:
         console.print(f"  {outcome(state)}", markup=False)
 

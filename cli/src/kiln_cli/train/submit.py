@@ -92,7 +92,8 @@ def send_once(session: Session, following: Following, send: Callable[[str], kiln
 
 
 def accepted(session: Session, job: kiln.Job, following: Following) -> int:
-    """Follow the new job, or print its id."""
+    """Follow the new job, or print its id; first what is odd about it."""
+    session.out.warn(job.state.warnings)
     if not following.detach:
         return follow(session, job)
 

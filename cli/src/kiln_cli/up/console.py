@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import signal
 from collections.abc import Iterable
@@ -67,7 +68,7 @@ class UpConsole:
         self._out.print(f"  The whole log: {escape(str(self._log_dir / (name + '.log')))}", style="dim")
 
     def settings_refused(self, name: str, lines: Iterable[str]) -> None:
-        self._out.print(f"\n[red]{name} cannot start with these settings:[/red]")
+        self._out.print(f"\n[red]{name} cannot start like this, and trying again would not help:[/red]")
         for line in lines:
             self._out.print(f"  {escape(_readable(line)[1])}", soft_wrap=True)
 
@@ -81,6 +82,12 @@ class UpConsole:
         level, text = _readable(line)
         if self._is_verbose or level in _LEVELS:
             self._out.print(f"  {service_line(name, text)}", soft_wrap=True)
+
+
+def last_words(lines: Iterable[str]) -> list[str]:
+    """What a service printed behind its last log event: why it ended, in plain lines."""
+    plain = list(itertools.takewhile(lambda line: not line.startswith("{"), reversed(list(lines))))
+    return plain[::-1]
 
 
 def is_failure(code: int) -> bool:

@@ -7,6 +7,7 @@ import os
 import socket
 import stat
 import tempfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from kiln_cli.errors import (
@@ -15,10 +16,23 @@ from kiln_cli.errors import (
     PublicHostWithoutKeys,
     StateDirUnusable,
 )
-from kiln_cli.up.specs import UpOptions
+from kiln_cli.up.specs import ServiceSpec, UpOptions
 from kiln_common.loopback import is_loopback
 from kiln_common.model_folder import find_model_folder
 
+# Settings of services that `kiln up` makes itself, and what chooses them there.
+_CHOSEN_BY = {
+    "KILN_GATEWAY_HOST": "--host",
+    "KILN_GATEWAY_PORT": "--port",
+    "KILN_GATEWAY_MODEL_PATH": "--model",
+    "KILN_ENGINE_MODEL_PATH": "--model",
+    "KILN_REGISTRY_STATE_DIR": "--state-dir",
+    "KILN_TRAINER_STATE_DIR": "--state-dir",
+    "KILN_REGISTRY_REDIS_URL": "KILN_REDIS_URL",
+    "KILN_ENGINE_REDIS_URL": "KILN_REDIS_URL",
+    "KILN_TRAINER_REDIS_URL": "KILN_REDIS_URL",
+    "KILN_GATEWAY_REDIS_URL": "KILN_REDIS_URL",
+}
 # sun_path holds 108 bytes on Linux; the longest socket name below the folder takes 32.
 _MAX_RUN_DIR_BYTES = 70
 
@@ -43,7 +57,8 @@ def resolve_model(model: str | None) -> tuple[Path, bool]:
 
     Raises:
         ModelNotFound: the folder has no config.json.
-        ModelFolderMissing: there is no such folder, or the hub could not provide it.
+        ModelFolderMissing: there is no such folder.
+        HubFailed: the hub could not provide it.
     """
     if model is None:
         return demo_model_dir(), True
@@ -107,6 +122,16 @@ def make_run_dir(state_dir: Path) -> Path:
     return run_dir
 
 
+def overruled_variables(environment: Mapping[str, str], specs: Iterable[ServiceSpec]) -> list[str]:
+    """A line for each variable of the user's that a service will not see, because `kiln up` says otherwise."""
+    made = {name: value for spec in specs for name, value in spec.env.items()}
+    return [
+        f"{name} has no effect here: {chosen_by} chooses that for kiln up"
+        for name, chosen_by in _CHOSEN_BY.items()
+        if name in environment and name in made and environment[name] != made[name]
+    ]
+
+
 def build_options(
     *,
     model: str | None,
@@ -119,7 +144,7 @@ def build_options(
     """Check everything that can be wrong before the first process starts; call it with the lock held.
 
     Raises:
-        PublicHostWithoutKeys, ModelNotFound, ModelFolderMissing, PortInUse: as named.
+        PublicHostWithoutKeys, ModelNotFound, ModelFolderMissing, HubFailed, PortInUse: as named.
     """
     check_host(host)
     path, is_demo = resolve_model(model)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from kiln_cli.up.specs import ServiceSpec
+from kiln_common.variables import without_unknown_variables
 
 _PR_SET_PDEATHSIG = 1
 _BACKOFF_S = (0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
@@ -54,6 +55,8 @@ class SupervisedProcess:
         self._log_path, self._pid_path = log_path, pid_path
         self._on_line, self._on_ready, self._on_exit = on_line, on_ready, on_exit
         self._inherited_fds = tuple(inherited_fds)
+        # `kiln` itself has said which variables nobody reads; four services need not say it again.
+        self._environment = without_unknown_variables(os.environ)
         self._process: asyncio.subprocess.Process | None = None
         self._is_stopping = asyncio.Event()
         self._may_start = asyncio.Event()
@@ -88,7 +91,7 @@ class SupervisedProcess:
         """One life of the service: its exit code, and whether it was ever ready."""
         self._process = await asyncio.create_subprocess_exec(
             *self.spec.argv,
-            env={**os.environ, "PYTHONUNBUFFERED": "1", **self.spec.env},
+            env={**self._environment, "PYTHONUNBUFFERED": "1", **self.spec.env},
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,

@@ -12,7 +12,7 @@ from kiln_cli.up.console import UpConsole
 from kiln_cli.up.gpu_sharing import GpuSharing, parse_choice, shared_gpu
 from kiln_cli.up.gpus import assign_gpus, choose_num_trainers
 from kiln_cli.up.json_lines import UpJsonLines
-from kiln_cli.up.options import build_options, reachable_url
+from kiln_cli.up.options import build_options, overruled_variables, reachable_url
 from kiln_cli.up.specs import SharedFate, UpOptions, build_specs, engine_names, trainer_names
 from kiln_cli.up.state_dir import StateDirLock, default_state_dir
 from kiln_cli.up.supervisor import Supervisor
@@ -91,5 +91,7 @@ def _supervisor(
 ) -> Supervisor:
     specs = build_specs(dataclasses.replace(options, gpu_env=sharing.env))
     sharers = frozenset({*engine_names(options), *trainer_names(options)})
+    for line in overruled_variables(os.environ, specs):
+        console.note(line)
     fate = SharedFate(sharers, sharing.renew) if sharing.renew else None
     return Supervisor(specs, options.state_dir, console, inherited_fds=[lock.fd], shared_fate=fate)

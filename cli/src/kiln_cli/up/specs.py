@@ -10,6 +10,7 @@ from pathlib import Path
 
 from kiln_cli.up import readiness
 from kiln_common.bus.private_server import server_command
+from kiln_common.service_names import service_name
 
 DEMO_MODEL_ID = "kiln-demo"
 
@@ -93,7 +94,7 @@ def trainer_names(options: UpOptions) -> list[str]:
 
 
 def _numbered(name: str, count: int) -> list[str]:
-    return [name, *(f"{name}-{number}" for number in range(2, count + 1))]
+    return [service_name(name, number) for number in range(count)]
 
 
 def _module(name: str) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ import signal
 from collections.abc import Sequence
 from pathlib import Path
 
-from kiln_cli.up.console import UpConsole
+from kiln_cli.up.console import UpConsole, last_words
 from kiln_cli.up.process import SupervisedProcess
 from kiln_cli.up.specs import ServiceSpec, SharedFate
 from kiln_common.settings import EXIT_CONFIG, EXIT_DEVICE
@@ -76,7 +76,7 @@ class Supervisor:
     async def run(self) -> int:
         """Run until asked to stop. Returns the exit code: 0, 1 or EXIT_CONFIG.
 
-        1 when a service could not start, EXIT_CONFIG when that was because of its settings.
+        1 when a service could not start, EXIT_CONFIG when that was because of its settings or the model.
 
         Raises:
             OSError: a process could not be started at all; the others were stopped.
@@ -100,7 +100,7 @@ class Supervisor:
         if self._failed is not None:
             last_lines = self.processes[self._failed].last_lines
             if self._is_misconfigured:
-                self._console.settings_refused(self._failed, last_lines)
+                self._console.settings_refused(self._failed, last_words(last_lines) or last_lines)
                 return EXIT_CONFIG
             self._console.start_failed(self._failed, last_lines)
             return 1

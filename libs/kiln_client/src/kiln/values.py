@@ -117,6 +117,11 @@ class JobState:
         return f"{self.result['adapter']}@{self.result['version']}"
 
     @property
+    def warnings(self) -> list[str]:
+        """What is odd about the job, each with what to do; it runs as asked, and may not be what was meant."""
+        return [f"{each['message']}. {each['hint']}" for each in self.raw.get("warnings") or ()]
+
+    @property
     def gate_passed(self) -> bool | None:
         """Whether its result passed its gate; None before that is known, and without a gate."""
         gate = (self.result or {}).get("gate")

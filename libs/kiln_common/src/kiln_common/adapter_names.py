@@ -16,6 +16,8 @@ _VERSION = re.compile(r"[1-9][0-9]{0,17}")
 
 
 class InvalidAdapterName(InvalidRequest):
+    """The name has characters, or a length, that no adapter's name has."""
+
     code = "invalid_adapter_name"
     hint = "Use 1 to 128 letters, digits, '.', '_' and '-', beginning with a letter or digit."
 

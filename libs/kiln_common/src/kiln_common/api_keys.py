@@ -29,18 +29,24 @@ _LOOK_AGAIN_S = 1.0
 
 
 class InvalidApiKey(KilnError):
+    """The server asks for an API key, and none of those it knows was sent."""
+
     code = "invalid_api_key"
     kind = ErrorKind.UNAUTHENTICATED
     hint = "Send Authorization: Bearer KEY with a key that was configured."
 
 
 class ScopeMissing(KilnError):
+    """The key is known, and may not do this: what it may do is its scopes."""
+
     code = "scope_missing"
     kind = ErrorKind.FORBIDDEN
     hint = "Use a key that carries the scope."
 
 
 class KeysFileUnusable(ConfigurationError):
+    """The file of API keys is not there, may not be read, or is not what it should be."""
+
     code = "keys_file_unusable"
     hint = 'Expected a JSON list: [{"name": "…", "sha256": "…", "scopes": ["infer"]}]; python -m kiln_common.new_key writes an entry.'
 

@@ -54,9 +54,9 @@ class ErrorKind(Enum):
 
 
 class KilnError(Exception):
-    """Base of all errors that carry a code.
+    """Something failed that has no code of its own; the log of the service that answered has the traceback.
 
-    Subclasses set `code`, `kind` and `hint`; instances may override hint, param (the request field
+    The base of all errors that carry a code. Subclasses set `code`, `kind` and `hint`; instances may override hint, param (the request field
     at fault), retry_after_s (seconds after which trying again makes sense, 0 for never) and details
     (what the message says in numbers, for programs: a JSON object).
     """
@@ -116,12 +116,14 @@ class InvalidRequest(KilnError):
 
 
 class InvalidValue(InvalidRequest):
-    """One field has a value outside what it allows."""
+    """One field has a value outside what it allows; the message names both."""
 
     code = "invalid_value"
 
 
 class PromptTooLong(InvalidRequest):
+    """The prompt leaves no room for an answer within the model's context."""
+
     code = "prompt_too_long"
     hint = "Shorten the messages or lower max_tokens."
 
@@ -134,6 +136,8 @@ class PromptTooLong(InvalidRequest):
 
 
 class InvalidTokenIds(InvalidRequest):
+    """A token id is negative or beyond the model's vocabulary."""
+
     code = "invalid_token_ids"
     hint = "Token ids must come from this model's tokenizer; POST /v1/tokenize gives them."
 
@@ -150,6 +154,8 @@ class GrammarNotSupported(InvalidRequest):
 
 
 class GrammarTooLarge(InvalidRequest):
+    """The schema or grammar is longer than is compiled."""
+
     code = "grammar_too_large"
     param = "grammar"
     hint = "Send a smaller schema or grammar: fewer properties, fewer alternatives."
@@ -168,6 +174,8 @@ class DuplicateRequestId(KilnError):
 
 
 class AdapterNotFound(KilnError):
+    """No adapter that this key may see has this name, or it has no such version."""
+
     code = "adapter_not_found"
     kind = ErrorKind.NOT_FOUND
     hint = "GET /v1/adapters lists the names and versions there are."
@@ -181,6 +189,8 @@ class AdapterMismatch(InvalidRequest):
 
 
 class JobNotFound(KilnError):
+    """No training job that this key may see has this id."""
+
     code = "job_not_found"
     kind = ErrorKind.NOT_FOUND
     hint = "GET /v1/train/jobs lists the jobs there are."
@@ -195,12 +205,16 @@ class JobNotEnded(KilnError):
 
 
 class DatasetNotFound(KilnError):
+    """No dataset that this key may see has this id."""
+
     code = "dataset_not_found"
     kind = ErrorKind.NOT_FOUND
     hint = "GET /v1/datasets lists the datasets there are."
 
 
 class IdempotencyConflict(KilnError):
+    """The Idempotency-Key was used before, for a request with another body."""
+
     code = "idempotency_conflict"
     kind = ErrorKind.CONFLICT
     hint = "Use a new Idempotency-Key for a different body."
@@ -216,14 +230,20 @@ class Unavailable(KilnError):
 
 
 class EngineUnavailable(Unavailable):
+    """No engine that serves this model answers: it starts, was restarted, or cannot be reached."""
+
     code = "engine_unavailable"
 
 
 class TrainerUnavailable(Unavailable):
+    """No trainer answers, so jobs are neither taken nor told about; chat goes on."""
+
     code = "trainer_unavailable"
 
 
 class RegistryUnavailable(Unavailable):
+    """The registry does not answer, so adapters cannot be looked up, published or changed now."""
+
     code = "registry_unavailable"
 
 
@@ -242,6 +262,8 @@ class QueueNotDurable(KilnError):
 
 
 class Overloaded(KilnError):
+    """As much is waiting already as may wait."""
+
     code = "overloaded"
     kind = ErrorKind.RATE_LIMITED
     hint = "Send fewer requests at once, or try again after Retry-After seconds."
@@ -249,6 +271,8 @@ class Overloaded(KilnError):
 
 
 class DeadlineExceeded(KilnError):
+    """The answer was not complete when its time was over."""
+
     code = "deadline_exceeded"
     kind = ErrorKind.TIMEOUT
     hint = "Ask for fewer tokens, or allow more time."

@@ -20,21 +20,25 @@ class KilnNnError(Exception):
         return str(self)
 
 
-class InvalidModelConfig(KilnNnError):
+class CheckpointRefused(KilnNnError):
+    """Base of errors of a checkpoint, or of what was asked of it, that trying again would meet again."""
+
+
+class InvalidModelConfig(CheckpointRefused):
     """config.json lacks a field, or a field has a value that cannot be."""
 
     code = "invalid_model_config"
     hint = "Compare the folder's config.json with that of the published Qwen3.5 checkpoint."
 
 
-class UnsupportedModel(KilnNnError):
+class UnsupportedModel(CheckpointRefused):
     """The checkpoint is well formed but of a kind this code does not compute."""
 
     code = "unsupported_model"
     hint = "Serve a dense Qwen3.5 text model (0.8B, 2B, 4B, 9B, 27B or a tiny one of the same family)."
 
 
-class UnsupportedQuantization(KilnNnError):
+class UnsupportedQuantization(CheckpointRefused):
     """The checkpoint is quantised in a way that is not read here; the message names it."""
 
     code = "unsupported_quantization"
@@ -45,35 +49,35 @@ class UnsupportedQuantization(KilnNnError):
     )
 
 
-class InvalidQuantization(KilnNnError):
+class InvalidQuantization(CheckpointRefused):
     """What was asked of quantising cannot be done with this model or this text."""
 
     code = "invalid_quantization"
     hint = "docs/quantization.md says what goes with what."
 
 
-class ModelNotFound(KilnNnError):
+class ModelNotFound(CheckpointRefused):
     """The folder has no config.json or no weights in it."""
 
     code = "model_not_found"
     hint = "Give a folder with config.json and *.safetensors."
 
 
-class UnsafeCheckpoint(KilnNnError):
+class UnsafeCheckpoint(CheckpointRefused):
     """Only pickled weights are there; unpickling runs code, so it is never done."""
 
     code = "unsafe_checkpoint"
     hint = "Convert the weights to safetensors (save_pretrained does by default)."
 
 
-class CheckpointUnreadable(KilnNnError):
+class CheckpointUnreadable(CheckpointRefused):
     """A weights file or its index is damaged or not what its name says."""
 
     code = "checkpoint_unreadable"
     hint = "Download the checkpoint again; a file is damaged or incomplete."
 
 
-class CheckpointMismatch(KilnNnError):
+class CheckpointMismatch(CheckpointRefused):
     """Tensors are missing, unexpected or misshapen; the message names them."""
 
     code = "checkpoint_mismatch"

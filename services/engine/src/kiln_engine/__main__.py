@@ -14,6 +14,7 @@ from kiln_common.rpc.tls import configure_tls
 from kiln_common.settings import EXIT_DEVICE, ConfigurationError, exit_for_configuration, read_settings
 from kiln_common.stop_signals import end_on_stop_signals, wait_for_stop_signal
 from kiln_common.tracing import configure_tracing
+from kiln_common.variables import warn_of_unknown_variables
 from kiln_engine.bootstrap import RunningEngine, start_engine
 from kiln_engine.device_side import load_device_side
 from kiln_engine.heap import freeze_heap
@@ -50,6 +51,7 @@ def main() -> None:
     end_on_stop_signals()
     settings = read_settings(EngineSettings)
     configure_logs("engine", settings.log_level)
+    warn_of_unknown_variables()
     configure_tracing("engine")
     try:
         configure_tls()

@@ -28,6 +28,8 @@ class DeviceNotAvailable(ConfigurationError):
 
 
 class SettingsContradict(ConfigurationError):
+    """Two settings exclude each other, or one asks for what this device or checkpoint cannot do."""
+
     code = "settings_contradict"
     hint = "Change the KILN_ENGINE_ settings that the message names, or leave them to the engine."
 

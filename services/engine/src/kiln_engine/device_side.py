@@ -37,7 +37,8 @@ from kiln_engine.model.small_head import make_small_head
 from kiln_engine.scheduling import SchedulerLimits
 from kiln_engine.settings import EngineSettings
 from kiln_nn.blocks import Weights, head_weight
-from kiln_nn.errors import InvalidQuantization, KilnNnError
+from kiln_nn.errors import CheckpointRefused, KilnNnError
+from kiln_nn.kernels.checks import ShapeMismatch
 from kiln_nn.kernels.quantised import QuantisedMatrix
 from kiln_nn.sharing import AdapterInbox, WeightServer, wait_for_old_leases
 from kiln_nn.weights import LoadedModel, WeightArena, load_checkpoint
@@ -53,16 +54,16 @@ _SOCKET_NAME = "weights.sock"
 _INBOX_NAME = "adapters.sock"
 
 
-class ModelNotLoaded(KilnError):
-    """The checkpoint cannot be served; code and hint say why."""
+class ModelNotLoaded(ConfigurationError):
+    """The checkpoint cannot be served, or not as the settings ask; code and hint say why."""
 
     def __init__(self, error: KilnNnError) -> None:
         super().__init__(error.message, hint=error.hint)
         self.code = error.code
 
 
-class SettingsUnfit(ConfigurationError):
-    """What the settings ask cannot be done with this checkpoint; code and hint say why."""
+class WeightsNotPlaced(KilnError):
+    """The device or its driver did not take the weights now; code and hint say why."""
 
     def __init__(self, error: KilnNnError) -> None:
         super().__init__(error.message, hint=error.hint)
@@ -117,8 +118,8 @@ def load_device_side(settings: EngineSettings) -> EngineParts:
     """Load the checkpoint, share its weights and allocate the pools. Takes as long as the disk does.
 
     Raises:
-        ModelNotLoaded, NotEnoughMemory, DeviceNotAvailable, SettingsContradict, SettingsUnfit: with what is
-            wrong and what to do.
+        ModelFolderMissing, HubFailed, ModelNotLoaded, WeightsNotPlaced, NotEnoughMemory,
+            DeviceNotAvailable, SettingsContradict: with what is wrong and what to do.
     """
     torch.set_num_threads(settings.num_threads)
     device = choose_device(settings.device)
@@ -151,7 +152,7 @@ def load_device_side(settings: EngineSettings) -> EngineParts:
 
 
 def _load_weights(settings: EngineSettings, device: torch.device) -> LoadedWeights:
-    """Raises ModelNotLoaded, SettingsUnfit."""
+    """Raises ModelFolderMissing, HubFailed, ModelNotLoaded, WeightsNotPlaced."""
     socket_path = settings.socket_dir / _SOCKET_NAME
     try:
         folder = find_model_folder(settings.model_path)
@@ -170,10 +171,10 @@ def _load_weights(settings: EngineSettings, device: torch.device) -> LoadedWeigh
         inbox = AdapterInbox(settings.socket_dir / _INBOX_NAME)
         views = model.arena.views()
         small_head = make_small_head(head_weight(model.config, views), settings.head_quantization)
-    except InvalidQuantization as error:
-        raise SettingsUnfit(error) from error
-    except KilnNnError as error:
+    except (CheckpointRefused, ShapeMismatch) as error:
         raise ModelNotLoaded(error) from error
+    except KilnNnError as error:
+        raise WeightsNotPlaced(error) from error
     return LoadedWeights(folder, model, views, small_head, arena, inbox)
 
 

@@ -44,7 +44,8 @@ class EngineLoop:
 
     With `run_ahead` 1 the next step is planned and launched while one runs, and results are taken in
     one step late, so that the device never waits for the host; with 0 each step is taken in before
-    the next is planned.
+    the next is planned. Where a step must be taken in first all the same, because it verifies drafts,
+    its events go out when the next one has been launched.
 
     Every submitted request gets events in its sink until the one with a finish reason; and its id
     goes once to `on_ended`, when no step works on it any more, also when nobody listens to the sink.
@@ -77,6 +78,8 @@ class EngineLoop:
         # Steps under way, in the order of their launch.
         self._launched: deque[_LaunchedStep] = deque()
         self._sinks: dict[str, Sink] = {}
+        # Events that wait until the device has work again: the next step needs the host more.
+        self._undelivered: list[SequenceEvent] = []
         # Requests that had their last event, each with the last step that may still work on it.
         self._ended_ids: deque[tuple[int, str]] = deque()
         self._num_failures = 0
@@ -187,6 +190,9 @@ class EngineLoop:
                     pass  # it has ended
 
     def _handle_taken(self) -> None:
+        if self._taken:
+            # What comes may use an id again, or ask which tokens are out.
+            self._deliver([])
         while self._taken and self._is_healthy:
             match command := self._taken[0]:
                 case SubmitRequest():
@@ -198,6 +204,7 @@ class EngineLoop:
                 case RunBetweenSteps():
                     if command.settles:
                         self._settle(num_left=0)
+                        self._deliver([])
                     if not self._is_healthy:
                         return
                     _call(command)
@@ -217,14 +224,17 @@ class EngineLoop:
     def _step(self) -> bool:
         """Launch the next step and take in those that are due; False when there was neither."""
         now = self._clock.now()
-        self._deliver(self._scheduler.expire(now))
+        if expired := self._scheduler.expire(now):
+            self._deliver(expired)
         plan = self._scheduler.plan(now) if self._scheduler.has_work else None
         if plan is not None and not plan.is_empty:
             self._launch(plan)
+            self._deliver([])
             self._settle(num_left=self._run_ahead)
         elif self._launched:
             self._settle(num_left=0)
         elif plan is not None:
+            self._deliver([])
             log.error("scheduler_stuck", waiting=self._scheduler.stats().num_waiting)
             return False
         return True
@@ -253,7 +263,11 @@ class EngineLoop:
             else:
                 self._launched.popleft()
                 self._time(step)
-                self._deliver(self._scheduler.commit(step.plan, result))
+                events = self._scheduler.commit(step.plan, result)
+                if self._run_ahead and not self._launched and self._scheduler.has_work:
+                    self._undelivered += events
+                else:
+                    self._deliver(events)
                 self._num_failures = 0
                 self._draw_oldest()
 
@@ -297,12 +311,15 @@ class EngineLoop:
         self._launched.clear()
         log.error("engine_unhealthy", failures=self._num_failures)
         try:
+            self._deliver([])
             self._deliver([_failure(request_id, self._ended()) for request_id in self._sinks])
         finally:
             self._on_unhealthy()
 
     def _deliver(self, events: list[SequenceEvent]) -> None:
-        """Give each sink its events at once; abort the requests of sinks that are full."""
+        """Give each sink its events at once, those that waited first; abort requests whose sinks are full."""
+        events = [*self._undelivered, *events]
+        self._undelivered.clear()
         while events:
             by_sink: dict[Sink, list[SequenceEvent]] = {}
             last_step_id = self._launched[-1].plan.step_id if self._launched else 0

@@ -91,6 +91,7 @@ export interface Job {
   metrics: StepMetrics;
   history: StepMetrics[];
   error: { code: string; message: string; hint: string | null } | null;
+  warnings?: { code: string; message: string; hint: string }[];
   result: JobResult | null;
   base_adapter: string | null;
   created_at: number | null;

@@ -13,6 +13,7 @@ from kiln_common.rpc.tls import configure_tls
 from kiln_common.settings import ConfigurationError, exit_for_configuration, read_settings
 from kiln_common.stop_signals import end_on_stop_signals, ignore_stop_signals
 from kiln_common.tracing import configure_tracing
+from kiln_common.variables import warn_of_unknown_variables
 from kiln_gateway.app import create_app
 from kiln_gateway.bootstrap import open_clients
 from kiln_gateway.listeners import open_listeners
@@ -46,6 +47,7 @@ def main() -> int:
     end_on_stop_signals()
     settings = read_settings(GatewaySettings)
     configure_logs("gateway", settings.log_level)
+    warn_of_unknown_variables()
     configure_tracing("gateway")
     try:
         configure_tls()

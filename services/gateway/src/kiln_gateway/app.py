@@ -68,7 +68,7 @@ def create_app(settings: GatewaySettings, clients: Clients) -> FastAPI:
     """The application over these clients; reads tokenizer and template from settings.model_path.
 
     Raises:
-        ModelFolderMissing, TokenizerUnusable, TemplateUnusable: the model folder does not have what it needs.
+        ModelFolderMissing, HubFailed, TokenizerUnusable, TemplateUnusable: the model folder does not have what it needs.
     """
     gateway = Gateway(settings, clients)
     evaluator = Evaluator(gateway, clients.evaluations, concurrency=settings.eval_concurrency)

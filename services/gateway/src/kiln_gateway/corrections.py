@@ -24,6 +24,8 @@ _THINK_OPEN, _THINK_CLOSE, _TURN_END = "<think>", "</think>", "<|im_end|>"
 
 
 class CorrectionNotFound(KilnError):
+    """No correction that this key may see has this id."""
+
     code = "correction_not_found"
     kind = ErrorKind.NOT_FOUND
     hint = "GET /v1/corrections lists the corrections there are."
@@ -37,12 +39,16 @@ class NothingToCorrect(InvalidRequest):
 
 
 class TooManyCorrections(KilnError):
+    """As many corrections are kept for this key as may be."""
+
     code = "too_many_corrections"
     kind = ErrorKind.CONFLICT
     hint = "DELETE /v1/corrections/{id} those that are not needed any more; GET /v1/corrections?status=used lists learned ones."
 
 
 class NoUnusedCorrections(InvalidRequest):
+    """Every correction of this key has been learned, or there is none."""
+
     code = "no_unused_corrections"
     hint = "POST /v1/corrections adds some; GET /v1/corrections says which job learned the others."
 

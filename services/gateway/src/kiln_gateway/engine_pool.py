@@ -83,7 +83,7 @@ class EnginePool:
                 is_gone or is_of_others or self._is_double(seat)
             ):
                 self.seats.remove(seat)
-                log.info("engine_gone", engine=seat.number, address=seat.address)
+                log.info("engine_gone", engine=seat.name, address=seat.address)
                 await seat.client.close()
             for word in mine:
                 strangers.pop(word.address, None)
@@ -151,7 +151,7 @@ class EnginePool:
                     raise
                 asked = answer.rest(time.monotonic())
                 log.info(
-                    "request_moved", request=request.request_id, engine=seat.number, code=error.code,
+                    "request_moved", request=request.request_id, engine=seat.name, code=error.code,
                     tokens=answer.num_tokens,
                 )  # fmt: skip
                 self._on_moved(error.code)
@@ -244,14 +244,14 @@ class EnginePool:
                 info = await seat.client.get_info()
         except (KilnError, TimeoutError):
             if seat.is_answering:
-                log.warning("engine_away", engine=seat.number, address=seat.address)
+                log.warning("engine_away", engine=seat.name, address=seat.address)
             now_s = time.monotonic()
             seat.fell_silent(now_s)
             if seat.is_given_up(now_s, self._silence_s):
                 seat.client.end_session("the engine has been silent for too long")
             return
         if seat.answered(info):
-            log.info("engine_found", engine=seat.number, boot_id=info.boot_id, model=info.base_model.model_id)
+            log.info("engine_found", engine=seat.name, boot_id=info.boot_id, model=info.base_model.model_id)
 
 
 def _page_tokens(seat: EngineSeat) -> int:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from kiln_common.bus.engine_presence import LEASE_S, EngineWord
 from kiln_common.pb import engine_pb2
+from kiln_common.service_names import service_name
 from kiln_gateway.ports import EnginePort
 from kiln_gateway.routing import EngineView, PlacementCount
 
@@ -33,6 +34,11 @@ class EngineSeat:
     _num_of_others: int = 0
     _placed: PlacementCount = field(default_factory=PlacementCount)
     _sent: OrderedDict[bytes, float] = field(default_factory=OrderedDict)
+
+    @property
+    def name(self) -> str:
+        """Of configured engines in the order of their addresses, as `kiln up` names them; others follow."""
+        return service_name("engine", self.number)
 
     @property
     def address(self) -> str:

@@ -17,11 +17,15 @@ class InvalidField(InvalidRequest):
 
 
 class InvalidJson(InvalidRequest):
+    """The request's body is not a JSON object."""
+
     code = "invalid_json"
     hint = "Send one JSON object with Content-Type: application/json."
 
 
 class BodyTooLarge(KilnError):
+    """The request's body is larger than the gateway takes."""
+
     code = "body_too_large"
     kind = ErrorKind.TOO_LARGE
     hint = (
@@ -33,17 +37,23 @@ class BodyTooLarge(KilnError):
 
 
 class HeadersTooLarge(KilnError):
+    """The request's headers, or its URL, are longer than the gateway reads."""
+
     code = "headers_too_large"
     kind = ErrorKind.TOO_LARGE
     hint = "Send fewer or shorter headers and a shorter URL."
 
 
 class BodyTooSlow(InvalidRequest):
+    """The request's body stopped arriving, or took longer than a request may."""
+
     code = "body_too_slow"
     hint = "Send the request's body without long pauses."
 
 
 class RouteNotFound(KilnError):
+    """There is no such path."""
+
     code = "route_not_found"
     kind = ErrorKind.NOT_FOUND
     hint = _ROUTES_HINT
@@ -74,8 +84,9 @@ class UnsupportedField(InvalidRequest):
     """A field of OpenAI's API that would change the answer and that Kiln does not offer."""
 
     code = "unsupported_field"
+    hint = "Leave the field out."
 
-    def __init__(self, field: str, hint: str = "Leave the field out.") -> None:
+    def __init__(self, field: str, hint: str | None = None) -> None:
         super().__init__(f"`{field}` is not supported", param=field, hint=hint)
 
 
@@ -97,6 +108,8 @@ class TooManyPromptLogprobs(InvalidRequest):
 
 
 class ModelNotFound(KilnError):
+    """`model` is neither the base model's id nor an adapter that this key may see."""
+
     code = "model_not_found"
     kind = ErrorKind.NOT_FOUND
     param = "model"
@@ -125,6 +138,8 @@ class AnswerAborted(Unavailable):
 
 
 class RolloutNotFound(KilnError):
+    """No completion that this key may see is kept under this id any more."""
+
     code = "rollout_not_found"
     kind = ErrorKind.NOT_FOUND
     hint = (
@@ -141,18 +156,24 @@ class OffPolicyRollout(InvalidRequest):
 
 
 class HostNotAllowed(KilnError):
+    """The request was sent to a name that this gateway does not answer to."""
+
     code = "host_not_allowed"
     kind = ErrorKind.FORBIDDEN
     hint = "Add the name to KILN_GATEWAY_ALLOWED_HOSTS."
 
 
 class OriginNotAllowed(KilnError):
+    """A web page of another origin sent the request, and its origin is not allowed."""
+
     code = "origin_not_allowed"
     kind = ErrorKind.FORBIDDEN
     hint = "Add the origin to KILN_GATEWAY_ALLOWED_ORIGINS."
 
 
 class LimitsNeedRedis(ConfigurationError):
+    """A key has limits, which are counted in Redis, and no Redis is configured."""
+
     code = "limits_need_redis"
     hint = "Set KILN_GATEWAY_REDIS_URL, or take the limits off the keys."
 

@@ -46,6 +46,20 @@ HINTS = {
     "unknown_field": "Leave the field out; the answer's own hint names the nearest field, or all there are.",
     "missing_field": "Add the field; GET /openapi.json says what each route needs.",
 }
+# What happened, for those of the codes that no error class has; for docs/errors.md.
+MEANINGS = {
+    "empty_messages": "The conversation has no messages.",
+    "empty_text": "A text that something is to be done with is empty.",
+    "missing_rewards": "There are completions and no rewards for them.",
+    "empty_groups": "The job has no groups of completions.",
+    "empty_examples": "The job has no examples.",
+    "conflicting_fields": "Fields that exclude each other were sent together, or none of those of which one is needed.",
+    "invalid_scale": "An adapter is to be added with the scale 0.",
+    "unsupported_content": "A message has a part that is not text, such as an image.",
+    "unsupported_tool": "A tool is not a function.",
+    "unknown_field": "The body, or the query, has a field that the route does not know.",
+    "missing_field": "A field that the route needs was not sent.",
+}
 # What to do about a value outside its range, where the range alone does not say it.
 _FIELD_HINTS = {"learning_rate": "Adapters mostly learn well between 1e-5 and 1e-3."}
 # Names other trainers and servers use, and the field meant here.

@@ -13,6 +13,7 @@ from kiln_common.rpc.tls import configure_tls
 from kiln_common.settings import ConfigurationError, exit_for_configuration, read_settings
 from kiln_common.stop_signals import end_on_stop_signals, wait_for_stop_signal
 from kiln_common.tracing import configure_tracing
+from kiln_common.variables import warn_of_unknown_variables
 from kiln_registry.bootstrap import start_registry
 from kiln_registry.settings import RegistrySettings
 
@@ -32,6 +33,7 @@ def main() -> None:
     end_on_stop_signals()
     settings = read_settings(RegistrySettings)
     configure_logs("registry", settings.log_level)
+    warn_of_unknown_variables()
     configure_tracing("registry")
     try:
         configure_tls()

@@ -174,6 +174,8 @@ class Retention:
 
 
 class AdapterQuotaExceeded(KilnError):
+    """One version more would exceed the versions a name, or the bytes a key, may have here."""
+
     code = "adapter_quota_exceeded"
     kind = ErrorKind.CONFLICT
     hint = "Delete versions that are not needed any more, or ask whoever runs the server for a higher limit."
@@ -191,6 +193,8 @@ class AdapterNameTaken(KilnError):
 
 
 class BlobNotFound(AdapterNotFound):
+    """The registry has no bytes of this hash; the version may have been deleted meanwhile."""
+
     code = "blob_not_found"
 
     def __init__(self, sha256: str) -> None:
@@ -198,6 +202,8 @@ class BlobNotFound(AdapterNotFound):
 
 
 class AdapterInUse(KilnError):
+    """The adapter, or the version, that is to be deleted is the deployment's default."""
+
     code = "adapter_in_use"
     kind = ErrorKind.CONFLICT
     hint = "Detach it first: POST /v1/adapters/detach."
@@ -231,11 +237,15 @@ class VersionDeleted(KilnError):
 
 
 class UnknownBaseModel(InvalidRequest):
+    """No engine has told the registry of the model that the adapter belongs to."""
+
     code = "unknown_base_model"
     hint = "Start an engine with that base model first; it announces the shapes adapters must have."
 
 
 class InvalidBaseModel(InvalidRequest):
+    """An engine's description of its model lacks what adapters are checked against."""
+
     code = "invalid_base_model"
     hint = "Only engines register base models; this one announced an incomplete table."
 
@@ -248,37 +258,51 @@ class InvalidPublish(InvalidRequest):
 
 
 class Sha256Mismatch(InvalidRequest):
+    """The bytes that arrived have another hash than the one that was sent with them."""
+
     code = "sha256_mismatch"
     hint = "The upload was damaged on its way; send it again."
 
 
 class AdapterTooLarge(KilnError):
+    """The adapter's file is larger than the registry takes (KILN_REGISTRY_MAX_ADAPTER_BYTES)."""
+
     code = "adapter_too_large"
     kind = ErrorKind.TOO_LARGE
     hint = "Lower the rank or adapt fewer modules."
 
 
 class PickleRefused(InvalidRequest):
+    """The adapter's weights are pickled, and unpickling runs whatever code is in the file."""
+
     code = "pickle_refused"
     hint = "Save the adapter as safetensors; a pickle can run code when it is read."
 
 
 class InvalidSafetensors(InvalidRequest):
+    """The file is damaged, cut off or no safetensors file."""
+
     code = "invalid_safetensors"
     hint = "Write the file with the safetensors library."
 
 
 class InvalidAdapterConfig(InvalidRequest):
+    """adapter_config.json is not a JSON object that describes a LoRA adapter."""
+
     code = "invalid_adapter_config"
     hint = "Send the adapter_config.json that PEFT's save_pretrained wrote."
 
 
 class UnsupportedAdapterFeature(InvalidRequest):
+    """adapter_config.json asks for a feature of PEFT that is not computed here."""
+
     code = "unsupported_adapter_feature"
     hint = "LoRA on linear layers is supported, rsLoRA and patterns included: train it again without this feature."
 
 
 class UnexpectedTensor(InvalidRequest):
+    """The adapter's file holds a tensor that belongs to no LoRA matrix."""
+
     code = "unexpected_tensor"
     hint = "An adapter holds `…lora_A.weight` and `…lora_B.weight` tensors and nothing else."
 
@@ -291,11 +315,15 @@ class IncompleteAdapter(InvalidRequest):
 
 
 class RankMismatch(InvalidRequest):
+    """A tensor's rank is not the one that adapter_config.json gives."""
+
     code = "adapter_rank_mismatch"
     hint = "`r` in adapter_config.json must be the rank of every tensor."
 
 
 class AdapterRankTooHigh(InvalidRequest):
+    """The adapter's rank is higher than the engine's slots hold."""
+
     code = "adapter_rank_too_high"
     hint = "Train with a lower rank, or start the engine with a higher max_adapter_rank."
 
@@ -314,16 +342,22 @@ class MergeRankTooHigh(AdapterRankTooHigh):
 
 
 class MergeRanksDiffer(InvalidRequest):
+    """The adapters to merge have different ranks, and this mode adds matrices of one rank."""
+
     code = "merge_ranks_differ"
     hint = "Use the mode concat, which adds the ranks up, or merge adapters of one rank."
 
 
 class InvalidMerge(InvalidRequest):
+    """The merge has no sources, a weight that is 0 or not finite, or an unknown mode."""
+
     code = "invalid_merge"
     hint = "Name one or more sources with finite weights other than 0, and a mode: linear, ties or concat."
 
 
 class UnsupportedDtype(InvalidRequest):
+    """A tensor is of a number format that adapters are not kept in."""
+
     code = "unsupported_dtype"
     hint = "Save the adapter as float32, bfloat16 or float16."
 

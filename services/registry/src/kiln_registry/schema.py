@@ -29,7 +29,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError
 
-from kiln_common.errors import KilnError
+from kiln_common.settings import ConfigurationError
 
 SCHEMA_VERSION = 7
 
@@ -172,12 +172,16 @@ for _dialect, _statement in _APPEND_ONLY.items():
         event.listen(audit, "after_create", _ddl)
 
 
-class DatabaseUrlUnusable(KilnError):
+class DatabaseUrlUnusable(ConfigurationError):
+    """KILN_REGISTRY_DATABASE_URL is no database's address, or its driver is not installed."""
+
     code = "database_url_unusable"
     hint = "Write postgresql://user:password@host/database, and install kiln-registry[postgres]."
 
 
-class CatalogTooNew(KilnError):
+class CatalogTooNew(ConfigurationError):
+    """A later Kiln has written this state folder's catalogue; it is left as it is."""
+
     code = "catalog_too_new"
     hint = "Run the Kiln version that wrote this catalogue, or a newer one."
 

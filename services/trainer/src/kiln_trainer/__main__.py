@@ -14,6 +14,7 @@ from kiln_common.rpc.tls import configure_tls
 from kiln_common.settings import EXIT_DEVICE, ConfigurationError, exit_for_configuration, read_settings
 from kiln_common.stop_signals import end_on_stop_signals, wait_for_stop_signal
 from kiln_common.tracing import configure_tracing
+from kiln_common.variables import warn_of_unknown_variables
 from kiln_trainer.bootstrap import RunningTrainer, start_trainer
 from kiln_trainer.domain.errors import DeviceBroken
 from kiln_trainer.settings import TrainerSettings
@@ -53,6 +54,7 @@ def main() -> None:
     end_on_stop_signals()
     settings = read_settings(TrainerSettings)
     configure_logs("trainer", settings.log_level)
+    warn_of_unknown_variables()
     configure_tracing("trainer")
     if not torch.cuda.is_available():
         os.nice(settings.cpu_niceness)  # threads started from here on inherit it

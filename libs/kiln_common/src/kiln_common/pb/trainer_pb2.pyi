@@ -367,7 +367,7 @@ class JobError(_message.Message):
     def __init__(self, code: _Optional[str] = ..., message: _Optional[str] = ..., hint: _Optional[str] = ...) -> None: ...
 
 class Job(_message.Message):
-    __slots__ = ("id", "kind", "status", "config", "progress", "metrics", "error", "result", "created_at_s", "started_at_s", "finished_at_s", "queue_position", "resolved_base_adapter", "claim_epoch", "sources", "payload_sha256", "grpo_loss", "history", "opd_settings", "owner", "retry_of", "published", "base_model_hash", "base_adapter_sha256", "data_sha256", "environment", "dataset", "correction_ids", "webhook")
+    __slots__ = ("id", "kind", "status", "config", "progress", "metrics", "error", "result", "created_at_s", "started_at_s", "finished_at_s", "queue_position", "resolved_base_adapter", "claim_epoch", "sources", "payload_sha256", "grpo_loss", "history", "opd_settings", "owner", "retry_of", "published", "base_model_hash", "base_adapter_sha256", "data_sha256", "environment", "dataset", "correction_ids", "webhook", "sampled_by")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -389,6 +389,13 @@ class Job(_message.Message):
         key: str
         value: str
         def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    class SampledByEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
     ID_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
     STATUS_FIELD_NUMBER: _ClassVar[int]
@@ -418,6 +425,7 @@ class Job(_message.Message):
     DATASET_FIELD_NUMBER: _ClassVar[int]
     CORRECTION_IDS_FIELD_NUMBER: _ClassVar[int]
     WEBHOOK_FIELD_NUMBER: _ClassVar[int]
+    SAMPLED_BY_FIELD_NUMBER: _ClassVar[int]
     id: str
     kind: str
     status: str
@@ -447,7 +455,8 @@ class Job(_message.Message):
     dataset: DatasetRef
     correction_ids: _containers.RepeatedScalarFieldContainer[str]
     webhook: WebhookState
-    def __init__(self, id: _Optional[str] = ..., kind: _Optional[str] = ..., status: _Optional[str] = ..., config: _Optional[_Union[JobConfig, _Mapping]] = ..., progress: _Optional[_Union[JobProgress, _Mapping]] = ..., metrics: _Optional[_Mapping[str, float]] = ..., error: _Optional[_Union[JobError, _Mapping]] = ..., result: _Optional[_Union[JobResult, _Mapping]] = ..., created_at_s: _Optional[float] = ..., started_at_s: _Optional[float] = ..., finished_at_s: _Optional[float] = ..., queue_position: _Optional[int] = ..., resolved_base_adapter: _Optional[str] = ..., claim_epoch: _Optional[int] = ..., sources: _Optional[_Mapping[str, int]] = ..., payload_sha256: _Optional[str] = ..., grpo_loss: _Optional[_Union[GrpoLoss, _Mapping]] = ..., history: _Optional[_Iterable[_Union[StepMetrics, _Mapping]]] = ..., opd_settings: _Optional[_Union[OpdSettings, _Mapping]] = ..., owner: _Optional[str] = ..., retry_of: _Optional[str] = ..., published: _Optional[_Iterable[_Union[PublishedVersion, _Mapping]]] = ..., base_model_hash: _Optional[str] = ..., base_adapter_sha256: _Optional[str] = ..., data_sha256: _Optional[str] = ..., environment: _Optional[_Mapping[str, str]] = ..., dataset: _Optional[_Union[DatasetRef, _Mapping]] = ..., correction_ids: _Optional[_Iterable[str]] = ..., webhook: _Optional[_Union[WebhookState, _Mapping]] = ...) -> None: ...
+    sampled_by: _containers.ScalarMap[str, int]
+    def __init__(self, id: _Optional[str] = ..., kind: _Optional[str] = ..., status: _Optional[str] = ..., config: _Optional[_Union[JobConfig, _Mapping]] = ..., progress: _Optional[_Union[JobProgress, _Mapping]] = ..., metrics: _Optional[_Mapping[str, float]] = ..., error: _Optional[_Union[JobError, _Mapping]] = ..., result: _Optional[_Union[JobResult, _Mapping]] = ..., created_at_s: _Optional[float] = ..., started_at_s: _Optional[float] = ..., finished_at_s: _Optional[float] = ..., queue_position: _Optional[int] = ..., resolved_base_adapter: _Optional[str] = ..., claim_epoch: _Optional[int] = ..., sources: _Optional[_Mapping[str, int]] = ..., payload_sha256: _Optional[str] = ..., grpo_loss: _Optional[_Union[GrpoLoss, _Mapping]] = ..., history: _Optional[_Iterable[_Union[StepMetrics, _Mapping]]] = ..., opd_settings: _Optional[_Union[OpdSettings, _Mapping]] = ..., owner: _Optional[str] = ..., retry_of: _Optional[str] = ..., published: _Optional[_Iterable[_Union[PublishedVersion, _Mapping]]] = ..., base_model_hash: _Optional[str] = ..., base_adapter_sha256: _Optional[str] = ..., data_sha256: _Optional[str] = ..., environment: _Optional[_Mapping[str, str]] = ..., dataset: _Optional[_Union[DatasetRef, _Mapping]] = ..., correction_ids: _Optional[_Iterable[str]] = ..., webhook: _Optional[_Union[WebhookState, _Mapping]] = ..., sampled_by: _Optional[_Mapping[str, int]] = ...) -> None: ...
 
 class PublishedVersion(_message.Message):
     __slots__ = ("step", "adapter", "version", "sha256")

@@ -14,6 +14,8 @@ from kiln_common.settings import ConfigurationError, read_settings
 
 
 class TlsFileUnreadable(ConfigurationError):
+    """A certificate or key that the settings name is not there, or is no PEM file."""
+
     code = "tls_file_unreadable"
     hint = "KILN_TLS_CERT_FILE, KILN_TLS_KEY_FILE and KILN_TLS_CA_FILE name PEM files this user can read."
 

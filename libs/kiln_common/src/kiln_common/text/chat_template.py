@@ -11,12 +11,14 @@ from typing import Any
 from jinja2 import TemplateError, TemplateSyntaxError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from kiln_common.errors import ErrorKind, InvalidRequest, KilnError
+from kiln_common.errors import InvalidRequest
+from kiln_common.settings import ConfigurationError
 
 
-class TemplateUnusable(KilnError):
+class TemplateUnusable(ConfigurationError):
+    """The model folder has no chat template, or one that cannot be read."""
+
     code = "chat_template_unusable"
-    kind = ErrorKind.INTERNAL
     hint = "The model folder needs chat_template.jinja, or chat_template in tokenizer_config.json."
 
 
@@ -60,7 +62,10 @@ class ChatTemplate:
         config_path = folder / "tokenizer_config.json"
         if not config_path.is_file():
             raise TemplateUnusable(f"{folder} has neither chat_template.jinja nor tokenizer_config.json")
-        source = json.loads(config_path.read_text(encoding="utf-8")).get("chat_template")
+        try:
+            source = json.loads(config_path.read_text(encoding="utf-8")).get("chat_template")
+        except ValueError as error:
+            raise TemplateUnusable(f"{config_path} is not JSON: {error}") from error
         if isinstance(source, list):  # several named templates
             source = next((entry["template"] for entry in source if entry.get("name") == "default"), None)
         if not isinstance(source, str):

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from kiln_common.errors import ErrorKind, InvalidRequest, KilnError
+from kiln_common.errors import InvalidRequest
+from kiln_common.settings import ConfigurationError
 
 # Marked special in some vocabularies, but part of the text that parsers and clients read.
 _READABLE_SPECIAL = frozenset(
@@ -18,9 +19,10 @@ _SLICE_CHARACTERS = 2**17
 _SLICE_MARGIN = 1024
 
 
-class TokenizerUnusable(KilnError):
+class TokenizerUnusable(ConfigurationError):
+    """The model folder has no tokenizer, or one of another kind than Qwen3.5's."""
+
     code = "tokenizer_unusable"
-    kind = ErrorKind.INTERNAL
     hint = "The model folder needs the tokenizer.json of a byte-level BPE tokenizer."
 
 
@@ -54,7 +56,11 @@ class TextTokenizer:
         path = folder / "tokenizer.json"
         if not path.is_file():
             raise TokenizerUnusable(f"{path} does not exist")
-        return cls(Tokenizer.from_file(str(path)))
+        try:
+            tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library has no class of its own for what it cannot read
+            raise TokenizerUnusable(f"{path} cannot be read: {error}") from error
+        return cls(tokenizer)
 
     def id_of(self, token: str) -> int | None:
         """The id of exactly this token, such as "<|im_end|>", or None."""

@@ -9,6 +9,7 @@ class OutOfPages(KilnError):
     """Fewer pages are free than were asked for; nothing was reserved."""
 
     code = "out_of_pages"
+    hint = "The engine should have waited for pages: this is a fault of Kiln's, please report it."
 
     def __init__(self, wanted: int, free: int) -> None:
         super().__init__(f"{wanted} pages were asked for, {free} are free")
@@ -18,12 +19,15 @@ class OutOfStateSlots(KilnError):
     """Fewer state slots are free than were asked for; nothing was reserved."""
 
     code = "out_of_state_slots"
+    hint = "The engine should have waited for slots: this is a fault of Kiln's, please report it."
 
     def __init__(self, wanted: int, free: int) -> None:
         super().__init__(f"{wanted} state slots were asked for, {free} are free")
 
 
 class EmptyPrompt(InvalidRequest):
+    """The prompt has no tokens, so there is nothing to go on from."""
+
     code = "empty_prompt"
     hint = "Send at least one token."
     param = "prompt_token_ids"
@@ -44,6 +48,8 @@ class AdapterSlotsFull(Overloaded):
 
 
 class EngineDraining(Unavailable):
+    """The engine is about to stop and takes no new requests."""
+
     code = "engine_draining"
     hint = "The engine is being stopped; send the request to another one or try again in a moment."
 
@@ -80,6 +86,8 @@ class SessionOverflow(Overloaded):
 
 
 class GrammarTooSlow(InvalidRequest):
+    """The schema or grammar took longer to compile than a request may take for it."""
+
     code = "grammar_too_slow"
     param = "grammar"
     hint = "Simplify the schema or grammar: fewer properties, smaller repetitions, fewer alternatives."
@@ -100,5 +108,7 @@ class GrammarFailed(InvalidRequest):
 
 
 class GrammarsUnavailable(Unavailable):
+    """The engine has no tokenizer that it could check answers against a grammar with."""
+
     code = "grammars_unavailable"
     hint = "The engine's model folder needs tokenizer.json."

@@ -54,6 +54,8 @@ class AdapterRejected(InvalidRequest):
 
 
 class AdapterRankTooHigh(InvalidRequest):
+    """The adapter's rank is higher than the engine's slots hold."""
+
     code = "adapter_rank_too_high"
     hint = "Train with a lower rank, or start the engine with a higher max_adapter_rank."
 

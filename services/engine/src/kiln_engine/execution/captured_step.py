@@ -50,15 +50,12 @@ class CapturedStep:
         self._forward = self._capture(partial(self._run_forward, linears))
         self._draw = self._capture(self._run_draw)
 
-    def replay(self, rows: Sequence[RowSampling]) -> Draw | None:
-        """Run the pass for what is in the buffers; returns what draws the rows' tokens.
-
-        That has to be called before any other step runs: the logits of all lie in one place.
-        """
+    def replay(self) -> None:
+        """Run the pass for what is in the buffers."""
         self._forward.replay()
-        return partial(self._draw_rows, rows) if rows else None
 
-    def _draw_rows(self, rows: Sequence[RowSampling]) -> PendingDraws:
+    def draw(self, rows: Sequence[RowSampling]) -> PendingDraws:
+        """Draw the rows' tokens, before any other step runs: the logits of all lie in one place."""
         sampler = self._parts.sampler
         if sampler.needs_eager(rows):
             is_invariant = sampler.is_batch_invariant

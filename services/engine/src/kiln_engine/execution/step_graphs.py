@@ -56,25 +56,33 @@ class DecodeGraph:
         copy_to(self._fields_FR, torch.from_numpy(fields))
         if self._adapter_rows is not None:
             self._adapter_rows.fill_(BatchPlan(plan.step_id, plan.decode_rows))
-        return self._step.replay(rows)
+        self._step.replay()
+        return partial(self._step.draw, rows) if rows else None
 
 
 class PrefillGraph:
-    """The step of chunks of up to `capacity` tokens in all, without adapters."""
+    """The step of chunks of up to `capacity` tokens in all, with or without adapters."""
 
-    def __init__(self, parts: GraphParts, capacity: PrefillCapacity) -> None:
+    def __init__(self, parts: GraphParts, capacity: PrefillCapacity, *, has_adapters: bool) -> None:
         self._shape = parts.model.shape
         self._capacity = capacity
         padding = prefill_numbers((), self._shape, capacity)
         self._flat = torch.from_numpy(padding.flat).to(parts.model.device)
         layout = join_layouts(None, padding.layout(self._flat))
-        self._step = CapturedStep(parts, layout, Linears(parts.model.matrices))
+        self._adapter_rows = parts.adapters.static_rows(capacity.num_tokens) if has_adapters else None
+        adapters = None
+        if self._adapter_rows is not None:
+            adapters = parts.adapters.of_step(self._adapter_rows.rows)
+        self._step = CapturedStep(parts, layout, Linears(parts.model.matrices, adapters))
 
     def run(self, plan: BatchPlan, rows: Sequence[RowSampling]) -> Draw | None:
         """Run the plan's chunks."""
         numbers = prefill_numbers(plan.prefill_chunks, self._shape, self._capacity)
         copy_to(self._flat, torch.from_numpy(numbers.flat))
-        return self._step.replay(rows)
+        if self._adapter_rows is not None:
+            self._adapter_rows.fill_(BatchPlan(plan.step_id, prefill_chunks=plan.prefill_chunks))
+        self._step.replay()
+        return partial(self._step.draw, rows) if rows else None
 
 
 class StepGraphs:
@@ -93,7 +101,7 @@ class StepGraphs:
         self.decode_sizes = decode_ladder(max_rows)
         self.prefill_sizes = _PREFILL_TOKENS
         self._decode: dict[tuple[int, bool], DecodeGraph] = {}
-        self._prefill: dict[int, PrefillGraph] = {}
+        self._prefill: dict[tuple[int, bool], PrefillGraph] = {}
         # By lines of a row, then the numbers of rows.
         self.verify_sizes = verify_ladder(max_rows, num_lines, max_draft_tokens)
         self._verify: dict[tuple[int, int, bool], VerifyGraph] = {}
@@ -112,11 +120,11 @@ class StepGraphs:
         chunks = plan.prefill_chunks
         if any(chunk.readout for chunk in chunks):
             return None
-        if len(chunks) > PREFILL_CHUNKS or any(chunk.adapter_slots for chunk in chunks):
+        if len(chunks) > PREFILL_CHUNKS:
             return None
         num_tokens = sum(len(chunk.token_ids) for chunk in chunks)
         size = next((size for size in self.prefill_sizes if size >= num_tokens), None)
-        return None if size is None else self._prefill[size]
+        return None if size is None else self._prefill[size, any(chunk.adapter_slots for chunk in chunks)]
 
     def for_verify(self, plan: BatchPlan) -> VerifyGraph | None:
         """The smallest graph that holds the plan's verify rows, if one does."""
@@ -132,9 +140,9 @@ class StepGraphs:
         """Largest first, so that the others find their memory in the pool."""
         parts, started_s = self._parts, time.monotonic()
         wanted: list[Callable[[], None]] = []
-        for size in reversed(self.prefill_sizes):
-            wanted.append(partial(self._capture_prefill, parts, size))
         for has_adapters in (False, True):
+            for size in reversed(self.prefill_sizes):
+                wanted.append(partial(self._capture_prefill, parts, size, has_adapters))
             for size in reversed(self.decode_sizes):
                 wanted.append(partial(self._capture_decode, parts, size, has_adapters))
             for lines, sizes in self.verify_sizes.items():
@@ -148,8 +156,9 @@ class StepGraphs:
                 logged_s = now
                 log.info("capturing_graphs", done=number, of=len(wanted), seconds=round(now - started_s, 1))
 
-    def _capture_prefill(self, parts: GraphParts, size: int) -> None:
-        self._prefill[size] = PrefillGraph(parts, PrefillCapacity(size, PREFILL_CHUNKS))
+    def _capture_prefill(self, parts: GraphParts, size: int, has_adapters: bool) -> None:
+        capacity = PrefillCapacity(size, PREFILL_CHUNKS)
+        self._prefill[size, has_adapters] = PrefillGraph(parts, capacity, has_adapters=has_adapters)
 
     def _capture_decode(self, parts: GraphParts, size: int, has_adapters: bool) -> None:
         self._decode[size, has_adapters] = DecodeGraph(parts, size, has_adapters=has_adapters)

@@ -80,11 +80,13 @@ class VerifyGraph:
         copy_to(self._numbers, torch.from_numpy(numbers))
         if self._adapter_rows is not None:
             self._adapter_rows.fill_(BatchPlan(plan.step_id, verify_rows=rows), num_lines)
+        self._step.replay()
+        # The next verification is planned when this one has been read: what only the draws need is made
+        # while the pass runs.
         if self._step.drafts is not None:
             self._step.drafts.send(rows)
-        draw = self._step.replay(line_samplings(rows, drafts, num_lines))
-        assert draw is not None
-        pending = PendingVerify(rows, num_lines, draw(), self._step.accepted_R)
+        draws = self._step.draw(line_samplings(rows, drafts, num_lines))
+        pending = PendingVerify(rows, num_lines, draws, self._step.accepted_R)
         if self._step.drafts is not None:
             self._step.drafts.run(rows)
         return pending

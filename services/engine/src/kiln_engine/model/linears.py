@@ -25,7 +25,7 @@ from kiln_nn.kernels.linear import (
     reads_as_stored,
     reads_rounded,
 )
-from kiln_nn.kernels.quantised import QuantisedMatrix, Rows, Scheme, whole
+from kiln_nn.kernels.quantised import InputOrder, QuantisedMatrix, Rows, Scheme, whole
 from kiln_nn.kernels.swiglu import swiglu
 from kiln_nn.weights.names import FUSED_GROUPS
 
@@ -105,13 +105,13 @@ class Linears:
     base: BaseMatrices
     adapters: StepAdapters | None = None
 
-    def reads_rounded(self, path: str, x_TI: torch.Tensor) -> bool:
-        """Whether `apply`, or `gated` where the layer is gated, reads such rows in E4M3.
+    def reads_rounded(self, path: str, x_TI: torch.Tensor) -> InputOrder | None:
+        """In which order `apply`, or `gated` where the layer is gated, reads such rows in E4M3, if it does.
 
         Where it does, x is best rounded by the kernel that makes it; `x_TI` has only its shape and format.
         """
         if self.base.is_batch_invariant:
-            return False
+            return None
         parts = self.base.parts(path)
         return reads_rounded(x_TI, parts, is_gated=path.endswith(_GATED) and self._is_gated_at_once(parts))
 

@@ -23,7 +23,13 @@ from kiln_engine.model.store_shape import StoreShape
 from kiln_engine.model.transfers import to_device
 from kiln_nn.blocks import Weights, conv_weight, embed
 from kiln_nn.config import ModelConfig
-from kiln_nn.kernels.delta_decode import DeltaDecodeWeights, delta_commit, delta_decode, delta_verify
+from kiln_nn.kernels.delta_decode import (
+    DeltaDecodeWeights,
+    delta_commit,
+    delta_decode,
+    delta_fold,
+    delta_verify,
+)
 from kiln_nn.kernels.delta_prefill import delta_prefill
 from kiln_nn.kernels.paged_attention import paged_chunk_attention, paged_decode_attention
 from kiln_nn.kernels.qk_norm_rope_write import qk_norm_rope_write
@@ -139,6 +145,9 @@ class PagedModel:
 
     def hidden_states(self, layout: StepLayout, linears: Linears) -> torch.Tensor:
         """`forward` without the head: every token's hidden state after the final norm, `[T, D]`."""
+        if layout.verify is not None:
+            delta_fold(self.states.all_layers, layout.verify.delta)
+        # This starts no dependents: what lay in memory before it may be read early by all that follow.
         residual = embed(self.weights, layout.token_ids_T)
         first = "model.layers.0.input_layernorm.weight"
         x = self._norm(residual, first, self._mixer_inputs[0], linears)
@@ -160,16 +169,20 @@ class PagedModel:
 
     def _norm(self, x_TD: torch.Tensor, name: str, reader: str | None, linears: Linears) -> Rows:
         """Normed rows, rounded too where the linear layer that reads them wants them so."""
-        is_rounded = reader is not None and linears.reads_rounded(reader, x_TD)
-        norm = rms_norm_rounded if is_rounded else rms_norm
-        return norm(x_TD, self.weights[name], self.config.rms_norm_eps, offset=1.0)
+        order = None if reader is None else linears.reads_rounded(reader, x_TD)
+        args = (x_TD, self.weights[name], self.config.rms_norm_eps)
+        if order is None:
+            return rms_norm(*args, offset=1.0)
+        return rms_norm_rounded(*args, offset=1.0, order=order)
 
     def _add_norm(
         self, x_TD: torch.Tensor, residual_TD: torch.Tensor, name: str, reader: str | None, linears: Linears
     ) -> tuple[Rows, torch.Tensor]:
-        is_rounded = reader is not None and linears.reads_rounded(reader, residual_TD)
-        norm = add_rms_norm_rounded if is_rounded else add_rms_norm
-        return norm(x_TD, residual_TD, self.weights[name], self.config.rms_norm_eps, offset=1.0)
+        order = None if reader is None else linears.reads_rounded(reader, residual_TD)
+        args = (x_TD, residual_TD, self.weights[name], self.config.rms_norm_eps)
+        if order is None:
+            return add_rms_norm(*args, offset=1.0)
+        return add_rms_norm_rounded(*args, offset=1.0, order=order)
 
     def _attention(
         self, prefix: str, kv_layer: int, x: Rows, layout: StepLayout, linears: Linears
@@ -207,6 +220,7 @@ class PagedModel:
                     scale,
                     gate_RHD=gate[:num_rows],
                     table_rows_R=table_rows,
+                    rows_per_sequence=1 if layout.verify is None else layout.verify.num_lines,
                     is_batch_invariant=self.is_batch_invariant,
                 )
             )
@@ -239,12 +253,21 @@ class PagedModel:
             rows = (part[:num_rows] for part in (mixed, a, b, z))
             delta = layout.decode.delta
             outputs.append(
-                delta_decode(slots, delta, own, *rows, commits=False, is_batch_invariant=is_invariant)
+                delta_decode(
+                    slots,
+                    delta,
+                    own,
+                    *rows,
+                    commits=False,
+                    is_batch_invariant=is_invariant,
+                    reads_early=True,
+                )
             )
         if layout.verify is not None:
             verify = layout.verify
             lines = (part.unflatten(0, (-1, verify.num_lines)) for part in (mixed, a, b, z))
-            outputs.append(delta_verify(slots, verify.delta, verify.num_new_R, own, *lines).flatten(0, 1))
+            out = delta_verify(slots, verify.delta, verify.num_new_R, own, *lines, folds=False)
+            outputs.append(out.flatten(0, 1))
         if layout.prefill is not None:
             tokens = (part[num_rows:] for part in (mixed, a, b, z))
             chunks = layout.prefill.delta

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import torch
@@ -74,30 +75,50 @@ def verify_numbers(
     rows: Sequence[VerifyRow], shape: StoreShape, num_lines: int, capacity: int | None = None
 ) -> np.ndarray:
     """The rows' numbers, int64: fields of the lines, then of the rows; what lies behind them touches nothing."""
-    capacity = len(rows) if capacity is None else capacity
-    lines = np.zeros((len(_LINE_FIELDS), capacity, num_lines), dtype=np.int64)
-    lines[2], lines[4], lines[5] = -1, shape.spare_line, NOT_KEPT
-    of_rows = np.full((len(_ROW_FIELDS), capacity), NO_SLOT, dtype=np.int64)
-    of_rows[2], of_rows[4], of_rows[6] = 0, 1, 0
-    page_tokens = shape.page_tokens
-    for index, row in enumerate(rows):
-        num_new, is_folded = row.num_lines, row.state_fold_slot is not None
-        positions = np.arange(row.position, row.position + num_new)
-        pages = np.array(row.page_ids)[positions // page_tokens]
+    # Lists: the device waits for this, and numpy's calls for each row would take twice as long.
+    token_ids: list[int] = []
+    positions: list[int] = []
+    token_slots: list[int] = []
+    context_lengths: list[int] = []
+    table_rows: list[int] = []
+    carried_slots: list[int] = []
+    of_rows: list[tuple[int, ...]] = []
+    page_tokens, spare_line = shape.page_tokens, shape.spare_line
+    for row in rows:
+        num_new, page_ids, slot = row.num_lines, row.page_ids, row.state_slot
         drafts = row.draft_token_ids
-        lines[0, index, :num_new] = (row.token_id, *([-1] * row.num_drafts if drafts is None else drafts))
-        lines[1, index, :num_new] = positions
-        lines[2, index, :num_new] = pages * page_tokens + positions % page_tokens
-        lines[3, index, :num_new] = positions + 1
-        lines[4, index, :num_new] = row.state_slot
-        lines[5, index, :num_new] = (row.state_slot, *[IN_PASS] * row.num_drafts)
-        of_rows[:, index] = (
-            row.state_read_slot,
-            row.state_slot,
-            row.position % page_tokens + page_tokens * is_folded,
-            NO_SLOT if row.state_fold_slot is None else row.state_fold_slot,
-            num_new,
-            row.live_slot,
-            len(row.page_ids) * page_tokens,
+        own = range(row.position, row.position + num_new)
+        unused = [0] * (num_lines - num_new)
+        token_ids += [row.token_id, *([-1] * row.num_drafts if drafts is None else drafts), *unused]
+        positions += [*own, *unused]
+        token_slots += [page_ids[place // page_tokens] * page_tokens + place % page_tokens for place in own]
+        token_slots += [-1] * len(unused)
+        context_lengths += [*range(own.start + 1, own.stop + 1), *unused]
+        table_rows += [slot] * num_new + [spare_line] * len(unused)
+        carried_slots += [slot, *[IN_PASS] * row.num_drafts, *[NOT_KEPT] * len(unused)]
+        of_rows.append(
+            (
+                row.state_read_slot,
+                slot,
+                row.position % page_tokens + page_tokens * (row.state_fold_slot is not None),
+                NO_SLOT if row.state_fold_slot is None else row.state_fold_slot,
+                num_new,
+                row.live_slot,
+                len(page_ids) * page_tokens,
+            )
         )
-    return np.concatenate([lines.ravel(), of_rows.ravel()])
+    num_padding = (len(rows) if capacity is None else capacity) - len(rows)
+    of_rows += [(NO_SLOT, NO_SLOT, 0, NO_SLOT, 1, NO_SLOT, 0)] * num_padding
+    padding = num_padding * num_lines
+    return np.array(
+        [
+            *(*token_ids, *[0] * padding),
+            *(*positions, *[0] * padding),
+            *(*token_slots, *[-1] * padding),
+            *(*context_lengths, *[0] * padding),
+            *(*table_rows, *[spare_line] * padding),
+            *(*carried_slots, *[NOT_KEPT] * padding),
+            *chain.from_iterable(zip(*of_rows, strict=True)),
+        ],
+        dtype=np.int64,
+    )

@@ -96,6 +96,12 @@ function JobDetail({ job }: { job: Job }) {
         <p class="note">
           <code>{job.id}</code> · <a href={`#/logs/${job.id}`}>its log lines</a>
         </p>
+        {(job.warnings ?? []).map((warning) => (
+          <div class="problem notice" role="note" key={warning.code}>
+            <b>{warning.message}</b>
+            <p>{warning.hint}</p>
+          </div>
+        ))}
         {job.error && (
           <div class="problem" role="alert">
             <b>{job.error.message}</b>

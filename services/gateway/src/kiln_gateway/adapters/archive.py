@@ -32,11 +32,15 @@ class UnsafeArchive(InvalidRequest):
 
 
 class InvalidArchive(InvalidRequest):
+    """What was uploaded is neither an archive nor the two files of an adapter."""
+
     code = "invalid_archive"
     hint = f"Send a tar.gz of the PEFT folder, or {MODEL_NAME} and {CONFIG_NAME} as two parts."
 
 
 class PickleRefused(InvalidRequest):
+    """The adapter's weights are pickled, and unpickling runs whatever code is in the file."""
+
     code = "pickle_refused"
     hint = "Save the adapter as safetensors; a pickle can run code when it is read."
 

@@ -30,6 +30,8 @@ _HINT = "Send multipart/form-data with `name`, optionally `attach`, and the file
 
 
 class InvalidMultipart(InvalidRequest):
+    """The upload is not the form that the route reads."""
+
     code = "invalid_multipart"
     hint = _HINT
 

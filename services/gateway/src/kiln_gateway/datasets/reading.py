@@ -17,6 +17,8 @@ from kiln_gateway.ports import DatasetPort, closing
 
 
 class WrongDatasetFormat(InvalidRequest):
+    """The dataset's rows are of a form that this recipe does not learn from."""
+
     code = "wrong_dataset_format"
     hint = "sft learns from chat, prompt_completion and mixed, grpo from rollouts."
 

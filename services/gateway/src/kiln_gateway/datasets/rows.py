@@ -53,6 +53,8 @@ class InvalidDataset(InvalidRequest):
 
 
 class EmptyDataset(InvalidRequest):
+    """The file holds no row to learn from."""
+
     code = "empty_dataset"
     hint = "Send at least one line with a JSON object."
 

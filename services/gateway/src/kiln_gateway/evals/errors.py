@@ -28,6 +28,8 @@ class RunsNotComparable(InvalidRequest):
 
 
 class RunNotFinished(KilnError):
+    """Two runs can be compared once both have all their answers, and this one has not."""
+
     code = "eval_run_not_finished"
     kind = ErrorKind.CONFLICT
     hint = "Wait until GET /v1/evals/runs/{id} says succeeded."

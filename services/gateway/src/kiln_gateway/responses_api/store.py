@@ -13,6 +13,8 @@ from kiln_gateway.bounded_store import BoundedStore
 
 
 class ResponseNotFound(KilnError):
+    """No response that this key may see is kept under this id any more."""
+
     code = "response_not_found"
     kind = ErrorKind.NOT_FOUND
     hint = (

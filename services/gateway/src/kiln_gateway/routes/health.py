@@ -12,6 +12,7 @@ from fastapi.responses import Response
 
 from kiln_common.errors import KilnError
 from kiln_common.pb import engine_pb2, registry_pb2, trainer_pb2
+from kiln_common.service_names import service_name
 from kiln_gateway.adapters.visible_adapters import visible_engines
 from kiln_gateway.auth import Caller, require
 from kiln_gateway.engine_pool import PROBE_TIMEOUT_S
@@ -100,8 +101,8 @@ async def metrics(request: Request) -> Response:
     gateway = gateway_of(request)
     engines, trainers = await asyncio.gather(engine_stats(gateway), gateway.clients.trainer.statuses())
     gateway.metrics.services.show(
-        {str(seat.number): found for seat, found in engines},
-        {str(number): found for number, found in enumerate(trainers)},
+        {seat.name: found for seat, found in engines},
+        {service_name("trainer", number): found for number, found in enumerate(trainers)},
     )
     return Response(gateway.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
@@ -171,9 +172,9 @@ def engine_totals(found: Sequence[tuple[EngineSeat, engine_pb2.EngineStats | Non
 
 
 def engine_object(seat: EngineSeat, stats: engine_pb2.EngineStats | None) -> dict[str, Any]:
-    """One engine: `id` is its label in the metrics and the gateway's log."""
+    """One engine: `id` is its name: in logs and pids of `kiln up`, in the metrics and in the gateway's log."""
     info = seat.info
-    body: dict[str, Any] = {"id": str(seat.number), "address": seat.address, "status": _state(stats)}
+    body: dict[str, Any] = {"id": seat.name, "address": seat.address, "status": _state(stats)}
     if info is not None:
         body |= {
             "boot_id": info.boot_id,

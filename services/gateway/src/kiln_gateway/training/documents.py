@@ -13,6 +13,8 @@ _TURN_END = "<|im_end|>"
 
 
 class NoAssistantMessage(InvalidRequest):
+    """The example has no assistant's message, which is what would be learned."""
+
     code = "no_assistant_message"
     hint = "End the messages with the assistant's answer to learn, or send train_on: all."
 

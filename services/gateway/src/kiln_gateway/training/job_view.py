@@ -8,6 +8,7 @@ from typing import Any
 from kiln_common.pb import trainer_pb2
 from kiln_gateway.training.gate import gate_outcome
 from kiln_gateway.training.job_config import effective_config
+from kiln_gateway.training.job_warnings import warnings_of
 
 
 def job_object(job: trainer_pb2.Job) -> dict[str, Any]:
@@ -31,6 +32,8 @@ def job_object(job: trainer_pb2.Job) -> dict[str, Any]:
         "published": published(job),
         "source": _source(job),
         "sources": dict(job.sources),
+        "sampled_by": dict(job.sampled_by),
+        "warnings": warnings_of(job),
         "base_adapter": job.resolved_base_adapter or None,
         "retry_of": job.retry_of or None,
         "dataset": job.dataset.id or None,

@@ -25,11 +25,15 @@ _MAX_NAME_CHARS = 256
 
 
 class InvalidDatasetHeader(InvalidRequest):
+    """The stream of a dataset does not begin as one does."""
+
     code = "invalid_dataset_header"
     hint = "A dataset begins with a header that has a known format and at least one row."
 
 
 class DatasetTooLarge(KilnError):
+    """The dataset is larger than the registry takes."""
+
     code = "dataset_too_large"
     kind = ErrorKind.TOO_LARGE
     hint = "Split it, or raise KILN_REGISTRY_MAX_DATASET_BYTES."

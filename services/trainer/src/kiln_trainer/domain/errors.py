@@ -8,6 +8,7 @@ class JobCancelled(KilnError):
 
     code = "job_cancelled"
     kind = ErrorKind.CONFLICT
+    hint = "POST /v1/train/jobs/{id}/retry makes a new job with the same data."
 
 
 class ClaimLost(KilnError):
@@ -15,13 +16,15 @@ class ClaimLost(KilnError):
 
     code = "claim_lost"
     kind = ErrorKind.CONFLICT
+    hint = "Nothing is to be done: the other trainer goes on with the job."
 
 
 class WeightsLost(KilnError):
-    """The engine whose weights were mapped is gone; map again and resume from the checkpoint."""
+    """The engine whose weights the trainer reads is gone; the job waits for it and resumes from its checkpoint."""
 
     code = "weights_lost"
     kind = ErrorKind.UNAVAILABLE
+    hint = "Nothing is to be done while the engine starts again; its log says why it ended."
 
 
 class DeviceBroken(Exception):

@@ -11,21 +11,29 @@ class InvalidJobConfig(InvalidRequest):
 
 
 class InvalidReward(InvalidRequest):
+    """A reward is NaN, infinite or of a size that no training survives."""
+
     code = "invalid_reward"
     hint = "Rewards are finite numbers of a reasonable size."
 
 
 class GroupTooSmall(InvalidRequest):
+    """A group has fewer than two completions, so none is better or worse than another."""
+
     code = "group_too_small"
     hint = "A group compares completions of one prompt: give at least two."
 
 
 class LengthMismatch(InvalidRequest):
+    """Two lists that belong together have different lengths."""
+
     code = "length_mismatch"
     hint = "Give one number for each token, or none at all."
 
 
 class EmptyTrainingData(InvalidRequest):
+    """The job has no examples, or one of them has no tokens."""
+
     code = "empty_training_data"
     hint = "Each example or rollout needs at least one token to learn from."
 
@@ -39,6 +47,8 @@ class JobBaseModelMismatch(KilnError):
 
 
 class PayloadTooLarge(KilnError):
+    """The job's data is larger than the queue keeps for one job."""
+
     code = "payload_too_large"
     kind = ErrorKind.TOO_LARGE
     hint = "Split the data over several jobs."
@@ -68,6 +78,8 @@ class PayloadCorrupt(KilnError):
 
 
 class JobCrashedTrainer(KilnError):
+    """The trainer died several times while it ran this job, so the job is not tried again."""
+
     code = "job_crashed_trainer"
     hint = "The trainer's log of those times says why; a smaller batch_tokens needs less memory."
 
@@ -76,11 +88,15 @@ class JobCrashedTrainer(KilnError):
 
 
 class TrainerOutOfMemory(KilnError):
+    """A step of the job needed more memory than there was."""
+
     code = "trainer_out_of_memory"
     hint = "Lower batch_tokens, or shorten the examples."
 
 
 class JobFailedUnexpectedly(KilnError):
+    """The job met a failure that nobody foresaw."""
+
     code = "job_failed"
     hint = "The trainer's log has the traceback."
 

@@ -13,6 +13,9 @@ from kiln_common.pb import trainer_pb2
 from kiln_trainer.recipes.opd_options import OpdOptions
 from kiln_trainer.recipes.options import GrpoOptions
 
+# Whoever submits says who drew a rollout, so what is kept of that is bounded.
+_MOST_SAMPLERS = 50
+_MOST_SAMPLER_CHARS = 400
 FINAL_STATUSES = frozenset({"succeeded", "failed", "cancelled"})
 
 
@@ -89,6 +92,7 @@ def submitted_fields(request: trainer_pb2.SubmitRequest, payload_sha256: str) ->
         "grpo_loss": _grpo_loss(request) if kind == "grpo" else b"",
         "opd_settings": _opd_settings(request) if kind == "opd" else b"",
         "sources": json.dumps(sources),
+        "sampled_by": json.dumps(sampled_by(request)),
         "idempotency_key": request.idempotency_key,
         "payload_sha256": payload_sha256,
         "retry_of": request.retry_of,
@@ -97,6 +101,13 @@ def submitted_fields(request: trainer_pb2.SubmitRequest, payload_sha256: str) ->
         "webhook": request.webhook.SerializeToString(deterministic=True),
         "dataset": request.dataset.SerializeToString(deterministic=True),
     }
+
+
+def sampled_by(request: trainer_pb2.SubmitRequest) -> dict[str, int]:
+    """How many of a GRPO job's rollouts each adapter version drew, where that is known."""
+    rollouts = (rollout for group in request.grpo.groups for rollout in group.rollouts)
+    named = (rollout.adapter_version[:_MOST_SAMPLER_CHARS] for rollout in rollouts)
+    return dict(Counter(filter(None, named)).most_common(_MOST_SAMPLERS))
 
 
 def _grpo_loss(request: trainer_pb2.SubmitRequest) -> bytes:
@@ -136,6 +147,7 @@ def to_job(
         resolved_base_adapter=text("resolved_base"),
         claim_epoch=int(text("claim_epoch") or 0),
         sources=parsed("sources"),
+        sampled_by=parsed("sampled_by"),
         payload_sha256=text("payload_sha256"),
         history=history,
         owner=text("owner"),

@@ -10,6 +10,8 @@ from kiln_trainer.jobs.errors import PayloadTooLarge
 
 
 class InvalidSubmitStream(InvalidRequest):
+    """The stream of a gRPC job does not begin with its settings, or has documents of another recipe."""
+
     code = "invalid_submit_stream"
     hint = "Send `settings` with sft, grpo or opd set, then documents of that recipe."
 

@@ -24,12 +24,14 @@ class InvalidTrainingData(InvalidRequest):
     """Lengths, weights or log-probabilities of a document contradict each other."""
 
     code = "invalid_training_data"
+    hint = "The message names the example or rollout; mend it, or leave it out."
 
 
 class UnknownOption(InvalidRequest):
-    """A setting names a variant there is not."""
+    """A setting names a variant there is not; the message lists those there are."""
 
     code = "unknown_training_option"
+    hint = "Write one of the variants that the message lists, or leave the setting out."
 
     def __init__(self, field: str, value: str, known: tuple[str, ...]) -> None:
         super().__init__(f"{field} is {value!r}, known are {', '.join(known)}", param=field)

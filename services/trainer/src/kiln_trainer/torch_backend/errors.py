@@ -13,7 +13,7 @@ class TrainingDiverged(KilnError):
 
 
 class BaseModelMismatch(KilnError):
-    """The job's tokens belong to another base model than the engine serves now."""
+    """The tokens belong to another base model than the engine serves."""
 
     code = "base_model_mismatch"
     kind = ErrorKind.CONFLICT
@@ -27,6 +27,7 @@ class WeightsNotBorrowed(KilnError):
     """A base parameter lies outside the engine's mapping: this process would hold a copy."""
 
     code = "weights_not_borrowed"
+    hint = "The trainer refuses to hold a second copy: this is a fault of Kiln's, please report it."
 
     def __init__(self, names: list[str], num_bytes: int) -> None:
         shown = ", ".join(names[:4])

@@ -27,6 +27,8 @@ _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
 class InvalidWebhook(InvalidRequest):
+    """The webhook's address or secret is of a form that is not used."""
+
     code = "invalid_webhook"
     hint = "Give an http or https address without a user, and a secret of 16 to 256 characters."
 

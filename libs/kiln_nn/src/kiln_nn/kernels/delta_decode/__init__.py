@@ -1,7 +1,8 @@
 """Decoding with a DeltaNet layer against its slots, in place: convolution to gated norm.
 
-`delta_decode` takes one token per row, `delta_verify` the last sampled token and drafts behind it;
-`delta_commit` writes the states of full pages for all layers together.
+`delta_decode` takes one token per row, `delta_verify` the last sampled token and drafts behind it.
+The states of full pages are written for all layers together: `delta_commit` does it at the end of a step
+of single tokens, `delta_fold` at the beginning of one with drafts.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from kiln_nn.kernels.delta_decode.memory import (
     check_memory,
 )
 from kiln_nn.kernels.delta_decode.reference import delta_commit_reference, delta_decode_reference
-from kiln_nn.kernels.delta_decode.verify_reference import delta_verify_reference
+from kiln_nn.kernels.delta_decode.verify_reference import delta_fold_reference, delta_verify_reference
 from kiln_nn.kernels.dispatch import takes_triton
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "DeltaRows",
     "delta_commit",
     "delta_decode",
+    "delta_fold",
     "delta_verify",
 ]
 
@@ -42,6 +44,7 @@ def delta_decode(
     *,
     commits: bool = True,
     is_batch_invariant: bool = False,
+    reads_early: bool = False,
 ) -> torch.Tensor:
     """Advance every row by one token and write what it leaves behind into `memory`.
 
@@ -55,6 +58,10 @@ def delta_decode(
     Without `commits` nothing is committed yet: `delta_commit` does it for all layers, once their
     steps are done and before the rows' next step. That is faster on a GPU. Batch-invariant kernels
     are the same for any number of rows; the reference ignores that.
+
+    With `reads_early` a kernel may read `rows` and what they remember before the one launched just before
+    has ended: since all of it was written, a kernel that starts no dependents has been launched
+    (`dependent_launch.py`).
 
     Returns: `[R, H, V]` in the format of `z`, ready for the output projection.
 
@@ -73,7 +80,9 @@ def delta_decode(
         if triton.supports(memory, weights, mixed_RC, a_RH, b_RH, z_RHV):
             config = triton.invariant_config(memory.state_SHKV.dtype) if is_batch_invariant else None
             inputs = (mixed_RC, a_RH, b_RH, z_RHV)
-            return triton.delta_decode(memory, rows, weights, *inputs, config, commits=commits)
+            return triton.delta_decode(
+                memory, rows, weights, *inputs, config, commits=commits, reads_early=reads_early
+            )
     return delta_decode_reference(memory, rows, weights, mixed_RC, a_RH, b_RH, z_RHV, commits=commits)
 
 
@@ -86,15 +95,8 @@ def delta_commit(layers: DeltaMemory, rows: DeltaRows) -> None:
     Raises:
         ShapeMismatch: the layers' tensors do not fit each other.
     """
-    num_layers, num_slots, num_heads, key_dim, value_dim = layers.state_SHKV.shape
-    num_key_heads, capacity = layers.ring.k_RhPK.shape[2:4]
-    in_ring = (num_layers, num_slots, num_heads, capacity)
-    keys = (num_layers, num_slots, num_key_heads, capacity, key_dim)
-    check_shape("ring.k", layers.ring.k_RhPK, keys)
-    check_shape("ring.u", layers.ring.u_RHPV, (*in_ring, value_dim))
-    check_shape("ring.log_decay", layers.ring.log_decay_RHP, in_ring)
-    check_shape("conv_rows", layers.conv_rows_SQC, (num_layers, num_slots, None, None))
-    if not num_layers:
+    _check_layers(layers)
+    if not layers.state_SHKV.shape[0]:
         return
     if takes_triton(layers.state_SHKV, rows.ring_slots_R):
         from kiln_nn.kernels.delta_decode import triton, triton_commit
@@ -106,6 +108,28 @@ def delta_commit(layers: DeltaMemory, rows: DeltaRows) -> None:
     delta_commit_reference(layers, rows)
 
 
+def delta_fold(layers: DeltaMemory, rows: DeltaRows) -> None:
+    """Fold the rings that hold a full page, in all layers at once, as `delta_verify` describes it.
+
+    `layers` has the layers as first dimension of every tensor; each layer's `delta_verify` of these
+    rows follows without folds. No host synchronisation on the Triton path.
+
+    Raises:
+        ShapeMismatch: the layers' tensors do not fit each other.
+    """
+    _check_layers(layers)
+    if not layers.state_SHKV.shape[0]:
+        return
+    if takes_triton(layers.state_SHKV, rows.ring_slots_R):
+        from kiln_nn.kernels.delta_decode import triton, triton_commit, triton_fold
+
+        is_small = rows.num_rows <= triton_commit.MOST_ROWS
+        if is_small and triton.supports_memory(layers.layer(0)):
+            triton_fold.delta_fold(layers, rows)
+            return
+    delta_fold_reference(layers, rows)
+
+
 def delta_verify(
     memory: DeltaMemory,
     rows: DeltaRows,
@@ -115,6 +139,8 @@ def delta_verify(
     a_RNH: torch.Tensor,
     b_RNH: torch.Tensor,
     z_RNHV: torch.Tensor,
+    *,
+    folds: bool = True,
 ) -> torch.Tensor:
     """Take up to N new tokens per row, of which the caller accepts a prefix afterwards.
 
@@ -134,6 +160,8 @@ def delta_verify(
       convolution tail is that of the boundary, and the new tokens follow. The next
       length counts from length - n. The slot may be the row's own or a second one; then
       the state in `read_slots` and the old ring stay as they are, and may serve as checkpoint.
+      Without `folds` that has been done already: `delta_fold` does it for all layers, before
+      the first of them. That is faster on a GPU. `rows` are the same for both.
     - A row whose length is below n may go on with `delta_decode`, and come back.
 
     So a ring of n + max_draft_tokens entries serves N = max_draft_tokens + 1 new tokens.
@@ -154,12 +182,22 @@ def delta_verify(
     if not 1 <= num_new_tokens <= min(memory.page_tokens, capacity - memory.page_tokens + 1):
         most = f"1 to {min(memory.page_tokens, capacity - memory.page_tokens + 1)}"
         raise ShapeMismatch("mixed", mixed_RNC.shape, (rows.num_rows, most, mixed_RNC.shape[2]))
+    verify = delta_verify_reference
     if takes_triton(memory.state_SHKV, mixed_RNC, rows.ring_slots_R):
         from kiln_nn.kernels.delta_decode import triton, triton_verify
 
         lines = (mixed_RNC[:, 0], a_RNH[:, 0], b_RNH[:, 0], z_RNHV[:, 0])
         if num_new_tokens <= triton_verify.MOST_NEW_TOKENS and triton.supports(memory, weights, *lines):
-            return triton_verify.delta_verify(
-                memory, rows, num_new_R, weights, mixed_RNC, a_RNH, b_RNH, z_RNHV
-            )
-    return delta_verify_reference(memory, rows, num_new_R, weights, mixed_RNC, a_RNH, b_RNH, z_RNHV)
+            verify = triton_verify.delta_verify
+    return verify(memory, rows, num_new_R, weights, mixed_RNC, a_RNH, b_RNH, z_RNHV, folds=folds)
+
+
+def _check_layers(layers: DeltaMemory) -> None:
+    num_layers, num_slots, num_heads, key_dim, value_dim = layers.state_SHKV.shape
+    num_key_heads, capacity = layers.ring.k_RhPK.shape[2:4]
+    in_ring = (num_layers, num_slots, num_heads, capacity)
+    keys = (num_layers, num_slots, num_key_heads, capacity, key_dim)
+    check_shape("ring.k", layers.ring.k_RhPK, keys)
+    check_shape("ring.u", layers.ring.u_RHPV, (*in_ring, value_dim))
+    check_shape("ring.log_decay", layers.ring.log_decay_RHP, in_ring)
+    check_shape("conv_rows", layers.conv_rows_SQC, (num_layers, num_slots, None, None))

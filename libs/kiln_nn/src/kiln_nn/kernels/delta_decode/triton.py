@@ -1,4 +1,5 @@
-"""The decode step of a DeltaNet layer in two Triton launches, written for memory bandwidth.
+"""The decode step of a DeltaNet layer in Triton: two launches that are written for memory bandwidth, or
+one, for few rows, whose loads and sums wait for each other as seldom as they can.
 
 Source: the page-committed form of gated_delta/ring.py (Yang et al. 2024, arXiv 2412.06464,
 unrolled over a page; the same idea is known as ReplaySSM). A step reads the state once and
@@ -24,6 +25,7 @@ import triton
 
 from kiln_nn.kernels.delta_decode.memory import DeltaDecodeWeights, DeltaMemory, DeltaRows
 from kiln_nn.kernels.delta_decode.triton_commit import delta_commit
+from kiln_nn.kernels.delta_decode.triton_few_rows import delta_few_rows_kernel
 from kiln_nn.kernels.delta_decode.triton_step import delta_keys_kernel, delta_values_kernel
 from kiln_nn.kernels.dependent_launch import launch_options, supports_dependent_launch
 from kiln_nn.kernels.dispatch import is_interpreted
@@ -47,15 +49,20 @@ class StepConfig:
     # ask for the state already then. With more rows the requests cost more than they hide.
     is_dependent: bool = True
     most_prefetched_rows: int = 8
+    # With so many rows at the most one launch does everything (triton_few_rows.py).
+    most_rows_at_once: int = 0
 
 
 # By the format of the committed state.
 CONFIGS = {
-    torch.bfloat16: StepConfig(True, block_k=64, num_stages=3, num_key_warps=2),
+    torch.bfloat16: StepConfig(True, block_k=64, num_stages=3, num_key_warps=2, most_rows_at_once=8),
     torch.float32: StepConfig(False, block_k=8, num_stages=6, num_warps=1, num_key_warps=2),
 }
 # With many rows more programs beside each other are worth more than an early start.
 _MANY_ROWS = 128
+# Of a program that does everything: with more of them than a state has columns in pieces of four, the
+# compiler reads all else several times over.
+_WARPS_AT_ONCE = 4
 _MANY_ROWS_CONFIG = replace(CONFIGS[torch.bfloat16], num_stages=2, max_registers=72, is_dependent=False)
 
 
@@ -68,7 +75,7 @@ def choose(num_rows: int, state_dtype: torch.dtype) -> StepConfig:
 
 def invariant_config(state_dtype: torch.dtype) -> StepConfig:
     """The one configuration for every number of rows."""
-    return replace(CONFIGS[state_dtype], most_prefetched_rows=0)
+    return replace(CONFIGS[state_dtype], most_prefetched_rows=0, most_rows_at_once=0)
 
 
 def supports(
@@ -121,17 +128,98 @@ def delta_decode(
     config: StepConfig | None = None,
     *,
     commits: bool = True,
+    reads_early: bool = False,
 ) -> torch.Tensor:
-    """Two launches, and one that commits; the arguments are those of the package and within `supports`."""
-    _, num_heads, key_dim, value_dim = memory.state_SHKV.shape
-    num_key_heads, capacity = memory.ring.k_RhPK.shape[1:3]
-    num_rows, device = rows.num_rows, z_RHV.device
+    """One launch or two, and one that commits; the arguments are the package's and within `supports`."""
+    num_rows = rows.num_rows
     config = config or choose(num_rows, memory.state_SHKV.dtype)
-    out_RHV = torch.empty(z_RHV.shape, dtype=z_RHV.dtype, device=device)
+    out_RHV = torch.empty(z_RHV.shape, dtype=z_RHV.dtype, device=z_RHV.device)
     if num_rows == 0:
         return out_RHV
-    # A row that decodes has less than a page in its ring, whatever room that has for drafts.
-    num_entries = max(16, triton.next_power_of_2(memory.page_tokens))
+    tokens = (mixed_RC, a_RH, b_RH, z_RHV)
+    if num_rows <= config.most_rows_at_once:
+        _at_once(memory, rows, weights, *tokens, out_RHV, config, reads_early=reads_early)
+    else:
+        _in_two_launches(memory, rows, weights, *tokens, out_RHV, config)
+    if commits:
+        delta_commit(memory.as_layers(), rows)
+    return out_RHV
+
+
+def _sizes(memory: DeltaMemory) -> dict[str, int]:
+    """What all kernels of a step are compiled for."""
+    _, num_heads, key_dim, value_dim = memory.state_SHKV.shape
+    num_key_heads, capacity = memory.ring.k_RhPK.shape[1:3]
+    return {
+        "H": num_heads,
+        "HK": num_key_heads,
+        "K": key_dim,
+        "V": value_dim,
+        "P": capacity,
+        # A row that decodes has less than a page in its ring, whatever room that has for drafts.
+        "ENTRIES": max(16, triton.next_power_of_2(memory.page_tokens)),
+    }
+
+
+def _at_once(
+    memory: DeltaMemory,
+    rows: DeltaRows,
+    weights: DeltaDecodeWeights,
+    mixed_RC: torch.Tensor,
+    a_RH: torch.Tensor,
+    b_RH: torch.Tensor,
+    z_RHV: torch.Tensor,
+    out_RHV: torch.Tensor,
+    config: StepConfig,
+    *,
+    reads_early: bool,
+) -> None:
+    sizes = _sizes(memory)
+    delta_few_rows_kernel[(sizes["H"], rows.num_rows)](
+        memory.state_SHKV,
+        memory.ring.k_RhPK,
+        memory.ring.u_RHPV,
+        memory.ring.log_decay_RHP,
+        memory.conv_rows_SQC,
+        rows.read_slots_R,
+        rows.ring_slots_R,
+        rows.lengths_R,
+        mixed_RC,
+        a_RH,
+        b_RH,
+        z_RHV,
+        weights.conv_CW,
+        weights.A_log_H,
+        weights.dt_bias_H,
+        weights.norm_V,
+        out_RHV,
+        mixed_RC.stride(0),
+        a_RH.stride(0),
+        b_RH.stride(0),
+        z_RHV.stride(0),
+        weights.norm_eps,
+        W=weights.conv_CW.shape[1],
+        EARLY=reads_early,
+        num_warps=_WARPS_AT_ONCE,
+        **sizes,
+        **launch_options(config.is_dependent and supports_dependent_launch(z_RHV.device)),
+    )
+
+
+def _in_two_launches(
+    memory: DeltaMemory,
+    rows: DeltaRows,
+    weights: DeltaDecodeWeights,
+    mixed_RC: torch.Tensor,
+    a_RH: torch.Tensor,
+    b_RH: torch.Tensor,
+    z_RHV: torch.Tensor,
+    out_RHV: torch.Tensor,
+    config: StepConfig,
+) -> None:
+    _, num_heads, key_dim, value_dim = memory.state_SHKV.shape
+    num_key_heads, device = memory.ring.k_RhPK.shape[1], z_RHV.device
+    num_rows, num_entries = rows.num_rows, _sizes(memory)["ENTRIES"]
     pairs = torch.empty(
         (num_rows, num_key_heads, 4 if config.uses_tensor_cores else 2, key_dim),
         dtype=torch.bfloat16 if config.uses_tensor_cores else torch.float32,
@@ -141,15 +229,7 @@ def delta_decode(
     values = torch.empty((num_rows, num_heads, value_dim), device=device)
     dependent = launch_options(config.is_dependent and supports_dependent_launch(device))
     where = (rows.read_slots_R, rows.ring_slots_R, rows.lengths_R)
-    sizes = {
-        "H": num_heads,
-        "HK": num_key_heads,
-        "K": key_dim,
-        "V": value_dim,
-        "P": capacity,
-        "ENTRIES": num_entries,
-        "PREFETCH": num_rows <= config.most_prefetched_rows,
-    }
+    sizes = {**_sizes(memory), "PREFETCH": num_rows <= config.most_prefetched_rows}
     delta_keys_kernel[(2 * num_key_heads, num_rows)](
         memory.ring.k_RhPK,
         memory.conv_rows_SQC,
@@ -198,6 +278,3 @@ def delta_decode(
         **sizes,
         **dependent,
     )
-    if commits:
-        delta_commit(memory.as_layers(), rows)
-    return out_RHV

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from kiln_nn.kernels.delta_decode.memory import DeltaMemory, DeltaRows
+from kiln_nn.kernels.delta_decode.triton_parts import fold_block
 from kiln_nn.kernels.dispatch import is_interpreted
 
 MOST_ROWS = 4096
@@ -34,29 +35,6 @@ class CommitConfig:
 
 # By the format of the committed state.
 CONFIGS = {torch.bfloat16: CommitConfig("bf16x3", 64), torch.float32: CommitConfig("tf32x3", 64)}
-
-
-@triton.jit
-def _fold_block(
-    source, target, ring_k_base, ring_u_base, log_decay_base, length, first,
-    K: tl.constexpr, V: tl.constexpr, ENTRIES: tl.constexpr, BLOCK_K: tl.constexpr, FORM: tl.constexpr,
-):  # fmt: skip
-    """`S <- e^G S + sum_(i <= length) e^(G - G_i) k_i u_i^T` for BLOCK_K rows of one head's S."""
-    value = tl.arange(0, V)
-    entries = tl.arange(0, ENTRIES)
-    used = entries <= length
-    rows = first + tl.arange(0, BLOCK_K)
-    places = rows[:, None] * V + value[None, :]
-    old = tl.load(source + places)
-    log_decays = tl.load(log_decay_base + entries, mask=used, other=0.0)
-    keys = tl.load(ring_k_base + entries[None, :] * K + rows[:, None], mask=used[None, :], other=0.0)
-    u = tl.load(ring_u_base + entries[:, None] * V + value[None, :], mask=used[:, None], other=0.0)
-    # The sum of log-decays only falls, so its last entry is its smallest.
-    total = tl.min(log_decays, 0)
-    weight = tl.where(used, tl.exp(total - log_decays), 0.0)
-    new = tl.dot(keys.to(tl.float32), u.to(tl.float32) * weight[:, None], input_precision=FORM)
-    new += tl.exp(total) * old.to(tl.float32)
-    tl.store(target + places, new.to(target.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -92,11 +70,11 @@ def delta_commit_kernel(
         for tap in tl.static_range(J):
             tail = tl.load(conv_rows + (ring_slot * (J + P) + length + 1 + tap) * C, mask=channels < C)
             tl.store(conv_rows + (commit_slot * (J + P) + tap) * C, tail, mask=channels < C)
-        _fold_block(
+        fold_block(
             state + (read_slot * H + head) * (K * V), state + (commit_slot * H + head) * (K * V),
             ring_k + (ring_slot * HK + head // (H // HK)) * (P * K),
             ring_u + (ring_slot * H + head) * (P * V), ring_log_decay + (ring_slot * H + head) * P,
-            length, first, K, V, ENTRIES, BLOCK_K, FORM,
+            length + 1, first, K, V, ENTRIES, BLOCK_K, FORM,
         )  # fmt: skip
 
 

@@ -57,3 +57,26 @@ def convolve(
 def unit(x):
     """A vector scaled to length 1."""
     return x * tl.rsqrt(tl.sum(x * x, 0) + 1e-6)
+
+
+@triton.jit
+def fold_block(
+    source, target, ring_k_base, ring_u_base, log_decay_base, num_tokens, first,
+    K: tl.constexpr, V: tl.constexpr, ENTRIES: tl.constexpr, BLOCK_K: tl.constexpr, FORM: tl.constexpr,
+):  # fmt: skip
+    """`S <- e^G S + sum_i e^(G - G_i) k_i u_i^T` over a ring's first tokens, for BLOCK_K rows of one head's S."""
+    value = tl.arange(0, V)
+    entries = tl.arange(0, ENTRIES)
+    used = entries < num_tokens
+    rows = first + tl.arange(0, BLOCK_K)
+    places = rows[:, None] * V + value[None, :]
+    old = tl.load(source + places)
+    log_decays = tl.load(log_decay_base + entries, mask=used, other=0.0)
+    keys = tl.load(ring_k_base + entries[None, :] * K + rows[:, None], mask=used[None, :], other=0.0)
+    u = tl.load(ring_u_base + entries[:, None] * V + value[None, :], mask=used[:, None], other=0.0)
+    # The sum of log-decays only falls, so its last entry is its smallest.
+    total = tl.min(log_decays, 0)
+    weight = tl.where(used, tl.exp(total - log_decays), 0.0)
+    new = tl.dot(keys.to(tl.float32), u.to(tl.float32) * weight[:, None], input_precision=FORM)
+    new += tl.exp(total) * old.to(tl.float32)
+    tl.store(target + places, new.to(target.dtype.element_ty))

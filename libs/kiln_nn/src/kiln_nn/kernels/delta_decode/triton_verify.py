@@ -1,13 +1,12 @@
-"""Several new tokens per row of a DeltaNet layer in one Triton launch.
+"""Several new tokens per row of a DeltaNet layer in two Triton launches, behind one that folds full pages.
 
-Source: as triton.py, with the new tokens' corrections solved in turn (the triangular system of
-Yang et al. 2024, arXiv 2412.06464, section 3, of eight tokens at most).
+Source: as triton.py; the new tokens' corrections are the triangular system of Yang et al. 2024
+(arXiv 2412.06464, section 3), of eight tokens at most, solved in turn.
 
 Supported: what triton.py supports, with at most eight new tokens per row.
 
 Error of the output against the float64 reference (relative, norm-wise): 3e-7 with a float32 state in
-the interpreter; with a bfloat16 one the rounding of the states alone. On a fold the new tokens
-read the state before it and the whole ring, so they are spared its rounding once.
+the interpreter; with a bfloat16 one the rounding of the states alone.
 """
 
 from __future__ import annotations
@@ -18,7 +17,8 @@ import torch
 import triton
 
 from kiln_nn.kernels.delta_decode.memory import DeltaDecodeWeights, DeltaMemory, DeltaRows
-from kiln_nn.kernels.delta_decode.triton_verify_step import delta_verify_kernel
+from kiln_nn.kernels.delta_decode.triton_fold import delta_fold
+from kiln_nn.kernels.delta_decode.triton_verify_step import verify_keys_kernel, verify_values_kernel
 from kiln_nn.kernels.dependent_launch import launch_options, supports_dependent_launch
 from kiln_nn.kernels.dispatch import is_interpreted
 
@@ -27,20 +27,22 @@ MOST_NEW_TOKENS = 8
 
 @dataclass(frozen=True)
 class VerifyConfig:
-    """How a program computes: tensor-core formats, rows of the state at a time, copies in flight."""
+    """How the programs compute."""
 
-    commit_form: str
+    # Rows of the state a program reads at a time; one copy less than stages is in flight.
     block_k: int
     num_stages: int
-    commit_block_k: int
-    dot_form: str = "tf32x3"
+    dot_form: str
     num_warps: int = 4
+    num_key_warps: int = 2
+    # Ask for the state before the launch before has ended, with so many rows at the most.
+    most_prefetched_rows: int = 16
 
 
 # By the format of the committed state.
 CONFIGS = {
-    torch.bfloat16: VerifyConfig("bf16x3", block_k=64, num_stages=3, commit_block_k=32),
-    torch.float32: VerifyConfig("tf32x3", block_k=32, num_stages=3, commit_block_k=16),
+    torch.bfloat16: VerifyConfig(block_k=64, num_stages=2, dot_form="bf16x3"),
+    torch.float32: VerifyConfig(block_k=32, num_stages=3, dot_form="tf32x3"),
 }
 
 
@@ -54,58 +56,88 @@ def delta_verify(
     b_RNH: torch.Tensor,
     z_RNHV: torch.Tensor,
     config: VerifyConfig | None = None,
+    *,
+    folds: bool = True,
 ) -> torch.Tensor:
-    """One launch; the arguments are those of the package's public function.
+    """Two launches, and one before that folds; the arguments are those of the package's public function.
 
     They must be within `triton.supports` and `MOST_NEW_TOKENS`.
     """
-    _, num_heads, key_dim, value_dim = memory.state_SHKV.shape
+    num_slots, num_heads, key_dim, value_dim = memory.state_SHKV.shape
     num_key_heads, capacity = memory.ring.k_RhPK.shape[1:3]
+    num_rows, num_new_tokens, device = rows.num_rows, mixed_RNC.shape[1], z_RNHV.device
     config = config or CONFIGS[memory.state_SHKV.dtype]
-    out_RNHV = torch.empty(z_RNHV.shape, dtype=z_RNHV.dtype, device=z_RNHV.device)
-    if rows.num_rows == 0:
+    out_RNHV = torch.empty(z_RNHV.shape, dtype=z_RNHV.dtype, device=device)
+    if num_rows == 0:
         return out_RNHV
-    delta_verify_kernel[(num_key_heads, rows.num_rows)](
-        memory.state_SHKV,
+    if folds:
+        delta_fold(memory.as_layers(), rows)
+    # Behind a fold a row has less than a page in its ring.
+    num_entries = max(16, triton.next_power_of_2(memory.page_tokens))
+    num_tile_tokens = 4 if num_new_tokens <= 4 else MOST_NEW_TOKENS
+    # A bf16 state meets keys and queries as two bf16 numbers each.
+    is_split = memory.state_SHKV.dtype is torch.bfloat16
+    halves, pair_dtype = ((2,), torch.bfloat16) if is_split else ((), torch.float32)
+    tiles = (num_rows, num_key_heads, *halves, 2 * num_tile_tokens)
+    pairs = torch.empty((*tiles, key_dim), dtype=pair_dtype, device=device)
+    dots = torch.empty((*tiles[:2], tiles[-1], num_entries + num_tile_tokens), device=device)
+    values = torch.empty((num_rows, num_new_tokens, num_heads, value_dim), device=device)
+    dependent = launch_options(supports_dependent_launch(device))
+    where = (rows.read_slots_R, rows.ring_slots_R, rows.lengths_R, rows.commit_slots_R, num_new_R)
+    shared = {
+        "H": num_heads,
+        "HK": num_key_heads,
+        "K": key_dim,
+        "V": value_dim,
+        "P": capacity,
+        "PAGE": memory.page_tokens,
+        "ENTRIES": num_entries,
+        "NEW": num_new_tokens,
+        "L": num_tile_tokens,
+        "SPLIT": is_split,
+        # The interpreter knows no bf16x3, and computes all products in float32.
+        "DOT_FORM": "ieee" if is_interpreted() else config.dot_form,
+        "MOST_PREFETCHED": config.most_prefetched_rows,
+        **dependent,
+    }
+    verify_keys_kernel[(num_key_heads + num_heads, num_rows)](
         memory.ring.k_RhPK,
+        memory.conv_rows_SQC,
+        *where,
+        mixed_RNC,
+        weights.conv_CW,
+        pairs,
+        dots,
+        values,
+        *mixed_RNC.stride()[:2],
+        num_slots,
+        W=weights.conv_CW.shape[1],
+        num_warps=config.num_key_warps,
+        **shared,
+    )
+    verify_values_kernel[(num_heads, num_rows)](
+        memory.state_SHKV,
         memory.ring.u_RHPV,
         memory.ring.log_decay_RHP,
-        memory.conv_rows_SQC,
-        rows.read_slots_R,
-        rows.ring_slots_R,
-        rows.lengths_R,
-        rows.commit_slots_R,
-        num_new_R,
-        mixed_RNC,
+        *where,
         a_RNH,
         b_RNH,
         z_RNHV,
-        weights.conv_CW,
         weights.A_log_H,
         weights.dt_bias_H,
         weights.norm_V,
+        pairs,
+        dots,
+        values,
         out_RNHV,
-        *(x.stride(d) for x in (mixed_RNC, a_RNH, b_RNH, z_RNHV) for d in (0, 1)),
-        memory.state_SHKV.shape[0],
+        *(stride for x in (a_RNH, b_RNH, z_RNHV) for stride in x.stride()[:2]),
+        num_slots,
         weights.norm_eps,
-        H=num_heads,
-        HK=num_key_heads,
-        K=key_dim,
-        V=value_dim,
-        P=capacity,
-        ENTRIES=max(16, triton.next_power_of_2(capacity)),
-        W=weights.conv_CW.shape[1],
-        PAGE=memory.page_tokens,
-        NEW=mixed_RNC.shape[1],
         BLOCK_K=min(config.block_k, key_dim),
         STAGES=config.num_stages,
-        COMMIT_BLOCK_K=min(config.commit_block_k, key_dim),
-        DOT_FORM="ieee" if is_interpreted() else config.dot_form,
-        # The interpreter knows no bf16x3, and computes all products in float32.
-        COMMIT_FORM="ieee" if is_interpreted() else config.commit_form,
-        **launch_options(supports_dependent_launch(mixed_RNC.device)),
         INTERPRETED=is_interpreted(),
         num_warps=config.num_warps,
         num_stages=1,
+        **shared,
     )
     return out_RNHV

@@ -35,9 +35,13 @@ def delta_verify_reference(
     a_RNH: torch.Tensor,
     b_RNH: torch.Tensor,
     z_RNHV: torch.Tensor,
+    *,
+    folds: bool = True,
 ) -> torch.Tensor:
     """See `delta_verify`; float64 throughout if the memory and the inputs are float64."""
-    begun = _fold_full_pages(memory, rows)
+    if folds:
+        delta_fold_reference(memory.as_layers(), rows)
+    begun = _behind_folds(memory, rows)
     index = begun.indices(memory)
     outputs = torch.zeros_like(z_RNHV)
     if not index.ring_slots.numel():
@@ -90,14 +94,18 @@ def _convolve(
     return F.silu(sum(others, start=first))
 
 
-def _fold_full_pages(memory: DeltaMemory, rows: DeltaRows) -> DeltaRows:
-    """Commit the first page of the rings that ask for it; where the rows stand after that."""
-    folds = (rows.commit_slots_R >= 0).nonzero().flatten()
-    for row in folds.tolist():
+def delta_fold_reference(layers: DeltaMemory, rows: DeltaRows) -> None:
+    """See `delta_fold`."""
+    for row in (rows.commit_slots_R >= 0).nonzero().flatten().tolist():
         read, ring, length, target = (
             int(x[row]) for x in (rows.read_slots_R, rows.ring_slots_R, rows.lengths_R, rows.commit_slots_R)
         )
-        _fold(memory, read, ring, length, target)
+        for layer in range(layers.state_SHKV.shape[0]):
+            _fold(layers.layer(layer), read, ring, length, target)
+
+
+def _behind_folds(memory: DeltaMemory, rows: DeltaRows) -> DeltaRows:
+    """Where the rows stand once the full pages are folded."""
     is_folded = rows.commit_slots_R >= 0
     return DeltaRows(
         torch.where(is_folded, rows.commit_slots_R, rows.read_slots_R),

@@ -15,7 +15,7 @@ from kiln_nn.kernels.linear import choice, choice_quantised, quantised, referenc
 from kiln_nn.kernels.linear.choice import choose
 from kiln_nn.kernels.linear.config import LinearConfig, LinearKind, RegisterConfig, SpecialisedConfig, Tiling
 from kiln_nn.kernels.linear.quantised import reads_as_stored
-from kiln_nn.kernels.quantised import QuantisedMatrix, Rows, Scheme, whole
+from kiln_nn.kernels.quantised import InputOrder, QuantisedMatrix, Rows, Scheme, whole
 
 __all__ = [
     "LinearConfig",
@@ -171,16 +171,17 @@ def linear_partials(
     return streaming.linear_partials(x_TI, w_OI, tiling, **options)
 
 
-def reads_rounded(x_TI: torch.Tensor, parts: Sequence[Weight], *, is_gated: bool = False) -> bool:
-    """Whether `linear` and `linear_beside`, or `linear_swiglu`, read such rows in E4M3 for one of these.
+def reads_rounded(
+    x_TI: torch.Tensor, parts: Sequence[Weight], *, is_gated: bool = False
+) -> InputOrder | None:
+    """In which order `linear` and `linear_beside`, or `linear_swiglu`, read such rows in E4M3 for one of these.
 
     Then whoever makes the rows may as well round them (`add_rms_norm_rounded`): `x_TI` has their number,
-    width and format.
+    width and format. None where all read them whole.
     """
-    return any(
-        isinstance(part, QuantisedMatrix) and quantised.reads_rounded(x_TI, part, is_gated=is_gated)
-        for part in parts
-    )
+    matrices = [part for part in parts if isinstance(part, QuantisedMatrix)]
+    orders = (quantised.reads_rounded(x_TI, matrix, is_gated=is_gated) for matrix in matrices)
+    return next((order for order in orders if order is not None), None)
 
 
 def _tiling(

@@ -81,6 +81,8 @@ class SpecialisedConfig:
     `tiles`: of a warp group, one or three below each other.
     `splits`: programs that share the inputs of one tile, each with a partial sum of its own.
     `stages`: slots of 128 inputs in the ring that one more warp fills, `groups` at least.
+    `x_bits`: 8 where x is rounded to E4M3, which weights become as well; then tiles are single, of 128
+    tokens at most, and stages twice as many as groups.
     """
 
     tokens: int
@@ -89,29 +91,41 @@ class SpecialisedConfig:
     tiles: int = 1
     splits: int = 1
     stages: int = 4
+    x_bits: int = 16
 
     def __post_init__(self) -> None:
         assert self.groups in (2, 3), self
         assert self.tiles in (1, 3), self
-        # Each group leaves its sums where a slot of x has been.
-        assert self.stages >= self.groups, self
+        assert self.stages >= self.fewest_stages, self
         assert self.outputs <= MOST_ROWS, self
+        assert self.x_bits == 16 or (self.tiles == 1 and self.tokens <= 128), self
+
+    @property
+    def fewest_stages(self) -> int:
+        """Each group leaves its sums where x has been, 64 rows of 4 bytes a token."""
+        return self.groups * 16 // self.x_bits
+
+    @property
+    def ring_bytes(self) -> int:
+        """What the slots take, each of 64 bytes a row of weights and 128 inputs of every token."""
+        return self.stages * (self.groups * self.tiles * 64 * 64 + 16 * self.x_bits * self.tokens)
 
     def shared_memory_bytes(self, num_inputs: int, scale_bytes: int = 2) -> int:
         """What a program takes: the ring, the scales of all its groups of inputs, and barriers."""
-        num_scales = -(-(num_inputs // 128) // self.splits)
-        row_bytes = 64 * self.stages + scale_bytes * max(16, 1 << (num_scales - 1).bit_length())
-        return self.groups * self.tiles * 64 * row_bytes + self.stages * self.tokens * 256 + 1024
+        num_scales = max(16, 1 << (-(-(num_inputs // 128) // self.splits) - 1).bit_length())
+        scales = scale_bytes * num_scales * self.groups * self.tiles * 64
+        token_scales = 4 * self.groups * self.tokens if self.x_bits == 8 else 0
+        return self.ring_bytes + scales + token_scales + 1024
 
     def fit(self, num_inputs: int, scale_bytes: int, limit: int) -> SpecialisedConfig:
         """The same with as many stages as a program's shared memory holds.
 
         Raises:
-            ValueError: not even `groups` stages fit.
+            ValueError: not even the fewest stages fit.
         """
         config = self
         while config.shared_memory_bytes(num_inputs, scale_bytes) > limit:
-            if config.stages == config.groups:
+            if config.stages == config.fewest_stages:
                 wanted = config.shared_memory_bytes(num_inputs, scale_bytes)
                 raise ValueError(
                     f"{config} wants {wanted} bytes of shared memory for {num_inputs} inputs, a program has "

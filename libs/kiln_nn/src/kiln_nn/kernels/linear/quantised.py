@@ -27,7 +27,7 @@ from kiln_nn.kernels.linear.config import (
     check_rows,
     fit,
 )
-from kiln_nn.kernels.quantised import QuantisedMatrix, RoundedRows, Rows, round_rows, whole
+from kiln_nn.kernels.quantised import InputOrder, QuantisedMatrix, RoundedRows, Rows, round_rows, whole
 from kiln_nn.kernels.swiglu import swiglu
 
 _MOST_GROUP_SCALES = 128 * 128  # of a program's rows and groups, beside its ring
@@ -105,10 +105,10 @@ def linear_beside(
 
 def _takes_beside(x_TI: torch.Tensor, beside_BI: torch.Tensor, tiling: Tiling) -> bool:
     """Whether Hopper's kernel of this tiling can compute bf16 rows beside the others."""
-    if isinstance(tiling, SpecialisedConfig):
-        return False
     from kiln_nn.kernels.linear.triton_hopper_beside import MOST_TOKENS_BESIDE, takes_beside
 
+    if isinstance(tiling, SpecialisedConfig) and x_TI.shape[0] > tiling.tokens:
+        return False  # with several tiles of tokens no multiprocessor is left for rows beside
     by_rows = isinstance(tiling, RegisterConfig) or (
         isinstance(tiling, LinearConfig) and tiling.x_bits == 16 and x_TI.shape[0] <= MOST_TOKENS_BESIDE
     )
@@ -139,12 +139,16 @@ def reads_as_stored(x_TI: torch.Tensor, matrix: QuantisedMatrix) -> bool:
     return _tiling(x_TI, matrix, None, LinearKind.PLAIN) is not None
 
 
-def reads_rounded(x_TI: torch.Tensor, matrix: QuantisedMatrix, *, is_gated: bool = False) -> bool:
-    """Whether the product of such rows with this matrix, in bf16, reads them in E4M3."""
+def reads_rounded(
+    x_TI: torch.Tensor, matrix: QuantisedMatrix, *, is_gated: bool = False
+) -> InputOrder | None:
+    """The order in which the product of such rows with this matrix, in bf16, reads them in E4M3, if it does."""
     tiling = _tiling(x_TI, matrix, None, LinearKind.GATED if is_gated else LinearKind.PLAIN)
+    if isinstance(tiling, SpecialisedConfig):
+        return "words" if tiling.x_bits == 8 else None
     if tiling is None:
-        return multiplies_eight_bits(x_TI, matrix)
-    return isinstance(tiling, LinearConfig) and tiling.x_bits == 8
+        return "plain" if multiplies_eight_bits(x_TI, matrix) else None
+    return "plain" if isinstance(tiling, LinearConfig) and tiling.x_bits == 8 else None
 
 
 def multiplies_eight_bits(x_TI: torch.Tensor, matrix: QuantisedMatrix) -> bool:
@@ -222,8 +226,7 @@ def launch(
 ) -> None:
     """Fill `out` by the own kernel of this device; only partial sums use the configuration's splits.
 
-    Hopper's kernels also take rows `beside_BI`, unless by a `SpecialisedConfig`; they alone take one of
-    those or a `RegisterConfig`.
+    Hopper's kernels also take rows `beside_BI`; they alone take a `SpecialisedConfig` or a `RegisterConfig`.
 
     Raises:
         ValueError: the configuration's tiles have too many rows of weights, or do not fit this GPU.
@@ -244,7 +247,7 @@ def launch(
         from kiln_nn.kernels.linear import triton_hopper_specialised
 
         fitting = config.fit(matrix.shape[1], matrix.scales.element_size(), shared_memory_bytes)
-        triton_hopper_specialised.launch(x_TI, matrix, out, fitting, **options)
+        triton_hopper_specialised.launch(x, matrix, out, fitting, beside_BI=beside_BI, **options)
         return
     limit = ring_limit(matrix, shared_memory_bytes)
     tiling = fit(config, kind, limit, WEIGHT_BITS[matrix.scheme])

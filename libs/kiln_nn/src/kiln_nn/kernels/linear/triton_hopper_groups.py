@@ -12,6 +12,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 from triton.language.extra.cuda import gdc_wait
 
+from kiln_nn.kernels.linear.triton_hopper_groups_rounded import multiply_rounded
 from kiln_nn.kernels.linear.triton_hopper_parts import barrier, store, store_gated_sums
 from kiln_nn.kernels.linear.triton_hopper_unpack import (
     fetch_group_scales,
@@ -147,11 +148,26 @@ def consume(
     DEPENDENT: gl.constexpr,
 ):
     """One warp group: its tiles of weights times the program's x, stored."""
-    w_ring, x_ring, scales, columns, sums, full, empty, done, scales_ptr, out_ptr = memory
+    (
+        w_ring,
+        x_ring,
+        scales,
+        columns,
+        token_scales,
+        sums,
+        full,
+        empty,
+        done,
+        scales_ptr,
+        token_scales_ptr,
+        out_ptr,
+    ) = memory
     first_row, token, split, num_tokens, num_outputs, num_scales, scale_stride, out_stride, begin, count = (
         numbers
     )
     OUTPUTS: gl.constexpr = BOX + REST
+    TOKENS: gl.constexpr = x_ring.shape[1]
+    ROUNDED: gl.constexpr = x_ring.dtype.primitive_bitwidth == 8
     first = first_row + GROUP * (TILES * OUTPUTS)
     for tile in gl.static_range(TILES):
         own = scales.index(GROUP * TILES + tile)
@@ -169,19 +185,30 @@ def consume(
             GATED,
             4,
         )
+    if ROUNDED:
+        if DEPENDENT:
+            gdc_wait()
+        line: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [1, 4], [1, 0])
+        tokens = token + gl.arange(0, TOKENS, gl.SliceLayout(0, line))
+        of_tokens = gl.load(token_scales_ptr + tokens, mask=tokens < num_tokens, other=0.0)
+        token_scales.index(GROUP).store(gl.expand_dims(of_tokens, 0))
     barrier()
-    totals = _multiply(
-        w_ring,
-        x_ring,
-        columns,
-        full,
-        empty,
-        GROUP,
-        count,
-        TILES,
-        scales.shape[1],
-        SCALED,
-    )
+    if ROUNDED:
+        total = multiply_rounded(w_ring, x_ring, columns, full, empty, GROUP, count, scales.shape[1])
+        totals = (total * token_scales.index(GROUP).load(total.type.layout),)
+    else:
+        totals = _multiply(
+            w_ring,
+            x_ring,
+            columns,
+            full,
+            empty,
+            GROUP,
+            count,
+            TILES,
+            scales.shape[1],
+            SCALED,
+        )
     # The ring's memory is for the sums once all groups have multiplied their last block.
     barrier()
     mbarrier.arrive(done, count=1)

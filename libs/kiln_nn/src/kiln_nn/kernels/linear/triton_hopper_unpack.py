@@ -3,7 +3,8 @@
 Warps read a box into the places that the left operand of warp-group products has in registers: a
 thread has two neighbours of every eight inputs of a row. Four bits become bf16 by setting them under
 the exponent of 128 and subtracting 136, E4M3 by moving its bits into place and multiplying by 2^120:
-both exact.
+both exact. For products with E4M3 four bits become E4M3 themselves: its smallest numbers are whole ones
+times 2^-9 up to 16, so that a byte's low bits are a magnitude as it stands.
 """
 
 from __future__ import annotations
@@ -56,6 +57,40 @@ mul.rn.bf16x2 pair, pair, scale;
 mov.b32 {$0, $1}, pair;
 }"""
 )
+
+
+def _numbers_of_a_word(word: int) -> str:
+    """Instructions: of input `word` its even and its odd places as four E4M3 each, times 2^-9.
+
+    What is stored is the number plus eight: its distance from eight, and a sign where bit 3 is not set.
+    """
+    even = 4 * (word // 2) + word % 2
+    odd, source = even + 2, 8 + word
+    return (
+        f"and.b32 ${even}, ${source}, 0x0F0F0F0F;\n"
+        f"shr.u32 moved, ${source}, 4;\n"
+        f"and.b32 ${odd}, moved, 0x0F0F0F0F;\n"
+        f"shl.b32 moved, ${source}, 4;\n"
+        f"vabsdiff4.u32.u32.u32 ${even}, ${even}, eights, zero;\n"
+        f"vabsdiff4.u32.u32.u32 ${odd}, ${odd}, eights, zero;\n"
+        f"lop3.b32 ${even}, ${even}, moved, 0x80808080, 0xF2;\n"
+        f"lop3.b32 ${odd}, ${odd}, ${source}, 0x80808080, 0xF2;\n"
+    )
+
+
+# Words t and t + 4 of a row, $8 and $9, and of the row eight below, $10 and $11; even places are the first
+# 32 inputs of a product, odd ones the others.
+FOUR_BITS_AS_E4M3 = gl.constexpr(
+    "{\n.reg .b32 moved, eights, zero;\nmov.b32 eights, 0x08080808;\nmov.b32 zero, 0;\n"
+    + "".join(map(_numbers_of_a_word, range(4)))
+    + "}"
+)
+_OUTPUTS_AS_E4M3 = gl.constexpr(",".join(["=&r"] * 8 + ["r"] * 4))
+_QUADS = gl.constexpr((gl.int32,) * 2)
+# The same registers again, as numbers.
+_AS_NUMBERS = gl.constexpr("\n".join(f"mov.b32 ${place}, ${8 + place};" for place in range(8)))
+_OUTPUTS_AS_NUMBERS = gl.constexpr(",".join(["=&r"] * 8 + ["r"] * 8))
+_NUMBERS = gl.constexpr((gl.float8e4nv,) * 8)
 
 
 @gluon.jit
@@ -132,6 +167,33 @@ def four_bits_half(words, scale, SCALED: gl.constexpr):
     # Number 8 i + w is at place i of word w.
     numbers = gl.join(lower, upper).reshape([ROWS, 8, 2, 2, 2])
     return gl.permute(numbers, (0, 4, 3, 2, 1)).reshape([ROWS, 64])
+
+
+@gluon.jit
+def four_bits_as_e4m3(words):
+    """Of words of 64 inputs, `[64, 8]` in `word_places`, the numbers times 2^-9 in E4M3, four in an int32.
+
+    They are two tensors of the words' shape, in whose registers `left_operand` finds them: numbers would be
+    taken apart where a loop turns round.
+    """
+    return gl.inline_asm_elementwise(
+        FOUR_BITS_AS_E4M3, _OUTPUTS_AS_E4M3, [words], dtype=_QUADS, is_pure=True, pack=4
+    )
+
+
+@gluon.jit
+def left_operand(quads, OPERAND: gl.constexpr):
+    """Of `four_bits_as_e4m3` the left operand of a product, `[64, 64]`, inputs in the order of `word_order`."""
+    q0, q1, q2, q3, q4, q5, q6, q7 = gl.inline_asm_elementwise(
+        _AS_NUMBERS, _OUTPUTS_AS_NUMBERS, [quads[0], quads[1]], dtype=_NUMBERS, is_pure=True, pack=4
+    )
+    # A thread's four words are places in a register now; which register it is, the row (8), the product's
+    # step and its half. Before: row 32 16, 8, 4 2 1; word 4, 2 1; register.
+    lower = gl.join(gl.join(q0, q4), gl.join(q2, q6))
+    upper = gl.join(gl.join(q1, q5), gl.join(q3, q7))
+    parts = gl.join(lower, upper).reshape([4, 2, 8, 2, 4, 2, 2, 2])
+    numbers = gl.permute(parts, (0, 5, 2, 6, 7, 4, 1, 3)).reshape([64, 64])
+    return gl.convert_layout(numbers, OPERAND, assert_trivial=True)
 
 
 @gluon.jit
@@ -277,3 +339,14 @@ def half_places() -> gl.DistributedLinearLayout:
     """The same of half a tile of four bits and 64 rows, for one warp group."""
     lanes = [[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]]
     return gl.DistributedLinearLayout([[0, 1], [8, 0]], lanes, [[16, 0], [32, 0]], [], [64, 8])
+
+
+@cache
+def word_places(columns: int) -> gl.DistributedLinearLayout:
+    """Which thread of a warp group unpacks which words to E4M3 of a tile of 64 rows, or half of one.
+
+    Thread `t` of the four that have a row words `t` and `t + 4` of every eight.
+    """
+    lanes = [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]]
+    others = [[0, step] for step in (8,) if step < columns]
+    return gl.DistributedLinearLayout([[0, 4], *others, [8, 0]], lanes, [[16, 0], [32, 0]], [], [64, columns])

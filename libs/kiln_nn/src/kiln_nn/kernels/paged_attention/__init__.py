@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from kiln_nn.kernels.checks import check_shape
+from kiln_nn.kernels.checks import ShapeMismatch, check_shape
 from kiln_nn.kernels.dispatch import takes_triton
 from kiln_nn.kernels.paged_attention import reference
 from kiln_nn.kernels.paged_attention.chunks import (
@@ -18,6 +18,8 @@ from kiln_nn.kernels.paged_attention.chunks import (
     most_tiles,
 )
 from kiln_nn.kernels.paged_attention.reference import paged_prefill_attention, write_kv
+
+_MOST_ROWS_OF_A_RUN = 16
 
 __all__ = [
     "NO_CHUNK",
@@ -43,6 +45,7 @@ def paged_decode_attention(
     gate_RHD: torch.Tensor | None = None,
     table_rows_R: torch.Tensor | None = None,
     num_skipped: int = 0,
+    rows_per_sequence: int = 1,
     is_batch_invariant: bool = False,
 ) -> torch.Tensor:
     """Attend from one new token per row to its sequence, the token itself included.
@@ -53,6 +56,10 @@ def paged_decode_attention(
     its output is zero. With a gate, the output is multiplied by its sigmoid.
     Nobody attends to the first `num_skipped` (fewer than 16) tokens of a sequence; a row with no others
     is padding too.
+
+    Rows may come in runs of `rows_per_sequence` (up to 16) that have one sequence and the line of the
+    first of them, each with a length of its own: the kernel then reads keys and values once for a run. The
+    reference ignores that.
 
     On a GPU nothing depends on a length the host would have to know, so the call can be
     captured in a CUDA graph and replayed for any lengths that fit the page table. A batch-invariant
@@ -70,6 +77,8 @@ def paged_decode_attention(
         check_shape("gate", gate_RHD, (num_rows, num_heads, head_dim))
     if table_rows_R is not None:
         check_shape("table_rows", table_rows_R, (num_rows,))
+    if not 1 <= rows_per_sequence <= _MOST_ROWS_OF_A_RUN or num_rows % rows_per_sequence:
+        raise ShapeMismatch("q", q_RHD.shape, (f"a multiple of {rows_per_sequence}", num_heads, head_dim))
     inputs = (q_RHD, k_cache_PShD, v_cache_PShD, page_table_SM, context_lengths_R)
     implementation: Callable[..., torch.Tensor] = reference.paged_decode_attention
     if takes_triton(*inputs, *optional):
@@ -78,6 +87,7 @@ def paged_decode_attention(
         if triton_decode.takes(q_RHD, k_cache_PShD, v_cache_PShD, gate_RHD):
             implementation = partial(
                 triton_decode.paged_decode_attention,
+                rows_per_sequence=rows_per_sequence,
                 config=triton_decode.invariant_config(q_RHD.dtype) if is_batch_invariant else None,
             )
     options = {"gate_RHD": gate_RHD, "table_rows_R": table_rows_R, "num_skipped": num_skipped}

@@ -6,7 +6,8 @@ Takes head widths 64, 128 and 256, up to 16 query heads per kv head, pages of a 
 tokens (at most 64), queries in bf16, fp16 or float32 and a cache in the same format or in fp8
 (e4m3, compute capability 8.9 and newer, unit scale). float32 is exact and slow.
 
-One program reads one part of one row's context for all query heads of one kv head. The grid
+One program reads one part of one row's context for all query heads of one kv head; rows of one sequence
+that follow each other share it, up to 16 of them and 64 lines of a tile. The grid
 depends on the number of rows alone; lengths and lines of the page table are read on the device and
 programs beyond a row's parts return at once, so that one CUDA graph serves every context. The parts
 are joined by a second launch, which is left out where there is only one. Padding rows have length 0,
@@ -38,6 +39,7 @@ _MOST_GROUPED_HEADS = 16
 _MOST_PAGE_TOKENS = 64
 _MOST_PARTS = 64
 _LEAST_MMA_ROWS = 16
+_MOST_TILE_ROWS = 64
 # Enough of them that one long row ends with the others (128 rows of 4 kv heads).
 _PROGRAMS_OF_A_FULL_GPU = 512
 LOG2_E = 1.4426950408889634
@@ -129,6 +131,7 @@ def paged_decode_attention(
     gate_RHD: torch.Tensor | None = None,
     table_rows_R: torch.Tensor | None = None,
     num_skipped: int = 0,
+    rows_per_sequence: int = 1,
     config: DecodeConfig | None = None,
 ) -> torch.Tensor:
     """As the reference, for inputs that `takes` accepts; rows of length 0 give zeros.
@@ -137,7 +140,10 @@ def paged_decode_attention(
     """
     num_rows, num_heads, head_dim = q_RHD.shape
     page_tokens, num_kv_heads = k_cache_PShD.shape[1:3]
-    config = config or choose_config(num_rows, num_kv_heads, q_RHD.dtype, q_RHD.device)
+    group = num_heads // num_kv_heads
+    run = rows_per_sequence if rows_per_sequence * group <= _MOST_TILE_ROWS else 1
+    num_runs = num_rows // run
+    config = config or choose_config(num_runs, num_kv_heads, q_RHD.dtype, q_RHD.device)
     most_tokens = page_table_SM.shape[1] * page_tokens
     num_parts = max(1, min(config.num_parts, triton.cdiv(most_tokens, config.least_part_tokens)))
     is_joined = num_parts > 1
@@ -155,9 +161,9 @@ def paged_decode_attention(
         "HAS_TABLE_ROWS": table_rows_R is not None,
         "HAS_GATE": gate_RHD is not None,
         "SKIPPED": num_skipped,
+        "RUN": run,
     }
-    group = num_heads // num_kv_heads
-    decode_kernel[(num_kv_heads, num_rows, num_parts)](
+    decode_kernel[(num_kv_heads, num_runs, num_parts)](
         q_RHD,
         k_cache_PShD,
         v_cache_PShD.view(torch.int16) if is_fp8 else v_cache_PShD,
@@ -175,7 +181,7 @@ def paged_decode_attention(
         num_parts,
         KV_HEADS=num_kv_heads,
         GROUP=group,
-        GROUP_BLOCK=max(_LEAST_MMA_ROWS, triton.next_power_of_2(group)),
+        GROUP_BLOCK=max(_LEAST_MMA_ROWS, triton.next_power_of_2(run * group)),
         HEAD_DIM=head_dim,
         PAGE_TOKENS=page_tokens,
         IS_JOINED_LATER=is_joined,

@@ -20,15 +20,28 @@ def _part_of_context(context, part, num_parts, LEAST: tl.constexpr, TILE: tl.con
 
 
 @triton.jit
-def _context_and_line(context_ptr, table_row_ptr, row, HAS_TABLE_ROWS: tl.constexpr, SKIPPED: tl.constexpr):
-    """Tokens of a row and its line of the page table; a row without a line, or only skipped ones, has none."""
-    context = tl.load(context_ptr + row).to(tl.int32)
-    table_row = row
-    if HAS_TABLE_ROWS:
-        table_row = tl.load(table_row_ptr + row).to(tl.int64)
-        context = tl.where(table_row < 0, 0, context)
+def _contexts(context_ptr, rows, is_row, SKIPPED: tl.constexpr):
+    """Tokens of some rows; those with only skipped ones have none."""
+    contexts = tl.load(context_ptr + rows, mask=is_row, other=0).to(tl.int32)
     if SKIPPED > 0:
-        context = tl.where(context <= SKIPPED, 0, context)
+        contexts = tl.where(contexts <= SKIPPED, 0, contexts)
+    return contexts
+
+
+@triton.jit
+def _context_and_line(
+    context_ptr, table_row_ptr, run, RUN: tl.constexpr, HAS_TABLE_ROWS: tl.constexpr, SKIPPED: tl.constexpr
+):
+    """Tokens of the longest of a run's rows, and the run's line of the page table; without a line none."""
+    if RUN == 1:
+        context = _contexts(context_ptr, run, True, SKIPPED)
+    else:
+        in_run = tl.arange(0, 16)
+        context = tl.max(_contexts(context_ptr, run * RUN + in_run, in_run < RUN, SKIPPED), 0)
+    table_row = run * RUN
+    if HAS_TABLE_ROWS:
+        table_row = tl.load(table_row_ptr + table_row).to(tl.int64)
+        context = tl.where(table_row < 0, 0, context)
     return context, table_row
 
 
@@ -66,10 +79,12 @@ def _attend(
     kv_head,
     first,
     last,
+    contexts,
     scale,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PAGE_TOKENS: tl.constexpr,
+    RUN: tl.constexpr,
     TILE: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
@@ -78,13 +93,16 @@ def _attend(
 ):
     """Softmax over tokens `first` to `last` of one sequence: weighted values, their total weight
     and the highest score, which the weights are relative to. Scores are in units of log 2.
+
+    In a run every line of `q` ends at its own context; one that has no token here is left a total of zero.
     """
     columns = tl.arange(0, HEAD_DIM)
     pairs = tl.arange(0, HEAD_DIM // 2)
     even = tl.zeros((q.shape[0], HEAD_DIM // 2), tl.float32)
     odd = tl.zeros((q.shape[0], HEAD_DIM // 2), tl.float32)
     in_tile = tl.arange(0, TILE)
-    highest = tl.full((q.shape[0],), float("-inf"), tl.float32)
+    # Below every score, and a number: a line of a run may see tiles that have no token for it.
+    highest = tl.full((q.shape[0],), -1e30, tl.float32)
     total = tl.zeros((q.shape[0],), tl.float32)
     mixed = tl.zeros((q.shape[0], HEAD_DIM), tl.float32)
     for start in tl.range(first, last, TILE, num_stages=STAGES):
@@ -97,7 +115,10 @@ def _attend(
         places = slots[:, None] * HEAD_DIM + columns[None, :]
         k = tl.load(k_ptr + places, mask=is_token[:, None], other=0.0).to(q.dtype)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-        scores = tl.where(is_token[None, :], scores, float("-inf"))
+        is_seen = is_token[None, :]
+        if RUN > 1:
+            is_seen = is_seen & (tokens[None, :] < contexts[:, None])
+        scores = tl.where(is_seen, scores, float("-inf"))
         rising = tl.maximum(highest, tl.max(scores, 1))
         weights = tl.exp2(scores - rising[:, None])
         faded = tl.exp2(highest - rising)
@@ -141,6 +162,7 @@ def decode_kernel(
     GROUP_BLOCK: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PAGE_TOKENS: tl.constexpr,
+    RUN: tl.constexpr,
     TILE: tl.constexpr,
     LEAST: tl.constexpr,
     IS_JOINED_LATER: tl.constexpr,
@@ -153,17 +175,21 @@ def decode_kernel(
     SKIPPED: tl.constexpr,
 ):
     kv_head = tl.program_id(0)
-    row = tl.program_id(1).to(tl.int64)
+    run = tl.program_id(1).to(tl.int64)
     part = tl.program_id(2)
-    context, table_row = _context_and_line(context_ptr, table_row_ptr, row, HAS_TABLE_ROWS, SKIPPED)
+    context, table_row = _context_and_line(context_ptr, table_row_ptr, run, RUN, HAS_TABLE_ROWS, SKIPPED)
     first, last = _part_of_context(context, part, num_parts, LEAST, TILE)
     if IS_JOINED_LATER and first >= context:
         return
     grouped = tl.arange(0, GROUP_BLOCK)
-    is_head = grouped < GROUP
-    heads = kv_head * GROUP + grouped
+    is_head = grouped < RUN * GROUP
+    heads, row, contexts = kv_head * GROUP + grouped, run, context
+    if RUN > 1:
+        heads = kv_head * GROUP + grouped % GROUP
+        row = run * RUN + grouped // GROUP
+        contexts = _contexts(context_ptr, row, is_head, SKIPPED)
     columns = tl.arange(0, HEAD_DIM)
-    q_places = row * q_row_stride + heads[:, None] * q_head_stride + columns[None, :]
+    q_places = (row * q_row_stride + heads * q_head_stride)[:, None] + columns[None, :]
     q = tl.load(q_ptr + q_places, mask=is_head[:, None], other=0.0).to(FORMAT)
     mixed, total, highest = _attend(
         q,
@@ -173,10 +199,12 @@ def decode_kernel(
         kv_head,
         first,
         last,
+        contexts,
         scale,
         KV_HEADS,
         HEAD_DIM,
         PAGE_TOKENS,
+        RUN,
         TILE,
         PRECISION,
         STAGES,
@@ -191,10 +219,12 @@ def decode_kernel(
         tl.store(part_lse_ptr + entry, highest + tl.log2(total), mask=is_head)
     else:
         if HAS_GATE:
-            gate_places = row * gate_row_stride + heads[:, None] * gate_head_stride + columns[None, :]
+            gate_places = (
+                row[:, None] * gate_row_stride + heads[:, None] * gate_head_stride + columns[None, :]
+            )
             gate = tl.load(gate_ptr + gate_places, mask=is_head[:, None], other=0.0)
             out *= tl.sigmoid(gate.to(tl.float32))
-        out_places = (row * (KV_HEADS * GROUP) + heads[:, None]) * HEAD_DIM + columns[None, :]
+        out_places = (row * (KV_HEADS * GROUP) + heads)[:, None] * HEAD_DIM + columns[None, :]
         tl.store(out_ptr + out_places, out.to(out_ptr.dtype.element_ty), mask=is_head[:, None])
 
 
@@ -212,6 +242,7 @@ def join_kernel(
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PARTS_BLOCK: tl.constexpr,
+    RUN: tl.constexpr,
     TILE: tl.constexpr,
     LEAST: tl.constexpr,
     HAS_TABLE_ROWS: tl.constexpr,
@@ -221,9 +252,11 @@ def join_kernel(
     """Weigh the parts of one row and head by their share of the softmax, and gate the sum."""
     head = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
-    context, _ = _context_and_line(context_ptr, table_row_ptr, row, HAS_TABLE_ROWS, SKIPPED)
+    context, _ = _context_and_line(context_ptr, table_row_ptr, row // RUN, RUN, HAS_TABLE_ROWS, SKIPPED)
     parts = tl.arange(0, PARTS_BLOCK)
     first, _ = _part_of_context(context, parts, num_parts, LEAST, TILE)
+    if RUN > 1:  # the row's own, which may end before the last part
+        context = tl.minimum(context, _contexts(context_ptr, row, True, SKIPPED))
     is_part = (parts < num_parts) & (first < context)
     columns = tl.arange(0, HEAD_DIM)
     entries = (row * HEADS + head) * num_parts + parts

@@ -3,12 +3,13 @@
 from kiln_nn.kernels.quantised.frozen import dense, frozen_linear, tensors_of
 from kiln_nn.kernels.quantised.matrix import FP8, GROUP_INPUTS, WORD_INPUTS, QuantisedMatrix, Scheme
 from kiln_nn.kernels.quantised.reference import quantise_rtn
-from kiln_nn.kernels.quantised.rows import RoundedRows, Rows, round_rows, whole
+from kiln_nn.kernels.quantised.rows import InputOrder, RoundedRows, Rows, round_rows, whole
 
 __all__ = [
     "FP8",
     "GROUP_INPUTS",
     "WORD_INPUTS",
+    "InputOrder",
     "QuantisedMatrix",
     "RoundedRows",
     "Rows",

@@ -95,6 +95,15 @@ def transposed_words(words_OW: torch.Tensor) -> torch.Tensor:
     return _words(blocks.transpose(2, 3).flatten(1, 2))
 
 
+def word_order(x_TI: torch.Tensor) -> torch.Tensor:
+    """Inputs, in whole 64, in the order in which masks lay bare the numbers of words as bytes.
+
+    Those of word `w` at even places are inputs `w`, `16 + w`, `32 + w` and `48 + w`, at odd ones `8 + w` and
+    so on: input `16 j + e` becomes number `4 e + j` of 64.
+    """
+    return x_TI.unflatten(1, (-1, 4, 16)).transpose(2, 3).flatten(1)
+
+
 def _nibbles(words_OW: torch.Tensor) -> torch.Tensor:
     """The eight stored numbers of each word, `[O, W, 8]`."""
     shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=words_OW.device)

@@ -41,6 +41,15 @@ def e4m3_rows(x):
 
 
 @triton.jit
+def in_order(numbers, BY_WORD: tl.constexpr):
+    """Rounded rows `[R, I]` as they are to lie, by word as in `matrix.word_order`."""
+    if BY_WORD:
+        inputs = numbers.reshape([numbers.shape[0], numbers.shape[1] // 64, 4, 16])
+        numbers = tl.permute(inputs, (0, 1, 3, 2)).reshape(numbers.shape)
+    return numbers
+
+
+@triton.jit
 def _dequantise_kernel(
     values_ptr,
     scales_ptr,
@@ -74,7 +83,14 @@ def _dequantise_kernel(
 
 @triton.jit
 def _quantise_rows_kernel(
-    x_ptr, out_ptr, scales_ptr, num_inputs, x_stride, INPUTS: tl.constexpr, DEPENDENT: tl.constexpr
+    x_ptr,
+    out_ptr,
+    scales_ptr,
+    num_inputs,
+    x_stride,
+    INPUTS: tl.constexpr,
+    BY_WORD: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     if DEPENDENT:
         start_dependents()
@@ -85,7 +101,7 @@ def _quantise_rows_kernel(
     x = tl.load(x_ptr + rows[:, None] * x_stride + cols, mask=is_there, other=0.0).to(tl.float32)
     numbers, scales = e4m3_rows(x)
     places = rows[:, None] * num_inputs + cols
-    tl.store(out_ptr + places, numbers.to(out_ptr.dtype.element_ty), mask=is_there)
+    tl.store(out_ptr + places, in_order(numbers.to(out_ptr.dtype.element_ty), BY_WORD), mask=is_there)
     tl.store(scales_ptr + rows, scales)
 
 
@@ -110,8 +126,11 @@ def dequantise(matrix: QuantisedMatrix, dtype: torch.dtype) -> torch.Tensor:
     return out
 
 
-def quantise_rows(x_TI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Every token's x as E4M3 `[T, I]` and its scale, float32 `[T, 1]`; on GPUs that have the format."""
+def quantise_rows(x_TI: torch.Tensor, order: str = "plain") -> tuple[torch.Tensor, torch.Tensor]:
+    """Every token's x as E4M3 `[T, I]` and its scale, float32 `[T, 1]`; on GPUs that have the format.
+
+    By `order` "words" inputs, in whole 64, lie as in `word_order`.
+    """
     num_tokens, num_inputs = x_TI.shape
     numbers = x_TI.new_empty((num_tokens, num_inputs), dtype=FP8)
     scales = x_TI.new_empty((num_tokens, 1), dtype=torch.float32)
@@ -119,6 +138,14 @@ def quantise_rows(x_TI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     # Its launch hides behind the kernel before, that of an own product behind it; the library's comes the usual way.
     dependent = launch_options(supports_dependent_launch(x_TI.device))
     _quantise_rows_kernel[(num_tokens,)](
-        x_TI, numbers, scales, num_inputs, x_TI.stride(0), INPUTS=inputs, num_warps=8, **dependent
+        x_TI,
+        numbers,
+        scales,
+        num_inputs,
+        x_TI.stride(0),
+        INPUTS=inputs,
+        BY_WORD=order == "words",
+        num_warps=8,
+        **dependent,
     )
     return numbers, scales

@@ -6,7 +6,7 @@ import torch
 
 from kiln_nn.kernels.checks import check_shape
 from kiln_nn.kernels.dispatch import may_train_on_gpu, needs_gradients, takes_triton
-from kiln_nn.kernels.quantised import RoundedRows, round_rows
+from kiln_nn.kernels.quantised import InputOrder, RoundedRows, round_rows
 from kiln_nn.kernels.rms_norm import reference
 from kiln_nn.kernels.rms_norm.reference import l2_normalise
 
@@ -66,7 +66,9 @@ def add_rms_norm(
     return reference.add_rms_norm(x_D, residual_D, weight_D, eps, offset=offset)
 
 
-def rms_norm_rounded(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float, *, offset: float) -> RoundedRows:
+def rms_norm_rounded(
+    x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float, *, offset: float, order: InputOrder = "plain"
+) -> RoundedRows:
     """`rms_norm` of rows `[T, D]`, which are rounded to E4M3 as well: as `round_rows` does, to the bit."""
     check_shape("x", x_TD, (None, None))
     check_shape("weight", weight_D, (x_TD.shape[-1],))
@@ -74,12 +76,18 @@ def rms_norm_rounded(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float, *, 
         from kiln_nn.kernels.rms_norm import triton
 
         if triton.takes(weight_D, x_TD):
-            return triton.rms_norm_rounded(x_TD, weight_D, eps, offset=offset)
-    return round_rows(reference.rms_norm(x_TD, weight_D, eps, offset=offset))
+            return triton.rms_norm_rounded(x_TD, weight_D, eps, offset=offset, order=order)
+    return round_rows(reference.rms_norm(x_TD, weight_D, eps, offset=offset), order)
 
 
 def add_rms_norm_rounded(
-    x_TD: torch.Tensor, residual_TD: torch.Tensor, weight_D: torch.Tensor, eps: float, *, offset: float
+    x_TD: torch.Tensor,
+    residual_TD: torch.Tensor,
+    weight_D: torch.Tensor,
+    eps: float,
+    *,
+    offset: float,
+    order: InputOrder = "plain",
 ) -> tuple[RoundedRows, torch.Tensor]:
     """`add_rms_norm` of rows `[T, D]`, partial sums too, which are rounded as `rms_norm_rounded` does."""
     check_shape("residual", residual_TD, (None, None))
@@ -90,9 +98,9 @@ def add_rms_norm_rounded(
         from kiln_nn.kernels.rms_norm import triton
 
         if triton.takes(weight_D, x_TD, residual_TD):
-            return triton.add_rms_norm_rounded(x_TD, residual_TD, weight_D, eps, offset=offset)
+            return triton.add_rms_norm_rounded(x_TD, residual_TD, weight_D, eps, offset=offset, order=order)
     normed_TD, total_TD = reference.add_rms_norm(x_TD, residual_TD, weight_D, eps, offset=offset)
-    return round_rows(normed_TD), total_TD
+    return round_rows(normed_TD, order), total_TD
 
 
 def gated_rms_norm(x_D: torch.Tensor, z_D: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:

@@ -26,8 +26,8 @@ from kiln_nn.kernels.dependent_launch import (
     supports_dependent_launch,
     wait_for_producers,
 )
-from kiln_nn.kernels.quantised import FP8, RoundedRows
-from kiln_nn.kernels.quantised.triton import e4m3_rows
+from kiln_nn.kernels.quantised import FP8, InputOrder, RoundedRows
+from kiln_nn.kernels.quantised.triton import e4m3_rows, in_order
 
 _WIDEST = 16384
 _ELEMENTS_PER_PROGRAM = 2048
@@ -55,6 +55,7 @@ def _norm_kernel(
     PARTIALS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     ROUNDED: tl.constexpr,
+    BY_WORD: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     if DEPENDENT:
@@ -82,7 +83,8 @@ def _norm_kernel(
     tl.store(out_ptr + places, out, mask=mask)
     if ROUNDED:
         numbers, scales = e4m3_rows(out.to(tl.float32))
-        tl.store(numbers_ptr + places, numbers.to(numbers_ptr.dtype.element_ty), mask=mask)
+        numbers = in_order(numbers.to(numbers_ptr.dtype.element_ty), BY_WORD)
+        tl.store(numbers_ptr + places, numbers, mask=mask)
         tl.store(scales_ptr + rows, scales, mask=rows < num_rows)
 
 
@@ -158,9 +160,11 @@ def rms_norm(x_D: torch.Tensor, weight_D: torch.Tensor, eps: float, *, offset: f
     return out
 
 
-def rms_norm_rounded(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float, *, offset: float) -> RoundedRows:
+def rms_norm_rounded(
+    x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float, *, offset: float, order: InputOrder = "plain"
+) -> RoundedRows:
     """The same, also in E4M3."""
-    rows = _unwritten_rows(x_TD)
+    rows = _unwritten_rows(x_TD, order)
     _norm(x_TD, None, weight_D, rows.x_TI, rows.x_TI, rows, eps, offset)
     return rows
 
@@ -175,19 +179,26 @@ def add_rms_norm(
 
 
 def add_rms_norm_rounded(
-    x_TD: torch.Tensor, residual_TD: torch.Tensor, weight_D: torch.Tensor, eps: float, *, offset: float
+    x_TD: torch.Tensor,
+    residual_TD: torch.Tensor,
+    weight_D: torch.Tensor,
+    eps: float,
+    *,
+    offset: float,
+    order: InputOrder = "plain",
 ) -> tuple[RoundedRows, torch.Tensor]:
     """The same, also in E4M3."""
-    rows, total = _unwritten_rows(residual_TD), residual_TD.new_empty(residual_TD.shape)
+    rows, total = _unwritten_rows(residual_TD, order), residual_TD.new_empty(residual_TD.shape)
     _norm(x_TD, residual_TD, weight_D, rows.x_TI, total, rows, eps, offset)
     return rows, total
 
 
-def _unwritten_rows(like_TD: torch.Tensor) -> RoundedRows:
+def _unwritten_rows(like_TD: torch.Tensor, order: InputOrder) -> RoundedRows:
     return RoundedRows(
         like_TD.new_empty(like_TD.shape),
         like_TD.new_empty(like_TD.shape, dtype=FP8),
         like_TD.new_empty((like_TD.shape[0], 1), dtype=torch.float32),
+        order,
     )
 
 
@@ -225,6 +236,7 @@ def _norm(
         PARTIALS=x_D.shape[0] if has_partials else 1,
         HAS_RESIDUAL=residual_D is not None,
         ROUNDED=rounded is not None,
+        BY_WORD=rounded is not None and rounded.order == "words",
         **tiling,
     )
 
