@@ -71,12 +71,14 @@ def _hopper_shared_memory(
 
 
 @needs_triton
-@pytest.mark.parametrize(("size", "kind"), [(size, kind) for kind, size in ONE_OF_EACH_KIND.items()])
+# Those of each kind that get it beside rows in bf16.
+@pytest.mark.parametrize("size", [(12288, 2560), (6144, 1024), (2560, 4096)])
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_the_kernel_for_hopper_compiles(scheme, size, kind):
+def test_the_kernel_for_hopper_compiles(scheme, size):
+    kind = LAYERS[size]
     for num_tokens in (1, 64, 256):
         config = choose(scheme, num_tokens, *size, kind, is_hopper=True)
-        if isinstance(config, LinearConfig):
+        if isinstance(config, LinearConfig) and config.x_bits == 16:  # else see test_rounded_linear.py
             assert _hopper_shared_memory(scheme, config, num_tokens, size, kind) <= SHARED_MEMORY_LIMIT[90]
     config = invariant_config(*size, scheme)
     others = {"num_beside": 64 if kind is LinearKind.PLAIN else 0, "scales": "*fp32"}
