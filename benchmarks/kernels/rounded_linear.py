@@ -41,7 +41,6 @@ from quantised_candidates import (
 
 from kiln_nn.kernels.linear import (
     LinearConfig,
-    SpecialisedConfig,
     Weight,
     linear,
     linear_beside,
@@ -134,10 +133,6 @@ def _normed(parts: torch.Tensor, residual: torch.Tensor, order: InputOrder | Non
 def _with_beside(x: Rows, matrix: QuantisedMatrix, beside_BI: torch.Tensor, config: Tiling) -> torch.Tensor:
     """`linear_beside` with this configuration."""
     y = whole(x).new_empty((x.shape[0], matrix.shape[0] + len(beside_BI)))
-    if isinstance(config, SpecialisedConfig) and x.shape[0] > config.tokens:  # as the engine does it
-        linear(x, matrix, out=y[:, : -len(beside_BI)], config=config)
-        linear(x, beside_BI, out=y[:, -len(beside_BI) :])
-        return y
     launch(x, matrix, y, config, LinearKind.PLAIN, beside_BI=beside_BI)
     return y
 

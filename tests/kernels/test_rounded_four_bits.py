@@ -228,7 +228,7 @@ def test_the_kernel_for_hopper_compiles(kind):
         constants = hopper.constants(config, 50, SIZES[kind][1], num_beside, is_gated=kind is G)
         tensors = {
             **weights_and_x("i32", 16, constants, "fp8e4nv"),
-            **boxes_of("bf16", 64, beside_desc=64, whole_x_desc=min(16, config.tokens)),
+            **boxes_of("bf16", 64, beside_desc=64, whole_x_desc=hopper.beside_tokens(config)),
         }
         tensors |= {"scales_ptr": "*bf16", "token_scales_ptr": "*fp32", "out_ptr": "*fp32"}
         binary = compile_for_hopper(hopper._linear_kernel, tensors, constants, warps=4)

@@ -41,8 +41,9 @@ FORMATS = {  # state, everything else
     "bf16": (torch.bfloat16, torch.bfloat16),
 }
 # float32: sums in another order. The output and the committed state round to bf16 where they are
-# bf16 (2^-9 at most, rms 1e-3); the interpreter cuts off instead of rounding.
-BF16 = 4e-3 if INTERPRETED else 2e-3
+# bf16: 2^-8 at most, and 1.7e-3 to 2.1e-3 over a whole tensor, which is what correct results rounded once
+# show here; the interpreter cuts off instead of rounding.
+BF16 = 5e-3 if INTERPRETED else 3e-3
 OUT_TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: BF16}
 STATE_TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: BF16}
 # What meets a bf16 state is split into two bf16 numbers: 2^-17 (2^-16 cut off).

@@ -9,6 +9,7 @@ _COMMANDS = {
     "GET /v1/evals/runs/{id}": "kiln eval show RUN",
     "GET /v1/evals/runs": "kiln eval list",
     "GET /v1/evals/suites": "kiln eval suites",
+    "POST /v1/train/jobs/{id}/retry": "kiln train retry JOB",
     "GET /v1/train/jobs": "kiln train status",
     "POST /v1/adapters/detach": "kiln adapters detach",
     "GET /v1/adapters": "kiln adapters list",

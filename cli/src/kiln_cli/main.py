@@ -62,9 +62,11 @@ def demo(
 
     Takes a few minutes; the last line is JSON, and with --json the only one on standard output.
 
-    Exit code 0: it learned and every request was answered. 1: it ran to its end, but did not learn or
-    a request failed, and the line before the JSON says which. 2: it could not be carried out.
-    130: it was interrupted.
+    Exit code 0: it learned, and every request was answered.
+
+    1: it ran to its end, but did not learn or a request failed; the line before the JSON says which.
+
+    2: it could not be carried out. 130: it was interrupted.
 
     Example: [bold]kiln demo --json[/bold]
     """

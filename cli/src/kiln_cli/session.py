@@ -93,7 +93,7 @@ def command(
         if asks_server:
             extra |= {"url": (Url, None), "api_key": (ApiKey, None)}
         _give_signature(run, function, extra)
-        text = inspect.cleandoc(function.__doc__ or "")
+        text = unfolded(inspect.cleandoc(function.__doc__ or ""))
         shown = "\n".join(f"\n[bold]{example}[/bold]" for example in examples)
         label = "Example:" if len(examples) == 1 else "Examples:"
         app.command(
@@ -105,6 +105,11 @@ def command(
         return function
 
     return register
+
+
+def unfolded(text: str) -> str:
+    """Each paragraph on one line: the terminal breaks it where its own lines end."""
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
 
 
 def first_sentence(text: str) -> str:

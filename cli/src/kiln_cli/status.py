@@ -53,8 +53,8 @@ def _engines(engines: Sequence[dict[str, Any]]) -> Table:
         "state",
         "device",
         "load",
-        "written",
-        "adapters",
+        "tokens written",
+        "adapters in memory",
     )
     table = Table(box=None, header_style="dim", pad_edge=False)
     for name in names:
@@ -66,15 +66,15 @@ def _engines(engines: Sequence[dict[str, Any]]) -> Table:
 
 
 def _figures(engine: dict[str, Any]) -> tuple[str, str, str, str]:
-    """Device, load, tokens written and resident adapters; dashes where the engine does not answer."""
+    """Device, load, tokens written and adapters in memory; dashes where the engine does not answer."""
     scheduler = engine.get("scheduler")
     if not scheduler:
         return ("–",) * 4
     in_use = 100 * scheduler["pages_in_use"] / max(scheduler["pages_total"], 1)
     return (
         escape(f"{engine.get('device', '')}, {engine.get('dtype', '')}"),
-        f"{scheduler['running']} running, {scheduler['waiting']} waiting, {in_use:.0f} % of pages",
-        f"{scheduler['generated_tokens_total']:,} tokens",
+        f"{scheduler['running']} running, {scheduler['waiting']} waiting, {in_use:.0f} % of the cache",
+        f"{scheduler['generated_tokens_total']:,}",
         escape(", ".join(engine.get("resident_adapters", ())) or "none"),
     )
 
@@ -96,4 +96,4 @@ def _adapters(adapters: dict[str, Any] | None) -> str:
         return "[yellow]the registry does not answer[/yellow]"
     attached = adapters.get("attached")
     answers = f"[bold]{escape(attached)}[/bold] answers" if attached else "the bare base model answers"
-    return f"{adapters.get('count', 0)}; {answers}"
+    return f"{adapters.get('count', 0)}; {answers} where a request names none"

@@ -59,7 +59,10 @@ def test_with_a_text_it_is_calibrated_and_the_folder_is_served(run, book, tmp_pa
     assert again.exit_code == 2
     assert "invalid_quantization" in again.err
     assert "is not empty" in again.err
-    assert "docs/quantization.md" in again.err
+    assert "Name a folder with --out" in again.err
+    refused = run("quantize", str(out), "--out", str(tmp_path / "again"))
+    assert "is quantised already" in refused.err
+    assert "It can be served as it is" in refused.err
 
 
 @pytest.mark.parametrize("read_at_most", [[], ["--max-tokens", "2047"]])
@@ -88,10 +91,19 @@ def _headers(folder) -> int:
 
 
 def test_a_process_that_breaks_down_says_its_last_words(run, tmp_path):
-    ran = run("quantize", str(MODEL), "--out", str(tmp_path / "out"), "--device", "nonsense", "--json")
+    (tmp_path / "file").touch()
+    ran = run("quantize", str(MODEL), "--out", str(tmp_path / "file" / "out"), "--json")
     assert ran.exit_code == 2
     assert ran.json["error"]["code"] == "quantizing_failed"
-    assert "nonsense" in ran.json["error"]["message"]
+    assert str(tmp_path / "file") in ran.json["error"]["message"]
+
+
+def test_a_device_that_there_is_not_is_refused_before_anything_is_read(run, tmp_path):
+    ran = run(
+        "quantize", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out"), "--device", "gpu", "--json"
+    )
+    assert (ran.exit_code, ran.json["error"]["code"]) == (2, "wrong_usage")
+    assert "'cuda'" in ran.json["error"]["message"]
 
 
 def test_documents_are_rendered_as_the_model_reads_them(conversations):

@@ -104,7 +104,7 @@ async def test_two_versions_answer_side_by_side_and_a_conversation_goes_on(tmp_p
         rig.engine.script = lambda request: "with" if request.adapters else "without"
         async with opened(browser, rig, "playground") as page:
             await page.get_by_label("Answers each").fill("1")
-            await page.get_by_label("Beside it").select_option("helpful@1")
+            await page.get_by_label("Compare with").select_option("helpful@1")
             await send(page, "Hi")
             columns = page.get_by_role("region", name=re.compile("^Answers of"))
             await expect(columns).to_have_count(2)
@@ -370,6 +370,19 @@ async def test_a_jobs_gate_says_whether_it_was_passed_with_its_numbers(tmp_path,
             listed = page.get_by_role("navigation", name="Jobs")
             await expect(listed).to_contain_text("succeeded" if gate["passed"] else "held back")
             await expect(listed).to_contain_text("polite")
+
+
+async def test_a_job_that_learns_from_anothers_answers_says_so(tmp_path, browser):
+    async with gateway_rig(tmp_path) as rig:
+        body = {"adapter": "kind", "prompt": "Hi", "completions": ["x", "y"], "rewards": [1, 0]}
+        job_id = (await rig.post("/v1/train/grpo", body)).json()["id"]
+        async with opened(browser, rig, f"training/{job_id}") as page:
+            await expect(page.get_by_role("region", name=f"Job {job_id}")).to_be_visible()
+            await expect(page.get_by_role("note")).to_have_count(0)
+            rig.trainer.jobs[job_id].sampled_by["helpful@1"] = 2
+            note = page.get_by_role("note")
+            await expect(note).to_contain_text("2 of 2 completions were drawn by helpful@1")
+            await expect(note).to_contain_text('Send "base_adapter": "helpful@1"')
 
 
 async def test_views_are_reached_by_keys(tmp_path, browser):

@@ -9,7 +9,7 @@ import pytest
 
 import kiln
 from kiln_cli.doctor import device, machine, services
-from kiln_cli.doctor.check import Check, Finding, State, ok, overall, run_checks
+from kiln_cli.doctor.check import Check, Finding, State, ok, overall, run_checks, summary
 from kiln_cli.up.options import run_dir_of
 from tests.support.command import Command
 
@@ -26,6 +26,19 @@ def test_a_check_that_breaks_is_a_failure_and_the_others_go_on():
     assert [entry["state"] for entry in found] == ["failed", "ok"]
     assert found[0]["detail"] == "RuntimeError: out of order"
     assert shown == [("first", State.FAILED), ("second", State.OK)]
+
+
+@pytest.mark.parametrize(
+    ("gateway", "disk", "said"),
+    [
+        ("ok", "ok", "all is well"),
+        ("skipped", "ok", "this machine is fine, and no server answers; kiln up starts one"),
+        ("ok", "warning", "works, and could be better: disk"),
+        ("failed", "warning", "not well: gateway"),
+    ],
+)
+def test_the_last_line_says_what_it_comes_to(gateway, disk, said):
+    assert summary([{"name": "disk", "state": disk}, {"name": "gateway", "state": gateway}]) == said
 
 
 @pytest.mark.parametrize(

@@ -49,9 +49,9 @@ def test_each_engine_has_a_row_with_its_address_state_load_and_adapters():
     health = {"status": "ok", "uptime_s": 5, "dependencies": {}, "training": None, "engines": engines}
     show_status(console, "http://localhost", health)
     rows = [line.split() for line in console.file.getvalue().splitlines()[-4:]]
-    load = "cpu, float32 2 running, 1 waiting, 25 % of pages 1,234 tokens"
+    load = "cpu, float32 2 running, 1 waiting, 25 % of the cache 1,234"
     assert rows == [
-        ["engine", "address", "state", "device", "load", "written", "adapters"],
+        ["engine", "address", "state", "device", "load", "tokens", "written", "adapters", "in", "memory"],
         f"engine 10.0.0.1:8430 ok {load} x@1, y@2".split(),
         f"engine-2 – draining {load} none".split(),
         ["engine-3", "10.0.0.3:8430", "unavailable", "–", "–", "–", "–"],
@@ -67,5 +67,5 @@ def test_sockets_of_this_machine_need_no_column():
     health = {"status": "ok", "uptime_s": 5, "dependencies": {}, "training": None, "engines": engines}
     show_status(console, "http://localhost", health)
     rows = [line.split() for line in console.file.getvalue().splitlines()[-3:]]
-    assert rows[0] == ["engine", "state", "device", "load", "written", "adapters"]
+    assert rows[0] == ["engine", "state", "device", "load", "tokens", "written", "adapters", "in", "memory"]
     assert [row[:2] for row in rows[1:]] == [["engine", "unavailable"], ["engine-2", "unavailable"]]

@@ -13,6 +13,7 @@ from rich.table import Table
 import kiln
 from kiln_cli.status import duration
 
+_MOST_NAME_COLUMNS = 40
 _SHOWN_METRICS = ("reward_mean", "teacher_kl", "loss")
 
 
@@ -21,6 +22,8 @@ def show_adapters(console: Console, adapters: Sequence[kiln.Adapter]) -> None:
         console.print("no adapters yet; kiln train sft --help has an example")
         return
     table = _table("adapter", "latest", "versions", "answers", "rank", "size", "age")
+    if console.is_terminal:  # a long name takes more lines, and not the room of all the others
+        table.columns[0].max_width = _MOST_NAME_COLUMNS
     for adapter in adapters:
         newest = adapter.versions[-1] if adapter.versions else None
         attached = adapter.attached_version
@@ -28,7 +31,7 @@ def show_adapters(console: Console, adapters: Sequence[kiln.Adapter]) -> None:
             escape(adapter.name),
             f"@{adapter.latest_version}",
             str(len(adapter.versions)),
-            f"[green]@{attached} by default[/green]" if attached else "by name",
+            f"[green]@{attached} by default[/green]" if attached else "when named",
             str(newest.rank) if newest else "",
             size(newest.num_bytes) if newest else "",
             _age(newest),

@@ -39,7 +39,7 @@ def doctor(
 
     Exit code 1 when something failed. The JSON has a schema_version; names and states of checks are stable.
     """
-    from kiln_cli.doctor.check import SCHEMA_VERSION, State, overall, run_checks
+    from kiln_cli.doctor.check import SCHEMA_VERSION, State, overall, run_checks, summary
     from kiln_cli.doctor.examination import checks, shower
     from kiln_cli.up.state_dir import default_state_dir
 
@@ -48,5 +48,5 @@ def doctor(
     found = run_checks(checks(session.client, folder, port, is_strict=strict), show)
     state = overall(found, strict)
     report = {"schema_version": SCHEMA_VERSION, "state": state, "strict": strict, "checks": found}
-    session.out.answer(report, lambda console: None)
+    session.out.answer(report, lambda console: console.print(f"\n{summary(found)}", markup=False))
     return exit_codes.NO if state is State.FAILED else exit_codes.DONE

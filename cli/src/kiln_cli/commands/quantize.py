@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from kiln_cli.commands.up import DeviceKind
 from kiln_cli.session import MACHINE, Session, command
 
 
@@ -34,8 +35,8 @@ def register(app: typer.Typer) -> None:
 def quantize(
     session: Session,
     model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id.", metavar="MODEL")],
-    out: Annotated[Path, typer.Option(help="The new folder.")],
-    scheme: Annotated[Scheme, typer.Option(help="4 bits in groups of 128, or fp8.")] = Scheme.INT4,
+    out: Annotated[Path, typer.Option(help="The folder to make: a new or an empty one.")],
+    scheme: Annotated[Scheme, typer.Option(help="int4: 4 bits in groups of 128; fp8: 8 bits.")] = Scheme.INT4,
     method: Annotated[
         Method | None,
         typer.Option(
@@ -51,9 +52,9 @@ def quantize(
             show_default=False,
         ),
     ] = None,
-    max_tokens: Annotated[int, typer.Option(help="How much of it is read.", min=1)] = 131_072,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens that are read of it.", min=1)] = 131_072,
     device: Annotated[
-        str | None, typer.Option(help="cpu or cuda. A GPU when there is one.", show_default=False)
+        DeviceKind | None, typer.Option(help="A GPU when there is one.", show_default="auto")
     ] = None,
 ) -> None:
     """Quantise a checkpoint's large matrices, into a folder that kiln up and other engines serve.
@@ -77,7 +78,7 @@ def quantize(
         "scheme": scheme.value,
         "method": chosen.value,
         "documents": documents,
-        "device": device,
+        "device": None if device in (None, DeviceKind.AUTO) else device.value,
     }
     result = quantise(request, lambda done, of: session.out.note(f"layer {done} of {of}"))
     answer = {
@@ -91,3 +92,6 @@ def quantize(
         "plain_modules": result["plain_modules"],
     }
     session.out.answer(answer, lambda console: console.print(answer["folder"], markup=False, soft_wrap=True))
+    if method is None and chosen is Method.RTN and scheme is Scheme.INT4:
+        session.out.note("rounded to nearest; with --calibration FILE less is lost (GPTQ)")
+    session.out.note(f"kiln up --model {request['out']} serves it")

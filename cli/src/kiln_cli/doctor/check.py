@@ -56,6 +56,20 @@ def run_checks(checks: Sequence[Check], on_found: Callable[[str, Finding], None]
     return found
 
 
+def summary(found: Sequence[dict[str, Any]]) -> str:
+    """What the findings come to, in a line."""
+    named = {
+        state: ", ".join(entry["name"] for entry in found if entry["state"] == state)
+        for state in (State.FAILED, State.WARNING)
+    }
+    if named[State.FAILED]:
+        return f"not well: {named[State.FAILED]}"
+    if named[State.WARNING]:
+        return f"works, and could be better: {named[State.WARNING]}"
+    is_served = any(entry["name"] == "gateway" and entry["state"] == State.OK for entry in found)
+    return "all is well" if is_served else "this machine is fine, and no server answers; kiln up starts one"
+
+
 def overall(found: Sequence[dict[str, Any]], is_strict: bool) -> State:
     """The worst of all; `is_strict` counts warnings as failures."""
     states = {entry["state"] for entry in found}

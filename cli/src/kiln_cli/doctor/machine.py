@@ -56,7 +56,7 @@ def memory() -> Finding:
     available = _available_memory_bytes()
     if available is None:
         return Finding(State.SKIPPED, "this system does not say how much memory is free")
-    detail = f"{size(available)} of memory free"
+    detail = f"{size(available)} free"
     if available < _LEAST_MEMORY_BYTES:
         return Finding(State.WARNING, detail, "Close other programs: the demo model alone takes 2 GiB.")
     return ok(detail)

@@ -14,6 +14,12 @@ class KilnNnError(Exception):
     code = "nn_error"
     hint = ""
 
+    def __init__(self, message: str = "", *, hint: str | None = None) -> None:
+        """`hint` is instead of that of the class."""
+        super().__init__(message)
+        if hint is not None:
+            self.hint = hint
+
     @property
     def message(self) -> str:
         """What happened, with numbers."""

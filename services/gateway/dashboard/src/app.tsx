@@ -113,7 +113,7 @@ export function App() {
         <div class="tools">
           <ThemeChoice />
           <button type="button" class="quiet keys-button" onClick={() => setShowsKeys(true)}>
-            Keys
+            Shortcuts
           </button>
         </div>
       </header>
@@ -189,9 +189,9 @@ function ThemeChoice() {
     <label class="theme">
       <span class="hidden">Theme</span>
       <select value={choice} onChange={(event) => choose(event.currentTarget.value as Choice)}>
-        <option value="auto">System</option>
-        <option value="light">Light</option>
-        <option value="dark">Dark</option>
+        <option value="auto">System theme</option>
+        <option value="light">Light theme</option>
+        <option value="dark">Dark theme</option>
       </select>
     </label>
   );

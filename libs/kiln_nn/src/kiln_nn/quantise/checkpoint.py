@@ -86,17 +86,23 @@ def quantise_checkpoint(
     return QuantisedFolder(writer.num_bytes, len(quantised), modules)
 
 
+_OUT_HINT = "Name a folder with --out that is not there yet, or is empty."
+
+
 def _check(folder: Path, out: Path, scheme: Scheme, method: Method, documents: Documents) -> None:
     if stored_format(read_json(folder / "config.json")) is not None:
-        raise InvalidQuantization(f"{folder} is quantised already")
+        hint = "It can be served as it is; quantise the checkpoint that it was made from."
+        raise InvalidQuantization(f"{folder} is quantised already", hint=hint)
     if out.exists() and not out.is_dir():
-        raise InvalidQuantization(f"{out} is not a folder")
+        raise InvalidQuantization(f"{out} is not a folder", hint=_OUT_HINT)
     if out.exists() and any(out.iterdir()):
-        raise InvalidQuantization(f"{out} is not empty")
+        raise InvalidQuantization(f"{out} is not empty", hint=_OUT_HINT)
     if method == "gptq" and scheme != "int4":
-        raise InvalidQuantization(f"gptq rounds to int4, not to {scheme}; rtn rounds to both")
+        hint = "--method rtn rounds to both."
+        raise InvalidQuantization(f"gptq rounds to int4, not to {scheme}", hint=hint)
     if method == "gptq" and not any(documents):
-        raise InvalidQuantization("gptq needs a calibration text, and there is none")
+        hint = "--calibration FILE gives one; --method rtn needs none."
+        raise InvalidQuantization("gptq needs a calibration text, and there is none", hint=hint)
 
 
 def _calibrated(loaded: LoadedModel, documents: Documents) -> Iterator[dict[str, QuantisedMatrix]]:

@@ -36,7 +36,10 @@ def choose_forms(
     scheme = None if quantization == "none" else quantization
     present = {one.format.scheme for one in stored.values() if isinstance(one, StoredMatrix)} - {None}
     if scheme and present - {scheme}:
-        raise InvalidQuantization(f"quantization is {scheme}, but the checkpoint is {present.pop()} already")
+        raise InvalidQuantization(
+            f"quantization is {scheme}, but the checkpoint is {present.pop()} already",
+            hint="Leave --quantization (KILN_ENGINE_QUANTIZATION) out, or serve the checkpoint that it was made from.",
+        )
     forms: dict[str, Form] = {}
     for name, spec in specs.items():
         quantised = _quantised(stored[name], spec, scheme) if is_quantisable(name) else None

@@ -4,6 +4,7 @@ import { Chart } from "../chart";
 import { feed } from "../feed";
 import { metric, seconds } from "../format";
 import { JobBadge } from "../job_badge";
+import { JobWarnings } from "../job_warnings";
 import { useStore } from "../store";
 import type { Job, Message } from "../types";
 import { Problem, useAction } from "../ui";
@@ -100,6 +101,7 @@ function Progress({ job, round }: { job: Job; round: Round }) {
           empty="No step yet."
         />
       )}
+      <JobWarnings job={job} />
       {job.error && (
         <div class="problem" role="alert">
           <b>{job.error.message}</b>

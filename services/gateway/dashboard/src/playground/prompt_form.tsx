@@ -57,7 +57,7 @@ export function PromptForm() {
       <div class="fields">
         <ModelSelect label="Version" value={settings.modelA} onChange={(modelA) => change({ modelA })} />
         <ModelSelect
-          label="Beside it"
+          label="Compare with"
           none
           value={settings.modelB}
           onChange={(modelB) => change({ modelB })}
@@ -202,7 +202,7 @@ function ModelSelect({ label, value, none, onChange }: ModelProps) {
   const adapters = useStore(feed, (state) => state.adapters);
   const choices = useMemo(() => modelChoices(hello?.model ?? null, adapters), [hello, adapters]);
   return (
-    <label>
+    <label class="long">
       {label}
       <select
         value={value || (none ? "" : (choices[0]?.id ?? ""))}

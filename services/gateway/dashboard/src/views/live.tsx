@@ -103,7 +103,7 @@ function Charts({ shown, generated }: { shown: Sample[]; generated: (number | nu
     };
   }, [shown, generated]);
   const window = "At this gateway, over the 15 seconds before each point.";
-  const common = { x: drawn.x, isTime: true, empty: "Nothing was answered while this page was watched in the last five minutes." };
+  const common = { x: drawn.x, isTime: true, empty: "No answer in the last five minutes, or none while this page was open." };
   return (
     <div class="charts">
       <Chart {...common} title="Tokens per second" series={drawn.tokens} format={rate} />

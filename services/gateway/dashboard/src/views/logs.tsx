@@ -47,10 +47,10 @@ export function Logs({ wanted: wantedAtFirst }: { wanted: string }) {
         <ol ref={list} class="lines" tabIndex={0} aria-label="Log lines">
           {shown.map((line) => (
             <li key={line.number} class={line.level}>
-              <time>{line.at.slice(11, 23)}</time>
-              <span class="service">{line.service}</span>
-              {line.level !== "info" && <Badge kind={line.level}>{line.level}</Badge>}
-              <span class="event">{line.event}</span>
+              {/* Between words of a line there are spaces, so that it breaks there. */}
+              <time>{line.at.slice(11, 23)}</time> <span class="service">{line.service}</span>{" "}
+              {line.level !== "info" && <Badge kind={line.level}>{line.level}</Badge>}{" "}
+              <span class="event">{line.event}</span>{" "}
               <span class="fields-of-line">{fieldsOf(line)}</span>
             </li>
           ))}

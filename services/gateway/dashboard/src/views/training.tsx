@@ -5,6 +5,7 @@ import { Chart } from "../chart";
 import { feed, takeJobs } from "../feed";
 import { ago, count, metric, rate, seconds } from "../format";
 import { isHeldBack, JobBadge } from "../job_badge";
+import { JobWarnings } from "../job_warnings";
 import { useStore } from "../store";
 import type { Job } from "../types";
 import { Badge, Empty, Fact, Problem, useAction } from "../ui";
@@ -96,12 +97,7 @@ function JobDetail({ job }: { job: Job }) {
         <p class="note">
           <code>{job.id}</code> · <a href={`#/logs/${job.id}`}>its log lines</a>
         </p>
-        {(job.warnings ?? []).map((warning) => (
-          <div class="problem notice" role="note" key={warning.code}>
-            <b>{warning.message}</b>
-            <p>{warning.hint}</p>
-          </div>
-        ))}
+        <JobWarnings job={job} />
         {job.error && (
           <div class="problem" role="alert">
             <b>{job.error.message}</b>

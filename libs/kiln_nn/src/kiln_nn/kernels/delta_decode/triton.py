@@ -200,6 +200,7 @@ def _at_once(
         weights.norm_eps,
         W=weights.conv_CW.shape[1],
         EARLY=reads_early,
+        INTERPRETED=is_interpreted(),
         num_warps=_WARPS_AT_ONCE,
         **sizes,
         **launch_options(config.is_dependent and supports_dependent_launch(z_RHV.device)),

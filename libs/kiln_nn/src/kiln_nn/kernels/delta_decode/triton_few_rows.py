@@ -27,8 +27,26 @@ def _add_pairs(first, second, more_first, more_second):
 
 
 @triton.jit
+def _sums(first, second, AXIS: tl.constexpr, INTERPRETED: tl.constexpr):
+    """Of two tensors along one axis, in one pass; the interpreter takes minutes to do that."""
+    if INTERPRETED:
+        return tl.sum(first, AXIS), tl.sum(second, AXIS)
+    else:
+        return tl.reduce((first, second), AXIS, _add_pairs)
+
+
+@triton.jit
 def _add_triples(first, second, third, more_first, more_second, more_third):
     return first + more_first, second + more_second, third + more_third
+
+
+@triton.jit
+def _products(k, q, INTERPRETED: tl.constexpr):
+    """Of k with itself, of q with itself and of both, in one pass."""
+    if INTERPRETED:
+        return tl.sum(k * k, 0), tl.sum(q * q, 0), tl.sum(k * q, 0)
+    else:
+        return tl.reduce((k * k, q * q, k * q), 0, _add_triples)
 
 
 @triton.jit
@@ -63,7 +81,8 @@ def delta_few_rows_kernel(
     mixed, a, b, z, conv_weight, A_log, dt_bias, norm_weight, out,
     mixed_stride, a_stride, b_stride, z_stride, norm_eps,
     H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr, P: tl.constexpr,
-    ENTRIES: tl.constexpr, W: tl.constexpr, EARLY: tl.constexpr, DEPENDENT: tl.constexpr,
+    ENTRIES: tl.constexpr, W: tl.constexpr, EARLY: tl.constexpr,
+    DEPENDENT: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Grid (H, R). K and V are powers of two, so only the ring's entries need masks."""
     C: tl.constexpr = 2 * HK * K + H * V
@@ -130,16 +149,16 @@ def delta_few_rows_kernel(
     decay = tl.exp(log_decay)
 
     # q and k are scaled to length 1 behind their products, which need not wait for that.
-    k_square, q_square, own = tl.reduce((k * k, q * q, k * q), 0, _add_triples)
+    k_square, q_square, own = _products(k, q, INTERPRETED)
     k_scale = tl.rsqrt(k_square + 1e-6)
     q_scale = tl.rsqrt(q_square + 1e-6) * (K**-0.5)
     k_old = k_old.to(tl.float32)
     u_old = u_old.to(tl.float32)
     committed = committed.to(tl.float32)
-    with_k, with_q = tl.reduce((k_old * k[None, :], k_old * q[None, :]), 1, _add_pairs)
-    predicted, read = tl.reduce((committed * k[:, None], committed * q[:, None]), 0, _add_pairs)
-    ring_predicted, ring_read = tl.reduce(
-        (u_old * (with_k * weight)[:, None], u_old * (with_q * weight)[:, None]), 0, _add_pairs
+    with_k, with_q = _sums(k_old * k[None, :], k_old * q[None, :], 1, INTERPRETED)
+    predicted, read = _sums(committed * k[:, None], committed * q[:, None], 0, INTERPRETED)
+    ring_predicted, ring_read = _sums(
+        u_old * (with_k * weight)[:, None], u_old * (with_q * weight)[:, None], 0, INTERPRETED
     )
     u = beta * (v - k_scale * (decay * predicted + ring_predicted))
     o = q_scale * (decay * read + ring_read + own * k_scale * u)

@@ -39,7 +39,7 @@ _MEASURED: dict[tuple[Scheme, tuple[int, int]], dict[int, Tiling | None]] = {
         8: RegisterConfig(32, 1, 4, 3, 96, is_staged=True),
         16: LinearConfig(16, 64, 512, 1, 4, 2),
         32: LinearConfig(32, 64, 128, 1, 4, 8),
-        64: LinearConfig(64, 64, 128, 1, 4, 4),
+        64: SpecialisedConfig(64, 64, groups=2, stages=12, x_bits=8),
         128: LinearConfig(128, 64, 128, 1, 4, 2),
         256: SpecialisedConfig(128, 64, groups=3, stages=7, x_bits=8),
     },

@@ -107,8 +107,6 @@ def _takes_beside(x_TI: torch.Tensor, beside_BI: torch.Tensor, tiling: Tiling) -
     """Whether Hopper's kernel of this tiling can compute bf16 rows beside the others."""
     from kiln_nn.kernels.linear.triton_hopper_beside import MOST_TOKENS_BESIDE, takes_beside
 
-    if isinstance(tiling, SpecialisedConfig) and x_TI.shape[0] > tiling.tokens:
-        return False  # with several tiles of tokens no multiprocessor is left for rows beside
     by_rows = isinstance(tiling, RegisterConfig) or (
         isinstance(tiling, LinearConfig) and tiling.x_bits == 16 and x_TI.shape[0] <= MOST_TOKENS_BESIDE
     )

@@ -2,7 +2,7 @@
 
 For as many tokens as one step of eight sequences has, a program takes one row for all of them, each
 thread a part of the inputs, and adds up in float32 without tensor cores (`multiply_beside`). For more, it
-takes 64 rows and 16 tokens as triton_hopper.py's programs do (`multiply_tile_beside`), in the memory
+takes 64 rows and 16 tokens, or more, as triton_hopper.py's programs do (`multiply_tile_beside`), in the memory
 that the others' ring has. Either runs while they do: a launch of its own would take longer than all.
 
 Legend: `T` tokens, `I` inputs, `B` rows beside.
@@ -47,19 +47,21 @@ class BesideTiles:
     stages: int
 
     @staticmethod
-    def of(num_beside: int, tile_tokens: int, warps: int, ring_bytes: int) -> BesideTiles:
-        """For kernels of so many warps whose others' ring takes `ring_bytes`."""
-        tokens = min(_TOKENS, tile_tokens)
+    def of(
+        num_beside: int, tile_tokens: int, warps: int, ring_bytes: int, tokens: int = _TOKENS
+    ) -> BesideTiles:
+        """For kernels of so many warps whose others' ring takes `ring_bytes`; `tokens` of a program."""
+        tokens = min(tokens, tile_tokens)
         slot_bytes = _SUBS.value * _LINE_BYTES * (16 * warps + tokens)
         num_programs = -(-num_beside // _ROWS) * (tile_tokens // tokens)
         return BesideTiles(num_programs, max(2, min(_MOST_STAGES, ring_bytes // slot_bytes)))
 
 
 def describe_beside(
-    x_TI: torch.Tensor, beside_BI: torch.Tensor, tile_tokens: int
+    x_TI: torch.Tensor, beside_BI: torch.Tensor, tile_tokens: int, tokens: int = _TOKENS
 ) -> tuple[TensorDescriptor, TensorDescriptor]:
     """Boxes of the rows beside and of x for `multiply_tile_beside`, among tiles of `tile_tokens`."""
-    return describe(beside_BI, _ROWS), describe(x_TI, min(_TOKENS, tile_tokens))
+    return describe(beside_BI, _ROWS), describe(x_TI, min(tokens, tile_tokens))
 
 
 @gluon.jit

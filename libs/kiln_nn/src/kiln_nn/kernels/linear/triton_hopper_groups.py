@@ -157,6 +157,7 @@ def consume(
         sums,
         full,
         empty,
+        turns,
         done,
         scales_ptr,
         token_scales_ptr,
@@ -194,7 +195,7 @@ def consume(
         token_scales.index(GROUP).store(gl.expand_dims(of_tokens, 0))
     barrier()
     if ROUNDED:
-        total = multiply_rounded(w_ring, x_ring, columns, full, empty, GROUP, count, scales.shape[1])
+        total = multiply_rounded(w_ring, x_ring, columns, full, empty, turns, count, GROUP, scales.shape[1])
         totals = (total * token_scales.index(GROUP).load(total.type.layout),)
     else:
         totals = _multiply(

@@ -1,8 +1,9 @@
 """The warp groups of triton_hopper_specialised.py over x in E4M3: four-bit weights become E4M3 in registers.
 
-As in triton_hopper_groups.py a group unpacks the half of its tile that comes next while the one before is
-multiplied. Tensor cores add up E4M3 products in fewer bits than float32 has, and every group of 128 inputs
-has scales of its own: its sums leave the tensor cores and are added up in float32.
+Tensor cores add up E4M3 products in fewer bits than float32 has, and every group of 128 inputs has scales of
+its own: its sums leave the tensor cores and are added up in float32. Warp groups would do that at the same
+time, for they share the tensor cores instruction by instruction: so they take turns, block by block, and one
+scales and unpacks while others multiply.
 """
 
 from __future__ import annotations
@@ -21,52 +22,84 @@ from kiln_nn.kernels.linear.triton_hopper_unpack import (
 
 _PLACES, _HALF_PLACES = gl.constexpr(word_places(16)), gl.constexpr(word_places(8))
 _UNIT = gl.constexpr(2.0**9)  # what unpacked weights are small by
+_MOST_TOKENS_IN_PAIRS = gl.constexpr(64)  # of a tile: its sums leave registers for two blocks of weights
 
 
 @gluon.jit
-def _half(tile, HALF: gl.constexpr):
-    """Half of a tile of weights unpacked, as `left_operand` takes them."""
-    words = gl.convert_layout(halves_of(tile.load(_PLACES))[HALF], _HALF_PLACES)
-    return four_bits_as_e4m3(words)
+def _unpack(w_ring, full, block, GROUP: gl.constexpr, STAGES: gl.constexpr):
+    """Halves of a group's tile of weights, as `left_operand` takes them, once the block is there."""
+    GROUPS: gl.constexpr = w_ring.shape[0] // STAGES
+    slot = block % STAGES
+    mbarrier.wait(full.index(slot), (block // STAGES) & 1)
+    words = w_ring.index(slot * GROUPS + GROUP).load(_PLACES)
+    first, last = halves_of(words)
+    first = four_bits_as_e4m3(gl.convert_layout(first, _HALF_PLACES))
+    last = four_bits_as_e4m3(gl.convert_layout(last, _HALF_PLACES))
+    # Passed at once, but the compiler does not move the unpacking behind it and a wait for products.
+    mbarrier.wait(full.index(slot), (block // STAGES) & 1)
+    return first, last
 
 
 @gluon.jit
-def multiply_rounded(w_ring, x_ring, scales, full, empty, group, count, SCALES: gl.constexpr):
-    """A warp group's sums over `count` blocks of inputs, `[64, TOKENS]`, times the weights' scales.
-
-    Those of a block are scaled before the next one is multiplied: two blocks' sums would move from register
-    to register where the loop turns round, and other groups multiply meanwhile.
-    """
-    ROWS: gl.constexpr = w_ring.shape[1]
+def _begin(halves, x_ring, turns, block, total, GROUP: gl.constexpr, STAGES: gl.constexpr):
+    """A block's products begun, in the group's turn: the first one goes ahead once, then each follows another."""
     TOKENS: gl.constexpr = x_ring.shape[1]
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 32])
     operand: gl.constexpr = gl.DotOperandLayout(0, layout, 4)
+    x = x_ring.index(block % STAGES)
+    first, last = left_operand(halves[0], operand), left_operand(halves[1], operand)
+    if GROUP == 0:
+        mbarrier.wait(turns.index(0), (block - 1) & 1, pred=block > 0)
+    else:
+        mbarrier.wait(turns.index(GROUP), block & 1)
+    x_first = x.slice(0, 64, dim=1).permute((1, 0))
+    running = warpgroup_mma(first, x_first, gl.zeros_like(total), use_acc=False, is_async=True)
+    return warpgroup_mma(last, x.slice(64, 64, dim=1).permute((1, 0)), running, is_async=True)
+
+
+@gluon.jit
+def _end(running, scales, empty, block, group_scales, total, STAGES: gl.constexpr):
+    """The sums and those of one more block."""
+    sums = warpgroup_mma_wait(0, deps=[running])
+    barrier()  # all warps of the group are done with the slot
+    mbarrier.arrive(empty.index(block % STAGES), count=1)
+    return total + sums * scales.index(group_scales).load(sums.type.layout).to(gl.float32)
+
+
+@gluon.jit
+def multiply_rounded(
+    w_ring, x_ring, scales, full, empty, turns, count, GROUP: gl.constexpr, SCALES: gl.constexpr
+):
+    """A warp group's sums over `count` blocks of inputs, `[64, TOKENS]`, times the weights' scales.
+
+    In tiles of few tokens every other block is unpacked while the one before is multiplied. No product is in
+    flight where the loop turns round: the compiler would put a wait behind each.
+    """
+    ROWS: gl.constexpr = w_ring.shape[1]
+    TOKENS: gl.constexpr = x_ring.shape[1]
     STAGES: gl.constexpr = x_ring.shape[0]
     GROUPS: gl.constexpr = w_ring.shape[0] // STAGES
-    first_scales = group * SCALES
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 32])
+    next_turn = turns.index((GROUP + 1) % GROUPS)
+    own_scales = GROUP * SCALES
     total = gl.zeros([ROWS, TOKENS], gl.float32, layout)
-    mbarrier.wait(full.index(0), 0, pred=count > 0)
-    first = _half(w_ring.index(group), 0)
-    for block in range(count):
-        slot = block % STAGES
-        x_first = x_ring.index(slot).slice(0, 64, dim=1).permute((1, 0))
-        x_last = x_ring.index(slot).slice(64, 64, dim=1).permute((1, 0))
-        numbers = left_operand(first, operand)
-        running = warpgroup_mma(numbers, x_first, gl.zeros_like(total), use_acc=False, is_async=True)
-        # All warps of the group have waited for the products with the slot before.
-        barrier()
-        mbarrier.arrive(empty.index((block + STAGES - 1) % STAGES), count=1, pred=block > 0)
-        last = _half(w_ring.index(slot * GROUPS + group), 1)
-        running = warpgroup_mma(left_operand(last, operand), x_last, running, is_async=True)
-        # The first half has been multiplied: its registers are free.
+    if TOKENS <= _MOST_TOKENS_IN_PAIRS:
+        for pair in range(count // 2):
+            block = 2 * pair
+            halves = _unpack(w_ring, full, block, GROUP, STAGES)
+            running = _begin(halves, x_ring, turns, block, total, GROUP, STAGES)
+            mbarrier.arrive(next_turn, count=1)
+            halves = _unpack(w_ring, full, block + 1, GROUP, STAGES)
+            total = _end(running, scales, empty, block, own_scales + block, total, STAGES)
+            running = _begin(halves, x_ring, turns, block + 1, total, GROUP, STAGES)
+            mbarrier.arrive(next_turn, count=1)
+            total = _end(running, scales, empty, block + 1, own_scales + block + 1, total, STAGES)
+    rest = count // 2 * 2 if TOKENS <= _MOST_TOKENS_IN_PAIRS else 0
+    for block in range(rest, count):
+        halves = _unpack(w_ring, full, block, GROUP, STAGES)
+        running = _begin(halves, x_ring, turns, block, total, GROUP, STAGES)
+        # The next group's products begin while half of these are still to come.
         running = warpgroup_mma_wait(1, deps=[running])
-        following = gl.minimum(block + 1, count - 1)
-        next_slot = following % STAGES
-        next_bar, next_phase = full.index(next_slot), (following // STAGES) & 1
-        mbarrier.wait(next_bar, next_phase)
-        first = _half(w_ring.index(next_slot * GROUPS + group), 0)
-        # Passed at once, but the compiler does not move the unpacking behind it and the products' wait.
-        mbarrier.wait(next_bar, next_phase)
-        sums = warpgroup_mma_wait(0, deps=[running])
-        total += sums * scales.index(first_scales + block).load(layout).to(gl.float32)
+        mbarrier.arrive(next_turn, count=1)
+        total = _end(running, scales, empty, block, own_scales + block, total, STAGES)
     return total * _UNIT

@@ -110,10 +110,13 @@ def _program(
         token_scales = gl.allocate_shared_memory(gl.float32, [GROUPS, 1, TOKENS], plain)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    turns = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], mbarrier.MBarrierLayout())
     done = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
     for slot in gl.static_range(STAGES):
         mbarrier.init(full.index(slot), count=1)
         mbarrier.init(empty.index(slot), count=GROUPS)
+    for group in gl.static_range(GROUPS):
+        mbarrier.init(turns.index(group), count=1)
     mbarrier.init(done.index(0), count=GROUPS)
     fence_async_shared()
     begin = split * split_blocks
@@ -146,6 +149,7 @@ def _program(
         sums,
         full,
         empty,
+        turns,
         done.index(0),
         scales_ptr,
         token_scales_ptr,
@@ -283,11 +287,16 @@ def scales_weights(config: SpecialisedConfig) -> bool:
     return config.tiles > 1 or config.tokens > _MOST_TOKENS_BY_GROUP
 
 
+def beside_tokens(config: SpecialisedConfig) -> int:
+    """Of a program of rows beside: programs have multiprocessors for themselves, of which few are left."""
+    return 64 if config.tokens > 64 else 16
+
+
 def constants(
     config: SpecialisedConfig, num_tokens: int, num_inputs: int, num_beside: int = 0, *, is_gated: bool
 ) -> dict[str, Any]:
     """What the kernel is compiled for."""
-    beside = BesideTiles.of(num_beside, config.tokens, 4, config.ring_bytes)
+    beside = BesideTiles.of(num_beside, config.tokens, 4, config.ring_bytes, beside_tokens(config))
     box, rest = boxes(config.outputs)
     x_box, x_rest = boxes(rows_fetched(num_tokens, config.tokens))
     num_scales = triton.cdiv(triton.cdiv(num_inputs, _INPUTS), config.splits)
@@ -341,7 +350,7 @@ def launch(
     x_desc = describe(x_TI, fixed["X_BOX"], x_columns)
     beside_desc, whole_x_desc = box_desc, x_desc
     if beside_BI is not None:
-        beside_desc, whole_x_desc = describe_beside(whole(x), beside_BI, config.tokens)
+        beside_desc, whole_x_desc = describe_beside(whole(x), beside_BI, config.tokens, beside_tokens(config))
     options: dict[str, Any] = {"launch_pdl": True} if is_dependent else {}
     grid = (
         triton.cdiv(num_tokens, config.tokens),
