@@ -4,8 +4,8 @@ import pytest
 import torch
 from structlog.testing import capture_logs
 
-from kiln_common.errors import KilnError
-from kiln_engine.device_side import SettingsUnfit, load_device_side
+from kiln_common.settings import ConfigurationError
+from kiln_engine.device_side import ModelNotLoaded, load_device_side
 from kiln_engine.settings import EngineSettings
 from kiln_nn.kernels.quantised import QuantisedMatrix
 from kiln_nn.packed_model import PackedModel
@@ -56,7 +56,7 @@ async def test_it_answers_as_the_rounded_model_and_shares_that(tmp_path, scheme)
 def test_a_model_that_cannot_be_rounded_stops_the_start_by_name(tmp_path):
     no_whole_groups = {"hidden_size": 48, "intermediate_size": 64, "head_dim": 16, "linear_value_head_dim": 8}
     make_checkpoint(tmp_path / "model", **no_whole_groups)
-    with pytest.raises(SettingsUnfit, match="multiple of 128") as refused:
+    with pytest.raises(ModelNotLoaded, match="multiple of 128") as refused:
         load_device_side(settings_for(tmp_path, tmp_path / "model", quantization="int4"))
-    assert isinstance(refused.value, KilnError)
+    assert isinstance(refused.value, ConfigurationError)
     assert refused.value.code == "invalid_quantization"

@@ -495,3 +495,21 @@ async def test_only_known_samplers_are_judged_and_older_versions_are_ones_own(ri
     assert sum(job["sampled_by"].values()) == 3
     (warning,) = job["warnings"]
     assert warning["message"].startswith("1 of 4 completions were drawn by kind@3+polite@1, and kind ")
+
+
+@pytest.mark.parametrize(
+    ("sampler", "hint"),
+    [
+        ("old@1,old@2", 'Send "base_adapter": "old@2" to go on from what drew them, or sample from "kind".'),
+        ("old@1+polite@1", 'Sample from "kind".'),
+        ("base,old@1", 'Sample from "kind".'),
+    ],
+)
+async def test_what_to_start_from_is_one_adapter(rig, sampler, hint):
+    rollouts = [
+        {"token_ids": [3, 4], "prompt_token_ids": [1], "reward": float(i), "adapter_version": sampler}
+        for i in range(2)
+    ]
+    job = (await grpo(rig, adapter="kind", groups=[{"rollouts": rollouts}])).json()
+    (warning,) = job["warnings"]
+    assert warning["hint"] == hint

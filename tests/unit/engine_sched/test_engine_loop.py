@@ -120,6 +120,47 @@ def test_events_of_a_verification_go_out_behind_the_launch_of_the_next_one():
     assert len([event.row for event in box.events if event.row]) == 20
 
 
+def test_a_loop_that_breaks_before_a_launch_ends_everything_behind_what_it_held_back():
+    limits = SchedulerLimits(
+        num_pages=64,
+        num_state_slots=8,
+        max_model_len=256,
+        max_running=8,
+        step_token_budget=64,
+        max_draft_tokens=2,
+    )
+    scheduler = Scheduler(limits, frozenset(), Guesser(max_draft_tokens=2, on_device=True))
+    runner, ended, unhealthy = StubbornRunner(), Ended(), threading.Event()
+    loop = EngineLoop(
+        scheduler, runner, MonotonicClock(), run_ahead=1, on_ended=ended, on_unhealthy=unhealthy.set
+    )
+    full, box = Box(capacity=1), Box()
+    commit = scheduler.commit
+
+    def breaking(now):
+        raise RuntimeError("no plan")
+
+    def commit_and_break(plan, result):
+        events = commit(plan, result)
+        if plan.verify_rows:
+            scheduler.plan = breaking
+            scheduler.abort = lambda request_id: 1 / 0  # the books are wrong by now
+        return events
+
+    scheduler.commit = commit_and_break
+    loop.submit(make_request("cut off", range(5), max_tokens=20), (), full)
+    loop.submit(make_request("r", range(5), max_tokens=20), (), box)
+    loop.start()
+    assert box.wait_for_ends(1)["r"].error.code == "engine_failed"
+    assert unhealthy.wait(WAIT_S)
+    assert ended.wait_for(2) == ["cut off", "r"]
+    assert len(box.batches) == 2
+    (first, held) = box.batches
+    assert len(first) == 1
+    assert [event.row is None for event in held] == [*[False] * (len(held) - 1), True]
+    assert len(held) > 1
+
+
 class Rig:
     def __init__(self, run_ahead: int) -> None:
         limits = SchedulerLimits(

@@ -54,7 +54,8 @@ def quantize(
     ] = None,
     max_tokens: Annotated[int, typer.Option(help="Most tokens that are read of it.", min=1)] = 131_072,
     device: Annotated[
-        DeviceKind | None, typer.Option(help="A GPU when there is one.", show_default="auto")
+        DeviceKind | None,
+        typer.Option(help="auto, cpu or cuda; auto is a GPU when there is one.", show_default="auto"),
     ] = None,
 ) -> None:
     """Quantise a checkpoint's large matrices, into a folder that kiln up and other engines serve.

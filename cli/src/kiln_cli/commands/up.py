@@ -43,7 +43,10 @@ ServedModelName = Annotated[
         help="The base model's id in the API. The checkpoint's own when left out.", show_default=False
     ),
 ]
-Device = Annotated[DeviceKind | None, typer.Option(help="A GPU when there is one.", show_default="auto")]
+Device = Annotated[
+    DeviceKind | None,
+    typer.Option(help="auto, cpu or cuda; auto is a GPU when there is one.", show_default="auto"),
+]
 Rounding = Annotated[
     Quantization | None,
     typer.Option(

@@ -56,8 +56,8 @@ class ErrorKind(Enum):
 class KilnError(Exception):
     """Something failed that has no code of its own; the log of the service that answered has the traceback.
 
-    The base of all errors that carry a code. Subclasses set `code`, `kind` and `hint`; instances may override hint, param (the request field
-    at fault), retry_after_s (seconds after which trying again makes sense, 0 for never) and details
+    The base of all errors that carry a code. Subclasses set `code`, `kind` and `hint`; instances may
+    override hint, param (the request field at fault), retry_after_s (seconds after which trying again makes sense, 0 for never) and details
     (what the message says in numbers, for programs: a JSON object).
     """
 

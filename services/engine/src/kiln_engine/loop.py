@@ -310,9 +310,11 @@ class EngineLoop:
         self._mailbox.close()
         self._launched.clear()
         log.error("engine_unhealthy", failures=self._num_failures)
+        ended = {event.request_id for event in self._undelivered if event.finish_reason is not None}
+        left = [request_id for request_id in self._sinks if request_id not in ended]
         try:
-            self._deliver([])
-            self._deliver([_failure(request_id, self._ended()) for request_id in self._sinks])
+            # With what waits: a full sink then has no request that the scheduler would have to abort.
+            self._deliver([_failure(request_id, self._ended()) for request_id in left])
         finally:
             self._on_unhealthy()
 

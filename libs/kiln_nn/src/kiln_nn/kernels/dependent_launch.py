@@ -12,11 +12,12 @@ Rules, for kernels that use this:
 - Every program waits, also one that finds nothing to do: the next kernel counts on it.
 - Before the wait a kernel reads only what none writes while the engine serves (the weights), what
   the host has seen complete before the launch (an adapter's tables), or what a copy in the same
-  stream wrote (its rows): copies start no dependents. Or what was written before the launch of a kernel that starts
-  no dependents, if another one has been launched since (`reads_early` of the DeltaNet's step: a pass begins
-  with such a kernel, and what its rows remember was written before). Or what was written before a
-  predecessor that starts its dependents only after its own wait (`shows_producers` of the linear layers),
-  past the L1 cache. Or it brings data nearer with `prefetch_to_l2`, which puts nothing into registers.
+  stream wrote (its rows): copies start no dependents. Or what was written before the launch of a
+  kernel that starts no dependents, if another one has been launched since (`reads_early` of the
+  DeltaNet's step: a pass begins with such a kernel, and what its rows remember was written before).
+  Or what was written before a predecessor that starts its dependents only after its own wait
+  (`shows_producers` of the linear layers), past the L1 cache. Or it brings data nearer with
+  `prefetch_to_l2`, which puts nothing into registers.
 - A kernel launched the usual way after one that starts its dependents is safe: it waits for its end.
 
 Source: CUDA programming guide, Programmatic Dependent Launch; PTX `griddepcontrol`.

@@ -55,7 +55,10 @@ def _names_in(label: str) -> set[str]:
     return {part.partition("@")[0] for part in re.split("[+,]", label)}
 
 
-def _hint(sampler: str, adapter: str) -> str:
-    if sampler == BASE_NAME:
+def _hint(label: str, adapter: str) -> str:
+    if label == BASE_NAME:
         return f'Sample from "{adapter}", or send "base_adapter": null to start from the base model.'
+    if len(_names_in(label)) > 1:  # a job starts from one adapter
+        return f'Sample from "{adapter}".'
+    sampler = label.rpartition(",")[2]  # of versions that followed each other the last
     return f'Send "base_adapter": "{sampler}" to go on from what drew them, or sample from "{adapter}".'
