@@ -29,6 +29,11 @@ up: setup ## Run everything; MODEL=<folder or hub id> PORT=8420 STATE_DIR=… ch
 demo: setup ## Run the whole loop once by itself: serve, score, train, hot-swap
 	@exec .venv/bin/kiln demo $(ARGS)
 
+# The tests start some hundreds of processes. Where the environment forbids bytecode each would compile all of
+# torch anew, two seconds of a processor; here the first one's is kept, and nothing beside the sources.
+test test-options test-gpu: export PYTHONDONTWRITEBYTECODE :=
+test test-options test-gpu: export PYTHONPYCACHEPREFIX := $(CURDIR)/.venv/bytecode
+
 .PHONY: test
 test: setup-dev check ## Check the code and run all tests that need no GPU
 	scripts/install_browser.sh

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every test that touches decoding, on engines that guess ahead and have rounded weights: each kind of drafts
+# The tests that touch decoding, on engines that guess ahead and have rounded weights: each kind of drafts
 # and each scheme in one of two rounds. Answers do not depend on drafts and tiny models are drawn on the
 # scheme's own numbers, so that what fails points at one of the two: repeat it with one option.
 # `scripts/test_options.sh tests/parity` runs those paths, `-k name` those tests, in both rounds.
@@ -19,8 +19,21 @@ short=(
   tests/parity/test_merges_against_peft.py
   tests/parity/test_peft_interop.py
 )
-# Whole systems of processes, which want the processors for themselves.
-whole=(tests/e2e tests/chaos)
+# Whole systems of processes, which want the processors for themselves: those whose engines decode in ways that
+# the tests above have not, answers that others end among them. Commands, pages and refusals are the same with
+# any engine, and a CPU, which makes rounded weights whole for each product, would take an hour over them.
+whole=(
+  tests/e2e/test_seeds.py
+  tests/e2e/test_cut_streams.py
+  tests/e2e/test_inference_routes.py
+  tests/e2e/test_swaps.py
+  tests/e2e/test_training_jobs.py
+  tests/e2e/test_distillation.py
+  tests/e2e/test_faults.py
+  tests/chaos/test_engines_and_gateways.py
+  tests/chaos/test_network.py
+  tests/chaos/test_stopped_services.py
+)
 
 paths=() arguments=()
 for argument in "$@"; do

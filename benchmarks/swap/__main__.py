@@ -79,6 +79,7 @@ def report_rollbacks(results: ResultFile, report: RollbackReport, settings: str)
         report.first_token_s,
         f"; {answers.num_requests} requests; {len(answers.failures)} failed, {len(answers.wrong)} wrong",
     )
+    add_times(results, "first token without a rollback", settings, report.ordinary_s)
     for line in [*answers.failures[:5], *answers.wrong[:5]]:
         print(line)
     return not answers.failures and not answers.wrong

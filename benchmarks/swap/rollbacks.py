@@ -20,6 +20,8 @@ class RollbackReport:
 
     call_s: list[float] = field(default_factory=list)
     first_token_s: list[float] = field(default_factory=list)
+    # Of the request right before it: what the load alone costs.
+    ordinary_s: list[float] = field(default_factory=list)
     answers: Answers = field(default_factory=Answers)
 
 
@@ -46,7 +48,10 @@ async def run_rollbacks(
                 for _ in range(num_rollbacks):
                     older = swapper.newest
                     await swapper.swap()
-                    assert (await client.first_token())[0] == swapper.newest
+                    sent_s = time.perf_counter()
+                    version, came_s = await client.first_token()
+                    assert version == swapper.newest, (version, swapper.newest)
+                    report.ordinary_s.append(came_s - sent_s)
                     asked_s = time.perf_counter()
                     response = await http.post(f"/v1/adapters/{NAME}/rollback", json={"version": older})
                     response.raise_for_status()

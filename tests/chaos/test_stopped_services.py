@@ -5,6 +5,7 @@ import time
 import pytest
 
 from tests.support.load import ChatLoad
+from tests.support.variants import patience
 
 pytestmark = pytest.mark.processes
 
@@ -17,7 +18,7 @@ def test_another_engine_ends_what_one_that_hangs_had_begun(system):
             num_before = len(load.attempts)
             load.wait_for_ok(6)
             late = load.attempts[num_before:]
-            assert all(attempt.ended_s - attempt.began_s < 10 for attempt in late)
+            assert all(attempt.ended_s - attempt.began_s < 10 * patience() for attempt in late)
         system.wait_until_whole()
         load.wait_for_ok(6)
     assert set(load.outcomes()) == {"ok"}, load.outcomes()
@@ -41,7 +42,7 @@ def test_chat_hardly_notices_a_registry_that_hangs(system):
             load.wait_for_ok(4)
         load.wait_for_ok(4)
     assert set(load.outcomes()) == {"ok"}, load.outcomes()
-    assert load.longest_s < 8  # two seconds for the registry, the rest for a busy machine
+    assert load.longest_s < 8 * patience()  # two seconds for the registry, the rest for a busy machine
 
 
 def test_a_trainer_that_hangs_goes_on_with_its_job_and_chat_with_its_answers(system):

@@ -1,6 +1,7 @@
 """Versions that each say their own token, swapped under load in a whole stack: none is ever mixed up."""
 
 import asyncio
+import statistics
 from pathlib import Path
 
 import pytest
@@ -9,15 +10,16 @@ from benchmarks.swap.grpo import time_job
 from benchmarks.swap.rollbacks import run_rollbacks
 from benchmarks.swap.swaps import StackAddresses, run_swaps
 from benchmarks.swap.telling_adapters import TellingAdapters
+from tests.support.variants import patience
 
 pytestmark = pytest.mark.processes
 
 DEMO_MODEL = Path(__file__).resolve().parents[2] / "demo" / "model"
-NUM_SWAPS = 100
+NUM_SWAPS = 100 // patience()
 
 
 @pytest.mark.timeout(300)
-def test_every_token_of_a_hundred_swaps_is_of_the_version_its_answer_names(stack):
+def test_every_token_of_many_swaps_is_of_the_version_its_answer_names(stack):
     adapters = TellingAdapters(DEMO_MODEL, rank=4, covers_all=False)
     addresses = StackAddresses.of(stack.url, stack.state_dir)
     report = asyncio.run(run_swaps(addresses, adapters, num_swaps=NUM_SWAPS, num_clients=4, max_tokens=24))
@@ -41,7 +43,9 @@ def test_a_rollback_under_traffic_answers_at_once_with_the_older_version_and_fai
     answers = report.answers
     assert (answers.failures, answers.wrong) == ([], [])
     assert answers.num_requests > answers.num_mixed > 0  # also answers that changed versions on their way
-    assert max(report.first_token_s) < 1.0, report.first_token_s
+    # A first token waits for steps, which take what they take; going back takes the call and nothing else.
+    assert max(report.call_s) < 1.0, report.call_s
+    assert statistics.median(report.first_token_s) < statistics.median(report.ordinary_s) + 0.5, report
 
 
 def test_a_job_is_timed_from_its_post_to_its_versions_first_token(stack):

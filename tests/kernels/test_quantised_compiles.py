@@ -13,9 +13,11 @@ from tests.support.hopper_compiler import boxes_of, compile_for_hopper, weights_
 from tests.support.quantised_linears import LAYERS, ODD, REGISTERS, SCHEMES
 from tests.support.triton_kernels import SHARED_MEMORY_LIMIT, compiling_instead_of_launching, needs_triton
 
+ONE_OF_EACH_KIND = {kind: size for size, kind in reversed(LAYERS.items())}
+
 
 @needs_triton
-@pytest.mark.parametrize("capability", [80, 86, 89, 90])
+@pytest.mark.parametrize("capability", [86, 89, 90])
 def test_they_compile_for_every_supported_gpu(capability, monkeypatch):
     from kiln_nn.kernels.linear import triton_quantised
     from kiln_nn.kernels.quantised import triton as whole
@@ -69,12 +71,14 @@ def _hopper_shared_memory(
 
 
 @needs_triton
-@pytest.mark.parametrize(("size", "kind"), list(LAYERS.items())[::2])
+# Those of each kind that get it beside rows in bf16.
+@pytest.mark.parametrize("size", [(12288, 2560), (6144, 1024), (2560, 4096)])
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_the_kernel_for_hopper_compiles(scheme, size, kind):
+def test_the_kernel_for_hopper_compiles(scheme, size):
+    kind = LAYERS[size]
     for num_tokens in (1, 64, 256):
         config = choose(scheme, num_tokens, *size, kind, is_hopper=True)
-        if isinstance(config, LinearConfig):
+        if isinstance(config, LinearConfig) and config.x_bits == 16:  # else see test_rounded_linear.py
             assert _hopper_shared_memory(scheme, config, num_tokens, size, kind) <= SHARED_MEMORY_LIMIT[90]
     config = invariant_config(*size, scheme)
     others = {"num_beside": 64 if kind is LinearKind.PLAIN else 0, "scales": "*fp32"}
@@ -100,7 +104,7 @@ def _compile_specialised(
 @needs_triton
 @pytest.mark.parametrize("kind", list(LinearKind))
 def test_the_kernel_of_specialised_warps_compiles(kind):
-    size = next(size for size, checked in LAYERS.items() if checked is kind)
+    size = ONE_OF_EACH_KIND[kind]
     config, scales = {
         LinearKind.PLAIN: (SpecialisedConfig(64, 48, groups=3, stages=12), "*bf16"),
         LinearKind.GATED: (SpecialisedConfig(64, 32, groups=3, tiles=3, stages=12), "*bf16"),
@@ -152,7 +156,7 @@ def _compile_for_registers(
 @pytest.mark.parametrize("kind", list(LinearKind))
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_the_kernel_without_a_ring_compiles(scheme, kind):
-    size = next(size for size, checked in LAYERS.items() if checked is kind)
+    size = ONE_OF_EACH_KIND[kind]
     config = RegisterConfig(32, splits=2 if kind is LinearKind.PARTIAL else 1, warps=4, ahead=2)
     ptx = _compile_for_registers(scheme, config, 1, size, kind)
     assert ptx.count("shfl") == (4 if scheme == "int4" else 0)  # for minus eight
@@ -164,5 +168,6 @@ def test_the_kernel_without_a_ring_compiles(scheme, kind):
     assert "mma.sync" not in before
     assert ptx.count("griddepcontrol.launch_dependents") == 2
     others = {"num_beside": 64 if kind is LinearKind.PLAIN else 0, "scales": "*fp32"}
-    for config in REGISTERS.values():
+    # All of them where rows lie beside, and of the others one that waits in either place.
+    for config in list(REGISTERS.values())[:: 1 if kind is LinearKind.PLAIN else 3]:
         _compile_for_registers(scheme, config, 17, ODD, kind, **others)

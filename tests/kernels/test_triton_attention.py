@@ -8,6 +8,7 @@ import torch
 from kiln_nn.kernels.checks import ShapeMismatch
 from kiln_nn.kernels.paged_attention import paged_decode_attention, reference
 from tests.support.triton_kernels import (
+    CAPABILITIES,
     DEVICE,
     INTERPRETED,
     SHARED_MEMORY_LIMIT,
@@ -313,7 +314,7 @@ def _compile_case(num_rows: int, dtype: torch.dtype, cache_dtype: torch.dtype):
 @needs_triton
 @pytest.mark.parametrize(
     ("cache_dtype", "capabilities"),
-    [(torch.bfloat16, (80, 86, 89, 90)), (torch.float8_e4m3fn, (89, 90)), (torch.float32, (80, 90))],
+    [(torch.bfloat16, CAPABILITIES), (torch.float8_e4m3fn, (89, 90)), (torch.float32, CAPABILITIES)],
 )
 def test_it_compiles_for_every_supported_gpu(cache_dtype, capabilities):
     dtype = torch.float32 if cache_dtype is torch.float32 else torch.bfloat16

@@ -8,6 +8,7 @@ import torch
 from kiln_nn.kernels.checks import ShapeMismatch
 from kiln_nn.kernels.qk_norm_rope_write import qk_norm_rope_write, reference
 from tests.support.triton_kernels import (
+    CAPABILITIES,
     DEVICE,
     INTERPRETED,
     SHARED_MEMORY_LIMIT,
@@ -192,7 +193,7 @@ def test_unfitting_shapes_are_refused():
 @only_outside_interpreter
 @needs_triton
 @pytest.mark.parametrize(
-    ("cache_dtype", "capabilities"), [(torch.bfloat16, (80, 86, 89, 90)), (torch.float8_e4m3fn, (89, 90))]
+    ("cache_dtype", "capabilities"), [(torch.bfloat16, CAPABILITIES), (torch.float8_e4m3fn, (89, 90))]
 )
 def test_it_compiles_for_every_supported_gpu(cache_dtype, capabilities):
     arguments = [

@@ -128,13 +128,16 @@ def test_chunks_of_all_kinds(formats):
 
 
 @on_triton
-@pytest.mark.parametrize("formats", list(FORMATS))
+# In the interpreter only as it is served: the formats are one code for all shapes.
+@pytest.mark.parametrize("formats", ["bf16"] if INTERPRETED else list(FORMATS))
 def test_the_released_head_shape(formats):
     _run(RELEASED, formats, ChunkSlots(200, 1, 2, ((48, 3), (128, 4))), ChunkSlots(5, -1, 0))
 
 
 @on_triton
-@pytest.mark.parametrize("num_tokens", [1, 3, 15, 16, 17, 63, 65, 127, 128, 130])
+@pytest.mark.parametrize(
+    "num_tokens", [1, 16, 63, 128] if INTERPRETED else [1, 3, 15, 16, 17, 63, 65, 127, 128, 130]
+)
 def test_lengths(num_tokens):
     _run(DeltaShape(num_key_heads=1, num_heads=2), "float32", ChunkSlots(num_tokens, 1, 2), seed=num_tokens)
 
@@ -183,7 +186,7 @@ def test_padding_and_a_chunk_that_keeps_nothing():
 
 
 @on_triton
-@pytest.mark.parametrize("formats", ["float32", "bf16"])
+@pytest.mark.parametrize("formats", ["float32"] if INTERPRETED else ["float32", "bf16"])
 def test_a_split_prompt_and_its_answer_equal_the_whole(formats):
     state_dtype, dtype = FORMATS[formats]
     shape, draw = RELEASED, torch.Generator().manual_seed(5)
@@ -342,7 +345,7 @@ def test_it_compiles_for_every_supported_gpu(formats):
     memory = converted(random_memory(shape, {}, draw), state_dtype, dtype)
     weights = weights_to(random_weights(shape, draw), dtype)
     tokens = tokens_to(random_prompt(shape, 64, 1), dtype)
-    for capabilities, has_room in (((80, 86, 89), False), ((90,), True)):
+    for capabilities, has_room in (((86,), False), ((90,), True)):
         config = _kernel().CONFIGS[dtype, has_room]
         for num_chunks in (1, len(config.pass_blocks)):
             chunks = make_chunks(*[ChunkSlots(64 // num_chunks)] * num_chunks)

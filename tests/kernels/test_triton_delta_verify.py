@@ -152,7 +152,7 @@ def test_other_shapes(shape, num_lines):
 @only_outside_interpreter
 @needs_triton
 @pytest.mark.parametrize(
-    ("is_dependent", "capabilities"), [(False, (80, 86, 89, 90)), (True, (90,))], ids=["plain", "dependent"]
+    ("is_dependent", "capabilities"), [(False, (86,)), (True, (90,))], ids=["plain", "dependent"]
 )
 @pytest.mark.parametrize("formats", ["bf16 around float32", "bf16"])
 def test_it_compiles_for_every_supported_gpu(monkeypatch, formats, is_dependent, capabilities):

@@ -211,6 +211,6 @@ def test_they_compile_for_every_supported_gpu():
     with compiling_instead_of_launching((89, 90)) as rounding:  # that have E4M3
         _kernels("rms_norm").rms_norm_rounded(x, weight, EPS, offset=1.0)
         _kernels("rms_norm").add_rms_norm_rounded(x, x, weight, EPS, offset=1.0)
-    assert len(compiled) == 16
+    assert len(compiled) == 8
     assert len(rounding) == 4
     assert all(one.shared_memory_bytes <= SHARED_MEMORY_LIMIT[one.capability] for one in compiled)

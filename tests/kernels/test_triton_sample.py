@@ -11,6 +11,7 @@ from kiln_nn.kernels.checks import ShapeMismatch
 from kiln_nn.kernels.sample import draw_tokens, reference, settings
 from tests.support.sampling_cases import RULES, Rule, check_draw, logits_by_shape, tables
 from tests.support.triton_kernels import (
+    CAPABILITIES,
     DEVICE,
     INTERPRETED,
     SHARED_MEMORY_LIMIT,
@@ -73,7 +74,7 @@ def _draw(logits_RV: torch.Tensor, rules: list[Rule]) -> list[list[float]]:
 def test_every_rule_on_every_shape_of_row(shape, poisoned):
     seed = SHAPES.index(shape)
     logits = logits_by_shape(VOCAB, seed)[shape].to(DEVICE)
-    names = list(RULES)[seed % 3 :: 3] if INTERPRETED else list(RULES)
+    names = list(RULES)[seed % 4 :: 4] if INTERPRETED else list(RULES)
     uniforms = _uniforms(len(names), seed)
     rules = [replace(RULES[name], uniform=u) for name, u in zip(names, uniforms, strict=True)]
     rows = _draw(logits.expand(len(rules), -1).contiguous(), rules)
@@ -96,7 +97,7 @@ def test_odd_vocabularies(vocab_size, poisoned):
 @on_triton
 def test_the_draws_of_the_reference(poisoned):
     """The same token for the same uniform number, but for numbers at a border between two."""
-    num_rows = 24 if INTERPRETED else 256
+    num_rows = len(RULES) if INTERPRETED else 256
     generator = torch.Generator().manual_seed(5)
     logits = torch.randn(num_rows, VOCAB, generator=generator) * (torch.rand(num_rows, 1) * 4 + 1)
     names = list(RULES)
@@ -155,8 +156,11 @@ def test_a_row_of_nans_harms_no_other(poisoned):
 
 
 @on_triton
+@pytest.mark.skipif(
+    INTERPRETED, reason="as few draws as it can do say nothing; each one's place is checked above"
+)
 def test_frequencies_of_many_draws(poisoned):
-    count = 40 if INTERPRETED else 4000
+    count = 4000
     logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()
     rules = [Rule(top_p=0.85, uniform=uniform) for uniform in _uniforms(count, 9)]
     tokens = [int(row[0]) for row in _draw(logits.expand(count, -1).contiguous(), rules)]
@@ -228,5 +232,5 @@ def test_they_compile_for_every_supported_gpu():
                 torch.zeros(num_rows, settings.NUM_ROW_FIELDS, dtype=torch.float64),
                 torch.zeros(64, settings.NUM_EDIT_FIELDS, dtype=torch.float64),
             )
-    assert len(compiled) == 4 * len(shapes) * 4
+    assert len(compiled) == 4 * len(shapes) * len(CAPABILITIES)
     assert all(one.shared_memory_bytes <= SHARED_MEMORY_LIMIT[one.capability] for one in compiled)

@@ -297,7 +297,7 @@ def test_pages_of_one_adapters_layer_serve_no_other(monkeypatch):
     scheduler = Scheduler(limits, frozenset(), longest())
     text = prompt(0) + prompt(2)
     for turn, slot in enumerate((1, 2, 3, 1), start=1):
-        sampling = SamplingParams(max_tokens=10, temperature=0.0, ignore_eos=True)
+        sampling = SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True)
         request = GenerationRequest(f"r{turn}", text, sampling, adapters=(AdapterUse(f"sha-{slot}"),))
         answer = serve(runner, limits, [(request, ((slot, 1.0),))], scheduler=scheduler)[f"r{turn}"]
         assert bool(answer.num_cached_tokens) == (turn == 4)

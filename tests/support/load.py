@@ -12,6 +12,7 @@ from pathlib import Path
 import httpx
 
 from tests.support.stack import wait_for
+from tests.support.variants import patience
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class ChatLoad:
     ) -> None:
         self._url = f"{url}/v1/chat/completions"
         self._max_tokens = max_tokens
-        self._timeout_s = timeout_s
+        self._timeout_s = timeout_s * patience()
         self._socket_path = str(socket_path) if socket_path is not None else None
         self._stop = threading.Event()
         self.attempts: list[Attempt] = []
@@ -66,7 +67,7 @@ class ChatLoad:
         wait_for(
             lambda: sum(a.outcome == "ok" and a.began_s >= began_s for a in list(self.attempts)) >= count,
             f"{count} answers; the last attempts: {self.attempts[-5:]}",
-            timeout_s,
+            timeout_s * patience(),
         )
         return time.monotonic() - began_s
 

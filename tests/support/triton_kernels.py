@@ -23,7 +23,9 @@ import torch
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-CAPABILITIES = (80, 86, 89, 90)
+# What is compiled for 8.6, which has the least shared memory, is what 8.0 and 8.9 get, but where a configuration
+# follows the memory (8.0) and where there are E4M3 numbers (8.9).
+CAPABILITIES = (86, 90)
 SHARED_MEMORY_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs triton")

@@ -32,6 +32,11 @@ def speculation() -> Any:
     return os.environ.get(SPECULATION_SETTING, "none")
 
 
+def patience() -> int:
+    """What bounds on time are multiplied by: a CPU makes rounded weights whole again for each product."""
+    return 1 if quantization() == "none" else 4
+
+
 def draft_memory() -> dict[str, Any]:
     """What drafts ask of memory, for a runner that is built without settings: fields of MemoryRequest."""
     if speculation() == "none":

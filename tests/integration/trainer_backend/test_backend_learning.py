@@ -57,11 +57,11 @@ def sampled_tokens(served: ServedModel, count: int) -> tuple[list[int], torch.Te
 
 
 def even_token_job(served: ServedModel, *, is_shuffled: bool) -> list[trainer_pb2.GrpoRollout]:
-    """64 single-token rollouts drawn from the model; even tokens are rewarded.
+    """256 single-token rollouts drawn from the model; even tokens are rewarded.
 
     Shuffled, as many get a reward, but evenly among even and odd tokens: it teaches nothing.
     """
-    tokens, logprobs = sampled_tokens(served, 64)
+    tokens, logprobs = sampled_tokens(served, 256)
     rewards = [float(token % 2 == 0) for token in tokens]
     if is_shuffled:
         share = sum(rewards) / len(rewards)
@@ -79,13 +79,14 @@ def even_token_job(served: ServedModel, *, is_shuffled: bool) -> list[trainer_pb
 @pytest.mark.parametrize(
     ("loss", "epochs", "learning_rate", "noise"),
     [
-        ({"type": "grpo"}, 6, 5e-3, 0.05),
-        ({"type": "dr_grpo"}, 6, 5e-3, 0.05),
-        ({"type": "dapo"}, 6, 5e-3, 0.05),
+        # Steps that a few of them clip most ratios; much larger ones leave them behind at once, and wander.
+        ({"type": "grpo"}, 6, 1e-3, 0.03),
+        ({"type": "dr_grpo"}, 6, 1e-3, 0.03),
+        ({"type": "dapo"}, 6, 1e-3, 0.03),
         # Its own bounds are for updates far smaller than these few large ones.
-        ({"type": "gspo", "clip_low": 0.2, "clip_high": 0.2}, 6, 5e-3, 0.05),
+        ({"type": "gspo", "clip_low": 0.2, "clip_high": 0.2}, 6, 1e-3, 0.03),
         # Nothing holds it near the start, so it gets fewer and smaller steps, and follows noise further.
-        ({"type": "cispo"}, 2, 1e-3, 0.1),
+        ({"type": "cispo"}, 2, 5e-4, 0.055),
     ],
     ids=lambda value: value["type"] if isinstance(value, dict) else "",
 )
@@ -104,7 +105,7 @@ def test_a_loss_raises_what_was_rewarded_and_not_what_was_rewarded_at_random(
         )
         result = TorchBackend(served.locate).run(task(request, tmp_path / str(is_shuffled)), RecordingHooks())
         shares[is_shuffled] = even_share(served, peft_folder(result, tmp_path / "result"))
-    assert shares[False] > before + 2 * noise
+    assert shares[False] > before + 1.5 * noise
     assert abs(shares[True] - before) < noise
 
 

@@ -75,9 +75,9 @@ def own_distance(served: ServedModel, student: Path | None, teacher: Path | None
     return total / len(drawn)
 
 
-@pytest.mark.parametrize(("divergence", "beta"), DIVERGENCES)
-def test_the_distance_to_the_teacher_falls(served, tmp_path, teacher, divergence, beta):
-    settings = {"divergence": divergence, "beta": beta, "samples_per_prompt": 16, "prompts_per_step": 4}
+def test_the_distance_to_the_teacher_falls(served, tmp_path, teacher):
+    """By the divergence made of both others; each one's gradient is compared below."""
+    settings = {"divergence": "jsd", "beta": 0.3, "samples_per_prompt": 16, "prompts_per_step": 4}
     request = opd_request(PROMPTS, settings=settings, epochs=20, **LEARNING)
     sampler, hooks = ModelSampler(served), RecordingHooks()
     result = TorchBackend(served.locate).run(opd_task(request, tmp_path, teacher, sampler), hooks)

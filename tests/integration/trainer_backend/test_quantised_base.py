@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -18,7 +16,6 @@ from tests.support.lora_builders import random_lora
 from tests.support.tiny_models import WHOLE_GROUPS
 from tests.support.training import (
     RecordingHooks,
-    ServedModel,
     grpo_request,
     peft_folder,
     rollout,
@@ -31,6 +28,7 @@ from tests.support.variants import SETTING
 TOKENS = torch.randint(0, 300, (96,), generator=torch.Generator().manual_seed(3))
 BOUNDS = (0, 40, 96)
 PROMPT = [7, 8, 9]
+EXAMPLES = [[(5 * i + j) % 300 for j in range(12)] for i in range(8)]
 
 
 @pytest.fixture(scope="module", params=["fp8", "int4"])
@@ -96,37 +94,27 @@ def test_nothing_of_a_weights_size_is_kept_for_the_backward_pass(quantised):
     assert plans[0].kept_bytes == pytest.approx(plans[1].kept_bytes, rel=0.05)
 
 
-def even_share(served: ServedModel, adapter: Path | None = None) -> float:
-    """Probability of an even token after the prompt, with the exported adapter if there is one."""
-    model = PackedModel(served.loaded.config, served.loaded.arena.views())
-    linear = None
-    if adapter is not None:
-        read = read_adapter(adapter, served.loaded.config)
-        linear = LoraParameters(read.spec, read.tensors).linear_fn(model.weights)
-    with torch.no_grad():
-        hidden = model.hidden_states(torch.tensor(PROMPT), [0, len(PROMPT)], linear)
-        return float(model.logits(hidden[-1:])[0].softmax(-1)[::2].sum())
-
-
 def test_a_job_learns_on_quantised_weights_and_leaves_them_as_they_are(quantised, tmp_path):
-    checksum, share = quantised.loaded.arena.checksum(), even_share(quantised)
-    rollouts = [rollout(PROMPT, [token], float(token % 2 == 0)) for token in range(64)]
-    request = grpo_request([rollouts], epochs=6, learning_rate=5e-3, batch_tokens=1024)
+    checksum, hooks = quantised.loaded.arena.checksum(), RecordingHooks()
     backend = TorchBackend(quantised.locate)
-    result = backend.run(task(request, tmp_path), RecordingHooks())
+    backend.run(task(sft_request([EXAMPLES[0]], epochs=12, learning_rate=2e-3), tmp_path), hooks)
     assert backend.mapped_model.num_allocated_base_bytes == 0
     assert quantised.loaded.arena.checksum() == checksum
-    assert even_share(quantised, peft_folder(result, tmp_path / "result")) > share + 0.1
+    losses = [report.metrics["loss"] for report in hooks.reports]
+    assert losses[-1] < 0.5 * losses[0]
 
 
 @pytest.mark.parametrize("scheme", ["fp8", "int4"])
-@pytest.mark.parametrize("kind", ["sft", "grpo"])
+@pytest.mark.parametrize("kind", ["sft", "grpo", "k1", "k2", "k3"])
 def test_a_job_learns_what_it_would_on_whole_weights_of_the_same_numbers(tmp_path, monkeypatch, scheme, kind):
     monkeypatch.setenv(SETTING, scheme)  # draws the checkpoint on the scheme's numbers
-    examples = [[(5 * i + j) % 300 for j in range(12)] for i in range(8)]
     rewarded = [rollout(PROMPT, [token], float(token % 2 == 0)) for token in range(16)]
     options = {"epochs": 3, "learning_rate": 5e-3, "batch_tokens": 64}
-    request = sft_request(examples, **options) if kind == "sft" else grpo_request([rewarded], **options)
+    # Held back to the base model, which is the quantised one without the adapter.
+    penalty = {} if kind == "grpo" else {"kl_coef": 0.5, "kl_estimator": kind}
+    request = (
+        sft_request(EXAMPLES, **options) if kind == "sft" else grpo_request([rewarded], penalty, **options)
+    )
     learned = []
     for quantization in ("none", scheme):
         folder = tmp_path / quantization

@@ -92,9 +92,8 @@ def test_told_of_the_whole_vocabulary_a_step_is_that_of_a_teacher_in_the_trainer
         assert error < 1e-4, f"{name}: {error:.1e}"
 
 
-@pytest.mark.parametrize(("divergence", "beta"), DIVERGENCES[:2])
-def test_the_distance_to_the_teacher_falls(served, taught, tmp_path, divergence, beta):
-    settings = {"divergence": divergence, "beta": beta, "samples_per_prompt": 16, "prompts_per_step": 4}
+def test_the_distance_to_the_teacher_falls(served, taught, tmp_path):
+    settings = {"divergence": "reverse_kl", "samples_per_prompt": 16, "prompts_per_step": 4}
     request = opd_request(PROMPTS, settings=settings, epochs=15, **LEARNING)
     teacher, hooks = ModelTeacher(served, 16, taught), RecordingHooks()
     job = elsewhere_task(tmp_path, request, teacher, ModelSampler(served))
