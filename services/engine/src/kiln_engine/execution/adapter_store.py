@@ -28,6 +28,7 @@ from kiln_engine.execution.adapter_rows import (
 from kiln_engine.execution.adapter_stacks import AdapterStacks, StackedRows
 from kiln_engine.execution.adapter_tables import AdapterTables, adapter_slot_bytes, largest_matrix_bytes
 from kiln_engine.execution.adapter_upload import AdapterUploader
+from kiln_engine.model.linears import BaseMatrices, Linears
 from kiln_nn.config import ModelConfig
 from kiln_nn.errors import InvalidAdapter, KilnNnError
 from kiln_nn.kernels.lora import LoraRows, TokenGroup, lora_add_, lora_shrink
@@ -161,6 +162,15 @@ class AdapterStore:
     def static_rows(self, num_tokens: int) -> StaticLoraRows:
         """Rows in fixed device memory for CUDA graphs of up to so many tokens; they begin empty."""
         return StaticLoraRows(num_tokens, self.num_slots, self._device, self._groups_of)
+
+    def static_linears(
+        self, matrices: BaseMatrices, num_tokens: int, *, has_adapters: bool
+    ) -> tuple[Linears, StaticLoraRows | None]:
+        """The linear layers of a graph of up to so many tokens, and the rows to fill before each replay, if any."""
+        if not has_adapters:
+            return Linears(matrices), None
+        rows = self.static_rows(num_tokens)
+        return Linears(matrices, self.of_step(rows.rows)), rows
 
     def shrink(self, path: str, x_TI: torch.Tensor, rows: AdapterRows) -> Shrunk | None:
         """The half of `add_` that needs no y, to be launched before y is made; None where `add_` does it."""

@@ -177,6 +177,5 @@ class Drafter:
         return self._passes[key]
 
     def _make(self, capacity: int, has_adapters: bool) -> DraftPass:
-        rows = self._adapters.static_rows(capacity) if has_adapters else None
-        linears = Linears(self._matrices, None if rows is None else self._adapters.of_step(rows.rows))
+        linears, rows = self._adapters.static_linears(self._matrices, capacity, has_adapters=has_adapters)
         return DraftPass(self._layer, linears, self._draft_ids, capacity, self._num_tokens, rows)

@@ -23,7 +23,7 @@ from kiln_engine.domain.plan import BatchPlan, RowSampling
 from kiln_engine.domain.speculation import most_lines
 from kiln_engine.execution.captured_step import CapturedStep, Draw, GraphParts
 from kiln_engine.execution.verify_graphs import VerifyGraph, verify_ladder
-from kiln_engine.model import Linears, PrefillCapacity, copy_to
+from kiln_engine.model import PrefillCapacity, copy_to
 from kiln_engine.model.decode_layout import decode_fields, decode_layout
 from kiln_engine.model.prefill_layout import prefill_numbers
 from kiln_engine.model.step_layout import join_layouts
@@ -43,12 +43,11 @@ class DecodeGraph:
         self._capacity = capacity
         padding = torch.from_numpy(decode_fields((), self._shape, capacity))
         self._fields_FR = padding.to(parts.model.device)
-        self._adapter_rows = parts.adapters.static_rows(capacity) if has_adapters else None
-        adapters = None
-        if self._adapter_rows is not None:
-            adapters = parts.adapters.of_step(self._adapter_rows.rows)
+        linears, self._adapter_rows = parts.adapters.static_linears(
+            parts.model.matrices, capacity, has_adapters=has_adapters
+        )
         layout = join_layouts(decode_layout(self._fields_FR), None)
-        self._step = CapturedStep(parts, layout, Linears(parts.model.matrices, adapters))
+        self._step = CapturedStep(parts, layout, linears)
 
     def run(self, plan: BatchPlan, rows: Sequence[RowSampling]) -> Draw | None:
         """Run the plan's decode rows."""
@@ -69,11 +68,10 @@ class PrefillGraph:
         padding = prefill_numbers((), self._shape, capacity)
         self._flat = torch.from_numpy(padding.flat).to(parts.model.device)
         layout = join_layouts(None, padding.layout(self._flat))
-        self._adapter_rows = parts.adapters.static_rows(capacity.num_tokens) if has_adapters else None
-        adapters = None
-        if self._adapter_rows is not None:
-            adapters = parts.adapters.of_step(self._adapter_rows.rows)
-        self._step = CapturedStep(parts, layout, Linears(parts.model.matrices, adapters))
+        linears, self._adapter_rows = parts.adapters.static_linears(
+            parts.model.matrices, capacity.num_tokens, has_adapters=has_adapters
+        )
+        self._step = CapturedStep(parts, layout, linears)
 
     def run(self, plan: BatchPlan, rows: Sequence[RowSampling]) -> Draw | None:
         """Run the plan's chunks."""

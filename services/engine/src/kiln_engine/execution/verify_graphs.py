@@ -66,12 +66,11 @@ class VerifyGraph:
         self._capacity, self._num_lines = capacity, num_lines
         padding = verify_numbers((), self._shape, num_lines, capacity)
         self._numbers = torch.from_numpy(padding).to(parts.model.device)
-        self._adapter_rows = parts.adapters.static_rows(capacity * num_lines) if has_adapters else None
-        adapters = None
-        if self._adapter_rows is not None:
-            adapters = parts.adapters.of_step(self._adapter_rows.rows)
+        linears, self._adapter_rows = parts.adapters.static_linears(
+            parts.model.matrices, capacity * num_lines, has_adapters=has_adapters
+        )
         layout = verify_layout(self._numbers, num_lines)
-        self._step = _CapturedVerify(parts, layout, Linears(parts.model.matrices, adapters))
+        self._step = _CapturedVerify(parts, layout, linears)
 
     def run(self, plan: BatchPlan, drafts: Sequence[Sequence[int]]) -> PendingVerify:
         """Run the plan's verify rows, draw, and draft; `drafts` as `line_samplings` wants them."""
