@@ -154,9 +154,15 @@ def test_threads_that_wait_for_something_else_are_not_waited_for(
 def test_progress_counts_kernels(gpu: PretendDriver, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(module, "_PROGRESS_INTERVAL_S", 0.0)
     told: list[tuple[int, int]] = []
-    compile_ahead(_launches, 2, lambda num_done, num_kernels: told.append((num_done, num_kernels)))
+    x_TI = torch.zeros(16, 256).bfloat16()
+
+    def launch() -> None:
+        swiglu(x_TI, x_TI)
+        rms_norm(x_TI, x_TI[0].contiguous(), 1e-6, offset=1.0)
+
+    compile_ahead(launch, 2, lambda num_done, num_kernels: told.append((num_done, num_kernels)))
     assert told == sorted(told)
-    assert told[-1] == (_NUM_KERNELS, _NUM_KERNELS)
+    assert told[-1] == (2, 2)
 
 
 def test_memory_that_no_kernel_fills_is_zeros(gpu: PretendDriver):
@@ -174,18 +180,22 @@ def test_memory_that_no_kernel_fills_is_zeros(gpu: PretendDriver):
 
 
 def test_launches_of_other_threads_are_made(gpu: PretendDriver):
+    x_TI = torch.zeros(16, 256).bfloat16()
+
     def launch() -> None:
-        other = threading.Thread(target=_launches)
+        other = threading.Thread(target=swiglu, args=(x_TI, x_TI))
         other.start()
         other.join()
 
     assert compile_ahead(launch, num_threads=1).num_kernels == 0
-    assert gpu.num_launches == 2 * _NUM_KERNELS
+    assert gpu.num_launches == 1
 
 
 def test_a_missing_kernel_stops_the_launches_once_it_is_compiled(
     gpu: PretendDriver, monkeypatch: pytest.MonkeyPatch
 ):
+    # A build of torch without CUDA has no answer.
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     x_TI = torch.zeros(16, 256).bfloat16()
     with pytest.raises(KernelNotCompiled, match="_swiglu_kernel"), stopping_at_missing_kernels():
         swiglu(x_TI, x_TI)

@@ -84,8 +84,9 @@ def test_a_rehearsal_that_fails_is_told_and_the_launches_are_made():
 
 @pytest.fixture
 def keys(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The cache key of every kernel asked of the compiler, which makes none."""
+    """The cache key of every kernel asked of the compiler, which makes none, though it remembers it."""
     import triton.compiler
+    from triton import knobs
     from triton.compiler.compiler import get_cache_invalidating_env_vars, get_cache_key, make_backend
 
     asked: list[str] = []
@@ -93,7 +94,11 @@ def keys(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def compile_nothing(source: Any, target: Any, options: dict[str, Any]) -> Any:
         backend = make_backend(target)
         options = backend.parse_options(dict(options))
-        asked.append(get_cache_key(source, backend, options, get_cache_invalidating_env_vars()))
+        key = get_cache_key(source, backend, options, get_cache_invalidating_env_vars())
+        is_known = key in asked
+        asked.append(key)
+        if knobs.compilation.listener is not None:
+            knobs.compilation.listener(src=source, cache_hit=is_known)
         return SimpleNamespace(
             src=source,
             metadata=None,
@@ -117,11 +122,11 @@ def _stores(runner: TorchRunner) -> list[torch.Tensor]:
 
 def _runner(folder: Path, monkeypatch: pytest.MonkeyPatch, memory: dict[str, Any]) -> TorchRunner:
     monkeypatch.setattr("kiln_engine.execution.adapter_store.AdapterUploader", lambda *args: None)
-    return make_runner(folder, torch.bfloat16, **memory)[0]
+    return make_runner(folder, torch.bfloat16, max_running=4, **memory)[0]
 
 
-def _capture(runner: TorchRunner, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Capture where there is no GPU: launch what would be launched before and into each graph."""
+def _without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a capture only launch: what would be launched before it, and into the graph."""
 
     def launched_twice(run: Callable[[], None], pool: object) -> RunAgain:
         run()
@@ -130,7 +135,7 @@ def _capture(runner: TorchRunner, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(captured_step, "_captured", launched_twice)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    runner.capture()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
 
 
 @needs_triton
@@ -138,7 +143,6 @@ def _capture(runner: TorchRunner, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("scheme", "memory"),
     [
-        ("none", {}),
         ("none", {"state_dtype": torch.bfloat16, "max_draft_tokens": 3, "drafts_by_mtp": True}),
         ("fp8", {"max_draft_tokens": 3}),
         ("int4", {"kv_dtype": torch.float8_e4m3fn, "max_draft_tokens": 3, "drafts_by_mtp": True}),
@@ -155,7 +159,7 @@ def test_the_rehearsal_of_an_engine_compiles_what_its_warm_up_launches(
     before = _stores(runner)
     compiled = module.compile_ahead(lambda: runner._capture(is_rehearsal=True), num_threads=2)
     assert compiled.errors == ()
-    assert compiled.num_kernels == len(keys) > 60
+    assert compiled.num_kernels == len(keys) > 50
     rehearsed = set(keys)
     # Each once; and nobody will find anything of it.
     assert len(rehearsed) == len(keys)
@@ -164,5 +168,29 @@ def test_the_rehearsal_of_an_engine_compiles_what_its_warm_up_launches(
 
     keys.clear()
     pretend_gpu(monkeypatch, tmp_path / "cache")
-    _capture(_runner(tmp_path, monkeypatch, memory), monkeypatch)
+    _without_gpu(monkeypatch)
+    _runner(tmp_path, monkeypatch, memory).capture()
     assert set(keys) == rehearsed
+
+
+@needs_triton
+@only_outside_interpreter
+def test_a_first_start_compiles_ahead_and_a_later_one_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keys: list[str]
+):
+    make_checkpoint(tmp_path, seed=6, **_SHAPE)
+    _without_gpu(monkeypatch)
+    num_asked = []
+    for expected in (["compiling_kernels", "kernels_compiled"], []):
+        pretend_gpu(monkeypatch, tmp_path / "cache")  # a new one: nothing is in memory
+        runner = _runner(tmp_path, monkeypatch, {"max_draft_tokens": 3, "drafts_by_mtp": True})
+        with capture_logs() as logs:
+            runner.capture(num_compile_threads=2)
+        events = [line["event"] for line in logs if "kernels" in line["event"]]
+        assert sorted(set(events)) == expected
+        assert runner._graphs is not None
+        assert runner._drafter is not None
+        num_asked.append(len(keys))
+    num_kernels = len(set(keys))
+    # The one that was missed, all of them ahead, and all of them for the capture.
+    assert num_asked == [1 + 2 * num_kernels, 1 + 3 * num_kernels]
