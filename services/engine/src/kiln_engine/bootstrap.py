@@ -21,6 +21,7 @@ from kiln_engine.adapters.events import AdapterEvents
 from kiln_engine.adapters.handover import Inbox, serve_handovers
 from kiln_engine.adapters.holds import AdapterHolds
 from kiln_engine.adapters.manager import AdapterManager
+from kiln_engine.adapters.publications import Publications
 from kiln_engine.adapters.refresh import AdapterRefresh
 from kiln_engine.adapters.slots import AdapterSlots
 from kiln_engine.clock import MonotonicClock
@@ -167,9 +168,13 @@ async def start_engine(settings: EngineSettings, parts: EngineParts) -> RunningE
             adapters=adapters,
         )
         intake.on_draining = presence.say_now
-    if parts.inbox is not None:
-        serve_handovers(parts.inbox, adapters)
     jobs: list[Coroutine[Any, Any, None]] = [] if presence is None else [presence.run()]
+    if parts.inbox is not None and registry is not None:
+        publications = Publications(registry, adapters)
+        serve_handovers(parts.inbox, adapters, publications.expect)
+        jobs.append(publications.run())
+    elif parts.inbox is not None:
+        serve_handovers(parts.inbox, adapters)
     if registry is not None:
         jobs.append(_announce_base_model(registry, parts.info))
         model_hash = parts.info.base_model.model_hash
