@@ -406,9 +406,10 @@ async def test_what_was_handed_over_serves_from_the_commit_on_though_nobody_asks
         manager.on_resident = lambda version: is_serving.set()
         notice = Notice()
         publications = Publications(notice, manager)
+        manager.on_ahead = publications.expect
         running = asyncio.create_task(publications.run())
         for name in ("b", "a"):
-            publications.expect(name, await hand_over(manager, name))
+            await hand_over(manager, name)
         assert manager.resident == []
         # One that is not published does not stop the others.
         notice.coming["b", version_of("b").sha256].set_exception(RegistryUnavailable("it went away"))
@@ -418,3 +419,19 @@ async def test_what_was_handed_over_serves_from_the_commit_on_though_nobody_asks
         assert [entry.adapter for entry in manager.resident] == [version_of("a")]
         assert not source.has_been_asked.is_set()
         await end_tasks(running)
+
+
+async def test_the_word_may_come_while_the_bytes_are_still_on_their_way():
+    async with running_manager() as (manager, store, source):
+        taken = []
+
+        def take_over_at_once(name: str, sha256: str) -> None:
+            record = AdapterRecord(name=name, version=1, sha256=sha256, config_json="{}")
+            taken.append(asyncio.create_task(manager.take_over(record)))
+
+        manager.on_ahead = take_over_at_once
+        await hand_over(manager)
+        await asyncio.gather(*taken)
+        assert [entry.adapter for entry in manager.resident] == [version_of("a")]
+        assert [entry[0] for entry in store.history] == ["stage", "activate"]
+        assert not source.has_been_asked.is_set()

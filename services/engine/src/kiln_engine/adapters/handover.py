@@ -23,20 +23,13 @@ class Inbox(Protocol):
     def close(self) -> None: ...
 
 
-def serve_handovers(
-    inbox: Inbox, manager: AdapterManager, expect: Callable[[str, str], None] = lambda name, sha256: None
-) -> None:
-    """Give what arrives to the manager, on the running event loop; `expect` is told its name and hash."""
+def serve_handovers(inbox: Inbox, manager: AdapterManager) -> None:
+    """Give what arrives to the manager, on the running event loop."""
     running = asyncio.get_running_loop()
-
-    async def receive(adapter: HandedAdapter) -> str:
-        sha256 = await manager.receive(adapter.name, adapter.content, adapter.config_json)
-        expect(adapter.name, sha256)
-        return sha256
 
     def take(adapter: HandedAdapter) -> str:
         try:
-            return _wait_for(receive(adapter), running)
+            return _wait_for(manager.receive(adapter.name, adapter.content, adapter.config_json), running)
         except KilnError as error:
             log.warning("adapter_not_taken", adapter=adapter.name, code=error.code, reason=str(error))
             raise AdapterRefused(str(error), error.code) from error

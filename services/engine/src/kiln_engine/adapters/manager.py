@@ -58,6 +58,8 @@ class AdapterManager:
         self._slot_wait_s = slot_wait_s
         # Called when a version can serve.
         self.on_resident: Callable[[AdapterVersion], None] = lambda _: None
+        # Called with the name and the hash of bytes that came ahead of their version.
+        self.on_ahead: Callable[[str, str], None] = lambda name, sha256: None
         self.load_seconds = Histogram(REQUEST_SECONDS)
         self._loads: dict[str, asyncio.Task[None]] = {}
         self._config_of_unclaimed: dict[str, str] = {}
@@ -133,6 +135,7 @@ class AdapterManager:
         sha256 = await asyncio.to_thread(_sha256_of, content)
         if self._slots.find(sha256) is None:
             entry, evicted = self._slots.begin(AdapterVersion(name, 0, sha256))
+            self.on_ahead(name, sha256)
             await asyncio.shield(self._start(entry, self._receive(entry, evicted, content, config_json)))
         return sha256
 

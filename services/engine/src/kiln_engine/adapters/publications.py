@@ -26,7 +26,7 @@ class CommitNotice(Protocol):
 
 
 class Publications:
-    """Waits at the registry for the versions whose bytes are here, one call for each.
+    """Waits at the registry for the versions whose bytes came ahead, one call for each.
 
     A word that does not come costs time, nothing else: whoever published a version asks for it as well.
     """
@@ -37,7 +37,7 @@ class Publications:
         self._expected: asyncio.Queue[tuple[str, str]] = asyncio.Queue()
 
     def expect(self, name: str, sha256: str) -> None:
-        """These bytes have been handed over and are about to be published under the name."""
+        """These bytes are being handed over and are about to be published under the name."""
         self._expected.put_nowait((name, sha256))
 
     async def run(self) -> None:
