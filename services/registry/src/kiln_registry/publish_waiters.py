@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import Iterator
 
+from kiln_common.errors import RegistryUnavailable
 from kiln_registry.domain import VersionRecord
 
 
@@ -14,10 +15,16 @@ class PublishWaiters:
 
     def __init__(self) -> None:
         self._waiting: dict[tuple[str, str], set[asyncio.Future[VersionRecord]]] = {}
+        self._has_ended = False
 
     @contextlib.contextmanager
     def waiting(self, name: str, sha256: str) -> Iterator[asyncio.Future[VersionRecord]]:
-        """The first version of the name with these bytes that is committed while the block runs."""
+        """The first version of the name with these bytes that is committed while the block runs.
+
+        Raises RegistryUnavailable once `end` was called; so does awaiting what was given before.
+        """
+        if self._has_ended:
+            raise _stopping()
         key, coming = (name, sha256), asyncio.get_running_loop().create_future()
         self._waiting.setdefault(key, set()).add(coming)
         try:
@@ -33,3 +40,14 @@ class PublishWaiters:
         for coming in self._waiting.get((record.name, record.sha256), ()):
             if not coming.done():
                 coming.set_result(record)
+
+    def end(self) -> None:
+        """Nobody need wait any longer: the registry stops."""
+        self._has_ended = True
+        for coming in [each for waiting in self._waiting.values() for each in waiting]:
+            if not coming.done():
+                coming.set_exception(_stopping())
+
+
+def _stopping() -> RegistryUnavailable:
+    return RegistryUnavailable("the registry is stopping")

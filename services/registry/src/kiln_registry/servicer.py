@@ -101,6 +101,10 @@ class RegistryServicer(registry_pb2_grpc.RegistryServicer):
             record = await asyncio.to_thread(self._find_latest, request.name, request.sha256)
             return _version_pb(record or await coming)
 
+    def end_waits(self) -> None:
+        """Answer those who wait for a publish that the registry is stopping."""
+        self._waiters.end()
+
     async def CheckPublish(
         self, request: pb.CheckPublishRequest, context: grpc.aio.ServicerContext
     ) -> pb.CheckPublishResponse:
