@@ -10,6 +10,7 @@ import pytest
 from kiln_common.settings import EXIT_CONFIG
 from kiln_engine.device_side import ModelNotLoaded, WeightsNotPlaced
 from kiln_nn import errors
+from tests.support.failing_disk import break_file
 
 PERMANENT = {
     "invalid_model_config",
@@ -57,6 +58,18 @@ def test_a_checkpoint_of_another_kind_is_not_tried_again(tmp_path):
     result = _start("engine", tmp_path, model)
     assert result.returncode == EXIT_CONFIG
     assert result.stderr.splitlines()[-2].startswith("unsupported_model: ")
+
+
+@pytest.mark.parametrize(("service", "file_name"), [("engine", "config.json"), ("gateway", "tokenizer.json")])
+def test_a_disk_that_fails_is_tried_again(service, file_name, tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / file_name).touch()
+    break_file(model / file_name)
+    result = _start(service, tmp_path, model)
+    assert result.returncode == 1
+    assert f"{file_name} could not be read" in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_what_another_start_may_get_over_is_not_called_permanent():

@@ -63,7 +63,7 @@ class ModelNotLoaded(ConfigurationError):
 
 
 class WeightsNotPlaced(KilnError):
-    """The device or its driver did not take the weights now; code and hint say why."""
+    """The disk did not give the weights now, or the device did not take them; code and hint say why."""
 
     def __init__(self, error: KilnNnError) -> None:
         super().__init__(error.message, hint=error.hint)
