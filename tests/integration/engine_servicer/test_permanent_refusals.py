@@ -60,6 +60,15 @@ def test_a_checkpoint_of_another_kind_is_not_tried_again(tmp_path):
     assert result.stderr.splitlines()[-2].startswith("unsupported_model: ")
 
 
+def test_a_folder_whose_name_means_something_else_needs_a_served_name(tmp_path):
+    (tmp_path / "base").mkdir()
+    result = _start("engine", tmp_path, tmp_path / "base")
+    assert result.returncode == EXIT_CONFIG
+    code_line, hint_line = result.stderr.splitlines()[-2:]
+    assert code_line.startswith("reserved_model_id: 'base' ")
+    assert "KILN_ENGINE_SERVED_MODEL_NAME" in hint_line
+
+
 @pytest.mark.parametrize(("service", "file_name"), [("engine", "config.json"), ("gateway", "tokenizer.json")])
 def test_a_disk_that_fails_is_tried_again(service, file_name, tmp_path):
     model = tmp_path / "model"
