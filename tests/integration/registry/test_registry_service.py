@@ -86,6 +86,22 @@ async def test_a_rollback_is_seen_by_the_next_to_resolve_the_name(tmp_path):
         assert (await client.get("helper")).latest_version == 1
 
 
+async def test_whoever_has_the_bytes_hears_of_their_version_when_it_is_committed(tmp_path):
+    content, other = adapter_bytes(), adapter_bytes(seed=1)
+    sha256 = hashlib.sha256(content).hexdigest()
+    async with running_registry(tmp_path) as client:
+        waiting = asyncio.create_task(client.await_publish("helper", sha256, timeout_s=30))
+        with pytest.raises(RegistryUnavailable):
+            await client.await_publish("helper", sha256, timeout_s=0.05)
+        await client.publish(publish_header("helper"), other)
+        await client.publish(publish_header("another"), content)
+        assert not waiting.done()
+        version = await client.publish(publish_header("helper"), content)
+        assert await waiting == version
+        # Where the commit was first, there is nothing to wait for.
+        assert await client.await_publish("helper", sha256, timeout_s=30) == version
+
+
 async def test_collecting_spares_what_is_held_and_takes_the_bytes_with_the_version(tmp_path):
     limits = {"keep_versions": 1, "max_versions_per_adapter": 3, "collect_grace_s": 0.0}
     async with running_registry(tmp_path, **limits) as client:
