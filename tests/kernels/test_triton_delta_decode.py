@@ -176,6 +176,16 @@ def test_other_shapes(shape, most_rows_at_once):
 
 
 @on_triton
+@pytest.mark.parametrize("page_tokens", [5, 16, 17, 32, 64])
+def test_every_length_of_a_page_as_it_is_chosen(page_tokens):
+    shape = DeltaShape(
+        num_key_heads=1, num_heads=2, page_tokens=page_tokens, capacity=min(64, page_tokens + 3)
+    )
+    last = page_tokens - 1
+    _run(shape, ((0, 1, last, 1), (2, 2, last // 2, None), (3, 4, 0, None)), "bf16")
+
+
+@on_triton
 @pytest.mark.parametrize(
     ("formats", "uses_tensor_cores"), [("float32", False), ("bf16", True), ("bf16", False)]
 )
@@ -339,6 +349,26 @@ def test_it_compiles_for_every_supported_gpu(monkeypatch, formats, is_dependent,
     assert tuple(one.capability for one in compiled) == capabilities * 6
     # A multiprocessor should hold at least two programs.
     assert all(one.shared_memory_bytes <= SHARED_MEMORY_LIMIT[one.capability] // 2 for one in compiled)
+
+
+@only_outside_interpreter
+@needs_triton
+@pytest.mark.parametrize("page_tokens", [4, 16, 32, 64])
+def test_few_rows_are_taken_at_once_where_the_registers_have_room(monkeypatch, page_tokens):
+    monkeypatch.setattr(_kernel(), "supports_dependent_launch", lambda device: True)
+    shape = DeltaShape(
+        num_key_heads=16, num_heads=32, key_dim=128, value_dim=128, num_slots=1,
+        page_tokens=page_tokens, capacity=page_tokens,
+    )  # fmt: skip
+    draw = torch.Generator().manual_seed(7)
+    memory = converted(random_memory(shape, {}, draw), torch.bfloat16, torch.bfloat16)
+    weights = weights_to(random_weights(shape, draw), torch.bfloat16)
+    tokens = tokens_to(random_tokens(shape, 1, draw), torch.bfloat16)
+    with compiling_instead_of_launching((90,)) as compiled:
+        _kernel().delta_decode(memory, make_rows((0, 0, 0, None)), weights, *tokens.all(), commits=False)
+    at_once, in_two = ["delta_few_rows_kernel"], ["delta_keys_kernel", "delta_values_kernel"]
+    assert [one.name for one in compiled] == (at_once if page_tokens <= 16 else in_two)
+    assert [one.spilled_bytes for one in compiled] == [0] * len(compiled)
 
 
 @only_outside_interpreter

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -86,6 +88,20 @@ class Compiled:
     name: str
     capability: int
     shared_memory_bytes: int
+    cubin: bytes
+
+    @property
+    def spilled_bytes(self) -> int:
+        """What a thread keeps in memory because its registers do not hold it."""
+        from triton import knobs
+
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(self.cubin)
+            file.flush()
+            command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+            usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        stack, local = re.findall(r"STACK:(\d+) .*LOCAL:(\d+)", usage)[0]
+        return int(stack) + int(local)
 
 
 @contextmanager
@@ -125,7 +141,7 @@ def _compile(kernel: Any, args: tuple, options: dict[str, Any], capability: int)
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
     binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    return Compiled(kernel.fn.__name__, capability, binary.metadata.shared)
+    return Compiled(kernel.fn.__name__, capability, binary.metadata.shared, binary.asm["cubin"])
 
 
 _POINTEE = {

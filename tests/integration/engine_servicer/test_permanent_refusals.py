@@ -10,6 +10,7 @@ import pytest
 from kiln_common.settings import EXIT_CONFIG
 from kiln_engine.device_side import ModelNotLoaded, WeightsNotPlaced
 from kiln_nn import errors
+from tests.support.failing_disk import break_file
 
 PERMANENT = {
     "invalid_model_config",
@@ -57,6 +58,27 @@ def test_a_checkpoint_of_another_kind_is_not_tried_again(tmp_path):
     result = _start("engine", tmp_path, model)
     assert result.returncode == EXIT_CONFIG
     assert result.stderr.splitlines()[-2].startswith("unsupported_model: ")
+
+
+def test_a_folder_whose_name_means_something_else_needs_a_served_name(tmp_path):
+    (tmp_path / "base").mkdir()
+    result = _start("engine", tmp_path, tmp_path / "base")
+    assert result.returncode == EXIT_CONFIG
+    code_line, hint_line = result.stderr.splitlines()[-2:]
+    assert code_line.startswith("reserved_model_id: 'base' ")
+    assert "KILN_ENGINE_SERVED_MODEL_NAME" in hint_line
+
+
+@pytest.mark.parametrize(("service", "file_name"), [("engine", "config.json"), ("gateway", "tokenizer.json")])
+def test_a_disk_that_fails_is_tried_again(service, file_name, tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / file_name).touch()
+    break_file(model / file_name)
+    result = _start(service, tmp_path, model)
+    assert result.returncode == 1
+    assert f"{file_name} could not be read" in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_what_another_start_may_get_over_is_not_called_permanent():

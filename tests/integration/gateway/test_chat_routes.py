@@ -107,6 +107,39 @@ async def test_a_stop_string_ends_text_tokens_and_the_engines_work(rig):
     assert rig.engine.aborted == [rig.engine.requests[0].request_id]
 
 
+EARLY_STOP = "One two STOP three four STOP five six"
+
+
+async def test_a_stop_string_before_min_tokens_is_text(rig):
+    rig.engine.script = lambda request: EARLY_STOP
+    early = len(rig.tokenizer.encode("One two STOP"))
+    for min_tokens, content in (
+        (early - 1, "One two "),
+        (early, "One two STOP three four "),
+        (len(rig.tokenizer.encode(EARLY_STOP)), EARLY_STOP),
+    ):
+        fields = {"stop": ["STOP"], "min_tokens": min_tokens}
+        choice = (await rig.chat(**fields)).json()["choices"][0]
+        assert (choice["message"]["content"], choice["finish_reason"]) == (content, "stop")
+        asked = {"messages": [{"role": "user", "content": "Hi"}], **fields}
+        assert content_of(await rig.stream("/v1/chat/completions", asked)) == content
+        choice = (await rig.post("/v1/completions", {"prompt": "Hi", **fields})).json()["choices"][0]
+        assert choice["text"] == content
+
+
+@pytest.mark.parametrize("said", ["One", "One two STOP three"])
+async def test_tokens_of_two_engines_count_together_for_min_tokens(rig, said):
+    num_said, early = (len(rig.tokenizer.encode(text)) for text in (said, "One two STOP"))
+    other = FakeEngine(rig.tokenizer, address="fake:2")
+    other.script = rig.engine.script = lambda request: EARLY_STOP
+    rig.engine.fail_after = num_said
+    rig.app.state.gateway.engines.seats.append(EngineSeat(1, other))
+    choice = (await rig.chat(stop=["STOP"], min_tokens=early)).json()["choices"][0]
+    assert choice["message"]["content"] == "One two STOP three four "
+    (request,) = other.requests
+    assert len(request.resumed_token_ids) == num_said
+
+
 async def test_stop_strings_do_not_end_the_thinking(rig):
     rig.engine.script = lambda request: "First.\n\nSecond.\n</think>\n\nDone.\n\nMore"
     body = (await rig.chat(stop="\n\n", chat_template_kwargs={"enable_thinking": True})).json()

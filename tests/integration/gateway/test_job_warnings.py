@@ -84,3 +84,29 @@ async def test_what_to_start_from_is_one_adapter(rig, sampler, hint):
     job = (await grpo(rig, adapter="kind", groups=[{"rollouts": rollouts}])).json()
     (warning,) = job["warnings"]
     assert warning["hint"] == hint
+
+
+async def opd(rig, **fields):
+    return (await rig.post("/v1/train/opd", {"learning_rate": 1e-4, "teacher": "base", **fields})).json()
+
+
+async def test_a_student_that_learns_on_anothers_answers_is_warned_of(rig):
+    rig.registry.add("helpful", attach=True)
+    answer = (await rig.chat(n=2)).json()
+    by_id = [{"rollouts": [{"completion_id": answer["id"], "index": index} for index in range(2)]}]
+    text = answer["choices"][0]["message"]["content"]
+    by_text = [{"prompt": "Hi", "completions": [text, "something else"]}]
+    by_tokens = [
+        {"rollouts": [{"token_ids": [3], "prompt_token_ids": [1], "adapter_version": "helpful@1"}] * 3}
+    ]
+    for groups, counted in ((by_id, "2 of 2"), (by_text, "1 of 2"), (by_tokens, "3 of 3")):
+        job = await opd(rig, adapter="pupil", groups=groups)
+        (warning,) = job["warnings"]
+        assert warning["code"] == "sampled_by_another_adapter"
+        assert warning["message"].startswith(f"{counted} completions were drawn by helpful@1, and pupil ")
+        assert job["sampled_by"] == {"helpful@1": int(counted[0])}
+    # Its own answers, and its teacher's; what a job samples itself is its own.
+    assert (await opd(rig, adapter="helpful", groups=by_id))["warnings"] == []
+    assert (await opd(rig, adapter="pupil", teacher="helpful", groups=by_id))["warnings"] == []
+    job = await opd(rig, adapter="pupil", prompts=["Hi"])
+    assert (job["sampled_by"], job["warnings"]) == ({}, [])

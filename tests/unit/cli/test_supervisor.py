@@ -35,6 +35,7 @@ from kiln_cli.up.options import (
 from kiln_cli.up.specs import ServiceSpec, UpOptions, build_specs
 from kiln_cli.up.state_dir import StateDirLock, running_url
 from kiln_cli.up.supervisor import Supervisor
+from kiln_common.base_model_id import ReservedModelId
 from kiln_common.model_folder import ModelFolderMissing
 
 # Writes its pid, reports being ready by a file, ends on SIGTERM.
@@ -307,6 +308,13 @@ def test_a_model_folder_that_is_not_there_is_refused(model, tmp_path):
     with pytest.raises(ModelFolderMissing):
         build_options(
             model=model, host="127.0.0.1", port=0, state_dir=tmp_path, served_model_name=None, device=None
+        )
+
+
+def test_a_served_name_that_means_something_else_is_refused(tmp_path):
+    with pytest.raises(ReservedModelId, match="bare base model"):
+        build_options(
+            model=None, host="127.0.0.1", port=0, state_dir=tmp_path, served_model_name="base", device=None
         )
 
 

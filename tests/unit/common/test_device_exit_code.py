@@ -5,11 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from structlog.testing import capture_logs
 
 from kiln_common.settings import EXIT_CONFIG, EXIT_DEVICE
 from kiln_engine import __main__ as engine_main
 from kiln_trainer import __main__ as trainer_main
 from kiln_trainer.domain.errors import DeviceBroken
+from kiln_trainer.torch_backend.errors import GpuPartitionUnavailable
 
 
 @pytest.mark.parametrize(("has_failed", "expected"), [(True, EXIT_DEVICE), (False, 0)])
@@ -73,6 +75,25 @@ def test_only_a_failed_device_ends_a_trainer_with_the_same(monkeypatch, failure,
         trainer_main.main()
     assert ended.value.code == expected
     assert stopped.is_set()
+
+
+def test_a_trainer_that_cannot_start_now_says_why_without_a_traceback(monkeypatch):
+    async def start(settings):
+        raise GpuPartitionUnavailable("the driver refuses 32 multiprocessors")
+
+    settings = SimpleNamespace(log_level="ERROR", cpu_niceness=0)
+    monkeypatch.setattr(trainer_main, "read_settings", lambda settings_class: settings)
+    monkeypatch.setattr(trainer_main, "configure_logs", lambda *args: None)
+    monkeypatch.setattr(trainer_main, "end_on_stop_signals", lambda: None)
+    monkeypatch.setattr(trainer_main.os, "nice", lambda increment: None)
+    monkeypatch.setattr(trainer_main, "start_trainer", start)
+    with capture_logs() as lines, pytest.raises(SystemExit) as ended:
+        trainer_main.main()
+    assert ended.value.code == 1
+    (line,) = lines
+    assert (line["event"], line["code"]) == ("trainer_not_started", GpuPartitionUnavailable.code)
+    assert line["reason"] == "the driver refuses 32 multiprocessors"
+    assert line["hint"] == GpuPartitionUnavailable.hint
 
 
 def test_the_codes_differ_from_each_other_and_from_ordinary_failures():

@@ -1,8 +1,11 @@
 """A model is a folder or a hub id; the hub is asked only for what is not a folder."""
 
+import errno
+from pathlib import Path
+
 import pytest
 
-from kiln_common.model_folder import HubFailed, ModelFolderMissing, find_model_folder
+from kiln_common.model_folder import HubFailed, ModelFileNotRead, ModelFolderMissing, find_model_folder
 
 
 @pytest.fixture
@@ -28,6 +31,18 @@ def hub(monkeypatch):
 def test_folder_is_used_as_it_is(tmp_path, hub):
     asked = hub(AssertionError("the hub must not be asked"))
     assert find_model_folder(tmp_path) == tmp_path
+    assert not asked
+
+
+def test_a_failing_disk_is_not_a_folder_that_is_missing(tmp_path, hub, monkeypatch):
+    asked = hub(AssertionError("the hub must not be asked"))
+
+    def stat(path, **options):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(Path, "stat", stat)
+    with pytest.raises(ModelFileNotRead, match="Stale file handle"):
+        find_model_folder(tmp_path)
     assert not asked
 
 

@@ -44,6 +44,31 @@ def test_the_line_names_the_variable_and_the_fault(monkeypatch, capsys, variable
     assert _lines(EngineSettings, capsys) == [line]
 
 
+@pytest.mark.parametrize(
+    ("name", "meaning"),
+    [
+        ("base", "means the bare base model, without the default adapter"),
+        ("Base", "means the bare base model, without the default adapter"),
+        ("billing@3", "means a version of an adapter"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("settings_class", "prefix"), [(EngineSettings, "KILN_ENGINE_"), (GatewaySettings, "KILN_GATEWAY_")]
+)
+def test_a_base_model_is_not_called_what_means_something_else(
+    monkeypatch, capsys, settings_class, prefix, name, meaning
+):
+    monkeypatch.setenv(f"{prefix}SERVED_MODEL_NAME", name)
+    line = f"{prefix}SERVED_MODEL_NAME: {name!r} {meaning}; give the base model another id"
+    assert _lines(settings_class, capsys) == [line]
+
+
+@pytest.mark.parametrize("name", ["", "basement", "Qwen/Qwen3.5-4B", "kiln-demo", "org/model@main", "a@b"])
+def test_other_names_are_free(monkeypatch, name):
+    monkeypatch.setenv("KILN_ENGINE_SERVED_MODEL_NAME", name)
+    assert read_settings(EngineSettings).served_model_name == name
+
+
 def test_each_problem_has_its_line(monkeypatch, capsys):
     monkeypatch.delenv("KILN_ENGINE_MODEL_PATH")
     monkeypatch.setenv("KILN_ENGINE_NUM_THREADS", "abc")

@@ -35,6 +35,13 @@ def test_a_container_can_do_no_more_than_it_needs(name, service):
     assert int(user.partition(":")[0]) > 0
 
 
+@pytest.mark.parametrize(("name", "service"), OWN_CONTAINERS, ids=[name for name, _ in OWN_CONTAINERS])
+def test_a_container_comes_back_after_any_end(name, service):
+    """A drained engine ends with 0, and a bound would count the failures of all a container's life."""
+    assert service["restart"] == "unless-stopped"
+    assert "restart_policy" not in service.get("deploy", {})
+
+
 @pytest.mark.parametrize("name", ["engine", "trainer"])
 def test_what_runs_on_a_second_gpu_differs_from_the_first_in_place_alone(name):
     text = yaml.safe_dump({**SECOND[f"{name}-2"], "deploy": None})

@@ -5,8 +5,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 
+from kiln_common.model_folder import ModelFileNotRead
 from kiln_common.text.detokenizer import IncrementalDetokenizer
 from kiln_common.text.tokenizer import InvalidText, TextTokenizer, TokenizerUnusable
+from tests.support.failing_disk import break_file
 from tests.support.gateway import SPECIAL_TOKENS, build_tokenizer
 
 TOKENIZER = TextTokenizer(build_tokenizer())
@@ -58,6 +60,25 @@ def test_an_unpaired_surrogate_is_refused():
 def test_a_tokenizer_that_is_not_byte_level_is_refused():
     with pytest.raises(TokenizerUnusable):
         TextTokenizer(Tokenizer(models.BPE()))
+
+
+def test_a_failing_disk_is_told_from_a_tokenizer_that_is_none(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    with pytest.raises(TokenizerUnusable, match="does not exist"):
+        TextTokenizer.load(tmp_path)
+    path.write_text("{}")
+    with pytest.raises(TokenizerUnusable, match="cannot be read"):
+        TextTokenizer.load(tmp_path)
+    break_file(path)
+    with pytest.raises(ModelFileNotRead, match=r"tokenizer\.json"):
+        TextTokenizer.load(tmp_path)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(TokenizerUnusable, match="cannot be read"):
+        TextTokenizer.load(tmp_path)
+    path.rmdir()
+    build_tokenizer().save(str(path))
+    assert TextTokenizer.load(tmp_path).num_tokens == TOKENIZER.num_tokens
 
 
 def test_a_text_with_far_too_many_tokens_is_found_out_without_all_of_them(monkeypatch):

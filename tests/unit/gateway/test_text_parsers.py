@@ -55,6 +55,31 @@ def test_text_that_may_become_a_stop_string_waits():
     assert matcher.matched == "END"
 
 
+def test_a_stop_string_that_comes_too_early_is_text():
+    matcher = StopStringMatcher(["END"])
+    early = [matcher.push(piece, is_early=True) for piece in ("a EN", "D E", "ND E")]
+    late = [matcher.push(piece) for piece in ("ND b",)]
+    assert early + late == ["a ", "END ", "END ", ""]  # the third began too early, and ended in time
+    assert matcher.matched == "END"
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.text("ab", max_size=20),
+    st.lists(st.text("ab", min_size=1, max_size=4), max_size=3),
+    st.integers(0, 20),
+)
+def test_a_stop_string_counts_from_where_it_ends(text, stops, num_early):
+    matcher = StopStringMatcher(stops)
+    found = "".join(matcher.push(character, is_early=i < num_early) for i, character in enumerate(text))
+    ends = [end for end in range(num_early + 1, len(text) + 1) for stop in stops if text[:end].endswith(stop)]
+    if not ends:
+        assert (found + matcher.finish(), matcher.matched) == (text, None)
+    else:
+        assert matcher.matched is not None
+        assert (found + matcher.matched) == text[: min(ends)]
+
+
 MARKS = re.compile("(" + "|".join(re.escape(mark.value) for mark in Mark) + ")")
 
 

@@ -8,6 +8,8 @@ from safetensors.torch import load_file, save_file
 
 from kiln_nn.errors import (
     CheckpointMismatch,
+    CheckpointNotRead,
+    CheckpointRefused,
     CheckpointUnreadable,
     ModelNotFound,
     ShareUnsupported,
@@ -15,6 +17,7 @@ from kiln_nn.errors import (
     UnsupportedModel,
 )
 from kiln_nn.weights import load_checkpoint
+from tests.support.failing_disk import break_file
 from tests.support.tiny_models import SHAPES, make_checkpoint, read_tensors
 
 WEIGHTS = "model.safetensors"
@@ -191,6 +194,24 @@ def test_truncated_file_is_unreadable(tmp_path, keep):
     (tmp_path / WEIGHTS).write_bytes(content[:keep])
     with pytest.raises(CheckpointUnreadable, match=WEIGHTS):
         load_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "model.safetensors.index.json"])
+def test_a_failing_disk_is_not_called_a_damaged_checkpoint(tmp_path, name):
+    make_checkpoint(tmp_path, num_shards=2 if name.endswith("index.json") else 1)
+    break_file(tmp_path / name)
+    with pytest.raises(CheckpointNotRead, match=name) as caught:
+        load_checkpoint(tmp_path, "cpu")
+    assert not isinstance(caught.value, CheckpointRefused)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_folder_in_the_place_of_a_file_stays_one(tmp_path, name):
+    make_checkpoint(tmp_path)
+    (tmp_path / name).unlink()
+    (tmp_path / name).mkdir()
+    with pytest.raises(CheckpointRefused, match=name):
+        load_checkpoint(tmp_path, "cpu")
 
 
 def test_other_number_formats_are_named(tmp_path):

@@ -44,12 +44,18 @@ def test_engine_addresses_are_separated_by_commas(monkeypatch, tmp_path):
         TrainerSettings(**fields)
 
 
-def test_a_job_remembers_who_drew_its_rollouts():
+@pytest.mark.parametrize("kind", ["grpo", "opd"])
+def test_a_job_remembers_who_drew_its_rollouts(kind):
     versions = ["kind@1", "kind@1", "base", "", "x" * 1000]
     group = trainer_pb2.GrpoGroup(
         rollouts=[trainer_pb2.GrpoRollout(adapter_version=version) for version in versions]
     )
-    request = trainer_pb2.SubmitRequest(grpo=trainer_pb2.GrpoSpec(groups=[group]))
+    given = [trainer_pb2.OpdRollout(adapter_version=version) for version in versions]
+    recipes = [
+        {"grpo": trainer_pb2.GrpoSpec(groups=[group])},
+        {"opd": trainer_pb2.OpdSpec(settings=trainer_pb2.OpdSettings(teacher="base"), rollouts=given)},
+    ]
+    request = trainer_pb2.SubmitRequest(**recipes[kind == "opd"])
     fields = {name.encode(): value for name, value in submitted_fields(request, "hash").items()}
     kept = {name: value.encode() if isinstance(value, str) else value for name, value in fields.items()}
     assert dict(to_job("job_1", kept, None, []).sampled_by) == {"kind@1": 2, "base": 1, "x" * 400: 1}

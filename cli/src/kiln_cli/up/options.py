@@ -17,6 +17,7 @@ from kiln_cli.errors import (
     StateDirUnusable,
 )
 from kiln_cli.up.specs import ServiceSpec, UpOptions
+from kiln_common.base_model_id import check_base_model_id
 from kiln_common.loopback import is_loopback
 from kiln_common.model_folder import find_model_folder
 
@@ -144,9 +145,11 @@ def build_options(
     """Check everything that can be wrong before the first process starts; call it with the lock held.
 
     Raises:
-        PublicHostWithoutKeys, ModelNotFound, ModelFolderMissing, HubFailed, PortInUse: as named.
+        PublicHostWithoutKeys, ReservedModelId, ModelNotFound, ModelFolderMissing, HubFailed, PortInUse: as named.
     """
     check_host(host)
+    if served_model_name:
+        check_base_model_id(served_model_name)
     path, is_demo = resolve_model(model)
     check_port(host, port)
     return UpOptions(

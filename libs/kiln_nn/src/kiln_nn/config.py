@@ -12,7 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from kiln_nn.errors import InvalidModelConfig, ModelNotFound, UnsupportedModel
+from kiln_nn.errors import (
+    LASTING_FILE_ERRORS,
+    CheckpointNotRead,
+    InvalidModelConfig,
+    ModelNotFound,
+    UnsupportedModel,
+)
 
 LayerType = Literal["linear_attention", "full_attention"]
 
@@ -114,6 +120,7 @@ class ModelConfig:
 
         Raises:
             ModelNotFound: the folder has no config.json.
+            CheckpointNotRead: the file system failed.
             InvalidModelConfig, UnsupportedModel: as from_dict.
         """
         config = read_json(Path(folder) / "config.json")
@@ -175,13 +182,16 @@ def read_json(path: Path) -> dict[str, Any]:
 
     Raises:
         ModelNotFound, InvalidModelConfig: it is not there, or is none.
+        CheckpointNotRead: the file system failed.
     """
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ModelNotFound(f"{path} does not exist") from error
-    except (OSError, ValueError) as error:
+    except (*LASTING_FILE_ERRORS, ValueError) as error:
         raise InvalidModelConfig(f"{path} is not readable JSON: {error}") from error
+    except OSError as error:
+        raise CheckpointNotRead(f"{path} could not be read: {error}") from error
     if not isinstance(raw, dict):
         raise InvalidModelConfig(f"{path} is not a JSON object")
     return raw

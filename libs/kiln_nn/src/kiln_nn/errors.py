@@ -7,6 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+# Of the ways in which a file cannot be read, those that the next try would meet again. The rest (EIO, ESTALE,
+# ETIMEDOUT, ENFILE ...) are the file system's own troubles, which pass.
+LASTING_FILE_ERRORS = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
+
 
 class KilnNnError(Exception):
     """Base of everything kiln_nn raises on purpose."""
@@ -88,6 +92,13 @@ class CheckpointMismatch(CheckpointRefused):
 
     code = "checkpoint_mismatch"
     hint = "config.json and the weight files must come from the same dense Qwen3.5 checkpoint."
+
+
+class CheckpointNotRead(KilnNnError):
+    """The file system failed while the model's folder was read."""
+
+    code = "model_file_not_read"
+    hint = "Look at the disk or the network file system that holds the model's folder; what was read is not at fault."
 
 
 class ShareRefused(KilnNnError):

@@ -12,6 +12,7 @@ from pathlib import Path
 import structlog
 import torch
 
+from kiln_common.base_model_id import check_base_model_id
 from kiln_common.errors import KilnError
 from kiln_common.model_folder import find_model_folder
 from kiln_common.pb import engine_pb2
@@ -27,7 +28,7 @@ from kiln_engine.device_choice import (
 )
 from kiln_engine.domain.batch_sizes import decode_ladder
 from kiln_engine.domain.device_memory import DeviceMemory
-from kiln_engine.engine_info import engine_info
+from kiln_engine.engine_info import engine_info, model_id
 from kiln_engine.execution.free_memory import free_bytes_for_pools
 from kiln_engine.execution.memory_plan import MemoryPlan, MemoryRequest, NotEnoughMemory, plan_memory
 from kiln_engine.execution.runner import TorchRunner
@@ -66,7 +67,7 @@ class ModelNotLoaded(ConfigurationError):
 
 
 class WeightsNotPlaced(KilnError):
-    """The device or its driver did not take the weights now; code and hint say why."""
+    """The disk did not give the weights now, or the device did not take them; code and hint say why."""
 
     def __init__(self, error: KilnNnError) -> None:
         super().__init__(error.message, hint=error.hint)
@@ -121,8 +122,8 @@ def load_device_side(settings: EngineSettings) -> EngineParts:
     """Load the checkpoint, share its weights and allocate the pools. Takes as long as the disk does.
 
     Raises:
-        ModelFolderMissing, HubFailed, ModelNotLoaded, WeightsNotPlaced, NotEnoughMemory,
-            DeviceNotAvailable, SettingsContradict: with what is wrong and what to do.
+        ModelFolderMissing, HubFailed, ReservedModelId, ModelNotLoaded, WeightsNotPlaced,
+            NotEnoughMemory, DeviceNotAvailable, SettingsContradict: with what is wrong and what to do.
     """
     torch.set_num_threads(settings.num_threads)
     device = choose_device(settings.device)
@@ -155,10 +156,11 @@ def load_device_side(settings: EngineSettings) -> EngineParts:
 
 
 def _load_weights(settings: EngineSettings, device: torch.device) -> LoadedWeights:
-    """Raises ModelFolderMissing, HubFailed, ModelNotLoaded, WeightsNotPlaced."""
+    """Raises ModelFolderMissing, HubFailed, ReservedModelId, ModelNotLoaded, WeightsNotPlaced."""
     socket_path = settings.socket_dir / _SOCKET_NAME
     try:
         folder = find_model_folder(settings.model_path)
+        check_base_model_id(model_id(settings, folder))
         if device.type == "cuda" and not wait_for_old_leases(socket_path, settings.old_lease_wait_s):
             log.warning("old_weights_still_mapped", waited_s=settings.old_lease_wait_s)
         model = load_checkpoint(

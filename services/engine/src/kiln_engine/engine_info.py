@@ -53,11 +53,16 @@ def engine_info(
     )
 
 
+def model_id(settings: EngineSettings, folder: Path) -> str:
+    """The base model's id in the API."""
+    return settings.served_model_name or model_name(settings.model_path, folder)
+
+
 def _base_model(
     settings: EngineSettings, folder: Path, model: LoadedModel, limits: SchedulerLimits
 ) -> common_pb2.BaseModel:
     return common_pb2.BaseModel(
-        model_id=settings.served_model_name or model_name(settings.model_path, folder),
+        model_id=model_id(settings, folder),
         model_hash=model.manifest.model_hash,
         vocab_size=model.config.vocab_size,
         max_model_len=limits.max_num_tokens,

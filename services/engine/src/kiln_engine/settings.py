@@ -10,6 +10,7 @@ from typing import Literal
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from kiln_common.base_model_id import ServedModelName
 from kiln_common.rpc.client_listener import ClientListener
 from kiln_common.settings import LogLevel
 
@@ -24,7 +25,9 @@ class EngineSettings(ClientListener, BaseSettings):
     model_config = SettingsConfigDict(env_prefix="KILN_ENGINE_", frozen=True, protected_namespaces=())
 
     model_path: str = Field(description="checkpoint folder, or a hub id such as Qwen/Qwen3.5-4B")
-    served_model_name: str = Field("", description="the base model's id; empty takes the checkpoint's own")
+    served_model_name: ServedModelName = Field(
+        "", description="the base model's id; empty takes the checkpoint's own"
+    )
     listen: str = Field("127.0.0.1:8430", description="gRPC address: host:port or unix:/path")
     advertise_address: str = Field(
         "",

@@ -69,6 +69,7 @@ def create_app(settings: GatewaySettings, clients: Clients) -> FastAPI:
 
     Raises:
         ModelFolderMissing, HubFailed, TokenizerUnusable, TemplateUnusable: the model folder does not have what it needs.
+        ModelFileNotRead: the file system failed.
     """
     gateway = Gateway(settings, clients)
     evaluator = Evaluator(gateway, clients.evaluations, concurrency=settings.eval_concurrency)

@@ -16,6 +16,7 @@ from pydantic import (
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from kiln_common.api_keys import ApiKey
+from kiln_common.base_model_id import ServedModelName
 from kiln_common.loopback import is_loopback
 from kiln_common.settings import LogLevel
 
@@ -39,7 +40,9 @@ class GatewaySettings(BaseSettings):
         False, description="listen on an address other than loopback although no API keys are set"
     )
     model_path: str = Field(description="checkpoint folder or hub id: tokenizer and chat template")
-    served_model_name: str = Field("", description="the base model's id; empty takes the engine's own")
+    served_model_name: ServedModelName = Field(
+        "", description="the base model's id; empty takes the engine's own"
+    )
     engine_addresses: CommaSeparated = Field(
         ("127.0.0.1:8430",),
         description="gRPC addresses, comma separated; engines that announce themselves on Redis are found"

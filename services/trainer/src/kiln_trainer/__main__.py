@@ -9,6 +9,7 @@ import sys
 import structlog
 import torch
 
+from kiln_common.errors import KilnError
 from kiln_common.logs import configure_logs
 from kiln_common.rpc.tls import configure_tls
 from kiln_common.settings import EXIT_DEVICE, ConfigurationError, exit_for_configuration, read_settings
@@ -60,9 +61,13 @@ def main() -> None:
         os.nice(settings.cpu_niceness)  # threads started from here on inherit it
     try:
         configure_tls()
-        sys.exit(asyncio.run(serve(settings)))
+        code = asyncio.run(serve(settings))
     except ConfigurationError as error:
         exit_for_configuration(error)
+    except KilnError as error:
+        log.error("trainer_not_started", code=error.code, reason=str(error), hint=error.hint)
+        code = 1
+    sys.exit(code)
 
 
 if __name__ == "__main__":

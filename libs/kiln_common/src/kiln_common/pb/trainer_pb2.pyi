@@ -205,18 +205,20 @@ class OpdPrompt(_message.Message):
     def __init__(self, token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class OpdRollout(_message.Message):
-    __slots__ = ("prompt_token_ids", "completion_token_ids", "logprobs", "is_truncated", "source")
+    __slots__ = ("prompt_token_ids", "completion_token_ids", "logprobs", "is_truncated", "source", "adapter_version")
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     COMPLETION_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     IS_TRUNCATED_FIELD_NUMBER: _ClassVar[int]
     SOURCE_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_VERSION_FIELD_NUMBER: _ClassVar[int]
     prompt_token_ids: _containers.RepeatedScalarFieldContainer[int]
     completion_token_ids: _containers.RepeatedScalarFieldContainer[int]
     logprobs: _containers.RepeatedScalarFieldContainer[float]
     is_truncated: bool
     source: str
-    def __init__(self, prompt_token_ids: _Optional[_Iterable[int]] = ..., completion_token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ..., is_truncated: bool = ..., source: _Optional[str] = ...) -> None: ...
+    adapter_version: str
+    def __init__(self, prompt_token_ids: _Optional[_Iterable[int]] = ..., completion_token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ..., is_truncated: bool = ..., source: _Optional[str] = ..., adapter_version: _Optional[str] = ...) -> None: ...
 
 class OpdSpec(_message.Message):
     __slots__ = ("settings", "prompts", "rollouts")

@@ -24,25 +24,34 @@ class StopStringMatcher:
     def __init__(self, stop_strings: Sequence[str]) -> None:
         self._stops = tuple(stop_strings)
         self._held = ""
+        # Of the text held back, the leading characters that came too early to complete a stop string.
+        self._num_early = 0
         self.matched: str | None = None
         """The stop string that was found; nothing comes out after it."""
 
-    def push(self, text: str) -> str:
-        """The text that is certain to stand before any stop string."""
+    def push(self, text: str, *, is_early: bool = False) -> str:
+        """The text that is certain to stand before any stop string.
+
+        No stop string ends in text that `is_early`; one may begin there.
+        """
         if self.matched is not None:
             return ""
         if not self._stops:
             return text
         pending = self._held + text
-        position, stop = min(
-            ((pending.find(stop), stop) for stop in self._stops if stop in pending), default=(-1, "")
-        )
-        if position >= 0:
-            self.matched, self._held = stop, ""
+        num_early = len(pending) if is_early else self._num_early
+        if found := self._first_in(pending, num_early):
+            position, self.matched = found
+            self._held = ""
             return pending[:position]
-        num_held = longest_held_suffix(pending, self._stops)
-        self._held = pending[len(pending) - num_held :]
-        return pending[: len(pending) - num_held]
+        num_out = len(pending) - longest_held_suffix(pending, self._stops)
+        self._held, self._num_early = pending[num_out:], max(num_early - num_out, 0)
+        return pending[:num_out]
+
+    def _first_in(self, text: str, num_early: int) -> tuple[int, str] | None:
+        """Where the first stop string begins that ends behind `num_early` characters, and which it is."""
+        places = ((text.find(stop, max(num_early - len(stop) + 1, 0)), stop) for stop in self._stops)
+        return min(((place, stop) for place, stop in places if place >= 0), default=None)
 
     def finish(self) -> str:
         """The text still held back, now that nothing follows."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from kiln_common.errors import InvalidRequest
+from kiln_common.model_folder import LASTING_FILE_ERRORS, ModelFileNotRead
 from kiln_common.settings import ConfigurationError
 
 # Marked special in some vocabularies, but part of the text that parsers and clients read.
@@ -52,12 +53,16 @@ class TextTokenizer:
 
     @classmethod
     def load(cls, folder: Path) -> TextTokenizer:
-        """Read `folder`/tokenizer.json. Raises TokenizerUnusable."""
+        """Read `folder`/tokenizer.json. Raises TokenizerUnusable, ModelFileNotRead."""
         path = folder / "tokenizer.json"
-        if not path.is_file():
-            raise TokenizerUnusable(f"{path} does not exist")
         try:
-            tokenizer = Tokenizer.from_file(str(path))
+            tokenizer = Tokenizer.from_buffer(path.read_bytes())
+        except FileNotFoundError as error:
+            raise TokenizerUnusable(f"{path} does not exist") from error
+        except LASTING_FILE_ERRORS as error:
+            raise TokenizerUnusable(f"{path} cannot be read: {error}") from error
+        except OSError as error:
+            raise ModelFileNotRead(f"{path} could not be read: {error}") from error
         except Exception as error:  # the library has no class of its own for what it cannot read
             raise TokenizerUnusable(f"{path} cannot be read: {error}") from error
         return cls(tokenizer)

@@ -13,7 +13,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from kiln_nn.errors import (
+    LASTING_FILE_ERRORS,
     CheckpointMismatch,
+    CheckpointNotRead,
     CheckpointUnreadable,
     ModelNotFound,
     UnsafeCheckpoint,
@@ -64,6 +66,7 @@ def scan_folder(folder: Path) -> tuple[dict[str, StoredTensor], int]:
     Raises:
         ModelNotFound, UnsafeCheckpoint: there are no safetensors files.
         CheckpointUnreadable: a file or the index is damaged, or a shard is missing.
+        CheckpointNotRead: the file system failed.
         CheckpointMismatch: two stored tensors have the same canonical name.
     """
     stored: dict[str, StoredTensor] = {}
@@ -148,8 +151,10 @@ def _indexed_files(folder: Path) -> dict[Path, set[str]]:
             if Path(file_name).name != file_name:
                 raise ValueError(f"{file_name!r} is not a plain file name")
             promised.setdefault(folder / file_name, set()).add(stored_name)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (*LASTING_FILE_ERRORS, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointUnreadable(f"{folder / INDEX_FILE} is malformed: {error}") from error
+    except OSError as error:
+        raise CheckpointNotRead(f"{folder / INDEX_FILE} could not be read: {error}") from error
     for path in promised:
         if path.suffix != ".safetensors":
             raise UnsafeCheckpoint(f"{INDEX_FILE} names {path.name}, which is not a safetensors file")
@@ -160,11 +165,14 @@ def _indexed_files(folder: Path) -> dict[Path, set[str]]:
 
 def _read_header(path: Path) -> dict[str, StoredTensor]:
     try:
+        path.open("rb").close()  # safe_open calls whatever opening fails of a missing file
         with safe_open(path, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
             return {
                 name: StoredTensor(path, name, tuple(part.get_shape()), part.get_dtype())
                 for name, part in slices.items()
             }
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, *LASTING_FILE_ERRORS) as error:
         raise CheckpointUnreadable(f"{path.name} is not a readable safetensors file: {error}") from error
+    except OSError as error:
+        raise CheckpointNotRead(f"{path} could not be read: {error}") from error

@@ -78,6 +78,7 @@ def load_checkpoint(
         CheckpointMismatch: a tensor is missing, unexpected or misshapen.
         UnsupportedQuantization, InvalidQuantization: it is quantised in a way that is not read, or
             cannot be quantised as asked.
+        CheckpointNotRead: the file system failed.
         UnsafeCheckpoint, CheckpointUnreadable, ModelNotFound, UnsupportedModel,
         InvalidModelConfig, OutOfDeviceMemory: the message says what is wrong with what.
     """

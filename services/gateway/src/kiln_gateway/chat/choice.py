@@ -47,6 +47,7 @@ class PromptLogprob:
 class TextRules:
     """How a choice's text is taken apart.
 
+    `min_tokens` is how many tokens come before one that may complete a stop string.
     `parameter_schemas` is None where no tool calls are looked for; see ToolCallParser. With
     `has_grammar` thinking ends with its mark and nothing else, and `separator` follows; see
     ReasoningSplitter.
@@ -55,6 +56,7 @@ class TextRules:
     splits_reasoning: bool = False
     starts_in_reasoning: bool = False
     stop_strings: Sequence[str] = ()
+    min_tokens: int = 0
     parameter_schemas: Mapping[str, Mapping[str, Any]] | None = None
     allows_parallel_tool_calls: bool = True
     has_grammar: bool = False
@@ -88,6 +90,7 @@ class ChoiceAssembler:
         self._splitter = _splitter(rules) if rules.splits_reasoning else None
         self._num_answer_characters = 0
         self._stops = StopStringMatcher(rules.stop_strings)
+        self._min_tokens = rules.min_tokens
         self._tools = ToolCallParser(rules.parameter_schemas) if rules.parameter_schemas is not None else None
         self._allows_parallel_tool_calls = rules.allows_parallel_tool_calls
         self.tokens: list[TokenLogprob] = []
@@ -170,7 +173,8 @@ class ChoiceAssembler:
             for place, mark in split.marks:
                 self._tools.expect_mark(self._num_answer_characters + place, mark)
         self._num_answer_characters += len(split.answer)
-        self._take_answer(self._stops.push(split.answer), delta)
+        is_early = len(self.tokens) <= self._min_tokens
+        self._take_answer(self._stops.push(split.answer, is_early=is_early), delta)
         if self._stops.matched is not None and not self.is_finished:
             self._flush_tools(delta, is_complete=True)
             self._finish("stop")

@@ -56,7 +56,9 @@ class CompletionFields(Body):
     stop: StopStrings = Field(default_factory=list)
     stop_token_ids: Annotated[TokenIds, Field(max_length=1024)] | None = None
     min_tokens: Annotated[int, Field(ge=0)] | None = Field(
-        None, description="a grammar that has come to its end stops earlier"
+        None,
+        description="before so many tokens nothing in `stop` or `stop_token_ids` ends the answer, and no end token;"
+        " a grammar that has come to its end stops earlier",
     )
     ignore_eos: bool | None = None
     return_token_ids: bool | None = None

@@ -189,6 +189,9 @@ class GivenRollout(Body):
     finish_reason: FinishReason | None = Field(
         None, description="`length` is a truncated completion; a kept rollout knows its own"
     )
+    adapter_version: str | None = Field(
+        None, description="what drew it, name@version or base; a kept rollout knows its own"
+    )
 
     @model_validator(mode="after")
     def _has_one_form(self) -> GivenRollout:
@@ -216,7 +219,6 @@ class RolloutFields(GivenRollout):
 
     reward: Reward
     temperature: Annotated[float, Field(gt=0, le=2)] = 1.0
-    adapter_version: str | None = None
 
 
 def check_is_one_group(

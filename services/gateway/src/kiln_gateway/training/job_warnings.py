@@ -12,12 +12,13 @@ from kiln_common.pb import trainer_pb2
 def warnings_of(job: trainer_pb2.Job) -> list[dict[str, Any]]:
     """Objects with code, message and hint; none for most jobs.
 
-    Rewards teach a job about what it would answer itself: what its starting version drew, or an older
+    Rewards and teachers teach a job about what it would answer itself: what its starting version drew, or an older
     version of that name. Completions of another adapter, or of the base model where it starts from an
     adapter, are mostly a name mistaken: that a new name starts from the base model is easily forgotten
-    while another adapter answers.
+    while another adapter answers. A student may also be shown what its teacher wrote.
     """
     own_names, start = _start_of(job)
+    own_names |= _names_in(job.opd_settings.teacher)
     foreign = {label: count for label, count in job.sampled_by.items() if not _names_in(label) <= own_names}
     if not foreign:
         return []

@@ -137,6 +137,7 @@ class OpdSpecBuilder:
             logprobs=given.logprobs or [],
             is_truncated=given.finish_reason == "length",
             source="token_ids",
+            adapter_version=given.adapter_version or "",
         )
 
 
@@ -148,6 +149,7 @@ def _kept(rollout: Rollout) -> trainer_pb2.OpdRollout:
         logprobs=rollout.logprobs,
         is_truncated=rollout.finish_reason == "length",
         source="rollout",
+        adapter_version=rollout.adapter_version,
     )
 
 

@@ -7,6 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from kiln_common.pb import trainer_pb2
@@ -104,9 +105,10 @@ def submitted_fields(request: trainer_pb2.SubmitRequest, payload_sha256: str) ->
 
 
 def sampled_by(request: trainer_pb2.SubmitRequest) -> dict[str, int]:
-    """How many of a GRPO job's rollouts each adapter version drew, where that is known."""
-    rollouts = (rollout for group in request.grpo.groups for rollout in group.rollouts)
-    named = (rollout.adapter_version[:_MOST_SAMPLER_CHARS] for rollout in rollouts)
+    """How many of the rollouts that a job was given each adapter version drew, where that is known."""
+    scored = (rollout.adapter_version for group in request.grpo.groups for rollout in group.rollouts)
+    given = (rollout.adapter_version for rollout in request.opd.rollouts)
+    named = (version[:_MOST_SAMPLER_CHARS] for version in chain(scored, given))
     return dict(Counter(filter(None, named)).most_common(_MOST_SAMPLERS))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import platform
 from collections.abc import Callable, Iterator, Mapping
@@ -110,14 +109,14 @@ class TorchBackend:
     def environment(self) -> Mapping[str, str]:
         """Versions and the device; without weights there is no device yet."""
         found = {
-            "kiln": importlib.metadata.version("kiln-trainer"),
+            "kiln": _installed_version("kiln-trainer") or "unknown",
             "python": platform.python_version(),
             "torch": torch.__version__,
             "machine": platform.machine(),
             "num_threads": str(self._num_threads),
         }
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found["triton"] = importlib.metadata.version("triton")
+        if triton := _installed_version("triton"):
+            found["triton"] = triton
         if self._session is not None:
             device = self._session.device
             found["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
@@ -203,6 +202,14 @@ class TorchBackend:
         if self._share is None:
             self._share = self._make_share(session)
         return self._share
+
+
+def _installed_version(package: str) -> str:
+    """Its version; "" where it is not installed, as when it runs from a source tree on PYTHONPATH."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 @contextmanager

@@ -60,16 +60,22 @@ CONFIGS = {
 }
 # With many rows more programs beside each other are worth more than an early start.
 _MANY_ROWS = 128
+# The one launch holds a row's whole ring beside the state in registers: compiled for Hopper 172 of 255 with
+# pages up to 16, as it was timed, 231 with 32 and all 255 with 64.
+_MOST_PAGE_TOKENS_AT_ONCE = 16
 # Of a program that does everything: with more of them than a state has columns in pieces of four, the
 # compiler reads all else several times over.
 _WARPS_AT_ONCE = 4
 _MANY_ROWS_CONFIG = replace(CONFIGS[torch.bfloat16], num_stages=2, max_registers=72, is_dependent=False)
 
 
-def choose(num_rows: int, state_dtype: torch.dtype) -> StepConfig:
-    """The measured choice: for each format of the state, and on Hopper for many rows of bf16 states."""
+def choose(num_rows: int, state_dtype: torch.dtype, page_tokens: int) -> StepConfig:
+    """The measured choice: for each format of the state, on Hopper for many rows of bf16 states, and two
+    launches for pages with which one was not timed."""
     if state_dtype is torch.bfloat16 and num_rows >= _MANY_ROWS:
         return _MANY_ROWS_CONFIG
+    if page_tokens > _MOST_PAGE_TOKENS_AT_ONCE:
+        return replace(CONFIGS[state_dtype], most_rows_at_once=0)
     return CONFIGS[state_dtype]
 
 
@@ -132,7 +138,7 @@ def delta_decode(
 ) -> torch.Tensor:
     """One launch or two, and one that commits; the arguments are the package's and within `supports`."""
     num_rows = rows.num_rows
-    config = config or choose(num_rows, memory.state_SHKV.dtype)
+    config = config or choose(num_rows, memory.state_SHKV.dtype, memory.page_tokens)
     out_RHV = torch.empty(z_RHV.shape, dtype=z_RHV.dtype, device=z_RHV.device)
     if num_rows == 0:
         return out_RHV
