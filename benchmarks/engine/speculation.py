@@ -101,9 +101,9 @@ def measure(spine: Spine, batch: int, options: argparse.Namespace) -> dict[str, 
 
 
 def learned_costs_ms(spine: Spine, batch: int) -> list[float]:
-    """What the policy takes steps of 0, 1, ... drafts to cost, the longest perhaps a guess."""
+    """What the policy takes steps of 0, 1, ... drafts to cost; infinite where nothing like it was measured."""
     policy = spine.speculator and spine.speculator._policy
-    seconds = policy._costs.seconds(batch) if policy else None
+    seconds = policy._costs.seconds(batch, policy._costs.max_drafts) if policy else None
     return [1e3 * each for each in seconds or ()]
 
 
