@@ -141,10 +141,10 @@ def parts_ms(spine: Spine, batch: int, max_tokens: int, made_up: MadeUpDrafts) -
 
 def _first_draft(drafts: DraftPass) -> None:
     """One draft, always that of the first place: there is no room for as many as are timed."""
-    for number in (drafts._column_R, drafts._place):
+    for number in (drafts.rows.column_R, drafts.rows.place_R):
         number.zero_()
     drafts.run_step()
-    drafts._positions_R -= 1
+    drafts.rows.positions_R.sub_(1)
 
 
 @torch.inference_mode()

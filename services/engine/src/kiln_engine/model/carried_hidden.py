@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from kiln_nn.config import ModelConfig
+from kiln_nn.kernels.draft_rows import DraftRows, VerifiedRows, begin_drafts_
 from kiln_nn.kernels.joined_inputs import IN_PASS, NOT_KEPT, CarriedLines
 
 __all__ = ["IN_PASS", "NOT_KEPT", "CarriedHidden", "carried_slot_bytes"]
@@ -58,3 +59,7 @@ class CarriedHidden:
     def accept(self, slots_R: torch.Tensor, num_lines_R: torch.Tensor) -> None:
         """The first `num_lines_R` lines of each row, one or more, turned out to be its sequence's tokens."""
         self._line_S[slots_R] = num_lines_R - 1
+
+    def begin_drafts(self, rows: DraftRows, verified: VerifiedRows) -> None:
+        """The same, with `rows` going on behind those lines: see `begin_drafts_`."""
+        begin_drafts_(rows, verified, self._lines_SND, self._line_S)

@@ -25,6 +25,7 @@ from kiln_engine.model.page_table import PageTable
 from kiln_engine.model.step_layout import StepLayout
 from kiln_nn.blocks import Weights
 from kiln_nn.config import ModelConfig
+from kiln_nn.kernels.draft_rows import draft_places
 from kiln_nn.kernels.joined_inputs import CarriedLines, joined_inputs
 from kiln_nn.kernels.paged_attention import paged_decode_attention
 from kiln_nn.kernels.qk_norm_rope_write import qk_norm_rope_write
@@ -118,13 +119,14 @@ class MtpLayer:
         )
         q, gate = q_and_gate.view(-1, num_heads, 2, width).unbind(2)
         k, v = k.view(-1, num_kv_heads, width), v.view(-1, num_kv_heads, width)
-        has_room = positions_R < places.limits_R
-        slots_R = torch.where(has_room, self._token_slots(positions_R, places.table_rows_R), -1)
+        slots_R, context_lengths_R = draft_places(
+            positions_R, places.limits_R, places.table_rows_R, self._pages.lines_SM, self._page_tokens
+        )
         attended = paged_decode_attention(
             self._write_and_rotate(q, k, v, positions_R, slots_R),
             *self._caches,
             self._pages.lines_SM,
-            torch.where(has_room, positions_R + 1, 0),
+            context_lengths_R,
             width**-0.5,
             gate_RHD=gate,
             table_rows_R=places.table_rows_R,
@@ -186,11 +188,6 @@ class MtpLayer:
             token_slots_T,
             *self._caches,
         )
-
-    def _token_slots(self, positions_R: torch.Tensor, table_rows_R: torch.Tensor) -> torch.Tensor:
-        lines_SM = self._pages.lines_SM
-        page_R = (positions_R // self._page_tokens).clamp(0, lines_SM.shape[1] - 1)
-        return lines_SM[table_rows_R, page_R].long() * self._page_tokens + positions_R % self._page_tokens
 
     def _norm(self, x_TD: torch.Tensor, name: str) -> torch.Tensor:
         return rms_norm(x_TD, self._weights[f"{name}.weight"], self._config.rms_norm_eps, offset=1.0)
