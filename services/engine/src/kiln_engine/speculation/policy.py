@@ -52,7 +52,7 @@ class DraftPolicy:
         # Sizes and lengths that are not new any more; the first look at one is free, as this one may be.
         self._seen: set[tuple[int, int]] = set()
         self._is_free = False
-        # Of the last step: whether it was plain, and all of its rows decoded; whether it drafted.
+        # Of the last step: whether it was plain and nothing else, and whether it drafted.
         self._was_plain = self._was_drafting = False
         # Tokens a second of the best that was known at the last choice, and whether the last step is charged.
         self._best_speed = math.inf
@@ -109,7 +109,7 @@ class DraftPolicy:
 
     def pass_over(self) -> None:
         """Take in a step that did something else besides, so that its time tells nothing."""
-        self._was_plain = False
+        self._was_plain = self._is_charged = False
         if self._looked_at is not None:
             self._count_down(is_looked_at=False)
 

@@ -6,6 +6,8 @@ launch costs as much as the layer's smallest matrix.
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 
 from kiln_nn.kernels.checks import check_shape
@@ -61,7 +63,8 @@ def draft_places(
     `lines_SM` are pages by line of the table. Where a row has no room for it, they are -1 and 0.
     """
     args = (positions_R, room_R, table_rows_R, lines_SM)
-    return _implementation(*args).draft_places(*args, page_tokens)
+    places: tuple[torch.Tensor, torch.Tensor] = _implementation(*args).draft_places(*args, page_tokens)
+    return places
 
 
 def end_draft_(rows: DraftRows, hidden_RD: torch.Tensor, ids_SK: torch.Tensor) -> None:
@@ -73,7 +76,7 @@ def end_draft_(rows: DraftRows, hidden_RD: torch.Tensor, ids_SK: torch.Tensor) -
     _implementation(rows.token_ids_R, hidden_RD, ids_SK).end_draft_(rows, hidden_RD, ids_SK)
 
 
-def _implementation(*tensors: torch.Tensor):  # type: ignore[no-untyped-def]
+def _implementation(*tensors: torch.Tensor) -> ModuleType:
     """The kernels where these tensors are on a GPU; they take any formats."""
     if takes_triton(*tensors) and all(tensor.stride(-1) == 1 for tensor in tensors):
         from kiln_nn.kernels.draft_rows import triton
