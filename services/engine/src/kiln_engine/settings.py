@@ -53,6 +53,11 @@ class EngineSettings(ClientListener, BaseSettings):
     cuda_graphs: bool = Field(
         True, description="capture steps as CUDA graphs at start, without which they are launched (GPU)"
     )
+    compile_threads: NonNegativeInt = Field(
+        0,
+        description="threads that compile kernels at the first start on a kind of GPU; 0: as many as the cores"
+        " it may use, up to 16; 1: kernels are compiled one after another as they are met (GPU)",
+    )
     batch_invariant: bool = Field(
         False,
         description="give a seeded request the same tokens, to the bit, alone and in any batch; slower:"
