@@ -101,9 +101,9 @@ def measure(spine: Spine, batch: int, options: argparse.Namespace) -> dict[str, 
 
 
 def learned_costs_ms(spine: Spine, batch: int) -> list[float]:
-    """What the policy takes steps of 0, 1, ... drafts to cost, the longest perhaps a guess."""
+    """What the policy takes steps of 0, 1, ... drafts to cost; infinite where nothing like it was measured."""
     policy = spine.speculator and spine.speculator._policy
-    seconds = policy._costs.seconds(batch) if policy else None
+    seconds = policy._costs.seconds(batch, policy._costs.max_drafts) if policy else None
     return [1e3 * each for each in seconds or ()]
 
 
@@ -141,10 +141,10 @@ def parts_ms(spine: Spine, batch: int, max_tokens: int, made_up: MadeUpDrafts) -
 
 def _first_draft(drafts: DraftPass) -> None:
     """One draft, always that of the first place: there is no room for as many as are timed."""
-    for number in (drafts._column_R, drafts._place):
+    for number in (drafts.rows.column_R, drafts.rows.place_R):
         number.zero_()
     drafts.run_step()
-    drafts._positions_R -= 1
+    drafts.rows.positions_R.sub_(1)
 
 
 @torch.inference_mode()

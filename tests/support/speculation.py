@@ -70,15 +70,16 @@ class DraftingRows:
         if (verified, drafted) not in self._seen:
             self._seen.add((verified, drafted))
             measured *= self.first
+        self.policy.observe(len(self.rows), verified, drafted, measured)
         for index, (row, length) in enumerate(zip(self.rows, verifying, strict=True)):
             num_accepted = 0
             while num_accepted < length and self._rng.random() < self.acceptance[index]:
                 num_accepted += 1
             if length:
                 row.observe(length, num_accepted)
+                self.policy.gain(num_accepted)
             self.num_tokens += 1 + num_accepted
             self.tokens_by_row[index] += 1 + num_accepted
-        self.policy.observe(len(self.rows), verified, drafted, measured)
         self.steps_by_length[drafted] += 1
         self.seconds += seconds
         self.num_steps += 1

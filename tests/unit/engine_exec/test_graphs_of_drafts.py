@@ -15,10 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kiln_engine.execution import drafting
 from kiln_engine.execution.drafting import DraftPass
 from kiln_engine.execution.sampled_ids import DraftIds, SampledIds
-from kiln_engine.execution.verifying import accept
 from kiln_engine.model.carried_hidden import IN_PASS, NOT_KEPT, CarriedHidden
 from kiln_engine.model.store_shape import StoreShape
 from kiln_engine.model.verify_layout import verify_layout, verify_numbers
+from kiln_nn.kernels.draft_rows import accept_lines
+from kiln_nn.kernels.joined_inputs import joined_inputs
 from tests.unit.engine_exec.test_verifying import make_row
 
 CPU, WIDTH, NUM_SLOTS, MAX_DRAFTS = torch.device("cpu"), 8, 4, 3
@@ -69,12 +70,13 @@ def test_hidden_states_are_carried_without_the_host():
     carried, slots = CarriedHidden(NUM_SLOTS, 4, WIDTH, torch.float32, CPU), torch.tensor([1, -1])
     before = torch.tensor([2, IN_PASS, NOT_KEPT])
     lines, counts = torch.rand(2, 3, WIDTH), torch.tensor([2, 1])
+    embedding, norm = torch.rand(5, WIDTH), torch.rand(WIDTH)
     with AsCaptured():
         carried.keep_lines(slots, lines)
         carried.accept(slots, counts)
         second = carried.last(slots)[0].clone()
         carried.keep(slots, lines[:, 2])
-        carried.before(before, lines[0])
+        joined_inputs(embedding, before.abs(), lines[0], norm, norm, 1e-6, carried=carried.before(before))
     assert second.equal(lines[0, 1])
     assert carried.last(slots)[0].equal(lines[0, 2])
 
@@ -96,7 +98,7 @@ def test_tokens_are_fed_accepted_and_drafted_without_the_host(monkeypatch):
     with AsCaptured():
         draft_ids.feed_lines_(verify.token_ids_RN, verify.delta.ring_slots_R)
         sampled_ids.keep_rows(verify.live_slots_R, drawn[:, 0])
-        accepted = accept(verify.token_ids_RN, drawn, verify.num_new_R)
+        accepted = accept_lines(verify.token_ids_RN, drawn, verify.num_new_R)
         drafts.begin(verify, drawn, accepted)
         drafts.run([row])
     # The 5 was drawn and the 9 was not; the state of the second line goes on.

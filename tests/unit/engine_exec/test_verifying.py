@@ -12,7 +12,8 @@ from kiln_engine.domain import RowSampling, SamplingParams, VerifyRow
 from kiln_engine.domain.output_rules import Allowance
 from kiln_engine.execution.sampled_ids import DraftIds
 from kiln_engine.execution.sampler import sample
-from kiln_engine.execution.verifying import accept, line_samplings, needs_drafts_on_host
+from kiln_engine.execution.verifying import line_samplings, needs_drafts_on_host
+from kiln_nn.kernels.draft_rows import accept_lines
 
 VOCAB_SIZE = 6
 NUM_SEEDS = 3000
@@ -39,7 +40,7 @@ def test_a_row_stands_as_far_as_its_lines_drew_the_drafts():
     tokens = torch.tensor([[0, 1, 2, 3], [0, 1, 2, 3], [0, 1, 2, 3], [0, 1, 2, 3]])
     drawn = torch.tensor([[1, 2, 3, 9], [1, 9, 3, 9], [9, 2, 3, 9], [1, 2, 3, 9]])
     # The last row has three lines: what stands in its fourth is no draft.
-    accepted = accept(tokens, drawn, torch.tensor([4, 4, 4, 3]))
+    accepted = accept_lines(tokens, drawn, torch.tensor([4, 4, 4, 3]))
     assert accepted.tolist() == [4, 2, 1, 3]
 
 
@@ -128,7 +129,7 @@ def speculate(kind: str, temperature: float, num_tokens: int) -> list[tuple[int,
             for line in range(4)
         ]
         drawn_RN = sample(LOGITS[tokens_RN.flatten()], rows).token_ids_R.view(-1, 4)
-        accepted = accept(tokens_RN, drawn_RN, torch.full((NUM_SEEDS,), 4)).tolist()
+        accepted = accept_lines(tokens_RN, drawn_RN, torch.full((NUM_SEEDS,), 4)).tolist()
         num_guessed += 3 * NUM_SEEDS
         num_right += sum(accepted) - NUM_SEEDS
         for answer, drawn, count in zip(answers, drawn_RN.tolist(), accepted, strict=True):

@@ -10,17 +10,17 @@ from kiln_engine.speculation.acceptance import AcceptanceBook, AcceptanceRates, 
 def test_places_behind_the_first_rejected_draft_tell_nothing():
     rates = AcceptanceRates([0.5, 0.5, 0.5, 0.5])
     rates.observe(num_proposed=3, num_accepted=1)
-    assert rates.rates == (pytest.approx(0.6), pytest.approx(0.4), 0.5, 0.5)
+    assert rates.rates == (pytest.approx(5 / 9), pytest.approx(4 / 9), 0.5, 0.5)
 
 
 def test_what_all_drafts_passed_raises_every_place_that_was_proposed():
     rates = AcceptanceRates([0.5, 0.5, 0.5])
     rates.observe(num_proposed=2, num_accepted=2)
-    assert rates.rates == (pytest.approx(0.6), pytest.approx(0.6), 0.5)
+    assert rates.rates == (pytest.approx(5 / 9), pytest.approx(5 / 9), 0.5)
 
 
 def test_chances_multiply():
-    assert AcceptanceRates([0.8, 0.5, 0.5]).chances() == pytest.approx([0.8, 0.4, 0.2])
+    assert AcceptanceRates([0.8, 0.5, 0.5]).chances == pytest.approx((0.8, 0.4, 0.2))
 
 
 def test_estimates_come_close_to_the_truth_and_follow_it():

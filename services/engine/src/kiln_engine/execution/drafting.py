@@ -26,13 +26,13 @@ from kiln_engine.model import Linears, copy_to
 from kiln_engine.model.linears import BaseMatrices
 from kiln_engine.model.mtp_layer import DraftPlaces, MtpLayer
 from kiln_engine.model.verify_layout import VerifyLayout
+from kiln_nn.kernels.draft_rows import DraftRows, VerifiedRows, end_draft_
 from kiln_nn.kernels.sample import draw_tokens
 from kiln_nn.kernels.sample.settings import (
     NUM_DRAWN_FIELDS,
     NUM_EDIT_FIELDS,
     NUM_ROW_FIELDS,
     PADDING,
-    UNIFORM,
 )
 
 
@@ -78,19 +78,24 @@ class DraftPass:
         device = draft_ids.ids_SK.device
         # A row that verifies as many as it may has all of them before it, and as many behind.
         self._num_uniforms = 2 * draft_ids.ids_SK.shape[1]
-        self._numbers_RF = torch.from_numpy(draft_numbers((), capacity, self._num_uniforms)).to(device)
-        self._settings_RF = self._numbers_RF[:, :NUM_ROW_FIELDS].contiguous()
-        self._edits_EF = self._settings_RF.new_empty(0, NUM_EDIT_FIELDS)
-        self._token_ids_R = torch.zeros(capacity, dtype=torch.long, device=device)
-        self._drawn_RF = self._settings_RF.new_empty(capacity, NUM_DRAWN_FIELDS)
-        self._positions_R = torch.zeros_like(self._token_ids_R)
-        self._slots_R = torch.full_like(self._token_ids_R, -1)
-        self._table_rows_R = torch.zeros_like(self._token_ids_R)
-        self._room_R = torch.zeros_like(self._token_ids_R)
-        # Of the next draft: its random number, and its place among the drafts.
-        self._column_R = torch.zeros_like(self._token_ids_R)
-        self._place = torch.zeros(1, dtype=torch.long, device=device)
-        self._hidden_RD = layer.carried.last(self._slots_R)
+        numbers_RF = torch.from_numpy(draft_numbers((), capacity, self._num_uniforms)).to(device)
+        settings_RF = numbers_RF[:, :NUM_ROW_FIELDS].contiguous()
+        self._edits_EF = settings_RF.new_empty(0, NUM_EDIT_FIELDS)
+        self._drawn_RF = settings_RF.new_empty(capacity, NUM_DRAWN_FIELDS)
+        slots_R = torch.full((capacity,), -1, dtype=torch.long, device=device)
+        zeros = partial(torch.zeros_like, slots_R)
+        self.rows = DraftRows(
+            token_ids_R=zeros(),
+            positions_R=zeros(),
+            hidden_RD=layer.carried.last(slots_R),
+            slots_R=slots_R,
+            table_rows_R=zeros(),
+            room_R=zeros(),
+            column_R=zeros(),
+            place_R=zeros(),
+            settings_RF=settings_RF,
+            numbers_RF=numbers_RF,
+        )
         # `step`, or a graph of it.
         self.run_step: Callable[[], object] = self.step
 
@@ -101,7 +106,7 @@ class DraftPass:
     def send(self, rows: Sequence[VerifyRow]) -> None:
         """Bring the settings of these rows, in the order of the verification."""
         numbers = draft_numbers(rows, self._capacity, self._num_uniforms)
-        copy_to(self._numbers_RF, torch.from_numpy(numbers))
+        copy_to(self.rows.numbers_RF, torch.from_numpy(numbers))
         if self._adapter_rows is not None:
             self._adapter_rows.fill_(BatchPlan(0, verify_rows=tuple(rows)), num_lines=1)
 
@@ -111,22 +116,15 @@ class DraftPass:
         The verification may have fewer rows than there is room for.
         """
         count = accepted_R.shape[0]
-        carried, last_R1 = self._layer.carried, (accepted_R - 1)[:, None]
-        slots_R = verify.live_slots_R[:count]
-        carried.accept(slots_R, accepted_R)
-        # A number that is assigned would come from the host: no graph holds that.
-        self._slots_R[count:].fill_(-1)
-        self._room_R[count:].zero_()
-        self._column_R[count:].zero_()
-        self._token_ids_R[:count] = drawn_RN.gather(1, last_R1)[:, 0]
-        self._positions_R[:count] = verify.positions_T[:: verify.num_lines][:count] + accepted_R
-        self._slots_R[:count] = slots_R
-        self._table_rows_R[:count] = verify.table_rows_T[:: verify.num_lines][:count]
-        self._room_R[:count] = verify.room_R[:count]
-        self._column_R[:count] = last_R1[:, 0]
-        self._hidden_RD[:count] = carried.last(slots_R)
-        self._settings_RF.copy_(self._numbers_RF[:, :NUM_ROW_FIELDS])
-        self._place.zero_()
+        verified = VerifiedRows(
+            drawn_RN=drawn_RN,
+            accepted_R=accepted_R,
+            positions_T=verify.positions_T,
+            table_rows_T=verify.table_rows_T,
+            slots_R=verify.live_slots_R[:count],
+            room_R=verify.room_R[:count],
+        )
+        self._layer.carried.begin_drafts(self.rows, verified)
 
     def run(self, rows: Sequence[VerifyRow], linears: Linears | None = None) -> None:
         """Make as many drafts as one of the rows wants; `linears` with the adapters of these rows, if given."""
@@ -136,22 +134,13 @@ class DraftPass:
 
     def step(self, linears: Linears | None = None) -> None:
         """Draw every row's next draft, and keep it for the row's next step."""
-        layer, linears = self._layer, linears or self._linears
-        places = DraftPlaces(self._table_rows_R, self._room_R)
-        hidden_RD = layer.forward(self._token_ids_R, self._hidden_RD, self._positions_R, places, linears)
+        layer, linears, rows = self._layer, linears or self._linears, self.rows
+        places = DraftPlaces(rows.table_rows_R, rows.room_R)
+        hidden_RD = layer.forward(rows.token_ids_R, rows.hidden_RD, rows.positions_R, places, linears)
         logits_RV = layer.logits(hidden_RD, linears, self._num_tokens)
-        uniforms_RU = self._numbers_RF[:, NUM_ROW_FIELDS:]
-        self._settings_RF[:, UNIFORM] = uniforms_RU.gather(1, self._column_R[:, None])[:, 0]
-        draw_tokens(
-            logits_RV,
-            self._settings_RF,
-            self._edits_EF,
-            out=(self._token_ids_R, self._drawn_RF),
-        )
-        self._draft_ids.ids_SK[self._slots_R, self._place] = self._token_ids_R
-        self._hidden_RD.copy_(hidden_RD)
-        for number in (self._positions_R, self._column_R, self._place):
-            number += 1
+        out = rows.token_ids_R, self._drawn_RF
+        draw_tokens(logits_RV, rows.settings_RF, self._edits_EF, out=out)
+        end_draft_(rows, hidden_RD, self._draft_ids.ids_SK)
 
 
 class Drafter:

@@ -21,7 +21,7 @@ from kiln_engine.execution.sampled_ids import DraftIds, SampledIds
 from kiln_engine.execution.sampler import PendingDraws, Sampler, sample
 from kiln_engine.execution.step_graphs import PREFILL_CHUNKS, StepGraphs
 from kiln_engine.execution.token_masks import compile_masks
-from kiln_engine.execution.verifying import PendingVerify, accept, line_samplings, needs_drafts_on_host
+from kiln_engine.execution.verifying import PendingVerify, line_samplings, needs_drafts_on_host
 from kiln_engine.execution.warm_up import warm_up
 from kiln_engine.model import KvStore, Linears, PagedModel, PrefillCapacity, StateStore
 from kiln_engine.model.carried_hidden import CarriedHidden
@@ -30,6 +30,7 @@ from kiln_engine.model.prefill_layout import prefill_numbers
 from kiln_engine.model.step_layout import join_layouts
 from kiln_nn.blocks import Weights
 from kiln_nn.config import ModelConfig
+from kiln_nn.kernels.draft_rows import accept_lines
 from kiln_nn.kernels.quantised import QuantisedMatrix
 
 _Rows = list[tuple[int, RowSampling]]
@@ -286,7 +287,7 @@ class TorchRunner:
         samplings = line_samplings(plan.verify_rows, guessed, verify.num_lines)
         draws = sample(logits_TV, samplings)
         drawn_RN = draws.token_ids_R.view(-1, verify.num_lines)
-        accepted_R = accept(verify.token_ids_RN, drawn_RN, verify.num_new_R)
+        accepted_R = accept_lines(verify.token_ids_RN, drawn_RN, verify.num_new_R)
         step.add_verified(PendingVerify(plan.verify_rows, verify.num_lines, draws, accepted_R))
         if self._drafter is not None:
             drafts = self._drafter.of(len(plan.verify_rows))

@@ -12,10 +12,11 @@ import torch
 from kiln_engine.domain.plan import BatchPlan
 from kiln_engine.execution.captured_step import CapturedStep, GraphParts
 from kiln_engine.execution.drafting import DraftPass
-from kiln_engine.execution.verifying import PendingVerify, accept, line_samplings
+from kiln_engine.execution.verifying import PendingVerify, line_samplings
 from kiln_engine.model import Linears, copy_to
 from kiln_engine.model.step_layout import lines_layout
 from kiln_engine.model.verify_layout import VerifyLayout, verify_layout, verify_numbers
+from kiln_nn.kernels.draft_rows import accept_lines
 
 
 def verify_ladder(max_rows: int, num_most_lines: int, max_draft_tokens: int) -> dict[int, list[int]]:
@@ -52,8 +53,8 @@ class _CapturedVerify(CapturedStep):
         verify = self._verify
         drawn_RN = token_ids_R.view(-1, verify.num_lines)
         num_rows = drawn_RN.shape[0]
-        accepted_R = accept(verify.token_ids_RN[:num_rows], drawn_RN, verify.num_new_R[:num_rows])
-        self.accepted_R[:num_rows] = accepted_R
+        accepted_R = self.accepted_R[:num_rows]
+        accept_lines(verify.token_ids_RN[:num_rows], drawn_RN, verify.num_new_R[:num_rows], accepted_R)
         if self.drafts is not None:
             self.drafts.begin(verify, drawn_RN, accepted_R)
 

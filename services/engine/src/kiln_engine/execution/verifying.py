@@ -20,16 +20,6 @@ from kiln_engine.execution.sampler import PendingDraws
 _PADDING = RowSampling(SamplingParams(temperature=0.0), output_index=0)
 
 
-def accept(token_ids_RN: torch.Tensor, drawn_RN: torch.Tensor, num_new_R: torch.Tensor) -> torch.Tensor:
-    """How many lines of each row stand, `[R]`: the first, and each whose token the line before drew.
-
-    `num_new_R` lines of a row are in use. A graph can hold it.
-    """
-    places = torch.arange(1, token_ids_RN.shape[1], device=token_ids_RN.device)
-    is_drawn = (drawn_RN[:, :-1] == token_ids_RN[:, 1:]) & (places < num_new_R[:, None])
-    return 1 + is_drawn.long().cumprod(1).sum(1)
-
-
 def needs_drafts_on_host(row: VerifyRow) -> bool:
     """Whether the draws behind the drafts depend on which they are, and only the device knows that."""
     if row.draft_token_ids is not None:

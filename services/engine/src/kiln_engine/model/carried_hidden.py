@@ -8,11 +8,10 @@ from __future__ import annotations
 import torch
 
 from kiln_nn.config import ModelConfig
+from kiln_nn.kernels.draft_rows import DraftRows, VerifiedRows, begin_drafts_
+from kiln_nn.kernels.joined_inputs import IN_PASS, NOT_KEPT, CarriedLines
 
-# The token before is the one before it in the same pass.
-IN_PASS = -2
-# The token before has no hidden state at hand: it is taken for zeros.
-NOT_KEPT = -1
+__all__ = ["IN_PASS", "NOT_KEPT", "CarriedHidden", "carried_slot_bytes"]
 
 
 def carried_slot_bytes(config: ModelConfig, max_draft_tokens: int, dtype: torch.dtype) -> int:
@@ -39,13 +38,9 @@ class CarriedHidden:
     def num_bytes(self) -> int:
         return self._lines_SND.nbytes + self._line_S.nbytes
 
-    def before(self, slots_T: torch.Tensor, hidden_TD: torch.Tensor) -> torch.Tensor:
-        """The hidden state of the token before each of a pass, `[T, D]`.
-
-        `hidden_TD` are those of the pass; `slots_T` says where to look: a live slot, IN_PASS, NOT_KEPT.
-        """
-        known_TD = torch.where((slots_T == IN_PASS)[:, None], hidden_TD.roll(1, 0), 0)
-        return torch.where((slots_T >= 0)[:, None], self.last(slots_T.clamp_min(-1)), known_TD)
+    def before(self, slots_T: torch.Tensor) -> CarriedLines:
+        """Where the hidden state of the token before each of a pass is: a live slot, IN_PASS, NOT_KEPT."""
+        return CarriedLines(self._lines_SND, self._line_S, slots_T)
 
     def last(self, slots_R: torch.Tensor) -> torch.Tensor:
         """The hidden state that the slots' sequences left, `[R, D]`."""
@@ -64,3 +59,7 @@ class CarriedHidden:
     def accept(self, slots_R: torch.Tensor, num_lines_R: torch.Tensor) -> None:
         """The first `num_lines_R` lines of each row, one or more, turned out to be its sequence's tokens."""
         self._line_S[slots_R] = num_lines_R - 1
+
+    def begin_drafts(self, rows: DraftRows, verified: VerifiedRows) -> None:
+        """The same, with `rows` going on behind those lines: see `begin_drafts_`."""
+        begin_drafts_(rows, verified, self._lines_SND, self._line_S)

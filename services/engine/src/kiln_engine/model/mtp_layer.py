@@ -23,12 +23,15 @@ from kiln_engine.model.carried_hidden import CarriedHidden
 from kiln_engine.model.linears import Linears
 from kiln_engine.model.page_table import PageTable
 from kiln_engine.model.step_layout import StepLayout
-from kiln_nn.blocks import Weights, embed
+from kiln_nn.blocks import Weights
 from kiln_nn.config import ModelConfig
+from kiln_nn.kernels.draft_rows import draft_places
+from kiln_nn.kernels.joined_inputs import CarriedLines, joined_inputs
 from kiln_nn.kernels.paged_attention import paged_decode_attention
 from kiln_nn.kernels.qk_norm_rope_write import qk_norm_rope_write
 from kiln_nn.kernels.rms_norm import add_rms_norm, rms_norm
 from kiln_nn.kernels.rotary import inverse_frequencies
+from kiln_nn.weights.names import EMBEDDING
 
 _PREFIX = "mtp.layers.0"
 # The entry of a sequence's first token would need a token before it.
@@ -79,8 +82,9 @@ class MtpLayer:
 
         `hidden_TD` are the main model's, of the kind that the layer reads.
         """
-        before_TD = self.carried.before(layout.carried_slots_T, hidden_TD)
-        x = self._norm(self._joined(layout.token_ids_T, before_TD, linears), f"{_PREFIX}.input_layernorm")
+        before = self.carried.before(layout.carried_slots_T)
+        joined_TD = self._joined(layout.token_ids_T, hidden_TD, linears, before)
+        x = self._norm(joined_TD, f"{_PREFIX}.input_layernorm")
         num_kv_heads, width = self._config.num_kv_heads, self._config.head_dim
         k, v = linears.apply(f"{_PREFIX}.self_attn.kv_proj", x).view(-1, 2, num_kv_heads, width).unbind(1)
         # Nobody asks anything here: the keys stand in for the queries.
@@ -115,13 +119,14 @@ class MtpLayer:
         )
         q, gate = q_and_gate.view(-1, num_heads, 2, width).unbind(2)
         k, v = k.view(-1, num_kv_heads, width), v.view(-1, num_kv_heads, width)
-        has_room = positions_R < places.limits_R
-        slots_R = torch.where(has_room, self._token_slots(positions_R, places.table_rows_R), -1)
+        slots_R, context_lengths_R = draft_places(
+            positions_R, places.limits_R, places.table_rows_R, self._pages.lines_SM, self._page_tokens
+        )
         attended = paged_decode_attention(
             self._write_and_rotate(q, k, v, positions_R, slots_R),
             *self._caches,
             self._pages.lines_SM,
-            torch.where(has_room, positions_R + 1, 0),
+            context_lengths_R,
             width**-0.5,
             gate_RHD=gate,
             table_rows_R=places.table_rows_R,
@@ -143,12 +148,24 @@ class MtpLayer:
         normed = hidden_RD if self.reads_normed else self._norm(hidden_RD, "mtp.norm")
         return linears.head(normed, num_tokens=num_tokens)
 
-    def _joined(self, token_ids_T: torch.Tensor, hidden_TD: torch.Tensor, linears: Linears) -> torch.Tensor:
-        parts = (
-            self._norm(embed(self._weights, token_ids_T), "mtp.pre_fc_norm_embedding"),
-            self._norm(hidden_TD, "mtp.pre_fc_norm_hidden"),
+    def _joined(
+        self,
+        token_ids_T: torch.Tensor,
+        hidden_TD: torch.Tensor,
+        linears: Linears,
+        before: CarriedLines | None = None,
+    ) -> torch.Tensor:
+        """Tokens joined with the hidden states of their rows, or with those that `before` finds for them."""
+        inputs_TI = joined_inputs(
+            self._weights[EMBEDDING],
+            token_ids_T,
+            hidden_TD,
+            self._weights["mtp.pre_fc_norm_embedding.weight"],
+            self._weights["mtp.pre_fc_norm_hidden.weight"],
+            self._config.rms_norm_eps,
+            carried=before,
         )
-        return linears.apply("mtp.fc", torch.cat(parts, dim=-1))
+        return linears.apply("mtp.fc", inputs_TI)
 
     def _write_and_rotate(
         self,
@@ -171,11 +188,6 @@ class MtpLayer:
             token_slots_T,
             *self._caches,
         )
-
-    def _token_slots(self, positions_R: torch.Tensor, table_rows_R: torch.Tensor) -> torch.Tensor:
-        lines_SM = self._pages.lines_SM
-        page_R = (positions_R // self._page_tokens).clamp(0, lines_SM.shape[1] - 1)
-        return lines_SM[table_rows_R, page_R].long() * self._page_tokens + positions_R % self._page_tokens
 
     def _norm(self, x_TD: torch.Tensor, name: str) -> torch.Tensor:
         return rms_norm(x_TD, self._weights[f"{name}.weight"], self._config.rms_norm_eps, offset=1.0)

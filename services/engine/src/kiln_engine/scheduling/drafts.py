@@ -57,6 +57,8 @@ class DraftPlanner:
         if most < self._limits.max_draft_tokens:
             # Graphs have lines for one draft a row or for as many as there may be (`verify_ladder`).
             most = min(most, 1)
+        if most <= 0:
+            return {}
         candidates = [self._candidate(sequence, most) for sequence in decoding]
         wanted = self._speculator.lengths(candidates)
         pairs = zip(candidates, wanted, strict=True)

@@ -6,17 +6,19 @@ conditional: entry j is the chance of the (j+1)-th draft given the j before it.
 
 from __future__ import annotations
 
+import itertools
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 # What is taken for granted of adapters that have drafted nothing yet: enough to give it a try.
 _FIRST_GUESS = 0.6
 # How many observations what was known before counts as.
-_PRIOR_WEIGHT = 4
+_PRIOR_WEIGHT = 8
 # Later observations count this much at least, so that the estimates follow the text...
-_SEQUENCE_RATE = 0.05
+_SEQUENCE_RATE = 0.03
 # ...and those of an adapter follow its versions.
-_ADAPTER_RATE = 0.002
+_ADAPTER_RATE = 0.01
 # Adapters whose totals are kept; the one longest unused gives way.
 _MOST_ADAPTERS = 256
 
@@ -28,10 +30,16 @@ class AcceptanceRates:
         self._rates = list(prior)
         self._num_observed = [0] * len(prior)
         self._least_rate = least_rate
+        self._chances = _products(self._rates)
 
     @property
     def rates(self) -> tuple[float, ...]:
         return tuple(self._rates)
+
+    @property
+    def chances(self) -> tuple[float, ...]:
+        """For each place the chance that it is accepted, whatever happens to those before it."""
+        return self._chances
 
     def observe(self, num_proposed: int, num_accepted: int) -> None:
         """Take in one verification: the first `num_accepted` of `num_proposed` drafts were accepted."""
@@ -39,14 +47,11 @@ class AcceptanceRates:
             self._num_observed[place] += 1
             rate = max(self._least_rate, 1 / (self._num_observed[place] + _PRIOR_WEIGHT))
             self._rates[place] += rate * (float(place < num_accepted) - self._rates[place])
+        self._chances = _products(self._rates)
 
-    def chances(self) -> list[float]:
-        """For each place the chance that it is accepted, whatever happens to those before it."""
-        chances, chance = [], 1.0
-        for rate in self._rates:
-            chance *= rate
-            chances.append(chance)
-        return chances
+
+def _products(rates: Sequence[float]) -> tuple[float, ...]:
+    return tuple(itertools.accumulate(rates, operator.mul))
 
 
 @dataclass(frozen=True, slots=True)

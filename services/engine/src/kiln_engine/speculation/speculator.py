@@ -60,7 +60,7 @@ class DraftSpeculator:
             self._known[candidate.sequence_id].acceptance.estimate if length else None
             for candidate, length in zip(candidates, most, strict=True)
         ]
-        chosen = self._policy.choose(estimates)
+        chosen = self._policy.choose(estimates, max(most, default=0))
         return [min(pair) for pair in zip(chosen, most, strict=True)]
 
     def propose(self, candidate: Candidate, num_tokens: int) -> tuple[int, ...]:
@@ -75,15 +75,21 @@ class DraftSpeculator:
         known = self._known.get(sequence_id)
         if known is not None:
             known.acceptance.observe(drafted, accepted)
+        if self._policy is not None:
+            self._policy.gain(accepted)
 
     def observe_step(self, plan: BatchPlan, seconds: float) -> None:
         """See Speculator."""
-        if self._policy is None or plan.prefill_chunks:
+        if self._policy is None:
             return
         num_verified = max(plan.num_verify_lines - 1, 0)
         num_drafted = num_verified
         if self.drafts_on_device:
             num_drafted = max((row.num_next_drafts for row in plan.verify_rows), default=0)
+        if plan.prefill_chunks or (plan.verify_rows and not num_verified and not num_drafted):
+            # Prompts beside, or rows that fold before they decode plainly again.
+            self._policy.pass_over()
+            return
         num_rows = len(plan.decode_rows) + len(plan.verify_rows)
         self._policy.observe(num_rows, num_verified, num_drafted, seconds)
 

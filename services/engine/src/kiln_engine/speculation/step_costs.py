@@ -1,16 +1,17 @@
-"""What steps cost, by their rows and the drafts they verify: measured, never assumed for long."""
+"""What steps cost, by their rows and the drafts they verify: measured, never assumed."""
 
 from __future__ import annotations
 
 import bisect
+import math
 import statistics
 from collections import deque
 from collections.abc import Sequence
 
 # Enough to be robust against a step that something else held up, few enough to follow the load.
 _NUM_KEPT = 7
-# A draft's share of a plain step where nothing like it has been measured: low, so that it will be.
-_GUESSED_SHARE = 0.1
+# Before so many say the same, one that something else held up would decide.
+_LEAST_MEASURED = 2
 
 
 class StepCosts:
@@ -22,57 +23,53 @@ class StepCosts:
     def __init__(self, row_sizes: Sequence[int], max_drafts: int) -> None:
         self._row_sizes = sorted(row_sizes)
         self.max_drafts = max_drafts
-        self._measured: dict[tuple[int, int], deque[float]] = {}
+        self._kept: dict[tuple[int, int], deque[float]] = {}
+        # Of those of which enough have been measured.
         self._medians: dict[tuple[int, int], float] = {}
 
-    def observe(self, num_rows: int, num_drafts: int, seconds: float) -> None:
-        """Take in one step in which every row had its drafts verified and as many proposed."""
+    def observe(self, num_rows: int, num_drafts: int, seconds: float) -> bool:
+        """Take in one step in which every row had its drafts verified and as many proposed; whether it counts.
+
+        The first of its kind does not: it brings up what later ones find ready (a graph goes to the
+        device when it is first replayed).
+        """
         cell = self.cell(num_rows, num_drafts)
-        kept = self._measured.setdefault(cell, deque(maxlen=_NUM_KEPT))
+        kept = self._kept.get(cell)
+        if kept is None:
+            self._kept[cell] = deque(maxlen=_NUM_KEPT)
+            return False
         kept.append(seconds)
-        self._medians[cell] = statistics.median_low(kept)
+        if len(kept) >= _LEAST_MEASURED:
+            self._medians[cell] = statistics.median_low(kept)
+        return True
 
     def cell(self, num_rows: int, num_drafts: int) -> tuple[int, int]:
         """What steps have in common whose times count as one: the size of their rows, and the drafts."""
         return self._size(num_rows), num_drafts
 
-    def seconds(self, num_rows: int) -> list[float] | None:
-        """Of a step without drafts, with one a row, and so on; None before a plain one has been measured.
+    def seconds(self, num_rows: int, most_drafts: int) -> list[float] | None:
+        """Of a step without drafts, with one a row, up to `most_drafts`; None before plain ones are measured.
 
-        Ends with the first that has not been measured at this size, so that lengths are tried one
-        after the other. The first draft is guessed from the nearest size, the second to cost little: what
-        the first brings with it, a wait for the host above all, says nothing about the next. A further
-        one adds what the last one added.
+        What has not been measured at this size costs no more than the next longer draft that has; else
+        the share of a plain step that it has at the nearest size; else nobody knows, and it is infinite.
         """
         size = self._size(num_rows)
         plain = self._medians.get((size, 0))
         if plain is None:
             return None
-        seconds = [plain]
-        for num_drafts in range(1, self.max_drafts + 1):
-            known = self._medians.get((size, num_drafts))
-            if known is None:
-                return [*seconds, self._guess(size, seconds)]
-            seconds.append(known)
-        return seconds
+        seconds = [self._draft_seconds(size, plain, num_drafts) for num_drafts in range(1, most_drafts + 1)]
+        return [plain, *seconds]
 
-    def _guess(self, size: int, seconds: list[float]) -> float:
-        """Of a step with one draft more than the longest measured."""
-        plain, longest = seconds[0], seconds[-1]
-        if len(seconds) == 1:
-            return plain * self._first_share(size)
-        if len(seconds) == 2:
-            return longest + min(longest - plain, plain * _GUESSED_SHARE)
-        return longest + max(0.0, longest - seconds[-2])
+    def _draft_seconds(self, size: int, plain: float, num_drafts: int) -> float:
+        for longer in range(num_drafts, self.max_drafts + 1):
+            if (size, longer) in self._medians:
+                return self._medians[size, longer]
+        others = [s for s, n in self._medians if n == num_drafts and (s, 0) in self._medians]
+        if not others:
+            return math.inf
+        nearest = min(others, key=lambda other: max(other, size) / min(other, size))
+        return plain * self._medians[nearest, num_drafts] / self._medians[nearest, 0]
 
     def _size(self, num_rows: int) -> int:
         place = bisect.bisect_left(self._row_sizes, num_rows)
         return self._row_sizes[min(place, len(self._row_sizes) - 1)]
-
-    def _first_share(self, size: int) -> float:
-        """A step with one draft a row, of a plain one, at the nearest size at which both were measured."""
-        known = [s for s, n in self._medians if n == 1 and (s, 0) in self._medians]
-        if not known:
-            return 1 + _GUESSED_SHARE
-        nearest = min(known, key=lambda other: max(other, size) / min(other, size))
-        return self._medians[nearest, 1] / self._medians[nearest, 0]
