@@ -70,7 +70,6 @@ def own_logprob(stack, beginning, ending):
     return sum(choice["logprobs"]["token_logprobs"][context:-1])
 
 
-@pytest.mark.timeout(400)
 def test_the_harness_scores_as_kiln_does(stack, tmp_path):
     async def both():
         await run(REPOSITORY / "scripts/install_client.sh", "lm-eval", folder=tmp_path)
