@@ -74,7 +74,7 @@ async def rig_and_address(tmp_path):
 async def structured_output(address):
     """Whether the gateway builds structured output: "built" or "not-built"."""
     body = {"messages": [{"role": "user", "content": "Extract"}], "response_format": {"type": "json_object"}}
-    async with httpx.AsyncClient() as http:
+    async with httpx.AsyncClient(timeout=30) as http:
         status = (await http.post(f"{address}/v1/chat/completions", json=body)).status_code
     assert status in (200, 501)
     return "built" if status == 200 else "not-built"
