@@ -23,7 +23,7 @@ from kiln_engine.settings import EngineSettings
 
 ROOT = Path(__file__).resolve().parents[1]
 ENGINE_PARTS = ("decode", "prefill", "waves", "prefix", "clients", "adapters", "idle")
-PARTS = ("kernels", *ENGINE_PARTS, "start", "http", "sharing", "swap", "training")
+PARTS = ("kernels", *ENGINE_PARTS, "speculation", "start", "http", "sharing", "swap", "training")
 # Settings whose choices are all measured, one at a time, for the decode steps.
 _VARIED = ("state_dtype", "kv_dtype", "quantization")
 
@@ -41,6 +41,9 @@ def commands(parts: list[str], model: Path, is_tiny: bool) -> Iterator[tuple[lis
     if "decode" in parts:
         for name, choice in setting_choices():
             yield [*engine, "--parts", "decode", "--set", f"{name}={choice}"], ROOT
+    if "speculation" in parts:
+        counts = ["--batches", "1", "4", "--tokens", "32", "--repeats", "1"] if is_tiny else []
+        yield [*python, "-m", "benchmarks.engine.speculation", "--model", str(model), *counts], ROOT
     if "start" in parts:
         yield [*python, "-m", "benchmarks.engine.start", "--model", str(model)], ROOT
     if "http" in parts:
@@ -80,7 +83,9 @@ def main() -> None:
         print("no GPU: tiny sizes on a CPU, to see that everything runs; the figures mean nothing")
     elif options.model is None:
         script = ROOT / "scripts" / "gpu" / "make_random_checkpoint.py"
-        subprocess.run([sys.executable, str(script), "--shape", "4b", "--out", str(model)], check=True)
+        subprocess.run(
+            [sys.executable, str(script), "--shape", "4b", "--mtp", "--out", str(model)], check=True
+        )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), os.environ.get("PYTHONPATH", "")))}
     if is_tiny:
         environment.setdefault("KILN_BENCH_RESULTS", tempfile.mkdtemp(prefix="kiln-bench-"))

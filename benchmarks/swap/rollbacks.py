@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 
 import httpx
 
-from benchmarks.swap.swaps import Answers, StackAddresses, Swapper, load
+from benchmarks.swap.clients import TIMEOUT_S, Answers, Load, running
+from benchmarks.swap.swaps import StackAddresses, Swapper, first_token
 from benchmarks.swap.telling_adapters import TellingAdapters
 
 NAME = "turned-back"
-_TIMEOUT_S = 60.0
 
 
 @dataclass
@@ -40,23 +40,23 @@ async def run_rollbacks(
     """
     report = RollbackReport()
     swapper = Swapper(addresses, adapters, NAME)
-    limits = httpx.Limits(max_connections=num_clients + 8)
-    async with httpx.AsyncClient(base_url=addresses.url, timeout=_TIMEOUT_S, limits=limits) as http:
+    load = Load(addresses.url, NAME, adapters.tokens, num_clients, max_tokens)
+    async with httpx.AsyncClient(base_url=addresses.url, timeout=TIMEOUT_S) as http:
         try:
             await swapper.swap()  # so that the name exists
-            async with load(http, adapters, report.answers, num_clients, max_tokens, NAME) as client:
+            async with running(load, report.answers):
                 for _ in range(num_rollbacks):
                     older = swapper.newest
                     await swapper.swap()
                     sent_s = time.perf_counter()
-                    version, came_s = await client.first_token()
+                    version, came_s = await first_token(http, NAME)
                     assert version == swapper.newest, (version, swapper.newest)
                     report.ordinary_s.append(came_s - sent_s)
                     asked_s = time.perf_counter()
                     response = await http.post(f"/v1/adapters/{NAME}/rollback", json={"version": older})
                     response.raise_for_status()
                     report.call_s.append(time.perf_counter() - asked_s)
-                    version, came_s = await client.first_token()
+                    version, came_s = await first_token(http, NAME)
                     assert version == older, (version, older)
                     report.first_token_s.append(came_s - asked_s)
         finally:

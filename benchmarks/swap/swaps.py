@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import math
 import time
-from collections import Counter
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
 
+from benchmarks.swap.clients import TIMEOUT_S, Answers, Load, running
 from benchmarks.swap.telling_adapters import TellingAdapters
 from kiln_common.clients.engine import EngineClient
 from kiln_common.clients.registry import RegistryClient
@@ -21,22 +18,9 @@ from kiln_common.pb import registry_pb2
 from kiln_trainer.publishing import EngineDirectory, GrpcPublisher
 
 NAME = "teller"
-_TIMEOUT_S = 60.0
 # Older ones are deleted, so that a thousand of them fit on a disk.
 _VERSIONS_KEPT = 24
 _PROGRESS_INTERVAL_S = 15.0
-
-
-@dataclass
-class Answers:
-    """What the clients saw. `wrong` and `failures` should stay empty."""
-
-    num_requests: int = 0
-    num_tokens: int = 0
-    num_mixed: int = 0
-    by_version: Counter[int] = field(default_factory=Counter)
-    wrong: list[str] = field(default_factory=list)
-    failures: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -51,87 +35,17 @@ class SwapReport:
     answers: Answers = field(default_factory=Answers)
 
 
-class Client:
-    """Asks for a name's version again and again; checks each token; never tries again."""
-
-    def __init__(
-        self, http: httpx.AsyncClient, adapters: TellingAdapters, answers: Answers, name: str = NAME
-    ) -> None:
-        self._http = http
-        self._name = name
-        self._adapters = adapters
-        self._answers = answers
-
-    async def run(self, number: int, max_tokens: int, policy: str, stop: asyncio.Event) -> None:
-        turn = 0
-        while not stop.is_set():
-            turn += 1
-            body = {
-                "model": self._name,
-                # Some prompts repeat, so that cached pages of older versions would be noticed.
-                "messages": [{"role": "user", "content": f"Client {number} says {turn % 3}."}],
-                "max_tokens": max_tokens,
-                "temperature": 0,
-                "ignore_eos": True,
-                "return_token_ids": True,
-                "adapter_policy": policy,
-                "store": False,
-                "stream": turn % 2 == 0,
-            }
-            try:
-                self._check(*await (self._stream(body) if body["stream"] else self._whole(body)))
-            except (httpx.HTTPError, KeyError, ValueError) as error:
-                answer = error.response.text[:300] if isinstance(error, httpx.HTTPStatusError) else ""
-                self._answers.failures.append(f"{error!r} {answer}")
-            self._answers.num_requests += 1
-
-    async def first_token(self) -> tuple[int, float]:
-        """The version that drew the first token of a new answer, and when it came (perf_counter)."""
-        message = {"role": "user", "content": "Which one are you?"}
-        body = {"model": self._name, "messages": [message], "max_tokens": 1, "stream": True, "store": False}
-        async with self._http.stream("POST", "/v1/chat/completions", json=body) as response:
-            response.raise_for_status()
-            came_s = 0.0
-            async for line in response.aiter_lines():
-                if line.startswith("data: {") and not came_s:
-                    came_s = time.perf_counter()
-            return int(response.headers["X-Kiln-Adapter"].partition("@")[2]), came_s
-
-    async def _whole(self, body: dict) -> tuple[str, list[int], list[dict]]:
-        response = await self._http.post("/v1/chat/completions", json=body)
+async def first_token(http: httpx.AsyncClient, name: str) -> tuple[int, float]:
+    """The version that drew the first token of a new answer, and when it came (perf_counter)."""
+    message = {"role": "user", "content": "Which one are you?"}
+    body = {"model": name, "messages": [message], "max_tokens": 1, "stream": True, "store": False}
+    async with http.stream("POST", "/v1/chat/completions", json=body) as response:
         response.raise_for_status()
-        answer = response.json()
-        spans = answer["kiln"].get("version_spans", [])
-        return response.headers["X-Kiln-Adapter"], answer["choices"][0]["token_ids"], spans
-
-    async def _stream(self, body: dict) -> tuple[str, list[int], list[dict]]:
-        tokens: list[int] = []
-        spans: list[dict] = []
-        async with self._http.stream("POST", "/v1/chat/completions", json=body) as response:
-            response.raise_for_status()
-            async for line in response.aiter_lines():
-                if line.startswith("data: {"):
-                    event = json.loads(line[6:])
-                    if "error" in event:
-                        raise ValueError(line)
-                    for choice in event["choices"]:
-                        tokens += choice.get("token_ids", [])
-                    spans = event["kiln"].get("version_spans", spans)
-            return response.headers["X-Kiln-Adapter"], tokens, spans
-
-    def _check(self, label: str, tokens: list[int], spans: list[dict]) -> None:
-        spans = spans or [{"adapter": label, "start": 0, "end": len(tokens)}]
-        if [spans[0]["start"], spans[-1]["end"]] != [0, len(tokens)]:
-            raise ValueError(f"{len(tokens)} tokens, spans {spans}")
-        for span in spans:
-            version = int(span["adapter"].partition("@")[2])
-            wanted = self._adapters.token_of(version)
-            found = tokens[span["start"] : span["end"]]
-            if any(token != wanted for token in found):
-                self._answers.wrong.append(f"{span['adapter']} should say {wanted}, said {found}")
-            self._answers.by_version[version] += len(found)
-        self._answers.num_tokens += len(tokens)
-        self._answers.num_mixed += len(spans) > 1
+        came_s = 0.0
+        async for line in response.aiter_lines():
+            if line.startswith("data: {") and not came_s:
+                came_s = time.perf_counter()
+        return int(response.headers["X-Kiln-Adapter"].partition("@")[2]), came_s
 
 
 @dataclass(frozen=True)
@@ -189,28 +103,6 @@ class Swapper:
         return committed_s - began_s, report.seconds
 
 
-@asynccontextmanager
-async def load(
-    http: httpx.AsyncClient,
-    adapters: TellingAdapters,
-    answers: Answers,
-    num_clients: int,
-    max_tokens: int,
-    name: str = NAME,
-) -> AsyncIterator[Client]:
-    """Clients that ask while the block runs, every other one with adapter_policy "latest"."""
-    client, stop = Client(http, adapters, answers, name), asyncio.Event()
-    tasks = [
-        asyncio.create_task(client.run(number, max_tokens, ("pin", "latest")[number % 2], stop))
-        for number in range(num_clients)
-    ]
-    try:
-        yield client
-    finally:
-        stop.set()
-        await asyncio.gather(*tasks)
-
-
 async def run_swaps(
     addresses: StackAddresses,
     adapters: TellingAdapters,
@@ -223,11 +115,11 @@ async def run_swaps(
     """Swap that often under load, one version after the other, or as often as the time allows."""
     report = SwapReport()
     swapper = Swapper(addresses, adapters)
-    limits = httpx.Limits(max_connections=num_clients + 8)
-    async with httpx.AsyncClient(base_url=addresses.url, timeout=_TIMEOUT_S, limits=limits) as http:
+    load = Load(addresses.url, NAME, adapters.tokens, num_clients, max_tokens)
+    async with httpx.AsyncClient(base_url=addresses.url, timeout=TIMEOUT_S) as http:
         try:
             await swapper.swap()  # so that the name exists
-            async with load(http, adapters, report.answers, num_clients, max_tokens) as client:
+            async with running(load, report.answers):
                 began_s = shown_s = time.monotonic()
                 for number in range(num_swaps):
                     if time.monotonic() - began_s > most_seconds:
@@ -236,10 +128,10 @@ async def run_swaps(
                         shown_s = time.monotonic()
                         print(f"{number} of {num_swaps} swaps in {shown_s - began_s:.0f} s", flush=True)
                     asked_s = time.perf_counter()
-                    report.ordinary_s.append((await client.first_token())[1] - asked_s)
+                    report.ordinary_s.append((await first_token(http, NAME))[1] - asked_s)
                     publish_s, swap_s = await swapper.swap()
                     live_s = time.perf_counter()
-                    version, came_s = await client.first_token()
+                    version, came_s = await first_token(http, NAME)
                     assert version == swapper.newest, (version, swapper.newest)
                     report.first_token_s.append(came_s - live_s + swap_s)
                     report.publish_s.append(publish_s)

@@ -30,7 +30,7 @@ _FIRST_PLAIN_TOKEN = 300  # special tokens and single bytes come before
 
 
 class TellingAdapters:
-    """Version n of an adapter of these says `token_of(n)` at every place.
+    """Version n of an adapter of these says `tokens[n % len(tokens)]` at every place.
 
     With `covers_all` the file has every linear layer of the model (all but three of them zero), so
     that it has the size of an ordinary adapter; otherwise those three alone.
@@ -58,8 +58,10 @@ class TellingAdapters:
     def num_bytes(self) -> int:
         return sum(a.nbytes + b.nbytes for a, b in self._tensors.values())
 
-    def token_of(self, version: int) -> int:
-        return self._tokens[version % len(self._tokens)]
+    @property
+    def tokens(self) -> list[int]:
+        """Version n says `tokens[n % len(tokens)]`."""
+        return self._tokens
 
     def sealed(self, version: int, base_model_name: str) -> SealedAdapter:
         """The files of a version, as a trainer makes them."""

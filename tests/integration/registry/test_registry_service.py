@@ -17,6 +17,8 @@ from kiln_common.clients.registry import BlobCorrupt, RegistryClient
 from kiln_common.errors import ErrorKind, KilnError, RegistryUnavailable
 from kiln_common.pb import common_pb2
 from kiln_registry.blobs import BlobStore
+from kiln_registry.bootstrap import start_registry
+from kiln_registry.settings import RegistrySettings
 from tests.support.redis_server import private_redis
 from tests.support.registry import (
     adapter_bytes,
@@ -84,6 +86,35 @@ async def test_a_rollback_is_seen_by_the_next_to_resolve_the_name(tmp_path):
         assert (answer.version.version, answer.version.rolled_back_over) == (1, 2)
         assert (await client.get_default()).version == 1
         assert (await client.get("helper")).latest_version == 1
+
+
+async def test_whoever_has_the_bytes_hears_of_their_version_when_it_is_committed(tmp_path):
+    content, other = adapter_bytes(), adapter_bytes(seed=1)
+    sha256 = hashlib.sha256(content).hexdigest()
+    async with running_registry(tmp_path) as client:
+        waiting = asyncio.create_task(client.await_publish("helper", sha256, timeout_s=30))
+        with pytest.raises(RegistryUnavailable):
+            await client.await_publish("helper", sha256, timeout_s=0.05)
+        await client.publish(publish_header("helper"), other)
+        await client.publish(publish_header("another"), content)
+        assert not waiting.done()
+        version = await client.publish(publish_header("helper"), content)
+        assert await waiting == version
+        # Where the commit was first, there is nothing to wait for.
+        assert await client.await_publish("helper", sha256, timeout_s=30) == version
+
+
+async def test_a_stop_does_not_wait_for_those_who_wait_for_a_publish(tmp_path):
+    fields = {"listen": "127.0.0.1:0", "state_dir": tmp_path, "stop_grace_s": 300}
+    registry = await start_registry(RegistrySettings(**fields))
+    client = RegistryClient(f"127.0.0.1:{registry.port}")
+    waiting = asyncio.create_task(client.await_publish("helper", "0" * 64, timeout_s=300))
+    await client.get_default()
+    await registry.stop()
+    with pytest.raises(KilnError, match="the registry is stopping") as ended:
+        await waiting
+    assert ended.value.code == RegistryUnavailable.code
+    await client.close()
 
 
 async def test_collecting_spares_what_is_held_and_takes_the_bytes_with_the_version(tmp_path):

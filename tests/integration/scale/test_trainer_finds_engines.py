@@ -1,10 +1,13 @@
 """A published version reaches the engines that announce themselves too, and those that do not serve it are named."""
 
+import asyncio
+
 import pytest
 
 from kiln_common.bus.connect import connect_async
 from kiln_common.bus.engine_presence import EngineWord, say, withdraw
 from kiln_common.pb import common_pb2
+from kiln_trainer import publishing
 from kiln_trainer.publishing import EngineDirectory
 from tests.support.fake_engine import running_engine
 from tests.support.redis_server import private_redis
@@ -69,4 +72,26 @@ async def test_without_redis_the_engines_known_so_far_are_asked(redis):
         redis.server.kill()
         await directory.prepare(VERSION, "all")
         assert len(other.prepared) == 2
+        await directory.close()
+
+
+async def test_the_trainers_own_engine_does_not_wait_for_the_others_to_be_found(monkeypatch):
+    async with running_engine() as own:
+        is_prepared = asyncio.Event()
+
+        async def read_words(redis):
+            await is_prepared.wait()
+            return []
+
+        class Prepared(list):
+            def append(self, reference):
+                super().append(reference)
+                is_prepared.set()
+
+        own.prepared = Prepared()
+        monkeypatch.setattr(publishing, "read_words", read_words)
+        directory = EngineDirectory([own.address], info_timeout_s=10, live_timeout_s=10, redis=object())
+        async with asyncio.timeout(10):
+            assert await directory.prepare(VERSION, "all") == ()
+        assert own.prepared == ["helper@1"]
         await directory.close()

@@ -3,13 +3,17 @@
 import asyncio
 import contextlib
 import hashlib
+from collections import defaultdict
 from types import SimpleNamespace
 
 import pytest
 
 from kiln_common.clients.registry import BlobCorrupt
+from kiln_common.ending import end_tasks
 from kiln_common.errors import AdapterNotFound, KilnError, RegistryUnavailable
+from kiln_common.pb.registry_pb2 import AdapterVersion as AdapterRecord
 from kiln_engine.adapters.manager import AdapterManager
+from kiln_engine.adapters.publications import Publications
 from kiln_engine.adapters.slots import AdapterSlots
 from kiln_engine.clock import MonotonicClock
 from kiln_engine.domain.adapter import AdapterVersion, Rollback
@@ -358,3 +362,76 @@ async def test_the_same_bytes_under_another_name_are_that_names_newest_version()
         assert manager.newest("a") is None
         assert source.num_fetches == 1
     assert heard == [candidate, published]
+
+
+async def test_the_registrys_own_word_lets_what_came_ahead_serve_without_asking_it():
+    async with running_manager() as (manager, store, source):
+        sha256 = await hand_over(manager)
+        await manager.take_over(AdapterRecord(name="a", version=1, sha256=sha256, config_json="{}"))
+        assert [entry.adapter for entry in manager.resident] == [version_of("a")]
+        assert len(store.history) == 2
+        assert not source.has_been_asked.is_set()
+        assert await manager.prepare(version_of("a")) == (1, False)
+
+
+async def test_a_word_about_bytes_that_gave_way_fetches_nothing():
+    async with running_manager() as (manager, store, source):
+        sha256 = version_of("a").sha256
+        await manager.take_over(AdapterRecord(name="a", version=1, sha256=sha256, config_json="{}"))
+        assert (manager.resident, store.history, source.num_fetches) == ([], [], 0)
+
+
+async def test_a_word_with_another_config_has_the_bytes_staged_again():
+    async with running_manager() as (manager, store, source):
+        sha256 = await hand_over(manager, config_json='{"lora_alpha": 64}')
+        await manager.take_over(AdapterRecord(name="a", version=1, sha256=sha256, config_json="{}"))
+        assert [entry[0] for entry in store.history] == ["stage", "activate", "clear", "stage", "activate"]
+        assert source.num_fetches == 1
+
+
+class Notice:
+    """A registry that says what is committed when it is told to."""
+
+    def __init__(self) -> None:
+        running = asyncio.get_running_loop()
+        self.coming: dict[tuple[str, str], asyncio.Future] = defaultdict(running.create_future)
+
+    async def await_publish(self, name: str, sha256: str, *, timeout_s: float):
+        return await self.coming[name, sha256]
+
+
+async def test_what_was_handed_over_serves_from_the_commit_on_though_nobody_asks_for_it():
+    async with running_manager() as (manager, _, source):
+        is_serving = asyncio.Event()
+        manager.on_resident = lambda version: is_serving.set()
+        notice = Notice()
+        publications = Publications(notice, manager)
+        manager.on_ahead = publications.expect
+        running = asyncio.create_task(publications.run())
+        for name in ("b", "a"):
+            await hand_over(manager, name)
+        assert manager.resident == []
+        # One that is not published does not stop the others.
+        notice.coming["b", version_of("b").sha256].set_exception(RegistryUnavailable("it went away"))
+        record = AdapterRecord(name="a", version=1, sha256=version_of("a").sha256, config_json="{}")
+        notice.coming["a", record.sha256].set_result(record)
+        await is_serving.wait()
+        assert [entry.adapter for entry in manager.resident] == [version_of("a")]
+        assert not source.has_been_asked.is_set()
+        await end_tasks(running)
+
+
+async def test_the_word_may_come_while_the_bytes_are_still_on_their_way():
+    async with running_manager() as (manager, store, source):
+        taken = []
+
+        def take_over_at_once(name: str, sha256: str) -> None:
+            record = AdapterRecord(name=name, version=1, sha256=sha256, config_json="{}")
+            taken.append(asyncio.create_task(manager.take_over(record)))
+
+        manager.on_ahead = take_over_at_once
+        await hand_over(manager)
+        await asyncio.gather(*taken)
+        assert [entry.adapter for entry in manager.resident] == [version_of("a")]
+        assert [entry[0] for entry in store.history] == ["stage", "activate"]
+        assert not source.has_been_asked.is_set()

@@ -21,6 +21,7 @@ from kiln_engine.adapters.events import AdapterEvents
 from kiln_engine.adapters.handover import Inbox, serve_handovers
 from kiln_engine.adapters.holds import AdapterHolds
 from kiln_engine.adapters.manager import AdapterManager
+from kiln_engine.adapters.publications import Publications
 from kiln_engine.adapters.refresh import AdapterRefresh
 from kiln_engine.adapters.slots import AdapterSlots
 from kiln_engine.clock import MonotonicClock
@@ -167,16 +168,19 @@ async def start_engine(settings: EngineSettings, parts: EngineParts) -> RunningE
             adapters=adapters,
         )
         intake.on_draining = presence.say_now
-    if parts.inbox is not None:
-        serve_handovers(parts.inbox, adapters)
     jobs: list[Coroutine[Any, Any, None]] = [] if presence is None else [presence.run()]
     if registry is not None:
+        publications = Publications(registry, adapters)
+        adapters.on_ahead = publications.expect
+        jobs.append(publications.run())
         jobs.append(_announce_base_model(registry, parts.info))
         model_hash = parts.info.base_model.model_hash
         jobs.append(AdapterHolds(registry, adapters, parts.info.boot_id).run())
         jobs.append(AdapterRefresh(registry, adapters, model_hash, settings.adapter_refresh_s).run())
         if settings.redis_url:
             jobs.append(AdapterEvents(settings.redis_url, adapters).run())
+    if parts.inbox is not None:
+        serve_handovers(parts.inbox, adapters)
     background = [asyncio.create_task(_logged(job)) for job in jobs]
     log.info("engine_ready", listen=settings.listen, port=server.port, boot_id=parts.info.boot_id)
     return RunningEngine(

@@ -28,6 +28,7 @@ class RunningRegistry:
     """A registry that serves; stop it once."""
 
     server: RpcServer
+    adapters: RegistryServicer
     catalog: Catalog
     datasets: DatasetCatalog
     announcer: Announcer | None
@@ -39,6 +40,7 @@ class RunningRegistry:
         return self.server.port
 
     async def stop(self) -> None:
+        self.adapters.end_waits()  # engines may wait for longer than a stop takes
         await self.server.stop(self.stop_grace_s)
         if self.announcer is not None:
             await self.announcer.stop()
@@ -68,7 +70,8 @@ async def start_registry(settings: RegistrySettings) -> RunningRegistry:
     announcer = Announcer(catalog, settings.redis_url) if settings.redis_url else None
     on_change = announcer.wake if announcer else _nothing_to_wake
     server = RpcServer(settings.listen)
-    registry_pb2_grpc.add_RegistryServicer_to_server(RegistryServicer(catalog, blobs, on_change), server.grpc)
+    adapters = RegistryServicer(catalog, blobs, on_change)
+    registry_pb2_grpc.add_RegistryServicer_to_server(adapters, server.grpc)
     dataset_pb2_grpc.add_DatasetsServicer_to_server(DatasetServicer(datasets, dataset_blobs), server.grpc)
     evaluations_pb2_grpc.add_EvaluationsServicer_to_server(evaluations, server.grpc)
     await server.start()
@@ -76,7 +79,7 @@ async def start_registry(settings: RegistrySettings) -> RunningRegistry:
     if announcer is not None:
         announcer.start()
     log.info("registry_ready", listen=settings.listen, port=server.port, orphans_removed=num_orphans)
-    return RunningRegistry(server, catalog, datasets, announcer, settings.stop_grace_s)
+    return RunningRegistry(server, adapters, catalog, datasets, announcer, settings.stop_grace_s)
 
 
 def _nothing_to_wake() -> None:

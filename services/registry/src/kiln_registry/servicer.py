@@ -15,6 +15,7 @@ import structlog
 from sqlalchemy.exc import OperationalError
 
 from kiln_common.adapter_names import AdapterReference, parse_reference
+from kiln_common.errors import AdapterNotFound
 from kiln_common.pb import registry_pb2 as pb
 from kiln_common.pb import registry_pb2_grpc
 from kiln_registry.adapter_file import AdapterFile
@@ -33,6 +34,7 @@ from kiln_registry.domain import (
 from kiln_registry.inspection import parse_peft_config
 from kiln_registry.merger import Merger
 from kiln_registry.plain_form import plain_config
+from kiln_registry.publish_waiters import PublishWaiters
 from kiln_registry.publisher import Publisher
 
 log = structlog.get_logger()
@@ -54,6 +56,7 @@ class RegistryServicer(registry_pb2_grpc.RegistryServicer):
         self._on_change = on_change
         self._publisher = Publisher(catalog, blobs)
         self._merger = Merger(catalog, blobs, self._publisher)
+        self._waiters = PublishWaiters()
         self._arithmetic = asyncio.Semaphore(1)  # one at a time: each takes a core and some memory
 
     async def RegisterBaseModel(
@@ -75,18 +78,32 @@ class RegistryServicer(registry_pb2_grpc.RegistryServicer):
         header = await _read_header(request_iterator)
         await asyncio.to_thread(self._check_header, header)
         upload = await asyncio.to_thread(self._blobs.begin_upload)
-        try:
-            with _full_disk_named():
+        with _full_disk_named():
+            try:
                 await _receive(request_iterator, upload)
-                record = await asyncio.to_thread(self._publisher.publish, header, upload)
-        finally:
-            await asyncio.to_thread(upload.close)  # it may wait for the disk
+            except BaseException:
+                await asyncio.to_thread(upload.close)  # it may wait for the disk
+                raise
+            record = await asyncio.to_thread(self._publish, header, upload)
+        self._waiters.tell(record)
         self._on_change()
         log.info(
             "adapter_published", adapter=f"{record.name}@{record.version}", job_id=record.job_id,
             num_bytes=record.num_bytes, sha256=record.sha256,
         )  # fmt: skip
         return _version_pb(record)
+
+    async def AwaitPublish(
+        self, request: pb.AwaitPublishRequest, context: grpc.aio.ServicerContext
+    ) -> pb.AdapterVersion:
+        with self._waiters.waiting(request.name, request.sha256) as coming:
+            # It may have been committed before the call came.
+            record = await asyncio.to_thread(self._find_latest, request.name, request.sha256)
+            return _version_pb(record or await coming)
+
+    def end_waits(self) -> None:
+        """Answer those who wait for a publish that the registry is stopping."""
+        self._waiters.end()
 
     async def CheckPublish(
         self, request: pb.CheckPublishRequest, context: grpc.aio.ServicerContext
@@ -201,6 +218,18 @@ class RegistryServicer(registry_pb2_grpc.RegistryServicer):
         self._on_change()
         log.info("adapter_deleted", adapter=str(reference), num_deleted=num_deleted)
         return pb.DeleteVersionResponse(num_deleted=num_deleted)
+
+    def _publish(self, header: pb.PublishHeader, upload: Upload) -> VersionRecord:
+        with upload:
+            return self._publisher.publish(header, upload)
+
+    def _find_latest(self, name: str, sha256: str) -> VersionRecord | None:
+        """What a name means now, if it is these bytes."""
+        try:
+            record = self._catalog.resolve(AdapterReference(name, None))
+        except AdapterNotFound:
+            return None
+        return record if record.sha256 == sha256 else None
 
     def _compare(self, earlier: VersionRecord | None, later: VersionRecord) -> list[pb.ModuleComparison]:
         before = self._open(earlier) if earlier is not None else None

@@ -76,11 +76,19 @@ class EngineDirectory:
             break
         return self._info
 
-    async def _wanted(self, audience: Audience) -> list[EngineClient]:
+    async def _ask(
+        self, call: Callable[[EngineClient], Coroutine[Any, Any, T]], audience: Audience
+    ) -> list[tuple[EngineClient, T]]:
+        """What each wanted engine answers; the configured ones are asked while the others are looked for."""
         if audience != "all":
-            return self._engines[:1]
-        await self._look_around()
-        return [*self._engines, *self._announced.values()]
+            return await _answers(self._engines[:1], call)
+
+        async def ask_announced() -> list[tuple[EngineClient, T]]:
+            await self._look_around()
+            return await _answers([*self._announced.values()], call)
+
+        configured, announced = await asyncio.gather(_answers(self._engines, call), ask_announced())
+        return configured + announced
 
     async def _look_around(self) -> None:
         """Find the engines of this model that are not configured; without Redis those known remain."""
@@ -116,10 +124,8 @@ class EngineDirectory:
 
         The others, and those that do not take them, fetch them from the registry later.
         """
-        engines = await self._wanted(audience)
-        answers = await asyncio.gather(*(self._hand_to(engine, name, content) for engine in engines))
-        pairs = zip(engines, answers, strict=True)
-        return {engine.address: sha256 for engine, sha256 in pairs if sha256}
+        answers = await self._ask(lambda engine: self._hand_to(engine, name, content), audience)
+        return {engine.address: sha256 for engine, sha256 in answers if sha256}
 
     async def _hand_to(self, engine: EngineClient, name: str, content: AdapterContent) -> str:
         try:
@@ -137,9 +143,8 @@ class EngineDirectory:
         They are named by boot id, or by address where they are away.
         An engine that is away is asked again for `live_timeout_s` seconds.
         """
-        engines = await self._wanted(audience)
-        answers = await asyncio.gather(*(self._prepare_on(engine, adapter) for engine in engines))
-        return tuple(name for name in answers if name is not None)
+        answers = await self._ask(lambda engine: self._prepare_on(engine, adapter), audience)
+        return tuple(name for _, name in answers if name is not None)
 
     async def generate(
         self, requests: Sequence[engine_pb2.GenerateRequest]
@@ -160,6 +165,12 @@ class EngineDirectory:
                 await asyncio.sleep(_RETRY_S)
             else:
                 return None
+
+
+async def _answers(
+    engines: Sequence[EngineClient], call: Callable[[EngineClient], Coroutine[Any, Any, T]]
+) -> list[tuple[EngineClient, T]]:
+    return list(zip(engines, await asyncio.gather(*map(call, engines)), strict=True))
 
 
 async def _name(engine: EngineClient) -> str:

@@ -63,6 +63,14 @@ class RegistryClient:
         except grpc.RpcError as error:
             raise from_rpc_error(error, "registry", RegistryUnavailable) from error
 
+    async def await_publish(self, name: str, sha256: str, *, timeout_s: float) -> registry_pb2.AdapterVersion:
+        """The version of a name that has these bytes, as soon as the registry has committed one.
+
+        Raises RegistryUnavailable where that took longer than `timeout_s`, too.
+        """
+        request = registry_pb2.AwaitPublishRequest(name=name, sha256=sha256)
+        return await self._call(self._stub.AwaitPublish, request, timeout_s)
+
     async def check_publish(self, name: str, owner: str) -> None:
         """Raises what a publish under this name would: adapter_name_taken, and what is wrong with a name."""
         await self._call(self._stub.CheckPublish, registry_pb2.CheckPublishRequest(name=name, owner=owner))

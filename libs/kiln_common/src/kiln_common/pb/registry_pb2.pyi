@@ -56,6 +56,14 @@ class PublishRequest(_message.Message):
     chunk: bytes
     def __init__(self, header: _Optional[_Union[PublishHeader, _Mapping]] = ..., chunk: _Optional[bytes] = ...) -> None: ...
 
+class AwaitPublishRequest(_message.Message):
+    __slots__ = ("name", "sha256")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    SHA256_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    sha256: str
+    def __init__(self, name: _Optional[str] = ..., sha256: _Optional[str] = ...) -> None: ...
+
 class AdapterVersion(_message.Message):
     __slots__ = ("name", "version", "sha256", "num_bytes", "rank", "alpha", "targets", "parent_name", "parent_version", "job_id", "base_model_hash", "metrics_json", "config_json", "created_at_s", "rolled_back_over", "data_sha256", "merge_mode", "merged_from", "source_sha256", "owner")
     NAME_FIELD_NUMBER: _ClassVar[int]

@@ -44,6 +44,11 @@ class RegistryStub(object):
                 request_serializer=kiln_dot_v1_dot_registry__pb2.PublishRequest.SerializeToString,
                 response_deserializer=kiln_dot_v1_dot_registry__pb2.AdapterVersion.FromString,
                 _registered_method=True)
+        self.AwaitPublish = channel.unary_unary(
+                '/kiln.v1.Registry/AwaitPublish',
+                request_serializer=kiln_dot_v1_dot_registry__pb2.AwaitPublishRequest.SerializeToString,
+                response_deserializer=kiln_dot_v1_dot_registry__pb2.AdapterVersion.FromString,
+                _registered_method=True)
         self.CheckPublish = channel.unary_unary(
                 '/kiln.v1.Registry/CheckPublish',
                 request_serializer=kiln_dot_v1_dot_registry__pb2.CheckPublishRequest.SerializeToString,
@@ -125,6 +130,15 @@ class RegistryServicer(object):
         """Uploads and publishes one version. The first message is the header, the rest carry the bytes
         of adapter_model.safetensors in order. Nothing is visible before the answer. Idempotent by
         publish_key: the same key answers with the version it made the first time.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def AwaitPublish(self, request, context):
+        """The version of a name that has certain bytes, as soon as it is committed: for engines that have
+        the bytes already. Answers when one is there or comes; until then it waits, for as long as the
+        call's deadline allows.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -232,6 +246,11 @@ def add_RegistryServicer_to_server(servicer, server):
             'Publish': grpc.stream_unary_rpc_method_handler(
                     servicer.Publish,
                     request_deserializer=kiln_dot_v1_dot_registry__pb2.PublishRequest.FromString,
+                    response_serializer=kiln_dot_v1_dot_registry__pb2.AdapterVersion.SerializeToString,
+            ),
+            'AwaitPublish': grpc.unary_unary_rpc_method_handler(
+                    servicer.AwaitPublish,
+                    request_deserializer=kiln_dot_v1_dot_registry__pb2.AwaitPublishRequest.FromString,
                     response_serializer=kiln_dot_v1_dot_registry__pb2.AdapterVersion.SerializeToString,
             ),
             'CheckPublish': grpc.unary_unary_rpc_method_handler(
@@ -353,6 +372,33 @@ class Registry(object):
             target,
             '/kiln.v1.Registry/Publish',
             kiln_dot_v1_dot_registry__pb2.PublishRequest.SerializeToString,
+            kiln_dot_v1_dot_registry__pb2.AdapterVersion.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AwaitPublish(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kiln.v1.Registry/AwaitPublish',
+            kiln_dot_v1_dot_registry__pb2.AwaitPublishRequest.SerializeToString,
             kiln_dot_v1_dot_registry__pb2.AdapterVersion.FromString,
             options,
             channel_credentials,

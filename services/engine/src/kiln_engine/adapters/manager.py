@@ -58,9 +58,13 @@ class AdapterManager:
         self._slot_wait_s = slot_wait_s
         # Called when a version can serve.
         self.on_resident: Callable[[AdapterVersion], None] = lambda _: None
+        # Called with the name and the hash of bytes that came ahead of their version.
+        self.on_ahead: Callable[[str, str], None] = lambda name, sha256: None
         self.load_seconds = Histogram(REQUEST_SECONDS)
         self._loads: dict[str, asyncio.Task[None]] = {}
         self._config_of_unclaimed: dict[str, str] = {}
+        # Records that the registry has sent of itself, by hash, while they are acted on.
+        self._committed: dict[str, registry_pb2.AdapterVersion] = {}
         self._rollbacks: dict[str, Rollback] = {}
         # Set, and replaced, whenever a slot may have become free.
         self._change = asyncio.Event()
@@ -131,6 +135,7 @@ class AdapterManager:
         sha256 = await asyncio.to_thread(_sha256_of, content)
         if self._slots.find(sha256) is None:
             entry, evicted = self._slots.begin(AdapterVersion(name, 0, sha256))
+            self.on_ahead(name, sha256)
             await asyncio.shield(self._start(entry, self._receive(entry, evicted, content, config_json)))
         return sha256
 
@@ -147,6 +152,16 @@ class AdapterManager:
             self.on_resident(version)
         self._retire_older(version)
         return lease.slots[0], not was_resident
+
+    async def take_over(self, record: registry_pb2.AdapterVersion) -> None:
+        """Let a version serve whose bytes are here, and of which the registry itself says it is committed."""
+        if self._slots.find(record.sha256) is None:  # it gave way: who asks for it has it fetched
+            return
+        self._committed[record.sha256] = record
+        try:
+            await self.prepare(AdapterVersion(record.name, record.version, record.sha256))
+        finally:
+            self._committed.pop(record.sha256, None)
 
     async def turn_back(self, rollback: Rollback) -> None:
         """A name means an older version again: bring it here, and tell those who follow the name."""
@@ -285,6 +300,9 @@ class AdapterManager:
 
     async def _resolve(self, version: AdapterVersion) -> registry_pb2.AdapterVersion:
         """The version's record, once it is committed."""
+        sent = self._committed.get(version.sha256)
+        if sent is not None and (sent.name, sent.version) == (version.name, version.version):
+            return sent
         record = await self._look_up(version)
         if record.sha256 != version.sha256:
             raise AdapterNotFound(
