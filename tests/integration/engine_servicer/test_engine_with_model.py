@@ -74,7 +74,7 @@ async def real_registry(folder, redis_url=""):
         listen="127.0.0.1:0", state_dir=folder / "registry", redis_url=redis_url, stop_grace_s=0.1
     )
     registry = await start_registry(settings)
-    client = RegistryClient(f"127.0.0.1:{registry.port}")
+    client = RegistryClient(f"127.0.0.1:{registry.port}", timeout_s=60.0)
     try:
         yield f"127.0.0.1:{registry.port}", client
     finally:
