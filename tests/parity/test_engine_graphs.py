@@ -6,17 +6,20 @@ falls on an edge, which the seeds here do not; log-probabilities agree within 1e
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from structlog.testing import capture_logs
 
 from kiln_engine.domain import AdapterUse, BatchPlan, GenerationRequest, SamplingParams
 from kiln_engine.domain.batch_sizes import decode_ladder
 from kiln_engine.domain.output_rules import OutputRules, ThinkingRules
 from kiln_engine.execution import captured_step
 from kiln_engine.execution.runner import TorchRunner
+from kiln_nn.kernels.compile_ahead import usable_cores
 from tests.support.engine_plans import token_ids
 from tests.support.engine_serving import (
     KERNEL_SHAPE,
@@ -145,3 +148,34 @@ def test_narrow_formats_stay_close_to_float32(folder: Path, memory: dict[str, An
         firsts.append((greedy.tokens[0], greedy.logprobs[0]))
     assert firsts[0][0] == firsts[1][0]
     assert firsts[0][1] == pytest.approx(firsts[1][1], abs=0.1)
+
+
+def _forget_kernels() -> None:
+    """Leave Triton no kernel in memory, as in a new process."""
+    from triton.runtime.jit import JITFunction
+
+    for kernel in [each for each in gc.get_objects() if isinstance(each, JITFunction)]:
+        kernel.device_caches.clear()
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("memory", [{}, {"max_draft_tokens": 3, "drafts_by_mtp": True}], ids=str)
+def test_a_first_start_compiles_its_kernels_ahead_and_answers_as_later_ones(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: dict[str, Any]
+):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    answers = []
+    for is_first in (True, False):
+        _forget_kernels()
+        runner, limits = make_runner(folder, torch.bfloat16, "cuda", **memory)
+        with capture_logs() as logs:
+            runner.capture(num_compile_threads=usable_cores())
+        events = {line["event"] for line in logs}
+        assert ("kernels_compiled" in events) == is_first
+        assert not events & {"kernels_not_compiled_ahead", "cuda_graphs_unavailable"}
+        answers.append(serve(runner, limits, _requests(with_adapters=False)))
+    first, later = answers
+    assert {name: answer.tokens for name, answer in first.items()} == {
+        name: answer.tokens for name, answer in later.items()
+    }

@@ -39,6 +39,7 @@ from kiln_engine.settings import EngineSettings
 from kiln_nn.blocks import Weights, head_weight
 from kiln_nn.errors import CheckpointRefused, KilnNnError
 from kiln_nn.kernels.checks import ShapeMismatch
+from kiln_nn.kernels.compile_ahead import usable_cores
 from kiln_nn.kernels.quantised import QuantisedMatrix
 from kiln_nn.sharing import AdapterInbox, WeightServer, wait_for_old_leases
 from kiln_nn.weights import LoadedModel, WeightArena, load_checkpoint
@@ -50,6 +51,8 @@ _CPU_KV_CACHE_TOKENS = 65_536
 _LEAST_MODEL_LEN = 4096
 # Of a prompt, where chunks are fixed: as long as a graph holds, and prompts are cached in such parts.
 _MOST_FIXED_CHUNK_TOKENS = 256
+# More would wait for Python's lock, which a kernel's compilation holds for a tenth of its time or more.
+_MOST_COMPILE_THREADS = 16
 _SOCKET_NAME = "weights.sock"
 _INBOX_NAME = "adapters.sock"
 
@@ -145,7 +148,7 @@ def load_device_side(settings: EngineSettings) -> EngineParts:
     )
     runner = _runner(settings, weights, memory)
     if has_graphs:
-        _capture(runner)
+        _capture(runner, settings.compile_threads or min(usable_cores(), _MOST_COMPILE_THREADS))
     grammars = _grammars(weights.folder, info, settings.grammar_time_limit_s)
     usage = _device_memory(device, weights.num_bytes, memory)
     return EngineParts(runner, runner.adapters, weights.arena, limits, info, weights.inbox, grammars, usage)
@@ -238,11 +241,11 @@ def _grammars(folder: Path, info: engine_pb2.EngineInfo, time_limit_s: float) ->
     )
 
 
-def _capture(runner: TorchRunner) -> None:
+def _capture(runner: TorchRunner, num_compile_threads: int) -> None:
     """Capture the steps' graphs; an engine whose model or GPU does not allow it is slow, not broken."""
     try:
         started_s = time.monotonic()
-        num_bytes = runner.capture()
+        num_bytes = runner.capture(num_compile_threads)
     except Exception as error:  # whatever a kernel or the driver has against it
         if is_out_of_memory(error):
             raise NotEnoughMemory(f"no memory is left for CUDA graphs: {error}") from error

@@ -53,6 +53,12 @@ class EngineSettings(ClientListener, BaseSettings):
     cuda_graphs: bool = Field(
         True, description="capture steps as CUDA graphs at start, without which they are launched (GPU)"
     )
+    compile_threads: NonNegativeInt = Field(
+        1,
+        description="threads that compile kernels at the first start on a kind of GPU; 1: kernels are compiled"
+        " one after another as they are met; 0: as many as the cores it may use, up to 16, not yet seen to run"
+        " on a GPU (GPU)",
+    )
     batch_invariant: bool = Field(
         False,
         description="give a seeded request the same tokens, to the bit, alone and in any batch; slower:"

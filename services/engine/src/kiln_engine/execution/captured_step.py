@@ -36,6 +36,18 @@ class GraphParts:
     drafter: Drafter | None
     logits_RV: torch.Tensor
     pool: Any
+    # Steps are run once where they would be captured.
+    is_rehearsal: bool = False
+
+
+class _Rehearsed:
+    """Stands where a graph would, after one run of what it would hold."""
+
+    def __init__(self, run: Callable[[], None]) -> None:
+        run()
+
+    def replay(self) -> None:
+        raise AssertionError("nothing was captured")
 
 
 class CapturedStep:
@@ -73,8 +85,8 @@ class CapturedStep:
     def _run_draw(self) -> None:
         self._keep(self._parts.sampler.launch(self._logits_RV, self._tables))
 
-    def _capture(self, run: Callable[[], None]) -> torch.cuda.CUDAGraph:
-        return _captured(run, self._parts.pool)
+    def _capture(self, run: Callable[[], None]) -> torch.cuda.CUDAGraph | _Rehearsed:
+        return _Rehearsed(run) if self._parts.is_rehearsal else _captured(run, self._parts.pool)
 
     def _feed(self) -> None:
         """Bring tokens that only the device knows into the layout."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -21,6 +22,7 @@ from kiln_engine.execution.sampler import PendingDraws, Sampler, sample
 from kiln_engine.execution.step_graphs import PREFILL_CHUNKS, StepGraphs
 from kiln_engine.execution.token_masks import compile_masks
 from kiln_engine.execution.verifying import PendingVerify, accept, line_samplings, needs_drafts_on_host
+from kiln_engine.execution.warm_up import warm_up
 from kiln_engine.model import KvStore, Linears, PagedModel, PrefillCapacity, StateStore
 from kiln_engine.model.carried_hidden import CarriedHidden
 from kiln_engine.model.mtp_layer import MtpHidden, MtpLayer
@@ -161,16 +163,10 @@ class TorchRunner:
         self._is_batch_invariant = is_batch_invariant
         self._sampled_ids = SampledIds(memory.num_state_slots, device)
         self._draft_ids = DraftIds(memory.num_state_slots, memory.max_draft_tokens, device)
-        self._drafter: Drafter | None = None
+        self._draft_vocab_tokens = draft_vocab_tokens
         if memory.drafts_by_mtp:
             self.model.mtp = self._mtp_layer(memory, mtp_hidden)
-            self._drafter = Drafter(
-                self.model.mtp,
-                self.model.matrices,
-                self.adapters,
-                self._draft_ids,
-                draft_vocab_tokens,
-            )
+        self._drafter = self._new_drafter()
         self._max_rows = memory.max_running
         self._max_draft_tokens = memory.max_draft_tokens
         self._dtype = dtype
@@ -194,6 +190,12 @@ class TorchRunner:
             hidden=hidden,
         )
 
+    def _new_drafter(self) -> Drafter | None:
+        if self.model.mtp is None:
+            return None
+        matrices, num_tokens = self.model.matrices, self._draft_vocab_tokens
+        return Drafter(self.model.mtp, matrices, self.adapters, self._draft_ids, num_tokens)
+
     @property
     def num_bytes(self) -> int:
         """Device bytes held beside the weights."""
@@ -201,32 +203,40 @@ class TorchRunner:
         num_carried_bytes = 0 if self.model.mtp is None else self.model.mtp.carried.num_bytes
         return sum(store.num_bytes for store in stores) + num_carried_bytes
 
-    def capture(self) -> int:
+    def capture(self, num_compile_threads: int = 1) -> int:
         """Capture the steps that fit a CUDA graph, before the first `launch`; returns their bytes.
+
+        Kernels that were never compiled on this machine are compiled by so many threads.
 
         Raises: whatever a kernel raises that cannot run on this device or shape.
         """
         reserved_bytes = torch.cuda.memory_reserved()
+        warm_up(self._capture, partial(self._capture, is_rehearsal=True), num_compile_threads)
+        return torch.cuda.memory_reserved() - reserved_bytes
+
+    def _capture(self, *, is_rehearsal: bool = False) -> None:
+        """Make and keep the graphs; as a rehearsal only launch what that launches, and keep nothing."""
         num_lines = most_lines(self._max_rows, self._max_draft_tokens)
         num_rows, vocab_size = max(num_lines, PREFILL_CHUNKS), self.config.vocab_size
         logits_RV = torch.empty((num_rows, vocab_size), dtype=torch.float32, device=self.device)
-        sampler = Sampler(num_rows, vocab_size, self.device, is_batch_invariant=self._is_batch_invariant)
-        pool = torch.cuda.graph_pool_handle()
+        # An earlier attempt may have captured a part of its drafts.
+        drafter = self._new_drafter()
         parts = GraphParts(
             self.model,
             self.adapters,
-            sampler,
+            Sampler(num_rows, vocab_size, self.device, is_batch_invariant=self._is_batch_invariant),
             self._sampled_ids,
             self._draft_ids,
-            self._drafter,
+            drafter,
             logits_RV,
-            pool,
+            None if is_rehearsal else torch.cuda.graph_pool_handle(),
+            is_rehearsal,
         )
         graphs = StepGraphs(parts, self._max_rows, self._max_draft_tokens)
         self._compile_long_prompts()
         compile_masks(logits_RV)
-        self._graphs = graphs
-        return torch.cuda.memory_reserved() - reserved_bytes
+        if not is_rehearsal:
+            self._graphs, self._drafter = graphs, drafter
 
     @torch.inference_mode()
     def _compile_long_prompts(self) -> None:

@@ -150,7 +150,8 @@ class StepGraphs:
         for number, capture in enumerate(wanted, start=1):
             capture()
             now = time.monotonic()
-            if number == len(wanted) or now - logged_s >= _PROGRESS_INTERVAL_S:
+            is_worth_telling = number == len(wanted) or now - logged_s >= _PROGRESS_INTERVAL_S
+            if is_worth_telling and not parts.is_rehearsal:
                 logged_s = now
                 log.info("capturing_graphs", done=number, of=len(wanted), seconds=round(now - started_s, 1))
 
