@@ -38,7 +38,8 @@ test test-options test-gpu: export PYTHONPYCACHEPREFIX := $(CURDIR)/.venv/byteco
 test: setup-dev check ## Check the code and run all tests that need no GPU
 	scripts/install_browser.sh
 	.venv/bin/python -m pytest -n 2 --dist loadfile --ignore tests/e2e --ignore tests/chaos $(ARGS)
-	.venv/bin/python -m pytest tests/e2e tests/chaos $(ARGS)
+	.venv/bin/python -m pytest -n 2 --dist loadfile tests/e2e $(ARGS)
+	.venv/bin/python -m pytest tests/chaos $(ARGS)
 
 .PHONY: test-options
 test-options: setup-dev ## Run the tests of decoding with speculation and on quantised weights

@@ -8,6 +8,7 @@ import os
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from tests.support.variants import SETTING, SPECULATION_SETTING
 
@@ -23,6 +24,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         choices=["ngram", "mtp"],
         help="run the engines of the tests with this kind of drafts",
     )
+
+
+# A run is red for what has changed, neither for examples that were drawn for the first time nor for a busy
+# machine's time. `--hypothesis-profile default` draws others.
+settings.register_profile(
+    "kiln", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("kiln")
 
 
 def pytest_configure(config: pytest.Config) -> None:

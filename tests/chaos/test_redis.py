@@ -22,10 +22,9 @@ def test_redis_away_for_a_while_costs_no_answer_and_no_job(system):
         assert refused.json()["error"]["code"] in ("queue_unavailable", "trainer_unavailable")
         load.wait_for_ok(4)
         system.redis.start()
-        took_s = system.wait_until_whole()
+        system.wait_until_whole()
         load.wait_for_ok(4)
     assert set(load.outcomes()) == {"ok"}, load.outcomes()
-    assert took_s < 30
     for job_id in job_ids:
         system.succeeded(job_id)
 

@@ -40,7 +40,7 @@ def _second_trainer(system):
     finally:
         process.send_signal(signal.SIGCONT)
         process.terminate()
-        assert process.wait(40) == 0
+        assert process.wait(60) == 0
 
 
 def test_a_job_whose_trainer_hangs_is_carried_on_by_another_and_ends_once(system):

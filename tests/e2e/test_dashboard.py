@@ -7,6 +7,7 @@ from playwright.sync_api import expect, sync_playwright
 
 from tests.support.browser import (
     ARTEFACTS,
+    PATIENCE_MS,
     WIDTHS,
     PageWatch,
     accessibility_findings,
@@ -14,10 +15,10 @@ from tests.support.browser import (
     launch_options,
 )
 
-pytestmark = [pytest.mark.processes, pytest.mark.timeout(180)]
+pytestmark = pytest.mark.processes
 
 PROMPT = "Write a short email reply to Tom about the spare key."
-TRAINING_MS = 60_000
+TRAINING_MS = 3 * PATIENCE_MS
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +39,8 @@ def tour(request, browser, stack):
     columns, rows = WIDTHS[request.param]
     context = browser.new_context(viewport={"width": columns, "height": rows})
     page = context.new_page()
-    page.set_default_timeout(15_000)
-    expect.set_options(timeout=15_000)
+    page.set_default_timeout(PATIENCE_MS)
+    expect.set_options(timeout=PATIENCE_MS)
     yield Tour(page, PageWatch(page, stack.url), f"tour-{request.param}")
     context.close()
 

@@ -6,7 +6,7 @@ import pytest
 
 from tests.support.stack import Stack
 
-pytestmark = [pytest.mark.processes, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.processes
 
 PROMPTS = [
     f"Write a short email reply to {name} about the spare key." for name in ("Tom", "Ben", "Anna", "Omar")

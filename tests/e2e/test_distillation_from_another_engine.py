@@ -7,7 +7,7 @@ from tests.e2e.test_distillation import PROMPTS
 from tests.support.bigger_demo import engine_process, make_bigger_demo
 from tests.support.stack import Stack, wait_for
 
-pytestmark = [pytest.mark.processes, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.processes
 
 BIG = "kiln-demo-big"
 ROLLOUT = {"n": 4, "max_tokens": 12, "prompts_per_step": 4, "reasoning_effort": "none"}

@@ -45,7 +45,7 @@ def test_embeddings_do_not_depend_on_their_company_and_leave_nothing_behind(stac
         assert together[index]["embedding"] == pytest.approx(alone["embedding"], abs=1e-4)
     lengths = [sum(value * value for value in entry["embedding"]) for entry in together]
     assert lengths == pytest.approx([1.0] * len(texts), abs=1e-5)
-    wait_for(lambda: engine_holds(stack) == (0, 0, 0), "what the embeddings held", timeout_s=5)
+    wait_for(lambda: engine_holds(stack) == (0, 0, 0), "what the embeddings held")
 
 
 def test_the_same_question_gets_the_same_answer_in_every_shape(stack):
@@ -67,6 +67,6 @@ def test_the_same_question_gets_the_same_answer_in_every_shape(stack):
     ).json()
     assert [entry["choices"][0]["message"]["content"] for entry in batch["data"]] == [answer] * 3
     following = {"input": "And 5 + 5?", "previous_response_id": response["id"], **settings}
-    kept = httpx.get(f"{stack.url}/v1/responses/{response['id']}").json()
+    kept = httpx.get(f"{stack.url}/v1/responses/{response['id']}", timeout=30).json()
     assert kept["output"] == response["output"]
     assert stack.post("/v1/responses", following).status_code == 200

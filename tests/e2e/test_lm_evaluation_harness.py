@@ -15,7 +15,7 @@ TASKS = REPOSITORY / "tests/conformance/lm_eval"
 DEMO_MODEL = REPOSITORY / "demo/model"
 
 
-async def run(*command, folder, timeout_s=240):
+async def run(*command, folder):
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(folder / "hf")}
     process = await asyncio.create_subprocess_exec(
         *command,
@@ -25,7 +25,7 @@ async def run(*command, folder, timeout_s=240):
         stderr=asyncio.subprocess.STDOUT,
     )
     try:
-        output, _ = await asyncio.wait_for(process.communicate(), timeout_s)
+        output, _ = await process.communicate()
     finally:
         if process.returncode is None:
             process.kill()
@@ -70,7 +70,6 @@ def own_logprob(stack, beginning, ending):
     return sum(choice["logprobs"]["token_logprobs"][context:-1])
 
 
-@pytest.mark.timeout(400)
 def test_the_harness_scores_as_kiln_does(stack, tmp_path):
     async def both():
         await run(REPOSITORY / "scripts/install_client.sh", "lm-eval", folder=tmp_path)

@@ -34,7 +34,7 @@ def spans_by_name(collector, trace_id, wanted):
         return found if set(wanted) <= set(found) else None
 
     try:
-        return wait_for(arrived, "the spans", 20.0)
+        return wait_for(arrived, "the spans")
     except AssertionError:
         got = {(span.service, span.name) for span in collector.spans(trace_id)}
         raise AssertionError(f"of {wanted} only {got} arrived") from None

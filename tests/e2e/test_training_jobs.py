@@ -40,9 +40,9 @@ def test_a_job_done_again_gives_the_same_bytes_and_the_same_receipt(stack):
 
 def test_a_dataset_and_a_correction_are_learned(stack):
     lines = "".join(json.dumps(example) + "\n" for example in EXAMPLES)
-    broken = httpx.post(f"{stack.url}/v1/datasets", content=lines + '{"prompt": 1}\n')
+    broken = httpx.post(f"{stack.url}/v1/datasets", content=lines + '{"prompt": 1}\n', timeout=30)
     assert (broken.status_code, broken.json()["error"]["details"]["lines"][0]["line"]) == (400, 7)
-    dataset = httpx.post(f"{stack.url}/v1/datasets?name=sums", content=lines).json()
+    dataset = httpx.post(f"{stack.url}/v1/datasets?name=sums", content=lines, timeout=30).json()
     completion_id = stack.chat("What is two and two?", max_tokens=8).json()["id"]
     kept = stack.post("/v1/corrections", {"completion_id": completion_id, "correction": "Four."}).json()
     body = {"adapter": "learned", "dataset": dataset["id"], "corrections": "unused", "attach": False}
@@ -54,7 +54,7 @@ def test_a_dataset_and_a_correction_are_learned(stack):
     (correction,) = [each for each in stack.get("/v1/corrections")["data"] if each["id"] == kept["id"]]
     assert (correction["status"], correction["job"]) == ("used", job["id"])
     assert stack.post(SFT, {"adapter": "learned", "corrections": "unused"}).status_code == 400
-    assert httpx.delete(f"{stack.url}/v1/datasets/{dataset['id']}").status_code == 200
+    assert httpx.delete(f"{stack.url}/v1/datasets/{dataset['id']}", timeout=30).status_code == 200
 
 
 def test_a_cancelled_job_takes_back_what_it_published(stack):

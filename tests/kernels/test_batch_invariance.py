@@ -41,10 +41,9 @@ from tests.support.sampling_cases import Rule, tables
 from tests.support.triton_kernels import (
     DEVICE,
     INTERPRETED,
-    needs_triton,
     on_triton,
-    only_outside_interpreter,
     run_under_interpreter,
+    starts_interpreter,
 )
 
 NUM_ROWS = 6 if INTERPRETED else 200
@@ -57,8 +56,7 @@ Parts = Sequence[torch.Tensor]
 """What an operation leaves of one row."""
 
 
-@only_outside_interpreter
-@needs_triton
+@starts_interpreter
 def test_the_kernels_in_the_interpreter():
     run_under_interpreter(__file__)
 

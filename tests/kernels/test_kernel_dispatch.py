@@ -34,7 +34,7 @@ def test_limits_without_a_gpu_are_those_of_the_smallest():
 
 
 def test_the_kernels_package_works_without_triton():
-    subprocess.run([sys.executable, "-c", _WITHOUT_TRITON], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", _WITHOUT_TRITON], check=True)
 
 
 def test_without_a_c_compiler_the_references_serve_and_the_reason_is_named():
@@ -44,7 +44,7 @@ def test_without_a_c_compiler_the_references_serve_and_the_reason_is_named():
     }
     environment["PATH"] = ""
     done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, check=True, timeout=120, capture_output=True, text=True
+        [sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True
     )
     assert "no C compiler" in done.stdout or "not installed" in done.stdout
 
@@ -52,4 +52,4 @@ def test_without_a_c_compiler_the_references_serve_and_the_reason_is_named():
 def test_the_environment_can_force_the_references():
     code = "from kiln_nn.kernels.dispatch import has_triton; assert not has_triton()"
     environment = {**os.environ, "KILN_KERNELS": "reference"}
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120, env=environment)
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)

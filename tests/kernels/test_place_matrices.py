@@ -15,6 +15,7 @@ from tests.support.triton_kernels import (
     on_triton,
     only_outside_interpreter,
     run_under_interpreter,
+    starts_interpreter,
 )
 
 SLOTS, SLOT, BEFORE = 3, 1, 7
@@ -93,8 +94,7 @@ def test_the_reference_serves_what_is_not_on_a_gpu():
         assert torch.equal(got, one)
 
 
-@needs_triton
-@only_outside_interpreter
+@starts_interpreter
 def test_kernels_in_the_interpreter():
     run_under_interpreter(__file__)
 

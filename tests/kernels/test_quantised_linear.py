@@ -33,11 +33,10 @@ from tests.support.quantised_linears import (
 )
 from tests.support.triton_kernels import (
     INTERPRETED,
-    needs_triton,
     on_triton,
-    only_outside_interpreter,
     relative_error,
     run_under_interpreter,
+    starts_interpreter,
 )
 
 TOKENS = [3, 17] if INTERPRETED else [1, 3, 16, 33, 64, 128, 300, 2048]
@@ -102,8 +101,7 @@ def _tolerance(x: torch.Tensor, matrix: QuantisedMatrix, kind: LinearKind, dtype
     return TOLERANCE[torch.bfloat16 if matrix.scheme == "int4" and len(x) > 128 else dtype]
 
 
-@only_outside_interpreter
-@needs_triton
+@starts_interpreter
 def test_the_kernels_in_the_interpreter():
     run_under_interpreter(__file__)
 

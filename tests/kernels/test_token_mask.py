@@ -18,6 +18,7 @@ from tests.support.triton_kernels import (
     only_outside_interpreter,
     poison_new_memory,
     run_under_interpreter,
+    starts_interpreter,
 )
 
 
@@ -51,8 +52,7 @@ def test_too_few_words_are_refused():
         mask_tokens_(torch.zeros(2, 32), torch.tensor([0, 1]), torch.zeros(1, 1, dtype=torch.int32))
 
 
-@only_outside_interpreter
-@needs_triton
+@starts_interpreter
 def test_the_kernel_in_the_interpreter():
     run_under_interpreter(__file__)
 

@@ -19,6 +19,7 @@ from tests.support.triton_kernels import (
     poison_new_memory,
     relative_error,
     run_under_interpreter,
+    starts_interpreter,
 )
 
 # One rounding to the output's format; the interpreter cuts bf16 off instead of rounding it.
@@ -54,8 +55,7 @@ def _in_float64(arguments):
     return (reference.qk_norm_rope_write(*exact), *exact[-2:])
 
 
-@only_outside_interpreter
-@needs_triton
+@starts_interpreter
 def test_the_kernels_in_the_interpreter():
     run_under_interpreter(__file__)
 

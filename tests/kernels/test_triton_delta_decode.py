@@ -33,6 +33,7 @@ from tests.support.triton_kernels import (
     only_outside_interpreter,
     relative_error,
     run_under_interpreter,
+    starts_interpreter,
 )
 
 FORMATS = {  # state, everything else
@@ -62,8 +63,7 @@ def _kernel_of_commits():
     return triton_commit
 
 
-@only_outside_interpreter
-@needs_triton
+@starts_interpreter
 def test_the_kernel_in_the_interpreter():
     run_under_interpreter(__file__)
 

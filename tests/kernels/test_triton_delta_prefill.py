@@ -34,6 +34,7 @@ from tests.support.triton_kernels import (
     only_outside_interpreter,
     relative_error,
     run_under_interpreter,
+    starts_interpreter,
 )
 
 FORMATS = {  # state, everything else
@@ -54,8 +55,7 @@ def _kernel():
     return triton
 
 
-@only_outside_interpreter
-@needs_triton
+@starts_interpreter
 def test_the_kernels_in_the_interpreter():
     run_under_interpreter(__file__)
 

@@ -23,6 +23,7 @@ from tests.support.triton_kernels import (
     poison_new_memory,
     relative_error,
     run_under_interpreter,
+    starts_interpreter,
     trust_backward_kernels,
 )
 
@@ -114,8 +115,7 @@ def test_the_public_function_has_all_gradients_on_the_cpu():
     _compare((out, *grads), _exact(leaves, PACKED, out_grad), 1e-11)
 
 
-@only_outside_interpreter
-@needs_triton
+@starts_interpreter
 def test_the_kernels_in_the_interpreter():
     run_under_interpreter(__file__)
 

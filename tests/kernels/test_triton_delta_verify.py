@@ -30,6 +30,7 @@ from tests.support.triton_kernels import (
     only_outside_interpreter,
     relative_error,
     run_under_interpreter,
+    starts_interpreter,
 )
 
 FORMATS = {  # state, everything else
@@ -55,8 +56,7 @@ def _fold():
     return triton_fold
 
 
-@only_outside_interpreter
-@needs_triton
+@starts_interpreter
 def test_the_kernel_in_the_interpreter():
     run_under_interpreter(__file__)
 

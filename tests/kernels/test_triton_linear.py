@@ -31,6 +31,7 @@ from tests.support.triton_kernels import (
     poison_new_memory,
     relative_error,
     run_under_interpreter,
+    starts_interpreter,
 )
 
 # One rounding to bf16, 2^-8 at worst (the interpreter cuts off instead), or float32 sums, which
@@ -73,8 +74,7 @@ def kernel(request, monkeypatch):
     return _kernel()
 
 
-@only_outside_interpreter
-@needs_triton
+@starts_interpreter
 def test_the_kernels_in_the_interpreter():
     run_under_interpreter(__file__)
 

@@ -16,6 +16,7 @@ from tests.support.triton_kernels import (
     poison_new_memory,
     relative_error,
     run_under_interpreter,
+    starts_interpreter,
 )
 
 TOKENS, WIDTH, VOCAB = 11, 16, 5003
@@ -39,8 +40,7 @@ def _inputs(dtype: torch.dtype, vocab: int = VOCAB):
     return hidden.requires_grad_(), head, targets.to(DEVICE), inverse.to(DEVICE)
 
 
-@only_outside_interpreter
-@needs_triton
+@starts_interpreter
 def test_the_kernel_in_the_interpreter():
     run_under_interpreter(__file__)
 

@@ -25,6 +25,7 @@ from tests.support.triton_kernels import (
     only_outside_interpreter,
     relative_error,
     run_under_interpreter,
+    starts_interpreter,
 )
 
 NAN = float("nan")
@@ -41,8 +42,7 @@ def _kernel():
     return triton
 
 
-@only_outside_interpreter
-@needs_triton
+@starts_interpreter
 def test_the_kernel_in_the_interpreter():
     run_under_interpreter(__file__)
 

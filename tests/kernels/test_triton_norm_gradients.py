@@ -18,6 +18,7 @@ from tests.support.triton_kernels import (
     poison_new_memory,
     relative_error,
     run_under_interpreter,
+    starts_interpreter,
     trust_backward_kernels,
 )
 
@@ -56,8 +57,7 @@ def _compare(run, exact, leaves: list[torch.Tensor], weight: torch.Tensor | None
         assert relative_error(got, want) < TOLERANCE[leaf.dtype]
 
 
-@only_outside_interpreter
-@needs_triton
+@starts_interpreter
 def test_the_kernels_in_the_interpreter():
     run_under_interpreter(__file__)
 

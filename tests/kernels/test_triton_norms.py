@@ -29,6 +29,7 @@ from tests.support.triton_kernels import (
     poison_new_memory,
     relative_error,
     run_under_interpreter,
+    starts_interpreter,
 )
 
 EPS = 1e-6
@@ -49,8 +50,7 @@ def _kernels(name: str):
     return {"rms_norm": norms, "swiglu": gates}[name]
 
 
-@only_outside_interpreter
-@needs_triton
+@starts_interpreter
 def test_the_kernels_in_the_interpreter():
     run_under_interpreter(__file__)
 

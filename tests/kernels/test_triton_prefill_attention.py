@@ -25,6 +25,7 @@ from tests.support.triton_kernels import (
     poison_new_memory,
     relative_error,
     run_under_interpreter,
+    starts_interpreter,
 )
 
 # float32: sums in another order. bf16, fp16: roundings of the softmax's weights and of the output;
@@ -102,8 +103,7 @@ class _Case:
         return out * torch.sigmoid(gate) if gated else out
 
 
-@only_outside_interpreter
-@needs_triton
+@starts_interpreter
 def test_the_kernels_in_the_interpreter():
     run_under_interpreter(__file__)
 

@@ -18,6 +18,7 @@ from tests.support.triton_kernels import (
     poison_new_memory,
     relative_error,
     run_under_interpreter,
+    starts_interpreter,
     trust_backward_kernels,
 )
 
@@ -43,8 +44,7 @@ def _inputs(num_heads: int, head_dim: int, fraction: float, dtype: torch.dtype):
     return wide[:, ::2], weight, EPS, *tables
 
 
-@only_outside_interpreter
-@needs_triton
+@starts_interpreter
 def test_the_kernels_in_the_interpreter():
     run_under_interpreter(__file__)
 

@@ -21,6 +21,7 @@ from tests.support.triton_kernels import (
     only_outside_interpreter,
     poison_new_memory,
     run_under_interpreter,
+    starts_interpreter,
 )
 
 # Sums of float32 weights, some of them near 1e-7 of the total.
@@ -35,8 +36,7 @@ def _kernels():
     return triton
 
 
-@only_outside_interpreter
-@needs_triton
+@starts_interpreter
 def test_the_kernels_in_the_interpreter():
     run_under_interpreter(__file__)
 

@@ -19,6 +19,7 @@ from tests.support.triton_kernels import (
     poison_new_memory,
     relative_error,
     run_under_interpreter,
+    starts_interpreter,
 )
 
 # One rounding of the results (and of the heads' gradients); the interpreter cuts bf16 off.
@@ -58,8 +59,7 @@ def _exact(mixed, weight, grads, shape, cu_seqlens) -> tuple[torch.Tensor, ...]:
     return *(x.detach() for x in heads), grad
 
 
-@only_outside_interpreter
-@needs_triton
+@starts_interpreter
 def test_the_kernels_in_the_interpreter():
     run_under_interpreter(__file__)
 

@@ -59,4 +59,4 @@ def engine_process(folder: Path, model: Path, name: str, **settings: str) -> Ite
         yield address
     finally:
         process.terminate()
-        process.wait(30)
+        process.wait(60)

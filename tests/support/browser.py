@@ -17,6 +17,8 @@ from tests.support.gateway import REPOSITORY
 # Kept after a run, to be looked at.
 ARTEFACTS = Path(os.environ.get("KILN_TEST_ARTEFACTS", REPOSITORY / "build" / "dashboard"))
 WIDTHS = {"narrow": (360, 740), "wide": (1440, 900)}
+# What must come is waited for: a browser beside a busy machine's other work is slow.
+PATIENCE_MS = 60_000
 _NAMES = ("chromium", "chromium-browser", "google-chrome")
 _OWN = REPOSITORY / ".venv" / "browsers"
 _AXE = Path(axe_playwright_python.__file__).parent / "axe.min.js"

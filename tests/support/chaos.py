@@ -60,7 +60,7 @@ class System:
         finally:
             self.redis.close()
 
-    def wait_until_whole(self, timeout_s: float = 60.0) -> float:
+    def wait_until_whole(self, timeout_s: float = 120.0) -> float:
         """Wait until both engines, the trainer, the registry and Redis are well; seconds it took."""
         began_s = time.monotonic()
 

@@ -27,7 +27,7 @@ from kiln_trainer.jobs.ports import Audience, LiveReport
 from kiln_trainer.recipes.opd_options import TeacherModel
 from tests.support.registry import MODEL_HASH, adapter_bytes, peft_config
 
-WAIT_S = 20.0
+WAIT_S = 60.0
 
 
 def grpo_request(adapter: str = "helper", **config: object) -> trainer_pb2.SubmitRequest:

@@ -34,7 +34,7 @@ class ChatLoad:
         num_clients: int = 4,
         *,
         max_tokens: int = 16,
-        timeout_s: float = 30.0,
+        timeout_s: float = 60.0,
         socket_path: Path | None = None,  # instead of the URL's host
     ) -> None:
         self._url = f"{url}/v1/chat/completions"
@@ -61,7 +61,7 @@ class ChatLoad:
             thread.join(self._timeout_s + 10)
             assert not thread.is_alive(), "a request had no ending"
 
-    def wait_for_ok(self, count: int = 1, timeout_s: float = 60.0) -> float:
+    def wait_for_ok(self, count: int = 1, timeout_s: float = 120.0) -> float:
         """Wait for `count` answers to requests that begin now; returns the seconds it took."""
         began_s = time.monotonic()
         wait_for(

@@ -86,7 +86,7 @@ async def running_registry(state_dir: Path, **settings: Any) -> AsyncIterator[Re
     """A registry with `base_model()` registered, and a client of it; `client.address` is its address."""
     fields = {"listen": "127.0.0.1:0", "state_dir": state_dir, "stop_grace_s": 0.2, **settings}
     registry = await start_registry(RegistrySettings(**fields))
-    client = RegistryClient(f"127.0.0.1:{registry.port}")
+    client = RegistryClient(f"127.0.0.1:{registry.port}", timeout_s=60.0)
     client.address = f"127.0.0.1:{registry.port}"  # type: ignore[attr-defined]
     try:
         await client.register_base_model(base_model())

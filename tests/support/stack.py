@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,12 +20,17 @@ T = TypeVar("T")
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port that nobody has, and that the kernel gives no connection before a server listens there."""
+    first_given_out = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    chance = random.SystemRandom()  # tests that run beside this one draw others
+    while True:
+        port = chance.randrange(10_000, max(first_given_out, 20_000))
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
-def wait_for(condition: Callable[[], T | None], what: str, timeout_s: float = 60.0) -> T:
+def wait_for(condition: Callable[[], T | None], what: str, timeout_s: float = 120.0) -> T:
     """Poll until `condition()` is neither None nor False; returns what it returned."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
@@ -46,7 +52,7 @@ class Stack:
         self._env = env or {}
         self._process: subprocess.Popen[bytes] | None = None
 
-    def start(self, timeout_s: float = 90.0) -> Stack:
+    def start(self, timeout_s: float = 180.0) -> Stack:
         self.state_dir.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-c", "from kiln_cli.main import main; main()", "up"]
         command += ["--port", str(self.port), "--state-dir", str(self.state_dir), *self._options]
@@ -72,7 +78,7 @@ class Stack:
         """SIGKILL `kiln up` itself, so that nobody stops its services."""
         assert self._process is not None
         self._process.kill()
-        self._process.wait(10)
+        self._process.wait(60)
 
     def __enter__(self) -> Stack:
         return self.start()
@@ -80,7 +86,7 @@ class Stack:
     def __exit__(self, *exc_info: object) -> None:
         self.stop()
 
-    def wait_until_ready(self, timeout_s: float = 60.0) -> None:
+    def wait_until_ready(self, timeout_s: float = 120.0) -> None:
         """Until /readyz answers 200 and the trainer accepts jobs too."""
         assert self._process is not None
 
@@ -119,7 +125,7 @@ class Stack:
         finally:
             os.kill(pid, signal.SIGCONT)
 
-    def wait_for_restart(self, service: str, dead_pid: int, timeout_s: float = 30.0) -> int:
+    def wait_for_restart(self, service: str, dead_pid: int, timeout_s: float = 120.0) -> int:
         def restarted() -> int | None:
             pid = self.pid(service)
             return pid if pid is not None and pid != dead_pid else None
@@ -137,7 +143,7 @@ class Stack:
             "/v1/chat/completions", {"messages": [{"role": "user", "content": content}], **fields}
         )
 
-    def wait_for_job(self, job_id: str, timeout_s: float = 120.0) -> dict[str, Any]:
+    def wait_for_job(self, job_id: str, timeout_s: float = 240.0) -> dict[str, Any]:
         """The job once it has ended."""
 
         def ended() -> dict[str, Any] | None:

@@ -48,7 +48,7 @@ def run_in_process(
     module = "tests.support.trainer_process"
     command = [sys.executable, "-m", module, location, request_file, folder, loads_json]
     command += [teacher] if teacher else []
-    done = subprocess.run(command, cwd=_REPOSITORY, stdout=subprocess.PIPE, check=True, timeout=240)
+    done = subprocess.run(command, cwd=_REPOSITORY, stdout=subprocess.PIPE, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -42,12 +42,17 @@ def on_triton(test: Callable) -> Callable:
     return pytest.mark.gpu(needs_gpu(test))
 
 
+def starts_interpreter(test: Callable) -> Callable:
+    """Mark the test that calls `run_under_interpreter`: those in there have a time limit each, it has none."""
+    return pytest.mark.timeout(0)(only_outside_interpreter(needs_triton(test)))
+
+
 def run_under_interpreter(file: str) -> None:
     """Run a test file's kernels in Triton's interpreter, in a process of its own."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", file]
     root = Path(__file__).parents[2]
-    run = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=240)
+    run = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
     assert " passed" in run.stdout
 

@@ -11,7 +11,7 @@ MODEL = REPOSITORY / "demo" / "model"
 
 def test_sampler_and_trainer_agree_on_every_kind_of_token():
     command = [sys.executable, REPOSITORY / "scripts/gpu/mismatch.py", "--model", MODEL, "--tiny"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     kinds = ("decode", "chunked prefill", "prefix hits", "with an adapter")
     row = re.compile(r"^(.+?) +([\d.]+) +([\d.]+) +(\d+) +(\S+) +(\S+) +(\S+)$", re.MULTILINE)

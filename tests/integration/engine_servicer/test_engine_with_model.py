@@ -74,7 +74,7 @@ async def real_registry(folder, redis_url=""):
         listen="127.0.0.1:0", state_dir=folder / "registry", redis_url=redis_url, stop_grace_s=0.1
     )
     registry = await start_registry(settings)
-    client = RegistryClient(f"127.0.0.1:{registry.port}")
+    client = RegistryClient(f"127.0.0.1:{registry.port}", timeout_s=60.0)
     try:
         yield f"127.0.0.1:{registry.port}", client
     finally:
@@ -100,7 +100,7 @@ async def publish(
 
 async def until_registered(registry: RegistryClient, checkpoint, model_hash: str, seed: int, **options):
     """Publish as soon as the engine has announced its model."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while True:
             try:
                 return await publish(registry, checkpoint, model_hash, seed, **options)
@@ -181,7 +181,7 @@ async def test_a_published_version_is_fetched_before_anyone_asks(checkpoint, tmp
             settings = settings_for(checkpoint, tmp_path, registry_address=address, redis_url=redis.url)
             async with real_engine(settings) as (engine, client):
                 model_hash = (await client.get_info()).base_model.model_hash
-                async with asyncio.timeout(15):
+                async with asyncio.timeout(60):
                     while not engine.adapters.resident:
                         await until_registered(registry, checkpoint, model_hash, seed=1)
                         await asyncio.sleep(0.2)
@@ -197,7 +197,7 @@ async def test_the_attached_default_is_fetched_without_any_event(checkpoint, tmp
             model_hash = (await client.get_info()).base_model.model_hash
             ref = await until_registered(registry, checkpoint, model_hash, seed=1)
             await registry.set_default(f"style@{ref.version}")
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(60):
                 while not engine.adapters.resident:
                     await asyncio.sleep(0.02)
             assert not (await client.prepare_adapter(ref)).was_loaded
@@ -374,13 +374,13 @@ async def test_the_process_stops_under_traffic(checkpoint, tmp_path, drain_timeo
         requests = [generate_request(f"r{i}", [i + 1] * 20, max_tokens=230) for i in range(6)]  # four run
         assert (await client.get_info()).base_model.model_id == "tiny-model"
         begun = [asyncio.create_task(collect(client, request)) for request in requests]
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while (stats := await client.get_stats()).num_running + stats.num_waiting < len(requests):
                 await asyncio.sleep(0.01)
         process.send_signal(signal.SIGTERM)
         lasts = [outputs[-1] for outputs in await asyncio.gather(*begun)]
         assert {last.error.code for last in lasts} == {code}
-        assert await asyncio.to_thread(process.wait, 20) == 0
+        assert await asyncio.to_thread(process.wait, 60) == 0
     log = process.stderr.read().decode()
     assert "memory_plan" in log
     assert "Traceback" not in log

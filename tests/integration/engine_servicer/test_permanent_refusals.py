@@ -36,7 +36,6 @@ def _start(service, tmp_path, model):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
         check=False,
     )
 

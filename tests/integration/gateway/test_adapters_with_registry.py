@@ -112,7 +112,7 @@ async def test_a_diff_has_the_newest_scores_of_both_versions(rig):
         gateway = rig.app.state.gateway
         async with Evaluator(gateway, gateway.clients.evaluations, concurrency=4, poll_s=0.01).working():
             run = (await rig.post("/v1/evals/runs", {"suite": "answers", "adapter": adapter})).json()
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(60):
                 while (await get(rig, f"/v1/evals/runs/{run['id']}"))["status"] != "succeeded":
                     await asyncio.sleep(0.01)
         ids.append(run["id"])

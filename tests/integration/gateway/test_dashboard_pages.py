@@ -11,7 +11,7 @@ from playwright.async_api import async_playwright, expect
 
 from kiln_common.pb import evaluations_pb2, trainer_pb2
 from kiln_gateway.settings import ApiKey
-from tests.support.browser import PageWatch, launch_options
+from tests.support.browser import PATIENCE_MS, PageWatch, launch_options
 from tests.support.gateway import gateway_rig, served
 
 # One browser for all tests, so one event loop.
@@ -37,7 +37,8 @@ async def opened(browser, rig, view, *, expected_statuses=()):
     """A page on a view of the rig's dashboard; at the end nothing may have gone wrong in it."""
     async with served(rig) as url:
         page = await browser.new_page()
-        page.set_default_timeout(10_000)
+        page.set_default_timeout(PATIENCE_MS)
+        expect.set_options(timeout=PATIENCE_MS)
         watch = PageWatch(page, url)
         page.watch = watch
         watch.expected_statuses = set(expected_statuses)
@@ -130,7 +131,7 @@ async def test_answers_are_stopped_and_errors_say_what_to_do(tmp_path, browser):
             await rig.engine.paused.wait()
             await page.keyboard.press("Escape")
             await expect(page.get_by_text("stopped")).to_be_visible()
-            async with asyncio.timeout(5):  # the page says it before the gateway sees the connection end
+            async with asyncio.timeout(60):  # the page says it before the gateway sees the connection end
                 while not rig.engine.aborted:
                     await asyncio.sleep(0.01)
 

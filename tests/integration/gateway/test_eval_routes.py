@@ -61,7 +61,7 @@ async def start(rig, suite="capitals", **fields):
 
 async def ended(rig, run_id, **options):
     """The run with its cases, once it has ended."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while True:
             run = (await rig.http.get(f"/v1/evals/runs/{run_id}?cases=true", **options)).json()
             if run["status"] in ("succeeded", "failed"):
@@ -311,7 +311,7 @@ async def test_an_engine_that_comes_back_is_waited_for(rig):
     run = await start(rig, adapter=None)
     rig.engine.is_up = False
     async with evaluating(rig):
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while (await rig.http.get(f"/v1/evals/runs/{run['id']}")).json()["status"] != "running":
                 await asyncio.sleep(0.01)
         rig.engine.is_up = True
@@ -333,7 +333,7 @@ async def test_a_gateway_that_stops_gives_its_run_back_with_what_is_done(rig):
             yield output
 
     rig.engine.generate = held
-    async with evaluating(rig), asyncio.timeout(10):
+    async with evaluating(rig), asyncio.timeout(60):
         while (left := (await rig.http.get(f"/v1/evals/runs/{run['id']}")).json())["progress"]["done"] != 1:
             await asyncio.sleep(0.01)
     assert left["status"] == "running"

@@ -43,7 +43,7 @@ async def _events(response):
 
 
 async def until(events, wanted, condition=lambda body: True):
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         async for name, body in events:
             if name == wanted and condition(body):
                 return body
@@ -51,7 +51,7 @@ async def until(events, wanted, condition=lambda body: True):
 
 
 async def condition(is_met):
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not is_met():
             await asyncio.sleep(0.01)
 
@@ -117,7 +117,7 @@ async def test_requests_that_do_not_finish_are_shown_as_such(tmp_path, end):
         else:
             rig.engine.pause_after = 2
             async with (
-                httpx.AsyncClient(base_url=url) as http,
+                httpx.AsyncClient(base_url=url, timeout=30) as http,
                 http.stream(
                     "POST",
                     "/v1/chat/completions",
@@ -158,7 +158,7 @@ async def test_keys_see_what_their_scopes_allow(tmp_path):
         async with watching(url, Authorization="Bearer infer-key-0123456789") as events:
             hello = await until(events, "hello")
             assert (hello["scopes"], hello["has_logs"]) == (["infer"], False)
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(60):
                 async for name, body in events:
                     if name == "sample" and name in seen:
                         break

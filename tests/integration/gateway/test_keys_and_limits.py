@@ -169,7 +169,7 @@ async def test_an_evaluation_is_held_to_the_token_limits_of_its_key(tmp_path, st
         run = await rig.post("/v1/evals/runs", {"suite": "many"}, headers=bearer(OLD))
         gateway = rig.app.state.gateway
         evaluator = Evaluator(gateway, gateway.clients.evaluations, concurrency=1, poll_s=0.01)
-        async with evaluator.working(), asyncio.timeout(20):
+        async with evaluator.working(), asyncio.timeout(60):
             while (found := await _run(rig, run.json()["id"]))["status"] not in ("succeeded", "failed"):
                 await asyncio.sleep(0.01)
         assert (found["status"], found["error"]["code"]) == ("failed", "rate_limited")

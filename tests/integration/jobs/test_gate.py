@@ -59,7 +59,7 @@ class Working:
         return self
 
     def __exit__(self, *exc_info):
-        self.worker.stop(10.0)
+        self.worker.stop(60.0)
         assert not self.worker.is_alive
 
     def end_of(self, job_id):
@@ -171,7 +171,7 @@ def test_a_cancel_during_the_evaluation_leaves_nothing(store, publisher, tmp_pat
     publisher.evaluate = evaluate
     job_id = store.submit(gated_request())
     with Working(store, publisher, tmp_path) as working:
-        assert looked.wait(10.0)
+        assert looked.wait(60.0)
         store.cancel(job_id)
         job = working.end_of(job_id)
     assert (job.status, job.HasField("result")) == ("cancelled", False)
@@ -188,7 +188,7 @@ def test_a_trainer_that_stops_during_the_evaluation_hands_the_job_on(store, othe
     publisher.evaluate = evaluate
     job_id = store.submit(gated_request())
     with Working(store, publisher, tmp_path):
-        assert looked.wait(10.0)
+        assert looked.wait(60.0)
     publisher.evaluate = ending_with(1.0)
     with Working(other_store, publisher, tmp_path) as working:
         job = working.end_of(job_id)
@@ -210,7 +210,7 @@ def test_other_bytes_of_a_later_claim_are_evaluated_themselves(store, other_stor
     publisher.evaluate = evaluate
     job_id = store.submit(gated_request())
     with Working(store, publisher, tmp_path / "a"):
-        assert looked.wait(10.0)
+        assert looked.wait(60.0)
     publisher.evaluate = lambda run: ending_with(1.0 if run.id == "evalrun_1" else 0.0)(run)
     with Working(other_store, publisher, tmp_path / "b", ChainBackend(num_steps=3)) as working:
         job = working.end_of(job_id)
@@ -229,7 +229,7 @@ def test_a_candidate_that_was_let_go_is_judged_anew(store, other_store, publishe
     publisher.evaluate = evaluate
     job_id = store.submit(gated_request())
     with Working(store, publisher, tmp_path):
-        assert looked.wait(10.0)
+        assert looked.wait(60.0)
     publisher.withdraw(job_id)
     publisher.evaluate = ending_with(1.0)
     with Working(other_store, publisher, tmp_path) as working:
@@ -248,7 +248,7 @@ def test_a_cancel_that_the_next_trainer_finds_leaves_no_candidate(store, other_s
     publisher.evaluate = evaluate
     job_id = store.submit(gated_request())
     with Working(store, publisher, tmp_path):
-        assert looked.wait(10.0)
+        assert looked.wait(60.0)
     store.cancel(job_id)
     with Working(other_store, publisher, tmp_path) as working:
         job = working.end_of(job_id)

@@ -30,7 +30,7 @@ class Held:
     def __call__(self, step):
         if step == self.step:
             self.reached.set()
-            assert self.go_on.wait(10)
+            assert self.go_on.wait(60)
 
 
 def numbers(publisher):
@@ -63,7 +63,7 @@ def test_a_resumed_job_publishes_each_of_its_versions_once(store, other_store, p
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(threading, "excepthook", lambda args: None)
         with working(store, ChainBackend(before_step=fail_once), publisher, tmp_path) as worker:
-            worker._thread.join(10)
+            worker._thread.join(60)
     with working(other_store, ChainBackend(), publisher, tmp_path):
         job = ended(store, job_id)
     assert [(each.step, each.version) for each in job.published] == [(1, 1), (2, 2), (3, 3), (4, 4)]
@@ -82,7 +82,7 @@ def test_a_resumed_job_goes_on_where_a_version_was_deleted_meanwhile(store, othe
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(threading, "excepthook", lambda args: None)
         with working(store, ChainBackend(before_step=fail_once), publisher, tmp_path) as worker:
-            worker._thread.join(10)
+            worker._thread.join(60)
     publisher.withdraw("helper", 3)
     with working(other_store, ChainBackend(), publisher, tmp_path):
         job = ended(store, job_id)
@@ -94,7 +94,7 @@ def test_a_cancel_keeps_what_was_published(store, publisher, tmp_path):
     held = Held(4)
     job_id = store.submit(every(2))
     with working(store, ChainBackend(num_steps=9, before_step=held), publisher, tmp_path):
-        assert held.reached.wait(10)
+        assert held.reached.wait(60)
         store.cancel(job_id)
         held.go_on.set()
         job = ended(store, job_id)
@@ -112,7 +112,7 @@ def test_a_cancel_that_discards_gives_the_default_back(store, redis_client, publ
     held = Held(6)
     job_id = store.submit(every(2))
     with working(store, ChainBackend(num_steps=9, before_step=held), publisher, tmp_path):
-        assert held.reached.wait(10)
+        assert held.reached.wait(60)
         assert (numbers(publisher), publisher.default) == ([1, 2, 3], "helper@3")
         store.cancel(job_id, discards=True)
         held.go_on.set()
@@ -127,7 +127,7 @@ def test_a_default_that_somebody_else_chose_stays(store, publisher, tmp_path):
     held = Held(4)
     job_id = store.submit(every(2))
     with working(store, ChainBackend(num_steps=9, before_step=held), publisher, tmp_path):
-        assert held.reached.wait(10)
+        assert held.reached.wait(60)
         publisher.attach("other@1")
         store.cancel(job_id, discards=True)
         held.go_on.set()
@@ -140,7 +140,7 @@ def test_a_default_that_an_admin_made_of_it_stays(store, publisher, tmp_path):
     held = Held(6)
     job_id = store.submit(grpo_request("helper", publish="2"))
     with working(store, ChainBackend(num_steps=9, before_step=held), publisher, tmp_path):
-        assert held.reached.wait(10)
+        assert held.reached.wait(60)
         publisher.attach("helper@1")
         store.cancel(job_id, discards=True)
         held.go_on.set()
@@ -159,7 +159,7 @@ def test_a_version_attached_while_it_is_discarded_stays(store, publisher, tmp_pa
 
     job_id = store.submit(every(2))
     with working(store, ChainBackend(num_steps=9, before_step=held), publisher, tmp_path):
-        assert held.reached.wait(10)
+        assert held.reached.wait(60)
         publisher.attach = attach_then_another
         store.cancel(job_id, discards=True)
         held.go_on.set()

@@ -25,7 +25,7 @@ async def connected(tmp_path, runner=None):
         running_engine(parts, tmp_path) as (_, client),
     ):
         directory = EngineDirectory(
-            (client.address,), info_timeout_s=2.0, live_timeout_s=1.0, rollout_timeout_s=30.0
+            (client.address,), info_timeout_s=10.0, live_timeout_s=10.0, rollout_timeout_s=30.0
         )
         try:
             yield GrpcPublisher(registry, directory, asyncio.get_running_loop()), registry, client
@@ -60,12 +60,12 @@ async def test_what_the_check_raises_ends_the_requests(tmp_path):
     requests = [generate_request(f"r{i}", max_tokens=50) for i in range(3)]
     async with connected(tmp_path, runner) as (publisher, _, client):
         running = asyncio.create_task(asyncio.to_thread(publisher.generate, requests, check))
-        assert await asyncio.to_thread(runner.wait_until_held, 10)
+        assert await asyncio.to_thread(runner.wait_until_held, 60)
         is_cancelled.set()
         with pytest.raises(JobCancelled):
             await running
         runner.let_go()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while (await client.get_stats()).num_running:
                 await asyncio.sleep(0.01)
 

@@ -171,12 +171,12 @@ def test_a_cancel_ends_the_sampling(store, publisher, tmp_path):
 
     def wait_to_go_on():
         reached.set()
-        assert go_on.wait(10)
+        assert go_on.wait(60)
 
     publisher.before_generate = wait_to_go_on
     job_id = store.submit(opd_request())
     with working(store, SamplingBackend(), publisher, tmp_path):
-        assert reached.wait(10)
+        assert reached.wait(60)
         store.cancel(job_id)
         go_on.set()
         job = ended(store, job_id)

@@ -4,7 +4,6 @@ import asyncio
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,16 +16,11 @@ from kiln_common.errors import KilnError
 from tests.support.fake_engine import running_engine
 from tests.support.jobs import grpo_request, wait_until
 from tests.support.registry import running_registry
+from tests.support.stack import free_port
 
 pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("redis_client")]
 
 STEP_S = 0.1
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def start_trainer_process(
@@ -90,7 +84,7 @@ async def test_forty_jobs_end_once_each_though_two_of_three_trainers_are_killed(
 
 
 async def run_to_end(client, job_id):
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         return [event async for event in client.watch(job_id)]
 
 
@@ -112,7 +106,7 @@ async def test_a_killed_trainers_job_is_resumed_by_another_with_the_same_result(
             assert (await run_to_end(first_client, undisturbed.id))[-1].type == "succeeded"
 
             job = await first_client.submit(request)
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(60):
                 async for event in first_client.watch(job.id):
                     if event.type == "checkpoint":
                         break
@@ -137,7 +131,7 @@ async def test_a_killed_trainers_job_is_resumed_by_another_with_the_same_result(
             await asyncio.to_thread(wait_until, lambda: not any(jobs_dir.iterdir()))
 
             second.send_signal(signal.SIGTERM)
-            assert await asyncio.to_thread(second.wait, 20) == 0
+            assert await asyncio.to_thread(second.wait, 60) == 0
             await client.close()
         finally:
             await first_client.close()

@@ -31,7 +31,7 @@ async def stack(redis_url, tmp_path, backend=None, **settings):
             "engine_addresses": (engine.address,),
             "state_dir": tmp_path / "trainer",
             "claim_timeout_s": 0.5,
-            "live_timeout_s": 0.5,
+            "live_timeout_s": 10.0,
             **settings,
         }
         trainer = await start_trainer(TrainerSettings(**fields), lambda _: backend or ChainBackend())
@@ -58,7 +58,7 @@ async def test_from_submit_to_the_engines(redis_server, tmp_path):
     async with stack(redis_server.url, tmp_path) as (client, registry, engine):
         job = await client.submit(grpo_request("helper", attach=True))
         assert job.status in ("queued", "running")
-        events = await asyncio.wait_for(watch_all(client, job.id), 10)
+        events = await asyncio.wait_for(watch_all(client, job.id), 60)
         assert events[0].type == "queued"
         assert events[-1].type == "succeeded"
         done = await client.get(job.id)
@@ -71,7 +71,7 @@ async def test_from_submit_to_the_engines(redis_server, tmp_path):
         assert again == events[4:]
         assert await watch_all(client, job.id, events[-1].id) == []
         follow_up = await client.submit(grpo_request("helper", attach=False, metadata_json='{"run": 2}'))
-        await asyncio.wait_for(watch_all(client, follow_up.id), 10)
+        await asyncio.wait_for(watch_all(client, follow_up.id), 60)
         followed = await client.get(follow_up.id)
         assert (followed.resolved_base_adapter, followed.config.metadata_json) == ("helper@1", '{"run": 2}')
         assert (followed.result.version, await registry.get_default()) == (2, version)
@@ -92,10 +92,10 @@ async def test_from_submit_to_the_engines(redis_server, tmp_path):
 
 
 async def test_an_engine_that_does_not_take_the_result_is_named(redis_server, tmp_path):
-    async with stack(redis_server.url, tmp_path) as (client, _, engine):
+    async with stack(redis_server.url, tmp_path, live_timeout_s=1.0) as (client, _, engine):
         engine.refuses = True
         job = await client.submit(grpo_request())
-        await asyncio.wait_for(watch_all(client, job.id), 10)
+        await asyncio.wait_for(watch_all(client, job.id), 60)
         done = await client.get(job.id)
         assert (done.status, [*done.result.not_live]) == ("succeeded", ["boot_1"])
 
@@ -159,7 +159,7 @@ async def test_a_running_job_outlives_redis(tmp_path):
     def before_step(step):
         if step == 2:
             reached.set()
-            assert redis_is_dead.wait(10)
+            assert redis_is_dead.wait(60)
         if step == 4:
             stepped.set()
 
@@ -168,16 +168,16 @@ async def test_a_running_job_outlives_redis(tmp_path):
         async with stack(server.url, tmp_path, backend) as (client, registry, _):
             job = await client.submit(grpo_request("helper", checkpoint_every=5))
             waiting = await client.submit(grpo_request("other"))
-            assert await asyncio.to_thread(reached.wait, 10)
+            assert await asyncio.to_thread(reached.wait, 60)
             server.kill()
             redis_is_dead.set()
-            assert await asyncio.to_thread(stepped.wait, 10)
+            assert await asyncio.to_thread(stepped.wait, 60)
             assert await code_of(client.submit(grpo_request())) == "queue_unavailable"
             assert await code_of(client.get(job.id)) == "queue_unavailable"
             assert await code_of(client.status()) == "queue_unavailable"
             await asyncio.to_thread(server.start)
             for job_id in (job.id, waiting.id):
-                events = await asyncio.wait_for(watch_all(client, job_id), 20)
+                events = await asyncio.wait_for(watch_all(client, job_id), 60)
                 assert events[-1].type == "succeeded"
             steps = [point.step for point in (await client.get(job.id)).history]
             assert steps == [1, 2, 3, 4, 5]
@@ -191,7 +191,7 @@ async def test_accepted_jobs_survive_a_sigkill_of_redis(tmp_path):
 
         def before_step(step):
             began.set()
-            assert go_on.wait(20)
+            assert go_on.wait(60)
 
         async with stack(server.url, tmp_path, ChainBackend(before_step=before_step)) as (client, _, _):
             accepted = [(await client.submit(grpo_request(f"a{n}"))).id for n in range(8)]
@@ -202,7 +202,7 @@ async def test_accepted_jobs_survive_a_sigkill_of_redis(tmp_path):
             assert found.zcard("kiln:jobs:queued") >= 7
             go_on.set()
             for job_id in accepted:
-                assert (await asyncio.wait_for(watch_all(client, job_id), 30))[-1].type == "succeeded"
+                assert (await asyncio.wait_for(watch_all(client, job_id), 60))[-1].type == "succeeded"
 
 
 async def test_an_absent_trainer_is_unavailable():

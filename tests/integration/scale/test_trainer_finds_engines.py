@@ -37,7 +37,7 @@ async def test_every_announced_engine_of_the_model_serves_a_version(redis):
         running_engine("boot_2") as other,
         running_engine("x") as alien,
     ):
-        directory = EngineDirectory([own.address], info_timeout_s=1, live_timeout_s=1, redis=redis)
+        directory = EngineDirectory([own.address], info_timeout_s=10, live_timeout_s=2, redis=redis)
         await say(redis, word_of(own, address="localhost:1"))  # by a name nobody configured
         await say(redis, word_of(other))
         await say(redis, word_of(alien, model_hash="another"))
@@ -57,7 +57,7 @@ async def test_every_announced_engine_of_the_model_serves_a_version(redis):
 
 async def test_an_announced_engine_that_is_gone_is_named(redis, tmp_path):
     async with running_engine() as own:
-        directory = EngineDirectory([own.address], info_timeout_s=0.2, live_timeout_s=0.5, redis=redis)
+        directory = EngineDirectory([own.address], info_timeout_s=10, live_timeout_s=2, redis=redis)
         gone = f"unix:{tmp_path}/gone.sock"
         await say(redis, EngineWord(gone, "boot_9", own.base_model.model_hash, 16, 0, 0))
         assert await directory.prepare(VERSION, "all") == (gone,)
@@ -66,7 +66,7 @@ async def test_an_announced_engine_that_is_gone_is_named(redis, tmp_path):
 
 async def test_without_redis_the_engines_known_so_far_are_asked(redis):
     async with running_engine("boot_1") as own, running_engine("boot_2") as other:
-        directory = EngineDirectory([own.address], info_timeout_s=1, live_timeout_s=1, redis=redis)
+        directory = EngineDirectory([own.address], info_timeout_s=10, live_timeout_s=10, redis=redis)
         await say(redis, word_of(other))
         await directory.prepare(VERSION, "all")
         redis.server.kill()

@@ -10,7 +10,7 @@ from kiln_trainer.teachers import TeacherDirectory
 from tests.support.fake_engine import running_engine
 from tests.support.redis_server import private_redis
 
-SETTINGS = {"info_timeout_s": 0.5, "rollout_timeout_s": 1.0, "patience_s": 0.5}
+SETTINGS = {"info_timeout_s": 10.0, "rollout_timeout_s": 10.0, "patience_s": 0.5}
 
 
 async def code_of(call) -> str:

@@ -147,9 +147,9 @@ def test_the_lease_ends_with_the_backend(served, tmp_path):
     backend = TorchBackend(served.locate)
     backend.run(task(sft_request([[1, 2, 3]]), tmp_path / "a"), RecordingHooks())
     backend.run(task(sft_request([[1, 2, 4]]), tmp_path / "b"), RecordingHooks())
-    assert served.server.wait_for_leases(num_before + 1, timeout_s=5)  # one mapping for both jobs
+    assert served.server.wait_for_leases(num_before + 1, timeout_s=60)  # one mapping for both jobs
     backend.close()
-    assert served.server.wait_for_leases(num_before, timeout_s=5)
+    assert served.server.wait_for_leases(num_before, timeout_s=60)
 
 
 def test_weights_are_mapped_before_a_job_and_let_go_of_when_their_engine_has_gone(tmp_path):
@@ -274,7 +274,7 @@ async def test_the_engines_load_is_asked_for_and_its_silence_is_no_failure(tmp_p
     server.add_insecure_port(address)
     await server.start()
     try:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while (load := await asyncio.to_thread(read_load)) is None:
                 await asyncio.sleep(0.05)  # gRPC connects again a moment later
         assert load == EngineLoad(num_running=3, num_waiting=2)

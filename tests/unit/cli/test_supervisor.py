@@ -74,14 +74,14 @@ async def test_a_killed_service_is_started_again_and_all_stop_cleanly(tmp_path):
     supervisor = Supervisor([_spec(tmp_path / "a")], tmp_path, console)
     running = asyncio.create_task(supervisor.run())
     process = supervisor.processes["engine"]
-    await asyncio.wait_for(process.is_ready.wait(), 20)
+    await asyncio.wait_for(process.is_ready.wait(), 60)
     first_pid = process.pid
     (tmp_path / "a" / "ready").unlink()
     os.kill(first_pid, signal.SIGKILL)
     while process.pid == first_pid or not process.is_ready.is_set():
         await asyncio.sleep(0.02)
     supervisor.request_stop()
-    assert await asyncio.wait_for(running, 20) == 0
+    assert await asyncio.wait_for(running, 60) == 0
     assert (tmp_path / "a" / "stopped_cleanly").exists()
     text = out.getvalue()
     assert "was killed by signal 9" in text
@@ -94,7 +94,7 @@ async def test_a_service_that_cannot_start_ends_everything_with_its_last_lines(t
     console, out = _console(tmp_path)
     broken = _spec(tmp_path / "b", "gateway", "print('bad setting: port'); raise SystemExit(3)")
     supervisor = Supervisor([_spec(tmp_path / "a"), broken], tmp_path, console)
-    assert await asyncio.wait_for(supervisor.run(), 30) == 1
+    assert await asyncio.wait_for(supervisor.run(), 60) == 1
     assert "gateway could not start" in out.getvalue()
     assert "bad setting: port" in out.getvalue()
     with pytest.raises(ProcessLookupError):
@@ -112,7 +112,7 @@ sys.exit(78)
     supervisor = Supervisor(
         [_spec(tmp_path / "a", "redis"), _spec(tmp_path / "b", code=code)], tmp_path, console
     )
-    assert await asyncio.wait_for(supervisor.run(), 30) == 78
+    assert await asyncio.wait_for(supervisor.run(), 60) == 78
     assert (tmp_path / "logs" / "engine.log").read_text().endswith("KILN_ENGINE_X: bad\n")
     # Why it ended, without what it had logged before.
     assert "engine cannot start like this, and trying again would not help:\n  KILN_ENGINE_X: bad" in (
@@ -128,14 +128,14 @@ async def test_a_service_that_was_ready_is_started_again_whatever_its_exit_code(
     supervisor = Supervisor([_spec(tmp_path / "a", code=code)], tmp_path, console)
     running = asyncio.create_task(supervisor.run())
     process = supervisor.processes["engine"]
-    await asyncio.wait_for(process.is_ready.wait(), 20)
+    await asyncio.wait_for(process.is_ready.wait(), 60)
     first_pid = process.pid
     (tmp_path / "a" / "ready").unlink()
     os.kill(first_pid, signal.SIGTERM)
     while process.pid == first_pid or not process.is_ready.is_set():
         await asyncio.sleep(0.02)
     supervisor.request_stop()
-    assert await asyncio.wait_for(running, 20) == 0
+    assert await asyncio.wait_for(running, 60) == 0
     assert "ended with code 78; starting it again" in out.getvalue()
 
 
@@ -145,14 +145,14 @@ async def test_an_engine_that_was_asked_to_end_was_drained_and_is_back_at_once_h
     running = asyncio.create_task(supervisor.run())
     process = supervisor.processes["engine-2"]
     for _ in range(3):
-        await asyncio.wait_for(process.is_ready.wait(), 20)
+        await asyncio.wait_for(process.is_ready.wait(), 60)
         pid = process.pid
         (tmp_path / "a" / "ready").unlink()
         os.kill(pid, signal.SIGTERM)
         while process.pid == pid:
             await asyncio.sleep(0.02)
     supervisor.request_stop()
-    assert await asyncio.wait_for(running, 20) == 0
+    assert await asyncio.wait_for(running, 60) == 0
     told = [line.strip() for line in out.getvalue().splitlines() if "starting it again" in line]
     assert told == ["↻ engine-2  was drained and has ended; starting it again in 0.2 s"] * 3
 
@@ -227,7 +227,7 @@ def test_a_state_folder_is_free_once_the_services_of_a_killed_supervisor_have_go
     os.close(read_end)
     assert killed.stdout is not None
     killed.stdout.readline()
-    killed.wait(20)
+    killed.wait(60)
     with pytest.raises(StateDirInUse):
         StateDirLock(tmp_path, wait_s=0.2)
     threading.Timer(0.3, os.close, [write_end]).start()  # now the service ends
@@ -242,7 +242,7 @@ async def test_a_stop_while_a_service_is_being_started_still_stops_it(tmp_path):
     running = asyncio.create_task(supervisor.run())
     await asyncio.sleep(0)
     supervisor.request_stop()
-    assert await asyncio.wait_for(running, 20) == 0
+    assert await asyncio.wait_for(running, 60) == 0
 
 
 async def test_a_service_that_cannot_be_executed_ends_everything(tmp_path):
@@ -250,7 +250,7 @@ async def test_a_service_that_cannot_be_executed_ends_everything(tmp_path):
     missing = ServiceSpec("redis", (str(tmp_path / "nothing"),), _spec(tmp_path / "a").probe)
     supervisor = Supervisor([missing, _spec(tmp_path / "a")], tmp_path, console)
     with pytest.raises(FileNotFoundError):
-        await asyncio.wait_for(supervisor.run(), 20)
+        await asyncio.wait_for(supervisor.run(), 60)
     assert supervisor.processes["engine"].pid is not None
     with pytest.raises(ProcessLookupError):
         os.kill(supervisor.processes["engine"].pid, 0)
@@ -297,7 +297,7 @@ async def test_services_do_not_get_variables_that_nobody_reads(tmp_path, monkeyp
     console, _ = _console(tmp_path)
     code = "import os; print(sorted(n for n in os.environ if n.startswith('KILN_'))); raise SystemExit(78)"
     supervisor = Supervisor([_spec(tmp_path / "a", code=code)], tmp_path, console)
-    await asyncio.wait_for(supervisor.run(), 30)
+    await asyncio.wait_for(supervisor.run(), 60)
     told = (tmp_path / "logs" / "engine.log").read_text()
     assert "KILN_ENGINE_NUM_THREADS" in told
     assert "KILN_QUANTISATION" not in told

@@ -26,7 +26,7 @@ def test_a_service_that_loads_ends_at_once_and_in_silence(number):
     assert process.stdout is not None
     assert process.stdout.readline() == "loading\n"
     process.send_signal(number)
-    rest, _ = process.communicate(timeout=20)
+    rest, _ = process.communicate(timeout=60)
     assert (process.returncode, rest) == (128 + number, "")
 
 
@@ -70,5 +70,5 @@ def test_a_service_that_serves_ends_its_work_and_with_code_0(service, number):
     assert process.stdout is not None
     assert process.stdout.readline() == "serving\n"
     process.send_signal(number)
-    rest, _ = process.communicate(timeout=20)
+    rest, _ = process.communicate(timeout=60)
     assert (process.returncode, rest) == (0, "finished\n")

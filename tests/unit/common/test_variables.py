@@ -65,7 +65,6 @@ def _run(*arguments, **variables):
         env={**environment, **variables},
         capture_output=True,
         text=True,
-        timeout=120,
         check=False,
     )
 

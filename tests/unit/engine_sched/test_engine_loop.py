@@ -12,7 +12,7 @@ from kiln_engine.scheduling import Scheduler, SchedulerLimits
 from tests.support.engine_scheduling import Guesser, make_request
 from tests.support.engine_server import StubbornRunner
 
-WAIT_S = 10.0
+WAIT_S = 60.0
 
 
 class Box:

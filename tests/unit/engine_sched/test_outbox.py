@@ -16,7 +16,7 @@ async def test_steps_come_out_in_order_from_another_thread():
     outbox = Outbox(capacity=100)
     thread = threading.Thread(target=lambda: [outbox.offer(step(n)) for n in range(50)])
     thread.start()
-    taken = [await asyncio.wait_for(outbox.take(), 5) for _ in range(50)]
+    taken = [await asyncio.wait_for(outbox.take(), 60) for _ in range(50)]
     thread.join()
     assert taken == [step(n) for n in range(50)]
 
@@ -40,5 +40,5 @@ async def test_closing_ends_the_reader_and_refuses_more():
     reader = asyncio.create_task(outbox.take())
     await asyncio.sleep(0)
     outbox.close()
-    assert await asyncio.wait_for(reader, 5) is None
+    assert await asyncio.wait_for(reader, 60) is None
     assert not outbox.offer(step(1))

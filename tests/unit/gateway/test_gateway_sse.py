@@ -71,6 +71,6 @@ async def test_a_quiet_stream_ends_when_the_gateway_stops():
     ending = asyncio.ensure_future(anext(parts))
     await asyncio.sleep(0)
     is_stopping.set()
-    assert b'"code":"gateway_stopping"' in await asyncio.wait_for(ending, 5)
+    assert b'"code":"gateway_stopping"' in await asyncio.wait_for(ending, 60)
     assert [part async for part in parts] == []
     assert was_closed.is_set()

@@ -18,7 +18,7 @@ from tests.support.tiny_models import make_checkpoint
 from tests.support.weight_owner import OwnerProcess
 from tests.support.weight_reader import ReaderProcess
 
-WAIT_S = 20.0
+WAIT_S = 60.0
 EMBEDDING = "model.embed_tokens.weight"
 
 

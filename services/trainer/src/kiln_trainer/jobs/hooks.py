@@ -19,12 +19,17 @@ class JobHooks:
     """
 
     def __init__(
-        self, job: ClaimedJob, publish: Callable[[TrainedAdapter], None], totals: TrainerTotals
+        self,
+        job: ClaimedJob,
+        publish: Callable[[TrainedAdapter], None],
+        totals: TrainerTotals,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._job = job
+        self._clock = clock
         self.publish = publish
         self._totals = StepTotals(totals)
-        self._began_s = self._last_step_s = time.monotonic()
+        self._began_s = self._last_step_s = clock()
         self._traceparent = tracing.current_traceparent()
         self._step_began_s = time.time()
         self._first_step: int | None = None
@@ -36,7 +41,7 @@ class JobHooks:
         self.num_steps_reported += 1
         self._totals.add(report)
         self._trace(report)
-        now_s = time.monotonic()
+        now_s = self._clock()
         metrics = dict(report.metrics)
         if "tokens" in metrics:
             metrics["tokens_per_s"] = metrics["tokens"] / max(now_s - self._last_step_s, 1e-9)
@@ -45,7 +50,7 @@ class JobHooks:
             "step": report.step,
             "num_steps": report.num_steps,
             "num_tokens": report.num_tokens,
-            "eta_s": self._eta_s(report),
+            "eta_s": self._eta_s(report, now_s - self._began_s),
         }
         self._job.write(
             {"progress": json.dumps(progress), "metrics": json.dumps(metrics)},
@@ -66,7 +71,6 @@ class JobHooks:
         # Progress that survives: earlier crashes no longer count against the job.
         self._job.write({"num_crashes": "0"}, ("checkpoint", {"step": step}))
 
-    def _eta_s(self, report: StepReport) -> float:
+    def _eta_s(self, report: StepReport, elapsed_s: float) -> float:
         """Seconds left at the pace of this claim."""
-        elapsed_s = time.monotonic() - self._began_s
         return round(elapsed_s / self.num_steps_reported * (report.num_steps - report.step), 3)
