@@ -13,7 +13,7 @@ import httpx
 
 from tests.support.stack import Stack, free_port, wait_for
 
-_READY_TIMEOUT_S = 60.0
+_READY_TIMEOUT_S = 180.0
 
 
 @contextlib.contextmanager
