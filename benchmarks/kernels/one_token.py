@@ -162,7 +162,7 @@ def main() -> None:
     torch.manual_seed(0)
     for rows in options.rows:
         step, expected = Step(rows, options.context, STATES[options.state]), None
-        chosen = choose(rows, STATES[options.state])
+        chosen = choose(rows, STATES[options.state], PAGE)
         for name, most in (("two launches", 0), ("at once", rows)):
             delta = partial(delta_decode, config=replace(chosen, most_rows_at_once=most))
             x = step.run(delta).clone()

@@ -18,6 +18,7 @@ from tests.support.triton_kernels import (
     on_triton,
     only_outside_interpreter,
     run_under_interpreter,
+    starts_interpreter,
 )
 
 NUM_SLOTS, MAX_DRAFTS, PAGE_TOKENS = 6, 3, 16
@@ -92,8 +93,7 @@ def _assert_same(ours: DraftRows, expected: DraftRows) -> None:
         assert torch.equal(getattr(ours, field.name), getattr(expected, field.name)), field.name
 
 
-@only_outside_interpreter
-@needs_triton
+@starts_interpreter
 def test_the_kernels_in_the_interpreter():
     run_under_interpreter(__file__)
 

@@ -18,6 +18,7 @@ from tests.support.triton_kernels import (
     poison_new_memory,
     relative_error,
     run_under_interpreter,
+    starts_interpreter,
 )
 
 EPS = 1e-6
@@ -48,8 +49,7 @@ def _carried(slots: list[int], width: int, dtype: torch.dtype = torch.float32, d
     return CarriedLines(lines, line, torch.tensor(slots, device=device))
 
 
-@only_outside_interpreter
-@needs_triton
+@starts_interpreter
 def test_the_kernel_in_the_interpreter():
     run_under_interpreter(__file__)
 

@@ -15,9 +15,10 @@ from kiln_common.bus import keys
 from kiln_common.bus.connect import connect_async
 from kiln_common.clients.registry import BlobCorrupt, RegistryClient
 from kiln_common.errors import ErrorKind, KilnError, RegistryUnavailable
-from kiln_common.pb import common_pb2
+from kiln_common.pb import common_pb2, registry_pb2
 from kiln_registry.blobs import BlobStore
 from kiln_registry.bootstrap import start_registry
+from kiln_registry.publisher import Publisher
 from kiln_registry.settings import RegistrySettings
 from tests.support.redis_server import private_redis
 from tests.support.registry import (
@@ -102,6 +103,41 @@ async def test_whoever_has_the_bytes_hears_of_their_version_when_it_is_committed
         assert await waiting == version
         # Where the commit was first, there is nothing to wait for.
         assert await client.await_publish("helper", sha256, timeout_s=30) == version
+
+
+async def test_a_version_whose_publisher_went_away_while_it_was_committed_is_told_of(tmp_path, monkeypatch):
+    is_committing, may_commit = threading.Event(), threading.Event()
+    publish = Publisher.publish
+
+    def slow(*args):
+        is_committing.set()
+        may_commit.wait(60)
+        return publish(*args)
+
+    async def requests():
+        yield registry_pb2.PublishRequest(header=publish_header("helper"))
+        yield registry_pb2.PublishRequest(chunk=content)
+
+    monkeypatch.setattr(Publisher, "publish", slow)
+    content = adapter_bytes()
+    registry = await start_registry(RegistrySettings(listen="127.0.0.1:0", state_dir=tmp_path))
+    client = RegistryClient(f"127.0.0.1:{registry.port}")
+    await client.register_base_model(base_model())
+    waiting = asyncio.create_task(
+        client.await_publish("helper", hashlib.sha256(content).hexdigest(), timeout_s=60)
+    )
+    publishing = asyncio.create_task(registry.adapters.Publish(requests(), None))
+    await asyncio.to_thread(is_committing.wait)
+    publishing.cancel()
+    await asyncio.wait({publishing})
+    assert publishing.cancelled()
+    assert not waiting.done()
+    may_commit.set()
+    version = await waiting
+    assert await client.resolve("helper") == version
+    assert [path.name for path in stored_files(tmp_path)] == [version.sha256]
+    await client.close()
+    await registry.stop()
 
 
 async def test_a_stop_does_not_wait_for_those_who_wait_for_a_publish(tmp_path):

@@ -84,14 +84,8 @@ class RegistryServicer(registry_pb2_grpc.RegistryServicer):
             except BaseException:
                 await asyncio.to_thread(upload.close)  # it may wait for the disk
                 raise
-            record = await asyncio.to_thread(self._publish, header, upload)
-        self._waiters.tell(record)
-        self._on_change()
-        log.info(
-            "adapter_published", adapter=f"{record.name}@{record.version}", job_id=record.job_id,
-            num_bytes=record.num_bytes, sha256=record.sha256,
-        )  # fmt: skip
-        return _version_pb(record)
+            # Once begun it ends: a caller who goes away leaves neither a file nor a version that nobody hears of.
+            return _version_pb(await asyncio.shield(self._commit(header, upload)))
 
     async def AwaitPublish(
         self, request: pb.AwaitPublishRequest, context: grpc.aio.ServicerContext
@@ -218,6 +212,17 @@ class RegistryServicer(registry_pb2_grpc.RegistryServicer):
         self._on_change()
         log.info("adapter_deleted", adapter=str(reference), num_deleted=num_deleted)
         return pb.DeleteVersionResponse(num_deleted=num_deleted)
+
+    async def _commit(self, header: pb.PublishHeader, upload: Upload) -> VersionRecord:
+        """Record a complete upload, and tell everybody."""
+        record = await asyncio.to_thread(self._publish, header, upload)
+        self._waiters.tell(record)
+        self._on_change()
+        log.info(
+            "adapter_published", adapter=f"{record.name}@{record.version}", job_id=record.job_id,
+            num_bytes=record.num_bytes, sha256=record.sha256,
+        )  # fmt: skip
+        return record
 
     def _publish(self, header: pb.PublishHeader, upload: Upload) -> VersionRecord:
         with upload:

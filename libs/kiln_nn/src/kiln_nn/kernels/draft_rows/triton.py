@@ -42,7 +42,7 @@ def _accept_kernel(
     tl.store(out_ptr + rows, count, mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_verified"])
+@triton.jit(do_not_specialize=["num_verified"])
 def _begin_kernel(
     token_ids_ptr, positions_ptr, hidden_ptr, slots_ptr, table_rows_ptr, room_ptr, column_ptr, place_ptr,
     settings_ptr, numbers_ptr,
