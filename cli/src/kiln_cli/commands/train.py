@@ -179,7 +179,11 @@ def grpo(
 def opd(
     session: Session,
     file: Annotated[
-        str, typer.Argument(help='JSONL of {"prompt"} or {"messages": […]}; - is standard input.')
+        str,
+        typer.Argument(
+            help='JSONL of {"prompt"} or {"messages": […]}, with "completions" those instead of sampled ones;'
+            " - is standard input.",
+        ),
     ],
     *,
     adapter: Adapter,

@@ -154,12 +154,14 @@ function Curves({ job }: { job: Job }) {
       reward: [curve("mean", "reward_mean", "series-2")],
       kl: [
         curve("sampler to trainer", "sampler_trainer_kl", "series-1"),
-        curve("to the reference", "kl", "series-3"),
+        job.kind === "opd"
+          ? curve("to the teacher", "teacher_kl", "series-3")
+          : curve("to the reference", "kl", "series-3"),
       ],
       clip: [curve("clipped", "clip_fraction", "series-3")],
       throughput: [curve("trained", "tokens_per_s", "series-2")],
     }),
-    [job.history],
+    [job.kind, job.history],
   );
   const common = { x: curves.steps, format: metric, empty: "No step has reported it yet." };
   const isPolicy = job.kind === "grpo";

@@ -43,7 +43,7 @@ class OpdPromptFields(Body):
 
 
 class OpdGroupFields(Body):
-    """Completions of one prompt that the student drew before."""
+    """Completions of one prompt that are there already, as a rule the student's own."""
 
     prompt: PromptText | None = None
     messages: Messages | None = None

@@ -57,7 +57,7 @@ class CompletionFields(Body):
     stop_token_ids: Annotated[TokenIds, Field(max_length=1024)] | None = None
     min_tokens: Annotated[int, Field(ge=0)] | None = Field(
         None,
-        description="before so many tokens nothing in `stop` or `stop_token_ids` ends the answer, and no end token;"
+        description="within the first so many tokens nothing in `stop` or `stop_token_ids` ends the answer, and no end token;"
         " a grammar that has come to its end stops earlier",
     )
     ignore_eos: bool | None = None
@@ -118,5 +118,7 @@ class CompletionFields(Body):
     @model_validator(mode="after")
     def _allows_as_many_as_it_asks_for(self) -> CompletionFields:
         if self.min_tokens and self.most_tokens is not None and self.min_tokens > self.most_tokens:
-            raise ValueError(f"min_tokens is {self.min_tokens}, and at most {self.most_tokens} are allowed")
+            raise ValueError(
+                f"min_tokens is {self.min_tokens}, and max_tokens allows {self.most_tokens} at the most"
+            )
         return self

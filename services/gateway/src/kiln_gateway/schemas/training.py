@@ -74,7 +74,11 @@ class JobFields(Body):
     """What every recipe shares. None means the recipe's default, shown in effective_config."""
 
     adapter: Reference
-    base_adapter: Reference | None = None
+    base_adapter: Reference | None = Field(
+        None,
+        description="start from a name or name@version; left out: from the adapter's latest version, if there is"
+        " one; null: from the bare base model",
+    )
     lora: LoraFields = Field(default_factory=LoraFields)
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 1e-4
     epochs: Annotated[int, Field(ge=1, le=1000)] | None = None

@@ -174,7 +174,10 @@ class Worker:
             return "cancelled"
         except Exception as error:
             failure = _describe(error)
-            log.warning("job_failed", code=failure.code, reason=failure.message, exc_info=error)
+            is_told = isinstance(error, KilnError)  # by its code and reason
+            log.warning(
+                "job_failed", code=failure.code, reason=failure.message, exc_info=None if is_told else error
+            )
             job.finish(lambda claim: self._store.fail(claim, failure))
             return "failed"
         job.finish(lambda claim: self._store.succeed(claim, result))
