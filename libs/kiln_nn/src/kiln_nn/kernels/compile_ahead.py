@@ -28,6 +28,7 @@ import torch
 _PROGRESS_INTERVAL_S = 2.0
 # Longer than any kernel takes, on a busy machine too.
 _MOST_STALLED_S = 300.0
+_FRONT_END = threading.Lock()
 
 
 class KernelNotCompiled(Exception):
@@ -152,6 +153,7 @@ def _submitting_launches(pool: ThreadPoolExecutor, futures: list[Future[None]]) 
         in_memory, _, target, *_ = kernel.device_caches[device]
         source = kernel.ASTSource(kernel, signature, constants, attributes)
         source.hash()  # hashes the kernel's text once, here: the threads only read it
+        _take_turns(source)
         future = pool.submit(_compile, kernel.compile, source, target, dict(options.__dict__))
         futures.append(future)
         # Found here by the next such launch; what is launched for real must not find it.
@@ -166,6 +168,21 @@ def _submitting_launches(pool: ThreadPoolExecutor, futures: list[Future[None]]) 
         JITFunction.run, JITFunction._do_compile = run, do_compile
         for in_memory, key in submitted:
             in_memory.pop(key, None)
+
+
+def _take_turns(source: Any) -> None:
+    """Let one thread at a time go from Python's syntax tree to the first IR.
+
+    Triton's front end is not made for several: functions that kernels share are parsed in place. It
+    holds Python's lock nearly all the time, so that little is lost.
+    """
+    make_ir = source.make_ir
+
+    def in_turn(*args: Any, **kwargs: Any) -> Any:
+        with _FRONT_END:
+            return make_ir(*args, **kwargs)
+
+    source.make_ir = in_turn
 
 
 def _compile(compile_kernel: Callable[..., Any], source: Any, target: Any, options: dict[str, Any]) -> None:
