@@ -78,12 +78,12 @@ def tokens_per_s(recording: Recording) -> float:
     return num_tokens / (window[-1][0] - window[0][0])
 
 
-def measure(spine: Spine, batch: int, options: argparse.Namespace) -> dict[str, Any]:
+def measure(spine: Spine, batch: int, max_tokens: int, options: argparse.Namespace) -> dict[str, Any]:
     """The median speed of a batch, and with `--parts` what its steps are made of.
 
     The first run warms up, and lets the policy measure.
     """
-    max_tokens, repeats = options.tokens, options.repeats
+    repeats = options.repeats
     made_up = MadeUpDrafts(spine.runner.launch, options.acceptance)
     spine.runner.launch = made_up.launch
     try:
@@ -170,17 +170,29 @@ def run_kind(options: argparse.Namespace) -> None:
         options.model, speculation=options.kind, max_draft_tokens=options.drafts, **fields
     )
     with Spine(settings) as spine:
-        for batch in options.batches:
-            row = measure(spine, batch, options)
+        for batch, max_tokens in zip(options.batches, options.tokens, strict=True):
+            row = measure(spine, batch, max_tokens, options)
             print("ROW " + json.dumps(row), flush=True)
 
 
 def run_process(kind: str, arguments: list[str]) -> dict[int, dict[str, Any]]:
-    """The rows of one kind, by batch."""
+    """The rows of one kind, by batch; each is printed when it comes.
+
+    Raises:
+        CalledProcessError: the process failed.
+    """
     command = [sys.executable, "-m", "benchmarks.engine.speculation", "--kind", kind, *arguments]
-    output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-    rows = [json.loads(line[4:]) for line in output.splitlines() if line.startswith("ROW ")]
-    return {row["batch"]: row for row in rows}
+    rows: dict[int, dict[str, Any]] = {}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("ROW "):
+                row = json.loads(line[4:])
+                rows[row["batch"]] = row
+                print(f"{kind}, batch {row['batch']}: {row['tok_per_s']:.0f} tok/s", flush=True)
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
+    return rows
 
 
 def main() -> None:
@@ -212,12 +224,19 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 16, 64, 256])
     parser.add_argument("--acceptance", type=float, default=0.7, help="chance of each draft")
     parser.add_argument("--drafts", type=int, default=3, help="most drafts of a row")
-    parser.add_argument("--tokens", type=int, default=256, help="tokens of an answer")
+    parser.add_argument(
+        "--tokens", nargs="+", type=int, default=[256], help="tokens of an answer: one number, or one a batch"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--parts", action="store_true", help="time the graphs of a speculative step too")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="fields of EngineSettings")
     parser.add_argument("--kind", choices=["none", "mtp"], help=argparse.SUPPRESS)
-    return parser.parse_args()
+    options = parser.parse_args()
+    if len(options.tokens) == 1:
+        options.tokens *= len(options.batches)
+    elif len(options.tokens) != len(options.batches):
+        parser.error(f"{len(options.tokens)} --tokens for {len(options.batches)} batches: give one number, or as many")
+    return options
 
 
 if __name__ == "__main__":
