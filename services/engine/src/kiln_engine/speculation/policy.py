@@ -18,10 +18,12 @@ from kiln_engine.speculation.step_costs import StepCosts
 _LEAST_GAIN = 0.02
 # Of the time, what may be lost by looking at other lengths.
 _LOOK_SHARE = 0.003
-# Steps of one size between two looks, however little they lose: the first number, doubled by each look
-# that changes nothing up to the second.
+# Steps of one size between two looks, however little they lose: the first number behind a change, later
+# doubled by each look that changes nothing, up to the second.
 _LOOK_INTERVAL = 64
 _MOST_LOOK_INTERVAL = 512
+# Looks at the shorter interval behind a change: it takes so many to outvote what was measured before it.
+_NUM_FREQUENT_LOOKS = 4
 # By how much the speed of the best must change for looks to be as frequent again as at first.
 _CHANGED_SPEED = 0.2
 # A look ends when it has measured so many steps of its length, or after so many in all.
@@ -41,6 +43,7 @@ class _Looks:
 
     num_looks: int = 0
     interval: int = _LOOK_INTERVAL
+    num_since_change: int = 0
     num_steps_since: int = 0
     # As it was when the interval was last that of the beginning: whether drafts paid, and the best speed.
     was_drafting: bool = False
@@ -50,14 +53,17 @@ class _Looks:
         """Be frequent again where something has changed."""
         is_same = is_drafting == self.was_drafting
         if not is_same or abs(best_speed / self.best_speed - 1) > _CHANGED_SPEED:
-            self.interval = _LOOK_INTERVAL
+            self.interval, self.num_since_change = _LOOK_INTERVAL, 0
             self.was_drafting, self.best_speed = is_drafting, best_speed
 
     def begin(self, *, is_free: bool) -> None:
         """A look begins; if it changes nothing, the next one comes later, unless it was one of the first."""
         self.num_looks += 1
         self.num_steps_since = 0
-        if not is_free:
+        if is_free:
+            return
+        self.num_since_change += 1
+        if self.num_since_change >= _NUM_FREQUENT_LOOKS:
             self.interval = min(2 * self.interval, _MOST_LOOK_INTERVAL)
 
 
@@ -120,7 +126,7 @@ class DraftPolicy:
         looks = self._looks.setdefault(size, _Looks())
         looks.follow(is_drafting=bool(best), best_speed=self._best_speed / len(estimates))
         look = self._next_look(looks, size, most, best, longest)
-        # The first look behind a change may be owed, as little is known; later ones are saved for.
+        # The first looks behind a change may be owed, as little is known; later ones are saved for.
         loss_s = 0.0
         if look is not None and looks.interval > _LOOK_INTERVAL:
             loss_s = self._look_loss_s(seconds[look], tokens[look], len(estimates))
