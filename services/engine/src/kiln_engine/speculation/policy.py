@@ -45,7 +45,7 @@ class _Looks:
     interval: int = _LOOK_INTERVAL
     num_since_change: int = 0
     num_steps_since: int = 0
-    # As it was when the interval was last that of the beginning: whether drafts paid, and the best speed.
+    # As they were at the last change: whether drafts paid, and the best speed of a row.
     was_drafting: bool = False
     best_speed: float = math.inf
 
@@ -73,18 +73,19 @@ class DraftPolicy:
     What is not done is not measured: neither what it costs nor what is accepted. So now and then
     another length is looked at for a few steps, by all rows. What that loses against the best that is
     known is added up, and the next look waits until it will be no more than a share of the time between;
-    and the longer, the more often looks at this number of rows have changed nothing. There is no clock and no chance in it: the same calls give the same answers, and `choose` may be asked
-    again before a step ends.
+    and the longer, the more often looks at this number of rows have changed nothing. There is no clock
+    and no chance in it: the same calls give the same answers, and `choose` may be asked again before a
+    step ends.
     """
 
     def __init__(self, costs: StepCosts) -> None:
         self._costs = costs
-        # Seconds that looks may lose, saved before they begin; negative where they have lost more than expected.
+        # Seconds that looks may lose; negative where they have lost more than was saved for them.
         self._allowance_s = 0.0
         self._looks: dict[int, _Looks] = {}
         # Steps of any size since the last look.
         self._num_steps_since = 0
-        # The length that is looked at, by rows of which size; the measurements and the steps left of the look.
+        # The length that is looked at, and the size; the measurements and the steps left of the look.
         self._looked_at: int | None = None
         self._look_size = 0
         self._num_left = self._num_most_left = 0
@@ -178,7 +179,7 @@ class DraftPolicy:
                 self._seen.add(cell)
                 self._is_free = True
                 return length
-        if looks.num_steps_since < looks.interval:
+        if self._num_steps_since <= _RETURN_STEPS or looks.num_steps_since < looks.interval:
             return None
         if not best:
             # Graphs have lines for one draft or for as many as there may be: what lies between costs no less.
