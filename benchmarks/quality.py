@@ -112,7 +112,7 @@ def rounding_linear(weights: Weights, rounds_x: Callable[[str], bool]) -> Linear
 def _rounded(x_TI: torch.Tensor) -> torch.Tensor:
     """What E4M3 keeps of each row."""
     rows = round_rows(x_TI)
-    return (rows.numbers_TI.float() * rows.scales_T1).to(x_TI.dtype)
+    return rows.dequantise().to(x_TI.dtype)
 
 
 def _is_behind_a_norm(path: str) -> bool:

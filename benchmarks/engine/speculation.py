@@ -235,7 +235,9 @@ def _options() -> argparse.Namespace:
     if len(options.tokens) == 1:
         options.tokens *= len(options.batches)
     elif len(options.tokens) != len(options.batches):
-        parser.error(f"{len(options.tokens)} --tokens for {len(options.batches)} batches: give one number, or as many")
+        parser.error(
+            f"{len(options.tokens)} --tokens for {len(options.batches)} batches: give one number, or as many"
+        )
     return options
 
 

@@ -202,7 +202,7 @@ class Bench:
         x = whole(_normed(parts, residual, None))
         given, weight = round_rows(x), self.matrices[0].dequantise(torch.float32)
         exact = _reference(kind, x, weight)
-        rounded = _reference(kind, given.numbers_TI.float() * given.scales_T1, weight)
+        rounded = _reference(kind, given.dequantise(), weight)
         given = round_rows(x, ORDERS[self.scheme])
         time_it = partial(self._time, num_rows)
         time_it("bf16", partial(_own, kind, x), self.plain, _reference(kind, x, self.plain[0]))

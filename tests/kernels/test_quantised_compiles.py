@@ -8,7 +8,7 @@ import torch
 from kiln_nn.kernels.linear import LinearConfig, RegisterConfig, SpecialisedConfig, invariant_config
 from kiln_nn.kernels.linear.choice_quantised import choose
 from kiln_nn.kernels.linear.config import LinearKind
-from kiln_nn.kernels.quantised import quantise_rtn
+from kiln_nn.kernels.quantised import quantise_rtn, unwritten_groups
 from tests.support.hopper_compiler import boxes_of, compile_for_hopper, weights_and_x
 from tests.support.quantised_linears import LAYERS, ODD, REGISTERS, SCHEMES
 from tests.support.triton_kernels import SHARED_MEMORY_LIMIT, compiling_instead_of_launching, needs_triton
@@ -34,7 +34,9 @@ def test_they_compile_for_every_supported_gpu(capability, monkeypatch):
             whole.dequantise(matrix, torch.bfloat16)
         if capability >= 89:
             whole.quantise_rows(x)
-    assert len(compiled) == 8 + (capability >= 89)
+            rows = unwritten_groups(x)
+            whole.quantise_groups(x, rows.numbers_TI, rows.scales_GT)
+    assert len(compiled) == 8 + 2 * (capability >= 89)
     assert all(one.shared_memory_bytes <= SHARED_MEMORY_LIMIT[capability] for one in compiled)
 
 

@@ -19,7 +19,7 @@ from kiln_nn.kernels.linear import (
 )
 from kiln_nn.kernels.linear.choice_quantised import choose
 from kiln_nn.kernels.linear.config import LinearKind, Tiling
-from kiln_nn.kernels.quantised import QuantisedMatrix, quantise_rtn
+from kiln_nn.kernels.quantised import QuantisedMatrix, quantise_rtn, round_groups, round_rows
 from tests.support.quantised_linears import (
     EIGHT_BIT_TOLERANCE,
     ODD,
@@ -243,9 +243,21 @@ def test_rows_of_x_in_eight_bits():
     x = draw(7, 300)
     numbers, scales = quantise_rows(x)
     expected = quantise_rtn(x, "fp8")
-    assert torch.allclose(scales, expected.scales, rtol=1e-6)
-    assert relative_error(numbers.float() * scales, x.float()) < EIGHT_BIT_TOLERANCE
+    assert torch.allclose(scales.t(), expected.scales, rtol=1e-6)
+    assert relative_error(numbers.float() * scales.t(), x.float()) < EIGHT_BIT_TOLERANCE
     assert (numbers.float() != expected.numbers()).float().mean() < 0.01  # where a quotient lies between
+
+
+@on_triton
+@pytest.mark.parametrize("num_inputs", [128, 1152, 2048])
+def test_groups_of_x_in_eight_bits(num_inputs):
+    if not INTERPRETED and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("needs a GPU with E4M3")
+    x = torch.cat((draw(7, num_inputs), draw(7, 64)), dim=1)[:, :num_inputs]  # rows lie apart
+    rows = round_groups(x)
+    alone = round_rows(x.reshape(-1, 128))
+    assert torch.equal(rows.numbers_TI.float(), alone.numbers_TI.float().view(x.shape))
+    assert torch.equal(rows.scales_GT.t(), alone.scales_GT.view(len(x), -1))
 
 
 @on_triton

@@ -66,7 +66,7 @@ def _product(x: torch.Tensor, matrix: QuantisedMatrix) -> torch.Tensor:
     rows = round_rows(x)
     numbers = matrix.numbers().double().unflatten(1, (matrix.scales.shape[1], -1))
     weight = (numbers * matrix.scales.double()[..., None]).flatten(1)
-    return (rows.numbers_TI.double() * rows.scales_T1.double()) @ weight.t()
+    return rows.dequantise(torch.float64) @ weight.t()
 
 
 def _needs_hopper() -> None:

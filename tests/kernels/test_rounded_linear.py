@@ -17,7 +17,14 @@ from kiln_nn.kernels.linear import (
     reads_rounded,
 )
 from kiln_nn.kernels.linear.config import LinearKind
-from kiln_nn.kernels.quantised import QuantisedMatrix, RoundedRows, quantise_rtn, round_rows, whole
+from kiln_nn.kernels.quantised import (
+    QuantisedMatrix,
+    RoundedRows,
+    quantise_rtn,
+    round_groups,
+    round_rows,
+    whole,
+)
 from tests.support.hopper_compiler import boxes_of, compile_for_hopper, weights_and_x
 from tests.support.triton_kernels import (
     DEVICE,
@@ -54,8 +61,7 @@ def _matrix(num_outputs: int, num_inputs: int) -> QuantisedMatrix:
 
 
 def _product(x: RoundedRows, matrix: QuantisedMatrix) -> torch.Tensor:
-    rows = x.numbers_TI.double() * x.scales_T1.double()
-    return rows @ (matrix.values.double() * matrix.scales.double()).t()
+    return x.dequantise(torch.float64) @ (matrix.values.double() * matrix.scales.double()).t()
 
 
 def _needs_hopper() -> None:
@@ -114,6 +120,32 @@ def test_partial_sums(config, size, num_tokens):
 
 
 @on_triton
+@pytest.mark.parametrize(("size", "num_tokens"), CASES)
+@pytest.mark.parametrize("config", CONFIGS[S])
+def test_partial_sums_of_groups_with_scales(config, size, num_tokens):
+    _needs_hopper()
+    size = (100, 1152) if size == "odd" else SIZES[S]
+    # Groups far apart, so that a scale in another's place would show.
+    far_apart = torch.logspace(-2, 2, size[1] // 128, device=DEVICE).repeat_interleave(128)
+    x, matrix = round_groups((_draw(num_tokens, size[1]) * far_apart).bfloat16()), _matrix(*size)
+    out = _poisoned(config.splits, num_tokens, size[0], dtype=torch.float32)
+    _launch(x, matrix, out, config, S)
+    assert relative_error(out.double().sum(0), _product(x, matrix)) < PROMOTED_TOLERANCE
+
+
+def test_on_a_cpu_groups_are_rounded_each_by_itself():
+    x = torch.randn(5, 384)
+    rows = round_groups(x)
+    alone = round_rows(x.reshape(-1, 128))
+    assert rows.has_groups
+    assert torch.equal(rows.dequantise(), alone.dequantise().view(x.shape))
+    assert relative_error(rows.dequantise(), x) < 4e-2
+    assert round_groups(rows) is rows
+    assert not round_rows(rows).has_groups
+    assert round_groups(round_rows(x)).has_groups is False
+
+
+@on_triton
 def test_rows_that_lie_apart():
     _needs_hopper()
     x, matrix = _draw(5, ODD[1] + 128)[:, 128:], _matrix(*ODD).rows(8, 98)
@@ -166,7 +198,7 @@ def test_rows_rounded_before_give_the_same_bits():
         for config in (None, CONFIGS[P][0]):
             assert torch.equal(linear(rows, matrix, config=config), linear(x, matrix, config=config))
         assert torch.equal(linear_swiglu(rows, matrix), linear_swiglu(x, matrix))
-        assert torch.equal(linear_partials(rows, matrix), linear_partials(x, matrix))
+        assert torch.equal(linear_partials(round_groups(x), matrix), linear_partials(x, matrix))
         assert torch.equal(linear_beside(rows, [matrix, beside]), linear_beside(x, [matrix, beside]))
 
 
@@ -175,7 +207,7 @@ def test_on_a_cpu_rounded_rows_are_read_whole():
     rows = round_rows(x)
     assert whole(rows) is x
     assert round_rows(rows) is rows
-    assert relative_error(rows.numbers_TI.float() * rows.scales_T1, x) < 4e-2
+    assert relative_error(rows.dequantise(), x) < 4e-2
     assert torch.equal(linear(rows, matrix), linear(x, matrix))
     assert torch.equal(linear(rows, beside), linear(x, beside))
     assert torch.equal(linear_swiglu(rows, matrix), linear_swiglu(x, matrix))
@@ -208,11 +240,13 @@ def test_who_reads_rounded_rows(monkeypatch):
     assert not reads_rounded(many.float(), [matrix])
 
 
-def _compiled(config: LinearConfig, num_tokens: int, kind: LinearKind, *, num_beside: int = 0):
+def _compiled(
+    config: LinearConfig, num_tokens: int, kind: LinearKind, *, num_beside: int = 0, num_groups: int = 0
+):
     """Hopper's kernel for a configuration, compiled."""
     from kiln_nn.kernels.linear import triton_hopper_rounded as hopper
 
-    constants = hopper.constants(config, num_tokens, num_beside, is_gated=kind is G)
+    constants = hopper.constants(config, num_tokens, num_beside, num_groups, is_gated=kind is G)
     tensors = {
         **weights_and_x("fp8e4nv", 128, constants, "fp8e4nv"),
         **boxes_of("bf16", 64, beside_desc=64, whole_x_desc=min(16, config.tokens)),
@@ -234,3 +268,14 @@ def test_the_kernel_for_hopper_compiles(kind):
         assert (f"m64n{min(16, config.tokens)}k16.f32.bf16.bf16" in ptx) == (num_beside > 0)
         # Dependents start behind the wait, or before it, in programs of either kind.
         assert ptx.count("griddepcontrol.launch_dependents") == (4 if num_beside else 2)
+
+
+@only_outside_interpreter
+@needs_triton
+def test_the_kernel_for_hopper_compiles_with_scales_of_groups():
+    config = LinearConfig(64, 64, 256, 3, 4, 3, 8)  # that of out_proj
+    whole_rows, by_group = (_compiled(config, 50, S, num_groups=number) for number in (0, 12))
+    assert by_group.metadata.shared <= whole_rows.metadata.shared + 16 * 64 * 4 + 16
+    ptx = by_group.asm["ptx"]
+    assert "wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3" in ptx
+    assert ".local" not in ptx

@@ -7,6 +7,7 @@ import torch
 
 from kiln_nn.kernels.checks import ShapeMismatch
 from kiln_nn.kernels.paged_attention import paged_decode_attention, reference
+from tests.support.rounded_groups import check_groups
 from tests.support.triton_kernels import (
     CAPABILITIES,
     DEVICE,
@@ -113,6 +114,19 @@ def test_any_number_of_parts_gives_the_same(num_parts, least_part_tokens):
     config = kernel.DecodeConfig(16, least_part_tokens, num_parts, num_warps=4, num_stages=1)
     out = kernel.paged_decode_attention(*case.arguments(), gate_RHD=case.gate, config=config)
     assert relative_error(out, case.expected(True)) < TOLERANCE[torch.float32]
+
+
+@on_triton
+@pytest.mark.parametrize("head_dim", [128, 256])
+def test_outputs_rounded_by_group(head_dim):
+    """The same rows, and of each 128 outputs what rounding them afterwards gives; padding is zero."""
+    kernel, case = _kernel(), _Case((1, 0, 65, 200), 4, 2, head_dim, dtype=torch.bfloat16)
+    options = {"gate_RHD": case.gate, "config": kernel.DecodeConfig(16, 16, 4, num_warps=4, num_stages=1)}
+    expected = kernel.paged_decode_attention(*case.arguments(), **options)
+    rows = kernel.paged_decode_attention(*case.arguments(), rounds=True, **options)
+    check_groups(rows, expected.flatten(1), padding=1)
+    one_part = {**options, "config": kernel.DecodeConfig(16, 512, 1, num_warps=4, num_stages=1)}
+    assert isinstance(kernel.paged_decode_attention(*case.arguments(), rounds=True, **one_part), torch.Tensor)
 
 
 @on_triton

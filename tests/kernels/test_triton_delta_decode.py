@@ -23,6 +23,7 @@ from tests.support.delta_decode import (
     tokens_to,
     weights_to,
 )
+from tests.support.rounded_groups import check_groups
 from tests.support.triton_kernels import (
     DEVICE,
     INTERPRETED,
@@ -156,6 +157,23 @@ def test_the_released_head_shape_in_every_form(formats, most_rows_at_once, reads
     rows = ((0, 0, 7, None), None, (1, 2, 15, 3), (4, 4, 0, None))
     config = _forms(FORMATS[formats][0])[most_rows_at_once]
     _run(RELEASED, rows, formats, config, reads_early=reads_early)
+
+
+@on_triton
+def test_outputs_rounded_by_head():
+    """The same rows, and of each head's outputs what rounding them afterwards gives; padding is zero."""
+    draw, rows = torch.Generator().manual_seed(0), ((0, 0, 7, None), None, (1, 2, 15, 3))
+    before = converted(random_memory(RELEASED, {0: 7, 2: 15}, draw), torch.bfloat16, torch.bfloat16, DEVICE)
+    weights = weights_to(random_weights(RELEASED, draw), torch.bfloat16, DEVICE)
+    tokens = tokens_to(random_tokens(RELEASED, len(rows), draw), torch.bfloat16, DEVICE)
+    config = _forms(torch.bfloat16)[0]
+
+    def step(**options):
+        memory = converted(before, torch.bfloat16, torch.bfloat16, DEVICE)
+        device_rows = make_rows(*rows, device=DEVICE)
+        return _kernel().delta_decode(memory, device_rows, weights, *tokens.all(), config, **options)
+
+    check_groups(step(rounds=True), step().flatten(1), padding=1)
 
 
 @on_triton

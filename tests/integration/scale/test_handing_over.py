@@ -23,11 +23,14 @@ from tests.support.two_engines import BODIES, SCHEMA, STOPS, two_engines
 from tests.support.variants import quantization, speculation
 
 NUM_TOKENS = {"cpu": 48, "cuda": 400}  # a GPU draws one in a millisecond, and has to be met in the middle
-# bfloat16 on a CPU: at most 0.013 and 0.11 from the oracle; a state that has lost the first ten tokens: 0.04 to
-# 0.8 in the mean, and above 1 at some token.
+# bfloat16 on a CPU: at most 0.013 and 0.19 from the oracle. A state that has lost the first ten tokens is above 1
+# at some token.
 MEAN_NOISE, MOST_NOISE = 0.03, 1.0
-# Of a distribution between the seed's number and the token drawn: at most 3e-4 and 0.015 there, a third in the
-# mean for another seed.
+# In the mean of any so many tokens in a row, 0.028 there at most. Such a loss shows in the first few behind it
+# and not in the hundreds that follow: 0.4 to 1.0 here (0.04 with top_p), but 0.04 in the mean of 400.
+NUM_NEAR, NEAR_NOISE = 32, 0.1
+# Of a distribution between the seed's number and the token drawn: at most 3e-4 and 0.015 there, 0.04 to 0.13 in
+# the mean for another seed.
 MEAN_MISPLACED, MOST_MISPLACED = 5e-3, 0.15
 
 
@@ -119,7 +122,15 @@ def check_that_it_would_show(rollout, oracle):
         logprobs=rollout.logprobs[10:],
         sampled_logprobs=rollout.sampled_logprobs[10:],
     )
-    assert fmean(abs(check.raw_difference) for check in oracle.check(rest)) > 3 * MEAN_NOISE
+    differences = [abs(check.raw_difference) for check in oracle.check(rest)]
+    assert largest_mean_nearby(differences) > 3 * NEAR_NOISE
+    assert max(differences) > 3 * MOST_NOISE
+
+
+def largest_mean_nearby(differences):
+    """Of NUM_NEAR tokens in a row, or of all where there are fewer."""
+    starts = range(max(len(differences) - NUM_NEAR, 0) + 1)
+    return max(fmean(differences[start : start + NUM_NEAR]) for start in starts)
 
 
 def check_that_nothing_is_lost(answer, rollout, parts):
@@ -156,6 +167,7 @@ def check_its_end(name, answer, num_tokens, tokenizer):
 def check_its_numbers(name, rollout, checks):
     differences = [abs(check.raw_difference) for check in checks]
     assert fmean(differences) < MEAN_NOISE, name
+    assert largest_mean_nearby(differences) < NEAR_NOISE, name
     assert max(differences) < MOST_NOISE, name
     if name == "schema":  # what it forbids makes what it allows likelier
         both = zip(rollout.sampled_logprobs, rollout.logprobs, strict=True)

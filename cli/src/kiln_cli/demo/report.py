@@ -36,7 +36,7 @@ class DemoReport:
         slowest_s = _BUSY * fastest_s
         self.out.print(
             f"Takes about {_round(fastest_s)} to {_round(slowest_s)} s on two CPU cores; "
-            "on a GPU the first start compiles kernels for two minutes more.\n"
+            "on a GPU the first start compiles kernels as well, for up to some minutes where cores are few.\n"
         )
 
     @contextlib.contextmanager

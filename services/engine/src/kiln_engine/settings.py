@@ -57,10 +57,9 @@ class EngineSettings(ClientListener, BaseSettings):
         True, description="capture steps as CUDA graphs at start, without which they are launched (GPU)"
     )
     compile_threads: NonNegativeInt = Field(
-        1,
-        description="threads that compile kernels at the first start on a kind of GPU; 1: kernels are compiled"
-        " one after another as they are met; 0: as many as the cores it may use, up to 16, not yet seen to run"
-        " on a GPU (GPU)",
+        0,
+        description="threads that compile kernels at the first start on a kind of GPU; 0: as many as the cores"
+        " it may use, up to 16; 1: kernels are compiled one after another as they are met (GPU)",
     )
     batch_invariant: bool = Field(
         False,

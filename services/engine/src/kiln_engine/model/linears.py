@@ -24,6 +24,7 @@ from kiln_nn.kernels.linear import (
     linear_swiglu,
     reads_as_stored,
     reads_rounded,
+    reads_rounded_groups,
 )
 from kiln_nn.kernels.quantised import InputOrder, QuantisedMatrix, Rows, Scheme, whole
 from kiln_nn.kernels.swiglu import swiglu
@@ -115,6 +116,11 @@ class Linears:
         parts = self.base.parts(path)
         return reads_rounded(x_TI, parts, is_gated=path.endswith(_GATED) and self._is_gated_at_once(parts))
 
+    def reads_rounded_groups(self, path: str, x_TI: torch.Tensor) -> bool:
+        """Whether `partials` reads such rows in E4M3, with a scale for each 128 inputs; else as above."""
+        (weight_OI,) = self.base.parts(path)
+        return not self.base.is_batch_invariant and reads_rounded_groups(x_TI, weight_OI)
+
     def apply(self, path: str, x: Rows) -> torch.Tensor:
         """Outputs of all the layers fused under `path`, side by side: `[T, O]`."""
         parts = self.base.parts(path)
@@ -132,14 +138,14 @@ class Linears:
             return linear_swiglu(x, parts[0])
         return swiglu(*self.apply(path, x).chunk(2, dim=1))
 
-    def partials(self, path: str, x_TI: torch.Tensor) -> torch.Tensor:
+    def partials(self, path: str, x: Rows) -> torch.Tensor:
         """Outputs for `add_rms_norm`: partial sums `[S, T, O]`, with what adapters add in the first one."""
         (weight_OI,) = self.base.parts(path)
         if self.adapters is None:
-            return self._partial_sums(x_TI, weight_OI)
-        begun = self.adapters.begin(path, x_TI)
-        y_STO = self._partial_sums(x_TI, weight_OI, shows_producers=True)
-        self.adapters.finish(path, x_TI, y_STO[0], begun)
+            return self._partial_sums(x, weight_OI)
+        begun = self.adapters.begin(path, whole(x))
+        y_STO = self._partial_sums(x, weight_OI, shows_producers=True)
+        self.adapters.finish(path, whole(x), y_STO[0], begun)
         return y_STO
 
     def head(
@@ -166,12 +172,10 @@ class Linears:
         (weight_OI,) = parts
         return linear(x, weight_OI, config=self.base.tiling(weight_OI), shows_producers=shows_producers)
 
-    def _partial_sums(
-        self, x_TI: torch.Tensor, weight_OI: Weight, *, shows_producers: bool = False
-    ) -> torch.Tensor:
+    def _partial_sums(self, x: Rows, weight_OI: Weight, *, shows_producers: bool = False) -> torch.Tensor:
         # Kept apart they meet what adapters add in the same order, however many tokens there are.
         return linear_partials(
-            x_TI,
+            x,
             weight_OI,
             config=self.base.tiling(weight_OI),
             shows_producers=shows_producers,

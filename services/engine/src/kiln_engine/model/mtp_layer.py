@@ -29,6 +29,7 @@ from kiln_nn.kernels.draft_rows import draft_places
 from kiln_nn.kernels.joined_inputs import CarriedLines, joined_inputs
 from kiln_nn.kernels.paged_attention import paged_decode_attention
 from kiln_nn.kernels.qk_norm_rope_write import qk_norm_rope_write
+from kiln_nn.kernels.quantised import whole
 from kiln_nn.kernels.rms_norm import add_rms_norm, rms_norm
 from kiln_nn.kernels.rotary import inverse_frequencies
 from kiln_nn.weights.names import EMBEDDING
@@ -132,7 +133,7 @@ class MtpLayer:
             table_rows_R=places.table_rows_R,
             num_skipped=_NUM_WITHOUT_ENTRY,
         )
-        mixed = linears.partials(f"{path}.o_proj", attended.flatten(1))
+        mixed = linears.partials(f"{path}.o_proj", whole(attended).flatten(1))
         x, residual = self._add_norm(mixed, residual, f"{_PREFIX}.post_attention_layernorm")
         fed = linears.partials(f"{_PREFIX}.mlp.down_proj", linears.gated(f"{_PREFIX}.mlp.gate_up_proj", x))
         normed, residual = self._add_norm(fed, residual, "mtp.norm")

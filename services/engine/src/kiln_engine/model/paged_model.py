@@ -33,7 +33,7 @@ from kiln_nn.kernels.delta_decode import (
 from kiln_nn.kernels.delta_prefill import delta_prefill
 from kiln_nn.kernels.paged_attention import paged_chunk_attention, paged_decode_attention
 from kiln_nn.kernels.qk_norm_rope_write import qk_norm_rope_write
-from kiln_nn.kernels.quantised import QuantisedMatrix, Rows, whole
+from kiln_nn.kernels.quantised import QuantisedMatrix, RoundedRows, Rows, whole
 from kiln_nn.kernels.rms_norm import add_rms_norm, add_rms_norm_rounded, rms_norm, rms_norm_rounded
 from kiln_nn.kernels.rotary import inverse_frequencies
 from kiln_nn.weights.names import EMBEDDING
@@ -208,7 +208,9 @@ class PagedModel:
             layout.token_slots_T,
             *caches,
         )
-        scale, num_rows, outputs = width**-0.5, layout.num_decode_rows, []
+        scale, num_rows = width**-0.5, layout.num_decode_rows
+        outputs: list[torch.Tensor | RoundedRows] = []
+        o_proj = f"{path}.o_proj"
         if layout.single_tokens is not None:
             context_lengths, table_rows = layout.single_tokens
             outputs.append(
@@ -222,6 +224,7 @@ class PagedModel:
                     table_rows_R=table_rows,
                     rows_per_sequence=1 if layout.verify is None else layout.verify.num_lines,
                     is_batch_invariant=self.is_batch_invariant,
+                    rounds=layout.prefill is None and linears.reads_rounded_groups(o_proj, q.flatten(1)),
                 )
             )
         if layout.prefill is not None:
@@ -237,7 +240,7 @@ class PagedModel:
                     is_batch_invariant=self.is_batch_invariant,
                 )
             )
-        return linears.partials(f"{path}.o_proj", _joined(outputs).flatten(1))
+        return linears.partials(o_proj, _joined(outputs))
 
     def _deltanet(
         self, prefix: str, state_layer: int, x: Rows, layout: StepLayout, linears: Linears
@@ -246,9 +249,12 @@ class PagedModel:
         num_heads = config.linear_num_value_heads
         projected = linears.apply(f"{path}.in_proj", x)
         mixed, z, b, a = projected.split((config.conv_dim, config.value_dim, num_heads, num_heads), dim=1)
+        out_proj = f"{path}.out_proj"
+        rounds = layout.prefill is None and linears.reads_rounded_groups(out_proj, z)
         z = z.view(-1, num_heads, config.linear_value_head_dim)
         own, slots = self._delta_weights[state_layer], self.states.layer(state_layer).slots
-        num_rows, outputs, is_invariant = layout.num_decode_rows, [], self.is_batch_invariant
+        num_rows, is_invariant = layout.num_decode_rows, self.is_batch_invariant
+        outputs: list[torch.Tensor | RoundedRows] = []
         if layout.decode is not None:
             rows = (part[:num_rows] for part in (mixed, a, b, z))
             delta = layout.decode.delta
@@ -260,6 +266,7 @@ class PagedModel:
                     *rows,
                     commits=False,
                     is_batch_invariant=is_invariant,
+                    rounds=rounds,
                     reads_early=True,
                 )
             )
@@ -272,11 +279,15 @@ class PagedModel:
             tokens = (part[num_rows:] for part in (mixed, a, b, z))
             chunks = layout.prefill.delta
             outputs.append(delta_prefill(slots, chunks, own, *tokens, is_batch_invariant=is_invariant))
-        return linears.partials(f"{path}.out_proj", _joined(outputs).flatten(1))
+        return linears.partials(out_proj, _joined(outputs))
 
 
-def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+def _joined(parts: list[torch.Tensor | RoundedRows]) -> Rows:
+    """The rows `[T, I]` of all parts, whose outputs are still by head; one alone may be rounded."""
+    if len(parts) == 1 and isinstance(parts[0], RoundedRows):
+        return parts[0]
+    heads = [part for part in parts if isinstance(part, torch.Tensor)]
+    return (heads[0] if len(heads) == 1 else torch.cat(heads)).flatten(1)
 
 
 def _delta_weights(config: ModelConfig, weights: Weights, prefix: str) -> DeltaDecodeWeights:

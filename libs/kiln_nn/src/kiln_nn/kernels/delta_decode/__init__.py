@@ -20,6 +20,7 @@ from kiln_nn.kernels.delta_decode.memory import (
 from kiln_nn.kernels.delta_decode.reference import delta_commit_reference, delta_decode_reference
 from kiln_nn.kernels.delta_decode.verify_reference import delta_fold_reference, delta_verify_reference
 from kiln_nn.kernels.dispatch import takes_triton
+from kiln_nn.kernels.quantised import RoundedRows
 
 __all__ = [
     "NO_SLOT",
@@ -44,8 +45,9 @@ def delta_decode(
     *,
     commits: bool = True,
     is_batch_invariant: bool = False,
+    rounds: bool = False,
     reads_early: bool = False,
-) -> torch.Tensor:
+) -> torch.Tensor | RoundedRows:
     """Advance every row by one token and write what it leaves behind into `memory`.
 
     `mixed_RC` are the rows q|k|v before the convolution, `a`, `b` and `z` the layer's other
@@ -63,7 +65,9 @@ def delta_decode(
     has ended: since all of it was written, a kernel that starts no dependents has been launched
     (`dependent_launch.py`).
 
-    Returns: `[R, H, V]` in the format of `z`, ready for the output projection.
+    Returns: `[R, H, V]` in the format of `z`, ready for the output projection. With `rounds` the same as
+    rows `[R, H V]` that are rounded to E4M3 too, a scale for each head's 128 outputs, where the kernel that is
+    chosen does that; only on GPUs that have the format.
 
     Raises:
         ShapeMismatch: a tensor does not fit the others.
@@ -79,9 +83,18 @@ def delta_decode(
 
         if triton.supports(memory, weights, mixed_RC, a_RH, b_RH, z_RHV):
             config = triton.invariant_config(memory.state_SHKV.dtype) if is_batch_invariant else None
-            inputs = (mixed_RC, a_RH, b_RH, z_RHV)
             return triton.delta_decode(
-                memory, rows, weights, *inputs, config, commits=commits, reads_early=reads_early
+                memory,
+                rows,
+                weights,
+                mixed_RC,
+                a_RH,
+                b_RH,
+                z_RHV,
+                config,
+                commits=commits,
+                rounds=rounds,
+                reads_early=reads_early,
             )
     return delta_decode_reference(memory, rows, weights, mixed_RC, a_RH, b_RH, z_RHV, commits=commits)
 

@@ -29,6 +29,7 @@ from kiln_nn.kernels.delta_decode.triton_few_rows import delta_few_rows_kernel
 from kiln_nn.kernels.delta_decode.triton_step import delta_keys_kernel, delta_values_kernel
 from kiln_nn.kernels.dependent_launch import launch_options, supports_dependent_launch
 from kiln_nn.kernels.dispatch import is_interpreted
+from kiln_nn.kernels.quantised import GROUP_INPUTS, RoundedRows, unwritten_groups
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -134,8 +135,9 @@ def delta_decode(
     config: StepConfig | None = None,
     *,
     commits: bool = True,
+    rounds: bool = False,
     reads_early: bool = False,
-) -> torch.Tensor:
+) -> torch.Tensor | RoundedRows:
     """One launch or two, and one that commits; the arguments are the package's and within `supports`."""
     num_rows = rows.num_rows
     config = config or choose(num_rows, memory.state_SHKV.dtype, memory.page_tokens)
@@ -143,13 +145,16 @@ def delta_decode(
     if num_rows == 0:
         return out_RHV
     tokens = (mixed_RC, a_RH, b_RH, z_RHV)
+    rounded = None
     if num_rows <= config.most_rows_at_once:
         _at_once(memory, rows, weights, *tokens, out_RHV, config, reads_early=reads_early)
     else:
-        _in_two_launches(memory, rows, weights, *tokens, out_RHV, config)
+        if rounds and out_RHV.shape[2] == GROUP_INPUTS:
+            rounded = unwritten_groups(out_RHV.flatten(1))
+        _in_two_launches(memory, rows, weights, *tokens, out_RHV, rounded, config)
     if commits:
         delta_commit(memory.as_layers(), rows)
-    return out_RHV
+    return out_RHV if rounded is None else rounded
 
 
 def _sizes(memory: DeltaMemory) -> dict[str, int]:
@@ -222,6 +227,7 @@ def _in_two_launches(
     b_RH: torch.Tensor,
     z_RHV: torch.Tensor,
     out_RHV: torch.Tensor,
+    rounded: RoundedRows | None,
     config: StepConfig,
 ) -> None:
     _, num_heads, key_dim, value_dim = memory.state_SHKV.shape
@@ -269,6 +275,8 @@ def _in_two_launches(
         dots,
         values,
         out_RHV,
+        out_RHV if rounded is None else rounded.numbers_TI,
+        out_RHV if rounded is None else rounded.scales_GT,
         a_RH.stride(0),
         b_RH.stride(0),
         z_RHV.stride(0),
@@ -277,6 +285,7 @@ def _in_two_launches(
         BLOCK_K=min(config.block_k, key_dim),
         STAGES=config.num_stages,
         USES_TENSOR_CORES=config.uses_tensor_cores,
+        ROUNDED=rounded is not None,
         INTERPRETED=is_interpreted(),
         num_warps=config.num_warps,
         num_stages=1,

@@ -15,6 +15,7 @@ import triton.language as tl
 
 from kiln_nn.kernels.delta_decode.triton_parts import convolve, prefetch_lines, silu, softplus, unit
 from kiln_nn.kernels.dependent_launch import prefetch_to_l2, start_dependents, wait_for_producers
+from kiln_nn.kernels.quantised.triton import e4m3_groups
 
 
 @triton.jit
@@ -164,14 +165,17 @@ def _read_state(
 @triton.jit(do_not_specialize=["num_slots"])
 def delta_values_kernel(
     state, ring_u, ring_log_decay, read_slots, ring_slots, lengths,
-    a, b, z, A_log, dt_bias, norm_weight, pairs, dots, values, out,
+    a, b, z, A_log, dt_bias, norm_weight, pairs, dots, values, out, numbers, scales,
     a_stride, b_stride, z_stride, num_slots, norm_eps,
     H: tl.constexpr, HK: tl.constexpr, K: tl.constexpr, V: tl.constexpr, P: tl.constexpr,
     ENTRIES: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
-    USES_TENSOR_CORES: tl.constexpr,
+    USES_TENSOR_CORES: tl.constexpr, ROUNDED: tl.constexpr,
     PREFETCH: tl.constexpr, DEPENDENT: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """Grid (H, R). K and V are powers of two, so only the ring's entries need masks."""
+    """Grid (H, R). K and V are powers of two, so only the ring's entries need masks.
+
+    `ROUNDED` outputs go to `numbers` in E4M3 too, with scales `[H, R]`.
+    """
     LINES: tl.constexpr = 4 if USES_TENSOR_CORES else 2
     head = tl.program_id(0)
     row = tl.program_id(1)
@@ -190,9 +194,13 @@ def delta_values_kernel(
     ring_slot = tl.load(ring_slots + row).to(tl.int64)
     read_slot = tl.load(read_slots + row).to(tl.int64)
     length = tl.load(lengths + row).to(tl.int64)
-    out_row = out + (row * H + head) * V + value
+    place_out = (row * H + head) * V + value
+    scale_out = scales + head * tl.num_programs(1) + row
     if ring_slot < 0:
-        tl.store(out_row, tl.zeros((V,), out.dtype.element_ty))
+        tl.store(out + place_out, tl.zeros((V,), out.dtype.element_ty))
+        if ROUNDED:
+            tl.store(numbers + place_out, tl.zeros((V,), tl.float32).to(numbers.dtype.element_ty))
+            tl.store(scale_out, 0.0)
         return
 
     state_head = state + (read_slot * H + head) * (K * V)
@@ -226,6 +234,11 @@ def delta_values_kernel(
     u = beta * (v - decay * predicted - ring_predicted)
     o = decay * read + ring_read + own * u
     norm = norm_in * tl.rsqrt(tl.sum(o * o, 0) / V + norm_eps)
-    tl.store(out_row, (o * norm * silu(gate_in)).to(out.dtype.element_ty))
+    left = (o * norm * silu(gate_in)).to(out.dtype.element_ty)
+    tl.store(out + place_out, left)
+    if ROUNDED:
+        rounded, scale = e4m3_groups(left.to(tl.float32), V)
+        tl.store(numbers + place_out, rounded.to(numbers.dtype.element_ty))
+        tl.store(scale_out + tl.arange(0, 1), scale)
     tl.store(ring_u_base + length * V + value, u.to(ring_u.dtype.element_ty))
     tl.store(log_decay_base + length, log_decay.to(ring_log_decay.dtype.element_ty))

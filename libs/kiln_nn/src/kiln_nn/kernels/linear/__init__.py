@@ -184,6 +184,15 @@ def reads_rounded(
     return next((order for order in orders if order is not None), None)
 
 
+def reads_rounded_groups(x_TI: torch.Tensor, w_OI: Weight) -> bool:
+    """Whether `linear_partials` reads such rows in E4M3 with a scale for each 128 inputs.
+
+    Then whoever makes the rows, 128 outputs or more at a time, may as well round them: nobody has to see a whole
+    row for that. `x_TI` has their number, width and format.
+    """
+    return isinstance(w_OI, QuantisedMatrix) and quantised.reads_rounded_groups(x_TI, w_OI)
+
+
 def _tiling(
     x_TI: torch.Tensor, w_OI: torch.Tensor, config: Tiling | None, kind: LinearKind
 ) -> LinearConfig | None:

@@ -27,7 +27,15 @@ from kiln_nn.kernels.linear.config import (
     check_rows,
     fit,
 )
-from kiln_nn.kernels.quantised import InputOrder, QuantisedMatrix, RoundedRows, Rows, round_rows, whole
+from kiln_nn.kernels.quantised import (
+    InputOrder,
+    QuantisedMatrix,
+    RoundedRows,
+    Rows,
+    round_groups,
+    round_rows,
+    whole,
+)
 from kiln_nn.kernels.swiglu import swiglu
 
 _MOST_GROUP_SCALES = 128 * 128  # of a program's rows and groups, beside its ring
@@ -149,6 +157,12 @@ def reads_rounded(
     return "plain" if isinstance(tiling, LinearConfig) and tiling.x_bits == 8 else None
 
 
+def reads_rounded_groups(x_TI: torch.Tensor, matrix: QuantisedMatrix) -> bool:
+    """Whether `linear_partials` of such rows reads them in E4M3 with a scale for each 128 inputs."""
+    tiling = _tiling(x_TI, matrix, None, LinearKind.PARTIAL)
+    return isinstance(tiling, LinearConfig) and tiling.x_bits == 8 and tiling.promotes
+
+
 def multiplies_eight_bits(x_TI: torch.Tensor, matrix: QuantisedMatrix) -> bool:
     """Whether the library multiplies these in E4M3, rows scaled."""
     return (
@@ -167,7 +181,7 @@ def _eight_bit_product(x: RoundedRows, matrix: QuantisedMatrix) -> torch.Tensor:
     return torch._scaled_mm(
         x.numbers_TI,
         matrix.values.t(),
-        scale_a=x.scales_T1,
+        scale_a=x.scales_GT.view(-1, 1),
         scale_b=matrix.scales.t(),
         out_dtype=torch.bfloat16,
         use_fast_accum=True,
@@ -256,7 +270,9 @@ def launch(
     elif tiling.x_bits == 8:
         from kiln_nn.kernels.linear import triton_hopper_rounded
 
-        triton_hopper_rounded.launch(round_rows(x), matrix, out, tiling, beside_BI=beside_BI, **options)
+        # Splits of the inputs see no whole row either.
+        rows = round_groups(x) if kind is LinearKind.PARTIAL and tiling.promotes else round_rows(x)
+        triton_hopper_rounded.launch(rows, matrix, out, tiling, beside_BI=beside_BI, **options)
     else:
         from kiln_nn.kernels.linear import triton_hopper_quantised
 

@@ -73,6 +73,7 @@ def _linear_kernel(
         out_stride,
         num_blocks,
         split_blocks,
+        0,
         shows_producers,
         BOX,
         REST,
@@ -86,6 +87,7 @@ def _linear_kernel(
         FOLDED,
         False,
         False,
+        0,
         DEPENDENT,
         num_warps,
     )

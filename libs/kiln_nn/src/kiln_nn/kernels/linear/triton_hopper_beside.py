@@ -102,6 +102,7 @@ def multiply_tile_beside(
         out_stride,
         num_blocks,
         num_blocks,
+        0,
         shows_producers,
         ROWS,
         0,
@@ -115,6 +116,7 @@ def multiply_tile_beside(
         False,
         False,
         False,
+        0,
         DEPENDENT,
         num_warps,
     )

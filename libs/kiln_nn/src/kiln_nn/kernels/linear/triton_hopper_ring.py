@@ -4,7 +4,8 @@ bf16 with bf16, or E4M3 with E4M3 and a scale for each row of either. A ring of 
 a line of 128 bytes of every row of weights and of x is 64 inputs in bf16, 128 in E4M3.
 
 Tensor cores add up products of E4M3 in fewer bits than float32 has. `PROMOTED` sums leave them every
-128 inputs and are added up in float32, as DeepSeek-V3 does (arXiv 2412.19437, section 3.3.2).
+128 inputs and are added up in float32, as DeepSeek-V3 does (arXiv 2412.19437, section 3.3.2); there each 128
+inputs of x may have a scale of their own.
 
 Legend: `T` tokens, `I` inputs, `O` outputs.
 """
@@ -32,6 +33,33 @@ from kiln_nn.kernels.linear.triton_hopper_parts import (
 
 
 @gluon.jit
+def _fetch_scales(
+    scales,
+    scales_ptr,
+    token,
+    num_tokens,
+    first_group,
+    num_groups,
+    num_warps: gl.constexpr,
+):
+    """Scales of x `[G, T]`, as far as this tile's go; whoever reads them waits for a barrier."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [num_warps, 1], [1, 0])
+    groups = first_group + gl.arange(0, scales.shape[0], gl.SliceLayout(1, layout))
+    tokens = token + gl.arange(0, scales.shape[1], gl.SliceLayout(0, layout))
+    is_there = (groups < num_groups)[:, None] & (tokens < num_tokens)[None, :]
+    places = groups[:, None] * num_tokens + tokens[None, :]
+    scales.store(gl.load(scales_ptr + places, mask=is_there, other=0.0))
+
+
+@gluon.jit
+def _scaled(sums, scales, group, GROUPS: gl.constexpr):
+    """Sums over one group of inputs, times their tokens' scales where groups have some."""
+    if GROUPS > 0:
+        sums = sums * scales.index(group).load(sums.type.layout)
+    return sums
+
+
+@gluon.jit
 def _multiply(
     box_desc,
     rest_desc,
@@ -39,6 +67,7 @@ def _multiply(
     x_rest_desc,
     w_ring,
     x_ring,
+    scales,
     bars,
     row,
     token,
@@ -54,6 +83,7 @@ def _multiply(
     STAGES: gl.constexpr,
     FOLDED: gl.constexpr,
     PROMOTED: gl.constexpr,
+    GROUPS: gl.constexpr,
     num_warps: gl.constexpr,
 ):
     """`[ROWS, TOKENS]` sums over `count` blocks of inputs, while the ring fills behind them."""
@@ -81,13 +111,13 @@ def _multiply(
                 part = warpgroup_mma(w, x, gl.zeros_like(acc), use_acc=False, is_async=True)
                 if sub > 0:
                     before = warpgroup_mma_wait(1, deps=[before])
-                    acc = acc + before
+                    acc = acc + _scaled(before, scales, block * SUBS + sub - 1, GROUPS)
                 before = part
             else:
                 acc = warpgroup_mma(w, x, acc, is_async=True)
         if PROMOTED:
             before = warpgroup_mma_wait(0, deps=[before])
-            acc = acc + before
+            acc = acc + _scaled(before, scales, block * SUBS + SUBS - 1, GROUPS)
         else:
             # Folded sums may not be in flight where the branch above moves them.
             acc = warpgroup_mma_wait(0 if FOLDED else SUBS, deps=[acc])
@@ -137,6 +167,7 @@ def program(
     out_stride,
     num_blocks,
     split_blocks,
+    num_groups,
     shows_producers,
     BOX: gl.constexpr,
     REST: gl.constexpr,
@@ -150,10 +181,15 @@ def program(
     FOLDED: gl.constexpr,
     SCALED: gl.constexpr,
     PROMOTED: gl.constexpr,
+    GROUPS: gl.constexpr,
     DEPENDENT: gl.constexpr,
     num_warps: gl.constexpr,
 ):
-    """Outputs from `row` on of tokens from `token` on; only `SCALED` reads the scales."""
+    """Outputs from `row` on of tokens from `token` on; only `SCALED` reads the scales.
+
+    With `GROUPS`, a power of two that a program's inputs do not exceed, x has a scale for each 128 inputs of
+    a token, `num_groups` in all; without, one for each token.
+    """
     HALVES: gl.constexpr = 2 if GATED else 1
     OUTPUTS: gl.constexpr = BOX + REST
     SLOT_BYTES: gl.constexpr = (HALVES * OUTPUTS + X_BOX + X_REST) * SUBS * 128
@@ -161,6 +197,10 @@ def program(
     split = gl.program_id(1)
     w_ring = gl.allocate_shared_memory(box_desc.dtype, [STAGES * SUBS, ROWS, COLUMNS], box_desc.layout)
     x_ring = gl.allocate_shared_memory(x_desc.dtype, [STAGES * SUBS, TOKENS, COLUMNS], x_desc.layout)
+    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    group_scales = w_ring  # read by nobody
+    if GROUPS > 0:
+        group_scales = gl.allocate_shared_memory(gl.float32, [GROUPS, TOKENS], plain)
     bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for slot in gl.static_range(STAGES):
         mbarrier.init(bars.index(slot), count=1)
@@ -202,7 +242,12 @@ def program(
         where = begin + slot
         wanted = slot < count
         ask_for_x(x_desc, x_rest_desc, x_ring, bar, slot, token, where, wanted, X_REST, SUBS)
-    if SCALED:
+    if GROUPS > 0:
+        first_group = begin * SUBS
+        _fetch_scales(group_scales, token_scales_ptr, token, num_tokens, first_group, num_groups, num_warps)
+        group_scales = group_scales._reinterpret(gl.float32, [GROUPS, 1, TOKENS], plain)
+        barrier()
+    elif SCALED:
         tokens = token + gl.arange(0, TOKENS, across)
         token_scales = gl.load(token_scales_ptr + tokens, mask=tokens < num_tokens, other=0.0)
     acc = _multiply(
@@ -212,6 +257,7 @@ def program(
         x_rest_desc,
         w_ring,
         x_ring,
+        group_scales,
         bars,
         row,
         token,
@@ -227,6 +273,7 @@ def program(
         STAGES,
         FOLDED,
         PROMOTED,
+        GROUPS,
         num_warps,
     )
     for slot in gl.static_range(STAGES):
@@ -234,8 +281,10 @@ def program(
     if SCALED:
         # One register each until here, not one for every row and token of a thread.
         by_row = gl.convert_layout(row_scales, gl.SliceLayout(1, acc.type.layout))
-        by_token = gl.convert_layout(token_scales, gl.SliceLayout(0, acc.type.layout))
-        acc = acc * gl.expand_dims(by_row, 1) * gl.expand_dims(by_token, 0)
+        acc = acc * gl.expand_dims(by_row, 1)
+        if GROUPS == 0:
+            by_token = gl.convert_layout(token_scales, gl.SliceLayout(0, acc.type.layout))
+            acc = acc * gl.expand_dims(by_token, 0)
     if GATED:
         store_gated(out_ptr, acc, row, token, num_tokens, num_outputs, out_stride, BOX, REST, num_warps)
     else:

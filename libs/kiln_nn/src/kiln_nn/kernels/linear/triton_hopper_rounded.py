@@ -1,7 +1,8 @@
 """Linear layers of E4M3 weights and E4M3 rows of x on Hopper: tensor cores read both from shared memory.
 
 The programs of triton_hopper_ring.py with a byte for each input, weights and x, and a scale for every
-row of either, which the sums in float32 are multiplied by before they are rounded once. Nothing is
+row of either, which the sums in float32 are multiplied by before they are rounded once. x may have a scale for
+each 128 inputs of a row instead: sums over them are multiplied on their way into float32. Nothing is
 unpacked, so that programs do little but ask for memory.
 
 A few rows that stay bf16 can be computed beside (triton_hopper_beside.py), from x as it was before it
@@ -65,6 +66,7 @@ def _linear_kernel(
     STAGES: gl.constexpr,
     GATED: gl.constexpr,
     PROMOTED: gl.constexpr,
+    GROUPS: gl.constexpr,
     BESIDE: gl.constexpr,
     BESIDE_STAGES: gl.constexpr,
     DEPENDENT: gl.constexpr,
@@ -105,6 +107,7 @@ def _linear_kernel(
             out_stride,
             num_blocks,
             split_blocks,
+            num_inputs // 128,
             shows_producers,
             BOX,
             REST,
@@ -118,15 +121,16 @@ def _linear_kernel(
             False,
             True,
             PROMOTED,
+            GROUPS,
             DEPENDENT,
             num_warps,
         )
 
 
 def constants(
-    config: LinearConfig, num_tokens: int, num_beside: int = 0, *, is_gated: bool
+    config: LinearConfig, num_tokens: int, num_beside: int = 0, num_groups: int = 0, *, is_gated: bool
 ) -> dict[str, Any]:
-    """What the kernel is compiled for."""
+    """What the kernel is compiled for; `num_groups` of a program's inputs where groups of x have scales."""
     box, rest = boxes(config.outputs)
     x_box, x_rest = boxes(rows_fetched(num_tokens, config.tokens))
     rows = max(16 * config.warps, triton.next_power_of_2(config.outputs * (2 if is_gated else 1)))
@@ -143,6 +147,7 @@ def constants(
         "STAGES": config.stages,
         "GATED": is_gated,
         "PROMOTED": config.promotes,
+        "GROUPS": triton.next_power_of_2(num_groups) if num_groups else 0,
         "BESIDE": beside.num_programs,
         "BESIDE_STAGES": beside.stages,
         "num_warps": config.warps,
@@ -168,8 +173,13 @@ def launch(
     (num_tokens, num_inputs), num_rows = x.shape, matrix.shape[0]
     num_outputs = num_rows // (2 if is_gated else 1)
     num_blocks = triton.cdiv(num_inputs, config.inputs)
+    split_blocks = triton.cdiv(num_blocks, config.splits)
     num_beside = 0 if beside_BI is None else len(beside_BI)
-    fixed = constants(config, num_tokens, num_beside, is_gated=is_gated)
+    num_groups = 0
+    if x.has_groups:
+        assert config.promotes, "sums that stay in tensor cores have one scale"
+        num_groups = split_blocks * (config.inputs // BOX_INPUTS)
+    fixed = constants(config, num_tokens, num_beside, num_groups, is_gated=is_gated)
     box_desc = describe(matrix.values, fixed["BOX"], BOX_INPUTS)
     x_desc = describe(x.numbers_TI, fixed["X_BOX"], BOX_INPUTS)
     beside_desc, whole_x_desc = box_desc, x_desc
@@ -189,14 +199,14 @@ def launch(
         beside_desc,
         whole_x_desc,
         matrix.scales,
-        x.scales_T1,
+        x.scales_GT,
         out,
         num_tokens,
         num_outputs,
         num_beside,
         out.stride(-2),
         num_blocks,
-        triton.cdiv(num_blocks, config.splits),
+        split_blocks,
         num_inputs,
         int(shows_producers),
         **fixed,

@@ -340,7 +340,7 @@ def launch(
     x_TI, token_scales = whole(x), matrix.scales  # these are read in E4M3 alone
     if config.x_bits == 8:
         rounded = round_rows(x, "words")
-        x_TI, token_scales = rounded.numbers_TI, rounded.scales_T1
+        x_TI, token_scales = rounded.numbers_TI, rounded.scales_GT
     assert matrix.scheme == "int4"
     num_outputs = num_rows // (2 if is_gated else 1)
     num_blocks = triton.cdiv(num_inputs, _INPUTS)

@@ -18,6 +18,7 @@ from kiln_nn.kernels.paged_attention.chunks import (
     most_tiles,
 )
 from kiln_nn.kernels.paged_attention.reference import paged_prefill_attention, write_kv
+from kiln_nn.kernels.quantised import RoundedRows
 
 _MOST_ROWS_OF_A_RUN = 16
 
@@ -47,7 +48,8 @@ def paged_decode_attention(
     num_skipped: int = 0,
     rows_per_sequence: int = 1,
     is_batch_invariant: bool = False,
-) -> torch.Tensor:
+    rounds: bool = False,
+) -> torch.Tensor | RoundedRows:
     """Attend from one new token per row to its sequence, the token itself included.
 
     Its key and value are in the cache already and counted in `context_lengths_R`. Row `r` finds
@@ -65,7 +67,9 @@ def paged_decode_attention(
     captured in a CUDA graph and replayed for any lengths that fit the page table. A batch-invariant
     kernel cuts a context by its length alone, whatever the number of rows; the reference ignores that.
 
-    Returns: `[R, H, D]` in the format of `q_RHD`.
+    Returns: `[R, H, D]` in the format of `q_RHD`. With `rounds` the same as rows `[R, H D]` that are rounded to
+    E4M3 too, a scale for each 128 outputs, where contexts are cut in parts and heads are as wide or twice as
+    wide; only on GPUs that have the format.
     """
     num_rows, num_heads, head_dim = q_RHD.shape
     check_shape("k_cache", k_cache_PShD, (None, None, None, head_dim))
@@ -80,7 +84,7 @@ def paged_decode_attention(
     if not 1 <= rows_per_sequence <= _MOST_ROWS_OF_A_RUN or num_rows % rows_per_sequence:
         raise ShapeMismatch("q", q_RHD.shape, (f"a multiple of {rows_per_sequence}", num_heads, head_dim))
     inputs = (q_RHD, k_cache_PShD, v_cache_PShD, page_table_SM, context_lengths_R)
-    implementation: Callable[..., torch.Tensor] = reference.paged_decode_attention
+    implementation: Callable[..., torch.Tensor | RoundedRows] = reference.paged_decode_attention
     if takes_triton(*inputs, *optional):
         from kiln_nn.kernels.paged_attention import triton_decode
 
@@ -88,6 +92,7 @@ def paged_decode_attention(
             implementation = partial(
                 triton_decode.paged_decode_attention,
                 rows_per_sequence=rows_per_sequence,
+                rounds=rounds,
                 config=triton_decode.invariant_config(q_RHD.dtype) if is_batch_invariant else None,
             )
     options = {"gate_RHD": gate_RHD, "table_rows_R": table_rows_R, "num_skipped": num_skipped}

@@ -32,6 +32,7 @@ import triton.language as tl
 
 from kiln_nn.kernels.dispatch import device_limits, is_interpreted
 from kiln_nn.kernels.paged_attention.triton_decode_kernels import decode_kernel, join_kernel
+from kiln_nn.kernels.quantised import GROUP_INPUTS, RoundedRows, unwritten_groups
 
 _FORMATS = (torch.float32, torch.bfloat16, torch.float16)
 _HEAD_DIMS = (64, 128, 256)
@@ -132,11 +133,12 @@ def paged_decode_attention(
     table_rows_R: torch.Tensor | None = None,
     num_skipped: int = 0,
     rows_per_sequence: int = 1,
+    rounds: bool = False,
     config: DecodeConfig | None = None,
-) -> torch.Tensor:
+) -> torch.Tensor | RoundedRows:
     """As the reference, for inputs that `takes` accepts; rows of length 0 give zeros.
 
-    The skipped tokens are fewer than a tile's.
+    The skipped tokens are fewer than a tile's. Who joins parts also `rounds`.
     """
     num_rows, num_heads, head_dim = q_RHD.shape
     page_tokens, num_kv_heads = k_cache_PShD.shape[1:3]
@@ -192,7 +194,10 @@ def paged_decode_attention(
         num_warps=config.num_warps,
         **cut,
     )
+    rounded = None
     if is_joined:
+        if rounds and head_dim % GROUP_INPUTS == 0:
+            rounded = unwritten_groups(out.flatten(1))
         join_kernel[(num_heads, num_rows)](
             parts,
             lse,
@@ -200,15 +205,18 @@ def paged_decode_attention(
             context_lengths_R,
             gate,
             out,
+            out if rounded is None else rounded.numbers_TI,
+            out if rounded is None else rounded.scales_GT,
             *gate.stride()[:2],
             num_parts,
             HEADS=num_heads,
             HEAD_DIM=head_dim,
             PARTS_BLOCK=triton.next_power_of_2(num_parts),
+            GROUP_INPUTS=0 if rounded is None else GROUP_INPUTS,
             num_warps=4 if num_parts * head_dim > 2048 else 2,
             **cut,
         )
-    return out
+    return out if rounded is None else rounded
 
 
 _TRITON_FORMATS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}

@@ -10,6 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kiln_nn.kernels.quantised.triton import e4m3_groups
+
 
 @triton.jit
 def _part_of_context(context, part, num_parts, LEAST: tl.constexpr, TILE: tl.constexpr):
@@ -236,6 +238,8 @@ def join_kernel(
     context_ptr,
     gate_ptr,
     out_ptr,
+    numbers_ptr,
+    scales_ptr,
     gate_row_stride,
     gate_head_stride,
     num_parts,
@@ -248,8 +252,12 @@ def join_kernel(
     HAS_TABLE_ROWS: tl.constexpr,
     HAS_GATE: tl.constexpr,
     SKIPPED: tl.constexpr,
+    GROUP_INPUTS: tl.constexpr,
 ):
-    """Weigh the parts of one row and head by their share of the softmax, and gate the sum."""
+    """Weigh the parts of one row and head by their share of the softmax, and gate the sum.
+
+    With `GROUP_INPUTS`, the sum goes to `numbers` in E4M3 too, and a scale for each so many to `scales`, `[G, R]`.
+    """
     head = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     context, _ = _context_and_line(context_ptr, table_row_ptr, row // RUN, RUN, HAS_TABLE_ROWS, SKIPPED)
@@ -270,4 +278,12 @@ def join_kernel(
     if HAS_GATE:
         gate = tl.load(gate_ptr + row * gate_row_stride + head * gate_head_stride + columns)
         out *= tl.sigmoid(gate.to(tl.float32))
-    tl.store(out_ptr + (row * HEADS + head) * HEAD_DIM + columns, out.to(out_ptr.dtype.element_ty))
+    places = (row * HEADS + head) * HEAD_DIM + columns
+    left = out.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + places, left)
+    if GROUP_INPUTS > 0:
+        GROUPS: tl.constexpr = HEAD_DIM // GROUP_INPUTS
+        numbers, scales = e4m3_groups(left.to(tl.float32), GROUP_INPUTS)
+        tl.store(numbers_ptr + places, numbers.to(numbers_ptr.dtype.element_ty))
+        groups = head * GROUPS + tl.arange(0, GROUPS)
+        tl.store(scales_ptr + groups * tl.num_programs(1) + row, scales)

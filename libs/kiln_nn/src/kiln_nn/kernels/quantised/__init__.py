@@ -3,7 +3,15 @@
 from kiln_nn.kernels.quantised.frozen import dense, frozen_linear, tensors_of
 from kiln_nn.kernels.quantised.matrix import FP8, GROUP_INPUTS, WORD_INPUTS, QuantisedMatrix, Scheme
 from kiln_nn.kernels.quantised.reference import quantise_rtn
-from kiln_nn.kernels.quantised.rows import InputOrder, RoundedRows, Rows, round_rows, whole
+from kiln_nn.kernels.quantised.rows import (
+    InputOrder,
+    RoundedRows,
+    Rows,
+    round_groups,
+    round_rows,
+    unwritten_groups,
+    whole,
+)
 
 __all__ = [
     "FP8",
@@ -17,7 +25,9 @@ __all__ = [
     "dense",
     "frozen_linear",
     "quantise_rtn",
+    "round_groups",
     "round_rows",
     "tensors_of",
+    "unwritten_groups",
     "whole",
 ]

@@ -22,6 +22,7 @@ from kiln_nn.kernels.quantised.matrix import FP8, GROUP_INPUTS, QuantisedMatrix
 
 _LARGEST = tl.constexpr(448.0)
 _ROW_INPUTS = 1024  # inputs of a program, at most
+_GROUPS_A_PROGRAM = 8
 
 
 @triton.jit
@@ -38,6 +39,13 @@ def e4m3_rows(x):
     """Of float32 rows `[R, I]`: what E4M3 is to hold of them, not rounded to it yet, and their scales."""
     scales = tl.maximum(tl.max(tl.abs(x), 1) / _LARGEST, 1e-30)
     return tl.minimum(tl.maximum(x / scales[:, None], -_LARGEST), _LARGEST), scales
+
+
+@triton.jit
+def e4m3_groups(x, GROUP: tl.constexpr):
+    """As `e4m3_rows` for one row, `[I]`, with a scale for each `GROUP` inputs, `[I / GROUP]`."""
+    numbers, scales = e4m3_rows(x.reshape([x.shape[0] // GROUP, GROUP]))
+    return numbers.reshape([x.shape[0]]), scales
 
 
 @triton.jit
@@ -105,6 +113,31 @@ def _quantise_rows_kernel(
     tl.store(scales_ptr + rows, scales)
 
 
+@triton.jit
+def _quantise_groups_kernel(
+    x_ptr,
+    out_ptr,
+    scales_ptr,
+    num_inputs,
+    x_stride,
+    GROUP: tl.constexpr,
+    GROUPS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    if DEPENDENT:
+        start_dependents()
+        wait_for_producers()
+    row = tl.program_id(0).to(tl.int64)
+    groups = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
+    cols = groups[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    is_there = cols < num_inputs
+    x = tl.load(x_ptr + row * x_stride + cols, mask=is_there, other=0.0).to(tl.float32)
+    numbers, scales = e4m3_rows(x)
+    tl.store(out_ptr + row * num_inputs + cols, numbers.to(out_ptr.dtype.element_ty), mask=is_there)
+    place = groups * tl.num_programs(0) + row
+    tl.store(scales_ptr + place, scales, mask=groups * GROUP < num_inputs)
+
+
 def dequantise(matrix: QuantisedMatrix, dtype: torch.dtype) -> torch.Tensor:
     """As `QuantisedMatrix.dequantise`."""
     num_outputs, num_inputs = matrix.shape
@@ -127,13 +160,13 @@ def dequantise(matrix: QuantisedMatrix, dtype: torch.dtype) -> torch.Tensor:
 
 
 def quantise_rows(x_TI: torch.Tensor, order: str = "plain") -> tuple[torch.Tensor, torch.Tensor]:
-    """Every token's x as E4M3 `[T, I]` and its scale, float32 `[T, 1]`; on GPUs that have the format.
+    """Every token's x as E4M3 `[T, I]` and its scale, float32 `[1, T]`; on GPUs that have the format.
 
     By `order` "words" inputs, in whole 64, lie as in `word_order`.
     """
     num_tokens, num_inputs = x_TI.shape
     numbers = x_TI.new_empty((num_tokens, num_inputs), dtype=FP8)
-    scales = x_TI.new_empty((num_tokens, 1), dtype=torch.float32)
+    scales = x_TI.new_empty((1, num_tokens), dtype=torch.float32)
     inputs = triton.next_power_of_2(num_inputs)
     # Its launch hides behind the kernel before, that of an own product behind it; the library's comes the usual way.
     dependent = launch_options(supports_dependent_launch(x_TI.device))
@@ -149,3 +182,24 @@ def quantise_rows(x_TI: torch.Tensor, order: str = "plain") -> tuple[torch.Tenso
         **dependent,
     )
     return numbers, scales
+
+
+def quantise_groups(x_TI: torch.Tensor, out_TI: torch.Tensor, scales_GT: torch.Tensor) -> None:
+    """Fill `out` with x as E4M3 and `scales` with one for each 128 inputs; on GPUs that have the format.
+
+    Nobody waits for a whole row, so that several programs share it.
+    """
+    num_tokens, num_inputs = x_TI.shape
+    num_programs = triton.cdiv(num_inputs, _GROUPS_A_PROGRAM * GROUP_INPUTS)
+    dependent = launch_options(supports_dependent_launch(x_TI.device))
+    _quantise_groups_kernel[(num_tokens, num_programs)](
+        x_TI,
+        out_TI,
+        scales_GT,
+        num_inputs,
+        x_TI.stride(0),
+        GROUP=GROUP_INPUTS,
+        GROUPS=_GROUPS_A_PROGRAM,
+        num_warps=4,
+        **dependent,
+    )

@@ -197,7 +197,7 @@ def _unwritten_rows(like_TD: torch.Tensor, order: InputOrder) -> RoundedRows:
     return RoundedRows(
         like_TD.new_empty(like_TD.shape),
         like_TD.new_empty(like_TD.shape, dtype=FP8),
-        like_TD.new_empty((like_TD.shape[0], 1), dtype=torch.float32),
+        like_TD.new_empty((1, like_TD.shape[0]), dtype=torch.float32),
         order,
     )
 
@@ -226,7 +226,7 @@ def _norm(
         out_D,
         total_D,
         out_D if rounded is None else rounded.numbers_TI,
-        out_D if rounded is None else rounded.scales_T1,
+        out_D if rounded is None else rounded.scales_GT,
         x.shape[0],
         x.stride(0),
         x_D.stride(0) if has_partials else 0,
