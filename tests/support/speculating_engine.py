@@ -47,6 +47,8 @@ class Speculation:
     """What an engine did: after each step its time, its tokens so far, and the drafts it made a row."""
 
     steps: list[tuple[float, int, int]] = field(default_factory=list)
+    # Where requests come in waves: of each, when the last of them had begun and when the first one ended.
+    waves: list[tuple[float, float]] = field(default_factory=list)
 
     def speed(self, begin_s: float = 0.0, end_s: float = float("inf")) -> float:
         """Tokens per second between two times."""
@@ -72,9 +74,15 @@ class _Device:
         speculator: DraftSpeculator | None,
         answer_tokens: int,
         seed: int,
+        *,
+        is_in_waves: bool,
     ) -> None:
         self._times, self._acceptance, self._seconds = times, acceptance, seconds
-        self._answer_tokens = answer_tokens
+        self._answer_tokens, self._is_in_waves = answer_tokens, is_in_waves
+        self._num_rows, self._num_left = num_rows, 0
+        # Of this wave: how many have begun and ended, and when the last of them had begun.
+        self._num_begun = self._num_ended = 0
+        self._begun_s = 0.0
         # Apart, so that the requests are the same whatever is drafted.
         self._lengths, self._rng = random.Random(seed), random.Random(seed)
         self._seen: set[tuple[int, int]] = set()
@@ -108,6 +116,14 @@ class _Device:
 
     def offer(self, events: list[SequenceEvent]) -> bool:
         """The client."""
+        for event in events:
+            self._num_begun += event.is_first
+            if event.is_first and self._num_begun == self._num_rows:
+                self._begun_s = self._now_s
+            if event.finish_reason is not None:
+                self._num_ended += 1
+                if self._num_ended == 1:
+                    self.done.waves.append((self._begun_s, self._now_s))
         return True
 
     def launch(self, plan: BatchPlan) -> _Step:
@@ -153,9 +169,16 @@ class _Device:
     def _come_again(self, request_ids: list[str]) -> None:
         if self._now_s >= self._seconds:
             return
+        if self._is_in_waves:
+            self._num_left -= len(request_ids) if self._num_requests else 0
+            if self._num_left:
+                return
+            request_ids, self._num_left = [""] * self._num_rows, self._num_rows
+            self._num_begun = self._num_ended = 0
         for _ in request_ids:
             self._num_requests += 1
-            length = round(self._answer_tokens * self._lengths.uniform(0.5, 1.5))
+            spread = 1.0 if self._is_in_waves else self._lengths.uniform(0.5, 1.5)
+            length = round(self._answer_tokens * spread)
             params = SamplingParams(max_tokens=length, ignore_eos=True)
             prompt = tuple(self._lengths.randrange(1000) for _ in range(_PROMPT_TOKENS))
             request = GenerationRequest(str(self._num_requests), prompt, params)
@@ -191,9 +214,12 @@ def speculate(
     max_drafts: int = 3,
     is_adaptive: bool = True,
     answer_tokens: int = 256,
+    is_in_waves: bool = False,
     seed: int = 0,
 ) -> Speculation:
     """Run `num_rows` requests at a time, each followed by another, for so many seconds of the made-up clock.
+
+    In waves, the answers are of one length, and the next ones begin together when all have ended.
 
     `acceptance` is the chance of each draft, or tells it for a time. Without drafts (`max_drafts` 0) all
     decoding is plain; if it is not adaptive, drafts are as long as they may be. Some steps are held up, and
@@ -204,4 +230,7 @@ def speculate(
         sizes = decode_ladder(_MOST_RUNNING)
         speculator = DraftSpeculator(max_drafts, sizes, drafts_on_device=True, is_adaptive=is_adaptive)
     chance = acceptance if callable(acceptance) else lambda _: acceptance
-    return _Device(times, num_rows, chance, seconds, speculator, answer_tokens, seed).run()
+    device = _Device(
+        times, num_rows, chance, seconds, speculator, answer_tokens, seed, is_in_waves=is_in_waves
+    )
+    return device.run()

@@ -57,8 +57,8 @@ class DraftPass:
     """The drafts of up to `capacity` rows, over buffers that stay where they are.
 
     `send` brings what the host knows, `begin` takes up where the rows' verification has ended, and
-    `run` adds the drafts, one `step` each for all rows. A graph can hold `begin` and `step`; on a GPU
-    nothing waits for the host. The drafts are tokens of the first `num_tokens` of the vocabulary (None:
+    `run` adds the drafts, one `step` each for all rows. A graph can hold `begin`, `step` and
+    `all_steps`; on a GPU nothing waits for the host. The drafts are tokens of the first `num_tokens` of the vocabulary (None:
     of all). `adapter_rows` are those behind `linears`, of the rows' adapters.
     """
 
@@ -96,8 +96,10 @@ class DraftPass:
             settings_RF=settings_RF,
             numbers_RF=numbers_RF,
         )
-        # `step`, or a graph of it.
+        self._num_most = draft_ids.ids_SK.shape[1]
+        # `step` and `all_steps`, or graphs of them.
         self.run_step: Callable[[], object] = self.step
+        self.run_all_steps: Callable[[], object] = self.all_steps
 
     @property
     def is_captured(self) -> bool:
@@ -129,8 +131,17 @@ class DraftPass:
     def run(self, rows: Sequence[VerifyRow], linears: Linears | None = None) -> None:
         """Make as many drafts as one of the rows wants; `linears` with the adapters of these rows, if given."""
         run_step = self.run_step if linears is None else partial(self.step, linears)
-        for _ in range(max((row.num_next_drafts for row in rows), default=0)):
+        num_drafts = max((row.num_next_drafts for row in rows), default=0)
+        if linears is None and num_drafts == self._num_most:
+            self.run_all_steps()
+            return
+        for _ in range(num_drafts):
             run_step()
+
+    def all_steps(self) -> None:
+        """As many drafts as there is room for, behind `begin`."""
+        for _ in range(self._num_most):
+            self.step()
 
     def step(self, linears: Linears | None = None) -> None:
         """Draw every row's next draft, and keep it for the row's next step."""

@@ -8,15 +8,18 @@ import torch
 
 
 class HostCopy:
-    """A copy of a tensor as it is at this point of the stream; `wait` sleeps until it has arrived."""
+    """A copy of a tensor as it is at this point of the stream; `wait` waits until it has arrived.
 
-    def __init__(self, tensor: torch.Tensor) -> None:
+    It sleeps, which lets others have the processor, but takes tens of microseconds to wake up. If it is
+    urgent, because the device has nothing to do before the host goes on, it spins.
+    """
+
+    def __init__(self, tensor: torch.Tensor, *, is_urgent: bool = False) -> None:
         self._arrived: torch.cuda.Event | None = None
         if tensor.device.type == "cuda":
             pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
             self._host = pinned.copy_(tensor, non_blocking=True)
-            # Sleeps in `wait` instead of spinning: the device has its next step already.
-            self._arrived = torch.cuda.Event(blocking=True)
+            self._arrived = torch.cuda.Event(blocking=not is_urgent)
             self._arrived.record()
         else:
             self._host = tensor.clone()

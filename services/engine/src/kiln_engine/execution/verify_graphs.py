@@ -43,6 +43,9 @@ class _CapturedVerify(CapturedStep):
             self.drafts = parts.drafter.of(capacity, has_adapters=has_adapters)
         super().__init__(parts, lines_layout(layout), linears)
         if self.drafts is not None and not self.drafts.is_captured:
+            self.drafts.run_all_steps = self._capture(self.drafts.all_steps).replay
+            # They begin again: what was captured has been run, and there is room for no more.
+            self._run_draw()
             self.drafts.run_step = self._capture(self.drafts.step).replay
 
     def _feed(self) -> None:

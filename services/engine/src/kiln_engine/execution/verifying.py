@@ -65,12 +65,15 @@ class PendingVerify:
     ) -> None:
         self._rows, self._num_lines = rows, num_lines
         self._draws = draws
-        self._num_accepted = HostCopy(accepted_R[: len(rows)])
+        # The next verification is planned when this one has been read.
+        self._num_accepted = HostCopy(accepted_R[: len(rows)], is_urgent=True)
 
     def wait(self) -> list[VerifyResult]:
         """What each row has drawn, in order."""
+        # Sent last, so that the draws are there too when it has come.
+        num_accepted = self._num_accepted.wait()
         drawn, results = self._draws.wait(), []
-        for index, (row, count) in enumerate(zip(self._rows, self._num_accepted.wait(), strict=True)):
+        for index, (row, count) in enumerate(zip(self._rows, num_accepted, strict=True)):
             first = index * self._num_lines
             tokens = tuple(RowResult(row.sequence_id, *draw) for draw in drawn[first : first + count])
             results.append(VerifyResult(row.sequence_id, tokens))

@@ -57,6 +57,7 @@ def verify_row(
     position = sequence.num_computed
     assert position == len(sequence.tokens) - 1
     is_folded = position - sequence.num_state_tokens >= page_tokens
+    samplings = _line_samplings(sequence, position + 1, 1 + drafts.num_tokens, eos_token_ids)
     return VerifyRow(
         sequence_id=sequence.sequence_id,
         token_id=sequence.tokens[position],
@@ -68,10 +69,7 @@ def verify_row(
         state_slot=sequence.state_slot,
         state_fold_slot=sequence.state_slot if is_folded else None,
         adapter_slots=sequence.adapter_slots,
-        samplings=tuple(
-            row_sampling(sequence, position + 1 + line, eos_token_ids)
-            for line in range(1 + drafts.num_tokens)
-        ),
+        samplings=samplings,
         num_next_drafts=drafts.num_next,
     )
 
@@ -115,6 +113,19 @@ def _readout(sequence: Sequence, start: int, end: int) -> Readout | None:
         num_top_logprobs=request.num_prompt_logprobs or 0,
         wants_embedding=request.wants_embedding and end == sequence.num_prompt_tokens,
     )
+
+
+def _line_samplings(
+    sequence: Sequence, num_tokens: int, num_lines: int, eos_token_ids: frozenset[int]
+) -> tuple[RowSampling, ...]:
+    """How the tokens from the one after the first `num_tokens` on are drawn, a line each."""
+    first = row_sampling(sequence, num_tokens, eos_token_ids)
+    params, index = first.params, first.output_index
+    if sequence.constraint is None and not first.banned_token_ids and not params.needs_history:
+        # Nothing but the index changes from line to line; the device waits for this.
+        return first, *[RowSampling(params, index + line) for line in range(1, num_lines)]
+    others = [row_sampling(sequence, num_tokens + line, eos_token_ids) for line in range(1, num_lines)]
+    return first, *others
 
 
 def row_sampling(sequence: Sequence, num_tokens: int, eos_token_ids: frozenset[int]) -> RowSampling:

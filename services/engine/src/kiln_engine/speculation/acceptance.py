@@ -30,7 +30,8 @@ class AcceptanceRates:
         self._rates = list(prior)
         self._num_observed = [0] * len(prior)
         self._least_rate = least_rate
-        self._chances = _products(self._rates)
+        # None: not asked for since the last observation.
+        self._chances: tuple[float, ...] | None = None
 
     @property
     def rates(self) -> tuple[float, ...]:
@@ -39,19 +40,19 @@ class AcceptanceRates:
     @property
     def chances(self) -> tuple[float, ...]:
         """For each place the chance that it is accepted, whatever happens to those before it."""
+        if self._chances is None:
+            self._chances = tuple(itertools.accumulate(self._rates, operator.mul))
         return self._chances
 
     def observe(self, num_proposed: int, num_accepted: int) -> None:
         """Take in one verification: the first `num_accepted` of `num_proposed` drafts were accepted."""
-        for place in range(min(num_proposed, num_accepted + 1, len(self._rates))):
-            self._num_observed[place] += 1
-            rate = max(self._least_rate, 1 / (self._num_observed[place] + _PRIOR_WEIGHT))
-            self._rates[place] += rate * (float(place < num_accepted) - self._rates[place])
-        self._chances = _products(self._rates)
-
-
-def _products(rates: Sequence[float]) -> tuple[float, ...]:
-    return tuple(itertools.accumulate(rates, operator.mul))
+        # The device waits for this: each row of each step comes here twice.
+        rates, num_observed, least_rate = self._rates, self._num_observed, self._least_rate
+        for place in range(min(num_proposed, num_accepted + 1, len(rates))):
+            num_observed[place] = count = num_observed[place] + 1
+            rate = max(least_rate, 1 / (count + _PRIOR_WEIGHT))
+            rates[place] += rate * ((place < num_accepted) - rates[place])
+        self._chances = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from kiln_engine.speculation.acceptance import AcceptanceRates
 from kiln_engine.speculation.step_costs import StepCosts
@@ -16,9 +17,15 @@ from kiln_engine.speculation.step_costs import StepCosts
 # What drafts must gain before they begin: less is not worth the risk of a wrong estimate.
 _LEAST_GAIN = 0.02
 # Of the time, what may be lost by looking at other lengths.
-_LOOK_SHARE = 0.005
-# Steps between two looks, however little they lose.
+_LOOK_SHARE = 0.003
+# Steps of one size between two looks, however little they lose: the first number behind a change, later
+# doubled by each look that changes nothing, up to the second.
 _LOOK_INTERVAL = 64
+_MOST_LOOK_INTERVAL = 512
+# Looks at the shorter interval behind a change: it takes so many to outvote what was measured before it.
+_NUM_FREQUENT_LOOKS = 4
+# By how much the speed of the best must change for looks to be as frequent again as at first.
+_CHANGED_SPEED = 0.2
 # A look ends when it has measured so many steps of its length, or after so many in all.
 _LOOK_MEASURES = 2
 _MOST_LOOK_STEPS = 8
@@ -30,29 +37,62 @@ _MOST_LOST_STEPS = 4
 _LEAST_WORTH = 0.1
 
 
+@dataclass(slots=True)
+class _Looks:
+    """When to look at other lengths of one size again."""
+
+    num_looks: int = 0
+    interval: int = _LOOK_INTERVAL
+    num_since_change: int = 0
+    num_steps_since: int = 0
+    # As they were at the last change: whether drafts paid, and the best speed of a row.
+    was_drafting: bool = False
+    best_speed: float = math.inf
+
+    def follow(self, *, is_drafting: bool, best_speed: float) -> None:
+        """Be frequent again where something has changed."""
+        is_same = is_drafting == self.was_drafting
+        if not is_same or abs(best_speed / self.best_speed - 1) > _CHANGED_SPEED:
+            self.interval, self.num_since_change = _LOOK_INTERVAL, 0
+            self.was_drafting, self.best_speed = is_drafting, best_speed
+
+    def begin(self, *, is_free: bool) -> None:
+        """A look begins; if it changes nothing, the next one comes later, unless it was one of the first."""
+        self.num_looks += 1
+        self.num_steps_since = 0
+        if is_free:
+            return
+        self.num_since_change += 1
+        if self.num_since_change >= _NUM_FREQUENT_LOOKS:
+            self.interval = min(2 * self.interval, _MOST_LOOK_INTERVAL)
+
+
 class DraftPolicy:
     """Chooses draft lengths for each plan by `choose`, and hears of each step's end by `observe`.
 
     What is not done is not measured: neither what it costs nor what is accepted. So now and then
     another length is looked at for a few steps, by all rows. What that loses against the best that is
-    known is added up, and the next look waits until it is no more than a share of the time between. There
-    is no clock and no chance in it: the same calls give the same answers, and `choose` may be asked
-    again before a step ends.
+    known is added up, and the next look waits until it will be no more than a share of the time between;
+    and the longer, the more often looks at this number of rows have changed nothing. There is no clock
+    and no chance in it: the same calls give the same answers, and `choose` may be asked again before a
+    step ends.
     """
 
     def __init__(self, costs: StepCosts) -> None:
         self._costs = costs
-        # Seconds that looks may lose; negative while the last ones are being paid for.
+        # Seconds that looks may lose; negative where they have lost more than was saved for them.
         self._allowance_s = 0.0
-        self._num_looks = 0
+        self._looks: dict[int, _Looks] = {}
+        # Steps of any size since the last look.
         self._num_steps_since = 0
-        # The length that is looked at; the measurements and the steps left of the look.
+        # The length that is looked at, and the size; the measurements and the steps left of the look.
         self._looked_at: int | None = None
+        self._look_size = 0
         self._num_left = self._num_most_left = 0
         # Sizes and lengths that are not new any more; the first look at one is free, as this one may be.
         self._seen: set[tuple[int, int]] = set()
         self._is_free = False
-        # Of the last step: whether it was plain and nothing else, and whether it drafted.
+        # Whether the last step was plain and nothing else; whether the last one that was no look drafted.
         self._was_plain = self._was_drafting = False
         # Tokens a second of the best that was known at the last choice, and whether the last step is charged.
         self._best_speed = math.inf
@@ -72,17 +112,28 @@ class DraftPolicy:
         seconds = self._costs.seconds(len(estimates), most)
         if seconds is None:
             return plainly
+        size = self._costs.size(len(estimates))
         if self._looked_at is not None:
-            return _same_for_all(estimates, min(self._looked_at, most))
+            if size == self._look_size:
+                return _same_for_all(estimates, min(self._looked_at, most))
+            # It would be of other steps than those it was meant for.
+            self._end_look()
         tokens = _tokens_by_length(estimates, most)
         speeds = [count / second for count, second in zip(tokens, seconds, strict=True)]
         longest = max(range(1, most + 1), key=speeds.__getitem__)
         least_gain = 0.0 if self._was_drafting else _LEAST_GAIN
         best = longest if speeds[longest] > (1 + least_gain) * speeds[0] else 0
         self._best_speed = max(speeds)
-        look = self._next_look(len(estimates), most, best, longest)
-        if look is not None:
-            self._look_at(look)
+        looks = self._looks.setdefault(size, _Looks())
+        looks.follow(is_drafting=bool(best), best_speed=self._best_speed / len(estimates))
+        look = self._next_look(looks, size, most, best, longest)
+        # The first looks behind a change may be owed, as little is known; later ones are saved for.
+        loss_s = 0.0
+        if look is not None and looks.interval > _LOOK_INTERVAL:
+            loss_s = self._look_loss_s(seconds[look], tokens[look], len(estimates))
+        if look is not None and (self._is_free or loss_s <= self._allowance_s):
+            self._look_at(look, size, loss_s)
+            looks.begin(is_free=self._is_free)
             return _same_for_all(estimates, look)
         if not best:
             return plainly
@@ -99,41 +150,58 @@ class DraftPolicy:
         is_measured = is_steady and self._costs.observe(num_rows, num_verified, seconds)
         if is_measured:
             self._seen.add(self._costs.cell(num_rows, num_verified))
+        self._was_plain = is_plain
+        if self._looked_at is None:
+            self._was_drafting = bool(num_drafted)
         self._count(num_rows, seconds, is_looked_at=is_measured and num_drafted == self._looked_at)
-        self._was_plain, self._was_drafting = is_plain, bool(num_drafted)
 
     def gain(self, num_accepted: int) -> None:
         """Take in how many drafts of one row were accepted in the step that was observed last."""
         if self._is_charged:
             self._allowance_s += num_accepted / self._best_speed
 
-    def pass_over(self) -> None:
-        """Take in a step that did something else besides, so that its time tells nothing."""
+    def pass_over(self, num_rows: int = 0, seconds: float = 0.0) -> None:
+        """Take in a step whose time tells nothing of its length.
+
+        With its rows and time, it is one of those that a look leaves to be done, and part of what it loses.
+        """
         self._was_plain = self._is_charged = False
-        if self._looked_at is not None:
+        if num_rows:
+            self._count(num_rows, seconds, is_looked_at=False)
+        elif self._looked_at is not None:
             self._count_down(is_looked_at=False)
 
-    def _next_look(self, num_rows: int, most: int, best: int, longest: int) -> int | None:
+    def _next_look(self, looks: _Looks, size: int, most: int, best: int, longest: int) -> int | None:
         """The length to look at now, if there is time for it; of what is new at this size the ends at once."""
         for length in (most, 1):
-            cell = self._costs.cell(num_rows, length)
+            cell = size, length
             if not best and cell not in self._seen:
                 self._seen.add(cell)
                 self._is_free = True
                 return length
-        if self._allowance_s < 0 or self._num_steps_since < _LOOK_INTERVAL:
+        if self._num_steps_since <= _RETURN_STEPS or looks.num_steps_since < looks.interval:
             return None
         if not best:
-            others = [longest, 1 + self._num_looks // 2 % most]
+            # Graphs have lines for one draft or for as many as there may be: what lies between costs no less.
+            others = [longest, most if longest == 1 else 1]
         else:
             others = [0, *(length for length in (best - 1, best + 1) if 0 < length <= most)]
-        return others[self._num_looks % len(others)]
+        return others[looks.num_looks % len(others)]
 
-    def _look_at(self, length: int) -> None:
-        # What was not used up is not saved: looks would come in a row.
-        self._allowance_s = min(self._allowance_s, 0.0)
-        self._num_looks += 1
-        self._looked_at = length
+    def _look_loss_s(self, step_s: float, tokens: float, num_rows: int) -> float:
+        """What a look will lose at least; nothing is known of what was never measured.
+
+        Before the steps that are measured comes one of the same kind that yields a token a row.
+        """
+        if math.isinf(step_s):
+            return 0.0
+        worth_s = (num_rows + _LOOK_MEASURES * tokens) / self._best_speed
+        return max(0.0, (1 + _LOOK_MEASURES) * step_s - worth_s)
+
+    def _look_at(self, length: int, size: int, loss_s: float) -> None:
+        # What will not be used up is not saved: looks would come in a row.
+        self._allowance_s = min(self._allowance_s, loss_s)
+        self._looked_at, self._look_size = length, size
         self._num_left, self._num_most_left = _LOOK_MEASURES, _MOST_LOOK_STEPS
 
     def _count(self, num_rows: int, seconds: float, *, is_looked_at: bool) -> None:
@@ -143,6 +211,9 @@ class DraftPolicy:
             self._count_down(is_looked_at=is_looked_at)
         else:
             self._num_steps_since += 1
+            looks = self._looks.get(self._costs.size(num_rows))
+            if looks is not None:
+                looks.num_steps_since += 1
             self._is_free &= self._num_steps_since <= _RETURN_STEPS
         self._allowance_s += _LOOK_SHARE * seconds
         self._is_charged = not self._is_free and (is_looking or self._num_steps_since <= _RETURN_STEPS)
@@ -155,8 +226,11 @@ class DraftPolicy:
         self._num_left -= is_looked_at
         self._num_most_left -= 1
         if min(self._num_left, self._num_most_left) <= 0:
-            self._looked_at = None
-            self._num_steps_since = 0
+            self._end_look()
+
+    def _end_look(self) -> None:
+        self._looked_at = None
+        self._num_steps_since = 0
 
 
 _Estimates = Sequence[AcceptanceRates | None]

@@ -86,12 +86,14 @@ class DraftSpeculator:
         num_drafted = num_verified
         if self.drafts_on_device:
             num_drafted = max((row.num_next_drafts for row in plan.verify_rows), default=0)
-        if plan.prefill_chunks or (plan.verify_rows and not num_verified and not num_drafted):
-            # Prompts beside, or rows that fold before they decode plainly again.
-            self._policy.pass_over()
-            return
         num_rows = len(plan.decode_rows) + len(plan.verify_rows)
-        self._policy.observe(num_rows, num_verified, num_drafted, seconds)
+        if plan.prefill_chunks:
+            self._policy.pass_over()
+        elif plan.verify_rows and not num_verified and not num_drafted:
+            # Rows that fold before they decode plainly again.
+            self._policy.pass_over(num_rows, seconds)
+        else:
+            self._policy.observe(num_rows, num_verified, num_drafted, seconds)
 
     def forget(self, sequence_id: int) -> None:
         """See Speculator."""

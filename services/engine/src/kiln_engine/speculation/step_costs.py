@@ -45,7 +45,7 @@ class StepCosts:
 
     def cell(self, num_rows: int, num_drafts: int) -> tuple[int, int]:
         """What steps have in common whose times count as one: the size of their rows, and the drafts."""
-        return self._size(num_rows), num_drafts
+        return self.size(num_rows), num_drafts
 
     def seconds(self, num_rows: int, most_drafts: int) -> list[float] | None:
         """Of a step without drafts, with one a row, up to `most_drafts`; None before plain ones are measured.
@@ -53,7 +53,7 @@ class StepCosts:
         What has not been measured at this size costs no more than the next longer draft that has; else
         the share of a plain step that it has at the nearest size; else nobody knows, and it is infinite.
         """
-        size = self._size(num_rows)
+        size = self.size(num_rows)
         plain = self._medians.get((size, 0))
         if plain is None:
             return None
@@ -70,6 +70,7 @@ class StepCosts:
         nearest = min(others, key=lambda other: max(other, size) / min(other, size))
         return plain * self._medians[nearest, num_drafts] / self._medians[nearest, 0]
 
-    def _size(self, num_rows: int) -> int:
+    def size(self, num_rows: int) -> int:
+        """That of the rows of a step."""
         place = bisect.bisect_left(self._row_sizes, num_rows)
         return self._row_sizes[min(place, len(self._row_sizes) - 1)]
