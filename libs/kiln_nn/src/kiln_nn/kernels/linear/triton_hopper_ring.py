@@ -31,6 +31,8 @@ from kiln_nn.kernels.linear.triton_hopper_parts import (
     store_gated,
 )
 
+_MOST_TOKENS_READ_EARLY = gl.constexpr(64)
+
 
 @gluon.jit
 def _fetch_scales(
@@ -52,11 +54,12 @@ def _fetch_scales(
 
 
 @gluon.jit
-def _scaled(sums, scales, group, GROUPS: gl.constexpr):
-    """Sums over one group of inputs, times their tokens' scales where groups have some."""
-    if GROUPS > 0:
-        sums = sums * scales.index(group).load(sums.type.layout)
-    return sums
+def _scales_of(sums, scales, group, IS_THERE: gl.constexpr):
+    """What sums over one group of inputs are to be multiplied by, a column for each token."""
+    if IS_THERE:
+        return scales.index(group).load(sums.type.layout)
+    else:
+        return 1.0
 
 
 @gluon.jit
@@ -92,6 +95,9 @@ def _multiply(
     STEP: gl.constexpr = 256 // w_ring.dtype.primitive_bitwidth  # inputs of one instruction
     # Blocks whose products may be in flight while the next one waits: their slots are not free yet.
     LAG: gl.constexpr = 0 if PROMOTED else 1
+    # Scales are read while products run, where registers hold them beside two groups' sums.
+    EARLY: gl.constexpr = GROUPS > 0 and TOKENS <= _MOST_TOKENS_READ_EARLY
+    LATE: gl.constexpr = GROUPS > 0 and not EARLY
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, TOKENS, STEP])
     acc = gl.zeros([ROWS, TOKENS], gl.float32, layout)
     total = acc
@@ -103,21 +109,22 @@ def _multiply(
                 # One partial sum is complete; they are added in the order in which the norm does.
                 total = total + acc
                 acc = gl.zeros([ROWS, TOKENS], gl.float32, layout)
-        before = acc
+        before, before_scales = acc, 1.0
         for sub in gl.static_range(SUBS):
             w = w_ring.index(ready * SUBS + sub)
             x = x_ring.index(ready * SUBS + sub).permute((1, 0))
             if PROMOTED:
                 part = warpgroup_mma(w, x, gl.zeros_like(acc), use_acc=False, is_async=True)
+                part_scales = _scales_of(acc, scales, block * SUBS + sub, EARLY)
                 if sub > 0:
-                    before = warpgroup_mma_wait(1, deps=[before])
-                    acc = acc + _scaled(before, scales, block * SUBS + sub - 1, GROUPS)
-                before = part
+                    before = warpgroup_mma_wait(1, deps=[before]) * before_scales
+                    acc = acc + before * _scales_of(acc, scales, block * SUBS + sub - 1, LATE)
+                before, before_scales = part, part_scales
             else:
                 acc = warpgroup_mma(w, x, acc, is_async=True)
         if PROMOTED:
-            before = warpgroup_mma_wait(0, deps=[before])
-            acc = acc + _scaled(before, scales, block * SUBS + SUBS - 1, GROUPS)
+            before = warpgroup_mma_wait(0, deps=[before]) * before_scales
+            acc = acc + before * _scales_of(acc, scales, block * SUBS + SUBS - 1, LATE)
         else:
             # Folded sums may not be in flight where the branch above moves them.
             acc = warpgroup_mma_wait(0 if FOLDED else SUBS, deps=[acc])
