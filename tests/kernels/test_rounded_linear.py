@@ -129,7 +129,9 @@ def test_partial_sums_of_groups_with_scales(config, size, num_tokens):
     far_apart = torch.logspace(-2, 2, size[1] // 128, device=DEVICE).repeat_interleave(128)
     x, matrix = round_groups((_draw(num_tokens, size[1]) * far_apart).bfloat16()), _matrix(*size)
     out = _poisoned(config.splits, num_tokens, size[0], dtype=torch.float32)
-    _launch(x, matrix, out, config, S)
+    from kiln_nn.kernels.linear import triton_hopper_rounded
+
+    triton_hopper_rounded.launch(x, matrix, out, config)  # of any tile: the layers choose few tokens
     assert relative_error(out.double().sum(0), _product(x, matrix)) < PROMOTED_TOLERANCE
 
 
@@ -273,9 +275,9 @@ def test_the_kernel_for_hopper_compiles(kind):
 @only_outside_interpreter
 @needs_triton
 def test_the_kernel_for_hopper_compiles_with_scales_of_groups():
-    config = LinearConfig(64, 64, 256, 3, 4, 3, 8)  # that of out_proj
-    whole_rows, by_group = (_compiled(config, 50, S, num_groups=number) for number in (0, 12))
-    assert by_group.metadata.shared <= whole_rows.metadata.shared + 16 * 64 * 4 + 16
+    config = LinearConfig(16, 64, 256, 3, 4, 5, 8)  # that of out_proj
+    whole_rows, by_group = (_compiled(config, 16, S, num_groups=number) for number in (0, 12))
+    assert by_group.metadata.shared <= whole_rows.metadata.shared + 16 * 16 * 4 + 16
     ptx = by_group.asm["ptx"]
-    assert "wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3" in ptx
+    assert "wgmma.mma_async.sync.aligned.m64n16k32.f32.e4m3.e4m3" in ptx
     assert ".local" not in ptx

@@ -31,8 +31,6 @@ from kiln_nn.kernels.linear.triton_hopper_parts import (
     store_gated,
 )
 
-_MOST_TOKENS_READ_EARLY = gl.constexpr(64)
-
 
 @gluon.jit
 def _fetch_scales(
@@ -54,9 +52,9 @@ def _fetch_scales(
 
 
 @gluon.jit
-def _scales_of(sums, scales, group, IS_THERE: gl.constexpr):
+def _scales_of(sums, scales, group, GROUPS: gl.constexpr):
     """What sums over one group of inputs are to be multiplied by, a column for each token."""
-    if IS_THERE:
+    if GROUPS > 0:
         return scales.index(group).load(sums.type.layout)
     else:
         return 1.0
@@ -95,9 +93,6 @@ def _multiply(
     STEP: gl.constexpr = 256 // w_ring.dtype.primitive_bitwidth  # inputs of one instruction
     # Blocks whose products may be in flight while the next one waits: their slots are not free yet.
     LAG: gl.constexpr = 0 if PROMOTED else 1
-    # Scales are read while products run, where registers hold them beside two groups' sums.
-    EARLY: gl.constexpr = GROUPS > 0 and TOKENS <= _MOST_TOKENS_READ_EARLY
-    LATE: gl.constexpr = GROUPS > 0 and not EARLY
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, TOKENS, STEP])
     acc = gl.zeros([ROWS, TOKENS], gl.float32, layout)
     total = acc
@@ -115,16 +110,17 @@ def _multiply(
             x = x_ring.index(ready * SUBS + sub).permute((1, 0))
             if PROMOTED:
                 part = warpgroup_mma(w, x, gl.zeros_like(acc), use_acc=False, is_async=True)
-                part_scales = _scales_of(acc, scales, block * SUBS + sub, EARLY)
+                # Read while products run.
+                part_scales = _scales_of(acc, scales, block * SUBS + sub, GROUPS)
                 if sub > 0:
-                    before = warpgroup_mma_wait(1, deps=[before]) * before_scales
-                    acc = acc + before * _scales_of(acc, scales, block * SUBS + sub - 1, LATE)
+                    before = warpgroup_mma_wait(1, deps=[before])
+                    acc = acc + before * before_scales
                 before, before_scales = part, part_scales
             else:
                 acc = warpgroup_mma(w, x, acc, is_async=True)
         if PROMOTED:
-            before = warpgroup_mma_wait(0, deps=[before]) * before_scales
-            acc = acc + before * _scales_of(acc, scales, block * SUBS + SUBS - 1, LATE)
+            before = warpgroup_mma_wait(0, deps=[before])
+            acc = acc + before * before_scales
         else:
             # Folded sums may not be in flight where the branch above moves them.
             acc = warpgroup_mma_wait(0 if FOLDED else SUBS, deps=[acc])
