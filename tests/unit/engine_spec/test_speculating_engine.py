@@ -121,5 +121,24 @@ def test_lengths_follow_an_acceptance_that_changes():
     assert done.speed(6.5, 8.0) > 0.93 * best
 
 
+@pytest.mark.parametrize(("num_rows", "seconds"), [(1, 3.0), (16, 4.0), (64, 3.0)])
+def test_drafts_come_back_where_they_have_not_paid_for_long(num_rows, seconds):
+    """Looks are rare by then, and yet the next one is never more than so many steps away."""
+    found = times(num_rows, is_dear=False)
+    done = speculate(found, num_rows, lambda now_s: 0.9 * (now_s >= 6.0), seconds=7.5 + seconds)
+    best = speculate(found, num_rows, 0.9, seconds=3.0, is_adaptive=False).speed(SETTLED_S)
+    assert done.speed(6.0 + seconds, 7.5 + seconds) > 0.93 * best
+
+
+@pytest.mark.parametrize("num_rows", [5, 18])
+def test_short_answers_have_drafts_too(num_rows):
+    """Their number changes from step to step, and with it which graph they have."""
+    speeds = [
+        speculate(TIMES[16], num_rows, 0.7, seconds=5.0, answer_tokens=16, is_adaptive=is_adaptive).speed(1.0)
+        for is_adaptive in (True, False)
+    ]
+    assert speeds[0] > 0.84 * speeds[1]
+
+
 def test_the_same_engine_does_the_same_again():
     assert adaptive(1, 0.5, seconds=1.0).steps == adaptive(1, 0.5, seconds=1.0).steps

@@ -19,7 +19,7 @@ _LEAST_GAIN = 0.02
 # Of the time, what may be lost by looking at other lengths.
 _LOOK_SHARE = 0.003
 # Steps of one size between two looks, however little they lose: the first number behind a change, later
-# doubled by each look that changes nothing, up to the second.
+# doubled by each look behind which the choice stays as it is, up to the second.
 _LOOK_INTERVAL = 64
 _MOST_LOOK_INTERVAL = 512
 # Looks at the shorter interval behind a change: it takes so many to outvote what was measured before it.
@@ -73,7 +73,7 @@ class DraftPolicy:
     What is not done is not measured: neither what it costs nor what is accepted. So now and then
     another length is looked at for a few steps, by all rows. What that loses against the best that is
     known is added up, and the next look waits until it will be no more than a share of the time between;
-    and the longer, the more often looks at this number of rows have changed nothing. There is no clock
+    and the longer, the more often looks at this number of rows have left the choice as it was. There is no clock
     and no chance in it: the same calls give the same answers, and `choose` may be asked again before a
     step ends.
     """
@@ -85,9 +85,8 @@ class DraftPolicy:
         self._looks: dict[int, _Looks] = {}
         # Steps of any size since the last look.
         self._num_steps_since = 0
-        # The length that is looked at, and the size; the measurements and the steps left of the look.
+        # The length that is looked at; the measurements and the steps left of the look.
         self._looked_at: int | None = None
-        self._look_size = 0
         self._num_left = self._num_most_left = 0
         # Sizes and lengths that are not new any more; the first look at one is free, as this one may be.
         self._seen: set[tuple[int, int]] = set()
@@ -112,27 +111,26 @@ class DraftPolicy:
         seconds = self._costs.seconds(len(estimates), most)
         if seconds is None:
             return plainly
-        size = self._costs.size(len(estimates))
         if self._looked_at is not None:
-            if size == self._look_size:
-                return _same_for_all(estimates, min(self._looked_at, most))
-            # It would be of other steps than those it was meant for.
-            self._end_look()
+            return _same_for_all(estimates, min(self._looked_at, most))
         tokens = _tokens_by_length(estimates, most)
         speeds = [count / second for count, second in zip(tokens, seconds, strict=True)]
         longest = max(range(1, most + 1), key=speeds.__getitem__)
         least_gain = 0.0 if self._was_drafting else _LEAST_GAIN
         best = longest if speeds[longest] > (1 + least_gain) * speeds[0] else 0
         self._best_speed = max(speeds)
+        size = self._costs.size(len(estimates))
         looks = self._looks.setdefault(size, _Looks())
         looks.follow(is_drafting=bool(best), best_speed=self._best_speed / len(estimates))
         look = self._next_look(looks, size, most, best, longest)
-        # The first looks behind a change may be owed, as little is known; later ones are saved for.
+        # The first looks behind a change may be owed, as little is known; later ones are saved for, though not
+        # for ever: what is known of the acceptance is as old as the last look.
         loss_s = 0.0
         if look is not None and looks.interval > _LOOK_INTERVAL:
             loss_s = self._look_loss_s(seconds[look], tokens[look], len(estimates))
-        if look is not None and (self._is_free or loss_s <= self._allowance_s):
-            self._look_at(look, size, loss_s)
+        is_due = self._is_free or looks.num_steps_since >= _MOST_LOOK_INTERVAL
+        if look is not None and (is_due or loss_s <= self._allowance_s):
+            self._look_at(look, loss_s)
             looks.begin(is_free=self._is_free)
             return _same_for_all(estimates, look)
         if not best:
@@ -198,10 +196,10 @@ class DraftPolicy:
         worth_s = (num_rows + _LOOK_MEASURES * tokens) / self._best_speed
         return max(0.0, (1 + _LOOK_MEASURES) * step_s - worth_s)
 
-    def _look_at(self, length: int, size: int, loss_s: float) -> None:
+    def _look_at(self, length: int, loss_s: float) -> None:
         # What will not be used up is not saved: looks would come in a row.
         self._allowance_s = min(self._allowance_s, loss_s)
-        self._looked_at, self._look_size = length, size
+        self._looked_at = length
         self._num_left, self._num_most_left = _LOOK_MEASURES, _MOST_LOOK_STEPS
 
     def _count(self, num_rows: int, seconds: float, *, is_looked_at: bool) -> None:
