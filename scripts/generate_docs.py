@@ -191,8 +191,9 @@ def api_page(document: dict[str, Any]) -> str:
     lines = [
         "# HTTP API\n",
         "The gateway listens on `:8420`; `GET /openapi.json` has all of this for machines. Errors are described in "
-        "[errors.md](errors.md), every field of the OpenAI client in [openai-fields.md](openai-fields.md). A field that is not listed is refused with its name (`unknown_field`), and what "
-        "is not built yet answers 501.\n",
+        "[errors.md](errors.md), every field of the OpenAI client in [openai-fields.md](openai-fields.md). A field that is not listed is refused with its name (`unknown_field`, or "
+        "`unsupported_field` if others have it), a route with `route_not_found`, and what of either is not built yet "
+        "answers 501.\n",
         "| route | does |\n|---|---|",
     ]
     for path, methods in document["paths"].items():

@@ -71,7 +71,8 @@ class EngineSettings(ClientListener, BaseSettings):
         description="where guesses of the next tokens come from, several of which one step can confirm;"
         " ngram: what followed the same words earlier in the text; mtp: the checkpoint's"
         " multi-token-prediction layer, adapted by adapters that were trained to (each adapter slot has room"
-        " for that); answers are the same with and without, up to rounding; not with batch_invariant",
+        " for that); answers are the same with and without, up to rounding; while drafts are verified on a GPU"
+        " one core waits spinning; not with batch_invariant",
     )
     mtp_hidden: Literal["normed", "residual"] = Field(
         "normed",

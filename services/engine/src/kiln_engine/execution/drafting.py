@@ -58,8 +58,8 @@ class DraftPass:
 
     `send` brings what the host knows, `begin` takes up where the rows' verification has ended, and
     `run` adds the drafts, one `step` each for all rows. A graph can hold `begin`, `step` and
-    `all_steps`; on a GPU nothing waits for the host. The drafts are tokens of the first `num_tokens` of the vocabulary (None:
-    of all). `adapter_rows` are those behind `linears`, of the rows' adapters.
+    `all_steps`; on a GPU nothing waits for the host. The drafts are tokens of the first `num_tokens` of
+    the vocabulary (None: of all). `adapter_rows` are those behind `linears`, of the rows' adapters.
     """
 
     def __init__(

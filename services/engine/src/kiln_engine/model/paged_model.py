@@ -284,10 +284,10 @@ class PagedModel:
 
 def _joined(parts: list[torch.Tensor | RoundedRows]) -> Rows:
     """The rows `[T, I]` of all parts, whose outputs are still by head; one alone may be rounded."""
-    if len(parts) == 1 and isinstance(parts[0], RoundedRows):
-        return parts[0]
-    heads = [part for part in parts if isinstance(part, torch.Tensor)]
-    return (heads[0] if len(heads) == 1 else torch.cat(heads)).flatten(1)
+    if len(parts) > 1:
+        return torch.cat([whole(part).flatten(1) for part in parts])
+    (part,) = parts
+    return part if isinstance(part, RoundedRows) else part.flatten(1)
 
 
 def _delta_weights(config: ModelConfig, weights: Weights, prefix: str) -> DeltaDecodeWeights:

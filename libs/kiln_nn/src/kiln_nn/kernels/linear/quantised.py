@@ -38,10 +38,11 @@ from kiln_nn.kernels.quantised import (
 )
 from kiln_nn.kernels.swiglu import swiglu
 
-_MOST_GROUP_SCALES = 128 * 128  # of a program's rows and groups, beside its ring
+_MOST_GROUPS = 128  # of a program's inputs
+_MOST_GROUP_SCALES = 128 * _MOST_GROUPS  # of a program's rows and groups, beside its ring
 _BARRIERS_BYTES = 1024
 # Of a tile whose x has a scale for each 128 inputs: a step of 16 rows takes 1.9 % less with them, one of 64 no less.
-_MOST_TOKENS_BY_GROUP = 16
+_MOST_TOKENS_WITH_GROUP_SCALES = 16
 
 
 def linear(
@@ -166,7 +167,7 @@ def reads_rounded_groups(x_TI: torch.Tensor, matrix: QuantisedMatrix) -> bool:
 
 
 def _takes_groups(tiling: LinearConfig) -> bool:
-    return tiling.promotes and tiling.tokens <= _MOST_TOKENS_BY_GROUP
+    return tiling.promotes and tiling.tokens <= _MOST_TOKENS_WITH_GROUP_SCALES
 
 
 def multiplies_eight_bits(x_TI: torch.Tensor, matrix: QuantisedMatrix) -> bool:
@@ -228,8 +229,11 @@ def takes_hopper(x_TI: torch.Tensor, matrix: QuantisedMatrix) -> bool:
 
 def ring_limit(matrix: QuantisedMatrix, shared_memory_bytes: int) -> int:
     """What a program's ring may take of the memory that it shares."""
-    num_scales = _MOST_GROUP_SCALES if matrix.scheme == "int4" else 0
-    return shared_memory_bytes - num_scales * matrix.scales.element_size() - _BARRIERS_BYTES
+    if matrix.scheme == "int4":
+        scales_bytes = _MOST_GROUP_SCALES * matrix.scales.element_size()
+    else:  # of x's groups, float32
+        scales_bytes = 4 * _MOST_GROUPS * _MOST_TOKENS_WITH_GROUP_SCALES
+    return shared_memory_bytes - scales_bytes - _BARRIERS_BYTES
 
 
 def launch(
