@@ -229,6 +229,16 @@ RUNS_OF_FOUR = (30, 31, 32, 33, 64, 65, 66, 67, 97, 98, 99, 0, 1, 0, 0, 0, 0, 0,
 
 
 @on_triton
+def test_rows_of_one_sequence_are_rounded_each_by_itself():
+    kernel = _kernel()
+    case, options = _in_runs((40, 41, 42, 0), 4, 2, 1, 128, torch.bfloat16)
+    options["config"] = kernel.DecodeConfig(16, 32, 4, num_warps=4, num_stages=1)
+    expected = kernel.paged_decode_attention(*case.arguments(), **options)
+    rows = kernel.paged_decode_attention(*case.arguments(), rounds=True, **options)
+    check_groups(rows, expected.flatten(1), padding=3)
+
+
+@on_triton
 @pytest.mark.parametrize("num_parts", [1, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_of_one_sequence_share_a_program(num_parts, dtype):
