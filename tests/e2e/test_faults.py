@@ -144,9 +144,11 @@ def test_a_job_killed_at_its_start_begins_again(stack, undisturbed):
         stack.wait_for_restart("trainer", dead)
         stack.kill("trainer")
         _assert_published_once(stack, job_id, "at-start", undisturbed)
-    first, *_, last = _attempts(stack, job_id)
-    assert first[0] == ("started", 0)
-    assert last[0] == ("step", 1), first
+    *killed, last = _attempts(stack, job_id)
+    assert killed[0][0] == ("started", 0)
+    # On a busy machine a trainer may have come to a checkpoint before it was killed.
+    kept = [step for attempt in killed for kind, step in attempt if kind == "checkpoint"]
+    assert last[0] == ("step", max(kept, default=0) + 1), killed
 
 
 def test_a_job_killed_in_the_middle_of_a_step_goes_on_from_its_checkpoint(stack, undisturbed):
