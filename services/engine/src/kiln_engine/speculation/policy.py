@@ -72,10 +72,10 @@ class DraftPolicy:
 
     What is not done is not measured: neither what it costs nor what is accepted. So now and then
     another length is looked at for a few steps, by all rows. What that loses against the best that is
-    known is added up, and the next look waits until it will be no more than a share of the time between;
-    and the longer, the more often looks at this number of rows have left the choice as it was. There is no clock
-    and no chance in it: the same calls give the same answers, and `choose` may be asked again before a
-    step ends.
+    known is added up, and the next look waits until it will be no more than a share of the time between,
+    though not for ever; and the longer, the more often looks at this number of rows have left the choice as
+    it was. There is no clock and no chance in it: the same calls give the same answers, and `choose` may be
+    asked again before a step ends.
     """
 
     def __init__(self, costs: StepCosts) -> None:
@@ -224,11 +224,8 @@ class DraftPolicy:
         self._num_left -= is_looked_at
         self._num_most_left -= 1
         if min(self._num_left, self._num_most_left) <= 0:
-            self._end_look()
-
-    def _end_look(self) -> None:
-        self._looked_at = None
-        self._num_steps_since = 0
+            self._looked_at = None
+            self._num_steps_since = 0
 
 
 _Estimates = Sequence[AcceptanceRates | None]
